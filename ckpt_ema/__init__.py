@@ -1,0 +1,38 @@
+"""Averages the checkpoints of a training run into one model, by an exponential moving average.
+
+Importing it does not import torch; what needs torch is imported when it is used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ckpt_ema.errors import CkptEmaError, FailedError, OptionError, RefusedError
+
+__version__ = "0.1.0"
+__all__ = [
+    "CkptEmaError",
+    "FailedError",
+    "OptionError",
+    "RefusedError",
+    "Shadow",
+    "average",
+    "plan",
+]
+
+if TYPE_CHECKING:
+    from ckpt_ema.averaging import average
+    from ckpt_ema.planning import plan
+    from ckpt_ema.shadow import Shadow
+
+_HOMES = {
+    "Shadow": "ckpt_ema.shadow",
+    "average": "ckpt_ema.averaging",
+    "plan": "ckpt_ema.planning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
