@@ -1,0 +1,275 @@
+"""From a folder, or a list of paths, to checkpoints in training order; no tensor is read.
+
+Order comes from the numbers that the trainer wrote into the names, compared as integers; never
+from text order or modification times. Where two readings of a folder are possible, it stops.
+"""
+
+import os
+import re
+import stat
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from ckpt_ema import layouts
+from ckpt_ema.errors import RefusedError, printable, some
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One saved state of the model: a folder, or a file that holds the model by itself."""
+
+    path: Path
+    step: int | None  # the number in its name, in whatever unit the trainer counts
+    weights: Path  # the file from which its tensors are found: a weights file or an index
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the names in an index are relative to."""
+        return self.weights.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The checkpoints of a run, oldest first, and what was not taken for one and why."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    left_out: tuple[tuple[Path, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def discover(paths: Sequence[str | os.PathLike[str]]) -> Found:
+    """Find the checkpoints in one folder, or take the given folders and files in their order.
+
+    Raises `RefusedError` if a path does not exist, if nothing is found, or if the folder can be
+    read in two ways (two series of names, one step twice).
+    """
+    given = [Path(path) for path in paths]
+    for path in given:
+        if not os.path.lexists(path):
+            raise RefusedError(f"{printable(path)} does not exist.", "Check the path.")
+    if len(given) == 1 and given[0].is_dir():
+        return _discover_run(given[0])
+    return _explicit(given)
+
+
+def _explicit(given: list[Path]) -> Found:
+    checkpoints = []
+    for path in given:
+        weights = _weights_of(path)
+        if weights is None:
+            raise RefusedError(
+                f"{printable(path)} is no checkpoint: it holds none of"
+                f" {', '.join(layouts.FOLDER_WEIGHTS)}."
+                if path.is_dir()
+                else f"{printable(path)} is no checkpoint: its extension is not one of a model's.",
+                "Pass a run's folder alone, or its checkpoints one by one.",
+            )
+        number = _number_in(_stem(path.name))
+        checkpoints.append(Checkpoint(path, number and number[1], weights))
+    real = [checkpoint.path.resolve() for checkpoint in checkpoints]
+    for index, path in enumerate(real):
+        if path in real[:index]:
+            raise RefusedError(
+                f"{printable(given[index])} is given twice.", "Give every checkpoint once."
+            )
+    steps = [checkpoint.step for checkpoint in checkpoints if checkpoint.step is not None]
+    warnings = []
+    for earlier, later in pairwise(checkpoints):
+        if len(steps) == len(checkpoints) and (earlier.step or 0) > (later.step or 0):
+            warnings.append(
+                f"The list is kept in the order given, in which {printable(earlier.path.name)}"
+                f" comes before {printable(later.path.name)}: a shell sorts names as text."
+                " Pass the run's folder to have it ordered by number."
+            )
+            break
+    return Found(tuple(checkpoints), (), tuple(warnings))
+
+
+@dataclass(slots=True)
+class _Candidates:
+    """Numbered entries of one folder, grouped by the form of their names."""
+
+    series: dict[str, list[Checkpoint]] = field(default_factory=lambda: defaultdict(list))
+    left_out: list[tuple[Path, str]] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+
+def _discover_run(run: Path) -> Found:
+    candidates = _scan(run)
+    own = _weights_of(run)
+    series = {form: members for form, members in candidates.series.items() if members}
+    if own is not None and (not series or _are_stray_files(series)):
+        number = _number_in(run.name)
+        return Found((Checkpoint(run, number and number[1], own),))
+    if len(series) > 1:
+        series = {form: members for form, members in series.items() if len(members) > 1} or series
+        for form, members in candidates.series.items():
+            if members and form not in series:
+                candidates.left_out += [(m.path, "the only one of its name") for m in members]
+    if len(series) > 1:
+        raise RefusedError(
+            f"{printable(run)} holds {len(series)} sets of checkpoints:"
+            f" {' and '.join(f'{len(members)} x {form}' for form, members in series.items())};"
+            " they may be the same moments saved twice.",
+            "Pass the checkpoints of one set, oldest first.",
+        )
+    if not series:
+        raise RefusedError(_nothing_found(run, candidates), "Pass the folder that holds them.")
+    members = _ordered(next(iter(series.values())), candidates.left_out)
+    if own is not None:
+        candidates.left_out.append((own, "the run's own model, not a step"))
+    return Found(tuple(members), tuple(candidates.left_out))
+
+
+def _are_stray_files(series: dict[str, list[Checkpoint]]) -> bool:
+    """A lone numbered file beside a model (`value_head_1.pt`) does not make a run of its folder."""
+    return all(len(members) == 1 and members[0].path.is_file() for members in series.values())
+
+
+def _scan(run: Path) -> _Candidates:
+    candidates = _Candidates()
+    try:
+        entries = sorted(os.scandir(run), key=lambda entry: entry.name)
+    except OSError as error:
+        raise RefusedError(f"{printable(run)} cannot be listed: {error.strerror}.") from error
+    for entry in entries:
+        path = run / entry.name
+        if entry.name in layouts.FOLDER_WEIGHTS:
+            continue
+        stem = _stem(entry.name)
+        number = _number_in(stem)
+        is_folder = _kind(path) == "folder"
+        # A folder is a step only by a step's name; a flat file may carry its number anywhere.
+        if number or (not is_folder and layouts.WEIGHTS_EXTENSION.search(entry.name)):
+            _consider(path, stem, number, candidates)
+        elif is_folder and _weights_of(path):
+            candidates.left_out.append((path, _why_not(path, stem) or "no number in its name"))
+        else:
+            candidates.others.append(f"{entry.name}/" if is_folder else entry.name)
+    return candidates
+
+
+def _consider(
+    path: Path, stem: str, number: tuple[str, int] | None, candidates: _Candidates
+) -> None:
+    reason = _why_not(path, stem)
+    if reason:
+        candidates.left_out.append((path, reason))
+        return
+    weights = _weights_of(path)
+    if weights is None:
+        candidates.left_out.append((path, "no model weights in it"))
+        return
+    form = re.sub(r"\d+", "<n>", re.sub(r"\d+\.\d+", "<f>", stem))
+    if number is None:
+        slots = re.findall(r"\d+", re.sub(r"\d+\.\d+", "", stem))
+        if not slots:
+            candidates.left_out.append((path, "no number in its name"))
+            return
+        number = ("slots", int(slots[-1]))
+    candidates.series[form].append(Checkpoint(path, number[1], weights))
+
+
+def _why_not(path: Path, stem: str) -> str | None:
+    if _kind(path) is None:
+        return "neither a regular file nor a folder"
+    if (path / layouts.MANIFEST_NAME).exists():
+        return "an output of ckpt-ema"
+    # A folder's name has no extension: what looks like one ("tmp.5.tmp") is part of the name.
+    names = {stem, path.name}
+    for reason, pattern in layouts.NOT_A_STEP.items():
+        if any(pattern.search(name) for name in names):
+            return reason
+    return None
+
+
+def _ordered(members: list[Checkpoint], left_out: list[tuple[Path, str]]) -> list[Checkpoint]:
+    members = _number_by_the_varying_slot(members)
+    unique: dict[tuple[int, int], Checkpoint] = {}
+    # Links come after what they point to, so that the real folder is the one that stays.
+    for member in sorted(members, key=lambda member: (member.path.is_symlink(), member.path.name)):
+        status = member.weights.stat()
+        first = unique.setdefault((status.st_dev, status.st_ino), member)
+        if first is not member:
+            left_out.append((member.path, f"the same file as {first.path.name}"))
+    ordered = sorted(unique.values(), key=lambda member: (member.step or 0, member.path.name))
+    for earlier, later in pairwise(ordered):
+        if earlier.step == later.step:
+            raise RefusedError(
+                f"{printable(earlier.path.name)} and {printable(later.path.name)} are both step"
+                f" {later.step}.",
+                "Pass the checkpoints that belong together, oldest first.",
+            )
+    return ordered
+
+
+def _number_by_the_varying_slot(members: list[Checkpoint]) -> list[Checkpoint]:
+    """Where names say no unit, the step is the one number that differs from name to name."""
+    stems = [_stem(member.path.name) for member in members]
+    if any(_number_in(stem) for stem in stems) or len(members) == 1:
+        return members
+    slots = [re.findall(r"\d+", re.sub(r"\d+\.\d+", "", stem)) for stem in stems]
+    varying = [column for column in zip(*slots, strict=True) if len(set(column)) > 1]
+    if len(varying) != 1:
+        raise RefusedError(
+            f"{printable(stems[0])} and {printable(stems[1])} differ in {len(varying)} numbers, so"
+            " their order is unknown.",
+            "Pass the checkpoints one by one, oldest first.",
+        )
+    return [
+        Checkpoint(member.path, int(number), member.weights)
+        for member, number in zip(members, varying[0], strict=True)
+    ]
+
+
+def _nothing_found(run: Path, candidates: _Candidates) -> str:
+    message = (
+        f"No checkpoints found in {printable(run)}; looked for numbered folders or files with"
+        " model weights (checkpoint-500, step_100, epoch=1-step=100.ckpt, ...)"
+    )
+    if candidates.left_out:
+        names = [f"{path.name} ({reason})" for path, reason in candidates.left_out]
+        return f"{message} and left out {some(names)}."
+    if candidates.others:
+        return f"{message} and found {some(candidates.others)}."
+    return f"{message}; the folder is empty."
+
+
+def _weights_of(path: Path) -> Path | None:
+    """The file that leads to the tensors of a checkpoint folder or file, None if there is none."""
+    if path.is_dir():
+        present = [name for name in layouts.FOLDER_WEIGHTS if (path / name).exists()]
+        single, index = layouts.FOLDER_WEIGHTS[:2]
+        if single in present and index in present:
+            raise RefusedError(
+                f"{printable(path)} holds both {single} and {index}: one of them is stale, and"
+                f" loaders take {single}.",
+                "Remove the stale one.",
+            )
+        return path / present[0] if present else None
+    return path if layouts.WEIGHTS_EXTENSION.search(path.name) else None
+
+
+def _number_in(stem: str) -> tuple[str, int] | None:
+    """The unit and the number in a name: ("step", 100) for "epoch=1-step=100"; None if neither."""
+    for unit, pattern in layouts.STEP_NAMES.items():
+        match = pattern.search(stem)
+        if match:
+            return unit, int(next(group for group in match.groups() if group))
+    return None
+
+
+def _stem(name: str) -> str:
+    return layouts.WEIGHTS_EXTENSION.sub("", name)
+
+
+def _kind(path: Path) -> str | None:
+    """Whether a path leads to a folder or a regular file; None for a broken link, a FIFO, ..."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return None
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else None
