@@ -1,0 +1,166 @@
+"""Reading regular files at positions: opened without hanging, noticed when they change.
+
+A file that is cut short while it is read gives an ordinary error here, where a memory map would
+end the process with SIGBUS.
+"""
+
+import os
+import resource
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ckpt_ema.errors import FailedError, RefusedError, printable
+
+
+class OpenFile(NamedTuple):
+    """A regular file open for reading, and what it was when it was opened."""
+
+    fd: int
+    size_bytes: int
+    mtime_ns: int
+
+
+@contextmanager
+def open_regular(path: str) -> Iterator[OpenFile]:
+    """Open a regular file, following links; a FIFO or a device is refused, not waited for."""
+    fd = _open(path)
+    try:
+        yield _checked(path, fd)
+    finally:
+        os.close(fd)
+
+
+def read_exactly(path: str, fd: int, count: int, offset: int) -> bytes:
+    """`count` bytes from `offset`; raises `FailedError` if the file ends before."""
+    buffer = bytearray(count)
+    read_into(path, fd, memoryview(buffer), offset)
+    return bytes(buffer)
+
+
+def read_into(path: str, fd: int, view: memoryview, offset: int) -> None:
+    """Fill `view` (bytes) from `offset` of an open file; raises `FailedError` if it ends before."""
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(fd, [view[done:]], offset + done)
+        except OSError as error:
+            raise FailedError(f"{printable(path)} cannot be read: {error.strerror}.") from error
+        if count == 0:
+            raise FailedError(
+                f"{printable(path)} ended at byte {offset + done} while it was read.",
+                "It was replaced or cut meanwhile; nothing was published.",
+            )
+        done += count
+
+
+def _open(path: str) -> int:
+    try:
+        # Without O_NONBLOCK, opening a FIFO that nobody writes to would hang.
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise RefusedError(f"{printable(path)} does not exist.") from error
+    except OSError as error:
+        raise RefusedError(f"{printable(path)} cannot be opened: {error.strerror}.") from error
+    except ValueError as error:  # a NUL in the name
+        raise RefusedError(f"{printable(path)} cannot be a file name.") from error
+
+
+def _checked(path: str, fd: int) -> OpenFile:
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise RefusedError(f"{printable(path)} is not a regular file.")
+    return OpenFile(fd, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(slots=True)
+class _Entry:
+    fd: int
+    readers: int = 0
+
+
+@dataclass(slots=True)
+class FilePool:
+    """Files read by many threads through a bounded number of descriptors.
+
+    `expected` maps each path to the size in bytes and mtime in ns that the plan saw: a file that
+    differs when it is opened, or at `verify`, raises `FailedError`.
+    """
+
+    expected: dict[str, tuple[int, int]]
+    limit: int = field(default_factory=lambda: _descriptor_limit())
+    _entries: OrderedDict[str, _Entry] = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read_into(self, path: str, view: memoryview, offset: int) -> None:
+        """Fill `view` from `offset` of the file at `path`."""
+        entry = self._acquire(path)
+        try:
+            read_into(path, entry.fd, view, offset)
+        finally:
+            with self._lock:
+                entry.readers -= 1
+
+    def verify(self) -> None:
+        """Check that no file has changed since the plan was made."""
+        for path, (size_bytes, mtime_ns) in self.expected.items():
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                raise _changed(path) from error
+            if (status.st_size, status.st_mtime_ns) != (size_bytes, mtime_ns):
+                raise _changed(path)
+
+    def close(self) -> None:
+        """Close every descriptor; no reader may be active."""
+        with self._lock:
+            for entry in self._entries.values():
+                os.close(entry.fd)
+            self._entries.clear()
+
+    def _acquire(self, path: str) -> _Entry:
+        with self._lock:
+            entry = self._entries.get(path)
+            if entry is None:
+                self._make_room()
+                entry = self._entries[path] = _Entry(self._open_expected(path))
+            self._entries.move_to_end(path)
+            entry.readers += 1
+            return entry
+
+    def _make_room(self) -> None:
+        while len(self._entries) >= self.limit:
+            idle = next((p for p, entry in self._entries.items() if not entry.readers), None)
+            if idle is None:
+                return  # more threads than descriptors: each holds one, none more
+            os.close(self._entries.pop(idle).fd)
+
+    def _open_expected(self, path: str) -> int:
+        try:
+            fd = _open(path)
+        except RefusedError as error:
+            raise _changed(path) from error
+        try:
+            opened = _checked(path, fd)
+            if opened[1:] != self.expected[path]:
+                raise _changed(path)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+
+def _changed(path: str) -> FailedError:
+    return FailedError(
+        f"{printable(path)} changed or vanished since the plan was made.",
+        "Is the run still being saved or rotated? Nothing was published; run it again.",
+    )
+
+
+def _descriptor_limit() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(8, min(1024, soft // 2 if soft != resource.RLIM_INFINITY else 1024))

@@ -1,0 +1,190 @@
+"""The header of a safetensors file: read as strictly as the format is written, and made.
+
+The format: 8 bytes, the header's length N as an unsigned little-endian integer; N bytes of JSON,
+an object of name -> {dtype, shape, data_offsets} and perhaps __metadata__, string to string; then
+the data, covered by the tensors without gap or overlap. Whatever the safetensors library refuses
+is refused here as well, and so is what it tolerates against the format: one name twice, blanks
+before the object, unknown fields.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ckpt_ema.errors import RefusedError, printable
+from ckpt_ema.files import open_regular, read_exactly
+from ckpt_ema.formats.specs import DTYPE_BITS, FileSpec, Specs, TensorSpec
+
+MAX_HEADER_BYTES = 100_000_000
+_LARGEST = 2**64 - 1  # sizes are 64-bit in the format
+
+
+def read_specs(path: str) -> Specs:
+    """The tensors of one safetensors file, in the order of their bytes.
+
+    Raises `RefusedError` if the file is not exactly what the format allows.
+    """
+    with open_regular(path) as file:
+        raw = _header_bytes(path, file.fd, file.size_bytes)
+        header = _parse(path, raw)
+        metadata = header.pop("__metadata__", {})
+        _check_metadata(path, metadata)
+        start = 8 + len(raw)
+        tensors = {name: _tensor(path, name, entry) for name, entry in header.items()}
+        ordered = _covering(path, tensors, file.size_bytes - start)
+        digest = hashlib.sha256(raw).hexdigest()
+        spec = FileSpec(path, file.size_bytes, file.mtime_ns, digest)
+    specs = {name: t._replace(offset=start + t.offset) for name, t in ordered}
+    return Specs(specs, (spec,), (metadata,))
+
+
+def make_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the data of a file with these (name, dtype, shape), and where each starts.
+
+    The data lies in the order given; offsets count from the start of the file. The header is
+    padded with spaces to a multiple of 8 bytes, as the library does, so that data is aligned.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + TensorSpec(dtype, shape, 0, 0).size_bytes
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    offsets = {
+        name: start + entry["data_offsets"][0]
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
+def _header_bytes(path: str, fd: int, size_bytes: int) -> bytes:
+    if size_bytes == 0:
+        raise RefusedError(f"{printable(path)} is empty.", "An interrupted save? Leave it out.")
+    start = read_exactly(path, fd, min(size_bytes, 64), 0)
+    if start.startswith(b"version https://git-lfs"):
+        raise RefusedError(f"{printable(path)} is a Git LFS pointer.", "Run `git lfs pull`.")
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        raise RefusedError(
+            f"{printable(path)} is a torch file under a safetensors name.", "Rename it to .bin."
+        )
+    length = int.from_bytes(start[:8], "little")
+    if size_bytes < 8 or length > MAX_HEADER_BYTES or start[8:9] not in (b"{", b""):
+        raise RefusedError(
+            f"{printable(path)} is not a safetensors file: it does not start with a header.",
+            "Fetch or save it again.",
+        )
+    if 8 + length > size_bytes:
+        raise RefusedError(
+            f"{printable(path)} is cut short: its header alone takes {8 + length} bytes, the file"
+            f" has {size_bytes}.",
+            "An interrupted save? Leave it out.",
+        )
+    return read_exactly(path, fd, length, 8)
+
+
+def _parse(path: str, raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=_no_sign,
+        )
+        json.dumps(header, ensure_ascii=False).encode("utf-8")  # lone surrogates end here
+    except (ValueError, RecursionError) as error:
+        reason = "it nests too deep" if isinstance(error, RecursionError) else str(error)
+        raise RefusedError(
+            f"{printable(path)} has a broken header: {printable(reason)}."
+        ) from error
+    if not isinstance(header, dict):
+        raise RefusedError(f"{printable(path)} has a broken header: it is not a JSON object.")
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r} occurs twice")
+    return result
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _no_sign(digits: str) -> int:
+    if digits.startswith("-"):  # int() makes -0 a size; the library refuses it
+        raise ValueError(f"{digits} is not a size")
+    return int(digits)
+
+
+def _check_metadata(path: str, metadata: object) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise RefusedError(
+            f"{printable(path)} has a broken header: __metadata__ must map strings to strings."
+        )
+
+
+def _tensor(path: str, name: str, entry: object) -> TensorSpec:
+    """One entry of the header; its offset still counts from the start of the data."""
+
+    def refuse(reason: str) -> RefusedError:
+        return RefusedError(f"{printable(path)}: tensor {printable(name)} {reason}.")
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise refuse("must have dtype, shape and data_offsets, and nothing else")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise refuse(f"has an unknown dtype, {printable(dtype)}")
+    if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+        raise refuse("has a shape or data_offsets that are not lists of sizes")
+    bits = 1
+    for factor in (*shape, DTYPE_BITS[dtype]):  # as the library multiplies: no step may overflow
+        bits *= factor
+        if bits > _LARGEST:
+            raise refuse(f"has a shape too large for 64 bits, {printable(shape)}")
+    if bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        raise refuse(
+            f"spans {offsets[1] - offsets[0]} bytes, but its shape {printable(shape)} in {dtype}"
+            f" takes {bits / 8:g}"
+        )
+    return TensorSpec(dtype, tuple(shape), 0, offsets[0])
+
+
+def _sizes(values: object) -> bool:
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value <= _LARGEST for value in values
+    )
+
+
+def _covering(
+    path: str, tensors: dict[str, TensorSpec], data_bytes: int
+) -> list[tuple[str, TensorSpec]]:
+    """The tensors by offset, checked to cover the data exactly."""
+    ordered = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size_bytes))
+    end = 0
+    for name, tensor in ordered:
+        if tensor.offset != end:
+            gap = "overlaps another" if tensor.offset < end else "leaves a gap before it"
+            raise RefusedError(f"{printable(path)}: tensor {printable(name)} {gap}.")
+        end += tensor.size_bytes
+    if end > data_bytes:
+        raise RefusedError(
+            f"{printable(path)} is cut short: its header promises {end} bytes of data, the file has"
+            f" {data_bytes}.",
+            "An interrupted save? Leave it out.",
+        )
+    if end < data_bytes:
+        raise RefusedError(
+            f"{printable(path)} has {data_bytes - end} bytes after its last tensor.",
+            "Damaged, or two files in one? Fetch or save it again.",
+        )
+    return ordered

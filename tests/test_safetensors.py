@@ -1,0 +1,462 @@
+"""safetensors headers: nothing that the library refuses is read, and all that it writes is."""
+
+import copy
+import ctypes
+import json
+import os
+import random
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ckpt_ema.errors import RefusedError
+from ckpt_ema.formats.safetensors import MAX_HEADER_BYTES, make_header, read_specs
+from ckpt_ema.formats.specs import DTYPE_BITS
+
+# What the library's writer calls the dtypes; it takes bytes, so no element is ever made.
+WRITTEN = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e8m0fnu": "F8_E8M0",
+    "int16": "I16",
+    "uint16": "U16",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int32": "I32",
+    "uint32": "U32",
+    "float32": "F32",
+    "complex64": "C64",
+    "float64": "F64",
+    "int64": "I64",
+    "uint64": "U64",
+}
+MANY = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+shapes = st.lists(st.integers(0, 4), max_size=4)
+
+
+def framed(header: str | bytes, data: bytes = b"") -> bytes:
+    """A file with this header, its length before it, and this data."""
+    raw = header if isinstance(header, bytes) else header.encode("utf-8", "surrogatepass")
+    return len(raw).to_bytes(8, "little") + raw + data
+
+
+def entry(dtype: Any = "F32", shape: Any = (1,), offsets: Any = (0, 4)) -> dict[str, Any]:
+    """One tensor's entry, by default a good one of 4 bytes."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+def deserialize(content: bytes) -> list[tuple[str, dict[str, Any]]]:
+    """What the library reads; it states no types for its reader."""
+    read: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
+    return read
+
+
+def serialize(
+    tensors: dict[str, tuple[str, list[int], bytes]], metadata: dict[str, str] | None
+) -> bytes:
+    """What the library writes for (dtype, shape, bytes); it asks for addresses, not for bytes."""
+    buffers = {name: ctypes.create_string_buffer(t[2], len(t[2])) for name, t in tensors.items()}
+    specs = {
+        name: safetensors.TensorSpec(
+            dtype=dtype,
+            shape=shape,
+            data_ptr=ctypes.addressof(buffers[name]),
+            data_len=len(data),
+        )
+        for name, (dtype, shape, data) in tensors.items()
+    }
+    return safetensors.serialize(specs, metadata)
+
+
+def library_refuses(content: bytes) -> bool:
+    """Whether the safetensors library rejects this file, in whatever way."""
+    try:
+        deserialize(content)
+    except Exception:  # its own class, and for some files a plain ValueError
+        return True
+    return False
+
+
+def we_refuse(path: Path, content: bytes) -> bool:
+    """Whether our reader refuses it; any other exception than `RefusedError` fails the test."""
+    path.write_bytes(content)
+    try:
+        read_specs(str(path))
+    except RefusedError as error:
+        assert str(path) in str(error)
+        assert all(character.isprintable() for character in str(error))
+        return True
+    return False
+
+
+def refusal(path: Path, content: bytes) -> str:
+    """The message with which this file is refused."""
+    path.write_bytes(content)
+    with pytest.raises(RefusedError) as caught:
+        read_specs(str(path))
+    assert str(path) in caught.value.message
+    assert str(caught.value).isprintable()
+    return str(caught.value).replace(str(path), "FILE")
+
+
+@st.composite
+def good_headers(draw: st.DrawFn) -> tuple[dict[str, Any], bytes]:
+    """A header that covers its data, and the data."""
+    header: dict[str, Any] = {}
+    if draw(st.booleans()):
+        header["__metadata__"] = draw(st.dictionaries(names, names, max_size=2))
+    end = 0
+    for name in draw(st.lists(names.filter(lambda n: n != "__metadata__"), max_size=4)):
+        if name in header:
+            continue
+        dtype, shape = draw(st.sampled_from(sorted(DTYPE_BITS))), draw(shapes)
+        bits = DTYPE_BITS[dtype]
+        for size in shape:
+            bits *= size
+        begin, end = end, end + bits // 8
+        header[name] = entry(dtype, shape, [begin, end])
+    return header, bytes(end)
+
+
+ODD_VALUES: list[Any] = [
+    *(-1, -0.0, 0.0, 1.0, 1.5, True, None, "4", [], {}, "F32", "F128", "f32", [[1]], [0, 4, 4]),
+    *(2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30, float("nan")),
+    *([2**32, 2**32], [2**63, 0], [0, 2**64], [-1, 4], [4, 0], [0, 0], [1.0], ["1"], "\ud800"),
+    *({"dtype": "F32"}, {"a": {}}, {"a": 1}, {"a": "\udfff"}, float("inf"), float("-inf")),
+]
+
+
+def _spoil(draw: st.DrawFn, node: Any) -> None:
+    """Replace, remove or add one value anywhere in a header."""
+    while isinstance(node, (dict, list)) and node:
+        key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        if isinstance(node[key], (dict, list)) and node[key] and draw(st.integers(0, 3)):
+            node = node[key]
+            continue
+        if draw(st.integers(0, 4)) == 0:
+            del node[key]
+        elif draw(st.integers(0, 4)) == 0 and isinstance(node, dict):
+            node["extra"] = draw(st.sampled_from(ODD_VALUES))
+        elif isinstance(node[key], int) and draw(st.booleans()):
+            node[key] += draw(st.integers(-8, 8))
+        else:
+            node[key] = copy.deepcopy(draw(st.sampled_from(ODD_VALUES)))
+        return
+
+
+@st.composite
+def odd_files(draw: st.DrawFn) -> bytes:
+    """A file that is good, or broken in one to three ways, in its values or its bytes."""
+    header, data = draw(good_headers())
+    for _ in range(draw(st.integers(0, 2))):
+        _spoil(draw, header)
+    text = json.dumps(header, ensure_ascii=draw(st.booleans()))
+    if draw(st.integers(0, 2)) == 0:
+        old, new = draw(st.sampled_from(REWRITINGS))
+        text = text.replace(old, new, draw(st.integers(1, 2)))
+    content = bytearray(framed(text, data))
+    for _ in range(draw(st.integers(0, 2))):
+        where = draw(st.integers(0, len(content)))
+        some_bytes = draw(st.binary(max_size=3))
+        content[where : where + draw(st.integers(0, 3))] = some_bytes
+    if draw(st.integers(0, 3)) == 0:
+        length = draw(st.integers(0, 2 ** draw(st.integers(0, 64)) - 1))
+        content[:8] = length.to_bytes(8, "little")
+    return bytes(content)
+
+
+REWRITINGS = [
+    *(("{", "\ufeff{"), ("{", " {"), ("{", "\n\t{"), ("}", "}\0"), ("}", "} "), ("}", ",}")),
+    *((" 0", " -0"), ("[0", "[-0"), ("[0", "[00"), ("[0", "[0e0"), ("[0", "[0.0"), ("4]", "4,]")),
+    *(("[", "[NaN,"), ("[0", "[Infinity"), ('"', "'"), ('"F32"', '"\\u004632"'), ("{", "[")),
+    *(("{", '{"__metadata__":null,'), ("{", '{"a":1,"a":2,'), ("[0", "[1e400"), (":", "::")),
+    *(("{", "{" + '"x":' + "[" * 500 + "]" * 500 + ","), ('": "', '": "\\ud800'), ('"', "")),
+    *(("{", '{"\\ud83d\\ude00":1,'), ("0", "٠"), ("[0", "[1_0"), ("{", "/**/{"), (" ", "\x0b")),
+    *(('"F32"', '{"F32":null}'), ('"dtype"', '"dtype": "F32", "dtype"'), ("]", "], 1")),
+]
+
+
+class TestAgainstTheLibrary:
+    @MANY
+    @given(content=odd_files())
+    def test_what_it_refuses_we_refuse(
+        self, tmp_path_factory: pytest.TempPathFactory, content: bytes
+    ) -> None:
+        path = tmp_path_factory.getbasetemp() / "odd.safetensors"
+        refused = we_refuse(path, content)
+        assert refused or not library_refuses(content)
+
+    @MANY
+    @given(
+        tensors=st.dictionaries(
+            names.filter(lambda name: name != "__metadata__"),
+            st.tuples(st.sampled_from(sorted(WRITTEN)), shapes, st.randoms()),
+            max_size=5,
+        ),
+        # For no tensors and empty metadata the library writes what it cannot read itself.
+        metadata=st.none() | st.dictionaries(names, names, min_size=1, max_size=3),
+    )
+    def test_what_it_writes_we_read(
+        self,
+        tmp_path_factory: pytest.TempPathFactory,
+        tensors: dict[str, tuple[str, list[int], random.Random]],
+        metadata: dict[str, str] | None,
+    ) -> None:
+        written: dict[str, tuple[str, list[int], bytes]] = {}
+        for name, (dtype, shape, noise) in tensors.items():
+            bits = DTYPE_BITS[WRITTEN[dtype]]
+            for size in shape:
+                bits *= size
+            written[name] = (dtype, shape, noise.randbytes(bits // 8))
+        path = tmp_path_factory.getbasetemp() / "written.safetensors"
+        path.write_bytes(serialize(written, metadata))
+        specs, content = read_specs(str(path)), path.read_bytes()
+        assert specs.metadata == (metadata or {},)
+        assert specs.tensors.keys() == written.keys()
+        for name, spec in specs.tensors.items():
+            assert (spec.dtype, list(spec.shape)) == (WRITTEN[tensors[name][0]], tensors[name][1])
+            assert content[spec.offset : spec.offset + spec.size_bytes] == written[name][2]
+
+    def test_every_dtype_that_it_knows_is_known(self) -> None:
+        content = framed(json.dumps({"a": entry("F128")}), bytes(4))
+        with pytest.raises(safetensors.SafetensorError, match="expected one of") as caught:
+            deserialize(content)
+        known = str(caught.value).split("expected one of ")[1].split(" at line")[0]
+        assert {name.strip(" `") for name in known.split(",")} == set(DTYPE_BITS)
+
+    def test_a_huge_zero_element_shape_is_read_as_it_reads_it(self, tmp_path: Path) -> None:
+        content = framed(json.dumps({"a": entry("F64", [2**63, 0], [0, 0])}))
+        assert not library_refuses(content)
+        assert not we_refuse(tmp_path / "a.safetensors", content)
+
+
+class TestStricterThanTheLibrary:
+    """The format forbids these, the library reads them; two readers could read two models."""
+
+    @pytest.mark.parametrize(
+        ("header", "reason"),
+        [
+            (
+                '{"a": {"dtype":"U8","shape":[0],"data_offsets":[0,0]},'
+                ' "a": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}}',
+                "FILE has a broken header: 'a' occurs twice.",
+            ),
+            (
+                '{"__metadata__": {"k": "1", "k": "2"}}',
+                "FILE has a broken header: 'k' occurs twice.",
+            ),
+            (
+                "  {}",
+                "FILE is not a safetensors file: it does not start with a header."
+                " Fetch or save it again.",
+            ),
+            (
+                '{"a": {"dtype":"U8","shape":[0],"data_offsets":[0,0],"more":1}}',
+                "FILE: tensor a must have dtype, shape and data_offsets, and nothing else.",
+            ),
+            (
+                '{"__metadata__": null}',
+                "FILE has a broken header: __metadata__ must map strings to strings.",
+            ),
+        ],
+        ids=["name twice", "metadata twice", "blanks first", "unknown field", "null metadata"],
+    )
+    def test_refused(self, tmp_path: Path, header: str, reason: str) -> None:
+        assert not library_refuses(framed(header))
+        assert refusal(tmp_path / "a.safetensors", framed(header)) == reason
+
+
+class TestMakeHeader:
+    @MANY
+    @given(
+        tensors=st.dictionaries(
+            names.filter(lambda name: name != "__metadata__"),
+            st.tuples(st.sampled_from(sorted(WRITTEN.values())), shapes.map(tuple)),
+            max_size=5,
+        ),
+        metadata=st.dictionaries(names, names, max_size=3),
+    )
+    def test_the_library_reads_it_back(
+        self,
+        tmp_path_factory: pytest.TempPathFactory,
+        tensors: dict[str, tuple[str, tuple[int, ...]]],
+        metadata: dict[str, str],
+    ) -> None:
+        header, offsets = make_header([(n, *rest) for n, rest in tensors.items()], metadata)
+        assert len(header) % 8 == 0
+        sizes = [torch.Size(s).numel() * DTYPE_BITS[dtype] // 8 for dtype, s in tensors.values()]
+        content = header + random.Random(0).randbytes(sum(sizes))
+        read = dict(deserialize(content))
+        assert {n: (t["dtype"], tuple(t["shape"])) for n, t in read.items()} == tensors
+        for (name, begin), size in zip(offsets.items(), sizes, strict=True):
+            assert bytes(read[name]["data"]) == content[begin : begin + size]
+        path = tmp_path_factory.getbasetemp() / "made.safetensors"
+        path.write_bytes(content)
+        ours = read_specs(str(path))
+        assert {name: spec.offset for name, spec in ours.tensors.items()} == offsets
+        assert ours.metadata == (metadata,)
+
+
+GOOD = framed(json.dumps({"w": entry()}), bytes(4))
+
+
+class TestMessages:
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"", "FILE is empty. An interrupted save? Leave it out."),
+            (
+                GOOD[:20],
+                "FILE is cut short: its header alone takes 69 bytes, the file has 20."
+                " An interrupted save? Leave it out.",
+            ),
+            (
+                GOOD[:-1],
+                "FILE is cut short: its header promises 4 bytes of data, the file has 3."
+                " An interrupted save? Leave it out.",
+            ),
+            (
+                GOOD + b"more",
+                "FILE has 4 bytes after its last tensor."
+                " Damaged, or two files in one? Fetch or save it again.",
+            ),
+            (
+                b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+                "FILE is a Git LFS pointer. Run `git lfs pull`.",
+            ),
+            (
+                b"<!DOCTYPE html>\n<html><body>Access denied</body></html>\n",
+                "FILE is not a safetensors file: it does not start with a header."
+                " Fetch or save it again.",
+            ),
+            (
+                b"PK\x03\x04" + bytes(100),
+                "FILE is a torch file under a safetensors name. Rename it to .bin.",
+            ),
+            (
+                b"\x80\x02}q\x00." + bytes(100),
+                "FILE is a torch file under a safetensors name. Rename it to .bin.",
+            ),
+            (
+                GOOD[:5],
+                "FILE is not a safetensors file: it does not start with a header."
+                " Fetch or save it again.",
+            ),
+        ],
+        ids=["empty", "header", "data", "trailing", "LFS", "HTML", "zip", "pickle", "5 bytes"],
+    )
+    def test_say_what_is_there_and_what_to_do(
+        self, tmp_path: Path, content: bytes, message: str
+    ) -> None:
+        assert library_refuses(content)
+        assert refusal(tmp_path / "model.safetensors", content) == message
+
+    def test_name_the_tensor_without_its_control_characters(self, tmp_path: Path) -> None:
+        header = json.dumps({"red\x1b[31m\n": entry("F\x1b32")})
+        message = refusal(tmp_path / "a.safetensors", framed(header, bytes(4)))
+        assert message == "FILE: tensor red\\x1b[31m\\n has an unknown dtype, F\\x1b32."
+
+    @pytest.mark.parametrize(
+        ("tensor", "reason"),
+        [
+            (entry(shape=[2]), "spans 4 bytes, but its shape [2] in F32 takes 8"),
+            (entry(shape=[-1]), ""),
+            (
+                entry(shape=[2**62, 4]),
+                "has a shape too large for 64 bits, [4611686018427387904, 4]",
+            ),
+            (entry(offsets=[1, 5]), "leaves a gap before it"),
+            (entry(shape="1"), "has a shape or data_offsets that are not lists of sizes"),
+            (entry("F4", [1], [0, 0]), "spans 0 bytes, but its shape [1] in F4 takes 0.5"),
+        ],
+    )
+    def test_name_what_is_wrong_with_a_tensor(
+        self, tmp_path: Path, tensor: dict[str, Any], reason: str
+    ) -> None:
+        content = framed(json.dumps({"w": tensor}), bytes(4))
+        message = refusal(tmp_path / "a.safetensors", content)
+        assert message == (f"FILE: tensor w {reason}." if reason else BROKEN_SIZE)
+
+    def test_name_the_tensor_that_overlaps(self, tmp_path: Path) -> None:
+        header = json.dumps({"v": entry(), "w": entry(offsets=[2, 6])})
+        message = refusal(tmp_path / "a.safetensors", framed(header, bytes(6)))
+        assert message == "FILE: tensor w overlaps another."
+
+
+BROKEN_SIZE = "FILE has a broken header: -1 is not a size."
+
+
+class TestBounds:
+    def test_a_fifo_is_refused_and_not_waited_for(self, tmp_path: Path) -> None:
+        path = tmp_path / "model.safetensors"
+        os.mkfifo(path)
+        with pytest.raises(RefusedError, match="is not a regular file"):
+            read_specs(str(path))
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            (2**40).to_bytes(8, "little") + b"{",
+            (2**63).to_bytes(8, "little") + b"{",
+            (MAX_HEADER_BYTES).to_bytes(8, "little") + b"{}",
+            (MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}",
+            framed(json.dumps({"a": entry("U8", [2**40], [0, 2**40])})),
+            framed(json.dumps({"a": entry("U8", [1] * 1000 + [2**63], [0, 2**63])})),
+            framed('{"a":' * 50_000),
+            framed('{"a":' + "[" * 50_000),
+            framed('{"__metadata__":{"a":' + "1" * 50_000 + "}}"),
+        ],
+        ids=[
+            "1 TB",
+            "2^63",
+            "100 MB",
+            "past 100 MB",
+            "data",
+            "2^63 data",
+            "deep",
+            "lists",
+            "digits",
+        ],
+    )
+    def test_a_small_file_with_a_huge_claim_costs_nothing(
+        self, tmp_path: Path, content: bytes
+    ) -> None:
+        assert library_refuses(content)
+        path = tmp_path / "a.safetensors"
+        tracemalloc.start()
+        start = time.monotonic()
+        try:
+            assert we_refuse(path, content)
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak_bytes < 8_000_000
+        assert time.monotonic() - start < 2
+
+    def test_a_legal_10_megabyte_header_is_read(self, tmp_path: Path) -> None:
+        header, _ = make_header([("a", "F32", ())], {"long": "x" * 10_000_000})
+        path = tmp_path / "a.safetensors"
+        path.write_bytes(header + bytes(4))
+        assert read_specs(str(path)).tensors["a"].shape == ()
+
+    def test_a_file_without_tensors_is_read_as_such(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.safetensors"
+        path.write_bytes(framed("{}"))
+        assert not read_specs(str(path)).tensors
+
+    def test_reading_needs_no_torch(self) -> None:
+        code = "import sys, ckpt_ema.formats as f; assert 'torch' not in sys.modules"
+        assert os.spawnl(os.P_WAIT, sys.executable, sys.executable, "-c", code) == 0
