@@ -1,0 +1,122 @@
+"""The whole job in one call: plan, fold, publish."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckpt_ema import __version__, manifest
+from ckpt_ema.destination import check_vacant
+from ckpt_ema.layouts import MANIFEST_NAME
+from ckpt_ema.planning import PathLike, Plan, plan
+from ckpt_ema.write import StagedOutput
+
+if TYPE_CHECKING:
+    from ckpt_ema.engine import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What an average came to. `manifest` is the content of the output's ckpt_ema.json."""
+
+    plan: Plan
+    is_up_to_date: bool  # this very average was there already, and nothing was read
+    seconds: float  # of reading, folding and writing
+    manifest: dict[str, Any]
+
+    @property
+    def output(self) -> Path:
+        """The folder or the file that was written."""
+        return self.plan.output
+
+
+def average(
+    run: PathLike | Sequence[PathLike],
+    *,
+    decay: float = 0.999,
+    schedule: str = "dynamic",
+    output: PathLike | None = None,
+    overwrite: bool = False,
+    dtype: str = "same",
+    accumulate: str = "float64",
+    device: str = "auto",
+    threads: int | None = None,
+    tile_elements: int | None = None,
+    allow_nonfinite: bool = False,
+    progress: "Progress | None" = None,
+) -> Result:
+    """Average the checkpoints in `run`, a folder or checkpoints oldest first, into `output`.
+
+    The options are those of `ckpt_ema.plan`. `progress` is called with the bytes read so far and
+    in all. The output appears whole or not at all; if this very average is there already, nothing
+    is read.
+
+    Raises what `plan` raises; `RefusedError` also if something else is at the output path and
+    `overwrite` is False, or if a checkpoint holds NaN; `FailedError` if reading or writing fails.
+    """
+    decided = plan(
+        run,
+        decay=decay,
+        schedule=schedule,
+        output=output,
+        dtype=dtype,
+        accumulate=accumulate,
+        device=device,
+        threads=threads,
+        tile_elements=tile_elements,
+        allow_nonfinite=allow_nonfinite,
+    )
+    return carry_out(decided, overwrite=overwrite, progress=progress)
+
+
+def carry_out(
+    plan: Plan,
+    *,
+    overwrite: bool = False,
+    progress: "Progress | None" = None,
+    command: str | None = None,
+) -> Result:
+    """Do what `plan` says; `command` is recorded in the manifest. See `average`."""
+    if manifest.is_up_to_date(plan):
+        recorded = manifest.read_manifest(plan.output)
+        return Result(plan, True, 0.0, recorded)
+    check_vacant(plan.output, overwrite)
+    # Only here, so that an output that is up to date or in the way never waits for torch.
+    from ckpt_ema import engine
+
+    start = time.monotonic()
+    with StagedOutput(plan.output, plan.is_single_file, overwrite) as staged:
+        staged.create(plan.files)
+        device = engine.run(plan, staged, progress)
+        seconds = time.monotonic() - start
+        record = {
+            "ckpt_ema": __version__,
+            "command": command,
+            **manifest.describe(plan),
+            "device": str(device),
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": _peak_memory_bytes(),
+        }
+        if not plan.is_single_file:
+            _add_side_files(plan, staged, record)
+        staged.check_loads()
+        staged.publish()
+    return Result(plan, False, seconds, record)
+
+
+def _add_side_files(plan: Plan, staged: StagedOutput, record: dict[str, Any]) -> None:
+    for name in plan.companions:
+        staged.copy(plan.newest.path / name, name)
+    if plan.index is not None:
+        staged.add(*plan.index)
+    staged.add(MANIFEST_NAME, json.dumps(record, indent=2).encode() + b"\n")
+
+
+def _peak_memory_bytes() -> int:
+    """Peak resident memory of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -1,0 +1,331 @@
+"""The command line: arguments in, one library call, its outcome printed.
+
+stdout carries the output path (or JSON) and nothing else; everything for people goes to stderr.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from ckpt_ema import __version__
+from ckpt_ema.errors import CkptEmaError
+
+_MOST_ROWS = 24  # of the table before an average; `plan` shows them all
+
+app = typer.Typer(
+    name="ckpt-ema",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Schedule(str, Enum):
+    """How the weights come about."""
+
+    dynamic = "dynamic"
+    constant = "constant"
+
+
+class Dtype(str, Enum):
+    """What averaged tensors are written in."""
+
+    same = "same"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Accumulate(str, Enum):
+    """What the fold is computed in."""
+
+    float64 = "float64"
+    float32 = "float32"
+
+
+_AVERAGE, _ENGINE, _OUTPUT = "Average", "Engine", "Output"
+
+RunArgument = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RUN...",
+        show_default=False,
+        help="A folder of numbered checkpoints; or the checkpoints themselves, oldest first.",
+    ),
+]
+DecayOption = Annotated[
+    float,
+    typer.Option(
+        "--decay",
+        "-d",
+        envvar="CKPT_EMA_DECAY",
+        rich_help_panel=_AVERAGE,
+        help="What the average keeps of itself at each checkpoint, between 0 and 1;"
+        " with the dynamic schedule the most it keeps.",
+    ),
+]
+ScheduleOption = Annotated[
+    Schedule,
+    typer.Option(
+        envvar="CKPT_EMA_SCHEDULE",
+        rich_help_panel=_AVERAGE,
+        help="dynamic: min(decay, (1 + n) / (10 + n)) at the n-th fold, as TensorFlow has it;"
+        " constant: decay at every fold.",
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        envvar="CKPT_EMA_DEVICE",
+        rich_help_panel=_ENGINE,
+        help="Where to fold: auto, cpu, cuda, cuda:1, mps, xpu. auto is an accelerator if there is"
+        " one.",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        envvar="CKPT_EMA_THREADS",
+        rich_help_panel=_ENGINE,
+        help="Threads that read and fold.",
+        show_default="one for each core",
+        min=1,
+    ),
+]
+AccumulateOption = Annotated[
+    Accumulate,
+    typer.Option(
+        envvar="CKPT_EMA_ACCUMULATE",
+        rich_help_panel=_ENGINE,
+        help="What to fold in. float32 is a little faster and not exact.",
+    ),
+]
+TileOption = Annotated[
+    int | None,
+    typer.Option(
+        "--tile-elements",
+        envvar="CKPT_EMA_TILE_ELEMENTS",
+        rich_help_panel=_ENGINE,
+        help="Elements folded at a time by one thread; the result does not depend on it.",
+        show_default="262144",
+        min=1,
+    ),
+]
+NonfiniteOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-nonfinite",
+        envvar="CKPT_EMA_ALLOW_NONFINITE",
+        rich_help_panel=_AVERAGE,
+        help="Average NaN and infinite values as they are, instead of refusing them.",
+    ),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        envvar="CKPT_EMA_OUTPUT",
+        rich_help_panel=_OUTPUT,
+        help="The folder to write; or a path that ends in .safetensors, for one file.",
+        show_default="RUN-ema, beside the run",
+    ),
+]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        envvar="CKPT_EMA_DTYPE",
+        rich_help_panel=_OUTPUT,
+        help="What to write averaged tensors in; same is the newest checkpoint's own.",
+    ),
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        envvar="CKPT_EMA_OVERWRITE",
+        rich_help_panel=_OUTPUT,
+        help="Replace an output that is there already.",
+    ),
+]
+QuietOption = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        envvar="CKPT_EMA_QUIET",
+        rich_help_panel=_OUTPUT,
+        help="Say nothing but errors.",
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", rich_help_panel=_OUTPUT, help="Print JSON on stdout.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Average the checkpoints of a training run into one model that loads where they load."""
+    if version:
+        typer.echo(f"ckpt-ema {__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    epilog="Examples:\n\nckpt-ema average runs/\n\nckpt-ema average runs/ --decay 0.4 -o averaged"
+    "\n\nOUT=$(ckpt-ema average runs/ -q) && evaluate $OUT"
+)
+def average(
+    run: RunArgument,
+    decay: DecayOption = 0.999,
+    schedule: ScheduleOption = Schedule.dynamic,
+    allow_nonfinite: NonfiniteOption = False,
+    output: OutputOption = None,
+    dtype: DtypeOption = Dtype.same,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    accumulate: AccumulateOption = Accumulate.float64,
+    tile_elements: TileOption = None,
+) -> None:
+    """Average the checkpoints in RUN and print the path of the result."""
+    with _errors_reported():
+        from ckpt_ema import report
+        from ckpt_ema.averaging import carry_out
+        from ckpt_ema.manifest import is_up_to_date
+        from ckpt_ema.planning import plan as make_plan
+        from ckpt_ema.progress import ByteProgress
+
+        decided = make_plan(
+            run,
+            decay=decay,
+            schedule=schedule.value,
+            output=output,
+            dtype=dtype.value,
+            accumulate=accumulate.value,
+            device=device,
+            threads=threads,
+            tile_elements=tile_elements,
+            allow_nonfinite=allow_nonfinite,
+        )
+        if not quiet and not is_up_to_date(decided):
+            _say(*report.plan_lines(decided, _MOST_ROWS), *report.remark_lines(decided))
+        with ByteProgress(quiet) as progress:
+            result = carry_out(
+                decided, overwrite=overwrite, progress=progress, command=shlex.join(sys.argv)
+            )
+        if not quiet:
+            _say(report.result_line(result))
+        _append_step_summary(report.markdown_lines(decided))
+        typer.echo(json.dumps(result.manifest, indent=2) if as_json else result.output)
+
+
+@app.command(
+    epilog="Examples:\n\nckpt-ema plan runs/\n\nckpt-ema plan runs/ --decay 0.4 --json | jq"
+    " '.checkpoints[].weight'"
+)
+def plan(
+    run: RunArgument,
+    decay: DecayOption = 0.999,
+    schedule: ScheduleOption = Schedule.dynamic,
+    allow_nonfinite: NonfiniteOption = False,
+    output: OutputOption = None,
+    dtype: DtypeOption = Dtype.same,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    accumulate: AccumulateOption = Accumulate.float64,
+    tile_elements: TileOption = None,
+) -> None:
+    """Show what `average` would do, and the weight of each checkpoint; no tensor is read."""
+    with _errors_reported():
+        from ckpt_ema import manifest, report
+        from ckpt_ema.planning import plan as make_plan
+
+        decided = make_plan(
+            run,
+            decay=decay,
+            schedule=schedule.value,
+            output=output,
+            dtype=dtype.value,
+            accumulate=accumulate.value,
+            device=device,
+            threads=threads,
+            tile_elements=tile_elements,
+            allow_nonfinite=allow_nonfinite,
+        )
+        if as_json:
+            described = manifest.describe(decided)
+            described["tensors"] = manifest.describe_tensors(decided)
+            typer.echo(json.dumps(described, indent=2))
+        else:
+            typer.echo("\n".join(report.plan_lines(decided)))
+        if not quiet:
+            _say(*report.remark_lines(decided))
+
+
+class _Terminated(BaseException):
+    """A signal asks the process to end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def main() -> None:
+    """Run the command line; never returns."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
+    # torch says it at import wherever numpy is missing, and nothing here needs numpy.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    app()
+
+
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    raise _Terminated(number)
+
+
+@contextlib.contextmanager
+def _errors_reported() -> Iterator[None]:
+    """Turn what goes wrong into one line on stderr and the exit code it stands for."""
+    try:
+        yield
+    except CkptEmaError as error:
+        _say(f"error: {error}")
+        raise typer.Exit(error.exit_code) from error
+    except MemoryError as error:
+        _say("error: The machine ran out of memory; nothing was written. Try fewer --threads.")
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        _say("interrupted, nothing was written")
+        raise typer.Exit(130) from error
+    except _Terminated as error:
+        _say("terminated, nothing was written")
+        raise typer.Exit(128 + error.number) from error
+
+
+def _append_step_summary(lines: list[str]) -> None:
+    path = os.environ.get("GITHUB_STEP_SUMMARY")
+    if path:
+        with contextlib.suppress(OSError), Path(path).open("a", encoding="utf-8") as summary:
+            summary.write("\n".join(lines) + "\n")
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        typer.echo(line, err=True)

@@ -1,0 +1,194 @@
+"""The one loop: which tile, which thread, which device. Sources and destination meet here alone.
+
+The output is cut into tiles; a thread takes the next one, reads its range from every checkpoint,
+folds, rounds and writes it where it belongs. Threads share nothing but the list of tiles, so the
+bytes do not depend on how many there are or on how the output is cut.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ckpt_ema.errors import FailedError, OptionError, printable
+from ckpt_ema.folding import Staging, TileFold, make_fold
+from ckpt_ema.formats.specs import DTYPE_BITS
+from ckpt_ema.nonfinite import check_nonfinite
+from ckpt_ema.planning import Plan
+from ckpt_ema.shadow import fold_keeping_infinities_, is_finite, widest_float
+from ckpt_ema.sources import TORCH_DTYPES, Sources
+from ckpt_ema.spans import Span
+
+_POLL_SECONDS = 0.1  # how long the main thread is deaf to signals, at most
+
+Progress = Callable[[int, int], None]  # bytes read so far, bytes to read in all
+
+
+class Destination(Protocol):
+    """Where finished bytes go; called from many threads."""
+
+    def write(self, file: int, data: memoryview, offset: int) -> None:
+        """Put `data` at `offset` of the output file with this number."""
+
+
+class Tile(NamedTuple):
+    """A range of a span: elements if it is averaged, bytes if it is kept."""
+
+    span: Span
+    start: int
+    length: int
+
+
+def run(plan: Plan, destination: Destination, progress: Progress | None = None) -> torch.device:
+    """Fold everything in `plan` into `destination`; the device that did it is returned.
+
+    Raises `RefusedError` for values that are not finite, `FailedError` if a file changes or cannot
+    be read, and whatever `destination` raises; by then every thread has ended.
+    """
+    device = resolve_device(plan.device)
+    sources = Sources(plan)
+    try:
+        _run_threads(_Job(plan, sources, destination, device, tiles(plan)), progress)
+        sources.verify()
+    finally:
+        sources.close()
+    return device
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `name` asks for; "auto" is the accelerator if there is one, else the CPU."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if found is None else found
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        reason = printable(str(error).splitlines()[0])
+        raise OptionError(f"--device {printable(name)} cannot be used: {reason}") from error
+    return device
+
+
+def tiles(plan: Plan) -> Iterator[Tile]:
+    """Cut the plan's spans, in the order of the output's bytes."""
+    for span in plan.work.spans:
+        limit = plan.tile_elements * (1 if span.averaged else 8)
+        step = span.length if span.is_whole else limit
+        for start in range(0, span.length, step):
+            yield Tile(span, start, min(step, span.length - start))
+
+
+@dataclass(slots=True)
+class _Job:
+    """What the threads share."""
+
+    plan: Plan
+    sources: Sources
+    destination: Destination
+    device: torch.device
+    tiles: Iterator[Tile]
+    bytes_read: int = 0
+    stopped: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def next_tile(self) -> Tile | None:
+        with self.lock:
+            return None if self.stopped else next(self.tiles, None)
+
+    def count_read(self, size_bytes: int) -> None:
+        with self.lock:
+            self.bytes_read += size_bytes
+
+
+def _run_threads(job: _Job, progress: Progress | None) -> None:
+    threads = job.plan.threads
+    with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-ema") as pool:
+        pending = {pool.submit(_Worker(job).work) for _ in range(threads)}
+        try:
+            while pending:
+                done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                if progress:
+                    progress(job.bytes_read, job.plan.bytes_read)
+        finally:
+            job.stopped = True
+
+
+class _Worker:
+    """One thread's part, with memory of its own."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self._plan = job.plan
+        self._decays = [c.decay for c in job.plan.checkpoints if c.decay is not None]
+        self._holds_float64 = any(
+            "F64" in (span.dtype, *(source.dtype for source in span.sources))
+            for span in job.plan.work.spans
+        )
+        self._staging = Staging(0)  # for kept tensors, made when the first one comes
+
+    def work(self) -> None:
+        """Take tiles until there are none."""
+        # There is one thread per core already; without this each would start a team of its own.
+        torch.set_num_threads(1)
+        try:
+            fold = self._make_fold(self._plan.tile_elements)
+            while (tile := self._job.next_tile()) is not None:
+                self._do(tile, fold)
+        except torch.OutOfMemoryError as error:
+            raise FailedError(
+                f"The device {self._job.device} ran out of memory.", "Try --device cpu."
+            ) from error
+
+    def _make_fold(self, capacity: int) -> TileFold:
+        device = self._job.device
+        wide = torch.float32 if self._plan.accumulate == "float32" else widest_float(device)
+        return make_fold(self._decays, capacity, wide, device, self._holds_float64)
+
+    def _do(self, tile: Tile, fold: TileFold) -> None:
+        span = tile.span
+        if not span.averaged:
+            data, offset = self._kept(tile), tile.start
+        else:
+            if tile.length > fold.capacity:  # a strided view comes in one piece
+                fold = self._make_fold(tile.length)
+            data = self._averaged(tile, fold)
+            offset = tile.start * DTYPE_BITS[span.dtype] // 8
+        for file, begin in span.targets:
+            self._job.destination.write(file, data, begin + offset)
+
+    def _kept(self, tile: Tile) -> memoryview:
+        """The newest checkpoint's bytes."""
+        if tile.length > len(self._staging.bytes):
+            self._staging = Staging(tile.length)
+        newest = len(self._plan.checkpoints) - 1
+        source = tile.span.sources[0]
+        data = self._job.sources.read(newest, source, tile.start, tile.length, self._staging)
+        self._job.count_read(tile.length)
+        return data
+
+    def _averaged(self, tile: Tile, fold: TileFold) -> memoryview:
+        span, layout_of = tile.span, self._plan.work.layout_of
+        dtype = TORCH_DTYPES[span.dtype]
+
+        def read(index: int, staging: Staging) -> torch.Tensor:
+            source = span.sources[layout_of[index]]
+            return self._job.sources.values(index, source, tile.start, tile.length, staging)
+
+        def read_and_count(index: int, staging: Staging) -> torch.Tensor:
+            values = read(index, staging)
+            self._job.count_read(values.nbytes)
+            return values
+
+        data = fold.fold(tile.length, dtype, read_and_count)
+        if is_finite(torch.frombuffer(data, dtype=dtype)):
+            return data
+        data = fold.fold(tile.length, dtype, read, fold_keeping_infinities_)
+        if not self._plan.allow_nonfinite:
+            average = torch.frombuffer(data, dtype=dtype)
+            check_nonfinite(self._plan, self._job.sources, span, tile.start, average)
+        return data

@@ -1,0 +1,83 @@
+"""Finding the NaN or infinity behind a tile that came out non-finite: tensor, checkpoint, count.
+
+It runs only when a finished tile holds such a value, so it may read again what it needs.
+"""
+
+import torch
+
+from ckpt_ema.errors import RefusedError, printable
+from ckpt_ema.folding import Staging
+from ckpt_ema.outputs import OutputTensor
+from ckpt_ema.planning import Plan
+from ckpt_ema.sources import Sources
+from ckpt_ema.spans import Span
+
+_CHUNK_ELEMENTS = 1 << 18
+
+
+def check_nonfinite(
+    plan: Plan, sources: Sources, span: Span, start: int, average: torch.Tensor
+) -> None:
+    """Raise `RefusedError` unless every non-finite element is an infinity that never changes.
+
+    `average` holds the elements of `span` from `start` on, rounded to the output's dtype.
+    """
+    count = len(average)
+    staging = Staging(count * 8)
+    suspect = ~average.isfinite()
+    unchanged = average.isinf()
+    guilty: int | None = None
+    for index, layout in enumerate(plan.work.layout_of):
+        value = sources.values(index, span.sources[layout], start, count, staging)
+        unchanged &= value == average
+        if guilty is None and bool((suspect & ~value.isfinite()).any()):
+            guilty = index
+            first = int((suspect & ~value.isfinite()).int().argmax())
+    problem = suspect & ~unchanged
+    if not bool(problem.any()):
+        return
+    if guilty is None:
+        first = int(problem.int().argmax())
+        raise _overflow(_tensor_at(plan, span, start + first))
+    raise _nonfinite(plan, sources, guilty, _tensor_at(plan, span, start + first))
+
+
+def _tensor_at(plan: Plan, span: Span, element: int) -> OutputTensor:
+    file, begin = span.targets[0]
+    for tensor in plan.files[file].tensors:
+        if tensor.dtype == span.dtype and tensor.size_bytes:
+            item_bytes = tensor.size_bytes // max(1, _numel(tensor))
+            if tensor.offset <= begin + element * item_bytes < tensor.offset + tensor.size_bytes:
+                return tensor
+    raise AssertionError("a span covers tensors of the output only")
+
+
+def _numel(tensor: OutputTensor) -> int:
+    return int(torch.Size(tensor.shape).numel())
+
+
+def _overflow(tensor: OutputTensor) -> RefusedError:
+    return RefusedError(
+        f"The average of tensor {printable(tensor.name)} has values beyond the range of"
+        f" {tensor.dtype}.",
+        "Choose another --dtype (bfloat16 has the range of float32), or --allow-nonfinite.",
+    )
+
+
+def _nonfinite(plan: Plan, sources: Sources, index: int, tensor: OutputTensor) -> RefusedError:
+    checkpoint = plan.checkpoints[index]
+    source = checkpoint.specs.tensors[tensor.name]
+    total = _numel(tensor)
+    chunk = total if source.strides is not None else _CHUNK_ELEMENTS
+    staging = Staging(min(chunk, total) * 8)
+    nans = infinities = 0
+    for start in range(0, total, chunk):
+        value = sources.values(index, source, start, min(chunk, total - start), staging)
+        nans += int(value.isnan().sum())
+        infinities += int(value.isinf().sum())
+    found = [f"{nans} NaN"] * bool(nans) + [f"{infinities} infinite"] * bool(infinities)
+    return RefusedError(
+        f"{printable(checkpoint.path)}: tensor {printable(tensor.name)} holds"
+        f" {' and '.join(found)} values (of {total}).",
+        "Leave that checkpoint out, or pass --allow-nonfinite to average it as it is.",
+    )

@@ -1,0 +1,65 @@
+"""Progress in bytes on stderr: a bar for a person, a line now and then for a log file."""
+
+import os
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from ckpt_ema.report import size
+
+_SECONDS_BETWEEN_LINES = 30
+
+
+class ByteProgress:
+    """Shows bytes read of bytes to read; call it with both. A context manager."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+        self._start = self._last_line = time.monotonic()
+
+    def __enter__(self) -> "ByteProgress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        """Show that `done_bytes` of `total_bytes` are read."""
+        if self._bar is None:
+            self._bar = self._make_bar(total_bytes)
+        self._bar.update(done_bytes - self._bar.n)
+        now = time.monotonic()
+        if self._bar.disable and not self._quiet and now - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._bar.n = done_bytes  # a disabled bar does not count
+            speed = done_bytes / (now - self._start)
+            left = (total_bytes - done_bytes) / max(speed, 1)
+            sys.stderr.write(
+                f"{size(done_bytes)} of {size(total_bytes)}, {size(speed)}/s, {left:.0f} s left\n"
+            )
+
+    def _make_bar(self, total_bytes: int) -> Any:
+        from tqdm import tqdm
+
+        options: dict[str, Any] = {}
+        if "TQDM_DISABLE" not in os.environ:  # an explicit argument would beat the user's variable
+            shown = sys.stderr.isatty() or os.environ.get("TQDM_POSITION") == "-1"
+            options["disable"] = self._quiet or not shown
+        return tqdm(
+            total=total_bytes,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            leave=False,
+            file=sys.stderr,
+            desc="averaging",
+            **options,
+        )

@@ -1,0 +1,163 @@
+"""The fold: the arithmetic of an exponential moving average and nothing else.
+
+    shadow <- shadow - (1 - decay) * (shadow - value)
+
+It is the form of TensorFlow's `assign_sub`. Against decay * shadow + (1 - decay) * value it has the
+merit that a value which never changes leaves the shadow as it is, bit for bit.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from ckpt_ema.errors import OptionError, RefusedError, printable, some
+from ckpt_ema.schedule import dynamic_decay
+
+AVERAGED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def fold_(shadow: torch.Tensor, value: torch.Tensor, decay: float) -> None:
+    """Fold `value` into `shadow` in place; both of the same shape, dtype and device.
+
+    `torch.lerp` computes it as one fused multiply-add, b - (b - a) * (1 - weight) where weight is
+    at least a half. The arguments are ordered so that it always takes that form: the other one
+    turns -0.0 into 0.0.
+    """
+    if decay > 0.5:
+        torch.lerp(value, shadow, decay, out=shadow)
+    else:
+        torch.lerp(shadow, value, 1.0 - decay, out=shadow)
+
+
+def fold_keeping_infinities_(shadow: torch.Tensor, value: torch.Tensor, decay: float) -> None:
+    """As `fold_`, but infinity folded into the same infinity stays, where `fold_` makes it NaN.
+
+    Masks hold -inf that never changes. Finite elements get the very bits that `fold_` gives.
+    """
+    unchanged = shadow.isinf() & (shadow == value)
+    kept = shadow.clone()
+    fold_(shadow, value, decay)
+    torch.where(unchanged, kept, shadow, out=shadow)
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no element of a floating-point tensor is NaN or infinite."""
+    if not values.numel():
+        return True
+    # A finite sum has finite terms only, and nothing is faster to compute; one that is not finite
+    # may have overflowed, and then the extremes tell (NaN propagates to them).
+    wide_enough = torch.float32 if values.dtype == torch.float16 else values.dtype
+    if math.isfinite(values.sum(dtype=wide_enough).item()):
+        return True
+    low, high = torch.aminmax(values)
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has no float64 (Apple's mps, some xpu)."""
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).add_(1)  # allocating alone proves nothing
+    except (TypeError, RuntimeError):
+        return torch.float32
+    return torch.float64
+
+
+class Shadow:
+    """The moving average of a dict of tensors in memory: TensorFlow's `ExponentialMovingAverage`.
+
+    `initial` gives the shadow its first values; without it the first `apply` does. Floating-point
+    tensors are averaged in float64 (float32 on a device that lacks it), all others keep the value
+    applied last. It is the same fold as that of `ckpt_ema.average`.
+
+    >>> shadow = Shadow(0.99)
+    >>> for number in (1.0, 2.0, 3.0):
+    ...     shadow.apply({"w": torch.tensor(number)})
+    >>> shadow.average("w")
+    tensor(2.7045)
+    """
+
+    def __init__(
+        self,
+        decay: float,
+        initial: Mapping[str, torch.Tensor] | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        if not 0.0 <= decay <= 1.0:
+            raise OptionError(f"decay is {decay}; it must lie between 0 and 1.")
+        self.decay = decay
+        self.num_applied = 0
+        self._device = torch.device(device) if device is not None else None
+        self._shadow: dict[str, torch.Tensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        if initial is not None:
+            self._start(initial)
+
+    def apply(self, state_dict: Mapping[str, torch.Tensor], num_updates: int | None = None) -> None:
+        """Fold `state_dict` in with decay min(decay, (1 + n) / (10 + n)), n = `num_updates`.
+
+        `num_updates` is by default the number of applies so far. Raises `RefusedError` if names or
+        shapes are not those of the shadow; the shadow is then as before.
+        """
+        n = self.num_applied if num_updates is None else num_updates
+        if n < 0:
+            raise OptionError(f"num_updates is {n}; it must not be negative.")
+        if not self._shadow:
+            self._start(state_dict)
+        else:
+            self._check(state_dict)
+            for name, value in state_dict.items():
+                self._fold(name, value.detach(), dynamic_decay(n, self.decay))
+        self.num_applied += 1
+
+    def average(self, name: str) -> torch.Tensor:
+        """The average of one tensor, in the dtype in which it was applied."""
+        if name not in self._shadow:
+            raise RefusedError(f"The shadow has no tensor {printable(name)}.")
+        return self._shadow[name].to(self._dtypes[name], copy=True)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All averages, in the dtypes in which they were applied."""
+        return {name: self.average(name) for name in self._shadow}
+
+    def _start(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        for name, value in state_dict.items():
+            self._shadow[name] = self._wide(value.detach()).clone()
+            self._dtypes[name] = value.dtype
+
+    def _fold(self, name: str, value: torch.Tensor, decay: float) -> None:
+        wide = self._wide(value)
+        if value.dtype not in AVERAGED_DTYPES:
+            self._shadow[name] = wide.clone()
+            return
+        before = self._shadow[name]
+        after = before.clone()
+        fold_(after, wide, decay)
+        if not is_finite(after):
+            after = before.clone()
+            fold_keeping_infinities_(after, wide, decay)
+        self._shadow[name] = after
+        self._dtypes[name] = value.dtype
+
+    def _wide(self, value: torch.Tensor) -> torch.Tensor:
+        device = self._device or value.device
+        if value.dtype not in AVERAGED_DTYPES:
+            return value.to(device)
+        return value.to(device, widest_float(device))
+
+    def _check(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        if state_dict.keys() != self._shadow.keys():
+            different = sorted(state_dict.keys() ^ self._shadow.keys())
+            raise RefusedError(f"The tensors are not those of the shadow: {some(different)}.")
+        for name, value in state_dict.items():
+            mine = self._shadow[name]
+            if mine.shape != value.shape:
+                raise RefusedError(
+                    f"Tensor {printable(name)} has shape {list(value.shape)}, and the shadow"
+                    f" {list(mine.shape)}."
+                )
+            if (value.dtype in AVERAGED_DTYPES) != (mine.dtype in AVERAGED_DTYPES):
+                raise RefusedError(
+                    f"Tensor {printable(name)} is {value.dtype} now and {self._dtypes[name]} in the"
+                    " shadow: a float and no float cannot be averaged."
+                )

@@ -1,0 +1,70 @@
+"""Reading elements of the planned checkpoints' tensors into staging memory, whatever the format."""
+
+import torch
+
+from ckpt_ema.files import FilePool
+from ckpt_ema.folding import Staging
+from ckpt_ema.formats.specs import AVERAGED, DTYPE_BITS, TensorSpec
+from ckpt_ema.planning import Plan
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, torch_name) for name, torch_name in AVERAGED.items()
+}
+_OF_WIDTH = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
+
+
+class Sources:
+    """The tensor data of a plan's checkpoints, read by position; for many threads."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._paths = [
+            [str(checkpoint.folder / file.name) for file in checkpoint.specs.files]
+            for checkpoint in plan.checkpoints
+        ]
+        self._pool = FilePool(
+            {
+                path: (file.size_bytes, file.mtime_ns)
+                for checkpoint, paths in zip(plan.checkpoints, self._paths, strict=True)
+                for path, file in zip(paths, checkpoint.specs.files, strict=True)
+            }
+        )
+
+    def values(
+        self, checkpoint: int, source: TensorSpec, start: int, count: int, staging: Staging
+    ) -> torch.Tensor:
+        """`count` elements from element `start` of an averaged tensor on: shape (count,).
+
+        A strided view is read whole, whatever `start` and `count` are.
+        """
+        dtype = TORCH_DTYPES[source.dtype]
+        self.read(checkpoint, source, start * dtype.itemsize, count * dtype.itemsize, staging)
+        return staging.values(dtype, count)
+
+    def read(
+        self, checkpoint: int, source: TensorSpec, start: int, size_bytes: int, staging: Staging
+    ) -> memoryview:
+        """The same in bytes, for tensors of any dtype."""
+        path = self._paths[checkpoint][source.file]
+        if source.strides is not None:
+            return self._gather(path, source, staging)
+        view = staging.bytes[:size_bytes]
+        self._pool.read_into(path, view, source.offset + start)
+        return view
+
+    def verify(self) -> None:
+        """Raise `FailedError` if a file has changed since the plan was made."""
+        self._pool.verify()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._pool.close()
+
+    def _gather(self, path: str, source: TensorSpec, staging: Staging) -> memoryview:
+        """Read a strided view with the gaps it spans, and pack it row-major."""
+        assert source.strides is not None
+        dtype = _OF_WIDTH[DTYPE_BITS[source.dtype]]  # bits only move, so the width is enough
+        raw = Staging(source.span_bytes)
+        self._pool.read_into(path, raw.bytes, source.offset)
+        view = raw.memory.view(dtype).as_strided(source.shape, source.strides)
+        staging.values(dtype, view.numel()).view(source.shape).copy_(view)
+        return staging.bytes[: source.size_bytes]

@@ -1,0 +1,251 @@
+"""The command line as a process: streams, exit codes, messages, signals, imports."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import MakeRun, noise, series
+
+COMMAND = [sys.executable, "-m", "ckpt_ema"]
+ENVIRONMENT = {**os.environ, "TYPER_USE_RICH": "0", "COLUMNS": "80", "GITHUB_STEP_SUMMARY": ""}
+
+
+def ckpt_ema(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command and capture both streams."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**ENVIRONMENT, **options.pop("env", {})},
+        **options,
+    )
+
+
+@pytest.fixture
+def run(make_run: MakeRun) -> Path:
+    """A run of four small checkpoints."""
+    return make_run(series(4, w=noise(4, 100)), steps=[9, 10, 100, 1000])
+
+
+def test_average_prints_the_output_path_and_nothing_else_on_stdout(run: Path) -> None:
+    done = ckpt_ema("average", run, "--decay", "0.999", "--device", "cpu")
+    assert done.returncode == 0
+    assert done.stdout == f"{run}-ema\n"
+    assert "checkpoint-1000  1000  0.3077  69.23%" in done.stderr
+    assert "--decay 0.999 changes nothing here" in done.stderr
+    assert "ends at 0.3077" in done.stderr
+    last_line = done.stderr.splitlines()[-1]
+    assert last_line.startswith("read 1.6 KiB and wrote")
+    assert last_line.endswith(f": {run}-ema")
+
+
+def test_the_second_time_it_is_up_to_date_without_torch(run: Path) -> None:
+    assert ckpt_ema("average", run, "-q", "--device", "cpu").returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "ckpt_ema", "average", run],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=True,
+    )
+    assert done.stdout == f"{run}-ema\n"
+    assert "is up to date" in done.stderr
+    assert "| torch" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["average", "--help"], ["--version"], ["plan", "RUN"], ["plan", "RUN", "--json"]],
+)
+def test_help_and_plan_never_import_torch(run: Path, arguments: list[str]) -> None:
+    words = [str(run) if word == "RUN" else word for word in arguments]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "ckpt_ema", *words],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=True,
+    )
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "ckpt_ema.cli" in imported
+    assert not {name for name in imported if name.split(".")[0] in ("torch", "numpy")}
+
+
+def test_plan_as_json_has_the_promised_fields(run: Path) -> None:
+    done = ckpt_ema("plan", run, "--json")
+    plan = json.loads(done.stdout)
+    assert [list(row)[:4] for row in plan["checkpoints"]] == [
+        ["path", "step", "decay", "weight"]
+    ] * 4
+    assert plan["checkpoints"][0]["decay"] is None
+    assert sum(row["weight"] for row in plan["checkpoints"]) == pytest.approx(1, abs=1e-12)
+    assert plan["bytes_read"] == 4 * 100 * 4
+    assert plan["tensors"] == [
+        {"name": "w", "file": "model.safetensors", "dtype": "F32", "shape": [100], "averaged": True}
+    ]
+    assert all(isinstance(warning, str) for warning in plan["warnings"])
+    assert not Path(f"{run}-ema").exists()
+
+
+def test_average_as_json_prints_the_manifest(run: Path) -> None:
+    done = ckpt_ema("average", run, "--json", "-q", "--device", "cpu")
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == json.loads(Path(f"{run}-ema/ckpt_ema.json").read_text())
+    assert "average" in json.loads(done.stdout)["command"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["average", "NOWHERE"], 3, "error: NOWHERE does not exist. Check the path."),
+        (["average", "RUN", "--decay", "1.5"], 2, "error: --decay is 1.5; it must lie between 0"),
+        (["average", "RUN", "--decay", "nan"], 2, "error: --decay is nan"),
+        (["average", "RUN", "--decay", "much"], 2, "valid"),
+        (["average", "RUN", "--device", "cuda:7"], 2, "error: --device cuda:7 cannot be used"),
+        (["average", "RUN", "--shedule", "constant"], 2, "--schedule"),
+        (["average", "RUN", "-o", "RUN/in"], 3, "lies inside the input"),
+        (["average", "RUN", "--threads", "0"], 2, "--threads"),
+        (["average"], 2, "Missing argument"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_the_right_code(
+    run: Path, arguments: list[str], code: int, message: str
+) -> None:
+    done = ckpt_ema(*(word.replace("RUN", str(run)) for word in arguments))
+    assert (done.returncode, done.stdout) == (code, "")
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not Path(f"{run}-ema").exists()
+
+
+def test_an_existing_output_is_refused_and_kept(run: Path) -> None:
+    Path(f"{run}-ema").mkdir()
+    Path(f"{run}-ema/model.safetensors").write_text("mine")
+    done = ckpt_ema("average", run, "-q")
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"error: The output {run}-ema exists already")
+    assert "--overwrite" in done.stderr
+    assert Path(f"{run}-ema/model.safetensors").read_text() == "mine"
+
+
+def test_a_cut_off_file_is_named_with_what_to_do(run: Path) -> None:
+    path = run / "checkpoint-100/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    done = ckpt_ema("average", run, "-q")
+    assert done.returncode == 3
+    assert f"error: {path} is cut short: its header promises 400 bytes" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount and to be nobody")
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(small)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        done = ckpt_ema("average", run, "-q", "-o", small / "out", "--device", "cpu")
+        left = list(small.iterdir())
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert done.returncode == 1
+    assert "cannot be written: No space left on device. Nothing was published." in done.stderr
+    assert left == []
+
+
+def test_environment_variables_set_options(run: Path) -> None:
+    done = ckpt_ema(
+        "plan", run, "--json", env={"CKPT_EMA_DECAY": "0.25", "CKPT_EMA_DTYPE": "float16"}
+    )
+    plan = json.loads(done.stdout)
+    assert (plan["decay"], plan["dtype"]) == (0.25, "float16")
+
+
+def test_every_option_has_an_environment_variable_and_help_shows_examples() -> None:
+    text = ckpt_ema("average", "--help", env={"COLUMNS": "200"}).stdout
+    for option in (
+        "DECAY",
+        "SCHEDULE",
+        "OUTPUT",
+        "DTYPE",
+        "DEVICE",
+        "THREADS",
+        "OVERWRITE",
+        "QUIET",
+    ):
+        assert f"CKPT_EMA_{option}" in text
+    assert "ckpt-ema average runs/" in text
+    assert "--json" in text
+
+
+def test_the_step_summary_gets_the_table(run: Path, tmp_path: Path) -> None:
+    summary = tmp_path / "summary.md"
+    done = ckpt_ema(
+        "average", run, "-q", "--device", "cpu", env={"GITHUB_STEP_SUMMARY": str(summary)}
+    )
+    assert done.returncode == 0
+    assert "| checkpoint-1000 | 1000 | 0.3077 | 69.23% |" in summary.read_text()
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run(series(2, **{"a\x1b[31m\nb": noise(2, 3), "\x1b]0;n\x07": torch.arange(2)}))
+    done = ckpt_ema("plan", run)
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "\x07" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGINT, 130, "interrupted, nothing was written\n"),
+        (signal.SIGTERM, 143, "terminated, nothing was written\n"),
+    ],
+)
+def test_a_signal_ends_it_with_one_line_and_nothing_left(
+    make_run: MakeRun, number: int, code: int, line: str
+) -> None:
+    run = make_run(series(20, w=noise(20, 1_000_000)))
+    process = subprocess.Popen(
+        [*COMMAND, "average", run, "-q", "--tile-elements", "100", "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    deadline = time.monotonic() + 50
+    while not list(run.parent.glob(".run-ema.*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stdout, stderr) == (code, "", line)
+    assert {path.name for path in run.parent.iterdir()} == {"run"}
+
+
+def test_a_limit_on_descriptors_is_respected(make_run: MakeRun) -> None:
+    run = make_run(series(60, w=noise(60, 10)))
+    done = ckpt_ema(
+        "average",
+        run,
+        "-q",
+        "--device",
+        "cpu",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
