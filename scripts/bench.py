@@ -1,5 +1,5 @@
 """Measure ckpt-ema against reading the bytes and against the loop that everybody writes; long,
-because it makes its own checkpoints, holds all contenders and checks their answers by itself.
+because it measures speed, memory and start-up, checks the answers and reports them by itself.
 
 Each contender is a process of its own, so that its memory is its own; they take turns, because
 only ratios within one run can be compared. It runs on Linux.
@@ -8,7 +8,6 @@ only ratios within one run can be compared. It runs on Linux.
 import argparse
 import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -20,51 +19,38 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+from contenders import (
+    AVERAGE,
+    CHUNK_ELEMENTS,
+    CONTENDERS,
+    IMPORT,
+    ITEM_BYTES,
+    LOOP,
+    MIB,
+    READ,
+    TORCHS,
+    WRITE,
+    Job,
+    Settings,
+    decay_of,
+    make_run,
+    weights_files,
+)
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-MIB = 1024**2
-DECAY = 0.999
-CHUNK_ELEMENTS = 4 * MIB
-READ_BYTES = MIB // 2  # of 256 KiB to 2 MiB the fastest in a fresh process: the strictest baseline
 SAMPLE_SECONDS = 0.005
 QUIET_CORES = 0.2  # OpenMP spins: one busy neighbour made the loop 50 times slower
-ITEM_BYTES = {"bfloat16": 2, "float32": 4}
-SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32"}
 PROMISED_SPEEDUP = {"bfloat16": 3.0, "float32": 4.5}
 PROMISED_TIMES_READING = 3.2
 PROMISED_ANONYMOUS_MIB = 120
 SAME_ANONYMOUS_MIB = 16  # between two runs of one setting: thread stacks and allocator arenas
 PROMISED_STARTUP = 1 / 3  # of the time of `import torch`
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is averaged, and with how many threads."""
-
-    dtype: str
-    checkpoints: int
-    size_bytes: int
-    threads: int
-
-    @property
-    def name(self) -> str:
-        """Name of the run's folder."""
-        return f"{self.dtype}-{self.checkpoints}x{self.size_bytes // MIB}MiB"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a contender is given."""
-
-    run: Path
-    output: Path
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -92,198 +78,8 @@ class Promise:
         return [self.text, self.measured, {True: "held", False: "MISSED", None: "-"}[self.held]]
 
 
-# Making a run
-
-
-def llama_shapes(elements: int) -> dict[str, list[int]]:
-    """Shapes of a llama that has `elements` parameters, to within one row of its vocabulary."""
-    hidden = max(
-        (width for width in (64, 128, 256, 512, 1024, 2048, 4096) if elements > 115 * width**2),
-        default=64,
-    )
-    wide, narrow = hidden * 11 // 4, hidden // 4
-    projections = {
-        "self_attn.q_proj": [hidden, hidden],
-        "self_attn.k_proj": [narrow, hidden],
-        "self_attn.v_proj": [narrow, hidden],
-        "self_attn.o_proj": [hidden, hidden],
-        "mlp.gate_proj": [wide, hidden],
-        "mlp.up_proj": [wide, hidden],
-        "mlp.down_proj": [hidden, wide],
-        "input_layernorm": [hidden],
-        "post_attention_layernorm": [hidden],
-    }
-    layer_elements = sum(math.prod(shape) for shape in projections.values())
-    layers = max(1, int(0.75 * elements / layer_elements))
-    vocabulary = max(1, (elements - layers * layer_elements - hidden) // (2 * hidden))
-    shapes = {"model.embed_tokens.weight": [vocabulary, hidden]}
-    for layer, (name, shape) in itertools.product(range(layers), projections.items()):
-        shapes[f"model.layers.{layer}.{name}.weight"] = shape
-    return shapes | {"model.norm.weight": [hidden], "lm_head.weight": [vocabulary, hidden]}
-
-
-def encode_header(shapes: dict[str, list[int]], dtype: str) -> bytes:
-    """Length and padded JSON with which a safetensors file of these tensors begins."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, shape in shapes.items():
-        end = begin + math.prod(shape) * ITEM_BYTES[dtype]
-        header[name] = {
-            "dtype": SAFETENSORS_NAMES[dtype],
-            "shape": shape,
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def make_run(settings: Settings, workdir: Path) -> Path:
-    """Folder of the run, made unless it is there; a stamp beside it says that it is whole."""
-    import torch
-
-    run, stamp = workdir / settings.name, workdir / f"{settings.name}.whole"
-    if stamp.exists():
-        return run
-    shutil.rmtree(run, ignore_errors=True)
-    shapes = llama_shapes(settings.size_bytes // ITEM_BYTES[settings.dtype])
-    elements = sum(math.prod(shape) for shape in shapes.values())
-    # Every chunk is a window of the same noise at its own offset: drawing all of it takes minutes.
-    random = torch.Generator().manual_seed(0)
-    base = torch.randn(2 * CHUNK_ELEMENTS, generator=random) * 0.02
-    walk = torch.zeros(2 * CHUNK_ELEMENTS)
-    buffer = bytearray(CHUNK_ELEMENTS * ITEM_BYTES[settings.dtype])
-    rounded = torch.frombuffer(buffer, dtype=getattr(torch, settings.dtype))
-    for step in range(100, 100 * settings.checkpoints + 1, 100):
-        folder = run / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        config = {"model_type": "llama", "hidden_size": shapes["model.norm.weight"][0]}
-        (folder / "config.json").write_text(json.dumps(config))
-        with (folder / "model.safetensors").open("wb") as file:
-            file.write(encode_header(shapes, settings.dtype))
-            for chunk, start in enumerate(range(0, elements, CHUNK_ELEMENTS)):
-                count = min(CHUNK_ELEMENTS, elements - start)
-                near, far = chunk * 104_729 % CHUNK_ELEMENTS, chunk * 15_485_863 % CHUNK_ELEMENTS
-                rounded[:count] = base[near : near + count] + walk[far : far + count]
-                file.write(memoryview(buffer)[: count * ITEM_BYTES[settings.dtype]])
-            # Writing back 4 GiB of dirty pages later would disturb what is measured.
-            os.fsync(file.fileno())
-        walk += torch.randn(2 * CHUNK_ELEMENTS, generator=random) * 0.001
-    stamp.touch()
-    return run
-
-
-def decay_of(fold: int) -> float:
-    """TensorFlow's dynamic decay."""
-    return min(DECAY, (1 + fold) / (10 + fold))
-
-
-def weights_files(run: Path) -> list[Path]:
-    """Weights of a run, oldest first."""
-    folders = sorted(run.iterdir(), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    return [folder / "model.safetensors" for folder in folders]
-
-
-# The contenders, each in a process of its own
-
-
-def read_bytes(job: Job) -> None:
-    """Read every byte once, by position, into one small buffer for each thread."""
-    paths = weights_files(job.run)
-    sizes = [path.stat().st_size for path in paths]
-    ranges = [
-        (index, start)
-        for index, size_bytes in enumerate(sizes)
-        for start in range(0, size_bytes, READ_BYTES)
-    ]
-    descriptors = [os.open(path, os.O_RDONLY) for path in paths]
-
-    def read_share(share: int) -> int:
-        buffer = bytearray(READ_BYTES)
-        return sum(
-            os.preadv(descriptors[index], [buffer], start)
-            for index, start in ranges[share :: job.threads]
-        )
-
-    with ThreadPoolExecutor(job.threads) as pool:
-        found = sum(pool.map(read_share, range(job.threads)))
-    if found != sum(sizes):
-        sys.exit(f"{job.run}: read {found} bytes, expected {sum(sizes)}")
-
-
-def write_bytes(job: Job) -> float:
-    """Write as many bytes as the output has and return the seconds that fsync took."""
-    remaining = weights_files(job.run)[0].stat().st_size
-    block = os.urandom(MIB)
-    with job.output.open("wb", buffering=0) as file:
-        while remaining > 0:
-            remaining -= file.write(block[:remaining])
-        start = time.perf_counter()
-        os.fsync(file.fileno())
-    return time.perf_counter() - start
-
-
-def run_loop(job: Job) -> None:
-    """Average with the loop that everybody writes: one float32 dict, one `lerp_` a tensor."""
-    import torch
-    from safetensors import TensorSpec, serialize_file
-    from safetensors.torch import load_file
-
-    torch.set_num_threads(job.threads)
-    first, *later = weights_files(job.run)
-    state = load_file(first)
-    shadow = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
-    for fold, path in enumerate(later, start=1):
-        state = load_file(path)
-        for name, value in shadow.items():
-            value.lerp_(state[name].float(), 1 - decay_of(fold))
-    averaged = {name: value.to(state[name].dtype) for name, value in shadow.items()}
-    # What safetensors.torch.save_file does, which cannot do it where numpy is missing.
-    specs = {
-        name: TensorSpec(
-            dtype=str(value.dtype).removeprefix("torch."),
-            shape=value.shape,
-            data_ptr=value.data_ptr(),
-            data_len=value.nbytes,
-        )
-        for name, value in averaged.items()
-    }
-    job.output.mkdir()
-    serialize_file(specs, job.output / "model.safetensors", metadata={"format": "pt"})
-
-
-def run_average(job: Job) -> None:
-    """Average with the library's one call."""
-    import ckpt_ema
-
-    ckpt_ema.average(job.run, decay=DECAY, output=job.output, threads=job.threads, overwrite=True)
-
-
-def import_only(_: Job) -> None:
-    """Do nothing: the memory that `import torch` itself takes."""
-
-
-IMPORT, READ, LOOP = "import torch", "read the bytes", "load_file + lerp_"
-AVERAGE, COMMAND, WRITE = "ckpt_ema.average", "ckpt-ema average", "write + fsync"
+COMMAND = "ckpt-ema average"
 NO_FSYNC = f"{AVERAGE} less fsync"
-CONTENDERS: dict[str, Callable[[Job], float | None]] = {
-    IMPORT: import_only,
-    READ: read_bytes,
-    LOOP: run_loop,
-    AVERAGE: run_average,
-    WRITE: write_bytes,
-}
-
-
-def run_child(contender: str, run: str, output: str, threads: str) -> None:
-    """Run one contender in this process and print its seconds, from after `import torch` on."""
-    import torch  # noqa: F401 - its memory and its seconds are what all contenders start from
-
-    start = time.perf_counter()
-    fsync_seconds = CONTENDERS[contender](Job(Path(run), Path(output), int(threads)))
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "fsync_seconds": fsync_seconds or 0.0}))
 
 
 # Measuring
@@ -328,7 +124,7 @@ def measure_contender(contender: str, job: Job) -> Measured:
     """Run one contender in a fresh process; the command itself has only a wall time."""
     places: list[str | Path] = [job.run, job.output, str(job.threads)]
     if contender != COMMAND:
-        measured, printed = measure([__file__, "--child", contender, *places])
+        measured, printed = measure([Path(__file__).with_name("contenders.py"), contender, *places])
         return replace(measured, **json.loads(printed))
     command: list[str | Path] = [
         "-m",
@@ -470,6 +266,7 @@ def ratio_table(rounds: dict[str, list[Measured]]) -> Iterator[str]:
         (LOOP, AVERAGE),
         (LOOP, NO_FSYNC),
         (LOOP, COMMAND),
+        (TORCHS, AVERAGE),
         (AVERAGE, READ),
         (NO_FSYNC, READ),
         (LOOP, READ),
@@ -503,7 +300,7 @@ def speed_promises(
     elements = settings.size_bytes // ITEM_BYTES[settings.dtype]
     for contender, count in differences.items():
         # float64, rounded to a narrower type, is rounded twice in about 1 element of 2**29.
-        held = None if contender == LOOP else count <= elements >> 27
+        held = None if contender in (LOOP, TORCHS) else count <= elements >> 27
         text = f"{contender}: elements that differ from a float64 fold"
         yield Promise(text, f"{count} of {elements}", held)
 
@@ -649,9 +446,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Measure what was asked for, print it as it comes and record it."""
-    if sys.argv[1:2] == ["--child"]:
-        run_child(*sys.argv[2:])
-        return
     options = parse_arguments()
     settings = Settings(options.dtype, options.checkpoints, options.size, options.threads)
     workdir = (options.workdir or REPOSITORY / ".bench").resolve()

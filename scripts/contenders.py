@@ -1,0 +1,279 @@
+"""The contenders of the benchmark and the run that they average; `bench.py` measures them.
+
+    python scripts/contenders.py NAME RUN OUTPUT THREADS
+
+runs one of them in this process, after `import torch`, and prints its seconds as JSON.
+"""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MIB = 1024**2
+DECAY = 0.999
+CHUNK_ELEMENTS = 4 * MIB
+READ_BYTES = MIB // 2  # of 256 KiB to 2 MiB the fastest in a fresh process: the strictest baseline
+ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is averaged, and with how many threads."""
+
+    dtype: str
+    checkpoints: int
+    size_bytes: int
+    threads: int
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return f"{self.dtype}-{self.checkpoints}x{self.size_bytes // MIB}MiB"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a contender is given."""
+
+    run: Path
+    output: Path
+    threads: int
+
+
+# Making a run
+
+
+def llama_shapes(elements: int) -> dict[str, list[int]]:
+    """Shapes of a llama that has `elements` parameters, to within one row of its vocabulary."""
+    hidden = max(
+        (width for width in (64, 128, 256, 512, 1024, 2048, 4096) if elements > 115 * width**2),
+        default=64,
+    )
+    wide, narrow = hidden * 11 // 4, hidden // 4
+    projections = {
+        "self_attn.q_proj": [hidden, hidden],
+        "self_attn.k_proj": [narrow, hidden],
+        "self_attn.v_proj": [narrow, hidden],
+        "self_attn.o_proj": [hidden, hidden],
+        "mlp.gate_proj": [wide, hidden],
+        "mlp.up_proj": [wide, hidden],
+        "mlp.down_proj": [hidden, wide],
+        "input_layernorm": [hidden],
+        "post_attention_layernorm": [hidden],
+    }
+    layer_elements = sum(math.prod(shape) for shape in projections.values())
+    layers = max(1, int(0.75 * elements / layer_elements))
+    vocabulary = max(1, (elements - layers * layer_elements - hidden) // (2 * hidden))
+    shapes = {"model.embed_tokens.weight": [vocabulary, hidden]}
+    for layer, (name, shape) in itertools.product(range(layers), projections.items()):
+        shapes[f"model.layers.{layer}.{name}.weight"] = shape
+    return shapes | {"model.norm.weight": [hidden], "lm_head.weight": [vocabulary, hidden]}
+
+
+def encode_header(shapes: dict[str, list[int]], dtype: str) -> bytes:
+    """Length and padded JSON with which a safetensors file of these tensors begins."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, shape in shapes.items():
+        end = begin + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[dtype],
+            "shape": shape,
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def make_run(settings: Settings, workdir: Path) -> Path:
+    """Folder of the run, made unless it is there; a stamp beside it says that it is whole."""
+    import torch
+
+    run, stamp = workdir / settings.name, workdir / f"{settings.name}.whole"
+    if stamp.exists():
+        return run
+    shutil.rmtree(run, ignore_errors=True)
+    shapes = llama_shapes(settings.size_bytes // ITEM_BYTES[settings.dtype])
+    elements = sum(math.prod(shape) for shape in shapes.values())
+    # Every chunk is a window of the same noise at its own offset: drawing all of it takes minutes.
+    random = torch.Generator().manual_seed(0)
+    base = torch.randn(2 * CHUNK_ELEMENTS, generator=random) * 0.02
+    walk = torch.zeros(2 * CHUNK_ELEMENTS)
+    buffer = bytearray(CHUNK_ELEMENTS * ITEM_BYTES[settings.dtype])
+    rounded = torch.frombuffer(buffer, dtype=getattr(torch, settings.dtype))
+    for step in range(100, 100 * settings.checkpoints + 1, 100):
+        folder = run / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        config = {"model_type": "llama", "hidden_size": shapes["model.norm.weight"][0]}
+        (folder / "config.json").write_text(json.dumps(config))
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(encode_header(shapes, settings.dtype))
+            for chunk, start in enumerate(range(0, elements, CHUNK_ELEMENTS)):
+                count = min(CHUNK_ELEMENTS, elements - start)
+                near, far = chunk * 104_729 % CHUNK_ELEMENTS, chunk * 15_485_863 % CHUNK_ELEMENTS
+                rounded[:count] = base[near : near + count] + walk[far : far + count]
+                file.write(memoryview(buffer)[: count * ITEM_BYTES[settings.dtype]])
+            # Writing back 4 GiB of dirty pages later would disturb what is measured.
+            os.fsync(file.fileno())
+        walk += torch.randn(2 * CHUNK_ELEMENTS, generator=random) * 0.001
+    stamp.touch()
+    return run
+
+
+def decay_of(fold: int) -> float:
+    """TensorFlow's dynamic decay."""
+    return min(DECAY, (1 + fold) / (10 + fold))
+
+
+def weights_files(run: Path) -> list[Path]:
+    """Weights of a run, oldest first."""
+    folders = sorted(run.iterdir(), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    return [folder / "model.safetensors" for folder in folders]
+
+
+# The contenders, each in a process of its own
+
+
+def read_bytes(job: Job) -> None:
+    """Read every byte once, by position, into one small buffer for each thread."""
+    paths = weights_files(job.run)
+    sizes = [path.stat().st_size for path in paths]
+    ranges = [
+        (index, start)
+        for index, size_bytes in enumerate(sizes)
+        for start in range(0, size_bytes, READ_BYTES)
+    ]
+    descriptors = [os.open(path, os.O_RDONLY) for path in paths]
+
+    def read_share(share: int) -> int:
+        buffer = bytearray(READ_BYTES)
+        return sum(
+            os.preadv(descriptors[index], [buffer], start)
+            for index, start in ranges[share :: job.threads]
+        )
+
+    with ThreadPoolExecutor(job.threads) as pool:
+        found = sum(pool.map(read_share, range(job.threads)))
+    if found != sum(sizes):
+        sys.exit(f"{job.run}: read {found} bytes, expected {sum(sizes)}")
+
+
+def write_bytes(job: Job) -> float:
+    """Write as many bytes as the output has and return the seconds that fsync took."""
+    remaining = weights_files(job.run)[0].stat().st_size
+    block = os.urandom(MIB)
+    with job.output.open("wb", buffering=0) as file:
+        while remaining > 0:
+            remaining -= file.write(block[:remaining])
+        start = time.perf_counter()
+        os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
+def run_loop(job: Job) -> None:
+    """Average with the loop that everybody writes: one float32 dict, one `lerp_` a tensor."""
+    import torch
+    from safetensors.torch import load_file
+
+    torch.set_num_threads(job.threads)
+    first, *later = weights_files(job.run)
+    state = load_file(first)
+    shadow = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
+    for fold, path in enumerate(later, start=1):
+        state = load_file(path)
+        for name, value in shadow.items():
+            value.lerp_(state[name].float(), 1 - decay_of(fold))
+    save({name: value.to(state[name].dtype) for name, value in shadow.items()}, job.output)
+
+
+def run_averaged_model(job: Job) -> None:
+    """Average with torch's own `AveragedModel`; its shadow has the dtype of the model."""
+    import torch
+    from safetensors.torch import load_file
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    torch.set_num_threads(job.threads)
+    paths = weights_files(job.run)
+    names = list(load_file(paths[0]))
+
+    def parameters(path: Path) -> list[torch.nn.Parameter]:
+        state = load_file(path)
+        return [torch.nn.Parameter(state[name], requires_grad=False) for name in names]
+
+    model = torch.nn.Module()
+    averaged: Any = None
+    for fold, path in enumerate(paths):
+        model.weights = torch.nn.ParameterList(parameters(path))
+        if averaged is None:
+            averaged = AveragedModel(model)
+        averaged.multi_avg_fn = get_ema_multi_avg_fn(decay_of(fold))  # type: ignore[no-untyped-call]
+        averaged.update_parameters(model)
+    values = [value.detach() for value in averaged.module.weights]
+    save(dict(zip(names, values, strict=True)), job.output)
+
+
+def save(averaged: dict[str, Any], output: Path) -> None:
+    """Do what safetensors.torch.save_file does, which cannot do it where numpy is missing."""
+    from safetensors import TensorSpec, serialize_file
+
+    specs = {
+        name: TensorSpec(
+            dtype=str(value.dtype).removeprefix("torch."),
+            shape=value.shape,
+            data_ptr=value.data_ptr(),
+            data_len=value.nbytes,
+        )
+        for name, value in averaged.items()
+    }
+    output.mkdir()
+    serialize_file(specs, output / "model.safetensors", metadata={"format": "pt"})
+
+
+def run_average(job: Job) -> None:
+    """Average with the library's one call."""
+    import ckpt_ema
+
+    ckpt_ema.average(job.run, decay=DECAY, output=job.output, threads=job.threads, overwrite=True)
+
+
+def import_only(_: Job) -> None:
+    """Do nothing: the memory that `import torch` itself takes."""
+
+
+IMPORT, READ, LOOP = "import torch", "read the bytes", "load_file + lerp_"
+TORCHS = "AveragedModel"
+AVERAGE, WRITE = "ckpt_ema.average", "write + fsync"
+CONTENDERS: dict[str, Callable[[Job], float | None]] = {
+    IMPORT: import_only,
+    READ: read_bytes,
+    LOOP: run_loop,
+    TORCHS: run_averaged_model,
+    AVERAGE: run_average,
+    WRITE: write_bytes,
+}
+
+
+def run_child(contender: str, run: str, output: str, threads: str) -> None:
+    """Run one contender in this process and print its seconds, from after `import torch` on."""
+    import torch  # noqa: F401 - its memory and its seconds are what all contenders start from
+
+    start = time.perf_counter()
+    fsync_seconds = CONTENDERS[contender](Job(Path(run), Path(output), int(threads)))
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "fsync_seconds": fsync_seconds or 0.0}))
+
+
+if __name__ == "__main__":
+    run_child(*sys.argv[1:])
