@@ -7,10 +7,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ckpt_ema import __version__, manifest
 from ckpt_ema.destination import check_vacant
+from ckpt_ema.errors import FailedError, printable
 from ckpt_ema.layouts import MANIFEST_NAME
 from ckpt_ema.planning import PathLike, Plan, plan
 from ckpt_ema.write import StagedOutput
@@ -83,15 +85,16 @@ def carry_out(
     """Do what `plan` says; `command` is recorded in the manifest. See `average`."""
     if manifest.is_up_to_date(plan):
         recorded = manifest.read_manifest(plan.output)
+        if plan.is_single_file:  # its header has no room for all of it
+            recorded = {"ckpt_ema": __version__, **manifest.describe(plan)}
         return Result(plan, True, 0.0, recorded)
     check_vacant(plan.output, overwrite)
-    # Only here, so that an output that is up to date or in the way never waits for torch.
-    from ckpt_ema import engine
-
+    engine = _import_engine()
+    device = engine.resolve_device(plan.device)
     start = time.monotonic()
     with StagedOutput(plan.output, plan.is_single_file, overwrite) as staged:
         staged.create(plan.files)
-        device = engine.run(plan, staged, progress)
+        engine.run(plan, staged, device, progress)
         seconds = time.monotonic() - start
         record = {
             "ckpt_ema": __version__,
@@ -106,6 +109,15 @@ def carry_out(
         staged.check_loads()
         staged.publish()
     return Result(plan, False, seconds, record)
+
+
+def _import_engine() -> ModuleType:
+    """Only when it is needed: an output that is up to date or in the way never waits for torch."""
+    try:
+        from ckpt_ema import engine
+    except (ImportError, OSError) as error:
+        raise FailedError(f"torch cannot be imported: {printable(error)}.") from error
+    return engine
 
 
 def _add_side_files(plan: Plan, staged: StagedOutput, record: dict[str, Any]) -> None:

@@ -6,18 +6,28 @@ stays behind.
 """
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
+from ckpt_ema.errors import RefusedError, printable
 from ckpt_ema.layouts import STAYS_BEHIND, WEIGHTS_LIKE
 
 
-def companions(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def companions(folder: Path, averaged: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names, relative to a checkpoint `folder`, of the files that travel; and of folders that hold
-    weights of their own, which do not."""
+    weights of their own, which do not. `averaged` are the files that become the average.
+
+    Raises `RefusedError` if a folder cannot be listed.
+    """
     travel: list[str] = []
     models: list[str] = []
-    _walk(folder, "", travel, models)
-    return tuple(sorted(travel)), tuple(sorted(models))
+    try:
+        _walk(folder, "", travel, models)
+    except OSError as error:
+        raise RefusedError(
+            f"{printable(error.filename)} cannot be listed: {error.strerror}."
+        ) from error
+    return tuple(sorted(set(travel).difference(averaged))), tuple(sorted(models))
 
 
 def _walk(folder: Path, prefix: str, travel: list[str], models: list[str]) -> None:

@@ -1,11 +1,12 @@
 """Whether an output path may be written to: questions only, nothing is touched."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt_ema.errors import RefusedError, printable
-from ckpt_ema.layouts import MANIFEST_NAME, WEIGHTS_LIKE
+from ckpt_ema.layouts import FOLDER_WEIGHTS, MANIFEST_NAME, WEIGHTS_EXTENSION
 
 
 def check_destination(output: Path, inputs: Sequence[Path]) -> None:
@@ -22,34 +23,50 @@ def check_destination(output: Path, inputs: Sequence[Path]) -> None:
                 f"The output {shown} is, holds or lies inside the input {printable(path)}.",
                 "Choose another with --output.",
             )
-    if not output.parent.is_dir():
+    if not os.path.isdir(output.parent):
         raise RefusedError(
             f"The folder of the output, {printable(output.parent)}, does not exist or is no"
             " folder.",
             "Create it first.",
         )
-    if os.path.lexists(output) and not (output.is_dir() or output.is_file()):
+    if os.path.lexists(output) and not (os.path.isdir(output) or os.path.isfile(output)):
         raise RefusedError(f"The output {shown} exists and is neither a file nor a folder.")
 
 
 def check_vacant(output: Path, overwrite: bool) -> None:
-    """Refuse to write where something is, unless `overwrite` is given and it is a model.
+    """Refuse to write where something is, unless `overwrite` is given and it may be replaced.
 
-    Raises `RefusedError`.
+    An output of ours may be, and a folder that is a model and nothing more: it holds model files
+    and no folders. So a run, a project or a home never is. Raises `RefusedError`.
     """
     shown = printable(output)
-    if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
+    if output.suffix == ".safetensors" and os.path.isdir(output):
+        raise RefusedError(f"The output {shown} is a folder, and its name asks for one file.")
+    if not os.path.lexists(output) or (os.path.isdir(output) and not os.listdir(output)):
         return
     if not overwrite:
         raise RefusedError(
             f"The output {shown} exists already and is not this average.",
             "Choose another with --output, or replace it with --overwrite.",
         )
-    if output.is_dir() and not output.is_symlink():
-        names = [entry.name for entry in output.iterdir()]
-        if not any(name == MANIFEST_NAME or WEIGHTS_LIKE.search(name) for name in names):
-            raise RefusedError(
-                f"The output {shown} is a folder that holds no model; --overwrite would delete"
-                " what is in it.",
-                "Remove it yourself, or choose another with --output.",
-            )
+    if not _is_model(output):
+        raise RefusedError(
+            f"The output {shown} exists and is more than a model; --overwrite would delete it.",
+            "Remove it yourself, or choose another with --output.",
+        )
+
+
+def _is_model(output: Path) -> bool:
+    if not os.path.isdir(output):
+        return output.suffix == ".safetensors"
+    with os.scandir(output) as entries:
+        found = {entry.name: entry.is_dir() for entry in entries}
+    if MANIFEST_NAME in found:
+        return True
+    weights = {name for name in found if WEIGHTS_EXTENSION.search(name)}
+    shards = {name for name in weights if re.search(r"-\d{5}-of-\d{5}\.", name)}
+    return (
+        not any(found.values())
+        and bool(weights)
+        and weights <= shards | set(FOLDER_WEIGHTS)  # no series of checkpoints, no training state
+    )

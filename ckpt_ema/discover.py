@@ -48,9 +48,13 @@ def discover(paths: Sequence[str | os.PathLike[str]]) -> Found:
     """
     given = [Path(path) for path in paths]
     for path in given:
-        if not os.path.lexists(path):
-            raise RefusedError(f"{printable(path)} does not exist.", "Check the path.")
-    if len(given) == 1 and given[0].is_dir():
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+            raise RefusedError(f"{printable(path)} does not exist.", "Check the path.") from error
+        except OSError as error:
+            raise RefusedError(f"{printable(path)} is out of reach: {error.strerror}.") from error
+    if len(given) == 1 and os.path.isdir(given[0]):
         return _discover_run(given[0])
     return _explicit(given)
 
@@ -58,6 +62,8 @@ def discover(paths: Sequence[str | os.PathLike[str]]) -> Found:
 def _explicit(given: list[Path]) -> Found:
     checkpoints = []
     for path in given:
+        if path.name in layouts.FOLDER_WEIGHTS and _weights_of(path.parent) == path:
+            path = path.parent  # its name is the folder's
         weights = _weights_of(path)
         if weights is None:
             raise RefusedError(
@@ -94,6 +100,7 @@ class _Candidates:
 
     series: dict[str, list[Checkpoint]] = field(default_factory=lambda: defaultdict(list))
     left_out: list[tuple[Path, str]] = field(default_factory=list)
+    without_weights: list[Path] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
 
 
@@ -118,10 +125,16 @@ def _discover_run(run: Path) -> Found:
         )
     if not series:
         raise RefusedError(_nothing_found(run, candidates), "Pass the folder that holds them.")
-    members = _ordered(next(iter(series.values())), candidates.left_out)
+    form, members = next(iter(series.items()))
+    members = _ordered(members, candidates.left_out)
+    warnings = [
+        f"{printable(path)} holds no model: an unfinished save? It is left out."
+        for path in candidates.without_weights
+        if _form(path.name) == form
+    ]
     if own is not None:
         candidates.left_out.append((own, "the run's own model, not a step"))
-    return Found(tuple(members), tuple(candidates.left_out))
+    return Found(tuple(members), tuple(candidates.left_out), tuple(warnings))
 
 
 def _are_stray_files(series: dict[str, list[Checkpoint]]) -> bool:
@@ -131,24 +144,18 @@ def _are_stray_files(series: dict[str, list[Checkpoint]]) -> bool:
 
 def _scan(run: Path) -> _Candidates:
     candidates = _Candidates()
-    try:
-        entries = sorted(os.scandir(run), key=lambda entry: entry.name)
-    except OSError as error:
-        raise RefusedError(f"{printable(run)} cannot be listed: {error.strerror}.") from error
-    for entry in entries:
-        path = run / entry.name
-        if entry.name in layouts.FOLDER_WEIGHTS:
-            continue
-        stem = _stem(entry.name)
+    for name in sorted(_names_in(run) - set(layouts.FOLDER_WEIGHTS)):
+        path = run / name
+        stem = _stem(name)
         number = _number_in(stem)
         is_folder = _kind(path) == "folder"
         # A folder is a step only by a step's name; a flat file may carry its number anywhere.
-        if number or (not is_folder and layouts.WEIGHTS_EXTENSION.search(entry.name)):
+        if number or (not is_folder and layouts.WEIGHTS_EXTENSION.search(name)):
             _consider(path, stem, number, candidates)
         elif is_folder and _weights_of(path):
             candidates.left_out.append((path, _why_not(path, stem) or "no number in its name"))
         else:
-            candidates.others.append(f"{entry.name}/" if is_folder else entry.name)
+            candidates.others.append(f"{name}/" if is_folder else name)
     return candidates
 
 
@@ -162,21 +169,21 @@ def _consider(
     weights = _weights_of(path)
     if weights is None:
         candidates.left_out.append((path, "no model weights in it"))
+        candidates.without_weights.append(path)
         return
-    form = re.sub(r"\d+", "<n>", re.sub(r"\d+\.\d+", "<f>", stem))
     if number is None:
         slots = re.findall(r"\d+", re.sub(r"\d+\.\d+", "", stem))
         if not slots:
             candidates.left_out.append((path, "no number in its name"))
             return
         number = ("slots", int(slots[-1]))
-    candidates.series[form].append(Checkpoint(path, number[1], weights))
+    candidates.series[_form(stem)].append(Checkpoint(path, number[1], weights))
 
 
 def _why_not(path: Path, stem: str) -> str | None:
     if _kind(path) is None:
         return "neither a regular file nor a folder"
-    if (path / layouts.MANIFEST_NAME).exists():
+    if os.path.isdir(path) and layouts.MANIFEST_NAME in _names_in(path):
         return "an output of ckpt-ema"
     # A folder's name has no extension: what looks like one ("tmp.5.tmp") is part of the name.
     names = {stem, path.name}
@@ -188,11 +195,10 @@ def _why_not(path: Path, stem: str) -> str | None:
 
 def _ordered(members: list[Checkpoint], left_out: list[tuple[Path, str]]) -> list[Checkpoint]:
     members = _number_by_the_varying_slot(members)
-    unique: dict[tuple[int, int], Checkpoint] = {}
+    unique: dict[object, Checkpoint] = {}
     # Links come after what they point to, so that the real folder is the one that stays.
     for member in sorted(members, key=lambda member: (member.path.is_symlink(), member.path.name)):
-        status = member.weights.stat()
-        first = unique.setdefault((status.st_dev, status.st_ino), member)
+        first = unique.setdefault(_identity(member), member)
         if first is not member:
             left_out.append((member.path, f"the same file as {first.path.name}"))
     ordered = sorted(unique.values(), key=lambda member: (member.step or 0, member.path.name))
@@ -204,6 +210,14 @@ def _ordered(members: list[Checkpoint], left_out: list[tuple[Path, str]]) -> lis
                 "Pass the checkpoints that belong together, oldest first.",
             )
     return ordered
+
+
+def _identity(member: Checkpoint) -> object:
+    """Equal for two names of one checkpoint. An index may well be shared by different ones."""
+    if member.weights.suffix == ".json":
+        return os.path.realpath(member.path)
+    status = member.weights.stat()
+    return status.st_dev, status.st_ino
 
 
 def _number_by_the_varying_slot(members: list[Checkpoint]) -> list[Checkpoint]:
@@ -240,17 +254,25 @@ def _nothing_found(run: Path, candidates: _Candidates) -> str:
 
 def _weights_of(path: Path) -> Path | None:
     """The file that leads to the tensors of a checkpoint folder or file, None if there is none."""
-    if path.is_dir():
-        present = [name for name in layouts.FOLDER_WEIGHTS if (path / name).exists()]
-        single, index = layouts.FOLDER_WEIGHTS[:2]
-        if single in present and index in present:
-            raise RefusedError(
-                f"{printable(path)} holds both {single} and {index}: one of them is stale, and"
-                f" loaders take {single}.",
-                "Remove the stale one.",
-            )
-        return path / present[0] if present else None
-    return path if layouts.WEIGHTS_EXTENSION.search(path.name) else None
+    if not os.path.isdir(path):
+        return path if layouts.WEIGHTS_EXTENSION.search(path.name) else None
+    names = _names_in(path)
+    present = [name for name in layouts.FOLDER_WEIGHTS if name in names]
+    single, index = layouts.FOLDER_WEIGHTS[:2]
+    if single in present and index in present:
+        raise RefusedError(
+            f"{printable(path)} holds both {single} and {index}: one of them is stale, and"
+            f" loaders take {single}.",
+            "Remove the stale one.",
+        )
+    return path / present[0] if present else None
+
+
+def _names_in(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except OSError as error:
+        raise RefusedError(f"{printable(folder)} cannot be listed: {error.strerror}.") from error
 
 
 def _number_in(stem: str) -> tuple[str, int] | None:
@@ -260,6 +282,11 @@ def _number_in(stem: str) -> tuple[str, int] | None:
         if match:
             return unit, int(next(group for group in match.groups() if group))
     return None
+
+
+def _form(stem: str) -> str:
+    """A name with its numbers left open: those of one form are one series."""
+    return re.sub(r"\d+", "<n>", re.sub(r"\d+\.\d+", "<f>", stem))
 
 
 def _stem(name: str) -> str:

@@ -42,33 +42,44 @@ class Tile(NamedTuple):
     length: int
 
 
-def run(plan: Plan, destination: Destination, progress: Progress | None = None) -> torch.device:
-    """Fold everything in `plan` into `destination`; the device that did it is returned.
+def run(
+    plan: Plan,
+    destination: Destination,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> None:
+    """Fold everything in `plan` into `destination`, on `device`.
 
     Raises `RefusedError` for values that are not finite, `FailedError` if a file changes or cannot
     be read, and whatever `destination` raises; by then every thread has ended.
     """
-    device = resolve_device(plan.device)
     sources = Sources(plan)
     try:
         _run_threads(_Job(plan, sources, destination, device, tiles(plan)), progress)
         sources.verify()
     finally:
         sources.close()
-    return device
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `name` asks for; "auto" is the accelerator if there is one, else the CPU."""
+    """The device that `name` asks for; "auto" is the accelerator if there is one, else the CPU.
+
+    Raises `OptionError` for a device that this machine, or this build of torch, does not have.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return torch.device("cpu") if found is None else found
+        return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", accelerator and accelerator.type):
+            raise RuntimeError("not here")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        reason = printable(str(error).splitlines()[0])
-        raise OptionError(f"--device {printable(name)} cannot be used: {reason}") from error
+    except (RuntimeError, AssertionError) as error:
+        here = f"cpu and {accelerator.type}" if accelerator else "cpu only"
+        raise OptionError(
+            f"--device {printable(name)} cannot be used: this machine with this build of torch has"
+            f" {here}."
+        ) from error
     return device
 
 
@@ -139,10 +150,14 @@ class _Worker:
             fold = self._make_fold(self._plan.tile_elements)
             while (tile := self._job.next_tile()) is not None:
                 self._do(tile, fold)
-        except torch.OutOfMemoryError as error:
-            raise FailedError(
-                f"The device {self._job.device} ran out of memory.", "Try --device cpu."
-            ) from error
+        except RuntimeError as error:
+            # On the CPU torch has no class of its own for it.
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise FailedError(
+                    f"The device {self._job.device} ran out of memory.",
+                    "Try fewer --threads or --device cpu.",
+                ) from error
+            raise
 
     def _make_fold(self, capacity: int) -> TileFold:
         device = self._job.device

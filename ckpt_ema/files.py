@@ -143,7 +143,9 @@ class FilePool:
         try:
             fd = _open(path)
         except RefusedError as error:
-            raise _changed(path) from error
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise _changed(path) from error
+            raise FailedError(error.message) from error
         try:
             opened = _checked(path, fd)
             if opened[1:] != self.expected[path]:

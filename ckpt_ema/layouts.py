@@ -72,10 +72,12 @@ MANIFEST_NAME = "ckpt_ema.json"
 # What stays behind when the files around the weights are copied: state of the training, not of
 # the model. Everything else travels.
 STAYS_BEHIND = re.compile(
-    r"^(optimizer|optim_|scheduler\.(pt|bin)|scaler\.|rng_state|random_states|training_args"
-    r"|trainer_state|extra_state|dl_state_dict|sampler|custom_checkpoint|distrib_optim|train_state"
-    r"|latest|zero_to_fp32\.py|README\.md|checkpoint-is-incomplete|CHECKPOINT_COMPLETE|COMPLETED"
-    r"|STABLE|global_step\d+|merged|bema|events\.out\.|ckpt_ema\.json|\.git|\.cache|\.DS_Store)",
+    r"^(optimizer|optim|scheduler|scaler|rng_state|random_states|training_args|trainer_state"
+    r"|extra_state|dl_state_dict|sampler|custom_checkpoint|distrib_optim|train_state)"
+    r"([-_.]?\d+)*(\.(pt|pth|bin|pkl|json))?$"
+    r"|^(latest|zero_to_fp32\.py|README\.md|checkpoint-is-incomplete\.txt|CHECKPOINT_COMPLETE"
+    r"|COMPLETED|STABLE|global_step\d+|merged|bema|ckpt_ema\.json|\.git|\.cache|\.DS_Store)$"
+    r"|^events\.out\.",
     re.IGNORECASE,
 )
 WEIGHTS_LIKE = re.compile(

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.files import open_regular, read_exactly
 from ckpt_ema.formats.safetensors import read_specs
 from ckpt_ema.layouts import MANIFEST_NAME
-from ckpt_ema.outputs import PROVENANCE_KEY
+from ckpt_ema.outputs import PROVENANCE_KEY, OutputFile
 from ckpt_ema.planning import Plan, PlannedCheckpoint
 
 
@@ -66,17 +67,29 @@ def is_up_to_date(plan: Plan) -> bool:
     if plan.is_single_file:
         return True  # its header was just read and found to cover the file
     try:
-        whole = [(plan.output / file.name).stat().st_size == file.size_bytes for file in plan.files]
-        return all(whole) and all((plan.output / name).is_file() for name in plan.companions)
+        if plan.index and (plan.output / plan.index[0]).read_bytes() != plan.index[1]:
+            return False
+        return all(_is_whole(plan.output / file.name, file) for file in plan.files) and all(
+            (plan.output / name).stat().st_size == (plan.newest.path / name).stat().st_size
+            for name in plan.companions
+        )
     except OSError:
         return False
+
+
+def _is_whole(path: Path, file: OutputFile) -> bool:
+    with path.open("rb") as stream:
+        header = stream.read(len(file.header))
+    return header == file.header and path.stat().st_size == file.size_bytes
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
     """What an output says of itself; empty if it is not one of ours."""
     try:
-        if output.is_dir():
-            text = (output / MANIFEST_NAME).read_text("utf-8")
+        if os.path.isdir(output):
+            path = os.fspath(output / MANIFEST_NAME)
+            with open_regular(path) as file:
+                text = read_exactly(path, file.fd, file.size_bytes, 0).decode()
         else:
             text = read_specs(os.fspath(output)).metadata[0].get(PROVENANCE_KEY, "{}")
         manifest = json.loads(text)

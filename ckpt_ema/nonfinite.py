@@ -22,24 +22,25 @@ def check_nonfinite(
 
     `average` holds the elements of `span` from `start` on, rounded to the output's dtype.
     """
-    count = len(average)
-    staging = Staging(count * 8)
-    suspect = ~average.isfinite()
+    staging = Staging(len(average) * 8)
+    layout_of = plan.work.layout_of
+
+    def values(index: int) -> torch.Tensor:
+        return sources.values(index, span.sources[layout_of[index]], start, len(average), staging)
+
+    indices = range(len(layout_of))
     unchanged = average.isinf()
-    guilty: int | None = None
-    for index, layout in enumerate(plan.work.layout_of):
-        value = sources.values(index, span.sources[layout], start, count, staging)
-        unchanged &= value == average
-        if guilty is None and bool((suspect & ~value.isfinite()).any()):
-            guilty = index
-            first = int((suspect & ~value.isfinite()).int().argmax())
-    problem = suspect & ~unchanged
+    for index in indices:
+        unchanged &= values(index) == average
+    problem = ~average.isfinite() & ~unchanged
     if not bool(problem.any()):
         return
-    if guilty is None:
-        first = int(problem.int().argmax())
-        raise _overflow(_tensor_at(plan, span, start + first))
-    raise _nonfinite(plan, sources, guilty, _tensor_at(plan, span, start + first))
+    for index in indices:
+        guilty = problem & ~values(index).isfinite()
+        if bool(guilty.any()):
+            tensor = _tensor_at(plan, span, start + int(guilty.int().argmax()))
+            raise _nonfinite(plan, sources, index, tensor)
+    raise _overflow(_tensor_at(plan, span, start + int(problem.int().argmax())))
 
 
 def _tensor_at(plan: Plan, span: Span, element: int) -> OutputTensor:

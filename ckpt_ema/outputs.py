@@ -68,6 +68,10 @@ def output_files(
             PROVENANCE_KEY: json.dumps(provenance, separators=(",", ":")),
         }
         files.append(_output_file(name, tensors, dtype, metadata))
+    names = [file.name for file in files]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RefusedError(f"Several shards would come out as {some(twice)}.")
     return tuple(files)
 
 

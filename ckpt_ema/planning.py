@@ -26,6 +26,8 @@ ACCUMULATORS = ("float64", "float32")
 
 # The shadow, its neighbours and what is read then stay in a core's share of the cache.
 _TILE_ELEMENTS = 1 << 18
+_MOST_TILE_ELEMENTS = 1 << 28
+_MOST_THREADS = 1024
 
 PathLike = str | os.PathLike[str]
 
@@ -90,8 +92,10 @@ class Plan:
     def memory_bytes(self) -> int:
         """What the fold allocates beyond torch itself, whatever the size of the model."""
         wide = 4 if self.accumulate == "float32" else 8
+        whole = [span.length for span in self.work.spans if span.is_whole]  # views are not cut
+        elements = max([self.tile_elements, *whole])
         # What is read, widened (float16 in two steps), the shadow, and what is rounded.
-        return self.threads * self.tile_elements * (8 + 4 + wide + wide + 8)
+        return self.threads * elements * (8 + 4 + wide + wide + 8)
 
 
 def plan(
@@ -118,20 +122,26 @@ def plan(
     """
     _check_options(dtype, accumulate, threads, tile_elements)
     rules.decays(1, schedule, decay)  # a wrong option is told before the disk is searched
-    paths = [run] if isinstance(run, str | os.PathLike) else list(run)
+    paths = [_named(path) for path in ([run] if isinstance(run, str | os.PathLike) else run)]
+    if not paths:
+        raise OptionError("No run and no checkpoints were given.")
     found = discover(paths)
-    root = _root([Path(path) for path in paths], found.checkpoints)
+    root = _root(paths, found.checkpoints)
     destination = Path(output) if output is not None else _sibling(root)
-    check_destination(destination, [Path(path) for path in paths])
+    inputs = [path for c in found.checkpoints for path in (c.path, c.weights)]
+    check_destination(destination, [*paths, *inputs])
     checkpoints = _planned(found.checkpoints, rules.decays(len(found.checkpoints), schedule, decay))
     specs = [checkpoint.specs for checkpoint in checkpoints]
     dtype_warnings = check_alike([checkpoint.path.name for checkpoint in checkpoints], specs)
     newest = found.checkpoints[-1]
     single_name = destination.name if _is_single_file(destination) else None
+    weights_files = [file.name for file in specs[-1].files]
     travelling, models = (
-        companions(newest.path) if newest.path.is_dir() and not single_name else ((), ())
+        companions(newest.path, weights_files)
+        if newest.path.is_dir() and not single_name
+        else ((), ())
     )
-    choices = [dtype, accumulate, allow_nonfinite, single_name]
+    choices = [schedule, decay, dtype, accumulate, allow_nonfinite, single_name]
     fingerprint = _fingerprint(checkpoints, travelling, choices)
     provenance = _provenance(checkpoints, schedule, decay)
     if single_name:  # a folder has it in its manifest
@@ -173,9 +183,18 @@ def _check_options(
     ):
         if choice not in choices:
             raise OptionError(f"{option} is {choice!r}; it must be one of {', '.join(choices)}.")
-    for option, number in (("--threads", threads), ("--tile-elements", tile_elements)):
-        if number is not None and number < 1:
-            raise OptionError(f"{option} is {number}; it must be at least 1.")
+    for option, number, most in (
+        ("--threads", threads, _MOST_THREADS),
+        ("--tile-elements", tile_elements, _MOST_TILE_ELEMENTS),
+    ):
+        if number is not None and not 1 <= number <= most:
+            raise OptionError(f"{option} is {number}; it must lie between 1 and {most}.")
+
+
+def _named(path: PathLike) -> Path:
+    """The path with a name to call it by, which "." and ".." lack."""
+    given = Path(path)
+    return given if given.name not in ("", "..") else Path(os.path.abspath(given))
 
 
 def _root(paths: Sequence[Path], checkpoints: Sequence[Checkpoint]) -> Path:
@@ -191,10 +210,8 @@ def _root(paths: Sequence[Path], checkpoints: Sequence[Checkpoint]) -> Path:
 
 
 def _sibling(root: Path) -> Path:
-    # Only an absolute path has a name for "." and "..".
-    named = root if root.name not in ("", "..") else Path(os.path.abspath(root))
-    stem = named.name.removesuffix(".safetensors")
-    return named.parent / f"{stem}-ema"
+    named = _named(root)
+    return named.parent / f"{named.name.removesuffix('.safetensors')}-ema"
 
 
 def _is_single_file(output: Path) -> bool:
@@ -277,15 +294,13 @@ def _schedule_warnings(schedule: str, decay: float, count: int) -> list[str]:
     first = rules.first_decay_that_matters(count)
     if schedule == "dynamic" and decay >= first:
         beyond = (
-            f" ({decay:g} itself takes effect beyond"
-            f" {rules.checkpoints_below_the_cap(decay)} checkpoints)"
+            f" ({decay:g} is reached beyond {rules.checkpoints_below_the_cap(decay)} checkpoints)"
             if decay < 1
             else ""
         )
         return [
             f"--decay {decay:g} changes nothing here: over {count} checkpoints the dynamic decay"
-            f" ends at {first:.4g}, and only a decay below that would be the first to"
-            f" matter{beyond}."
+            f" ends at {first:.4g}, and the first decay to matter is one below that{beyond}."
         ]
     return []
 

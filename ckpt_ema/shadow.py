@@ -22,9 +22,12 @@ def fold_(shadow: torch.Tensor, value: torch.Tensor, decay: float) -> None:
 
     `torch.lerp` computes it as one fused multiply-add, b - (b - a) * (1 - weight) where weight is
     at least a half. The arguments are ordered so that it always takes that form: the other one
-    turns -0.0 into 0.0.
+    turns -0.0 into 0.0. In float32 it would round the decay before it takes 1 - decay, of which
+    little is left for a decay near 1.
     """
-    if decay > 0.5:
+    if shadow.dtype == torch.float32:
+        shadow.sub_(shadow - value, alpha=1.0 - decay)
+    elif decay > 0.5:
         torch.lerp(value, shadow, decay, out=shadow)
     else:
         torch.lerp(shadow, value, 1.0 - decay, out=shadow)
@@ -127,6 +130,7 @@ class Shadow:
 
     def _fold(self, name: str, value: torch.Tensor, decay: float) -> None:
         wide = self._wide(value)
+        self._dtypes[name] = value.dtype
         if value.dtype not in AVERAGED_DTYPES:
             self._shadow[name] = wide.clone()
             return
@@ -137,7 +141,6 @@ class Shadow:
             after = before.clone()
             fold_keeping_infinities_(after, wide, decay)
         self._shadow[name] = after
-        self._dtypes[name] = value.dtype
 
     def _wide(self, value: torch.Tensor) -> torch.Tensor:
         device = self._device or value.device

@@ -6,6 +6,7 @@ the next run to the same output.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -16,9 +17,12 @@ from pathlib import Path
 from types import TracebackType
 
 from ckpt_ema.errors import FailedError, RefusedError, printable
+from ckpt_ema.files import open_regular
+from ckpt_ema.layouts import MANIFEST_NAME
 from ckpt_ema.outputs import OutputFile
 
 _MARK = ".ckpt-ema-"
+_MOST_OPEN_FILES = 16
 
 
 class StagedOutput:
@@ -28,25 +32,35 @@ class StagedOutput:
     """
 
     def __init__(self, final: Path, is_single_file: bool, overwrite: bool) -> None:
-        self._final = final
+        self._final = Path(os.path.realpath(final))  # what a link points to, if it is one
         self._single = is_single_file
         self._overwrite = overwrite
-        self._staging = final.parent / f".{final.name}{_MARK}{secrets.token_hex(4)}"
-        self._fds: list[int] = []
+        self._staging = _hidden_sibling(self._final)
+        self._fds: list[int] = []  # of the first model files; there may be more files than that
         self._paths: list[Path] = []
         self._lock_fd = -1
 
     def __enter__(self) -> "StagedOutput":
         _remove_leftovers(self._final)
         with _as_failure(self._final):
-            if self._single:
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                self._lock_fd = os.open(self._staging, flags, 0o666)
-            else:
-                self._staging.mkdir()
-                self._lock_fd = os.open(self._staging, os.O_RDONLY | os.O_CLOEXEC)
-            _try_lock(self._lock_fd)
+            while not self._claim():
+                self._staging = _hidden_sibling(self._final)
         return self
+
+    def _claim(self) -> bool:
+        """Make the hidden sibling and lock it; False if another run took it for a leftover."""
+        if self._single:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._lock_fd = os.open(self._staging, flags, 0o666)
+        else:
+            self._staging.mkdir()
+            self._lock_fd = os.open(self._staging, os.O_RDONLY | os.O_CLOEXEC)
+        _try_lock(self._lock_fd)
+        try:
+            return os.path.samestat(os.fstat(self._lock_fd), self._staging.stat())
+        except FileNotFoundError:
+            os.close(self._lock_fd)
+            return False
 
     def __exit__(
         self,
@@ -61,22 +75,40 @@ class StagedOutput:
 
     def create(self, files: Sequence[OutputFile]) -> None:
         """Reserve the space of the model files and write their headers."""
-        for file in files:
+        for number, file in enumerate(files):
             path = self._staging if self._single else self._staging / file.name
-            with _as_failure(self._final / file.name):
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                self._fds.append(fd)
-                self._paths.append(path)
-                _reserve(fd, file.size_bytes)
-            self.write(len(self._fds) - 1, memoryview(file.header), 0)
+            self._paths.append(path)
+            with _as_failure(self._final):
+                created = 0 if self._single else os.O_CREAT | os.O_EXCL
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | created, 0o666)
+                try:
+                    _reserve(fd, file.size_bytes)
+                finally:
+                    if number < _MOST_OPEN_FILES:
+                        self._fds.append(fd)
+                    else:
+                        os.close(fd)
+            self.write(number, memoryview(file.header), 0)
 
     def write(self, file: int, data: memoryview, offset: int) -> None:
         """Put `data` at `offset` of model file number `file`; from any thread."""
-        with _as_failure(self._final):
+        with _as_failure(self._final), self._opened(file) as fd:
             done = 0
             while done < len(data):
-                done += os.pwrite(self._fds[file], data[done:], offset + done)
-            _start_writeback(self._fds[file], offset, len(data))
+                done += os.pwrite(fd, data[done:], offset + done)
+            _start_writeback(fd, offset, len(data))
+
+    @contextlib.contextmanager
+    def _opened(self, file: int) -> Iterator[int]:
+        """The descriptor of a model file; of the last of many files, one for the moment."""
+        if file < len(self._fds):
+            yield self._fds[file]
+            return
+        fd = os.open(self._paths[file], os.O_RDWR | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def add(self, name: str, content: bytes) -> None:
         """Write one small file of the output folder."""
@@ -91,19 +123,21 @@ class StagedOutput:
     def copy(self, source: Path, name: str) -> None:
         """Copy one file that travels with the weights, byte for byte."""
         path = self._staging / name
-        with _as_failure(self._final / name):
+        with open_regular(os.fspath(source)) as file, _as_failure(self._final / name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, path)
-            with path.open("rb") as stream:
+            with open(file.fd, "rb", closefd=False) as original, path.open("xb") as stream:
+                shutil.copyfileobj(original, stream)
+                stream.flush()
                 os.fsync(stream.fileno())
 
     def check_loads(self) -> None:
         """Have the safetensors library itself accept every model file; it reads headers only."""
         from safetensors import SafetensorError, safe_open
 
-        for path in self._paths:
+        for number in range(len(self._paths)):
             try:
-                with safe_open(path, framework="pt") as model:
+                # By descriptor, since the library takes no path that is not UTF-8.
+                with self._opened(number) as fd, safe_open(f"/dev/fd/{fd}", "pt") as model:
                     model.keys()
             except (SafetensorError, OSError) as error:
                 raise FailedError(
@@ -115,8 +149,9 @@ class StagedOutput:
     def publish(self) -> None:
         """Make everything durable and give it its final name, replacing what may be there."""
         with _as_failure(self._final):
-            for fd in self._fds:
-                os.fsync(fd)
+            for number in range(len(self._paths)):
+                with self._opened(number) as fd:
+                    os.fsync(fd)
             if not self._single:
                 for folder, _, _ in os.walk(self._staging):
                     _fsync_folder(folder)
@@ -125,21 +160,40 @@ class StagedOutput:
             elif self._single:
                 _link_or_rename(self._staging, self._final)
             else:
-                os.rename(self._staging, self._final)  # nor does this, but for an empty folder
+                os.rename(self._staging, self._final)  # replaces nothing but an empty folder
             _fsync_folder(self._final.parent)
 
     def _replace(self) -> None:
-        old = self._final.parent / f".{self._final.name}{_MARK}{secrets.token_hex(4)}"
-        if self._single and not self._final.is_dir():
+        """Put the new in the place of the old, which leaving the context then removes."""
+        if self._single:
             os.replace(self._staging, self._final)
-            return
-        os.rename(self._final, old)
-        try:
-            os.rename(self._staging, self._final)
-        except BaseException:
-            os.rename(old, self._final)
-            raise
-        _remove(old)
+        elif not _exchange(self._staging, self._final):
+            old = _hidden_sibling(self._final)
+            os.rename(self._final, old)
+            try:
+                os.rename(self._staging, self._final)
+            except BaseException:
+                os.rename(old, self._final)
+                raise
+            self._staging = old
+
+
+def _hidden_sibling(final: Path) -> Path:
+    return final.parent / f"{_hidden_stem(final)}{secrets.token_hex(4)}"
+
+
+def _hidden_stem(final: Path) -> str:
+    name = os.fsencode(final.name)[:200]  # a name has room for 255 bytes
+    return f".{os.fsdecode(name)}{_MARK}"
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step, so that there is no moment without an output; Linux can."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def _link_or_rename(staging: Path, final: Path) -> None:
@@ -153,8 +207,18 @@ def _link_or_rename(staging: Path, final: Path) -> None:
 
 
 def _remove_leftovers(final: Path) -> None:
-    """Remove what killed runs to the same output left; one that still runs holds its lock."""
-    for path in final.parent.glob(f".{_escaped(final.name)}{_MARK}*"):
+    """Remove what killed runs to the same output left; one that still runs holds its lock.
+
+    Where there is no output, a leftover that is whole may be the last one, caught between two
+    names; it stays.
+    """
+    stem = _hidden_stem(final)
+    for name in os.listdir(final.parent):
+        path = final.parent / name
+        if not name.startswith(stem):
+            continue
+        if not os.path.lexists(final) and os.path.lexists(path / MANIFEST_NAME):
+            continue
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
@@ -162,10 +226,6 @@ def _remove_leftovers(final: Path) -> None:
                     _remove(path)
             finally:
                 os.close(fd)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _try_lock(fd: int) -> bool:

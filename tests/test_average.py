@@ -234,13 +234,16 @@ def test_overwrite_replaces_a_model_and_nothing_else(make_run: MakeRun, tmp_path
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").write_text("...")
-    with pytest.raises(RefusedError, match="holds no model"):
+    with pytest.raises(RefusedError, match="is more than a model"):
         ckpt_ema.average(run, output=precious, overwrite=True, device="cpu")
     assert (precious / "thesis.tex").read_text() == "..."
-    (precious / "model.safetensors").write_text("an old model")
-    ckpt_ema.average(run, output=precious, overwrite=True, device="cpu")
-    assert entries(precious) == {"model.safetensors", "config.json", "ckpt_ema.json"}
-    assert entries(tmp_path) == {"run", "precious"}
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "model.safetensors").write_text("an old model")
+    (old / "vocabulary.txt").write_text("of the old model")
+    ckpt_ema.average(run, output=old, overwrite=True, device="cpu")
+    assert entries(old) == {"model.safetensors", "config.json", "ckpt_ema.json"}
+    assert entries(tmp_path) == {"run", "precious", "old"}
 
 
 def test_an_empty_folder_is_free_to_be_the_output(make_run: MakeRun, tmp_path: Path) -> None:

@@ -640,3 +640,31 @@ class TestMemory:
         stream.seek(6)
         unpickle.check_claims(stream)
         assert stream.tell() == 6
+
+
+class TestKeysThatCannotBeHashed:
+    """CPython hashes tuples recursively: deep ones overflow the stack, doubled ones never end."""
+
+    @pytest.mark.parametrize(
+        "key",
+        [b")" + b"\x85" * 400_000, b")" + b"2\x86" * 60],
+        ids=["deep", "doubled"],
+    )
+    @pytest.mark.parametrize(
+        "use",
+        [
+            b"}%sNs.",
+            b"}(%sNu.",
+            b"(%sNd.",
+            b"\x8f(%s\x90.",
+            b"(%s\x91.",
+            b"ccollections\nOrderedDict\n](%sN\x86e\x85R.",
+        ],
+        ids=["setitem", "setitems", "dict", "additems", "frozenset", "OrderedDict"],
+    )
+    def test_they_are_refused(self, tmp_path: Path, key: bytes, use: bytes) -> None:
+        path = archive(tmp_path / "a.pt", b"\x80\x04" + use % key)
+        start = time.monotonic()
+        with pytest.raises(RefusedError):
+            torch_file.read_specs(path)
+        assert time.monotonic() - start < 20

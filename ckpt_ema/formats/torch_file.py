@@ -246,8 +246,17 @@ def _is_model(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and any(isinstance(item, PickledTensor) for item in value.values())
-        and all(isinstance(name, str) for name in value)
+        and all(isinstance(name, str) and _is_text(name) for name in value)
     )
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written: pickles can hold half a surrogate pair."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _place(

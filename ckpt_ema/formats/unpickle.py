@@ -6,8 +6,9 @@ that accepts anything and does nothing. So neither an unknown class nor a hostil
 """
 
 import pickle
-from collections.abc import Callable
-from typing import IO, Any, NamedTuple
+import struct
+from collections.abc import Callable, Iterable
+from typing import IO, Any, ClassVar, NamedTuple
 
 # What torch calls a storage's or a tensor's dtype, and what safetensors calls it.
 _STORAGE_DTYPES = {
@@ -109,6 +110,12 @@ class _Dict(dict[Any, Any]):
 
     __slots__ = ()
 
+    def __init__(self, pairs: Any = ()) -> None:
+        super().__init__()
+        for key, value in pairs:
+            _check_keys((key,))
+            self[key] = value
+
     def __setstate__(self, _state: Any) -> None:
         """Drop the attributes, `_metadata` in torch's state dicts."""
 
@@ -146,6 +153,8 @@ BROKEN_PICKLE = (
     RecursionError,
     TypeError,
     ValueError,
+    AssertionError,
+    struct.error,
 )
 
 
@@ -186,11 +195,24 @@ def _skip(stream: IO[bytes], count: int) -> None:
         stream.seek(count, 1)
 
 
-class TensorUnpickler(pickle.Unpickler):
+def _check_keys(keys: Iterable[Any]) -> None:
+    """Refuse tuples of tuples as keys: hashing them deep ends the process, and doubled, never."""
+    for key in keys:
+        if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
+            raise pickle.UnpicklingError("a dict with nested tuples for keys")
+
+
+_PythonUnpickler: Any = pickle._Unpickler  # whose methods the type stubs do not list
+
+
+class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
     """Unpickles to dicts, lists and `PickledTensor`, taking notes on the way.
 
-    `storages` has every storage by its key, `ignored` names what was stood in for.
+    `storages` has every storage by its key, `ignored` names what was stood in for. It is Python's
+    own unpickler in Python, since in the one written in C keys cannot be checked before they hash.
     """
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_PythonUnpickler.dispatch)
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="utf-8")
@@ -201,6 +223,40 @@ class TensorUnpickler(pickle.Unpickler):
     def ignored(self) -> list[str]:
         """The full names of the classes and functions that were stood in for."""
         return list(self._stand_ins)
+
+    def load_setitem(self) -> None:
+        """Put one item into a dict."""
+        _check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        """Put items into a dict."""
+        _check_keys(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        """Make a dict of items."""
+        _check_keys(self.stack[::2])
+        super().load_dict()
+
+    def load_additems(self) -> None:
+        """Put items into a set."""
+        _check_keys(self.stack)
+        super().load_additems()
+
+    def load_frozenset(self) -> None:
+        """Make a frozenset of items."""
+        _check_keys(self.stack)
+        super().load_frozenset()
+
+    for _opcode, _load in (
+        (pickle.SETITEM, load_setitem),
+        (pickle.SETITEMS, load_setitems),
+        (pickle.DICT, load_dict),
+        (pickle.ADDITEMS, load_additems),
+        (pickle.FROZENSET, load_frozenset),
+    ):
+        dispatch[_opcode[0]] = _load
 
     def find_class(self, module: str, name: str) -> Any:
         """The inert counterpart of any global; never imports."""
