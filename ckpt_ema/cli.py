@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from ckpt_ema import __version__
-from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.errors import CkptEmaError, printable
 
 _MOST_ROWS = 24  # of the table before an average; `plan` shows them all
 
@@ -61,6 +61,7 @@ RunArgument = Annotated[
     typer.Argument(
         metavar="RUN...",
         show_default=False,
+        readable=False,
         help="A folder of numbered checkpoints; or the checkpoints themselves, oldest first.",
     ),
 ]
@@ -98,8 +99,8 @@ ThreadsOption = Annotated[
     typer.Option(
         envvar="CKPT_EMA_THREADS",
         rich_help_panel=_ENGINE,
-        help="Threads that read and fold.",
-        show_default="one for each core",
+        help="Threads that read and fold; one for each core unless given.",
+        show_default=False,
         min=1,
     ),
 ]
@@ -117,8 +118,9 @@ TileOption = Annotated[
         "--tile-elements",
         envvar="CKPT_EMA_TILE_ELEMENTS",
         rich_help_panel=_ENGINE,
-        help="Elements folded at a time by one thread; the result does not depend on it.",
-        show_default="262144",
+        help="Elements folded at a time by one thread, 262144 unless given; the result does not"
+        " depend on it.",
+        show_default=False,
         min=1,
     ),
 ]
@@ -138,8 +140,10 @@ OutputOption = Annotated[
         "-o",
         envvar="CKPT_EMA_OUTPUT",
         rich_help_panel=_OUTPUT,
-        help="The folder to write; or a path that ends in .safetensors, for one file.",
-        show_default="RUN-ema, beside the run",
+        help="The folder of the result; or a path that ends in .safetensors, for one file. Unless"
+        " given, RUN-ema beside the run.",
+        show_default=False,
+        readable=False,
     ),
 ]
 DtypeOption = Annotated[
@@ -186,7 +190,7 @@ def _options(
 
 @app.command(
     epilog="Examples:\n\nckpt-ema average runs/\n\nckpt-ema average runs/ --decay 0.4 -o averaged"
-    "\n\nOUT=$(ckpt-ema average runs/ -q) && evaluate $OUT"
+    '\n\nOUT=$(ckpt-ema average runs/ -q) && evaluate "$OUT"'
 )
 def average(
     run: RunArgument,
@@ -207,6 +211,7 @@ def average(
     with _errors_reported():
         from ckpt_ema import report
         from ckpt_ema.averaging import carry_out
+        from ckpt_ema.destination import check_vacant
         from ckpt_ema.manifest import is_up_to_date
         from ckpt_ema.planning import plan as make_plan
         from ckpt_ema.progress import ByteProgress
@@ -223,16 +228,20 @@ def average(
             tile_elements=tile_elements,
             allow_nonfinite=allow_nonfinite,
         )
+        if not is_up_to_date(decided):
+            check_vacant(decided.output, overwrite)
         if not quiet and not is_up_to_date(decided):
             _say(*report.plan_lines(decided, _MOST_ROWS), *report.remark_lines(decided))
         with ByteProgress(quiet) as progress:
             result = carry_out(
                 decided, overwrite=overwrite, progress=progress, command=shlex.join(sys.argv)
             )
+        _ignore_signals()  # the output is there: from here on this is a success
         if not quiet:
             _say(report.result_line(result))
         _append_step_summary(report.markdown_lines(decided))
-        typer.echo(json.dumps(result.manifest, indent=2) if as_json else result.output)
+        # A path as the bytes that it is, also where the terminal has no letters for them.
+        typer.echo(json.dumps(result.manifest, indent=2) if as_json else os.fsencode(result.output))
 
 
 @app.command(
@@ -256,6 +265,7 @@ def plan(
     """Show what `average` would do, and the weight of each checkpoint; no tensor is read."""
     with _errors_reported():
         from ckpt_ema import manifest, report
+        from ckpt_ema.destination import is_vacant
         from ckpt_ema.planning import plan as make_plan
 
         decided = make_plan(
@@ -278,26 +288,47 @@ def plan(
             typer.echo("\n".join(report.plan_lines(decided)))
         if not quiet:
             _say(*report.remark_lines(decided))
+            if not is_vacant(decided.output) and not manifest.is_up_to_date(decided):
+                _say(f"note: {printable(decided.output)} exists already and is something else.")
 
 
-class _Terminated(BaseException):
-    """A signal asks the process to end."""
+class _SignalError(BaseException):
+    """A signal asks the process to end. No Exception, so that nothing on the way swallows it."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def main() -> None:
     """Run the command line; never returns."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # under nohup it stays ignored
+            signal.signal(number, _end)
     # torch says it at import wherever numpy is missing, and nothing here needs numpy.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    app()
+    try:
+        app()
+    except _SignalError as error:  # before or after the command itself
+        sys.exit(_say_signal(error))
 
 
-def _terminate(number: int, _frame: FrameType | None) -> None:
-    raise _Terminated(number)
+def _end(number: int, _frame: FrameType | None) -> None:
+    _ignore_signals()  # what a second one would interrupt is the tidying up
+    raise _SignalError(number)
+
+
+def _ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _say_signal(error: _SignalError) -> int:
+    how = "interrupted" if error.number == signal.SIGINT else "terminated"
+    _say(f"{how}, nothing was written")
+    return 128 + error.number
 
 
 @contextlib.contextmanager
@@ -311,12 +342,11 @@ def _errors_reported() -> Iterator[None]:
     except MemoryError as error:
         _say("error: The machine ran out of memory; nothing was written. Try fewer --threads.")
         raise typer.Exit(1) from error
-    except KeyboardInterrupt as error:
-        _say("interrupted, nothing was written")
-        raise typer.Exit(130) from error
-    except _Terminated as error:
-        _say("terminated, nothing was written")
-        raise typer.Exit(128 + error.number) from error
+    except OSError as error:
+        _say(f"error: {printable(error)}.")
+        raise typer.Exit(1) from error
+    except _SignalError as error:
+        raise typer.Exit(_say_signal(error)) from error
 
 
 def _append_step_summary(lines: list[str]) -> None:
@@ -328,4 +358,5 @@ def _append_step_summary(lines: list[str]) -> None:
 
 def _say(*lines: str) -> None:
     for line in lines:
-        typer.echo(line, err=True)
+        with contextlib.suppress(OSError):  # a stderr that is full or closed changes no result
+            typer.echo(line, err=True)

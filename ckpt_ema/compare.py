@@ -38,8 +38,8 @@ def _check_names(name: str, specs: Specs, newest_name: str, newest: Specs) -> No
         return
     extra = sorted(specs.tensors.keys() - newest.tensors.keys())
     lacking = sorted(newest.tensors.keys() - specs.tensors.keys())
-    more = f"has {len(extra)} tensors that {printable(newest_name)} lacks: {some(extra)}"
-    less = f"lacks {len(lacking)} tensors of {printable(newest_name)}: {some(lacking)}"
+    more = f"has tensors that {printable(newest_name)} lacks ({some(extra)})"
+    less = f"lacks tensors of {printable(newest_name)} ({some(lacking)})"
     raise RefusedError(
         f"The checkpoints are not the same model: {printable(name)}"
         f" {' and '.join([more] * bool(extra) + [less] * bool(lacking))}.",

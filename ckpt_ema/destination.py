@@ -42,7 +42,7 @@ def check_vacant(output: Path, overwrite: bool) -> None:
     shown = printable(output)
     if output.suffix == ".safetensors" and os.path.isdir(output):
         raise RefusedError(f"The output {shown} is a folder, and its name asks for one file.")
-    if not os.path.lexists(output) or (os.path.isdir(output) and not os.listdir(output)):
+    if is_vacant(output):
         return
     if not overwrite:
         raise RefusedError(
@@ -54,6 +54,11 @@ def check_vacant(output: Path, overwrite: bool) -> None:
             f"The output {shown} exists and is more than a model; --overwrite would delete it.",
             "Remove it yourself, or choose another with --output.",
         )
+
+
+def is_vacant(output: Path) -> bool:
+    """Whether nothing is at the path, or an empty folder."""
+    return not os.path.lexists(output) or (os.path.isdir(output) and not os.listdir(output))
 
 
 def _is_model(output: Path) -> bool:

@@ -37,7 +37,8 @@ class ByteProgress:
             self._bar = self._make_bar(total_bytes)
         self._bar.update(done_bytes - self._bar.n)
         now = time.monotonic()
-        if self._bar.disable and not self._quiet and now - self._last_line > _SECONDS_BETWEEN_LINES:
+        silent = self._quiet or sys.stderr is None
+        if self._bar.disable and not silent and now - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = now
             self._bar.n = done_bytes  # a disabled bar does not count
             speed = done_bytes / (now - self._start)
@@ -51,7 +52,8 @@ class ByteProgress:
 
         options: dict[str, Any] = {}
         if "TQDM_DISABLE" not in os.environ:  # an explicit argument would beat the user's variable
-            shown = sys.stderr.isatty() or os.environ.get("TQDM_POSITION") == "-1"
+            on_terminal = sys.stderr is not None and sys.stderr.isatty()
+            shown = on_terminal or os.environ.get("TQDM_POSITION") == "-1"
             options["disable"] = self._quiet or not shown
         return tqdm(
             total=total_bytes,

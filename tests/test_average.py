@@ -199,9 +199,9 @@ def test_overflow_of_a_narrow_output_is_named(make_run: MakeRun) -> None:
     [
         (
             {"w": torch.zeros(4), "extra": torch.zeros(1)},
-            r"has 1 tensors that checkpoint-3 lacks: extra",
+            r"has tensors that checkpoint-3 lacks \(extra\)",
         ),
-        ({}, r"lacks 1 tensors of checkpoint-3: w"),
+        ({}, r"lacks tensors of checkpoint-3 \(w\)"),
         ({"w": torch.zeros(1)}, r"tensor w has shape \[1\] in checkpoint-2 and \[4\]"),
         ({"w": torch.zeros(4).long()}, r"Tensor w is I64 in checkpoint-2 and F32 in checkpoint-3"),
     ],

@@ -57,7 +57,7 @@ def read_specs(path: str) -> Specs:
     others = [str(name) for name, value in model.items() if not isinstance(value, PickledTensor)]
     notes = [f"left out of the model, being no tensors: {some(others)}"] if others else []
     if ignored:
-        notes.append(f"ignored while reading: {some(ignored)}")
+        notes.append(f"skipped objects in the files that are no tensors: {some(ignored)}")
     return Specs(tensors, (spec,), ({},), tuple(notes))
 
 

@@ -1,0 +1,408 @@
+"""What once went wrong, or nearly: each test is a fault that a review or a user found."""
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ckpt_ema
+from ckpt_ema import FailedError, OptionError, RefusedError, write
+from tests.conftest import (
+    MakeRun,
+    noise,
+    raw,
+    read_safetensors,
+    series,
+    write_safetensors,
+    write_shards,
+)
+
+COMMAND = [sys.executable, "-m", "ckpt_ema", "average"]
+
+
+def test_nan_is_not_blamed_on_a_mask_that_never_changes(make_run: MakeRun) -> None:
+    values = noise(4, 9)
+    values[2][5] = math.nan
+    run = make_run(series(4, a_mask=torch.full((8,), -math.inf), w=values))
+    with pytest.raises(RefusedError, match=r"checkpoint-3: tensor w holds 1 NaN values \(of 9\)"):
+        ckpt_ema.average(run, device="cpu")
+
+
+def test_shards_that_would_share_an_output_name_are_refused(tmp_path: Path) -> None:
+    for step in (1, 2):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        shards = {"a": "text-00001-of-00001.bin", "b": "vision-00001-of-00001.bin"}
+        for name, shard in shards.items():
+            torch.save({name: torch.ones(3)}, folder / shard)
+        index = json.dumps({"weight_map": shards})
+        (folder / "pytorch_model.bin.index.json").write_text(index)
+    with pytest.raises(RefusedError, match=r"would come out as model-00001-of-00001.safetensors"):
+        ckpt_ema.plan(tmp_path / "run")
+
+
+def test_a_shard_of_a_strange_name_is_averaged_and_not_copied_over(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        write_safetensors(folder / "part.safetensors.v1", {"w": torch.full((2,), float(step))})
+        index = json.dumps({"weight_map": {"w": "part.safetensors.v1"}})
+        (folder / "model.safetensors.index.json").write_text(index)
+    output = ckpt_ema.average(tmp_path / "run", device="cpu").output
+    assert (
+        read_safetensors(output / "part.safetensors.v1")["w"].tolist()
+        == [pytest.approx(119 / 44)] * 2
+    )
+
+
+def test_checkpoints_that_share_an_index_file_are_all_counted(make_run: MakeRun) -> None:
+    """A store of blobs, or a tool that links equal files, gives equal indexes one inode."""
+    run = make_run(series(3, a=noise(3, 2), b=noise(3, 2)), shards=2)
+    for step in (2, 3):
+        index = run / f"checkpoint-{step}" / "model.safetensors.index.json"
+        index.unlink()
+        os.link(run / "checkpoint-1" / "model.safetensors.index.json", index)
+    assert len(ckpt_ema.plan(run).checkpoints) == 3
+
+
+def test_an_input_behind_a_link_is_not_overwritten(make_run: MakeRun, tmp_path: Path) -> None:
+    real = make_run(series(2, w=noise(2, 3)), name="real")
+    farm = tmp_path / "farm"
+    farm.mkdir()
+    for step in (1, 2):
+        (farm / f"checkpoint-{step}").symlink_to(real / f"checkpoint-{step}")
+    with pytest.raises(RefusedError, match="is, holds or lies inside the input"):
+        ckpt_ema.average(farm, output=real / "checkpoint-1", overwrite=True, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.write_text("notes"),
+        lambda path: [(path / "src").mkdir(parents=True), (path / "data.tar").touch()],
+        lambda path: [path.mkdir(), (path / "step_1.safetensors").touch()],
+        lambda path: [
+            (path / "checkpoint-1").mkdir(parents=True),
+            (path / "model.safetensors").touch(),
+        ],
+    ],
+    ids=["a text file", "a project", "a flat run", "a run"],
+)
+def test_overwrite_never_deletes_what_is_more_than_a_model(
+    make_run: MakeRun, tmp_path: Path, make: Any
+) -> None:
+    run = make_run(series(2, w=noise(2, 3)))
+    target = tmp_path / "precious"
+    make(target)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RefusedError, match="is more than a model"):
+        ckpt_ema.average(run, output=target, overwrite=True, device="cpu")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_output_that_is_a_link_is_followed(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(series(2, w=noise(2, 3)))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for decay in (0.1, 0.2):
+        ckpt_ema.average(run, output=tmp_path / "link", decay=decay, overwrite=True, device="cpu")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "model.safetensors").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "disk", "link"}
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_what_is_replaced_is_gone_and_what_fails_leaves_the_old(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    run = make_run(series(3, w=noise(3, 4)))
+    output = ckpt_ema.average(run, device="cpu", decay=0.1).output
+    old = (output / "model.safetensors").read_bytes()
+    if not can_exchange:
+        monkeypatch.setattr(write, "_exchange", lambda *_: False)
+        real, moves = os.rename, []
+
+        def rename(*paths: Any) -> None:
+            moves.append(paths)
+            if len(moves) == 2:
+                raise OSError(5, "Input/output error")
+            real(*paths)
+
+        monkeypatch.setattr(os, "rename", rename)
+        with pytest.raises(FailedError, match="Input/output error"):
+            ckpt_ema.average(run, device="cpu", decay=0.2, overwrite=True)
+        assert (output / "model.safetensors").read_bytes() == old
+        monkeypatch.setattr(os, "rename", real)
+    ckpt_ema.average(run, device="cpu", decay=0.2, overwrite=True)
+    assert (output / "model.safetensors").read_bytes() != old
+    assert {path.name for path in run.parent.iterdir()} == {"run", "run-ema"}
+
+
+def test_the_last_output_is_kept_when_a_run_was_killed_between_two_names(
+    make_run: MakeRun,
+) -> None:
+    run = make_run(series(3, w=noise(3, 4)))
+    output = ckpt_ema.average(run, device="cpu").output
+    hidden = output.with_name(".run-ema.ckpt-ema-00112233")
+    output.rename(hidden)
+    broken = make_run(series(2, w=torch.tensor([math.nan])), name="broken")
+    with pytest.raises(RefusedError):
+        ckpt_ema.average(broken, output=output, device="cpu")
+    assert (hidden / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda out: (out / "model.safetensors.index.json").unlink(),
+        lambda out: (out / "model.safetensors.index.json").write_text("{}"),
+        lambda out: (out / "config.json").write_text("changed"),
+        lambda out: (out / "config.json").unlink(),
+        lambda out: os.truncate(out / "model-00001-of-00002.safetensors", 100),
+        lambda out: (out / "model-00001-of-00002.safetensors").write_bytes(
+            bytes((out / "model-00001-of-00002.safetensors").stat().st_size)
+        ),
+    ],
+)
+def test_a_damaged_output_is_not_up_to_date(make_run: MakeRun, damage: Any) -> None:
+    run = make_run(series(3, a=noise(3, 4), b=noise(3, 4)), shards=2)
+    output = ckpt_ema.average(run, device="cpu").output
+    assert ckpt_ema.average(run, device="cpu").is_up_to_date
+    damage(output)
+    assert not ckpt_ema.average(run, device="cpu", overwrite=True).is_up_to_date
+    assert ckpt_ema.average(run, device="cpu").is_up_to_date
+
+
+def test_another_decay_is_another_average_even_with_equal_weights(make_run: MakeRun) -> None:
+    """The header names the decay, so the bytes differ."""
+    run = make_run(series(2, w=noise(2, 4)))
+    ckpt_ema.average(run, device="cpu", decay=0.999)
+    with pytest.raises(RefusedError, match="is not this average"):
+        ckpt_ema.average(run, device="cpu", decay=0.9)
+
+
+def test_a_changed_companion_is_another_average(make_run: MakeRun) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    ckpt_ema.average(run, device="cpu")
+    (run / "checkpoint-2" / "config.json").write_text('{"architectures": ["Tina"]}')
+    assert not ckpt_ema.average(run, device="cpu", overwrite=True).is_up_to_date
+
+
+def test_more_shards_than_descriptors(make_run: MakeRun) -> None:
+    states = series(2, **{f"w{i:03}": noise(2, 3) for i in range(120)})
+    run = make_run(states, shards=120)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        output = ckpt_ema.average(run, device="cpu").output
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(list(output.glob("*.safetensors"))) == 120
+
+
+def test_neighbours_of_other_dtypes_are_not_joined(make_run: MakeRun) -> None:
+    """F32 beside F16 come out as neighbours of one dtype, but are none in the checkpoints."""
+    states = series(3, a=noise(3, 6), b=noise(3, 6, dtype=torch.float16))
+    output = ckpt_ema.average(make_run(states), device="cpu", dtype="bfloat16").output
+    shadow = ckpt_ema.Shadow(0.999)
+    for state in states:
+        shadow.apply({name: tensor.float() for name, tensor in state.items()})
+    for name, tensor in read_safetensors(output / "model.safetensors").items():
+        assert raw(tensor) == raw(shadow.average(name).bfloat16())
+
+
+def test_narrow_tensors_do_not_leave_wide_ones_misaligned(make_run: MakeRun) -> None:
+    states = series(2, a=noise(2, 3), n=torch.arange(5))
+    output = ckpt_ema.average(make_run(states), device="cpu", dtype="float16").output
+    assert read_safetensors(output / "model.safetensors")["n"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_finished_file_that_the_library_refuses_is_not_published(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    real = write.StagedOutput.create
+
+    def create(staged: write.StagedOutput, files: Any) -> None:
+        real(staged, files)
+        staged.write(0, memoryview(b"\0" * 8), 0)
+
+    monkeypatch.setattr(write.StagedOutput, "create", create)
+    with pytest.raises(FailedError, match="the safetensors library refuses what was written"):
+        ckpt_ema.average(run, device="cpu")
+    assert {path.name for path in run.parent.iterdir()} == {"run"}
+
+
+def test_everything_is_durable_before_it_has_its_name(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    events: list[str] = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(fd: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        real_fsync(fd)
+
+    def rename(source: Any, target: Any) -> None:
+        events.append("rename")
+        real_rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    ckpt_ema.average(run, device="cpu")
+    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    assert {"model.safetensors", "config.json", "ckpt_ema.json"} < set(before)
+    assert any(name.startswith(".run-ema.ckpt-ema-") for name in before)
+    assert after == [run.parent.name]
+
+
+def test_a_single_file_keeps_the_race_winner(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    target = tmp_path / "out.safetensors"
+    real = write.StagedOutput.check_loads
+
+    def overtaken(staged: write.StagedOutput) -> None:
+        real(staged)
+        target.write_bytes(b"the winner")
+
+    monkeypatch.setattr(write.StagedOutput, "check_loads", overtaken)
+    with pytest.raises(RefusedError, match="another run wrote it"):
+        ckpt_ema.average(run, output=target, device="cpu")
+    assert target.read_bytes() == b"the winner"
+
+
+def test_a_numbered_folder_without_a_model_is_a_warning(make_run: MakeRun) -> None:
+    run = make_run(series(3, w=noise(3, 4)))
+    (run / "checkpoint-2" / "model.safetensors").unlink()
+    plan = ckpt_ema.plan(run)
+    assert any("checkpoint-2 holds no model" in warning for warning in plan.warnings)
+
+
+def test_dot_is_the_folder_it_stands_for(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(series(3, w=noise(3, 4)))
+    monkeypatch.chdir(run)
+    assert ckpt_ema.plan(".").output == run.parent / "run-ema"
+    monkeypatch.chdir(run / "checkpoint-2")
+    alone = ckpt_ema.plan(".")
+    assert alone.output == run.parent / "run-ema"
+    assert alone.checkpoints[0].step == 2
+
+
+def test_weights_files_given_one_by_one_are_known_by_their_folders(make_run: MakeRun) -> None:
+    run = make_run(series(3, w=noise(3, 4)), steps=[5, 10, 15])
+    plan = ckpt_ema.plan([run / f"checkpoint-{step}/model.safetensors" for step in (5, 10)])
+    assert [checkpoint.step for checkpoint in plan.checkpoints] == [5, 10]
+
+
+def test_options_without_sense_are_refused(make_run: MakeRun) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    with pytest.raises(OptionError, match="must lie between 1 and"):
+        ckpt_ema.plan(run, tile_elements=10**12)
+    with pytest.raises(OptionError, match="No run and no checkpoints"):
+        ckpt_ema.plan([])
+    for device in ("meta", "opengl", ""):
+        with pytest.raises(OptionError, match="this machine with this build of torch has"):
+            ckpt_ema.average(run, device=device)
+
+
+def test_a_run_whose_name_is_not_utf8_is_averaged(tmp_path: Path) -> None:
+    run = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xff"))
+    for step in (1, 2):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        write_safetensors(run / f"checkpoint-{step}/model.safetensors", {"w": torch.ones(2)})
+    done = subprocess.run([*COMMAND, run, "-q", "--device", "cpu"], capture_output=True)
+    assert (done.returncode, done.stdout) == (0, os.fsencode(run) + b"-ema\n"), done.stderr
+
+
+def test_the_second_json_of_a_single_file_has_the_same_fields(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    target = tmp_path / "out.safetensors"
+    first = ckpt_ema.average(run, output=target, device="cpu").manifest
+    second = ckpt_ema.average(run, output=target, device="cpu").manifest
+    assert first["checkpoints"] == second["checkpoints"]
+    assert first["warnings"] == second["warnings"]
+
+
+def test_a_shadow_keeps_the_dtype_of_the_last_integers() -> None:
+    shadow = ckpt_ema.Shadow(0.9)
+    shadow.apply({"n": torch.tensor(1, dtype=torch.int32)})
+    shadow.apply({"n": torch.tensor(2**40 + 5)})
+    assert shadow.average("n").item() == 2**40 + 5
+
+
+@pytest.mark.parametrize("decay", [0.999, 0.99999, 0.3])
+def test_float32_accumulators_weigh_as_they_should(decay: float) -> None:
+    from ckpt_ema.shadow import fold_
+
+    shadow, value = torch.zeros(5), torch.ones(5)
+    fold_(shadow, value, decay)
+    assert shadow.tolist() == pytest.approx([1 - decay] * 5, rel=2e-7)
+    zero = torch.tensor([-0.0, 0.0])
+    frozen = zero.clone()
+    fold_(frozen, zero, decay)
+    assert raw(frozen) == raw(zero)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None or os.geteuid() != 0, reason="needs setpriv")
+@pytest.mark.parametrize("locked", ["", "checkpoint-2", "checkpoint-2/model.safetensors"])
+def test_what_may_not_be_read_is_one_sentence(make_run: MakeRun, locked: str) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    for parent in (run, *run.parents[:3]):
+        parent.chmod(0o755)
+    (run / locked).chmod(0)
+    drop = ["setpriv", "--reuid", "65534", "--clear-groups"]
+    done = subprocess.run([*drop, *COMMAND, run, "-q"], capture_output=True, text=True, cwd="/")
+    (run / locked).chmod(0o755)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Permission denied" in done.stderr
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+def test_a_closed_or_full_stderr_changes_no_result(make_run: MakeRun, redirection: str) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    line = f"'{sys.executable}' -m ckpt_ema average '{run}' --device cpu {redirection}"
+    done = subprocess.run(["sh", "-c", line], stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{run}-ema\n")
+
+
+def test_signals_one_after_the_other_leave_nothing(make_run: MakeRun) -> None:
+    run = make_run(series(20, w=noise(20, 1_000_000)))
+    process = subprocess.Popen(
+        [*COMMAND, run, "-q", "--tile-elements", "100", "--device", "cpu"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 50
+    while not list(run.parent.glob(".run-ema.*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.02)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (130, "interrupted, nothing was written\n")
+    assert {path.name for path in run.parent.iterdir()} == {"run"}
+
+
+def test_shards_of_a_list_and_a_stale_one_are_told(make_run: MakeRun) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    write_shards(run / "checkpoint-2", {"w": torch.ones(4)}, 1)
+    with pytest.raises(RefusedError, match="one of them is stale"):
+        ckpt_ema.plan(run)
