@@ -251,7 +251,7 @@ def contender_table(rounds: dict[str, list[Measured]]) -> Iterator[str]:
     yield "anon, RSS: peaks of memory above those of `import torch`, which are"
     yield f"{anonymous / MIB:.0f} MiB anonymous and {resident / MIB:.0f} MiB resident."
     fsync = median_of(rounds[WRITE], "fsync_seconds")
-    yield f"Of writing the output's bytes alone, fsync took {fsync:.3f} s. ckpt-ema makes its output"
+    yield f"Of writing the output alone, fsync took {fsync:.3f} s. ckpt-ema makes its output"
     yield "durable, writing it out while it folds; the others do without.\n"
 
 
