@@ -18,7 +18,7 @@ from ckpt_ema.discover import Checkpoint, discover
 from ckpt_ema.errors import OptionError, RefusedError, printable, some
 from ckpt_ema.formats import read_specs
 from ckpt_ema.formats.specs import AVERAGED, Specs
-from ckpt_ema.outputs import OutputFile, make_index, output_files
+from ckpt_ema.outputs import OutputFile, make_index, needs_index, output_files
 from ckpt_ema.spans import Work, make_work
 
 DTYPES = {"same": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -154,7 +154,7 @@ def plan(
         decay=decay,
         output=destination,
         files=files,
-        index=make_index(files, newest.weights.name) if len(files) > 1 else None,
+        index=make_index(files, newest.weights.name) if needs_index(files) else None,
         companions=travelling,
         work=make_work(specs, files),
         dtype=dtype,

@@ -57,6 +57,15 @@ def test_shards_index_and_metadata_are_mirrored(make_run: MakeRun) -> None:
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
+def test_a_single_shard_keeps_its_index(make_run: MakeRun) -> None:
+    """Without it no loader finds model-00001-of-00001.safetensors."""
+    run = make_run(series(2, w=noise(2, 4)), shards=1)
+    output = ckpt_ema.average(run, device="cpu").output
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {"w": "model-00001-of-00001.safetensors"}
+    assert (output / "model-00001-of-00001.safetensors").is_file()
+
+
 def test_every_header_says_format_pt_and_where_it_comes_from(
     make_run: MakeRun, tmp_path: Path
 ) -> None:
