@@ -59,7 +59,7 @@ _AVERAGE, _ENGINE, _OUTPUT = "Average", "Engine", "Output"
 RunArgument = Annotated[
     list[Path],
     typer.Argument(
-        metavar="RUN...",
+        metavar="RUN",
         show_default=False,
         readable=False,
         help="A folder of numbered checkpoints; or the checkpoints themselves, oldest first.",
