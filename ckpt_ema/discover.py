@@ -75,12 +75,14 @@ def _explicit(given: list[Path]) -> Found:
             )
         number = _number_in(_stem(path.name))
         checkpoints.append(Checkpoint(path, number and number[1], weights))
-    real = [checkpoint.path.resolve() for checkpoint in checkpoints]
-    for index, path in enumerate(real):
-        if path in real[:index]:
+    seen: set[Path] = set()
+    for checkpoint in checkpoints:
+        real = checkpoint.path.resolve()
+        if real in seen:
             raise RefusedError(
-                f"{printable(given[index])} is given twice.", "Give every checkpoint once."
+                f"{printable(checkpoint.path)} is given twice.", "Give every checkpoint once."
             )
+        seen.add(real)
     steps = [checkpoint.step for checkpoint in checkpoints if checkpoint.step is not None]
     warnings = []
     for earlier, later in pairwise(checkpoints):
@@ -107,14 +109,14 @@ class _Candidates:
 def _discover_run(run: Path) -> Found:
     candidates = _scan(run)
     own = _weights_of(run)
-    series = {form: members for form, members in candidates.series.items() if members}
+    series = dict(candidates.series)
     if own is not None and (not series or _are_stray_files(series)):
         number = _number_in(run.name)
         return Found((Checkpoint(run, number and number[1], own),))
     if len(series) > 1:
         series = {form: members for form, members in series.items() if len(members) > 1} or series
         for form, members in candidates.series.items():
-            if members and form not in series:
+            if form not in series:
                 candidates.left_out += [(m.path, "the only one of its name") for m in members]
     if len(series) > 1:
         raise RefusedError(

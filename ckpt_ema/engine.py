@@ -55,7 +55,9 @@ def run(
     """
     sources = Sources(plan)
     try:
-        _run_threads(_Job(plan, sources, destination, device, tiles(plan)), progress)
+        holds_float64 = "F64" in plan.work.dtypes()
+        job = _Job(plan, sources, destination, device, tiles(plan), holds_float64)
+        _run_threads(job, progress)
         sources.verify()
     finally:
         sources.close()
@@ -101,6 +103,7 @@ class _Job:
     destination: Destination
     device: torch.device
     tiles: Iterator[Tile]
+    holds_float64: bool
     bytes_read: int = 0
     stopped: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -115,7 +118,7 @@ class _Job:
 
 
 def _run_threads(job: _Job, progress: Progress | None) -> None:
-    threads = job.plan.threads
+    threads, total_bytes = job.plan.threads, job.plan.bytes_read
     with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-ema") as pool:
         pending = {pool.submit(_Worker(job).work) for _ in range(threads)}
         try:
@@ -124,7 +127,7 @@ def _run_threads(job: _Job, progress: Progress | None) -> None:
                 for future in done:
                     future.result()
                 if progress:
-                    progress(job.bytes_read, job.plan.bytes_read)
+                    progress(job.bytes_read, total_bytes)
         finally:
             job.stopped = True
 
@@ -136,10 +139,6 @@ class _Worker:
         self._job = job
         self._plan = job.plan
         self._decays = [c.decay for c in job.plan.checkpoints if c.decay is not None]
-        self._holds_float64 = any(
-            "F64" in (span.dtype, *(source.dtype for source in span.sources))
-            for span in job.plan.work.spans
-        )
         self._staging = Staging(0)  # for kept tensors, made when the first one comes
 
     def work(self) -> None:
@@ -162,7 +161,7 @@ class _Worker:
     def _make_fold(self, capacity: int) -> TileFold:
         device = self._job.device
         wide = torch.float32 if self._plan.accumulate == "float32" else widest_float(device)
-        return make_fold(self._decays, capacity, wide, device, self._holds_float64)
+        return make_fold(self._decays, capacity, wide, device, self._job.holds_float64)
 
     def _do(self, tile: Tile, fold: TileFold) -> None:
         span = tile.span

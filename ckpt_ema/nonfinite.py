@@ -7,6 +7,7 @@ import torch
 
 from ckpt_ema.errors import RefusedError, printable
 from ckpt_ema.folding import Staging
+from ckpt_ema.formats.specs import DTYPE_BITS
 from ckpt_ema.outputs import OutputTensor
 from ckpt_ema.planning import Plan
 from ckpt_ema.sources import Sources
@@ -45,11 +46,10 @@ def check_nonfinite(
 
 def _tensor_at(plan: Plan, span: Span, element: int) -> OutputTensor:
     file, begin = span.targets[0]
+    position = begin + element * DTYPE_BITS[span.dtype] // 8
     for tensor in plan.files[file].tensors:
-        if tensor.dtype == span.dtype and tensor.size_bytes:
-            item_bytes = tensor.size_bytes // max(1, _numel(tensor))
-            if tensor.offset <= begin + element * item_bytes < tensor.offset + tensor.size_bytes:
-                return tensor
+        if tensor.offset <= position < tensor.offset + tensor.size_bytes:
+            return tensor
     raise AssertionError("a span covers tensors of the output only")
 
 

@@ -34,6 +34,12 @@ class Work(NamedTuple):
     spans: tuple[Span, ...]
     layout_of: tuple[int, ...]
 
+    def dtypes(self) -> set[str]:
+        """Every dtype that is averaged, in a checkpoint or in the output."""
+        spans = [span for span in self.spans if span.averaged]
+        read = {source.dtype for span in spans for source in span.sources}
+        return read | {span.dtype for span in spans}
+
     def bytes_read(self) -> int:
         """Bytes of tensor data that the whole average reads, each once."""
         total = 0
@@ -48,14 +54,11 @@ class Work(NamedTuple):
 
 def make_work(checkpoints: Sequence[Specs], files: Sequence[OutputFile]) -> Work:
     """Join the output's tensors to spans, in the order of the output's bytes."""
-    layouts: list[Specs] = []
-    layout_of = []
-    for specs in checkpoints:
-        known = [i for i, layout in enumerate(layouts) if layout.tensors is specs.tensors]
-        if not known:
-            layouts.append(specs)
-        layout_of.append(known[0] if known else len(layouts) - 1)
-    newest = layouts[layout_of[-1]]
+    by_identity = {id(specs.tensors): specs for specs in checkpoints}
+    number_of = {identity: number for number, identity in enumerate(by_identity)}
+    layouts = list(by_identity.values())
+    layout_of = [number_of[id(specs.tensors)] for specs in checkpoints]
+    newest = checkpoints[-1]
     # Tied tensors share their bytes in every checkpoint: they are one span with several targets.
     untied: dict[tuple[object, ...], Span] = {}
     for number, file in enumerate(files):
