@@ -78,3 +78,11 @@ def test_the_public_names_are_there_and_stay_what_they_are() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_in_docstrings_are_true(module: str) -> None:
     assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
+def test_the_command_line_offers_what_the_library_takes() -> None:
+    from ckpt_ema import cli, planning, schedule
+
+    assert {choice.value for choice in cli.Schedule} == set(schedule.SCHEDULES)
+    assert {choice.value for choice in cli.Dtype} == set(planning.DTYPES)
+    assert {choice.value for choice in cli.Accumulate} == set(planning.ACCUMULATORS)
