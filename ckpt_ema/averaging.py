@@ -72,7 +72,22 @@ def average(
         tile_elements=tile_elements,
         allow_nonfinite=allow_nonfinite,
     )
-    return carry_out(decided, overwrite=overwrite, progress=progress)
+    done = up_to_date(decided, overwrite=overwrite)
+    return done or carry_out(decided, overwrite=overwrite, progress=progress)
+
+
+def up_to_date(plan: Plan, *, overwrite: bool = False) -> Result | None:
+    """The result of `plan` if it is at the output path already, None if that is free for it.
+
+    Raises `RefusedError` if something else is there that may not be replaced.
+    """
+    if not manifest.is_up_to_date(plan):
+        check_vacant(plan.output, overwrite)
+        return None
+    recorded = manifest.read_manifest(plan.output)
+    if plan.is_single_file:  # its header has no room for all of it
+        recorded = {"ckpt_ema": __version__, **manifest.describe(plan)}
+    return Result(plan, True, 0.0, recorded)
 
 
 def carry_out(
@@ -82,13 +97,7 @@ def carry_out(
     progress: "Progress | None" = None,
     command: str | None = None,
 ) -> Result:
-    """Do what `plan` says; `command` is recorded in the manifest. See `average`."""
-    if manifest.is_up_to_date(plan):
-        recorded = manifest.read_manifest(plan.output)
-        if plan.is_single_file:  # its header has no room for all of it
-            recorded = {"ckpt_ema": __version__, **manifest.describe(plan)}
-        return Result(plan, True, 0.0, recorded)
-    check_vacant(plan.output, overwrite)
+    """Do what `plan` says, once `up_to_date` has no objection; `command` goes into the manifest."""
     engine = _import_engine()
     device = engine.resolve_device(plan.device)
     start = time.monotonic()

@@ -210,9 +210,7 @@ def average(
     """Average the checkpoints in RUN and print the path of the result."""
     with _errors_reported():
         from ckpt_ema import report
-        from ckpt_ema.averaging import carry_out
-        from ckpt_ema.destination import check_vacant
-        from ckpt_ema.manifest import is_up_to_date
+        from ckpt_ema.averaging import carry_out, up_to_date
         from ckpt_ema.planning import plan as make_plan
         from ckpt_ema.progress import ByteProgress
 
@@ -228,14 +226,14 @@ def average(
             tile_elements=tile_elements,
             allow_nonfinite=allow_nonfinite,
         )
-        if not is_up_to_date(decided):
-            check_vacant(decided.output, overwrite)
-        if not quiet and not is_up_to_date(decided):
-            _say(*report.plan_lines(decided, _MOST_ROWS), *report.remark_lines(decided))
-        with ByteProgress(quiet) as progress:
-            result = carry_out(
-                decided, overwrite=overwrite, progress=progress, command=shlex.join(sys.argv)
-            )
+        result = up_to_date(decided, overwrite=overwrite)
+        if result is None:
+            if not quiet:
+                _say(*report.plan_lines(decided, _MOST_ROWS), *report.remark_lines(decided))
+            with ByteProgress(quiet) as progress:
+                result = carry_out(
+                    decided, overwrite=overwrite, progress=progress, command=shlex.join(sys.argv)
+                )
         _ignore_signals()  # the output is there: from here on this is a success
         if not quiet:
             _say(report.result_line(result))

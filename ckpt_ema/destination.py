@@ -1,12 +1,11 @@
 """Whether an output path may be written to: questions only, nothing is touched."""
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt_ema.errors import RefusedError, printable
-from ckpt_ema.layouts import FOLDER_WEIGHTS, MANIFEST_NAME, WEIGHTS_EXTENSION
+from ckpt_ema.layouts import FOLDER_WEIGHTS, MANIFEST_NAME, SHARD_NUMBER, WEIGHTS_EXTENSION
 
 
 def check_destination(output: Path, inputs: Sequence[Path]) -> None:
@@ -69,7 +68,7 @@ def _is_model(output: Path) -> bool:
     if MANIFEST_NAME in found:
         return True
     weights = {name for name in found if WEIGHTS_EXTENSION.search(name)}
-    shards = {name for name in weights if re.search(r"-\d{5}-of-\d{5}\.", name)}
+    shards = {name for name in weights if SHARD_NUMBER.search(name)}
     return (
         not any(found.values())
         and bool(weights)

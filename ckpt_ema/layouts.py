@@ -12,6 +12,9 @@ WEIGHTS_EXTENSION = re.compile(
     r"(\.pth\.tar|\.safetensors|\.ckpt|\.pth|\.bin|\.pt)$", re.IGNORECASE
 )
 
+# How a file says that it is one of several.
+SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
+
 # Where a checkpoint folder keeps its model, in the order in which the trainers' loaders look.
 FOLDER_WEIGHTS = (
     "model.safetensors",
@@ -52,7 +55,7 @@ NOT_A_STEP: dict[str, Pattern[str]] = {
         re.IGNORECASE,
     ),
     "one shard or rank of a model": re.compile(
-        r"-\d{5}-of-\d{5}|^__\d+_\d+$|^mp_rank_\d+|(?:^|_)zero_pp_rank_\d+"
+        SHARD_NUMBER.pattern + r"|^__\d+_\d+$|^mp_rank_\d+|(?:^|_)zero_pp_rank_\d+"
         r"|model_world_size_\d+_rank_\d+|(?:^|[_-])rank[_-]?[1-9]\d*(?:[._]|$)"
         r"|^layer_\d+-model_\d+|^expp_rank_|^consolidated\.\d+|_of_\d+|pp-rank-\d+-of-|^shard-\d+-",
         re.IGNORECASE,

@@ -7,7 +7,6 @@ out as safetensors.
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +14,9 @@ from ckpt_ema.errors import RefusedError, printable, some
 from ckpt_ema.formats import is_safetensors
 from ckpt_ema.formats.safetensors import MAX_HEADER_BYTES, make_header
 from ckpt_ema.formats.specs import AVERAGED, DTYPE_BITS, Specs, TensorSpec
+from ckpt_ema.layouts import SHARD_NUMBER
 
 PROVENANCE_KEY = "ckpt_ema"
-
-_SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
 
 # Hashes of the tensors that training UIs put into the header; of an average they would be wrong.
 _STALE_HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -79,7 +77,7 @@ def output_files(
 
 def needs_index(files: Sequence[OutputFile]) -> bool:
     """Whether loaders need an index to find these files; also for a shard that is the only one."""
-    return len(files) > 1 or bool(_SHARD_NUMBER.search(files[0].name))
+    return len(files) > 1 or bool(SHARD_NUMBER.search(files[0].name))
 
 
 def make_index(files: tuple[OutputFile, ...], newest_index: str) -> tuple[str, bytes]:
@@ -103,7 +101,7 @@ def _by_name(item: tuple[OutputTensor, str]) -> str:
 def _safetensors_name(name: str, count: int) -> str:
     if is_safetensors(name):
         return name
-    shard = _SHARD_NUMBER.search(name)
+    shard = SHARD_NUMBER.search(name)
     if count > 1 and not shard:
         raise RefusedError(f"The shard {printable(name)} has no number to name its output by.")
     return f"model{shard.group() if shard and count > 1 else ''}.safetensors"
