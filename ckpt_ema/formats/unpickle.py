@@ -161,8 +161,8 @@ BROKEN_PICKLE = (
 def check_claims(stream: IO[bytes]) -> None:
     """Refuse a pickle with lengths beyond its file, or memo numbers beyond its count of opcodes.
 
-    The unpickler allocates what it is told before it reads, and clears a table up to the highest
-    memo number: 12 bytes could take 32 GiB. The stream is left where it was.
+    An unpickler allocates what it is told before it reads; no writer of pickles numbers its memo
+    beyond its opcodes. The stream is left where it was.
     """
     start = stream.tell()
     size_bytes = stream.seek(0, 2) - start
