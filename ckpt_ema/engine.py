@@ -89,9 +89,8 @@ def tiles(plan: Plan) -> Iterator[Tile]:
     """Cut the plan's spans, in the order of the output's bytes."""
     for span in plan.work.spans:
         limit = plan.tile_elements * (1 if span.averaged else 8)
-        step = span.length if span.is_whole else limit
-        for start in range(0, span.length, step):
-            yield Tile(span, start, min(step, span.length - start))
+        for start in range(0, span.length, limit):
+            yield Tile(span, start, min(limit, span.length - start))
 
 
 @dataclass(slots=True)
@@ -146,7 +145,7 @@ class _Worker:
         # There is one thread per core already; without this each would start a team of its own.
         torch.set_num_threads(1)
         try:
-            fold = self._make_fold(self._plan.tile_elements)
+            fold = self._make_fold()
             while (tile := self._job.next_tile()) is not None:
                 self._do(tile, fold)
         except RuntimeError as error:
@@ -158,8 +157,8 @@ class _Worker:
                 ) from error
             raise
 
-    def _make_fold(self, capacity: int) -> TileFold:
-        device = self._job.device
+    def _make_fold(self) -> TileFold:
+        device, capacity = self._job.device, self._plan.tile_elements
         wide = torch.float32 if self._plan.accumulate == "float32" else widest_float(device)
         return make_fold(self._decays, capacity, wide, device, self._job.holds_float64)
 
@@ -168,8 +167,6 @@ class _Worker:
         if not span.averaged:
             data, offset = self._kept(tile), tile.start
         else:
-            if tile.length > fold.capacity:  # a strided view comes in one piece
-                fold = self._make_fold(tile.length)
             data = self._averaged(tile, fold)
             offset = tile.start * DTYPE_BITS[span.dtype] // 8
         for file, begin in span.targets:

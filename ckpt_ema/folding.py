@@ -35,9 +35,7 @@ ReadValues = Callable[[int, Staging], torch.Tensor]
 
 
 class TileFold(Protocol):
-    """Folds tiles of up to `capacity` elements with memory of its own; for one thread."""
-
-    capacity: int
+    """Folds tiles of up to a fixed number of elements with memory of its own; for one thread."""
 
     def fold(
         self, count: int, dtype: torch.dtype, read: ReadValues, fold: Fold = fold_
@@ -52,7 +50,6 @@ class PlainFold:
         self, decays: Sequence[float], capacity: int, wide: torch.dtype, device: torch.device
     ) -> None:
         self.decays = decays
-        self.capacity = capacity
         self.device = device
         self._staging = Staging(capacity * 8)
         self._rounded = Staging(capacity * 8)
@@ -96,7 +93,6 @@ class StreamedFold:
     ) -> None:
         module: Any = torch.get_device_module(device)
         self.decays = decays
-        self.capacity = capacity
         self._module = module
         self._folding, self._copying = module.Stream(device=device), module.Stream(device=device)
         self._copied = [module.Event(), module.Event()]

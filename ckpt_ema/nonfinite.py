@@ -69,11 +69,11 @@ def _nonfinite(plan: Plan, sources: Sources, index: int, tensor: OutputTensor) -
     checkpoint = plan.checkpoints[index]
     source = checkpoint.specs.tensors[tensor.name]
     total = _numel(tensor)
-    chunk = total if source.strides is not None else _CHUNK_ELEMENTS
-    staging = Staging(min(chunk, total) * 8)
+    staging = Staging(min(_CHUNK_ELEMENTS, total) * 8)
     nans = infinities = 0
-    for start in range(0, total, chunk):
-        value = sources.values(index, source, start, min(chunk, total - start), staging)
+    for start in range(0, total, _CHUNK_ELEMENTS):
+        count = min(_CHUNK_ELEMENTS, total - start)
+        value = sources.values(index, source, start, count, staging)
         nans += int(value.isnan().sum())
         infinities += int(value.isinf().sum())
     found = [f"{nans} NaN"] * bool(nans) + [f"{infinities} infinite"] * bool(infinities)

@@ -17,7 +17,7 @@ from ckpt_ema.destination import check_destination
 from ckpt_ema.discover import Checkpoint, discover
 from ckpt_ema.errors import OptionError, RefusedError, printable, some
 from ckpt_ema.formats import read_specs
-from ckpt_ema.formats.specs import AVERAGED, Specs
+from ckpt_ema.formats.specs import AVERAGED, MOST_READ_PER_WANTED, Specs
 from ckpt_ema.outputs import OutputFile, make_index, needs_index, output_files
 from ckpt_ema.spans import Work, make_work
 
@@ -92,10 +92,9 @@ class Plan:
     def memory_bytes(self) -> int:
         """What the fold allocates beyond torch itself, whatever the size of the model."""
         wide = 4 if self.accumulate == "float32" else 8
-        whole = [span.length for span in self.work.spans if span.is_whole]  # views are not cut
-        elements = max([self.tile_elements, *whole])
+        gathered = 8 * MOST_READ_PER_WANTED if any(s.in_pieces for s in self.work.spans) else 0
         # What is read, widened (float16 in two steps), the shadow, and what is rounded.
-        return self.threads * elements * (8 + 4 + wide + wide + 8)
+        return self.threads * self.tile_elements * (gathered + 8 + 4 + wide + wide + 8)
 
 
 def plan(

@@ -5,12 +5,12 @@ import torch
 from ckpt_ema.files import FilePool
 from ckpt_ema.folding import Staging
 from ckpt_ema.formats.specs import AVERAGED, DTYPE_BITS, TensorSpec
+from ckpt_ema.pieces import gather
 from ckpt_ema.planning import Plan
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, torch_name) for name, torch_name in AVERAGED.items()
 }
-_OF_WIDTH = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
 class Sources:
@@ -32,10 +32,7 @@ class Sources:
     def values(
         self, checkpoint: int, source: TensorSpec, start: int, count: int, staging: Staging
     ) -> torch.Tensor:
-        """`count` elements from element `start` of an averaged tensor on: shape (count,).
-
-        A strided view is read whole, whatever `start` and `count` are.
-        """
+        """`count` elements from element `start` of an averaged tensor on: shape (count,)."""
         dtype = TORCH_DTYPES[source.dtype]
         self.read(checkpoint, source, start * dtype.itemsize, count * dtype.itemsize, staging)
         return staging.values(dtype, count)
@@ -44,11 +41,16 @@ class Sources:
         self, checkpoint: int, source: TensorSpec, start: int, size_bytes: int, staging: Staging
     ) -> memoryview:
         """The same in bytes, for tensors of any dtype."""
-        path = self._paths[checkpoint][source.file]
-        if source.strides is not None:
-            return self._gather(path, source, staging)
+        paths = self._paths[checkpoint]
         view = staging.bytes[:size_bytes]
-        self._pool.read_into(path, view, source.offset + start)
+        if source.pieces:
+
+            def read_into(file: int, part: memoryview, offset: int) -> None:
+                self._pool.read_into(paths[file], part, offset)
+
+            gather(source, start * 8 // DTYPE_BITS[source.dtype], view, read_into)
+        else:
+            self._pool.read_into(paths[source.file], view, source.offset + start)
         return view
 
     def verify(self) -> None:
@@ -58,13 +60,3 @@ class Sources:
     def close(self) -> None:
         """Close the files."""
         self._pool.close()
-
-    def _gather(self, path: str, source: TensorSpec, staging: Staging) -> memoryview:
-        """Read a strided view with the gaps it spans, and pack it row-major."""
-        assert source.strides is not None
-        dtype = _OF_WIDTH[DTYPE_BITS[source.dtype]]  # bits only move, so the width is enough
-        raw = Staging(source.span_bytes)
-        self._pool.read_into(path, raw.bytes, source.offset)
-        view = raw.memory.view(dtype).as_strided(source.shape, source.strides)
-        staging.values(dtype, view.numel()).view(source.shape).copy_(view)
-        return staging.bytes[: source.size_bytes]

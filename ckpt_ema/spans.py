@@ -23,9 +23,9 @@ class Span(NamedTuple):
     sources: tuple[TensorSpec, ...]  # of the first tensor, for each layout; the newest's if kept
 
     @property
-    def is_whole(self) -> bool:
-        """Whether it must be read in one piece, being a strided view in some checkpoint."""
-        return any(source.strides is not None for source in self.sources)
+    def in_pieces(self) -> bool:
+        """Whether some checkpoint has it in pieces; such a span is one tensor."""
+        return any(source.pieces for source in self.sources)
 
 
 class Work(NamedTuple):
@@ -88,7 +88,7 @@ def _follows(span: Span, other: Span) -> bool:
     """Whether `other` begins where `span` ends, in every checkpoint and in the output."""
     if span.averaged != other.averaged or len(span.targets) + len(other.targets) > 2:
         return False
-    if span.is_whole or other.is_whole or (span.averaged and span.dtype != other.dtype):
+    if span.in_pieces or other.in_pieces or (span.averaged and span.dtype != other.dtype):
         return False
     ends = [(span.targets[0], _bytes(span, span.dtype), other.targets[0])]
     for source, following in zip(span.sources, other.sources, strict=True):

@@ -5,7 +5,7 @@ them are read by the same positioned reads. Nothing here reads a file.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -38,28 +38,65 @@ DTYPE_BITS = {
 # The dtypes that are averaged, and what torch calls them. All others keep their newest value.
 AVERAGED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
+# Elements that one read of a piece may hold for each that is wanted; beyond, reads are split.
+MOST_READ_PER_WANTED = 4
+
+
+class Piece(NamedTuple):
+    """A box of one tensor and where its elements are: a view's, or one chunk of a sharded tensor's.
+
+    The element at `starts + i` of the tensor lies `sum(i * strides)` elements after `offset`.
+    """
+
+    file: int  # index into Specs.files
+    offset: int  # of its first element in that file, in bytes
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+
 
 class TensorSpec(NamedTuple):
-    """One tensor of one checkpoint and where its bytes are."""
+    """One tensor of one checkpoint and where its bytes are: in one place, or in pieces."""
 
     dtype: str  # a key of DTYPE_BITS
     shape: tuple[int, ...]
-    file: int  # index into Specs.files
+    file: int  # index into Specs.files; of the first piece where there are pieces
     offset: int  # of its first element in that file, in bytes
-    strides: tuple[int, ...] | None = None  # in elements; None: row-major without gaps
+    pieces: tuple[Piece, ...] = ()  # that cover the tensor, each element once
 
     @property
     def size_bytes(self) -> int:
         """Bytes of its elements, packed."""
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
-    @property
-    def span_bytes(self) -> int:
-        """Bytes in the file from its first to its last element, more than its size for a view."""
-        if self.strides is None or 0 in self.shape:
-            return self.size_bytes
-        last = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
-        return (last + 1) * DTYPE_BITS[self.dtype] // 8
+
+def spanned(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last of a strided box, both counted; 0 for an empty one."""
+    if 0 in sizes:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+
+
+def packed_strides(sizes: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a row-major box without gaps.
+
+    >>> packed_strides((4, 3, 2))
+    (6, 2, 1)
+    """
+    strides = [1] * len(sizes)
+    for axis in range(len(sizes) - 1, 0, -1):
+        strides[axis - 1] = strides[axis] * sizes[axis]
+    return tuple(strides)
+
+
+def is_packed(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a box is row-major without gaps; dimensions of size 1 may say anything."""
+    expected = 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return 0 in sizes
+        expected *= size
+    return True
 
 
 class FileSpec(NamedTuple):

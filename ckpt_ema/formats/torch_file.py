@@ -13,7 +13,15 @@ from typing import IO, Any
 
 from ckpt_ema.errors import RefusedError, printable, some
 from ckpt_ema.files import OpenFile, open_regular, read_exactly
-from ckpt_ema.formats.specs import DTYPE_BITS, FileSpec, Specs, TensorSpec
+from ckpt_ema.formats.specs import (
+    DTYPE_BITS,
+    FileSpec,
+    Piece,
+    Specs,
+    TensorSpec,
+    is_packed,
+    spanned,
+)
 from ckpt_ema.formats.unpickle import (
     BROKEN_PICKLE,
     Inert,
@@ -263,30 +271,24 @@ def _place(
     path: str, name: str, tensor: PickledTensor, locate: _Locate, file_bytes: int
 ) -> TensorSpec:
     """Where a tensor's elements are, checked to lie inside its storage."""
-    item_bytes = DTYPE_BITS[tensor.dtype] // 8
-    most = max(file_bytes, _MAX_EXPANDED_BYTES)
-    strides = None if _is_packed(tensor) else tensor.strides
+    dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides
+    item_bytes = DTYPE_BITS[dtype] // 8
     start = tensor.offset * item_bytes
-    spec = TensorSpec(tensor.dtype, tensor.shape, 0, start, strides)
-    if start + spec.span_bytes > _storage_bytes(tensor.storage) or spec.size_bytes > most:
+    size_bytes = math.prod(shape) * item_bytes
+    end = start + spanned(shape, strides) * item_bytes
+    if end > _storage_bytes(tensor.storage) or size_bytes > max(file_bytes, _MAX_EXPANDED_BYTES):
         raise RefusedError(
             f"{printable(path)}: tensor {printable(name)} reaches beyond its storage; the file is"
             " damaged or not what it seems."
         )
-    if math.prod(tensor.shape) == 0:
-        return spec._replace(offset=0, strides=None)
-    return spec._replace(offset=locate(tensor.storage) + start)
+    if not size_bytes:
+        return TensorSpec(dtype, shape, 0, 0)
+    offset = locate(tensor.storage) + start
+    if is_packed(shape, strides):
+        return TensorSpec(dtype, shape, 0, offset)
+    piece = Piece(0, offset, (0,) * len(shape), shape, strides)
+    return TensorSpec(dtype, shape, 0, offset, (piece,))
 
 
 def _storage_bytes(storage: Storage) -> int:
     return storage.length * (DTYPE_BITS[storage.dtype] // 8 if storage.dtype else 1)
-
-
-def _is_packed(tensor: PickledTensor) -> bool:
-    """Whether the elements are row-major without gaps; dimensions of size 1 may say anything."""
-    expected = 1
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
-        if size != 1 and stride != expected:
-            return math.prod(tensor.shape) == 0
-        expected *= size
-    return True
