@@ -14,7 +14,8 @@ from ckpt_ema import __version__, manifest
 from ckpt_ema.destination import check_vacant
 from ckpt_ema.errors import FailedError, printable
 from ckpt_ema.layouts import MANIFEST_NAME
-from ckpt_ema.planning import PathLike, Plan, plan
+from ckpt_ema.options import PathLike
+from ckpt_ema.planning import Plan, plan
 from ckpt_ema.write import StagedOutput
 
 if TYPE_CHECKING:
@@ -39,19 +40,11 @@ class Result:
 def average(
     run: PathLike | Sequence[PathLike],
     *,
-    decay: float = 0.999,
-    schedule: str = "dynamic",
-    output: PathLike | None = None,
     overwrite: bool = False,
-    dtype: str = "same",
-    accumulate: str = "float64",
-    device: str = "auto",
-    threads: int | None = None,
-    tile_elements: int | None = None,
-    allow_nonfinite: bool = False,
     progress: "Progress | None" = None,
+    **options: Any,
 ) -> Result:
-    """Average the checkpoints in `run`, a folder or checkpoints oldest first, into `output`.
+    """Average the checkpoints in `run`, a folder or checkpoints oldest first, into an output.
 
     The options are those of `ckpt_ema.plan`. `progress` is called with the bytes read so far and
     in all. The output appears whole or not at all; if this very average is there already, nothing
@@ -60,18 +53,7 @@ def average(
     Raises what `plan` raises; `RefusedError` also if something else is at the output path and
     `overwrite` is False, or if a checkpoint holds NaN; `FailedError` if reading or writing fails.
     """
-    decided = plan(
-        run,
-        decay=decay,
-        schedule=schedule,
-        output=output,
-        dtype=dtype,
-        accumulate=accumulate,
-        device=device,
-        threads=threads,
-        tile_elements=tile_elements,
-        allow_nonfinite=allow_nonfinite,
-    )
+    decided = plan(run, **options)
     done = up_to_date(decided, overwrite=overwrite)
     return done or carry_out(decided, overwrite=overwrite, progress=progress)
 
@@ -99,7 +81,7 @@ def carry_out(
 ) -> Result:
     """Do what `plan` says, once `up_to_date` has no objection; `command` goes into the manifest."""
     engine = _import_engine()
-    device = engine.resolve_device(plan.device)
+    device = engine.resolve_device(plan.options.device)
     start = time.monotonic()
     with StagedOutput(plan.output, plan.is_single_file, overwrite) as staged:
         staged.create(plan.files)

@@ -11,14 +11,14 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ckpt_ema import __version__
+from ckpt_ema.cli_options import OUTPUT_PANEL, takes_options
 from ckpt_ema.errors import CkptEmaError, printable
 
 _MOST_ROWS = 24  # of the table before an average; `plan` shows them all
@@ -31,31 +31,6 @@ app = typer.Typer(
 )
 
 
-class Schedule(str, Enum):
-    """How the weights come about."""
-
-    dynamic = "dynamic"
-    constant = "constant"
-
-
-class Dtype(str, Enum):
-    """What averaged tensors are written in."""
-
-    same = "same"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Accumulate(str, Enum):
-    """What the fold is computed in."""
-
-    float64 = "float64"
-    float32 = "float32"
-
-
-_AVERAGE, _ENGINE, _OUTPUT = "Average", "Engine", "Output"
-
 RunArgument = Annotated[
     list[Path],
     typer.Argument(
@@ -65,101 +40,12 @@ RunArgument = Annotated[
         help="A folder of numbered checkpoints; or the checkpoints themselves, oldest first.",
     ),
 ]
-DecayOption = Annotated[
-    float,
-    typer.Option(
-        "--decay",
-        "-d",
-        envvar="CKPT_EMA_DECAY",
-        rich_help_panel=_AVERAGE,
-        help="What the average keeps of itself at each checkpoint, between 0 and 1;"
-        " with the dynamic schedule the most it keeps.",
-    ),
-]
-ScheduleOption = Annotated[
-    Schedule,
-    typer.Option(
-        envvar="CKPT_EMA_SCHEDULE",
-        rich_help_panel=_AVERAGE,
-        help="dynamic: min(decay, (1 + n) / (10 + n)) at the n-th fold, as TensorFlow has it;"
-        " constant: decay at every fold.",
-    ),
-]
-DeviceOption = Annotated[
-    str,
-    typer.Option(
-        envvar="CKPT_EMA_DEVICE",
-        rich_help_panel=_ENGINE,
-        help="Where to fold: auto, cpu, cuda, cuda:1, mps, xpu. auto is an accelerator if there is"
-        " one.",
-    ),
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        envvar="CKPT_EMA_THREADS",
-        rich_help_panel=_ENGINE,
-        help="Threads that read and fold; one for each core unless given.",
-        show_default=False,
-        min=1,
-    ),
-]
-AccumulateOption = Annotated[
-    Accumulate,
-    typer.Option(
-        envvar="CKPT_EMA_ACCUMULATE",
-        rich_help_panel=_ENGINE,
-        help="What to fold in. float32 is a little faster and not exact.",
-    ),
-]
-TileOption = Annotated[
-    int | None,
-    typer.Option(
-        "--tile-elements",
-        envvar="CKPT_EMA_TILE_ELEMENTS",
-        rich_help_panel=_ENGINE,
-        help="Elements folded at a time by one thread, 262144 unless given; the result does not"
-        " depend on it.",
-        show_default=False,
-        min=1,
-    ),
-]
-NonfiniteOption = Annotated[
-    bool,
-    typer.Option(
-        "--allow-nonfinite",
-        envvar="CKPT_EMA_ALLOW_NONFINITE",
-        rich_help_panel=_AVERAGE,
-        help="Average NaN and infinite values as they are, instead of refusing them.",
-    ),
-]
-OutputOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        envvar="CKPT_EMA_OUTPUT",
-        rich_help_panel=_OUTPUT,
-        help="The folder of the result; or a path that ends in .safetensors, for one file. Unless"
-        " given, RUN-ema beside the run.",
-        show_default=False,
-        readable=False,
-    ),
-]
-DtypeOption = Annotated[
-    Dtype,
-    typer.Option(
-        envvar="CKPT_EMA_DTYPE",
-        rich_help_panel=_OUTPUT,
-        help="What to write averaged tensors in; same is the newest checkpoint's own.",
-    ),
-]
 OverwriteOption = Annotated[
     bool,
     typer.Option(
         "--overwrite",
         envvar="CKPT_EMA_OVERWRITE",
-        rich_help_panel=_OUTPUT,
+        rich_help_panel=OUTPUT_PANEL,
         help="Replace an output that is there already.",
     ),
 ]
@@ -169,12 +55,12 @@ QuietOption = Annotated[
         "--quiet",
         "-q",
         envvar="CKPT_EMA_QUIET",
-        rich_help_panel=_OUTPUT,
+        rich_help_panel=OUTPUT_PANEL,
         help="Say nothing but errors.",
     ),
 ]
 JsonOption = Annotated[
-    bool, typer.Option("--json", rich_help_panel=_OUTPUT, help="Print JSON on stdout.")
+    bool, typer.Option("--json", rich_help_panel=OUTPUT_PANEL, help="Print JSON on stdout.")
 ]
 
 
@@ -192,20 +78,13 @@ def _options(
     epilog="Examples:\n\nckpt-ema average runs/\n\nckpt-ema average runs/ --decay 0.4 -o averaged"
     '\n\nOUT=$(ckpt-ema average runs/ -q) && evaluate "$OUT"'
 )
+@takes_options
 def average(
     run: RunArgument,
-    decay: DecayOption = 0.999,
-    schedule: ScheduleOption = Schedule.dynamic,
-    allow_nonfinite: NonfiniteOption = False,
-    output: OutputOption = None,
-    dtype: DtypeOption = Dtype.same,
+    options: dict[str, Any],
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
-    accumulate: AccumulateOption = Accumulate.float64,
-    tile_elements: TileOption = None,
 ) -> None:
     """Average the checkpoints in RUN and print the path of the result."""
     with _errors_reported():
@@ -214,18 +93,7 @@ def average(
         from ckpt_ema.planning import plan as make_plan
         from ckpt_ema.progress import ByteProgress
 
-        decided = make_plan(
-            run,
-            decay=decay,
-            schedule=schedule.value,
-            output=output,
-            dtype=dtype.value,
-            accumulate=accumulate.value,
-            device=device,
-            threads=threads,
-            tile_elements=tile_elements,
-            allow_nonfinite=allow_nonfinite,
-        )
+        decided = make_plan(run, **options)
         result = up_to_date(decided, overwrite=overwrite)
         if result is None:
             if not quiet:
@@ -246,19 +114,12 @@ def average(
     epilog="Examples:\n\nckpt-ema plan runs/\n\nckpt-ema plan runs/ --decay 0.4 --json | jq"
     " '.checkpoints[].weight'"
 )
+@takes_options
 def plan(
     run: RunArgument,
-    decay: DecayOption = 0.999,
-    schedule: ScheduleOption = Schedule.dynamic,
-    allow_nonfinite: NonfiniteOption = False,
-    output: OutputOption = None,
-    dtype: DtypeOption = Dtype.same,
+    options: dict[str, Any],
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
-    accumulate: AccumulateOption = Accumulate.float64,
-    tile_elements: TileOption = None,
 ) -> None:
     """Show what `average` would do, and the weight of each checkpoint; no tensor is read."""
     with _errors_reported():
@@ -266,18 +127,7 @@ def plan(
         from ckpt_ema.destination import is_vacant
         from ckpt_ema.planning import plan as make_plan
 
-        decided = make_plan(
-            run,
-            decay=decay,
-            schedule=schedule.value,
-            output=output,
-            dtype=dtype.value,
-            accumulate=accumulate.value,
-            device=device,
-            threads=threads,
-            tile_elements=tile_elements,
-            allow_nonfinite=allow_nonfinite,
-        )
+        decided = make_plan(run, **options)
         if as_json:
             described = manifest.describe(decided)
             described["tensors"] = manifest.describe_tensors(decided)

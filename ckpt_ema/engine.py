@@ -88,7 +88,7 @@ def resolve_device(name: str) -> torch.device:
 def tiles(plan: Plan) -> Iterator[Tile]:
     """Cut the plan's spans, in the order of the output's bytes."""
     for span in plan.work.spans:
-        limit = plan.tile_elements * (1 if span.averaged else 8)
+        limit = plan.options.tile_elements * (1 if span.averaged else 8)
         for start in range(0, span.length, limit):
             yield Tile(span, start, min(limit, span.length - start))
 
@@ -158,8 +158,8 @@ class _Worker:
             raise
 
     def _make_fold(self) -> TileFold:
-        device, capacity = self._job.device, self._plan.tile_elements
-        wide = torch.float32 if self._plan.accumulate == "float32" else widest_float(device)
+        device, capacity = self._job.device, self._plan.options.tile_elements
+        wide = torch.float32 if self._plan.options.accumulate == "float32" else widest_float(device)
         return make_fold(self._decays, capacity, wide, device, self._job.holds_float64)
 
     def _do(self, tile: Tile, fold: TileFold) -> None:
@@ -199,7 +199,7 @@ class _Worker:
         if is_finite(torch.frombuffer(data, dtype=dtype)):
             return data
         data = fold.fold(tile.length, dtype, read, fold_keeping_infinities_)
-        if not self._plan.allow_nonfinite:
+        if not self._plan.options.allow_nonfinite:
             average = torch.frombuffer(data, dtype=dtype)
             check_nonfinite(self._plan, self._job.sources, span, tile.start, average)
         return data

@@ -22,8 +22,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     return {
         "run": plan.run,
         "output": os.fspath(plan.output),
-        "schedule": plan.schedule,
-        "decay": plan.decay,
+        "schedule": plan.options.schedule,
+        "decay": plan.options.decay,
         "num_updates": "index: the first checkpoint initialises, the first fold has n = 1",
         "checkpoints": [_describe_checkpoint(checkpoint) for checkpoint in plan.checkpoints],
         "files": [
@@ -31,9 +31,9 @@ def describe(plan: Plan) -> dict[str, Any]:
             for file in plan.files
         ],
         "companions": list(plan.companions),
-        "dtype": plan.dtype,
-        "accumulate": plan.accumulate,
-        "device": plan.device,
+        "dtype": plan.options.dtype,
+        "accumulate": plan.options.accumulate,
+        "device": plan.options.device,
         "threads": plan.threads,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ckpt_ema import schedule as rules
 from ckpt_ema.companions import companions
@@ -18,18 +19,11 @@ from ckpt_ema.discover import Checkpoint, discover
 from ckpt_ema.errors import OptionError, RefusedError, printable, some
 from ckpt_ema.formats import read_specs
 from ckpt_ema.formats.specs import AVERAGED, MOST_READ_PER_WANTED, Specs
+from ckpt_ema.options import Options, PathLike, make_options
 from ckpt_ema.outputs import OutputFile, make_index, needs_index, output_files
 from ckpt_ema.spans import Work, make_work
 
-DTYPES = {"same": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-ACCUMULATORS = ("float64", "float32")
-
-# The shadow, its neighbours and what is read then stay in a core's share of the cache.
-_TILE_ELEMENTS = 1 << 18
-_MOST_TILE_ELEMENTS = 1 << 28
-_MOST_THREADS = 1024
-
-PathLike = str | os.PathLike[str]
+_DTYPES = {"same": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +44,13 @@ class Plan:
 
     run: str
     checkpoints: tuple[PlannedCheckpoint, ...]
-    schedule: str
-    decay: float
+    options: Options
     output: Path  # a folder, or one .safetensors file
     files: tuple[OutputFile, ...]
     index: tuple[str, bytes] | None  # name and content of the index of shards
     companions: tuple[str, ...]  # files that travel, relative to the newest checkpoint
     work: Work
-    dtype: str
-    accumulate: str
-    device: str
     threads: int
-    tile_elements: int
-    allow_nonfinite: bool
     fingerprint: str  # of all that decides the output's bytes
     left_out: tuple[tuple[Path, str], ...]
     notes: tuple[str, ...]
@@ -91,45 +79,36 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """What the fold allocates beyond torch itself, whatever the size of the model."""
-        wide = 4 if self.accumulate == "float32" else 8
+        wide = 4 if self.options.accumulate == "float32" else 8
         gathered = 8 * MOST_READ_PER_WANTED if any(s.in_pieces for s in self.work.spans) else 0
         # What is read, widened (float16 in two steps), the shadow, and what is rounded.
-        return self.threads * self.tile_elements * (gathered + 8 + 4 + wide + wide + 8)
+        return self.threads * self.options.tile_elements * (gathered + 8 + 4 + wide + wide + 8)
 
 
-def plan(
-    run: PathLike | Sequence[PathLike],
-    *,
-    decay: float = 0.999,
-    schedule: str = "dynamic",
-    output: PathLike | None = None,
-    dtype: str = "same",
-    accumulate: str = "float64",
-    device: str = "auto",
-    threads: int | None = None,
-    tile_elements: int | None = None,
-    allow_nonfinite: bool = False,
-) -> Plan:
+def plan(run: PathLike | Sequence[PathLike], **options: Any) -> Plan:
     """Decide an average of the checkpoints in `run`: a folder, or checkpoints oldest first.
 
-    `output` is a folder, or a path that ends in .safetensors for one file; by default it is a
-    sibling of the run, `RUN-ema`. `dtype` is what averaged tensors are written in, `accumulate`
-    what they are folded in. Reads headers only and does not import torch.
+    The options are the fields of `ckpt_ema.options.Options`: `decay`, `output` (a folder, or a path
+    that ends in .safetensors for one file; by default a sibling of the run, `RUN-ema`), `dtype`
+    (what averaged tensors are written in), and so on. Reads headers only and does not import torch.
 
     Raises `OptionError` for an impossible option and `RefusedError` for inputs that cannot be
     averaged, or an output path that would touch them.
     """
-    _check_options(dtype, accumulate, threads, tile_elements)
-    rules.decays(1, schedule, decay)  # a wrong option is told before the disk is searched
+    return _plan(run, make_options(options))
+
+
+def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
     paths = [_named(path) for path in ([run] if isinstance(run, str | os.PathLike) else run)]
     if not paths:
         raise OptionError("No run and no checkpoints were given.")
     found = discover(paths)
     root = _root(paths, found.checkpoints)
-    destination = Path(output) if output is not None else _sibling(root)
+    destination = Path(options.output) if options.output is not None else _sibling(root)
     inputs = [path for c in found.checkpoints for path in (c.path, c.weights)]
     check_destination(destination, [*paths, *inputs])
-    checkpoints = _planned(found.checkpoints, rules.decays(len(found.checkpoints), schedule, decay))
+    decays = rules.decays(len(found.checkpoints), options.schedule, options.decay)
+    checkpoints = _planned(found.checkpoints, decays)
     specs = [checkpoint.specs for checkpoint in checkpoints]
     dtype_warnings = check_alike([checkpoint.path.name for checkpoint in checkpoints], specs)
     newest = found.checkpoints[-1]
@@ -140,54 +119,30 @@ def plan(
         if newest.path.is_dir() and not single_name
         else ((), ())
     )
-    choices = [schedule, decay, dtype, accumulate, allow_nonfinite, single_name]
-    fingerprint = _fingerprint(checkpoints, travelling, choices)
-    provenance = _provenance(checkpoints, schedule, decay)
+    fingerprint = _fingerprint(checkpoints, travelling, options, single_name)
+    provenance = _provenance(checkpoints, options)
     if single_name:  # a folder has it in its manifest
         provenance["fingerprint"] = fingerprint
-    files = output_files(specs[-1], DTYPES[dtype], single_name, provenance)
+    files = output_files(specs[-1], _DTYPES[options.dtype], single_name, provenance)
     return Plan(
         run=os.fspath(root),
         checkpoints=checkpoints,
-        schedule=schedule,
-        decay=decay,
+        options=options,
         output=destination,
         files=files,
         index=make_index(files, newest.weights.name) if needs_index(files) else None,
         companions=travelling,
         work=make_work(specs, files),
-        dtype=dtype,
-        accumulate=accumulate,
-        device=device,
-        threads=threads or _cores(),
-        tile_elements=tile_elements or _TILE_ELEMENTS,
-        allow_nonfinite=allow_nonfinite,
+        threads=options.threads or _cores(),
         fingerprint=fingerprint,
         left_out=found.left_out,
         notes=_notes(checkpoints, models),
         warnings=(
             *found.warnings,
-            *_schedule_warnings(schedule, decay, len(checkpoints)),
+            *_schedule_warnings(options.schedule, options.decay, len(checkpoints)),
             *dtype_warnings,
         ),
     )
-
-
-def _check_options(
-    dtype: str, accumulate: str, threads: int | None, tile_elements: int | None
-) -> None:
-    for option, choice, choices in (
-        ("--dtype", dtype, tuple(DTYPES)),
-        ("--accumulate", accumulate, ACCUMULATORS),
-    ):
-        if choice not in choices:
-            raise OptionError(f"{option} is {choice!r}; it must be one of {', '.join(choices)}.")
-    for option, number, most in (
-        ("--threads", threads, _MOST_THREADS),
-        ("--tile-elements", tile_elements, _MOST_TILE_ELEMENTS),
-    ):
-        if number is not None and not 1 <= number <= most:
-            raise OptionError(f"{option} is {number}; it must lie between 1 and {most}.")
 
 
 def _named(path: PathLike) -> Path:
@@ -237,13 +192,11 @@ def _planned(
     return tuple(planned)
 
 
-def _provenance(
-    checkpoints: Sequence[PlannedCheckpoint], schedule: str, decay: float
-) -> dict[str, object]:
+def _provenance(checkpoints: Sequence[PlannedCheckpoint], options: Options) -> dict[str, object]:
     """What the header of the output says of its making; the same wherever and whenever it runs."""
     return {
-        "schedule": schedule,
-        "decay": decay,
+        "schedule": options.schedule,
+        "decay": options.decay,
         "checkpoints": [
             {"name": checkpoint.path.name, "step": checkpoint.step, "weight": checkpoint.weight}
             for checkpoint in checkpoints
@@ -252,7 +205,10 @@ def _provenance(
 
 
 def _fingerprint(
-    checkpoints: Sequence[PlannedCheckpoint], travelling: Sequence[str], choices: Sequence[object]
+    checkpoints: Sequence[PlannedCheckpoint],
+    travelling: Sequence[str],
+    options: Options,
+    single_name: str | None,
 ) -> str:
     """A digest of inputs (path, size, mtime, header of each file), weights and choices."""
     inputs = [
@@ -264,6 +220,14 @@ def _fingerprint(
     side_files = [
         (name, status.st_size, status.st_mtime_ns)
         for name, status in zip(travelling, stats, strict=True)
+    ]
+    choices = [
+        options.schedule,
+        options.decay,
+        options.dtype,
+        options.accumulate,
+        options.allow_nonfinite,
+        single_name,
     ]
     return hashlib.sha256(json.dumps([inputs, side_files, choices]).encode()).hexdigest()
 

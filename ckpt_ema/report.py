@@ -18,8 +18,8 @@ def plan_lines(plan: Plan, most_rows: int | None = None) -> list[str]:
     averaged = sum(tensor.averaged for file in plan.files for tensor in file.tensors)
     copied = len(plan.companions)
     return [
-        f"{printable(plan.run)} -> {printable(plan.output)}   ({plan.schedule}, decay"
-        f" {plan.decay:g})",
+        f"{printable(plan.run)} -> {printable(plan.output)}   ({plan.options.schedule}, decay"
+        f" {plan.options.decay:g})",
         "",
         *_table(_rows(plan.checkpoints, most_rows)),
         "",

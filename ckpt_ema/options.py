@@ -1,0 +1,91 @@
+"""What a caller may choose, checked as soon as it is chosen: the frozen `Options`."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from ckpt_ema.errors import OptionError
+from ckpt_ema.schedule import SCHEDULES, decays
+
+PathLike = str | os.PathLike[str]
+
+# The values of the options that take one of a few; the first is the default.
+CHOICES = {
+    "schedule": SCHEDULES,
+    "order": ("auto", "metadata", "name"),
+    "weights": ("auto", "single", "sharded", "adapter"),
+    "dtype": ("same", "float32", "bfloat16", "float16"),
+    "accumulate": ("float64", "float32"),
+}
+
+_MOST = {"threads": 1024, "tile_elements": 1 << 28}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to average. Raises `OptionError` for a value that no average can have."""
+
+    # The average.
+    decay: float = 0.999
+    schedule: str = "dynamic"
+    allow_nonfinite: bool = False
+    allow_duplicates: bool = False  # of one state under two steps
+    # Which checkpoints, in which order.
+    pattern: str | None = None  # a regular expression that the names of checkpoints must match
+    order: str = "auto"
+    append: Sequence[PathLike] = ()  # names in the run that go to the end
+    aliases: bool = True  # whether `last`, `final` and the like are looked into
+    skip_incomplete: bool = False
+    # Which weights of a checkpoint.
+    weights: str = "auto"
+    component: str | None = None
+    key: str | None = None  # the dotted path to the model in a torch file
+    strip_prefix: str | None = None
+    # The output.
+    output: PathLike | None = None  # a folder or a .safetensors file; None: RUN-ema
+    dtype: str = "same"
+    config_from: PathLike | None = None
+    # The engine.
+    device: str = "auto"
+    threads: int | None = None  # None: one for each core
+    accumulate: str = "float64"
+    # The shadow, its neighbours and what is read then stay in a core's share of the cache.
+    tile_elements: int = 1 << 18
+
+    def __post_init__(self) -> None:
+        """Check every value by itself."""
+        for name, choices in CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        for name, most in _MOST.items():
+            number = getattr(self, name)
+            if number is not None and not 1 <= number <= most:
+                raise OptionError(f"{flag(name)} is {number}; it must lie between 1 and {most}.")
+        decays(1, self.schedule, self.decay)
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise OptionError(f"--pattern is no regular expression: {error}.") from error
+
+
+def flag(name: str) -> str:
+    """What an option is called on the command line.
+
+    >>> flag("skip_incomplete")
+    '--skip-incomplete'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def make_options(given: dict[str, object]) -> Options:
+    """`Options` from keyword arguments; raises `TypeError` for a name that is none."""
+    known = {field.name for field in fields(Options)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise TypeError(f"{unknown[0]!r} is no option of ckpt-ema; there are {sorted(known)}")
+    return Options(**given)  # type: ignore[arg-type]
+
+
+def _check_choice(name: str, choice: str, choices: Sequence[str]) -> None:
+    if choice not in choices:
+        raise OptionError(f"{flag(name)} is {choice!r}; it must be one of {', '.join(choices)}.")
