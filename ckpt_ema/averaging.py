@@ -112,10 +112,10 @@ def _import_engine() -> ModuleType:
 
 
 def _add_side_files(plan: Plan, staged: StagedOutput, record: dict[str, Any]) -> None:
-    for name in plan.companions:
-        staged.copy(plan.newest.path / name, name)
-    if plan.index is not None:
-        staged.add(*plan.index)
+    for companion in plan.companions:
+        staged.copy(companion.source, companion.name)
+    for index in plan.indexes:
+        staged.add(*index)
     staged.add(MANIFEST_NAME, json.dumps(record, indent=2).encode() + b"\n")
 
 

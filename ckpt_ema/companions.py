@@ -2,35 +2,115 @@
 
 By exclusion, so that a tokenizer, a chat template or custom code that nobody thought of travels
 as well, byte for byte. A folder inside the checkpoint that holds weights is another model and
-stays behind.
+stays behind; an adapter that is not averaged (PEFT's second one) travels whole. Where a trainer
+saves no configuration, it is taken from the run's folder or from where the user says.
 """
 
+import json
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
+from ckpt_ema.configs import ADAPTER_CONFIG
 from ckpt_ema.errors import RefusedError, printable
-from ckpt_ema.layouts import STAYS_BEHIND, WEIGHTS_LIKE
+from ckpt_ema.layouts import CONFIG_FILES, PIPELINE_LIST, STAYS_BEHIND, WEIGHTS_LIKE
 
 
-def companions(folder: Path, averaged: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names, relative to a checkpoint `folder`, of the files that travel; and of folders that hold
-    weights of their own, which do not. `averaged` are the files that become the average.
+class Companion(NamedTuple):
+    """One file that travels."""
 
+    name: str  # relative to the output
+    source: Path
+
+
+class Companions(NamedTuple):
+    """What travels, and folders with weights of their own, which do not."""
+
+    files: tuple[Companion, ...]
+    models: tuple[str, ...]
+
+
+def companions(
+    folder: Path, averaged: Collection[str], run: Path, config_from: Path | None, *, is_file: bool
+) -> Companions:
+    """The companions of the newest checkpoint, whose model is in `folder`.
+
+    `averaged` are the files in it that become the average, `run` is the run's folder, `is_file`
+    says that the checkpoint is one file among others, so that nothing beside it is its own.
     Raises `RefusedError` if a folder cannot be listed.
     """
-    travel: list[str] = []
+    found: dict[str, Path] = {}
     models: list[str] = []
     try:
-        _walk(folder, "", travel, models)
+        if config_from is not None:
+            _check_folder(config_from)
+            _add_from(config_from, found, averaged)
+        elif not is_file and (run / PIPELINE_LIST).is_file():
+            _add_pipeline(run, found, averaged)
+        elif is_file or not (folder / "config.json").exists():
+            _add_configs(run, found)
+        if not is_file:
+            own: dict[str, Path] = {}
+            _walk(folder, "", averaged, own, models)
+            found.update(own)  # the checkpoint's own files are newer than those of its run
     except OSError as error:
         raise RefusedError(
             f"{printable(error.filename)} cannot be listed: {error.strerror}."
         ) from error
-    return tuple(sorted(set(travel).difference(averaged))), tuple(sorted(models))
+    kept = sorted(found.keys() - set(averaged))
+    return Companions(tuple(Companion(name, found[name]) for name in kept), tuple(sorted(models)))
 
 
-def _walk(folder: Path, prefix: str, travel: list[str], models: list[str]) -> None:
+def _check_folder(config_from: Path) -> None:
+    if not config_from.is_dir():
+        raise RefusedError(f"--config-from {printable(config_from)} is no folder.")
+
+
+def _add_from(folder: Path, found: dict[str, Path], averaged: Collection[str]) -> None:
+    if (folder / PIPELINE_LIST).is_file():
+        _add_pipeline(folder, found, averaged)
+    else:
+        _walk(folder, "", averaged, found, [])
+
+
+def _add_configs(run: Path, found: dict[str, Path]) -> None:
+    """The configuration that a trainer keeps once for all checkpoints."""
+    if run.is_dir():
+        for entry in os.scandir(run):
+            if CONFIG_FILES.search(entry.name) and entry.is_file():
+                found[entry.name] = Path(entry.path)
+
+
+def _add_pipeline(pipeline: Path, found: dict[str, Path], averaged: Collection[str]) -> None:
+    """A pipeline of diffusers: what its list names, weights included, but for what is averaged."""
+    try:
+        listed = json.loads((pipeline / PIPELINE_LIST).read_bytes())
+    except ValueError as error:
+        raise RefusedError(f"{printable(pipeline / PIPELINE_LIST)} is not JSON.") from error
+    if not isinstance(listed, dict):
+        raise RefusedError(f"{printable(pipeline / PIPELINE_LIST)} lists no components.")
+    replaced = {name.split("/")[0] for name in averaged}
+    for entry in os.scandir(pipeline):
+        if entry.is_file() and not STAYS_BEHIND.search(entry.name):
+            if not WEIGHTS_LIKE.search(entry.name):
+                found[entry.name] = Path(entry.path)
+        elif entry.is_dir() and entry.name in listed:
+            for root, _, files in os.walk(entry.path):
+                for file in files:
+                    path = Path(root) / file
+                    name = os.path.relpath(path, pipeline)
+                    if entry.name not in replaced or not WEIGHTS_LIKE.search(file):
+                        found[name] = path
+
+
+def _walk(
+    folder: Path,
+    prefix: str,
+    averaged: Collection[str],
+    travel: dict[str, Path],
+    models: list[str],
+) -> None:
     files, folders = [], []
     for entry in os.scandir(folder):
         if STAYS_BEHIND.search(entry.name):
@@ -40,9 +120,14 @@ def _walk(folder: Path, prefix: str, travel: list[str], models: list[str]) -> No
             folders.append(entry)
         elif entry.is_file():
             files.append(entry)
-    if prefix and any(WEIGHTS_LIKE.search(entry.name) for entry in files):
+    has_weights = any(WEIGHTS_LIKE.search(entry.name) for entry in files)
+    is_adapter = prefix and any(entry.name == ADAPTER_CONFIG for entry in files)
+    is_part = any(name.startswith(prefix) for name in averaged)
+    if has_weights and not is_adapter and not is_part:
         models.append(prefix)
         return
-    travel += [prefix + entry.name for entry in files if not WEIGHTS_LIKE.search(entry.name)]
+    for entry in files:
+        if is_adapter or not WEIGHTS_LIKE.search(entry.name):
+            travel[prefix + entry.name] = Path(entry.path)
     for entry in folders:
-        _walk(Path(entry.path), f"{prefix}{entry.name}/", travel, models)
+        _walk(Path(entry.path), f"{prefix}{entry.name}/", averaged, travel, models)

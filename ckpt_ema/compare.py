@@ -1,9 +1,13 @@
 """Whether checkpoints are states of one model: the same names, shapes and kinds of dtype."""
 
+import re
 from collections.abc import Sequence
 
 from ckpt_ema.errors import RefusedError, printable, some
 from ckpt_ema.formats.specs import AVERAGED, Specs
+
+# What GPTQ, AWQ and bitsandbytes call the codes and scales of a quantised weight.
+_QUANTISED = re.compile(r"(^|\.)(qweight|qzeros|absmax|quant_state\.\w+|weight\.absmax)$")
 
 
 def check_alike(names: Sequence[str], checkpoints: Sequence[Specs]) -> tuple[str, ...]:
@@ -13,6 +17,7 @@ def check_alike(names: Sequence[str], checkpoints: Sequence[Specs]) -> tuple[str
     float in one checkpoint and none in another. Returns warnings, about dtypes that differ.
     """
     newest_name, newest = names[-1], checkpoints[-1]
+    _check_form(newest_name, newest)
     if not any(tensor.dtype in AVERAGED for tensor in newest.tensors.values()):
         raise RefusedError(f"{printable(newest_name)} holds no floating-point tensor to average.")
     warnings = []
@@ -33,6 +38,35 @@ def check_alike(names: Sequence[str], checkpoints: Sequence[Specs]) -> tuple[str
     return tuple(warnings)
 
 
+def same_values(earlier: str, later: str) -> RefusedError:
+    """The refusal of two steps that hold one state."""
+    return RefusedError(
+        f"{printable(earlier)} and {printable(later)} are identical, value by value; one of them is"
+        " mislabelled, and averaging would count it twice.",
+        "Leave one out, or pass --allow-duplicates to go on.",
+    )
+
+
+def _check_form(name: str, specs: Specs) -> None:
+    """Refuse what has the form of weights and is none: quantised values, emptied placeholders."""
+    quantised = [tensor for tensor in specs.tensors if _QUANTISED.search(tensor)]
+    if quantised:
+        raise RefusedError(
+            f"{printable(name)} holds quantised weights ({some(quantised, 3)}), whose codes cannot"
+            " be averaged.",
+            "Average the checkpoints before they are quantised.",
+        )
+    floats = [spec for spec in specs.tensors.values() if spec.dtype in AVERAGED]
+    empty = [spec for spec in floats if spec.shape == (0,)]
+    if len(empty) * 2 > len(floats):
+        raise RefusedError(
+            f"{printable(name)} holds {len(empty)} tensors without elements, as ZeRO-3 leaves when"
+            " the weights stay on their ranks.",
+            "Gather each step first: `python zero_to_fp32.py RUN OUT -t global_stepN"
+            " --safe_serialization`.",
+        )
+
+
 def _check_names(name: str, specs: Specs, newest_name: str, newest: Specs) -> None:
     if specs.tensors.keys() == newest.tensors.keys():
         return
@@ -41,7 +75,8 @@ def _check_names(name: str, specs: Specs, newest_name: str, newest: Specs) -> No
     more = f"has tensors that {printable(newest_name)} lacks ({some(extra)})"
     less = f"lacks tensors of {printable(newest_name)} ({some(lacking)})"
     raise RefusedError(
-        f"The checkpoints are not the same model: {printable(name)}"
+        f"The checkpoints are not the same model: {printable(name)} has {len(specs.tensors)}"
+        f" tensors and {printable(newest_name)} has {len(newest.tensors)}; {printable(name)}"
         f" {' and '.join([more] * bool(extra) + [less] * bool(lacking))}.",
         "Pass only the checkpoints that belong together.",
     )

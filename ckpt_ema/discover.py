@@ -1,12 +1,12 @@
 """From a folder, or a list of paths, to checkpoints in training order; no tensor is read.
 
-Order comes from the numbers that the trainer wrote into the names, compared as integers; never
-from text order or modification times. Where two readings of a folder are possible, it stops.
+The folder is scanned once, its entries are put in series by the form of their names, one series is
+chosen and ordered. Where two readings of a folder are possible, it stops and says which option
+decides.
 """
 
 import os
 import re
-import stat
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,67 +14,76 @@ from itertools import pairwise
 from pathlib import Path
 
 from ckpt_ema import layouts
+from ckpt_ema.aliases import resolve_aliases
+from ckpt_ema.compare import same_values
 from ckpt_ema.errors import RefusedError, printable, some
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """One saved state of the model: a folder, or a file that holds the model by itself."""
-
-    path: Path
-    step: int | None  # the number in its name, in whatever unit the trainer counts
-    weights: Path  # the file from which its tensors are found: a weights file or an index
-
-    @property
-    def folder(self) -> Path:
-        """The folder that the names in an index are relative to."""
-        return self.weights.parent
+from ckpt_ema.formats.specs import Weights
+from ckpt_ema.locate import Blocked, kind_of, locate, names_in
+from ckpt_ema.names import (
+    form_of,
+    is_unnumbered_of,
+    numbers_in,
+    pattern_of,
+    slots_in,
+    stem_of,
+    why_not_a_step,
+)
+from ckpt_ema.options import Options
+from ckpt_ema.order import Checkpoint, Entry, Read, claims_of, ordered
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """The checkpoints of a run, oldest first, and what was not taken for one and why."""
 
+    root: Path  # the folder that the run lives in, or the one checkpoint that is all there is
     checkpoints: tuple[Checkpoint, ...]
     left_out: tuple[tuple[Path, str], ...] = ()
     warnings: tuple[str, ...] = ()
+    is_list: bool = False  # given one by one, not found
 
 
-def discover(paths: Sequence[str | os.PathLike[str]]) -> Found:
+def discover(paths: Sequence[Path], options: Options, read: Read) -> Found:
     """Find the checkpoints in one folder, or take the given folders and files in their order.
 
-    Raises `RefusedError` if a path does not exist, if nothing is found, or if the folder can be
-    read in two ways (two series of names, one step twice).
+    `read` gives the specs of a checkpoint; only what must be opened to be put in order is.
+    Raises `RefusedError` if a path does not exist, if nothing is found, if it is in a form that is
+    not read, or if the folder can be read in two ways.
     """
-    given = [Path(path) for path in paths]
-    for path in given:
+    for path in paths:
         try:
             path.lstat()
         except (FileNotFoundError, NotADirectoryError, ValueError) as error:
             raise RefusedError(f"{printable(path)} does not exist.", "Check the path.") from error
         except OSError as error:
             raise RefusedError(f"{printable(path)} is out of reach: {error.strerror}.") from error
-    if len(given) == 1 and os.path.isdir(given[0]):
-        return _discover_run(given[0])
-    return _explicit(given)
+    if len(paths) == 1 and os.path.isdir(paths[0]):
+        return _in_run(paths[0], options, read)
+    return _explicit(paths, options)
 
 
-def _explicit(given: list[Path]) -> Found:
+# --- A list -----------------------------------------------------------------------------------
+
+
+def _explicit(given: Sequence[Path], options: Options) -> Found:
     checkpoints = []
     for path in given:
-        if path.name in layouts.FOLDER_WEIGHTS and _weights_of(path.parent) == path:
-            path = path.parent  # its name is the folder's
-        weights = _weights_of(path)
+        if path.name in layouts.FOLDER_WEIGHTS:
+            whole = locate(path.parent, options)
+            if isinstance(whole, Weights) and whole.path == path:
+                path = path.parent  # its name is the folder's
+        weights = locate(path, options)
+        if isinstance(weights, Blocked):
+            raise weights.error(path)
         if weights is None:
             raise RefusedError(
                 f"{printable(path)} is no checkpoint: it holds none of"
-                f" {', '.join(layouts.FOLDER_WEIGHTS)}."
+                f" {some(list(layouts.FOLDER_WEIGHTS))}."
                 if path.is_dir()
                 else f"{printable(path)} is no checkpoint: its extension is not one of a model's.",
                 "Pass a run's folder alone, or its checkpoints one by one.",
             )
-        number = _number_in(_stem(path.name))
-        checkpoints.append(Checkpoint(path, number and number[1], weights))
+        checkpoints.append(_single(path, weights))
     seen: set[Path] = set()
     for checkpoint in checkpoints:
         real = checkpoint.path.resolve()
@@ -83,222 +92,305 @@ def _explicit(given: list[Path]) -> Found:
                 f"{printable(checkpoint.path)} is given twice.", "Give every checkpoint once."
             )
         seen.add(real)
-    steps = [checkpoint.step for checkpoint in checkpoints if checkpoint.step is not None]
-    warnings = []
+    root = _common_root(checkpoints)
+    return Found(root, tuple(checkpoints), (), _text_order(checkpoints), is_list=True)
+
+
+def _single(path: Path, weights: Weights) -> Checkpoint:
+    """A checkpoint whose step is what its name says, if it says one."""
+    numbers = numbers_in(Entry(path, weights).stem)
+    unit, step = next(iter(numbers.items()), ("step", None))
+    return Checkpoint(path, step, weights, unit)
+
+
+def _text_order(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """A warning for a list that looks as if a shell had sorted it as text."""
     for earlier, later in pairwise(checkpoints):
-        if len(steps) == len(checkpoints) and (earlier.step or 0) > (later.step or 0):
-            warnings.append(
+        if None not in (earlier.step, later.step) and (earlier.step or 0) > (later.step or 0):
+            return (
                 f"The list is kept in the order given, in which {printable(earlier.path.name)}"
                 f" comes before {printable(later.path.name)}: a shell sorts names as text."
-                " Pass the run's folder to have it ordered by number."
+                " Pass the run's folder to have it ordered by number.",
             )
-            break
-    return Found(tuple(checkpoints), (), tuple(warnings))
+    return ()
+
+
+def _common_root(checkpoints: Sequence[Checkpoint]) -> Path:
+    if len(checkpoints) == 1 and checkpoints[0].step is None:
+        return checkpoints[0].path
+    parents = {Path(os.path.abspath(checkpoint.path)).parent for checkpoint in checkpoints}
+    if len(parents) == 1:
+        return checkpoints[0].path.parent
+    return Path(os.path.commonpath(parents))
+
+
+# --- A folder ---------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class _Candidates:
-    """Numbered entries of one folder, grouped by the form of their names."""
+class _Scan:
+    """The entries of one folder, sorted out by name."""
 
-    series: dict[str, list[Checkpoint]] = field(default_factory=lambda: defaultdict(list))
+    series: dict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
+    aliases: list[Path] = field(default_factory=list)
+    blocked: dict[Path, Blocked] = field(default_factory=dict)
     left_out: list[tuple[Path, str]] = field(default_factory=list)
     without_weights: list[Path] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
 
 
-def _discover_run(run: Path) -> Found:
-    candidates = _scan(run)
-    own = _weights_of(run)
-    series = dict(candidates.series)
-    if own is not None and (not series or _are_stray_files(series)):
-        number = _number_in(run.name)
-        return Found((Checkpoint(run, number and number[1], own),))
-    if len(series) > 1:
-        series = {form: members for form, members in series.items() if len(members) > 1} or series
-        for form, members in candidates.series.items():
-            if form not in series:
-                candidates.left_out += [(m.path, "the only one of its name") for m in members]
-    if len(series) > 1:
+def _in_run(run: Path, options: Options, read: Read) -> Found:
+    scan = _scan_hub(run, options) if _is_hub_cache(run) else _scan_folder(run, options)
+    own = None
+    if not scan.series or _are_stray_files(scan.series):
+        container = None if scan.series or scan.blocked else _container(run, options)
+        if container:
+            found = _in_run(container, options, read)
+            return Found(run, found.checkpoints, found.left_out, found.warnings)
+        own = locate(run, options)
+        if isinstance(own, Weights) and not (scan.series and own.path in _paths(scan)):
+            alone = _single(run, own)
+            return Found(_common_root([alone]), (alone,))
+    if not scan.series:
+        for path, blocked in scan.blocked.items():
+            raise blocked.error(path)
+        if isinstance(own, Blocked):
+            raise own.error(run)
         raise RefusedError(
-            f"{printable(run)} holds {len(series)} sets of checkpoints:"
-            f" {' and '.join(f'{len(members)} x {form}' for form, members in series.items())};"
-            " they may be the same moments saved twice.",
-            "Pass the checkpoints of one set, oldest first.",
+            _nothing_found(run, scan),
+            "If the weights are deeper, pass that folder, or choose names with --pattern.",
         )
-    if not series:
-        raise RefusedError(_nothing_found(run, candidates), "Pass the folder that holds them.")
-    form, members = next(iter(series.items()))
-    members = _ordered(members, candidates.left_out)
+    entries = _one_series(run, scan, options, read)
+    scan.left_out += [(path, blocked.what) for path, blocked in scan.blocked.items()]
+    members = ordered(_without_copies(entries, options, scan.left_out), options, read)
+    checkpoints, said = resolve_aliases(
+        [*members], _candidates_for_alias(scan, members), options, read, scan.left_out
+    )
+    checkpoints += [_appended(run / name, options) for name in options.append]
+    forms = {form_of(stem_of(checkpoint.path.name)) for checkpoint in members}
+    unfinished = [path for path in scan.without_weights if form_of(path.name) in forms]
+    own_model = [name for name in layouts.FOLDER_WEIGHTS if name in names_in(run)]
+    scan.left_out += [(run / name, "the run's own model, not a step") for name in own_model[:1]]
     warnings = [
         f"{printable(path)} holds no model: an unfinished save? It is left out."
-        for path in candidates.without_weights
-        if _form(path.name) == form
+        for path in unfinished
     ]
-    if own is not None:
-        candidates.left_out.append((own, "the run's own model, not a step"))
-    return Found(tuple(members), tuple(candidates.left_out), tuple(warnings))
+    return Found(run, tuple(checkpoints), tuple(scan.left_out), (*warnings, *said))
 
 
-def _are_stray_files(series: dict[str, list[Checkpoint]]) -> bool:
+def _paths(scan: _Scan) -> set[Path]:
+    return {entry.weights.path for members in scan.series.values() for entry in members}
+
+
+def _are_stray_files(series: dict[str, list[Entry]]) -> bool:
     """A lone numbered file beside a model (`value_head_1.pt`) does not make a run of its folder."""
     return all(len(members) == 1 and members[0].path.is_file() for members in series.values())
 
 
-def _scan(run: Path) -> _Candidates:
-    candidates = _Candidates()
-    for name in sorted(_names_in(run) - set(layouts.FOLDER_WEIGHTS)):
+def _container(run: Path, options: Options) -> Path | None:
+    """The one folder in `run` that holds its checkpoints, by the names that trainers give it."""
+    hits = []
+    for pattern in layouts.CONTAINERS:
+        for folder in sorted(run.glob(pattern)):
+            if folder not in hits and folder.is_dir() and _holds_checkpoints(folder, options):
+                hits.append(folder)
+    if len(hits) > 1:
+        names = [os.path.relpath(folder, run) for folder in hits]
+        raise RefusedError(
+            f"{printable(run)} contains {len(hits)} runs ({some(names)}); averaging across runs is"
+            " not a trajectory.",
+            "Pass one of them.",
+        )
+    return hits[0] if hits else None
+
+
+def _holds_checkpoints(folder: Path, options: Options) -> bool:
+    scan = _scan_folder(folder, options)
+    return bool(scan.series or scan.blocked)
+
+
+def _scan_folder(run: Path, options: Options) -> _Scan:
+    scan = _Scan()
+    append = {os.path.normpath(name) for name in options.append}
+    for name in sorted(names_in(run) - set(layouts.FOLDER_WEIGHTS) - append):
         path = run / name
-        stem = _stem(name)
-        number = _number_in(stem)
-        is_folder = _kind(path) == "folder"
-        # A folder is a step only by a step's name; a flat file may carry its number anywhere.
-        if number or (not is_folder and layouts.WEIGHTS_EXTENSION.search(name)):
-            _consider(path, stem, number, candidates)
-        elif is_folder and _weights_of(path):
-            candidates.left_out.append((path, _why_not(path, stem) or "no number in its name"))
+        is_folder = kind_of(path) == "folder"
+        if not (slots_in(name) or layouts.WEIGHTS_EXTENSION.search(name) or is_folder):
+            scan.others.append(name)
+        elif options.pattern and not re.search(options.pattern, name):
+            scan.left_out.append((path, "not matched by --pattern"))
         else:
-            candidates.others.append(f"{name}/" if is_folder else name)
+            _sort_out(path, is_folder, scan, options)
+    return scan
+
+
+def _sort_out(path: Path, is_folder: bool, scan: _Scan, options: Options) -> None:
+    name, stem = path.name, stem_of(path.name)
+    numbers = numbers_in(stem)
+    if kind_of(path) is None and (numbers or layouts.WEIGHTS_EXTENSION.search(name)):
+        scan.left_out.append((path, "neither a regular file nor a folder"))
+        return
+    if is_folder and not numbers and layouts.NO_CHECKPOINTS.search(name):
+        scan.others.append(f"{name}/")
+        return
+    reason = _why_not(path, stem, is_folder)
+    if reason and not options.pattern:
+        if numbers or not is_folder or _holds_model(path, options):
+            scan.left_out.append((path, reason))
+        else:
+            scan.others.append(f"{name}/")
+        return
+    if layouts.ALIAS.search(stem) or not slots_in(stem):
+        if is_folder and not (layouts.ALIAS.search(stem) or _holds_model(path, options)):
+            scan.others.append(f"{name}/")
+        else:
+            scan.aliases.append(path)
+        return
+    weights = locate(path, options)
+    if isinstance(weights, Weights):
+        entry = Entry(path, weights)
+        scan.series[form_of(entry.stem)].append(entry)
+    elif isinstance(weights, Blocked):
+        scan.blocked[path] = weights
+    elif numbers:
+        scan.left_out.append((path, "no model weights in it"))
+        scan.without_weights.append(path)
+    else:
+        scan.others.append(f"{name}/" if is_folder else name)
+
+
+def _holds_model(path: Path, options: Options) -> bool:
+    return isinstance(locate(path, options), Weights)
+
+
+def _why_not(path: Path, stem: str, is_folder: bool) -> str | None:
+    if is_folder and layouts.MANIFEST_NAME in names_in(path):
+        return "an output of ckpt-ema"
+    return why_not_a_step(path.name, stem)
+
+
+def _is_hub_cache(run: Path) -> bool:
+    return os.path.isdir(run / "refs") and os.path.isdir(run / "snapshots")
+
+
+def _scan_hub(run: Path, options: Options) -> _Scan:
+    """The revisions in the cache of the Hugging Face Hub, by the names of their branches."""
+    scan = _Scan()
+    for name in sorted(names_in(run / "refs")):
+        ref = run / "refs" / name
+        snapshot = run / "snapshots" / ref.read_text(errors="replace").strip()[:64]
+        weights = locate(snapshot, options) if snapshot.is_dir() else None
+        if not numbers_in(name) or (options.pattern and not re.search(options.pattern, name)):
+            scan.left_out.append((ref, "no step in the name of the revision"))
+        elif isinstance(weights, Weights):
+            scan.series[form_of(name)].append(Entry(snapshot, weights, name))
+        elif isinstance(weights, Blocked):
+            scan.blocked[snapshot] = weights
+        else:
+            scan.left_out.append((ref, "no snapshot with weights"))
+    return scan
+
+
+def _one_series(run: Path, scan: _Scan, options: Options, read: Read) -> list[Entry]:
+    """The entries of the one series that the run is."""
+    series = dict(scan.series)
+    if len(series) == 1:
+        return next(iter(series.values()))
+    everything = [entry for members in series.values() for entry in members]
+    pattern = re.compile(options.pattern or "")
+    if pattern.groups:
+        return everything
+    if options.order != "name" and all(
+        "step" in claims_of(entry, read, inside=False) for entry in everything
+    ):
+        return _merged(everything, read, scan.left_out)
+    several = {form: members for form, members in series.items() if len(members) > 1} or series
+    for form, members in series.items():
+        if form not in several:
+            scan.left_out += [(entry.path, "the only one of its name") for entry in members]
+    if len(several) > 1:
+        forms = [f"{len(members)} × {form}" for form, members in several.items()]
+        patterns = [
+            f"--pattern '{pattern_of(form, members[0].label)}'" for form, members in several.items()
+        ]
+        raise RefusedError(
+            f"{printable(run)} holds {len(several)} sets of checkpoints: {' and '.join(forms)};"
+            " they may be the same moments saved twice.",
+            f"Choose one: {' or '.join(patterns)}.",
+        )
+    return next(iter(several.values()))
+
+
+def _merged(entries: Sequence[Entry], read: Read, left_out: list[tuple[Path, str]]) -> list[Entry]:
+    """Several series that tell their steps inside are one; of one step, one entry stays."""
+    first: dict[int, Entry] = {}
+    for entry in entries:
+        step = claims_of(entry, read, inside=False)["step"]
+        if step in first:
+            left_out.append((entry.path, f"the same step as {first[step].label}"))
+        else:
+            first[step] = entry
+    return list(first.values())
+
+
+def _without_copies(
+    entries: Sequence[Entry], options: Options, left_out: list[tuple[Path, str]]
+) -> list[Entry]:
+    """The entries without second names of one file or folder."""
+    unique: dict[object, Entry] = {}
+    kept = []
+    # Links come after what they point to, so that the real folder is the one that stays.
+    for entry in sorted(entries, key=lambda entry: (entry.path.is_symlink(), entry.path.name)):
+        # An index may well be shared by different checkpoints; weights may not.
+        is_index = entry.weights.path.name.endswith(layouts.INDEX_SUFFIX)
+        status = os.stat(entry.path if is_index else entry.weights.path)
+        first = unique.setdefault((status.st_dev, status.st_ino), entry)
+        is_revision = entry.label != entry.path.name  # whose files are links to shared blobs
+        if first is not entry and is_revision and not options.allow_duplicates:
+            raise same_values(first.label, entry.label)
+        if first is entry or is_revision:
+            kept.append(entry)
+        else:
+            left_out.append((entry.path, f"the same file as {first.path.name}"))
+    return kept
+
+
+def _candidates_for_alias(scan: _Scan, members: Sequence[Checkpoint]) -> list[Path]:
+    """The names without a number that may belong to the series; others are left out."""
+    forms = {form_of(stem_of(checkpoint.path.name)) for checkpoint in members}
+    candidates = []
+    for path in scan.aliases:
+        stem = stem_of(path.name)
+        if layouts.ALIAS.search(stem) or any(is_unnumbered_of(stem, form) for form in forms):
+            candidates.append(path)
+        else:
+            scan.left_out.append((path, "no number in its name"))
     return candidates
 
 
-def _consider(
-    path: Path, stem: str, number: tuple[str, int] | None, candidates: _Candidates
-) -> None:
-    reason = _why_not(path, stem)
-    if reason:
-        candidates.left_out.append((path, reason))
-        return
-    weights = _weights_of(path)
+def _appended(path: Path, options: Options) -> Checkpoint:
+    if not os.path.lexists(path):
+        raise RefusedError(f"--append {printable(path.name)}: {printable(path)} does not exist.")
+    weights = locate(path, options)
+    if isinstance(weights, Blocked):
+        raise weights.error(path)
     if weights is None:
-        candidates.left_out.append((path, "no model weights in it"))
-        candidates.without_weights.append(path)
-        return
-    if number is None:
-        slots = re.findall(r"\d+", re.sub(r"\d+\.\d+", "", stem))
-        if not slots:
-            candidates.left_out.append((path, "no number in its name"))
-            return
-        number = ("slots", int(slots[-1]))
-    candidates.series[_form(stem)].append(Checkpoint(path, number[1], weights))
+        raise RefusedError(f"--append {printable(path.name)}: it holds no model weights.")
+    return Checkpoint(path, None, weights)
 
 
-def _why_not(path: Path, stem: str) -> str | None:
-    if _kind(path) is None:
-        return "neither a regular file nor a folder"
-    if os.path.isdir(path) and layouts.MANIFEST_NAME in _names_in(path):
-        return "an output of ckpt-ema"
-    # A folder's name has no extension: what looks like one ("tmp.5.tmp") is part of the name.
-    names = {stem, path.name}
-    for reason, pattern in layouts.NOT_A_STEP.items():
-        if any(pattern.search(name) for name in names):
-            return reason
-    return None
-
-
-def _ordered(members: list[Checkpoint], left_out: list[tuple[Path, str]]) -> list[Checkpoint]:
-    members = _number_by_the_varying_slot(members)
-    unique: dict[object, Checkpoint] = {}
-    # Links come after what they point to, so that the real folder is the one that stays.
-    for member in sorted(members, key=lambda member: (member.path.is_symlink(), member.path.name)):
-        first = unique.setdefault(_identity(member), member)
-        if first is not member:
-            left_out.append((member.path, f"the same file as {first.path.name}"))
-    ordered = sorted(unique.values(), key=lambda member: (member.step or 0, member.path.name))
-    for earlier, later in pairwise(ordered):
-        if earlier.step == later.step:
-            raise RefusedError(
-                f"{printable(earlier.path.name)} and {printable(later.path.name)} are both step"
-                f" {later.step}.",
-                "Pass the checkpoints that belong together, oldest first.",
-            )
-    return ordered
-
-
-def _identity(member: Checkpoint) -> object:
-    """Equal for two names of one checkpoint. An index may well be shared by different ones."""
-    if member.weights.suffix == ".json":
-        return os.path.realpath(member.path)
-    status = member.weights.stat()
-    return status.st_dev, status.st_ino
-
-
-def _number_by_the_varying_slot(members: list[Checkpoint]) -> list[Checkpoint]:
-    """Where names say no unit, the step is the one number that differs from name to name."""
-    stems = [_stem(member.path.name) for member in members]
-    if any(_number_in(stem) for stem in stems) or len(members) == 1:
-        return members
-    slots = [re.findall(r"\d+", re.sub(r"\d+\.\d+", "", stem)) for stem in stems]
-    varying = [column for column in zip(*slots, strict=True) if len(set(column)) > 1]
-    if len(varying) != 1:
-        raise RefusedError(
-            f"{printable(stems[0])} and {printable(stems[1])} differ in {len(varying)} numbers, so"
-            " their order is unknown.",
-            "Pass the checkpoints one by one, oldest first.",
-        )
-    return [
-        Checkpoint(member.path, int(number), member.weights)
-        for member, number in zip(members, varying[0], strict=True)
-    ]
-
-
-def _nothing_found(run: Path, candidates: _Candidates) -> str:
+def _nothing_found(run: Path, scan: _Scan) -> str:
     message = (
         f"No checkpoints found in {printable(run)}; looked for numbered folders or files with"
         " model weights (checkpoint-500, step_100, epoch=1-step=100.ckpt, ...)"
     )
-    if candidates.left_out:
-        names = [f"{path.name} ({reason})" for path, reason in candidates.left_out]
-        return f"{message} and left out {some(names)}."
-    if candidates.others:
-        return f"{message} and found {some(candidates.others)}."
-    return f"{message}; the folder is empty."
-
-
-def _weights_of(path: Path) -> Path | None:
-    """The file that leads to the tensors of a checkpoint folder or file, None if there is none."""
-    if not os.path.isdir(path):
-        return path if layouts.WEIGHTS_EXTENSION.search(path.name) else None
-    names = _names_in(path)
-    present = [name for name in layouts.FOLDER_WEIGHTS if name in names]
-    single, index = layouts.FOLDER_WEIGHTS[:2]
-    if single in present and index in present:
-        raise RefusedError(
-            f"{printable(path)} holds both {single} and {index}: one of them is stale, and"
-            f" loaders take {single}.",
-            "Remove the stale one.",
+    seen = [f"{path.name} ({reason})" for path, reason in scan.left_out]
+    seen += [path.name for path in scan.aliases]
+    if seen:
+        return f"{message} and left out {some(seen)}."
+    if scan.others:
+        return (
+            f"{message} and found {len(scan.others)} entries, none with model weights:"
+            f" {some(scan.others)}."
         )
-    return path / present[0] if present else None
-
-
-def _names_in(folder: Path) -> set[str]:
-    try:
-        return set(os.listdir(folder))
-    except OSError as error:
-        raise RefusedError(f"{printable(folder)} cannot be listed: {error.strerror}.") from error
-
-
-def _number_in(stem: str) -> tuple[str, int] | None:
-    """The unit and the number in a name: ("step", 100) for "epoch=1-step=100"; None if neither."""
-    for unit, pattern in layouts.STEP_NAMES.items():
-        match = pattern.search(stem)
-        if match:
-            return unit, int(next(group for group in match.groups() if group))
-    return None
-
-
-def _form(stem: str) -> str:
-    """A name with its numbers left open: those of one form are one series."""
-    return re.sub(r"\d+", "<n>", re.sub(r"\d+\.\d+", "<f>", stem))
-
-
-def _stem(name: str) -> str:
-    return layouts.WEIGHTS_EXTENSION.sub("", name)
-
-
-def _kind(path: Path) -> str | None:
-    """Whether a path leads to a folder or a regular file; None for a broken link, a FIFO, ..."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return None
-    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else None
+    return f"{message}; the folder is empty."

@@ -13,6 +13,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ckpt_ema.compare import same_values
+from ckpt_ema.duplicates import TileTwins, Twins
 from ckpt_ema.errors import FailedError, OptionError, printable
 from ckpt_ema.folding import Staging, TileFold, make_fold
 from ckpt_ema.formats.specs import DTYPE_BITS
@@ -56,9 +58,14 @@ def run(
     sources = Sources(plan)
     try:
         holds_float64 = "F64" in plan.work.dtypes()
-        job = _Job(plan, sources, destination, device, tiles(plan), holds_float64)
+        twins = Twins(len(plan.checkpoints))
+        job = _Job(plan, sources, destination, device, tiles(plan), holds_float64, twins)
         _run_threads(job, progress)
         sources.verify()
+        alike = job.twins.found
+        if alike and not plan.options.allow_duplicates:
+            earlier, later = plan.checkpoints[alike[0] - 1], plan.checkpoints[alike[0]]
+            raise same_values(earlier.path.name, later.path.name)
     finally:
         sources.close()
 
@@ -103,6 +110,7 @@ class _Job:
     device: torch.device
     tiles: Iterator[Tile]
     holds_float64: bool
+    twins: Twins
     bytes_read: int = 0
     stopped: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -190,9 +198,12 @@ class _Worker:
             source = span.sources[layout_of[index]]
             return self._job.sources.values(index, source, tile.start, tile.length, staging)
 
+        twins = TileTwins(self._job.twins)
+
         def read_and_count(index: int, staging: Staging) -> torch.Tensor:
             values = read(index, staging)
             self._job.count_read(values.nbytes)
+            twins.see(index, staging.bytes[: values.nbytes])
             return values
 
         data = fold.fold(tile.length, dtype, read_and_count)

@@ -3,6 +3,7 @@
     CkptEmaError            exit code 1
     ├── OptionError         2  the call contradicts itself or names an impossible value
     ├── RefusedError        3  the inputs, or what is at the output path, rule the average out
+    │   └── IncompleteError 3  a checkpoint is not whole, as one whose save was interrupted
     └── FailedError         1  the machine failed while running; trying again may help
 
 A message is one sentence that names the file (and the tensor) and what was found and expected;
@@ -34,6 +35,10 @@ class RefusedError(CkptEmaError):
     """The inputs cannot be averaged as asked, or the output path is taken."""
 
     exit_code = 3
+
+
+class IncompleteError(RefusedError):
+    """A checkpoint is not whole: a file is missing, empty or cut short."""
 
 
 class FailedError(CkptEmaError):

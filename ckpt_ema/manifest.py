@@ -30,7 +30,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             {"name": file.name, "bytes": file.size_bytes, "tensors": len(file.tensors)}
             for file in plan.files
         ],
-        "companions": list(plan.companions),
+        "companions": [companion.name for companion in plan.companions],
         "dtype": plan.options.dtype,
         "accumulate": plan.options.accumulate,
         "device": plan.options.device,
@@ -67,11 +67,11 @@ def is_up_to_date(plan: Plan) -> bool:
     if plan.is_single_file:
         return True  # its header was just read and found to cover the file
     try:
-        if plan.index and (plan.output / plan.index[0]).read_bytes() != plan.index[1]:
+        if any((plan.output / name).read_bytes() != content for name, content in plan.indexes):
             return False
         return all(_is_whole(plan.output / file.name, file) for file in plan.files) and all(
-            (plan.output / name).stat().st_size == (plan.newest.path / name).stat().st_size
-            for name in plan.companions
+            (plan.output / name).stat().st_size == source.stat().st_size
+            for name, source in plan.companions
         )
     except OSError:
         return False
@@ -102,6 +102,8 @@ def _describe_checkpoint(checkpoint: PlannedCheckpoint) -> dict[str, Any]:
     return {
         "path": os.fspath(checkpoint.path),
         "step": checkpoint.step,
+        "unit": checkpoint.unit,
+        "gap": checkpoint.gap,
         "decay": checkpoint.decay,
         "weight": checkpoint.weight,
         "files": [

@@ -67,7 +67,7 @@ def _overflow(tensor: OutputTensor) -> RefusedError:
 
 def _nonfinite(plan: Plan, sources: Sources, index: int, tensor: OutputTensor) -> RefusedError:
     checkpoint = plan.checkpoints[index]
-    source = checkpoint.specs.tensors[tensor.name]
+    source = checkpoint.specs.tensors[tensor.key]
     total = _numel(tensor)
     staging = Staging(min(_CHUNK_ELEMENTS, total) * 8)
     nans = infinities = 0

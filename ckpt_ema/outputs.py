@@ -7,6 +7,8 @@ out as safetensors.
 
 import json
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +16,14 @@ from ckpt_ema.errors import RefusedError, printable, some
 from ckpt_ema.formats import is_safetensors
 from ckpt_ema.formats.safetensors import MAX_HEADER_BYTES, make_header
 from ckpt_ema.formats.specs import AVERAGED, DTYPE_BITS, Specs, TensorSpec
-from ckpt_ema.layouts import SHARD_NUMBER
+from ckpt_ema.layouts import DCP_METADATA, SHARD_NUMBER, WEIGHTS_EXTENSION
 
 PROVENANCE_KEY = "ckpt_ema"
+
+# Models whose loaders look for them by this name; any other torch file comes out as `model`.
+_KEEPS_ITS_NAME = re.compile(
+    r"^(model_\d+|value_head|adapter_model|diffusion_pytorch_model|pytorch_lora_weights)$"
+)
 
 # Hashes of the tensors that training UIs put into the header; of an average they would be wrong.
 _STALE_HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -26,7 +33,8 @@ _STALE_HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 class OutputTensor:
     """One tensor of the output and where its bytes go."""
 
-    name: str
+    key: str  # in the specs of the checkpoints
+    name: str  # in its file
     dtype: str
     shape: tuple[int, ...]
     offset: int  # from the start of the file, in bytes
@@ -42,7 +50,8 @@ class OutputTensor:
 class OutputFile:
     """One safetensors file of the output; `header` is all of it that comes before the data."""
 
-    name: str
+    name: str  # relative to the output folder
+    part: int  # of the checkpoint's parts, which have an index each
     header: bytes
     size_bytes: int
     tensors: tuple[OutputTensor, ...]
@@ -56,34 +65,53 @@ def output_files(
     `dtype` is the one to write averaged tensors in (None: each in its own), `single_name` gathers
     everything in one file of that name; `provenance` goes into each header as one JSON string.
     """
-    groups: dict[int, list[tuple[str, TensorSpec]]] = {}
-    for name, tensor in newest.tensors.items():
-        groups.setdefault(0 if single_name else tensor.file, []).append((name, tensor))
+    groups: dict[tuple[int, str], list[tuple[str, TensorSpec]]] = {}
+    for key, tensor in newest.tensors.items():
+        file = newest.files[tensor.file]
+        place = (0, single_name) if single_name else (file.part, _output_name(file.name))
+        groups.setdefault(place, []).append((key, tensor))
     files = []
-    for number, tensors in sorted(groups.items()):
-        name = single_name or _safetensors_name(newest.files[number].name, len(groups))
+    for (part, name), tensors in sorted(groups.items(), key=lambda group: group[1][0][1].file):
         metadata = {
-            **{k: v for k, v in newest.metadata[number].items() if k not in _STALE_HASHES},
+            **{
+                key: value
+                for key, value in newest.metadata[tensors[0][1].file].items()
+                if key not in _STALE_HASHES
+            },
             "format": "pt",  # loaders of the Hugging Face family refuse a file without it
             PROVENANCE_KEY: json.dumps(provenance, separators=(",", ":")),
         }
-        files.append(_output_file(name, tensors, dtype, metadata))
+        prefix = "" if single_name else newest.prefixes[part]
+        only = len([other for other in groups if other[0] == part]) == 1
+        if only and not is_safetensors(newest.files[tensors[0][1].file].name):
+            name = SHARD_NUMBER.sub("", name)  # a shard that is all there is
+        files.append(_output_file(name, part, prefix, tensors, dtype, metadata))
     names = [file.name for file in files]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise RefusedError(f"Several shards would come out as {some(twice)}.")
+        raise RefusedError(f"Several files would come out as {some(twice)}.")
     return tuple(files)
 
 
-def needs_index(files: Sequence[OutputFile]) -> bool:
-    """Whether loaders need an index to find these files; also for a shard that is the only one."""
-    return len(files) > 1 or bool(SHARD_NUMBER.search(files[0].name))
+def make_indexes(files: Sequence[OutputFile], newest: Sequence[str]) -> list[tuple[str, bytes]]:
+    """The names and contents of the indexes that loaders need, one for each part with shards.
+
+    `newest` has the names of the newest checkpoint's weights files or indexes, part by part.
+    """
+    indexes = []
+    for part in sorted({file.part for file in files}):
+        members = [file for file in files if file.part == part]
+        # Loaders need one also for a shard that is the only one.
+        if len(members) > 1 or SHARD_NUMBER.search(members[0].name):
+            indexes.append(_make_index(members, newest[part]))
+    return indexes
 
 
-def make_index(files: tuple[OutputFile, ...], newest_index: str) -> tuple[str, bytes]:
+def _make_index(files: Sequence[OutputFile], newest: str) -> tuple[str, bytes]:
     """The name and the content of the index over the shards `files`."""
-    stem = "model" if not is_safetensors(newest_index) else newest_index.split(".safetensors")[0]
-    tensors = [(tensor, file.name) for file in files for tensor in file.tensors]
+    folder, name = os.path.split(newest)
+    stem = name.split(".safetensors")[0] if is_safetensors(name) else "model"
+    tensors = [(tensor, os.path.basename(f.name)) for f in files for tensor in f.tensors]
     content = {
         "metadata": {
             "total_parameters": sum(math.prod(tensor.shape) for tensor, _ in tensors),
@@ -91,32 +119,55 @@ def make_index(files: tuple[OutputFile, ...], newest_index: str) -> tuple[str, b
         },
         "weight_map": {tensor.name: name for tensor, name in sorted(tensors, key=_by_name)},
     }
-    return f"{stem}.safetensors.index.json", json.dumps(content, indent=2).encode() + b"\n"
+    return os.path.join(folder, f"{stem}.safetensors.index.json"), json.dumps(
+        content, indent=2
+    ).encode() + b"\n"
 
 
 def _by_name(item: tuple[OutputTensor, str]) -> str:
     return item[0].name
 
 
-def _safetensors_name(name: str, count: int) -> str:
-    if is_safetensors(name):
+def _output_name(name: str) -> str:
+    """What the tensors of an input file are called in the output; several may share a file.
+
+    >>> _output_name("2_Dense/pytorch_model.bin"), _output_name("epoch=1-step=100.ckpt")
+    ('2_Dense/model.safetensors', 'model.safetensors')
+    """
+    folder, base = os.path.split(name)
+    if is_safetensors(base):
         return name
-    shard = SHARD_NUMBER.search(name)
-    if count > 1 and not shard:
-        raise RefusedError(f"The shard {printable(name)} has no number to name its output by.")
-    return f"model{shard.group() if shard and count > 1 else ''}.safetensors"
+    if base.endswith((".distcp", DCP_METADATA)):
+        return "model.safetensors"  # the folder of the data files is no model's folder
+    stem = WEIGHTS_EXTENSION.sub("", base)
+    shard = SHARD_NUMBER.search(stem)
+    known = re.sub("^pytorch_model", "model", stem)
+    if shard:
+        known = f"model{shard.group()}"
+    elif not _KEEPS_ITS_NAME.search(known):
+        known = "model"
+    return os.path.join(folder, f"{known}.safetensors")
 
 
 def _output_file(
-    name: str, tensors: list[tuple[str, TensorSpec]], dtype: str | None, metadata: Mapping[str, str]
+    name: str,
+    part: int,
+    prefix: str,
+    tensors: list[tuple[str, TensorSpec]],
+    dtype: str | None,
+    metadata: Mapping[str, str],
 ) -> OutputFile:
+    keys = {key.removeprefix(prefix): key for key, _ in tensors}
     typed = [
-        (tensor_name, dtype if dtype and spec.dtype in AVERAGED else spec.dtype, spec.shape)
-        for tensor_name, spec in tensors
+        (
+            key.removeprefix(prefix),
+            dtype if dtype and spec.dtype in AVERAGED else spec.dtype,
+            spec.shape,
+        )
+        for key, spec in tensors
     ]
-    reserved = [tensor_name for tensor_name, _ in tensors if tensor_name == "__metadata__"]
-    if reserved:
-        raise RefusedError(f"A tensor is named {some(reserved)}, which safetensors reserves.")
+    if "__metadata__" in keys:
+        raise RefusedError("A tensor is named __metadata__, which safetensors reserves.")
     header, offsets = make_header(typed, metadata)
     if any(offsets[tensor_name] % _alignment(dtype) for tensor_name, dtype, _ in typed):
         # Readers view the bytes as numbers, so each tensor must start at a multiple of its element;
@@ -128,10 +179,13 @@ def _output_file(
             f"The header of {printable(name)} would take {len(header)} bytes, and the format allows"
             f" {MAX_HEADER_BYTES}."
         )
-    averaged = {tensor_name: spec.dtype in AVERAGED for tensor_name, spec in tensors}
-    laid_out = tuple(OutputTensor(n, d, s, offsets[n], averaged[n]) for n, d, s in typed)
+    averaged = {key for key, spec in tensors if spec.dtype in AVERAGED}
+    laid_out = tuple(
+        OutputTensor(keys[name], name, dtype, shape, offsets[name], keys[name] in averaged)
+        for name, dtype, shape in typed
+    )
     size_bytes = len(header) + sum(tensor.size_bytes for tensor in laid_out)
-    return OutputFile(name, header, size_bytes, laid_out)
+    return OutputFile(name, part, header, size_bytes, laid_out)
 
 
 def _alignment(dtype: str) -> int:

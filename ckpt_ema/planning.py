@@ -3,6 +3,7 @@
 All checks of the inputs happen here, from headers alone; what follows only carries the plan out.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -12,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema import schedule as rules
-from ckpt_ema.companions import companions
+from ckpt_ema.companions import Companion, Companions, companions
 from ckpt_ema.compare import check_alike
+from ckpt_ema.completeness import complete
+from ckpt_ema.configs import check_configs
 from ckpt_ema.destination import check_destination
-from ckpt_ema.discover import Checkpoint, discover
+from ckpt_ema.discover import Found, discover
 from ckpt_ema.errors import OptionError, RefusedError, printable, some
 from ckpt_ema.formats import read_specs
-from ckpt_ema.formats.specs import AVERAGED, MOST_READ_PER_WANTED, Specs
+from ckpt_ema.formats.specs import MOST_READ_PER_WANTED, Specs, Weights
 from ckpt_ema.options import Options, PathLike, make_options
-from ckpt_ema.outputs import OutputFile, make_index, needs_index, output_files
+from ckpt_ema.order import Checkpoint
+from ckpt_ema.outputs import OutputFile, make_indexes, output_files
+from ckpt_ema.remarks import gaps, run_notes, run_warnings
+from ckpt_ema.renaming import unified, without_prefix
 from ckpt_ema.spans import Work, make_work
 
 _DTYPES = {"same": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -32,6 +38,8 @@ class PlannedCheckpoint:
 
     path: Path
     step: int | None
+    unit: str  # what `step` counts
+    gap: int | None  # steps since the checkpoint before, where that is known
     decay: float | None  # None for the first, which initialises the shadow
     weight: float
     folder: Path  # what the file names in `specs` are relative to
@@ -47,8 +55,8 @@ class Plan:
     options: Options
     output: Path  # a folder, or one .safetensors file
     files: tuple[OutputFile, ...]
-    index: tuple[str, bytes] | None  # name and content of the index of shards
-    companions: tuple[str, ...]  # files that travel, relative to the newest checkpoint
+    indexes: tuple[tuple[str, bytes], ...]  # names and contents of the indexes of shards
+    companions: tuple[Companion, ...]  # files that travel with the weights
     work: Work
     threads: int
     fingerprint: str  # of all that decides the output's bytes
@@ -102,65 +110,96 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
     paths = [_named(path) for path in ([run] if isinstance(run, str | os.PathLike) else run)]
     if not paths:
         raise OptionError("No run and no checkpoints were given.")
-    found = discover(paths)
-    root = _root(paths, found.checkpoints)
-    destination = Path(options.output) if options.output is not None else _sibling(root)
-    inputs = [path for c in found.checkpoints for path in (c.path, c.weights)]
+
+    @functools.cache
+    def read(weights: Weights) -> Specs:
+        return _read(weights, options)
+
+    found = complete(discover(paths, options, read), options, read)
+    destination = Path(options.output) if options.output is not None else _sibling(found.root)
+    inputs = [path for c in found.checkpoints for path in (c.path, c.weights.path)]
     check_destination(destination, [*paths, *inputs])
-    decays = rules.decays(len(found.checkpoints), options.schedule, options.decay)
-    checkpoints = _planned(found.checkpoints, decays)
-    specs = [checkpoint.specs for checkpoint in checkpoints]
-    dtype_warnings = check_alike([checkpoint.path.name for checkpoint in checkpoints], specs)
+    names = [checkpoint.name for checkpoint in found.checkpoints]
+    specs, name_warnings = unified(names, _shared([read(c.weights) for c in found.checkpoints]))
+    dtype_warnings = check_alike(names, specs)
+    folders = [checkpoint.weights.folder for checkpoint in found.checkpoints]
+    config_warnings = check_configs(names, folders, specs)
+    checkpoints = _planned(found.checkpoints, specs, options)
     newest = found.checkpoints[-1]
     single_name = destination.name if _is_single_file(destination) else None
-    weights_files = [file.name for file in specs[-1].files]
-    travelling, models = (
-        companions(newest.path, weights_files)
-        if newest.path.is_dir() and not single_name
-        else ((), ())
-    )
-    fingerprint = _fingerprint(checkpoints, travelling, options, single_name)
+    travelling = _travelling(found, specs[-1], options, single_name)
+    fingerprint = _fingerprint(checkpoints, travelling.files, options, single_name)
     provenance = _provenance(checkpoints, options)
     if single_name:  # a folder has it in its manifest
         provenance["fingerprint"] = fingerprint
     files = output_files(specs[-1], _DTYPES[options.dtype], single_name, provenance)
+    part_names = [part.name for part in newest.weights.parts]
     return Plan(
-        run=os.fspath(root),
+        run=os.fspath(found.root),
         checkpoints=checkpoints,
         options=options,
         output=destination,
         files=files,
-        index=make_index(files, newest.weights.name) if needs_index(files) else None,
-        companions=travelling,
+        indexes=() if single_name else tuple(make_indexes(files, part_names)),
+        companions=travelling.files,
         work=make_work(specs, files),
         threads=options.threads or _cores(),
         fingerprint=fingerprint,
         left_out=found.left_out,
-        notes=_notes(checkpoints, models),
+        notes=(*run_notes(found.checkpoints, specs), *_left_behind(travelling.models)),
         warnings=(
             *found.warnings,
-            *_schedule_warnings(options.schedule, options.decay, len(checkpoints)),
+            *run_warnings(found.checkpoints, specs, options),
+            *name_warnings,
             *dtype_warnings,
+            *config_warnings,
         ),
     )
+
+
+def _read(weights: Weights, options: Options) -> Specs:
+    specs = read_specs(weights, options.key)
+    if not specs.tensors:
+        raise RefusedError(f"{printable(weights.path)} holds no tensors.")
+    if options.strip_prefix:
+        return without_prefix(specs, options.strip_prefix, weights.path.name)
+    return specs
+
+
+def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
+    """One layout for the whole run: memory does not grow with the number of checkpoints."""
+    shared: list[Specs] = []
+    for specs in checkpoints:
+        same = shared and specs.tensors == shared[-1].tensors
+        shared.append(replace(specs, tensors=shared[-1].tensors) if same else specs)
+    return shared
+
+
+def _travelling(
+    found: Found, newest: Specs, options: Options, single_name: str | None
+) -> Companions:
+    if single_name:
+        return Companions((), ())
+    checkpoint = found.checkpoints[-1]
+    return companions(
+        checkpoint.weights.folder,
+        [file.name for file in newest.files],
+        found.root,
+        Path(options.config_from) if options.config_from is not None else None,
+        is_file=not checkpoint.path.is_dir(),
+    )
+
+
+def _left_behind(models: Sequence[str]) -> list[str]:
+    if not models:
+        return []
+    return [f"Folders with weights of their own are left behind: {some(list(models))}."]
 
 
 def _named(path: PathLike) -> Path:
     """The path with a name to call it by, which "." and ".." lack."""
     given = Path(path)
     return given if given.name not in ("", "..") else Path(os.path.abspath(given))
-
-
-def _root(paths: Sequence[Path], checkpoints: Sequence[Checkpoint]) -> Path:
-    """The folder that the run lives in, or the one checkpoint that is all there is."""
-    if len(paths) == 1 and paths[0] != checkpoints[0].path:
-        return paths[0]
-    if len(checkpoints) == 1 and checkpoints[0].step is None:
-        return checkpoints[0].path
-    parents = {Path(os.path.abspath(checkpoint.path)).parent for checkpoint in checkpoints}
-    if len(parents) == 1:
-        return checkpoints[0].path.parent
-    return Path(os.path.commonpath(parents))
 
 
 def _sibling(root: Path) -> Path:
@@ -173,23 +212,16 @@ def _is_single_file(output: Path) -> bool:
 
 
 def _planned(
-    checkpoints: Sequence[Checkpoint], decays: Sequence[float]
+    checkpoints: Sequence[Checkpoint], specs: Sequence[Specs], options: Options
 ) -> tuple[PlannedCheckpoint, ...]:
-    planned: list[PlannedCheckpoint] = []
-    rows = zip(checkpoints, [None, *decays], rules.weights(decays), strict=True)
-    for checkpoint, decay, weight in rows:
-        specs = read_specs(checkpoint.weights)
-        if not specs.tensors:
-            raise RefusedError(f"{printable(checkpoint.path)} holds no tensors.")
-        if planned and specs.tensors == planned[-1].specs.tensors:
-            # One layout for the whole run: memory does not grow with the number of checkpoints.
-            specs = replace(specs, tensors=planned[-1].specs.tensors)
-        planned.append(
-            PlannedCheckpoint(
-                checkpoint.path, checkpoint.step, decay, weight, checkpoint.folder, specs
-            )
-        )
-    return tuple(planned)
+    decays = rules.decays(len(checkpoints), options.schedule, options.decay)
+    rows = zip(
+        checkpoints, gaps(checkpoints), [None, *decays], rules.weights(decays), specs, strict=True
+    )
+    return tuple(
+        PlannedCheckpoint(c.path, c.step, c.unit, gap, decay, weight, c.weights.folder, one)
+        for c, gap, decay, weight, one in rows
+    )
 
 
 def _provenance(checkpoints: Sequence[PlannedCheckpoint], options: Options) -> dict[str, object]:
@@ -206,7 +238,7 @@ def _provenance(checkpoints: Sequence[PlannedCheckpoint], options: Options) -> d
 
 def _fingerprint(
     checkpoints: Sequence[PlannedCheckpoint],
-    travelling: Sequence[str],
+    travelling: Sequence[Companion],
     options: Options,
     single_name: str | None,
 ) -> str:
@@ -215,57 +247,19 @@ def _fingerprint(
         (os.path.realpath(checkpoint.folder), checkpoint.weight, *checkpoint.specs.files)
         for checkpoint in checkpoints
     ]
-    newest = checkpoints[-1].path
-    stats = [(newest / name).stat() for name in travelling]
-    side_files = [
-        (name, status.st_size, status.st_mtime_ns)
-        for name, status in zip(travelling, stats, strict=True)
-    ]
+    stats = [(file.name, file.source.stat()) for file in travelling]
+    side_files = [(name, status.st_size, status.st_mtime_ns) for name, status in stats]
     choices = [
         options.schedule,
         options.decay,
         options.dtype,
         options.accumulate,
         options.allow_nonfinite,
+        options.key,
+        options.strip_prefix,
         single_name,
     ]
     return hashlib.sha256(json.dumps([inputs, side_files, choices]).encode()).hexdigest()
-
-
-def _notes(checkpoints: Sequence[PlannedCheckpoint], models: Sequence[str]) -> tuple[str, ...]:
-    newest = checkpoints[-1]
-    notes = []
-    kept: dict[str, list[str]] = {}
-    for name, tensor in newest.specs.tensors.items():
-        if tensor.dtype not in AVERAGED:
-            kept.setdefault(tensor.dtype, []).append(name)
-    for dtype, names in kept.items():
-        notes.append(
-            f"{dtype} tensors are not averaged but keep the value of"
-            f" {printable(newest.path.name)}: {some(names)}."
-        )
-    said = {note for checkpoint in checkpoints for note in checkpoint.specs.notes}
-    notes += [f"{note}." for note in sorted(said)]
-    if models:
-        notes.append(f"Folders with weights of their own are left behind: {some(list(models))}.")
-    return tuple(notes)
-
-
-def _schedule_warnings(schedule: str, decay: float, count: int) -> list[str]:
-    if count == 1:
-        return ["There is one checkpoint only, so the average is that checkpoint."]
-    first = rules.first_decay_that_matters(count)
-    if schedule == "dynamic" and decay >= first:
-        beyond = (
-            f" ({decay:g} is reached beyond {rules.checkpoints_below_the_cap(decay)} checkpoints)"
-            if decay < 1
-            else ""
-        )
-        return [
-            f"--decay {decay:g} changes nothing here: over {count} checkpoints the dynamic decay"
-            f" ends at {first:.4g}, and the first decay to matter is one below that{beyond}."
-        ]
-    return []
 
 
 def _cores() -> int:

@@ -25,7 +25,11 @@ def plan_lines(plan: Plan, most_rows: int | None = None) -> list[str]:
         "",
         f"averages {_counted(averaged, 'tensor')}: reads {size(plan.bytes_read)}, writes"
         f" {size(plan.bytes_written)}, in {size(plan.memory_bytes)} of memory beside torch's own",
-        *([f"copies {_counted(copied, 'file')}: {_shortened(plan.companions)}"] if copied else []),
+        *(
+            [f"copies {_counted(copied, 'file')}: {_shortened([c.name for c in plan.companions])}"]
+            if copied
+            else []
+        ),
     ]
 
 

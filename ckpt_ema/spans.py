@@ -79,7 +79,7 @@ def make_work(checkpoints: Sequence[Specs], files: Sequence[OutputFile]) -> Work
 
 
 def _span(tensor: OutputTensor, file: int, layouts: Sequence[Specs]) -> Span:
-    sources = tuple(layout.tensors[tensor.name] for layout in layouts)
+    sources = tuple(layout.tensors[tensor.key] for layout in layouts)
     count = math.prod(tensor.shape) if tensor.averaged else sources[0].size_bytes
     return Span(count, tensor.averaged, tensor.dtype, ((file, tensor.offset),), sources)
 

@@ -79,6 +79,7 @@ class StagedOutput:
             path = self._staging if self._single else self._staging / file.name
             self._paths.append(path)
             with _as_failure(self._final):
+                path.parent.mkdir(parents=True, exist_ok=True)
                 created = 0 if self._single else os.O_CREAT | os.O_EXCL
                 fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | created, 0o666)
                 try:

@@ -75,7 +75,7 @@ def test_every_header_says_format_pt_and_where_it_comes_from(
     run.mkdir()
     for step in (1, 2):
         metadata = {"ss_network_dim": "8", "sshs_model_hash": "stale"}
-        write_safetensors(run / f"lora-{step:06}.safetensors", {"w": torch.ones(2)}, metadata)
+        write_safetensors(run / f"lora-{step:06}.safetensors", {"w": torch.ones(2) * step}, metadata)
     output = ckpt_ema.average(run, device="cpu").output
     assert entries(output) == {"lora-000002.safetensors", "ckpt_ema.json"}
     with safe_open(output / "lora-000002.safetensors", framework="pt") as file:

@@ -84,9 +84,10 @@ def test_help_and_plan_never_import_torch(run: Path, arguments: list[str]) -> No
 def test_plan_as_json_has_the_promised_fields(run: Path) -> None:
     done = ckpt_ema("plan", run, "--json")
     plan = json.loads(done.stdout)
-    assert [list(row)[:4] for row in plan["checkpoints"]] == [
-        ["path", "step", "decay", "weight"]
+    assert [list(row)[:6] for row in plan["checkpoints"]] == [
+        ["path", "step", "unit", "gap", "decay", "weight"]
     ] * 4
+    assert [row["gap"] for row in plan["checkpoints"]] == [None, 1, 90, 900]
     assert plan["checkpoints"][0]["decay"] is None
     assert sum(row["weight"] for row in plan["checkpoints"]) == pytest.approx(1, abs=1e-12)
     assert plan["bytes_read"] == 4 * 100 * 4
@@ -143,7 +144,9 @@ def test_a_cut_off_file_is_named_with_what_to_do(run: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     done = ckpt_ema("average", run, "-q")
     assert done.returncode == 3
-    assert f"error: {path} is cut short: its header promises 400 bytes" in done.stderr
+    assert done.stderr.startswith(f"error: {run}/checkpoint-100 is incomplete, but later")
+    assert f"{path} is cut short: its header promises 400 bytes" in done.stderr
+    assert "--skip-incomplete" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

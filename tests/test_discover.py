@@ -5,8 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_ema.discover import Found, discover
+from ckpt_ema.discover import Found
+from ckpt_ema.discover import discover as discover_with
 from ckpt_ema.errors import RefusedError
+from ckpt_ema.formats.specs import Specs
+from ckpt_ema.options import Options
+
+
+def discover(paths: list[Path]) -> Found:
+    """Discover without options, where no file can tell its step."""
+    return discover_with(paths, Options(), lambda _: Specs({}, (), ()))
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -48,7 +56,7 @@ def test_numbered_folders_are_ordered_by_number_not_as_text(
     found = discover([tmp_path])
     assert [checkpoint.step for checkpoint in found.checkpoints] == steps
     assert names(found) == [pattern.format(step) for step in steps]
-    assert {checkpoint.weights.name for checkpoint in found.checkpoints} == {inside}
+    assert {checkpoint.weights.path.name for checkpoint in found.checkpoints} == {inside}
 
 
 @pytest.mark.parametrize("extension", [".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pth.tar"])
@@ -117,7 +125,7 @@ def test_what_is_no_step_is_left_out_and_said(tmp_path: Path) -> None:
         "checkpoint-6": "no model weights in it",
         "checkpoint-7-ema": "already an average",
         "averaged-8": "an output of ckpt-ema",
-        "best.pt": "an alias of a step",
+        "best.pt": "a copy of the best step",
         "model-00001-of-00002.safetensors": "one shard or rank of a model",
     }
 
@@ -191,14 +199,20 @@ def test_a_model_folder_alone_is_one_checkpoint(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ([], "No checkpoints found in .*; the folder is empty"),
-        (["logs/a", "notes.txt"], r"No checkpoints found in .* and found logs/, notes.txt"),
+        (
+            ["logs/a", "notes.txt"],
+            r"No checkpoints found in .* and found 2 entries, none with model weights: logs/, notes.txt",
+        ),
         (["optimizer.pt"], r"and left out optimizer.pt \(optimizer or trainer state\)"),
         (
             ["step_1.pt", "step_2.pt", "epoch_1.pt", "epoch_2.pt"],
-            "holds 2 sets of checkpoints: 2 x epoch_<n> and 2 x step_<n>",
+            "holds 2 sets of checkpoints: 2 × epoch_<n> and 2 × step_<n>",
         ),
         (["step_1.pt", "step_01.pt"], r"step_01.pt and step_1.pt are both step 1"),
-        (["a-1-200.pt", "a-2-400.pt"], "differ in 2 numbers, so their order is unknown"),
+        (
+            ["a-1-200.pt", "a-2-400.pt"],
+            "order of a-1-200.pt and a-2-400.pt is unknown: their names differ in several numbers",
+        ),
         (
             ["checkpoint-1/model.safetensors", "checkpoint-1/model.safetensors.index.json"],
             "holds both model.safetensors and model.safetensors.index.json",

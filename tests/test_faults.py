@@ -38,7 +38,7 @@ def test_nan_is_not_blamed_on_a_mask_that_never_changes(make_run: MakeRun) -> No
         ckpt_ema.average(run, device="cpu")
 
 
-def test_shards_that_would_share_an_output_name_are_refused(tmp_path: Path) -> None:
+def test_shards_that_would_share_an_output_name_come_out_in_one_file(tmp_path: Path) -> None:
     for step in (1, 2):
         folder = tmp_path / "run" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
@@ -47,8 +47,9 @@ def test_shards_that_would_share_an_output_name_are_refused(tmp_path: Path) -> N
             torch.save({name: torch.ones(3)}, folder / shard)
         index = json.dumps({"weight_map": shards})
         (folder / "pytorch_model.bin.index.json").write_text(index)
-    with pytest.raises(RefusedError, match=r"would come out as model-00001-of-00001.safetensors"):
-        ckpt_ema.plan(tmp_path / "run")
+    [file] = ckpt_ema.plan(tmp_path / "run").files
+    assert file.name == "model.safetensors"
+    assert {tensor.name for tensor in file.tensors} == {"a", "b"}
 
 
 def test_a_shard_of_a_strange_name_is_averaged_and_not_copied_over(tmp_path: Path) -> None:
@@ -324,7 +325,8 @@ def test_a_run_whose_name_is_not_utf8_is_averaged(tmp_path: Path) -> None:
     run = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xff"))
     for step in (1, 2):
         (run / f"checkpoint-{step}").mkdir(parents=True)
-        write_safetensors(run / f"checkpoint-{step}/model.safetensors", {"w": torch.ones(2)})
+        state = {"w": torch.ones(2) * step}
+        write_safetensors(run / f"checkpoint-{step}/model.safetensors", state)
     done = subprocess.run([*COMMAND, run, "-q", "--device", "cpu"], capture_output=True)
     assert (done.returncode, done.stdout) == (0, os.fsencode(run) + b"-ema\n"), done.stderr
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from ckpt_ema import formats
 from ckpt_ema.errors import RefusedError
-from ckpt_ema.formats import read_specs
-from ckpt_ema.formats.specs import DTYPE_BITS, Specs
+from ckpt_ema.formats.specs import DTYPE_BITS, Part, Specs, Weights
 from tests.conftest import NAMES, raw, write_safetensors
 
 STATE = {
@@ -74,6 +74,11 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
     "sharded torch": lambda f: write_shards(f, write_torch, ".bin", "pytorch_model"),
     "sharded legacy": lambda f: write_shards(f, write_legacy, ".bin", "pytorch_model"),
 }
+
+
+def read_specs(path: Path) -> Specs:
+    """The specs of a checkpoint of one part."""
+    return formats.read_specs(Weights(path.parent, (Part(path.name),)))
 
 
 @pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)

@@ -3,28 +3,48 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.errors import RefusedError, printable, some
+from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
 from ckpt_ema.files import open_regular, read_exactly
-from ckpt_ema.formats import safetensors, torch_file
-from ckpt_ema.formats.specs import ReadSpecs, Specs, TensorSpec
+from ckpt_ema.formats import dcp, safetensors, torch_file
+from ckpt_ema.formats.specs import FileSpec, Part, Specs, TensorSpec, Weights
+from ckpt_ema.layouts import DCP_METADATA, INDEX_SUFFIX
 
-_INDEX_SUFFIX = ".index.json"
 _MAX_INDEX_BYTES = 1 << 28
 
 
-def read_specs(weights: Path) -> Specs:
-    """The tensors behind a weights file or an index of shards.
+def read_specs(weights: Weights, key: str | None = None) -> Specs:
+    """The tensors of a checkpoint, of all its parts.
 
-    File names in the result are relative to the folder of `weights`. Raises `RefusedError` for a
+    `key` is where the model is in a torch file. File names in the result are relative to the folder
+    of `weights`. Raises `IncompleteError` for a checkpoint that is not whole, `RefusedError` for a
     file that breaks its format, and for an index and shards that do not agree.
     """
-    if weights.name.endswith(_INDEX_SUFFIX):
-        return _read_indexed(weights)
-    specs = _reader(weights.name)(str(weights))
-    return _renamed(specs, weights.name)
+    parts = [_read_part(weights.folder, part, key) for part in weights.parts]
+    if len(parts) == 1 and weights.parts[0].prefix == "":
+        return replace(parts[0], notes=weights.notes + parts[0].notes)
+    tensors: dict[str, TensorSpec] = {}
+    files: list[FileSpec] = []
+    for number, (part, specs) in enumerate(zip(weights.parts, parts, strict=True)):
+        for name, tensor in specs.tensors.items():
+            if part.prefix + name in tensors:
+                raise RefusedError(
+                    f"{printable(weights.folder)} has two tensors {printable(part.prefix + name)}."
+                )
+            tensors[part.prefix + name] = _moved(tensor, len(files))
+        files += [file._replace(part=number) for file in specs.files]
+    return Specs(
+        tensors,
+        tuple(files),
+        tuple(metadata for specs in parts for metadata in specs.metadata),
+        weights.notes + tuple(note for specs in parts for note in specs.notes),
+        tuple(warning for specs in parts for warning in specs.warnings),
+        parts[0].claims,
+        tuple(part.prefix for part in weights.parts),
+    )
 
 
 def is_safetensors(name: str) -> bool:
@@ -32,20 +52,36 @@ def is_safetensors(name: str) -> bool:
     return ".safetensors" in name
 
 
-def _reader(name: str) -> ReadSpecs:
-    return safetensors.read_specs if is_safetensors(name) else torch_file.read_specs
+def _read_part(folder: Path, part: Part, key: str | None) -> Specs:
+    path = folder / part.name
+    if part.name.endswith(INDEX_SUFFIX):
+        specs = _read_indexed(path, key)
+    elif path.name == DCP_METADATA:
+        specs = dcp.read_specs(str(path), key)
+    else:
+        specs = _read_file(str(path), key)
+    files = tuple(file._replace(name=os.path.relpath(file.name, folder)) for file in specs.files)
+    return replace(specs, files=files)
 
 
-def _renamed(specs: Specs, name: str) -> Specs:
-    return Specs(specs.tensors, (specs.files[0]._replace(name=name),), specs.metadata, specs.notes)
+def _read_file(path: str, key: str | None) -> Specs:
+    if is_safetensors(os.path.basename(path)):
+        return safetensors.read_specs(path)
+    return torch_file.read_specs(path, key)
 
 
-def _read_indexed(index: Path) -> Specs:
+def _moved(tensor: TensorSpec, files: int) -> TensorSpec:
+    """A tensor whose files are counted from `files` on."""
+    pieces = tuple(piece._replace(file=piece.file + files) for piece in tensor.pieces)
+    return tensor._replace(file=tensor.file + files, pieces=pieces)
+
+
+def _read_indexed(index: Path, key: str | None) -> Specs:
     weight_map = _weight_map(index)
     shards = sorted(set(weight_map.values()))
     _check_shard_names(index, shards)
     tensors: dict[str, TensorSpec] = {}
-    parts = [_renamed(_reader(shard)(str(index.parent / shard)), shard) for shard in shards]
+    parts = [_read_file(str(index.parent / shard), key) for shard in shards]
     for number, part in enumerate(parts):
         for name, tensor in part.tensors.items():
             if weight_map.get(name) != shards[number]:
@@ -54,7 +90,7 @@ def _read_indexed(index: Path) -> Specs:
                     f" {printable(name)}, which the index has in"
                     f" {printable(weight_map.get(name, 'no shard'))}."
                 )
-            tensors[name] = tensor._replace(file=number)
+            tensors[name] = _moved(tensor, number)
     missing = sorted(weight_map.keys() - tensors.keys())
     if missing:
         raise RefusedError(
@@ -66,6 +102,7 @@ def _read_indexed(index: Path) -> Specs:
         tuple(part.files[0] for part in parts),
         tuple(part.metadata[0] for part in parts),
         tuple(note for part in parts for note in part.notes),
+        tuple(warning for part in parts for warning in part.warnings),
     )
 
 
@@ -78,7 +115,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     try:
         content = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise RefusedError(f"{printable(index)} is not JSON.", "An interrupted save?") from error
+        raise IncompleteError(f"{printable(index)} is not JSON.", "An interrupted save?") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise RefusedError(f"{printable(index)} has no weight_map.")
@@ -95,7 +132,7 @@ def _check_shard_names(index: Path, shards: list[str]) -> None:
                 " file name: a checkpoint may not reach outside its folder."
             )
         if not os.path.exists(index.parent / shard):  # Path.exists raises for long names
-            raise RefusedError(
+            raise IncompleteError(
                 f"{printable(index.parent)} is incomplete: {printable(index.name)} names"
                 f" {printable(shard)}, and that file is missing.",
                 "An interrupted save? Restore it or leave the checkpoint out.",

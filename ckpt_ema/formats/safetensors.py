@@ -7,12 +7,14 @@ is refused here as well, and so is what it tolerates against the format: one nam
 before the object, unknown fields.
 """
 
+import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ckpt_ema.errors import RefusedError, printable
+from ckpt_ema.errors import IncompleteError, RefusedError, printable
 from ckpt_ema.files import open_regular, read_exactly
 from ckpt_ema.formats.specs import DTYPE_BITS, FileSpec, Specs, TensorSpec
 
@@ -36,7 +38,24 @@ def read_specs(path: str) -> Specs:
         digest = hashlib.sha256(raw).hexdigest()
         spec = FileSpec(path, file.size_bytes, file.mtime_ns, digest)
     specs = {name: t._replace(offset=start + t.offset) for name, t in ordered}
-    return Specs(specs, (spec,), (metadata,))
+    return Specs(specs, (spec,), (metadata,), claims=_claims(metadata))
+
+
+def _claims(metadata: Mapping[str, str]) -> dict[str, int]:
+    """What trainers write of a file's place in the run: kohya's ss_steps, ai-toolkit's step."""
+    values: dict[str, object] = {
+        "step": metadata.get("ss_steps"),
+        "epoch": metadata.get("ss_epoch"),
+    }
+    with contextlib.suppress(ValueError, RecursionError):
+        training = json.loads(metadata.get("training_info", "null"))
+        if isinstance(training, dict):
+            values = {"step": training.get("step"), "epoch": training.get("epoch")}
+    return {
+        unit: int(str(value))
+        for unit, value in values.items()
+        if re.fullmatch(r"[0-9]{1,18}", str(value))
+    }
 
 
 def make_header(
@@ -65,7 +84,7 @@ def make_header(
 
 def _header_bytes(path: str, fd: int, size_bytes: int) -> bytes:
     if size_bytes == 0:
-        raise RefusedError(f"{printable(path)} is empty.", "An interrupted save? Leave it out.")
+        raise IncompleteError(f"{printable(path)} is empty.", "An interrupted save? Leave it out.")
     start = read_exactly(path, fd, min(size_bytes, 64), 0)
     if start.startswith(b"version https://git-lfs"):
         raise RefusedError(f"{printable(path)} is a Git LFS pointer.", "Run `git lfs pull`.")
@@ -80,7 +99,7 @@ def _header_bytes(path: str, fd: int, size_bytes: int) -> bytes:
             "Fetch or save it again.",
         )
     if 8 + length > size_bytes:
-        raise RefusedError(
+        raise IncompleteError(
             f"{printable(path)} is cut short: its header alone takes {8 + length} bytes, the file"
             f" has {size_bytes}.",
             "An interrupted save? Leave it out.",
@@ -177,7 +196,7 @@ def _covering(
             raise RefusedError(f"{printable(path)}: tensor {printable(name)} {gap}.")
         end += tensor.size_bytes
     if end > data_bytes:
-        raise RefusedError(
+        raise IncompleteError(
             f"{printable(path)} is cut short: its header promises {end} bytes of data, the file has"
             f" {data_bytes}.",
             "An interrupted save? Leave it out.",

@@ -7,7 +7,8 @@ them are read by the same positioned reads. Nothing here reads a file.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import NamedTuple
 
 # Bits of one element, for every dtype that a safetensors file can hold, by its name there.
 DTYPE_BITS = {
@@ -99,6 +100,27 @@ def is_packed(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
+class Part(NamedTuple):
+    """One model of a checkpoint; nearly all checkpoints have one part."""
+
+    name: str  # the weights file, the index of shards or DCP's .metadata, relative to the folder
+    prefix: str = ""  # what tells its tensors from those of other parts
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weights of one checkpoint: where they are, before anything of them is read."""
+
+    folder: Path  # the model's folder: what lies beside the weights is here too
+    parts: tuple[Part, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """The file that leads to the first part."""
+        return self.folder / self.parts[0].name
+
+
 class FileSpec(NamedTuple):
     """One file of a checkpoint as it was when its header was read."""
 
@@ -106,20 +128,20 @@ class FileSpec(NamedTuple):
     size_bytes: int
     mtime_ns: int
     digest: str  # SHA-256 of the header (or of the pickled structure), in hex
+    part: int = 0  # index into Specs.prefixes
 
 
 @dataclass(frozen=True, slots=True)
 class Specs:
-    """The tensors of one checkpoint, or of one of its files, in the order in which they lie."""
+    """The tensors of one checkpoint, or of one of its files, in the order in which they lie.
+
+    A tensor's key is its name, after the prefix of the part that its file belongs to.
+    """
 
     tensors: Mapping[str, TensorSpec]
     files: tuple[FileSpec, ...]
     metadata: tuple[Mapping[str, str], ...]  # of each file: its header's own string-to-string map
-    notes: tuple[str, ...] = field(default=())  # what was ignored while reading, for the report
-
-
-class ReadSpecs(Protocol):
-    """A reader: the one thing a format must provide."""
-
-    def __call__(self, path: str) -> Specs:
-        """The specs of one file; raises `RefusedError` for a file that breaks its format."""
+    notes: tuple[str, ...] = ()  # what was ignored while reading, for the report
+    warnings: tuple[str, ...] = ()
+    claims: Mapping[str, int] = field(default_factory=dict)  # "step", "epoch": what it says it is
+    prefixes: tuple[str, ...] = ("",)

@@ -7,12 +7,14 @@ stored uncompressed, and are read by position like those of any other format. To
 import hashlib
 import io
 import math
+import os
 import zipfile
-from collections.abc import Callable, Mapping
-from typing import IO, Any
+from collections.abc import Callable
+from typing import IO, Any, NamedTuple
 
-from ckpt_ema.errors import RefusedError, printable, some
+from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
 from ckpt_ema.files import OpenFile, open_regular, read_exactly
+from ckpt_ema.formats.model_key import claims, find_model
 from ckpt_ema.formats.specs import (
     DTYPE_BITS,
     FileSpec,
@@ -32,41 +34,60 @@ from ckpt_ema.formats.unpickle import (
     check_claims,
 )
 
-# Where training scripts put the model in what they save, in the order in which it is looked for.
-MODEL_KEYS = ("state_dict", "model", "model_state_dict", "module")
-
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 _START_BYTES = 32  # by which the form of a file is told
 _MAX_PICKLE_BYTES = 1 << 30
 _MAX_EXPANDED_BYTES = 1 << 20  # of a view with stride 0, where that is more than the whole file
 
 
-def read_specs(path: str) -> Specs:
+def read_specs(path: str, key: str | None = None) -> Specs:
     """The tensors of the model in one torch file, in the order of its state dict.
 
-    The model is looked for under `MODEL_KEYS` and at the top. Raises `RefusedError` for a file
-    that is no torch file, is cut or inconsistent, or holds no dict of tensors.
+    `key` is where the model is in it, None to look for it. Raises `IncompleteError` for a file that
+    is cut, `RefusedError` for one that is no torch file, is inconsistent, or holds no model.
     """
     with open_regular(path) as file:
+        region = Region(file.fd, 0, file.size_bytes)
         start = read_exactly(path, file.fd, min(file.size_bytes, _START_BYTES), 0)
         if start.startswith(b"PK\x03\x04"):
-            root, ignored, digest, locate = _read_zip(path, file)
+            root, ignored, digest, locate = _read_zip(path, region)
         elif start.startswith(b"\x80") and _LEGACY_MAGIC in start:
             root, ignored, digest, locate = _read_legacy(path, file)
         else:
             raise _no_torch_file(path, start)
-        model = _find_model(path, root)
+        model = find_model(path, root, key, PickledTensor)
         tensors = {
             name: _place(path, name, tensor, locate, file.size_bytes)
-            for name, tensor in model.items()
+            for name, tensor in model.values.items()
             if _is_tensor(path, name, tensor)
         }
         spec = FileSpec(path, file.size_bytes, file.mtime_ns, digest)
-    others = [str(name) for name, value in model.items() if not isinstance(value, PickledTensor)]
-    notes = [f"left out of the model, being no tensors: {some(others)}"] if others else []
+    others = [str(name) for name, value in model.values.items() if name not in tensors]
+    notes = [*model.notes]
+    if others:
+        notes.append(f"left out of the model, being no tensors: {some(others)}")
     if ignored:
         notes.append(f"skipped objects in the files that are no tensors: {some(ignored)}")
-    return Specs(tensors, (spec,), ({},), tuple(notes))
+    return Specs(tensors, (spec,), ({},), tuple(notes), model.warnings, claims(root))
+
+
+class Region(NamedTuple):
+    """A range of an open file that is a zip archive of its own."""
+
+    fd: int
+    start: int
+    size_bytes: int
+
+
+def read_tensor(path: str, region: Region) -> TensorSpec:
+    """Where the one tensor is that was saved by itself in a range of the file at `path`.
+
+    Raises `RefusedError` for anything else.
+    """
+    root, _, _, locate = _read_zip(path, region)
+    if not isinstance(root, PickledTensor):
+        raise RefusedError(f"{printable(path)} has something else where a tensor was expected.")
+    return _place(path, f"at byte {region.start}", root, locate, region.size_bytes)
 
 
 def _is_tensor(path: str, name: str, value: object) -> bool:
@@ -86,7 +107,7 @@ _Structure = tuple[Any, list[str], str, _Locate]
 
 def _no_torch_file(path: str, start: bytes) -> RefusedError:
     if not start:
-        return RefusedError(f"{printable(path)} is empty.", "An interrupted save? Leave it out.")
+        return IncompleteError(f"{printable(path)} is empty.", "An interrupted save? Leave it out.")
     if start.startswith(b"version https"):
         return RefusedError(f"{printable(path)} is a Git LFS pointer.", "Run `git lfs pull`.")
     return RefusedError(
@@ -94,8 +115,8 @@ def _no_torch_file(path: str, start: bytes) -> RefusedError:
     )
 
 
-def _read_zip(path: str, file: OpenFile) -> _Structure:
-    records = _zip_records(path, file)
+def _read_zip(path: str, region: Region) -> _Structure:
+    records = _zip_records(path, region)
     roots = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise RefusedError(
@@ -107,7 +128,7 @@ def _read_zip(path: str, file: OpenFile) -> _Structure:
         info = records[prefix + name]
         if info.file_size > _MAX_PICKLE_BYTES:
             raise RefusedError(f"{printable(path)}: its {name} is too large to be a structure.")
-        return read_exactly(path, file.fd, info.file_size, _data_start(path, file, info))
+        return read_exactly(path, region.fd, info.file_size, _data_start(path, region, info))
 
     if prefix + "byteorder" in records and record("byteorder") != b"little":
         raise RefusedError(f"{printable(path)} was saved on a big-endian machine.")
@@ -121,17 +142,49 @@ def _read_zip(path: str, file: OpenFile) -> _Structure:
                 f"{printable(path)} is damaged: storage {printable(storage.key)} is missing or"
                 " shorter than declared."
             )
-        return _data_start(path, file, info)
+        return _data_start(path, region, info)
 
     return root, unpickler.ignored, hashlib.sha256(pickled).hexdigest(), locate
 
 
-def _zip_records(path: str, file: OpenFile) -> dict[str, zipfile.ZipInfo]:
+class _RegionStream(io.RawIOBase):
+    """A range of a file, as a stream for the zip library."""
+
+    def __init__(self, region: Region) -> None:
+        self._region = region
+        self._position = 0
+
+    def seekable(self) -> bool:
+        """It can be moved in."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Move to a position that counts from the start of the range."""
+        start = (0, self._position, self._region.size_bytes)[whence]
+        if start + offset < 0:
+            raise OSError("a position before the start")
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        """Where it is."""
+        return self._position
+
+    def read(self, count: int = -1) -> bytes:
+        """At most `count` bytes, fewer at the end of the range."""
+        left = max(0, self._region.size_bytes - self._position)
+        count = left if count < 0 else min(count, left)
+        data = os.pread(self._region.fd, count, self._region.start + self._position)
+        self._position += len(data)
+        return data
+
+
+def _zip_records(path: str, region: Region) -> dict[str, zipfile.ZipInfo]:
     try:
-        with open(file.fd, "rb", closefd=False) as stream, zipfile.ZipFile(stream) as archive:
+        with zipfile.ZipFile(_RegionStream(region)) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, OSError) as error:
-        raise RefusedError(
+        raise IncompleteError(
             f"{printable(path)} is cut short or damaged: its zip directory cannot be read.",
             "An interrupted save? Leave it out.",
         ) from error
@@ -152,14 +205,15 @@ def _zip_records(path: str, file: OpenFile) -> dict[str, zipfile.ZipInfo]:
     return records
 
 
-def _data_start(path: str, file: OpenFile, info: zipfile.ZipInfo) -> int:
-    """Where a record's bytes begin, after a local header whose own lengths count."""
-    inside = 0 <= info.header_offset <= file.size_bytes - 30
-    header = read_exactly(path, file.fd, 30, info.header_offset) if inside else b""
+def _data_start(path: str, region: Region, info: zipfile.ZipInfo) -> int:
+    """Where in the file a record's bytes begin, after a local header whose own lengths count."""
+    offset, end = region.start + info.header_offset, region.start + region.size_bytes
+    inside = region.start <= offset <= end - 30
+    header = read_exactly(path, region.fd, 30, offset) if inside else b""
     name_bytes = int.from_bytes(header[26:28], "little")
     extra_bytes = int.from_bytes(header[28:30], "little")
-    start = info.header_offset + 30 + name_bytes + extra_bytes
-    if not header.startswith(b"PK\x03\x04") or start + info.file_size > file.size_bytes:
+    start = offset + 30 + name_bytes + extra_bytes
+    if not header.startswith(b"PK\x03\x04") or start + info.file_size > end:
         raise RefusedError(
             f"{printable(path)} is damaged: record {printable(info.filename)} is not where its"
             " directory says."
@@ -192,7 +246,7 @@ def _read_legacy(path: str, file: OpenFile) -> _Structure:
 
     def locate(storage: Storage) -> int:
         if starts.get(storage.key, file.size_bytes) + _storage_bytes(storage) > file.size_bytes:
-            raise RefusedError(
+            raise IncompleteError(
                 f"{printable(path)} is cut short: storage {printable(storage.key)} is not whole.",
                 "An interrupted save? Leave it out.",
             )
@@ -217,54 +271,6 @@ def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, TensorUnpickler]:
             f"{printable(path)} is cut short or damaged: its structure cannot be read"
             f" ({printable(error)})."
         ) from error
-
-
-def _find_model(path: str, root: Any) -> Mapping[str, Any]:
-    """The dict of tensors that is the model."""
-    if isinstance(root, dict):
-        found = [key for key in MODEL_KEYS if _is_model(root.get(key))]
-        if len(found) > 1:
-            raise RefusedError(
-                f"{printable(path)} holds {len(found)} dicts of tensors: {some(found)}; which one"
-                " is the model cannot be told."
-            )
-        pickled = [key for key in MODEL_KEYS if isinstance(root.get(key), Inert)]
-        if not found and pickled:
-            raise RefusedError(
-                f"{printable(path)} stores the model as a pickled"
-                f" {printable(root[pickled[0]].name)}, not as tensors; reading it would run code"
-                " from the file.",
-                "Save its state_dict() instead.",
-            )
-        model = root[found[0]] if found else root
-        if _is_model(model):
-            return model
-    if isinstance(root, Inert):
-        raise RefusedError(
-            f"{printable(path)} is a pickled {printable(root.name)}, not tensors; reading it would"
-            " run code from the file.",
-            "Save its state_dict() instead.",
-        )
-    raise RefusedError(
-        f"{printable(path)} holds no dict of tensors, at the top or under {', '.join(MODEL_KEYS)}."
-    )
-
-
-def _is_model(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and any(isinstance(item, PickledTensor) for item in value.values())
-        and all(isinstance(name, str) and _is_text(name) for name in value)
-    )
-
-
-def _is_text(name: str) -> bool:
-    """Whether a name can be written: pickles can hold half a surrogate pair."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _place(

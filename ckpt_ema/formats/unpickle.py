@@ -133,7 +133,9 @@ class _StorageType(NamedTuple):
     dtype: str | None
 
 
-class _Dtype(NamedTuple):
+class Dtype(NamedTuple):
+    """A dtype, by its name in safetensors."""
+
     name: str
 
 
@@ -266,7 +268,7 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
         if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
             return _StorageType(_STORAGE_DTYPES[name])
         if module == "torch" and name in _TORCH_DTYPES:
-            return _Dtype(_TORCH_DTYPES[name])
+            return Dtype(_TORCH_DTYPES[name])
         full_name = f"{module}.{name}"
         if full_name not in self._stand_ins:
             if len(self._stand_ins) == _MAX_STAND_INS:
@@ -310,7 +312,7 @@ def _rebuild_tensor_v3(
     *rest: Any,
 ) -> PickledTensor:
     _check_lazy(rest)
-    if not isinstance(dtype, _Dtype):
+    if not isinstance(dtype, Dtype):
         raise UnfitTensorError(str(getattr(dtype, "name", "of an unknown dtype")))
     return _rebuild_typed(storage, offset, shape, strides, dtype.name)
 

@@ -1,0 +1,309 @@
+"""Folders of torch.distributed.checkpoint: one .metadata, and .distcp files with chunks of tensors.
+
+`.metadata` is a pickle, which torch itself executes; here it is read by an unpickler with an
+allow-list that runs nothing. Chunks are put together by position, whatever ranks wrote them, so no
+tensor is ever whole in memory. What is no tensor is not looked at.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeGuard
+
+from ckpt_ema.errors import IncompleteError, RefusedError, printable
+from ckpt_ema.files import open_regular, read_exactly
+from ckpt_ema.formats.model_key import find_model
+from ckpt_ema.formats.specs import FileSpec, Piece, Specs, TensorSpec, packed_strides
+from ckpt_ema.formats.torch_file import Region, read_tensor
+from ckpt_ema.formats.unpickle import (
+    BROKEN_PICKLE,
+    Dtype,
+    Inert,
+    TensorUnpickler,
+    check_claims,
+)
+
+_MAX_METADATA_BYTES = 1 << 30
+# Modules whose classes may stand in a .metadata; they become `_Record`s, which hold and do nothing.
+_ALLOWED = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+    "torch.distributed.checkpoint.planner",
+    "torch.serialization",
+    "pathlib",
+)
+# Top-level names of what trainers save beside a model that is not in a dict of its own.
+_BESIDE_MODEL = ("optimizer.", "optim.", "lr_scheduler.", "train_state.", "dataloader.", "rng.")
+
+
+class _Record(Inert):
+    """An object of the metadata: its state as it was pickled."""
+
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __init__(self, *arguments: Any, **_options: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def get(self, name: str) -> Any:
+        """An attribute of the object, None if it has none such."""
+        return self.state.get(name) if isinstance(self.state, dict) else None
+
+
+class _MetadataUnpickler(TensorUnpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """A record for a class of the allow-list; anything else is refused."""
+        known = super().find_class(module, name)
+        if not (isinstance(known, type) and issubclass(known, Inert)):
+            return known
+        if module not in _ALLOWED:
+            raise _ForbiddenError(f"{module}.{name}")
+        return type("Record", (_Record,), {"name": f"{module}.{name}"})
+
+
+class _ForbiddenError(Exception):
+    """The metadata names something that no metadata needs."""
+
+
+class _Chunk(NamedTuple):
+    """One box of one tensor, and where it was saved."""
+
+    tensor: str
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    offset: int
+    size_bytes: int
+
+
+class _Declared(NamedTuple):
+    """One tensor as the metadata announces it."""
+
+    fqn: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[_Chunk, ...]
+
+
+def read_specs(path: str, key: str | None = None) -> Specs:
+    """The tensors of the model in the folder whose .metadata is at `path`.
+
+    File names in the result are relative to that folder. Raises `IncompleteError` if a data file is
+    missing or cut, `RefusedError` for metadata that is damaged, hostile or inconsistent.
+    """
+    with open_regular(path) as file:
+        if file.size_bytes > _MAX_METADATA_BYTES:
+            raise RefusedError(
+                f"{printable(path)} is too large to be the metadata of a checkpoint."
+            )
+        raw = read_exactly(path, file.fd, file.size_bytes, 0)
+        digest = hashlib.sha256(raw).hexdigest()
+        metadata = FileSpec(path, file.size_bytes, file.mtime_ns, digest)
+    root = _unpickled(path, raw)
+    model = find_model(path, _tree(path, root), key, _Declared)
+    tensors = {name: t for name, t in model.values.items() if isinstance(t, _Declared)}
+    folder = os.path.dirname(path)
+    chunks = [chunk for tensor in tensors.values() for chunk in tensor.chunks]
+    files, places = _located(folder, chunks, tensors)
+    specs = {}
+    for name, tensor in tensors.items():
+        pieces = [piece for chunk in tensor.chunks for piece in places[chunk]]
+        specs[name] = _joined(tensor, pieces)
+    return Specs(specs, (metadata, *files), ({},) * (1 + len(files)), model.notes, model.warnings)
+
+
+def _unpickled(path: str, raw: bytes) -> _Record:
+    stream = io.BytesIO(raw)
+    try:
+        check_claims(stream)
+        root = _MetadataUnpickler(stream).load()
+    except _ForbiddenError as error:
+        raise RefusedError(
+            f"{printable(path)} names {printable(error)}, which no metadata of a checkpoint needs;"
+            " torch would run it, ckpt-ema does not."
+        ) from error
+    except BROKEN_PICKLE as error:
+        raise IncompleteError(
+            f"{printable(path)} is cut short or damaged ({printable(error)})."
+        ) from error
+    if not isinstance(root, _Record) or not root.name.endswith(".Metadata"):
+        raise RefusedError(f"{printable(path)} is not the metadata of a checkpoint.")
+    return root
+
+
+def _tree(path: str, root: _Record) -> dict[str, Any]:
+    """What was saved, nested as it was: the tensors, and None for all else."""
+    entries, stored = root.get("state_dict_metadata"), root.get("storage_data")
+    if not isinstance(entries, dict) or not isinstance(stored, dict):
+        raise RefusedError(f"{printable(path)} lists no tensors.")
+    storage = {_index(index): info for index, info in stored.items()}
+    paths = root.get("planner_data")
+    tree: dict[str, Any] = {}
+    for fqn, entry in entries.items():
+        steps = paths.get(fqn) if isinstance(paths, dict) else None
+        if not isinstance(steps, tuple) or not steps:
+            steps = (fqn,)
+        if len(steps) == 1 and str(fqn).startswith(_BESIDE_MODEL):
+            continue
+        branch: Any = tree
+        for step in steps[:-1]:
+            branch = branch.setdefault(str(step), {}) if isinstance(branch, dict) else None
+        if not isinstance(branch, dict) or not isinstance(fqn, str):
+            raise RefusedError(f"{printable(path)} nests {printable(fqn)} in a tensor.")
+        branch[str(steps[-1])] = _declared(path, fqn, entry, storage)
+    return tree
+
+
+def _index(index: Any) -> tuple[Any, Any]:
+    if not isinstance(index, _Record) or not isinstance(index.get("fqn"), str):
+        return None, None
+    offset = index.get("offset")
+    return index.get("fqn"), offset if _sizes(offset) else None
+
+
+def _declared(
+    path: str, fqn: str, entry: Any, storage: Mapping[tuple[Any, Any], Any]
+) -> _Declared | None:
+    """The announcement of one tensor, checked as far as it goes; None for what is no tensor."""
+    if not isinstance(entry, _Record) or not entry.name.endswith(".TensorStorageMetadata"):
+        return None
+
+    def refuse(reason: str) -> RefusedError:
+        return RefusedError(f"{printable(path)}: tensor {printable(fqn)} {reason}.")
+
+    properties, shape, boxes = entry.get("properties"), entry.get("size"), entry.get("chunks")
+    state = properties.state if isinstance(properties, _Record) else None
+    dtype = state[0] if isinstance(state, tuple) and state else None
+    if isinstance(state, dict):
+        dtype = state.get("dtype")
+    if not isinstance(dtype, Dtype):
+        raise refuse("has a dtype that safetensors cannot hold")
+    if not _sizes(shape) or not isinstance(boxes, list) or not boxes:
+        raise refuse("has no shape or no chunks")
+    chunks = []
+    for box in boxes:
+        starts = box.get("offsets") if isinstance(box, _Record) else None
+        sizes = box.get("sizes") if isinstance(box, _Record) else None
+        if not _sizes(starts) or not _sizes(sizes) or not len(starts) == len(sizes) == len(shape):
+            raise refuse("has a chunk without a place")
+        if any(a + n > whole for a, n, whole in zip(starts, sizes, shape, strict=True)):
+            raise refuse(f"has a chunk beyond its shape {list(shape)}")
+        info = storage.get((fqn, starts)) or storage.get((fqn, None))
+        chunks.append(_chunk(fqn, starts, sizes, info, refuse))
+    if not _cover(shape, chunks):
+        raise refuse(f"has chunks that do not cover its shape {list(shape)} exactly once")
+    return _Declared(fqn, dtype.name, shape, tuple(chunks))
+
+
+def _chunk(fqn: str, starts: Any, sizes: Any, info: Any, refuse: Any) -> _Chunk:
+    if not isinstance(info, _Record):
+        raise refuse("has a chunk that was never saved")
+    file, offset, length = info.get("relative_path"), info.get("offset"), info.get("length")
+    if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\0" in file:
+        raise refuse(f"lies in {printable(file)!r}, which is not a plain file name")
+    if not _sizes((offset, length)):
+        raise refuse("has a chunk at an impossible position")
+    if info.get("transform_descriptors"):
+        raise refuse("was compressed when it was saved, and only stored chunks are read")
+    return _Chunk(fqn, starts, sizes, file, offset, length)
+
+
+def _sizes(values: Any) -> TypeGuard[tuple[int, ...]]:
+    return isinstance(values, tuple) and all(type(n) is int and 0 <= n < 2**63 for n in values)
+
+
+def _cover(shape: tuple[int, ...], chunks: list[_Chunk]) -> bool:
+    """Whether boxes inside a shape have all its elements, each once."""
+    boxes = [(chunk.starts, chunk.sizes) for chunk in chunks if 0 not in chunk.sizes]
+    if sum(_count(sizes) for _, sizes in boxes) != _count(shape):
+        return False
+    return not _overlap(sorted(boxes), 0)
+
+
+def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], axis: int) -> bool:
+    """Whether two boxes share an element; those apart along `axis` are told apart at once."""
+    groups: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = []
+    end = -1
+    for box in sorted(boxes, key=lambda box: box[0][axis : axis + 1]):
+        start, size = (box[0][axis], box[1][axis]) if box[0] else (0, 1)
+        if start >= end:
+            groups.append([])
+        groups[-1].append(box)
+        end = max(end, start + size)
+    crowded = [group for group in groups if len(group) > 1]
+    if crowded and axis + 1 >= len(boxes[0][0]):
+        # Along no axis alone are these apart; they may still be, two by two.
+        return any(_meet(a, b) for group in crowded for i, a in enumerate(group) for b in group[:i])
+    return any(_overlap(group, axis + 1) for group in crowded)
+
+
+def _meet(one: Any, other: Any) -> bool:
+    sides = zip(*one, *other, strict=True)
+    return all(a < b + m and b < a + n for a, n, b, m in sides)
+
+
+def _count(sizes: Iterable[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+
+def _located(
+    folder: str, chunks: list[_Chunk], tensors: Mapping[str, _Declared]
+) -> tuple[list[FileSpec], dict[_Chunk, list[Piece]]]:
+    """Where in which file each chunk's elements are; every file is opened once."""
+    declared = {tensor.fqn: tensor for tensor in tensors.values()}
+    by_file: dict[str, list[_Chunk]] = {}
+    for chunk in chunks:
+        by_file.setdefault(chunk.file, []).append(chunk)
+    files: list[FileSpec] = []
+    places: dict[_Chunk, list[Piece]] = {}
+    for number, (name, members) in enumerate(sorted(by_file.items()), start=1):
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            raise IncompleteError(
+                f"{printable(folder)} is incomplete: its metadata names {printable(name)}, and that"
+                " file is missing.",
+                "An interrupted save? Restore it or leave the checkpoint out.",
+            )
+        with open_regular(path) as file:
+            files.append(FileSpec(path, file.size_bytes, file.mtime_ns, ""))
+            for chunk in members:
+                if chunk.offset + chunk.size_bytes > file.size_bytes:
+                    raise IncompleteError(
+                        f"{printable(path)} is cut short: tensor {printable(chunk.tensor)} would"
+                        f" end at byte {chunk.offset + chunk.size_bytes}, and the file has"
+                        f" {file.size_bytes}.",
+                        "An interrupted save? Leave it out.",
+                    )
+                if 0 in chunk.sizes:
+                    places[chunk] = []
+                    continue
+                spec = read_tensor(path, Region(file.fd, chunk.offset, chunk.size_bytes))
+                places[chunk] = [_piece(path, number, chunk, spec, declared[chunk.tensor].dtype)]
+    return files, places
+
+
+def _piece(path: str, file: int, chunk: _Chunk, spec: TensorSpec, dtype: str) -> Piece:
+    if (spec.dtype, spec.shape) != (dtype, chunk.sizes):
+        raise RefusedError(
+            f"{printable(path)}: a chunk of tensor {printable(chunk.tensor)} is {spec.dtype}"
+            f" {list(spec.shape)}, and the metadata says {dtype} {list(chunk.sizes)}."
+        )
+    strides = spec.pieces[0].strides if spec.pieces else packed_strides(chunk.sizes)
+    return Piece(file, spec.offset, chunk.starts, chunk.sizes, strides)
+
+
+def _joined(tensor: _Declared, pieces: list[Piece]) -> TensorSpec:
+    """A tensor of these pieces; one that is whole in one place is said so."""
+    if not pieces:
+        return TensorSpec(tensor.dtype, tensor.shape, 0, 0)
+    first = pieces[0]
+    if len(pieces) == 1 and first.strides == packed_strides(tensor.shape):
+        return TensorSpec(tensor.dtype, tensor.shape, first.file, first.offset)
+    return TensorSpec(tensor.dtype, tensor.shape, first.file, first.offset, tuple(pieces))

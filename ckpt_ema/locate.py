@@ -1,0 +1,232 @@
+"""Where in a checkpoint its weights are: which files, in which folder, by names alone.
+
+The order in which names are tried is that of the loaders. Where a checkpoint holds two forms of its
+weights, it stops and says which option chooses.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt_ema import layouts
+from ckpt_ema.errors import RefusedError, printable, some
+from ckpt_ema.formats.specs import Part, Weights
+from ckpt_ema.options import Options
+
+_MOST_NAMES = 1000  # looked at for the sign of a form that is not read
+_MOST_DEPTH = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """A checkpoint in a form that is not read."""
+
+    what: str
+    instead: str
+
+    def error(self, path: Path) -> RefusedError:
+        """The refusal, of the checkpoint at `path`."""
+        return RefusedError(f"{printable(path)} is {self.what}.", self.instead)
+
+
+def locate(path: Path, options: Options) -> Weights | Blocked | None:
+    """The weights of the checkpoint file or folder at `path`; None if it holds none.
+
+    Raises `RefusedError` if it holds two forms of its weights and nothing says which.
+    """
+    if not os.path.isdir(path):
+        blocked = _sign_of_another_form([path.name])
+        if blocked or not layouts.WEIGHTS_EXTENSION.search(path.name):
+            return blocked
+        return Weights(path.parent, (Part(path.name),))
+    if options.component:
+        return _component(path, options.component, options)
+    if _exists(path / layouts.DCP_METADATA) and _exists(path / "meta.pt"):
+        return _sign_of_another_form(["meta.pt"])
+    return (
+        _in_folder(path, options)
+        or _pipeline(path)
+        or _in_model_folder(path, options)
+        or _distributed(path)
+        or _sign_of_another_form(_names_below(path))
+        or _only_file(path)
+    )
+
+
+def names_in(folder: Path) -> set[str]:
+    """The names in a folder; raises `RefusedError` if it cannot be listed."""
+    try:
+        return set(os.listdir(folder))
+    except OSError as error:
+        raise RefusedError(f"{printable(folder)} cannot be listed: {error.strerror}.") from error
+
+
+def kind_of(path: Path) -> str | None:
+    """Whether a path leads to a folder or a regular file; None for a broken link, a FIFO, ..."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return None
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else None
+
+
+def _in_folder(folder: Path, options: Options) -> Weights | None:
+    names = names_in(folder)
+    main = _model_file(folder, names, options)
+    if main is None:
+        return None
+    parts = [Part(main)]
+    if main.startswith(("model.", "pytorch_model.")):
+        parts += _further_models(names)
+    if layouts.MODULES_LIST in names:
+        parts += _modules(folder, names, options)
+    return Weights(folder, tuple(parts))
+
+
+def _model_file(folder: Path, names: set[str], options: Options) -> str | None:
+    """The name of the file or index to read in a folder, as its loader would choose."""
+    wanted = options.weights
+    adapters = [name for name in layouts.ADAPTER_FILES if name in names]
+    models = [name for name in layouts.OTHER_MODEL_FILES if name in names]
+    for single in reversed(layouts.MODEL_FILES):
+        forms = [name for name in (single, single + layouts.INDEX_SUFFIX) if name in names]
+        if len(forms) == 2 and wanted not in ("single", "sharded"):
+            raise _two_forms(folder, *forms)
+        if len(forms) == 2:
+            forms = [forms[wanted == "sharded"]]
+        models = forms + models
+    if wanted == "adapter" or not models:
+        return adapters[0] if adapters else None
+    if adapters and wanted == "auto":
+        raise RefusedError(
+            f"{printable(folder)} holds both a model ({models[0]}) and an adapter ({adapters[0]}).",
+            "Choose one with --weights single (or sharded) or --weights adapter.",
+        )
+    return models[0]
+
+
+def _two_forms(folder: Path, single: str, index: str) -> RefusedError:
+    return RefusedError(
+        f"{printable(folder)} holds both {single} and {index}: one of them is stale, and loaders"
+        f" take {single}.",
+        "Remove the stale one, or choose with --weights single or --weights sharded.",
+    )
+
+
+def _further_models(names: set[str]) -> list[Part]:
+    found: dict[str, str] = {}
+    for name in sorted(names, reverse=True):  # safetensors come last and win
+        match = layouts.FURTHER_MODEL.search(name)
+        if match:
+            found[match["model"].removeprefix("pytorch_")] = name
+    return [Part(name, f"{model}/") for model, name in sorted(found.items())]
+
+
+def _modules(folder: Path, names: set[str], options: Options) -> list[Part]:
+    parts = []
+    for name in sorted(names):
+        if layouts.MODULE_FOLDER.search(name) and os.path.isdir(folder / name):
+            file = _model_file(folder / name, names_in(folder / name), options)
+            if file:
+                parts.append(Part(f"{name}/{file}", f"{name}/"))
+    return parts
+
+
+def _component(path: Path, component: str, options: Options) -> Weights | Blocked | None:
+    if not component or component in (".", "..") or "/" in component:
+        raise RefusedError(f"--component {printable(component)!r} is not the name of a folder.")
+    if layouts.COMPONENT.search(component.removesuffix("_ema")):
+        return _pipeline(path, component)
+    inside = path / component
+    if os.path.isdir(inside):
+        return (
+            _in_folder(inside, options)
+            or _in_model_folder(inside, options)
+            or _distributed(inside)
+            or _sign_of_another_form(_names_below(inside))
+        )
+    file = f"{component}.ckpt"
+    return Weights(path, (Part(file),)) if _exists(path / file) else None
+
+
+def _pipeline(path: Path, component: str | None = None) -> Weights | None:
+    """The parts of a diffusers checkpoint: folders with a model each."""
+    names = sorted(names_in(path))
+    chosen = [n for n in names if n == component or (not component and layouts.COMPONENT.search(n))]
+    parts = []
+    for name in chosen:
+        if os.path.isdir(path / name):
+            file = _model_file(path / name, names_in(path / name), Options())
+            if file:
+                parts.append(Part(f"{name}/{file}", f"{name}/"))
+    averaged = [
+        name for name in names if name.removesuffix("_ema") in chosen and name not in chosen
+    ]
+    notes = (
+        [f"{some(averaged)} holds weights that are averaged already; the raw ones are taken"]
+        if averaged
+        else []
+    )
+    return Weights(path, tuple(parts), tuple(notes)) if parts else None
+
+
+def _in_model_folder(path: Path, options: Options) -> Weights | None:
+    for name in layouts.MODEL_FOLDERS:
+        if os.path.isdir(path / name):
+            found = _in_folder(path / name, options)
+            if found:
+                return found
+    return None
+
+
+def _distributed(path: Path) -> Weights | Blocked | None:
+    """What torch.distributed.checkpoint wrote, in the checkpoint or a folder of it."""
+    for name in layouts.DCP_FOLDERS:
+        metadata = os.path.join(name, layouts.DCP_METADATA)
+        if _exists(path / metadata):
+            names = names_in(path / name)
+            if "common.pt" in names or os.path.isdir(path / "context"):
+                return _sign_of_another_form(["common.pt", "context/"])
+            return Weights(path, (Part(metadata),))
+    return None
+
+
+def _only_file(path: Path) -> Weights | None:
+    """The one weights file of a folder without any of the usual names."""
+    files = [
+        name
+        for name in names_in(path)
+        if layouts.WEIGHTS_EXTENSION.search(name)
+        and not any(pattern.search(name) for pattern in layouts.NOT_A_STEP.values())
+        and not layouts.STAYS_BEHIND.search(name)
+        and kind_of(path / name) == "file"
+    ]
+    return Weights(path, (Part(files[0]),)) if len(files) == 1 else None
+
+
+def _sign_of_another_form(names: Iterator[str] | list[str]) -> Blocked | None:
+    found = list(names)
+    for refusal in layouts.REFUSALS:
+        if any(refusal.name.search(name) for name in found):
+            return Blocked(refusal.what, refusal.instead)
+    return None
+
+
+def _names_below(folder: Path) -> Iterator[str]:
+    """Names of files in a folder, relative to it; not too many and not too deep."""
+    count = 0
+    for root, folders, files in os.walk(folder):
+        prefix = os.path.relpath(root, folder) + "/" if root != str(folder) else ""
+        if prefix.count("/") >= _MOST_DEPTH:
+            folders.clear()
+        for name in sorted(files):
+            count += 1
+            yield prefix + name
+        if count > _MOST_NAMES:
+            return
+
+
+def _exists(path: Path) -> bool:
+    return os.path.lexists(path)

@@ -1,0 +1,129 @@
+"""What a person should know of a run before it is averaged: warnings and notes, as sentences."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import median
+
+from ckpt_ema import schedule as rules
+from ckpt_ema.errors import printable, some
+from ckpt_ema.formats.specs import AVERAGED, Specs
+from ckpt_ema.options import Options
+from ckpt_ema.order import Checkpoint
+
+# How much longer than usual a gap may be.
+_MOST_GAP = 1.5
+# Copies and downloads finish in any order; runs are further apart than this.
+_INVERSION_NS = 3600 * 10**9
+# With so few, the trainer has often removed the others.
+_FEW = 4
+
+
+def gaps(checkpoints: Sequence[Checkpoint]) -> list[int | None]:
+    """Steps from each checkpoint's predecessor to it; None where that is unknown.
+
+    accelerate numbers its saves one after the other, which says nothing of distances.
+    """
+    known: list[int | None] = [None]
+    for earlier, later in pairwise(checkpoints):
+        if earlier.step is None or later.step is None or later.unit == "save":
+            known.append(None)
+        else:
+            known.append(later.step - earlier.step)
+    return known
+
+
+def run_warnings(
+    checkpoints: Sequence[Checkpoint], specs: Sequence[Specs], options: Options
+) -> list[str]:
+    """Warnings about the run: its length, gaps, times, and the kind of its weights."""
+    return [
+        *_schedule_warnings(options, len(checkpoints)),
+        *_few(len(checkpoints)),
+        *_irregular(checkpoints),
+        *_times(checkpoints, specs),
+        *_adapters(specs[-1]),
+        *dict.fromkeys(warning for one in specs for warning in one.warnings),
+    ]
+
+
+def run_notes(checkpoints: Sequence[Checkpoint], specs: Sequence[Specs]) -> list[str]:
+    """Notes on what was chosen and what is not averaged."""
+    notes = []
+    if len(checkpoints) > 1 and checkpoints[-1].unit == "save":
+        notes.append(
+            "The numbers in the names count saves, not steps (accelerate): their order is known,"
+            " their distances are not."
+        )
+    kept: dict[str, list[str]] = {}
+    for name, tensor in specs[-1].tensors.items():
+        if tensor.dtype not in AVERAGED:
+            kept.setdefault(tensor.dtype, []).append(name)
+    for dtype, names in kept.items():
+        notes.append(
+            f"{dtype} tensors are not averaged but keep the value of"
+            f" {printable(checkpoints[-1].name)}: {some(names)}."
+        )
+    return [*notes, *(f"{note}." for note in sorted({n for one in specs for n in one.notes}))]
+
+
+def _schedule_warnings(options: Options, count: int) -> list[str]:
+    if count == 1:
+        return ["There is one checkpoint only, so the average is that checkpoint."]
+    decay, first = options.decay, rules.first_decay_that_matters(count)
+    if options.schedule == "dynamic" and decay >= first:
+        beyond = (
+            f" ({decay:g} is reached beyond {rules.checkpoints_below_the_cap(decay)} checkpoints)"
+            if decay < 1
+            else ""
+        )
+        return [
+            f"--decay {decay:g} changes nothing here: over {count} checkpoints the dynamic decay"
+            f" ends at {first:.4g}, and the first decay to matter is one below that{beyond}."
+        ]
+    return []
+
+
+def _few(count: int) -> list[str]:
+    if not 1 < count <= _FEW:
+        return []
+    return [
+        f"There are {count} checkpoints only; if the trainer removed older ones, raise its limit"
+        " (save_total_limit, save_top_k, max_history)."
+    ]
+
+
+def _irregular(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    known = [gap for gap in gaps(checkpoints) if gap is not None]
+    if len(known) < 2 or max(known) <= _MOST_GAP * median(known):
+        return []
+    longest = gaps(checkpoints).index(max(known))
+    return [
+        f"The gaps between checkpoints differ: {max(known)} from"
+        f" {printable(checkpoints[longest - 1].name)} to {printable(checkpoints[longest].name)},"
+        f" usually {median(known):g}; the weights count checkpoints, not steps."
+    ]
+
+
+def _times(checkpoints: Sequence[Checkpoint], specs: Sequence[Specs]) -> list[str]:
+    times = [one.files[0].mtime_ns for one in specs]
+    rows = zip(checkpoints, times, strict=True)
+    for (earlier, first), (later, second) in pairwise(rows):
+        if first - second > _INVERSION_NS:
+            return [
+                f"{printable(later.name)} was written before {printable(earlier.name)}, though its"
+                " step is later: two runs in one folder?"
+            ]
+    return []
+
+
+def _adapters(newest: Specs) -> list[str]:
+    if not any(
+        part in name
+        for name in newest.tensors
+        for part in ("lora_A.", "lora_up.", "lora_a", ".lora_B.")
+    ):
+        return []
+    return [
+        "The factors A and B of the adapters are averaged each by itself, which is near the average"
+        " of their products BA but is not it; for that, merge each into its base model first."
+    ]

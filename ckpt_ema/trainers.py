@@ -1,0 +1,414 @@
+"""What each trainer saves, as data; longer than other modules, since it is a table.
+
+A new trainer is one entry here and one run in `tests/trainer_runs.py`. What an entry says of names,
+folders and markers is gathered in `layouts` and used for every run, whoever wrote it: a run need
+not tell its trainer. Tiers: 1 and 2 are read (1 by most people), R is recognised and refused with
+the way out, N is named.
+"""
+
+import re
+from dataclasses import dataclass
+from re import Pattern
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A form that is not read: how a file in it is called, what it is, and what to do instead."""
+
+    name: Pattern[str]  # searched in a path relative to the checkpoint or the run
+    what: str
+    instead: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trainer:
+    """One trainer's way to save a model."""
+
+    name: str
+    tier: str  # "1", "2", "R" or "N"
+    entry: str  # one checkpoint, as it is found in a run
+    weights: str  # where in it the model is
+    containers: tuple[str, ...] = ()  # patterns of folders in a run that hold its checkpoints
+    models: tuple[str, ...] = ()  # folders in a checkpoint that are a model with its files
+    sharded: tuple[str, ...] = ()  # folders in a checkpoint that torch.distributed.checkpoint wrote
+    done: tuple[str, ...] = ()  # files that are there once a checkpoint is complete
+    undone: tuple[str, ...] = ()  # files that are there until it is
+    refusals: tuple[Refusal, ...] = ()
+
+
+def _refusal(name: str, what: str, instead: str) -> Refusal:
+    return Refusal(re.compile(name, re.IGNORECASE), what, instead)
+
+
+_OUT_OF_SCOPE = "Export it to safetensors or a state dict of PyTorch first."
+
+TRAINERS = (
+    Trainer(
+        name="transformers Trainer, Unsloth, LLaMA-Factory, ms-swift, axolotl",
+        tier="1",
+        entry="checkpoint-500/",
+        weights="model.safetensors or pytorch_model.bin, single or sharded with an index",
+        containers=("v[0-9]*-*",),
+        sharded=("pytorch_model_fsdp_0",),
+        done=("trainer_state.json", "CHECKPOINT_COMPLETE"),
+        undone=("checkpoint-is-incomplete.txt",),
+    ),
+    Trainer(
+        name="PEFT",
+        tier="1",
+        entry="checkpoint-500/",
+        weights="adapter_model.safetensors or .bin; adapter_config.json must agree",
+    ),
+    Trainer(
+        name="TRL",
+        tier="1",
+        entry="checkpoint-500/",
+        weights="as transformers or PEFT; merged/ and bema/ are left out",
+    ),
+    Trainer(
+        name="sentence-transformers",
+        tier="1",
+        entry="checkpoint-500/",
+        weights="model.safetensors, and that of each module in modules.json (2_Dense/ ...)",
+    ),
+    Trainer(
+        name="diffusers",
+        tier="1",
+        entry="checkpoint-500/",
+        weights="unet/, transformer/ ...: diffusion_pytorch_model.safetensors;"
+        " or pytorch_lora_weights.safetensors",
+    ),
+    Trainer(
+        name="accelerate",
+        tier="1",
+        entry="checkpoints/checkpoint_3/",
+        weights="model.safetensors, model_1.safetensors ..., or pytorch_model.bin",
+        containers=("checkpoints",),
+        sharded=("pytorch_model_fsdp_0",),
+    ),
+    Trainer(
+        name="Lightning",
+        tier="1",
+        entry="epoch=1-step=100.ckpt",
+        weights="state_dict; with an averaging callback current_model_state",
+        containers=("checkpoints", "lightning_logs/version_*/checkpoints", "version_*/checkpoints"),
+    ),
+    Trainer(
+        name="Lightning and Fabric, sharded",
+        tier="R",
+        entry="epoch=1-step=100.ckpt/",
+        weights=".metadata and meta.pt",
+        refusals=(
+            _refusal(
+                r"(^|/)meta\.pt$",
+                "a sharded checkpoint of Lightning",
+                "Consolidate each: `python -m lightning.pytorch.utilities.consolidate_checkpoint"
+                " CHECKPOINT`.",
+            ),
+        ),
+    ),
+    Trainer(
+        name="kohya sd-scripts, musubi-tuner",
+        tier="1",
+        entry="name-000010.safetensors, name-step00001000.safetensors, name.safetensors",
+        weights="the file; ss_steps in its header gives the order",
+    ),
+    Trainer(
+        name="ai-toolkit",
+        tier="1",
+        entry="name_000000250.safetensors",
+        weights="the file; training_info in its header gives the step",
+    ),
+    Trainer(
+        name="timm",
+        tier="1",
+        entry="checkpoint-12.pth.tar, last.pth.tar",
+        weights="state_dict (not state_dict_ema)",
+    ),
+    Trainer(
+        name="ultralytics",
+        tier="R",
+        entry="weights/epoch10.pt",
+        weights="a pickled module, already averaged",
+        containers=("weights",),
+    ),
+    Trainer(
+        name="verl",
+        tier="1",
+        entry="global_step_100/actor/huggingface/",
+        weights="as transformers, if hf_model is among its save_contents",
+        models=("actor/huggingface",),
+    ),
+    Trainer(
+        name="verl, sharded",
+        tier="R",
+        entry="global_step_100/actor/",
+        weights="model_world_size_8_rank_0.pt ...",
+        refusals=(
+            _refusal(
+                r"model_world_size_\d+_rank_\d+",
+                "sharded over ranks (DTensor), so that each file holds a part of the model",
+                "Merge each step first: `python -m verl.model_merger merge --backend fsdp"
+                " --local_dir STEP/actor --target_dir OUT`.",
+            ),
+        ),
+    ),
+    Trainer(
+        name="DeepSpeed",
+        tier="R",
+        entry="global_step100/",
+        weights="mp_rank_00_model_states.pt, zero_pp_rank_*",
+        refusals=(
+            _refusal(
+                r"zero_pp_rank_\d+|mp_rank_\d+(_\d+)?_model_states|^global_step\d+/.*_states\.pt$",
+                "a DeepSpeed checkpoint, with the weights in partitions",
+                "Gather each step first: `python zero_to_fp32.py RUN OUT -t global_stepN"
+                " --safe_serialization`.",
+            ),
+        ),
+    ),
+    Trainer(
+        name="OpenRLHF",
+        tier="1",
+        entry="global_step50_hf/",
+        weights="as transformers; global_step50/ beside it is DeepSpeed's",
+        containers=("_actor",),
+    ),
+    Trainer(
+        name="NeMo-RL",
+        tier="2",
+        entry="step_10/policy/weights/",
+        weights="as transformers, or .metadata and .distcp; Megatron's iter_0000000 is refused",
+        models=("policy/weights/model", "policy/weights"),
+        sharded=("policy/weights/model", "policy/weights"),
+    ),
+    Trainer(
+        name="Megatron-LM, Megatron-Bridge, slime, gpt-neox",
+        tier="R",
+        entry="iter_0000100/",
+        weights="mp_rank_00/model_optim_rng.pt, or torch_dist (common.pt)",
+        refusals=(
+            _refusal(
+                r"(^|/)(model_optim_rng\.pt|common\.pt|layer_\d+-model_\d+[^/]*\.pt)$",
+                "a Megatron checkpoint, with the weights in ranks and Megatron's names",
+                "Convert each step first: Megatron-Bridge `export_ckpt`; NeMo-RL"
+                " examples/converters/convert_megatron_to_hf.py; slime"
+                " tools/convert_torch_dist_to_hf.py; gpt-neox tools/ckpts/convert_neox_to_hf.py.",
+            ),
+        ),
+    ),
+    Trainer(
+        name="torchtitan, torch.distributed.checkpoint",
+        tier="2",
+        entry="step-100/",
+        weights=".metadata and .distcp: the model at the top, under model, app.model or state_dict",
+    ),
+    Trainer(
+        name="NeMo 1",
+        tier="1",
+        entry="name--val_loss=1.23-epoch=3-step=1000.ckpt",
+        weights="state_dict; -last and -EMA are left out",
+    ),
+    Trainer(
+        name="NeMo 2",
+        tier="R",
+        entry="name-epoch=3-step=1000/",
+        weights="weights/ and context/",
+        models=("hf_weights",),
+        refusals=(
+            _refusal(
+                r"(^|/)context/|\.nemo$",
+                "a NeMo checkpoint",
+                "Export it first: `nemo llm export`, or NeMo-RL"
+                " examples/converters/convert_dcp_to_hf.py.",
+            ),
+        ),
+    ),
+    Trainer(
+        name="NeMo Automodel",
+        tier="2",
+        entry="epoch_0_step_100/",
+        weights="model/consolidated/, or .metadata and .distcp in model/",
+        models=("model/consolidated",),
+        sharded=("model",),
+        undone=(".incomplete",),
+        refusals=(
+            _refusal(
+                r"(^|/)shard-\d+-[^/]*\.safetensors$",
+                "sharded over ranks (slices in safetensors files)",
+                "Save with save_consolidated, or consolidate each step first with"
+                " torch.distributed.checkpoint.",
+            ),
+        ),
+    ),
+    Trainer(
+        name="torchtune",
+        tier="1",
+        entry="epoch_0/, step_100/",
+        weights="as transformers; with adapter_model.* beside it, --weights says which",
+    ),
+    Trainer(
+        name="open-instruct, prime-rl",
+        tier="1",
+        entry="step_100/, weights/step_100/",
+        weights="as transformers",
+        containers=("weights",),
+        sharded=("trainer",),
+        done=("COMPLETED", "STABLE"),
+    ),
+    Trainer(
+        name="LeRobot",
+        tier="1",
+        entry="checkpoints/005000/",
+        weights="pretrained_model/, as transformers or .metadata and .distcp",
+        containers=("checkpoints",),
+        models=("pretrained_model",),
+        sharded=("pretrained_model",),
+        done=("training_state/training_step.json",),
+    ),
+    Trainer(
+        name="OLMo, unsharded",
+        tier="1",
+        entry="step1000-unsharded/",
+        weights="model.pt",
+    ),
+    Trainer(
+        name="OLMo-core",
+        tier="2",
+        entry="step1000/",
+        weights="model_and_optim/.metadata and .distcp",
+        sharded=("model_and_optim",),
+        done=(".metadata.json",),
+    ),
+    Trainer(
+        name="OLMo, sharded; nanotron",
+        tier="R",
+        entry="step1000/, 1000/",
+        weights="rank files",
+        refusals=(
+            _refusal(
+                r"pp-rank-\d+-of-|(^|/)(model|optim)/rank\d+\.(pt|bin)$|(^|/)train/rank\d+\.pt$",
+                "sharded over ranks",
+                "Unshard each step first: OLMo scripts/unshard.py; OLMo-core"
+                " src/examples/huggingface/convert_checkpoint_to_hf.py; nanotron"
+                " examples/llama/convert_nanotron_to_hf.py.",
+            ),
+        ),
+    ),
+    Trainer(
+        name="Hugging Face Hub cache",
+        tier="1",
+        entry="models--org--name/refs/step1000",
+        weights="the snapshot of each revision, as transformers",
+    ),
+    Trainer(
+        name="LitGPT",
+        tier="1",
+        entry="step-00000100/",
+        weights="lit_model.pth or lit_model.pth.lora",
+    ),
+    Trainer(
+        name="nanoGPT, nanochat",
+        tier="1",
+        entry="ckpt_1000.pt, model_000100.pt",
+        weights="model, or the top",
+    ),
+    Trainer(
+        name="Composer, LLM Foundry",
+        tier="1",
+        entry="ep1-ba100-rank0.pt, huggingface/ba100/",
+        weights="state.model; or as transformers",
+        containers=("huggingface", "hf_format"),
+    ),
+    Trainer(
+        name="mmengine",
+        tier="1",
+        entry="epoch_12.pth, iter_1000.pth",
+        weights="state_dict; with EMAHook the raw ones, in ema_state_dict",
+    ),
+    Trainer(
+        name="detectron2, fvcore",
+        tier="1",
+        entry="model_0004999.pth",
+        weights="model",
+    ),
+    Trainer(
+        name="fairseq",
+        tier="1",
+        entry="checkpoint12.pt, checkpoint_1_1000.pt",
+        weights="model",
+    ),
+    Trainer(
+        name="ESPnet, WeNet, icefall",
+        tier="1",
+        entry="12epoch.pth, epoch_12.pt, checkpoint-4000.pt",
+        weights="the top, or model",
+        undone=(),
+    ),
+    Trainer(
+        name="SpeechBrain",
+        tier="2",
+        entry="CKPT+2024-01-02+10-11-12+00/",
+        weights="model.ckpt; CKPT.yaml gives the order",
+        done=("CKPT.yaml",),
+    ),
+    Trainer(
+        name="OpenNMT-py",
+        tier="2",
+        entry="base_step_5000.pt, base_step_5000.safetensors",
+        weights="model and generator",
+    ),
+    Trainer(
+        name="DiT, guided-diffusion, k-diffusion",
+        tier="1",
+        entry="0050000.pt, model010000.pt, name_00010000.pth",
+        weights="model or the top (not ema, model_ema, ema_0.9999_*.pt)",
+    ),
+    Trainer(
+        name="EDM",
+        tier="R",
+        entry="network-snapshot-000200.pkl",
+        weights="a pickled module",
+        refusals=(
+            _refusal(
+                r"\.pkl$",
+                "a pickle of whole objects, which cannot be read without running its code",
+                "Save the state_dict() of its module instead.",
+            ),
+        ),
+    ),
+    Trainer(
+        name="MLX-LM",
+        tier="1",
+        entry="0000100_adapters.safetensors",
+        weights="the file",
+    ),
+    Trainer(
+        name="diffusion-pipe, SimpleTuner, Ray Train, InstructLab",
+        tier="1",
+        entry="epoch10/, checkpoint-500/, checkpoint_000003/, samples_1234/",
+        weights="as transformers or PEFT; checkpoint/ inside",
+        models=("checkpoint",),
+    ),
+    Trainer(
+        name="orbax, levanter, Keras, TensorFlow, marian, GGUF",
+        tier="N",
+        entry="1000/, weights.05-0.23.weights.h5, ckpt-12.index, model.iter1000.npz",
+        weights="formats of JAX, TensorFlow and others",
+        refusals=(
+            _refusal(
+                r"(^|/)(_CHECKPOINT_METADATA|_METADATA|manifest\.ocdbt|checkpoint\.msgpack)$"
+                r"|orbax-checkpoint",
+                "a JAX checkpoint (orbax), not one of PyTorch",
+                _OUT_OF_SCOPE,
+            ),
+            _refusal(
+                r"\.(h5|keras)$|(^|/)[^/]*\.data-\d{5}-of-\d{5}$|ckpt-\d+\.index$",
+                "a TensorFlow or Keras checkpoint, not one of PyTorch",
+                _OUT_OF_SCOPE,
+            ),
+            _refusal(r"\.gguf$", "a GGUF file, not a checkpoint of PyTorch", _OUT_OF_SCOPE),
+            _refusal(r"\.(npz|msgpack)$", "an array file of marian, JAX or numpy", _OUT_OF_SCOPE),
+        ),
+    ),
+)
