@@ -66,11 +66,17 @@ _IN_FOLDER = (
 _BESIDE_FILE = (_Source("{stem}.yaml", _yaml_numbers(step="step", epoch="epoch")),)
 
 
-def claims_beside(path: Path, stem: str) -> dict[str, int]:
-    """The "step", "epoch" or "time" (in thousandths of a second) that a checkpoint tells.
+class Claims(NamedTuple):
+    """The "step", "epoch" or "time" (in thousandths of a second), and the file that tells them."""
 
-    `path` is the checkpoint's folder or file and `stem` its name without extension; empty if
-    nothing tells.
+    numbers: dict[str, int]
+    source: str
+
+
+def claims_beside(path: Path, stem: str) -> Claims:
+    """What the files beside a checkpoint tell; empty if none does.
+
+    `path` is the checkpoint's folder or file and `stem` its name without extension.
     """
     is_folder = os.path.isdir(path)
     for source in _IN_FOLDER if is_folder else _BESIDE_FILE:
@@ -82,8 +88,8 @@ def claims_beside(path: Path, stem: str) -> dict[str, int]:
         except OSError:
             continue
         if found:
-            return dict(found)
-    return {}
+            return Claims(dict(found), file.name)
+    return Claims({}, "")
 
 
 def _whole(stream: Any) -> str:

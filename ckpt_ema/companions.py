@@ -14,7 +14,13 @@ from typing import NamedTuple
 
 from ckpt_ema.configs import ADAPTER_CONFIG
 from ckpt_ema.errors import RefusedError, printable
-from ckpt_ema.layouts import CONFIG_FILES, PIPELINE_LIST, STAYS_BEHIND, WEIGHTS_LIKE
+from ckpt_ema.layouts import (
+    CONFIG_FILES,
+    PIPELINE_LIST,
+    PROCESSOR_STATE,
+    STAYS_BEHIND,
+    WEIGHTS_LIKE,
+)
 
 
 class Companion(NamedTuple):
@@ -93,15 +99,19 @@ def _add_pipeline(pipeline: Path, found: dict[str, Path], averaged: Collection[s
     replaced = {name.split("/")[0] for name in averaged}
     for entry in os.scandir(pipeline):
         if entry.is_file() and not STAYS_BEHIND.search(entry.name):
-            if not WEIGHTS_LIKE.search(entry.name):
+            if not _is_weights(entry.name):
                 found[entry.name] = Path(entry.path)
         elif entry.is_dir() and entry.name in listed:
             for root, _, files in os.walk(entry.path):
                 for file in files:
                     path = Path(root) / file
                     name = os.path.relpath(path, pipeline)
-                    if entry.name not in replaced or not WEIGHTS_LIKE.search(file):
+                    if entry.name not in replaced or not _is_weights(file):
                         found[name] = path
+
+
+def _is_weights(name: str) -> bool:
+    return bool(WEIGHTS_LIKE.search(name)) and not PROCESSOR_STATE.search(name)
 
 
 def _walk(
@@ -120,14 +130,14 @@ def _walk(
             folders.append(entry)
         elif entry.is_file():
             files.append(entry)
-    has_weights = any(WEIGHTS_LIKE.search(entry.name) for entry in files)
+    has_weights = any(_is_weights(entry.name) for entry in files)
     is_adapter = prefix and any(entry.name == ADAPTER_CONFIG for entry in files)
     is_part = any(name.startswith(prefix) for name in averaged)
     if has_weights and not is_adapter and not is_part:
         models.append(prefix)
         return
     for entry in files:
-        if is_adapter or not WEIGHTS_LIKE.search(entry.name):
+        if is_adapter or not _is_weights(entry.name):
             travel[prefix + entry.name] = Path(entry.path)
     for entry in folders:
         _walk(Path(entry.path), f"{prefix}{entry.name}/", averaged, travel, models)

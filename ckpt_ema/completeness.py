@@ -5,6 +5,7 @@ warning. One in the middle is a loss that somebody should know of: it is refused
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from ckpt_ema import layouts
 from ckpt_ema.discover import Found
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
+from ckpt_ema.names import stem_of
 from ckpt_ema.options import Options
 from ckpt_ema.order import Checkpoint, Read
 
@@ -52,8 +54,11 @@ def _problems(checkpoints: Sequence[Checkpoint], read: Read) -> Iterator[str | N
     """What each checkpoint lacks, None for one that is whole."""
     folders = [checkpoint.path for checkpoint in checkpoints if os.path.isdir(checkpoint.path)]
     marked = {name for name in layouts.DONE if any(os.path.lexists(f / name) for f in folders)}
+    saved = _tracked(checkpoints[-1].path.parent)
     for checkpoint in checkpoints:
         problem = _marked_unfinished(checkpoint.path, marked)
+        if saved is not None and checkpoint.unit == "step" and (checkpoint.step or 0) > saved:
+            problem = f"{layouts.TRACKER_NAME} says that the last whole step is {saved}."
         if problem is None:
             try:
                 read(checkpoint.weights)
@@ -62,10 +67,20 @@ def _problems(checkpoints: Sequence[Checkpoint], read: Read) -> Iterator[str | N
         yield problem
 
 
+def _tracked(run: Path) -> int | None:
+    """The last step that a run says it has saved."""
+    try:
+        text = (run / layouts.TRACKER_NAME).read_text(errors="replace").strip()
+    except OSError:
+        return None
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
+
+
 def _marked_unfinished(path: Path, marked: set[str]) -> str | None:
     """What the trainer's own markers say against a checkpoint; `marked` are those in use."""
-    if os.path.lexists(f"{path}-unfinished"):
-        return f"{printable(path.name)}-unfinished lies beside it."
+    for name in (path.name, stem_of(path.name)):
+        if os.path.lexists(path.parent / f"{name}-unfinished"):
+            return f"{printable(name)}-unfinished lies beside it."
     if not os.path.isdir(path):
         return None
     for name in layouts.UNDONE:

@@ -194,6 +194,10 @@ def _container(run: Path, options: Options) -> Path | None:
         for folder in sorted(run.glob(pattern)):
             if folder not in hits and folder.is_dir() and _holds_checkpoints(folder, options):
                 hits.append(folder)
+    # Folders of trainer state beside those of models (prime-rl's checkpoints/ beside weights/).
+    models = [folder for folder in hits if _holds_models(folder, options)]
+    if len(models) == 1:
+        return models[0]
     if len(hits) > 1:
         names = [os.path.relpath(folder, run) for folder in hits]
         raise RefusedError(
@@ -209,11 +213,23 @@ def _holds_checkpoints(folder: Path, options: Options) -> bool:
     return bool(scan.series or scan.blocked)
 
 
+def _holds_models(folder: Path, options: Options) -> bool:
+    """Whether its checkpoints are model files, and not what ranks have written."""
+    series = _scan_folder(folder, options).series
+    paths = [entry.weights.path.name for members in series.values() for entry in members]
+    return any(name != layouts.DCP_METADATA for name in paths)
+
+
 def _scan_folder(run: Path, options: Options) -> _Scan:
     scan = _Scan()
     append = {os.path.normpath(name) for name in options.append}
-    for name in sorted(names_in(run) - set(layouts.FOLDER_WEIGHTS) - append):
+    names = names_in(run)
+    for name in sorted(names - set(layouts.FOLDER_WEIGHTS) - append):
         path = run / name
+        paired = f"{stem_of(name)}.safetensors"
+        if paired != name and paired in names and layouts.WEIGHTS_EXTENSION.search(name):
+            scan.left_out.append((path, f"{paired} has the weights"))
+            continue
         is_folder = kind_of(path) == "folder"
         if not (slots_in(name) or layouts.WEIGHTS_EXTENSION.search(name) or is_folder):
             scan.others.append(name)
@@ -343,7 +359,8 @@ def _without_copies(
     for entry in sorted(entries, key=lambda entry: (entry.path.is_symlink(), entry.path.name)):
         # An index may well be shared by different checkpoints; weights may not.
         is_index = entry.weights.path.name.endswith(layouts.INDEX_SUFFIX)
-        status = os.stat(entry.path if is_index else entry.weights.path)
+        of_its_own = not is_index and entry.weights.path.exists()
+        status = os.stat(entry.weights.path if of_its_own else entry.path)
         first = unique.setdefault((status.st_dev, status.st_ino), entry)
         is_revision = entry.label != entry.path.name  # whose files are links to shared blobs
         if first is not entry and is_revision and not options.allow_duplicates:

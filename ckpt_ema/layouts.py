@@ -115,7 +115,14 @@ VERSION = re.compile(r"-v(\d+)$")
 SAVE_INDEX = re.compile(r"^checkpoint_\d+$")
 
 # Folders whose own names are dates or sums; what they hold gives the order.
-NAMED_BY_DATE = re.compile(r"^CKPT\+")
+NAMED_BY_DATE = re.compile(r"^CKPT\+(\d{4})-(\d\d)-(\d\d)\+(\d\d)-(\d\d)-(\d\d)\+(\d\d)$")
+# A run's note of the last step that was saved whole (Megatron, verl).
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
+
+# Names of weights that a trainer averaged itself.
+AVERAGED_NAME = re.compile(
+    r"(?:^|[-_./])(average|averaged|avg|ave|ave_\d+best|ema|bema)(?:$|[-_.])", re.IGNORECASE
+)
 
 # Names that hold a number or weights and still are no step of the run, and why.
 NOT_A_STEP: dict[str, Pattern[str]] = {
@@ -139,9 +146,7 @@ NOT_A_STEP: dict[str, Pattern[str]] = {
     ),
     "a merged copy": re.compile(r"[-_](merged|hf_merged)$", re.IGNORECASE),
     "a module of a model": re.compile(MODULE_FOLDER.pattern),
-    "already an average": re.compile(
-        r"(?:^|[-_./])(average|averaged|avg|ave|ave_\d+best|ema|bema)(?:$|[-_.])", re.IGNORECASE
-    ),
+    "already an average": AVERAGED_NAME,
 }
 
 # Names that may be a copy of a step, or a step of its own.
@@ -164,9 +169,9 @@ MANIFEST_NAME = "ckpt_ema.json"
 # the model. Everything else travels.
 STAYS_BEHIND = re.compile(
     r"^(optimizer|optim|scheduler|scaler|rng_state|random_states|training_args|trainer_state"
-    r"|extra_state|dl_state_dict|sampler|custom_checkpoint|distrib_optim|train_state|training_step"
+    r"|extra_state|dl_state_dict|sampler|custom_checkpoint|distrib_optim|train_state|training_state|training_step"
     r"|training_info|meta)([-_.]?\d+)*(\.(pt|pth|bin|pkl|json|yaml))?$"
-    r"|^(latest|last_checkpoint|latest_checkpointed_iteration\.txt|zero_to_fp32\.py|README\.md"
+    r"|^(latest|last_checkpoint|" + re.escape(TRACKER_NAME) + r"|zero_to_fp32\.py|README\.md"
     r"|global_step\d+|merged|bema|ckpt_ema\.json|CKPT\.yaml|\.metadata.*|\.git|\.cache|\.DS_Store"
     r"|" + "|".join(re.escape(name) for name in (*DONE, *UNDONE)) + r")$"
     r"|^events\.out\.",
@@ -186,3 +191,5 @@ WEIGHTS_LIKE = re.compile(
     r"|\.distcp|\.index\.json)$",
     re.IGNORECASE,
 )
+# Statistics of a processor (LeRobot), which are no weights though they look like them.
+PROCESSOR_STATE = re.compile(r"(^|_)(pre|post)processor_.*\.safetensors$", re.IGNORECASE)

@@ -16,7 +16,7 @@ from ckpt_ema.formats.specs import Part, Weights
 from ckpt_ema.options import Options
 
 _MOST_NAMES = 1000  # looked at for the sign of a form that is not read
-_MOST_DEPTH = 3
+_MOST_DEPTH = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,7 @@ def _in_folder(folder: Path, options: Options) -> Weights | None:
     if main is None:
         return None
     parts = [Part(main)]
-    if main.startswith(("model.", "pytorch_model.")):
-        parts += _further_models(names)
+    parts += _further_models(names)
     if layouts.MODULES_LIST in names:
         parts += _modules(folder, names, options)
     return Weights(folder, tuple(parts))
@@ -185,10 +184,13 @@ def _distributed(path: Path) -> Weights | Blocked | None:
     """What torch.distributed.checkpoint wrote, in the checkpoint or a folder of it."""
     for name in layouts.DCP_FOLDERS:
         metadata = os.path.join(name, layouts.DCP_METADATA)
-        if _exists(path / metadata):
-            names = names_in(path / name)
+        names = names_in(path / name) if os.path.isdir(path / name) else set()
+        # Without metadata, which is written last, it is an unfinished save of the same kind.
+        if layouts.DCP_METADATA in names or any(file.endswith(".distcp") for file in names):
             if "common.pt" in names or os.path.isdir(path / "context"):
                 return _sign_of_another_form(["common.pt", "context/"])
+            if name in layouts.MODEL_FOLDERS:
+                return Weights(path / name, (Part(layouts.DCP_METADATA),))
             return Weights(path, (Part(metadata),))
     return None
 

@@ -66,7 +66,7 @@ def claims_of(entry: Entry, read: Read, *, inside: bool) -> dict[str, int]:
 
     An incomplete file says nothing.
     """
-    found = claims_beside(entry.path, stem_of(entry.path.name))
+    found = claims_beside(entry.path, stem_of(entry.path.name)).numbers
     if found or os.path.isdir(entry.path):
         return found
     if inside or is_safetensors(entry.path.name):
@@ -109,6 +109,8 @@ def _keys(entries: Sequence[Entry], options: Options, read: Read) -> tuple[str, 
                 if options.order == "auto":
                     _check_names(entries, unit, keys, names)
                 return unit, keys
+    if all(layouts.NAMED_BY_DATE.search(entry.stem) for entry in entries):
+        return "time", _by_date(entries, [claim.get("time") for claim in claims])
     for unit in ("step", "epoch", "checkpoint", "number"):
         if all(unit in numbers for numbers in names):
             keys = [numbers[unit] for numbers in names]
@@ -133,6 +135,15 @@ def _group(match: re.Match[str]) -> int:
     return int(text)
 
 
+def _by_date(entries: Sequence[Entry], times: Sequence[int | None]) -> list[int]:
+    """Times for all entries: one that tells none comes right after those before it by name."""
+    last, keys = 0, {}
+    for entry, time in sorted(zip(entries, times, strict=True), key=lambda row: row[0].label):
+        keys[entry.path] = last + 1 if time is None else time
+        last = max(last, keys[entry.path])
+    return [keys[entry.path] for entry in entries]
+
+
 def _named_unit(entries: Sequence[Entry], unit: str) -> str:
     if unit == "checkpoint":
         is_save = all(layouts.SAVE_INDEX.search(entry.stem) for entry in entries)
@@ -148,8 +159,10 @@ def _check_names(
         units = _AS_STEP if unit == "step" else (unit,)
         named = next((numbers[word] for word in units if word in numbers), key)
         if named != key:
+            source = claims_beside(entry.path, stem_of(entry.path.name)).source
             raise RefusedError(
-                f"{printable(entry.label)} says {unit} {key} inside. Was it renamed?",
+                f"{printable(entry.label)} says {unit} {key} in {source or 'its header'}. Was it"
+                " renamed?",
                 "Order by what it holds (--order metadata) or by the name (--order name).",
             )
 

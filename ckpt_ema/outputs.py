@@ -22,7 +22,7 @@ PROVENANCE_KEY = "ckpt_ema"
 
 # Models whose loaders look for them by this name; any other torch file comes out as `model`.
 _KEEPS_ITS_NAME = re.compile(
-    r"^(model_\d+|value_head|adapter_model|diffusion_pytorch_model|pytorch_lora_weights)$"
+    r"^(pytorch_model_\d+|value_head|adapter_model|diffusion_pytorch_model|pytorch_lora_weights)$"
 )
 
 # Hashes of the tensors that training UIs put into the header; of an average they would be wrong.
@@ -141,11 +141,11 @@ def _output_name(name: str) -> str:
         return "model.safetensors"  # the folder of the data files is no model's folder
     stem = WEIGHTS_EXTENSION.sub("", base)
     shard = SHARD_NUMBER.search(stem)
-    known = re.sub("^pytorch_model", "model", stem)
+    known = "model"
     if shard:
-        known = f"model{shard.group()}"
-    elif not _KEEPS_ITS_NAME.search(known):
-        known = "model"
+        known += shard.group()
+    elif base.endswith(".bin") and _KEEPS_ITS_NAME.search(stem):
+        known = re.sub("^pytorch_model", "model", stem)
     return os.path.join(folder, f"{known}.safetensors")
 
 

@@ -121,9 +121,9 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
     check_destination(destination, [*paths, *inputs])
     names = [checkpoint.name for checkpoint in found.checkpoints]
     specs, name_warnings = unified(names, _shared([read(c.weights) for c in found.checkpoints]))
-    dtype_warnings = check_alike(names, specs)
     folders = [checkpoint.weights.folder for checkpoint in found.checkpoints]
     config_warnings = check_configs(names, folders, specs)
+    dtype_warnings = check_alike(names, specs)
     checkpoints = _planned(found.checkpoints, specs, options)
     newest = found.checkpoints[-1]
     single_name = destination.name if _is_single_file(destination) else None

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
 
+from ckpt_ema import layouts
 from ckpt_ema import schedule as rules
 from ckpt_ema.errors import printable, some
+from ckpt_ema.formats.model_key import ALREADY_AVERAGED
 from ckpt_ema.formats.specs import AVERAGED, Specs
+from ckpt_ema.names import stem_of
 from ckpt_ema.options import Options
 from ckpt_ema.order import Checkpoint
 
@@ -42,6 +45,7 @@ def run_warnings(
         *_irregular(checkpoints),
         *_times(checkpoints, specs),
         *_adapters(specs[-1]),
+        *_averaged(checkpoints),
         *dict.fromkeys(warning for one in specs for warning in one.warnings),
     ]
 
@@ -114,6 +118,13 @@ def _times(checkpoints: Sequence[Checkpoint], specs: Sequence[Specs]) -> list[st
                 " step is later: two runs in one folder?"
             ]
     return []
+
+
+def _averaged(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    named = [c.name for c in checkpoints if layouts.AVERAGED_NAME.search(stem_of(c.name))]
+    if not named:
+        return []
+    return [f"By their names, {some(named, 2)} {ALREADY_AVERAGED}."]
 
 
 def _adapters(newest: Specs) -> list[str]:

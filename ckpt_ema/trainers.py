@@ -154,20 +154,6 @@ TRAINERS = (
         ),
     ),
     Trainer(
-        name="DeepSpeed",
-        tier="R",
-        entry="global_step100/",
-        weights="mp_rank_00_model_states.pt, zero_pp_rank_*",
-        refusals=(
-            _refusal(
-                r"zero_pp_rank_\d+|mp_rank_\d+(_\d+)?_model_states|^global_step\d+/.*_states\.pt$",
-                "a DeepSpeed checkpoint, with the weights in partitions",
-                "Gather each step first: `python zero_to_fp32.py RUN OUT -t global_stepN"
-                " --safe_serialization`.",
-            ),
-        ),
-    ),
-    Trainer(
         name="OpenRLHF",
         tier="1",
         entry="global_step50_hf/",
@@ -194,6 +180,20 @@ TRAINERS = (
                 "Convert each step first: Megatron-Bridge `export_ckpt`; NeMo-RL"
                 " examples/converters/convert_megatron_to_hf.py; slime"
                 " tools/convert_torch_dist_to_hf.py; gpt-neox tools/ckpts/convert_neox_to_hf.py.",
+            ),
+        ),
+    ),
+    Trainer(
+        name="DeepSpeed",
+        tier="R",
+        entry="global_step100/",
+        weights="mp_rank_00_model_states.pt, zero_pp_rank_*",
+        refusals=(
+            _refusal(
+                r"zero_pp_rank_\d+|mp_rank_\d+(_\d+)?_model_states|^global_step\d+/.*_states\.pt$",
+                "a DeepSpeed checkpoint, with the weights in partitions",
+                "Gather each step first: `python zero_to_fp32.py RUN OUT -t global_stepN"
+                " --safe_serialization`.",
             ),
         ),
     ),
@@ -398,8 +398,8 @@ TRAINERS = (
         refusals=(
             _refusal(
                 r"(^|/)(_CHECKPOINT_METADATA|_METADATA|manifest\.ocdbt|checkpoint\.msgpack)$"
-                r"|orbax-checkpoint",
-                "a JAX checkpoint (orbax), not one of PyTorch",
+                r"|orbax-checkpoint|(^|/)(\.zarray|zarr\.json)$",
+                "a JAX checkpoint (orbax, levanter), not one of PyTorch",
                 _OUT_OF_SCOPE,
             ),
             _refusal(

@@ -95,6 +95,11 @@ def read_specs(path: str, key: str | None = None) -> Specs:
     File names in the result are relative to that folder. Raises `IncompleteError` if a data file is
     missing or cut, `RefusedError` for metadata that is damaged, hostile or inconsistent.
     """
+    if not os.path.lexists(path):
+        raise IncompleteError(
+            f"{printable(os.path.dirname(path))} has data files but no .metadata, which is written"
+            " last."
+        )
     with open_regular(path) as file:
         if file.size_bytes > _MAX_METADATA_BYTES:
             raise RefusedError(

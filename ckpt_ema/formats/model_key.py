@@ -43,6 +43,9 @@ ALREADY_AVERAGED = (
 )
 
 
+_Kind = type | tuple[type, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """The dict of tensors that was chosen; values that are no tensors are still in it."""
@@ -52,7 +55,7 @@ class Model:
     warnings: tuple[str, ...] = ()
 
 
-def find_model(path: str, root: Any, key: str | None, tensor: type) -> Model:
+def find_model(path: str, root: Any, key: str | None, tensor: _Kind) -> Model:
     """The model in `root`, the content of the file at `path`; tensors are instances of `tensor`.
 
     `key` is a dotted path that a person gave, None to look for it. Raises `RefusedError` if there
@@ -67,8 +70,7 @@ def find_model(path: str, root: Any, key: str | None, tensor: type) -> Model:
                 f"{printable(path)} has no dict of tensors under {printable(key)}; it has"
                 f" {_listed(_models_in(root, tensor)) or 'none at all'}."
             )
-        warnings = _averaged(key) if key in AVERAGED_KEYS else ()
-        return Model(value, (), warnings)
+        return Model(value, (), _averaged(key) if _is_averaged(root, key) else ())
     return (
         _raw_beside_average(path, root, tensor)
         or _under_known_key(path, root, tensor)
@@ -104,7 +106,7 @@ def _at(root: Any, key: str) -> Any:
     return _at(root.get(first), rest) if rest else None
 
 
-def _is_model(value: Any, tensor: type) -> TypeGuard[dict[str, Any]]:
+def _is_model(value: Any, tensor: _Kind) -> TypeGuard[dict[str, Any]]:
     return (
         isinstance(value, dict)
         and any(isinstance(item, tensor) for item in value.values())
@@ -121,7 +123,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _models_in(root: Mapping[Any, Any], tensor: type) -> dict[str, Any]:
+def _models_in(root: Mapping[Any, Any], tensor: _Kind) -> dict[str, Any]:
     """Every dict of tensors at the first two levels that is not state of the training."""
     found = {}
     for key, value in root.items():
@@ -146,11 +148,18 @@ def _listed(models: Mapping[str, Any]) -> str:
     return some([f"{key} ({len(value)} entries)" for key, value in models.items()])
 
 
+def _is_averaged(root: Mapping[Any, Any], key: str) -> bool:
+    """Whether trainers put an average under this key."""
+    if key == "state_dict":
+        return "current_model_state" in root or "message_hub" in root
+    return key in AVERAGED_KEYS and "message_hub" not in root
+
+
 def _averaged(key: str) -> tuple[str, ...]:
     return (f"The weights under {printable(key)} {ALREADY_AVERAGED}.",)
 
 
-def _raw_beside_average(path: str, root: Mapping[str, Any], tensor: type) -> Model | None:
+def _raw_beside_average(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model | None:
     """The raw weights of trainers that put an average where the model is looked for."""
     raw = root.get("current_model_state")
     if _is_model(raw, tensor):
@@ -171,7 +180,7 @@ def _raw_beside_average(path: str, root: Mapping[str, Any], tensor: type) -> Mod
     return Model(kept, (f"{note} ema_state_dict",))
 
 
-def _under_known_key(path: str, root: Mapping[str, Any], tensor: type) -> Model | None:
+def _under_known_key(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model | None:
     found = {key: _at(root, key) for key in MODEL_KEYS if _is_model(_at(root, key), tensor)}
     if len(found) > 1:
         raise RefusedError(
@@ -198,7 +207,7 @@ def _under_known_key(path: str, root: Mapping[str, Any], tensor: type) -> Model 
     return Model(values, tuple(notes))
 
 
-def _at_the_top(root: Mapping[str, Any], tensor: type) -> Model | None:
+def _at_the_top(root: Mapping[str, Any], tensor: _Kind) -> Model | None:
     if not _is_model(root, tensor):
         return None
     if "n_averaged" in root and all(n.startswith("module.") or n == "n_averaged" for n in root):
@@ -206,7 +215,7 @@ def _at_the_top(root: Mapping[str, Any], tensor: type) -> Model | None:
     return Model(root)
 
 
-def _under_any_key(path: str, root: Mapping[Any, Any], tensor: type) -> Model:
+def _under_any_key(path: str, root: Mapping[Any, Any], tensor: _Kind) -> Model:
     found = _models_in(root, tensor)
     raw = {key: value for key, value in found.items() if key not in AVERAGED_KEYS}
     if len(raw) > 1 or (not raw and len(found) > 1):

@@ -26,11 +26,11 @@ from ckpt_ema.formats.specs import (
 )
 from ckpt_ema.formats.unpickle import (
     BROKEN_PICKLE,
-    Inert,
     PickledTensor,
     Storage,
     TensorUnpickler,
     UnfitTensorError,
+    UnreadTensor,
     check_claims,
 )
 
@@ -55,7 +55,7 @@ def read_specs(path: str, key: str | None = None) -> Specs:
             root, ignored, digest, locate = _read_legacy(path, file)
         else:
             raise _no_torch_file(path, start)
-        model = find_model(path, root, key, PickledTensor)
+        model = find_model(path, root, key, (PickledTensor, UnreadTensor))
         tensors = {
             name: _place(path, name, tensor, locate, file.size_bytes)
             for name, tensor in model.values.items()
@@ -92,10 +92,11 @@ def read_tensor(path: str, region: Region) -> TensorSpec:
 
 def _is_tensor(path: str, name: str, value: object) -> bool:
     """Whether it is a tensor that can be read; raises for one that can not."""
-    if isinstance(value, Inert) and value.name.startswith("torch._utils._rebuild_"):
+    if isinstance(value, UnreadTensor):
         raise RefusedError(
             f"{printable(path)}: tensor {printable(name)} is of a kind that safetensors cannot hold"
-            f" ({printable(value.name)}: sparse, quantised, distributed or without data).",
+            f" ({printable(value.name)}: sparse, quantised, without data, or a"
+            " DTensor, of which each rank's file has a part).",
             "Save it dense, or leave it out of the state dict.",
         )
     return isinstance(value, PickledTensor)

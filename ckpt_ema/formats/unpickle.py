@@ -105,6 +105,10 @@ class Inert:
         """Drop the items of what was a list."""
 
 
+class UnreadTensor(Inert):
+    """Stands in for a tensor of a kind that safetensors cannot hold."""
+
+
 class _Dict(dict[Any, Any]):
     """An OrderedDict whose attributes a pickle cannot set."""
 
@@ -273,7 +277,8 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
         if full_name not in self._stand_ins:
             if len(self._stand_ins) == _MAX_STAND_INS:
                 raise pickle.UnpicklingError("more kinds of objects than any checkpoint has")
-            self._stand_ins[full_name] = type("StandIn", (Inert,), {"name": full_name})
+            kind = UnreadTensor if full_name.startswith("torch._utils._rebuild_") else Inert
+            self._stand_ins[full_name] = type("StandIn", (kind,), {"name": full_name})
         return self._stand_ins[full_name]
 
     def persistent_load(self, pid: Any) -> Any:
