@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import warnings
@@ -138,6 +139,27 @@ def plan(
             _say(*report.remark_lines(decided))
             if not is_vacant(decided.output) and not manifest.is_up_to_date(decided):
                 _say(f"note: {printable(decided.output)} exists already and is something else.")
+
+
+@app.command()
+def formats(
+    as_json: JsonOption = False,
+    markdown: Annotated[
+        bool,
+        typer.Option("--markdown", help="Print a table in Markdown.", rich_help_panel=OUTPUT_PANEL),
+    ] = False,
+) -> None:
+    """Show which trainers' checkpoints are understood, and where their weights are."""
+    from ckpt_ema import understood
+
+    with _errors_reported():
+        if as_json:
+            typer.echo(json.dumps(understood.described(), indent=2))
+        elif markdown:
+            typer.echo("\n".join(understood.markdown()))
+        else:
+            width = max(40, min(100, shutil.get_terminal_size().columns))
+            typer.echo("\n".join(understood.lines(width)))
 
 
 class _SignalError(BaseException):

@@ -13,6 +13,7 @@ from pathlib import Path
 from ckpt_ema import layouts
 from ckpt_ema.discover import Found
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
+from ckpt_ema.locate import names_in
 from ckpt_ema.names import stem_of
 from ckpt_ema.options import Options
 from ckpt_ema.order import Checkpoint, Read
@@ -52,11 +53,12 @@ def complete(found: Found, options: Options, read: Read) -> Found:
 
 def _problems(checkpoints: Sequence[Checkpoint], read: Read) -> Iterator[str | None]:
     """What each checkpoint lacks, None for one that is whole."""
-    folders = [checkpoint.path for checkpoint in checkpoints if os.path.isdir(checkpoint.path)]
-    marked = {name for name in layouts.DONE if any(os.path.lexists(f / name) for f in folders)}
-    saved = _tracked(checkpoints[-1].path.parent)
-    for checkpoint in checkpoints:
-        problem = _marked_unfinished(checkpoint.path, marked)
+    markers = [_markers(checkpoint.path) for checkpoint in checkpoints]
+    used = set().union(*markers)
+    run = checkpoints[-1].path.parent
+    beside, saved = names_in(run), _tracked(run)
+    for checkpoint, present in zip(checkpoints, markers, strict=True):
+        problem = _marked_unfinished(checkpoint.path, present, used, beside)
         if saved is not None and checkpoint.unit == "step" and (checkpoint.step or 0) > saved:
             problem = f"{layouts.TRACKER_NAME} says that the last whole step is {saved}."
         if problem is None:
@@ -76,17 +78,33 @@ def _tracked(run: Path) -> int | None:
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
-def _marked_unfinished(path: Path, marked: set[str]) -> str | None:
-    """What the trainer's own markers say against a checkpoint; `marked` are those in use."""
-    for name in (path.name, stem_of(path.name)):
-        if os.path.lexists(path.parent / f"{name}-unfinished"):
-            return f"{printable(name)}-unfinished lies beside it."
+def _markers(path: Path) -> set[str]:
+    """The markers of trainers, of whole or unfinished checkpoints, that a folder holds."""
     if not os.path.isdir(path):
-        return None
+        return set()
+    names = names_in(path)
+    return {
+        marker
+        for marker in (*layouts.DONE, *layouts.UNDONE)
+        if marker.split("/")[0] in names and os.path.lexists(os.path.join(path, marker))
+    }
+
+
+def _marked_unfinished(
+    path: Path, present: set[str], used: set[str], beside: set[str]
+) -> str | None:
+    """What the trainer's own markers say against a checkpoint.
+
+    `present` are those in it, `used` those in any checkpoint of the run, `beside` the names in the
+    run's folder.
+    """
+    for name in (path.name, stem_of(path.name)):
+        if f"{name}-unfinished" in beside:
+            return f"{printable(name)}-unfinished lies beside it."
     for name in layouts.UNDONE:
-        if os.path.lexists(path / name):
+        if name in present:
             return f"it holds {name}."
-    for name in sorted(marked):
-        if not os.path.lexists(path / name):
+    for name in layouts.DONE if os.path.isdir(path) else ():
+        if name in used and name not in present:
             return f"it lacks {name}, which other checkpoints of the run have."
     return None

@@ -39,7 +39,7 @@ def check_configs(
     newest_model = _read(folders[-1] / _MODEL_CONFIG)
     different: dict[str, str] = {}
     for name, folder, specs in zip(names, folders, checkpoints, strict=True):
-        both = f"{printable(name)} and {printable(names[-1])}"
+        both = (name, names[-1])
         _check(both, specs.metadata[0], checkpoints[-1].metadata[0], _HEADER_FIELDS)
         adapter = _read(folder / ADAPTER_CONFIG) if newest_adapter else b""
         if adapter != newest_adapter:
@@ -60,13 +60,14 @@ def check_configs(
 
 
 def _check(
-    both: str, one: Mapping[str, Any], other: Mapping[str, Any], fields: Sequence[str]
+    both: tuple[str, str], one: Mapping[str, Any], other: Mapping[str, Any], fields: Sequence[str]
 ) -> None:
     for field in fields:
         first, second = _plain(one.get(field)), _plain(other.get(field))
         if first != second and one:
             raise RefusedError(
-                f"The checkpoints are not the same model: {both} differ in {field}"
+                f"The checkpoints are not the same model: {printable(both[0])} and"
+                f" {printable(both[1])} differ in {field}"
                 f" ({printable(first)} → {printable(second)}).",
                 "Pass only the checkpoints that belong together.",
             )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt_ema.errors import RefusedError, printable
+from ckpt_ema.files import real_paths
 from ckpt_ema.layouts import FOLDER_WEIGHTS, MANIFEST_NAME, SHARD_NUMBER, WEIGHTS_EXTENSION
 
 
@@ -14,10 +15,9 @@ def check_destination(output: Path, inputs: Sequence[Path]) -> None:
     Raises `RefusedError`. Whether something is at the path already is not its question.
     """
     shown = printable(output)
-    real = output.resolve()
-    for path in inputs:
-        source = path.resolve()
-        if real == source or source in real.parents or real in source.parents:
+    real = os.path.realpath(output)
+    for path, source in zip(inputs, real_paths(inputs), strict=True):
+        if f"{real}/".startswith(f"{source}/") or f"{source}/".startswith(f"{real}/"):
             raise RefusedError(
                 f"The output {shown} is, holds or lies inside the input {printable(path)}.",
                 "Choose another with --output.",

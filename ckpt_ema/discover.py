@@ -140,6 +140,8 @@ class _Scan:
 
 
 def _in_run(run: Path, options: Options, read: Read) -> Found:
+    if run.name == "snapshots" and _is_hub_cache(run.parent):
+        run = run.parent  # revisions have their names there
     scan = _scan_hub(run, options) if _is_hub_cache(run) else _scan_folder(run, options)
     own = None
     if not scan.series or _are_stray_files(scan.series):
@@ -147,7 +149,12 @@ def _in_run(run: Path, options: Options, read: Read) -> Found:
         if container:
             found = _in_run(container, options, read)
             return Found(run, found.checkpoints, found.left_out, found.warnings)
-        own = locate(run, options)
+        if options.pattern and not scan.series and not scan.blocked:
+            raise RefusedError(
+                f"{printable(run)} holds no checkpoint that matches --pattern"
+                f" {printable(options.pattern)}; its names are {some(sorted(names_in(run)))}."
+            )
+        own = None if _is_run_of_others(run, scan) else locate(run, options)
         if isinstance(own, Weights) and not (scan.series and own.path in _paths(scan)):
             alone = _single(run, own)
             return Found(_common_root([alone]), (alone,))
@@ -161,13 +168,12 @@ def _in_run(run: Path, options: Options, read: Read) -> Found:
             "If the weights are deeper, pass that folder, or choose names with --pattern.",
         )
     entries = _one_series(run, scan, options, read)
-    scan.left_out += [(path, blocked.what) for path, blocked in scan.blocked.items()]
+    forms = {form_of(entry.stem) for entry in entries}
+    _check_blocked(scan, forms, options)
     members = ordered(_without_copies(entries, options, scan.left_out), options, read)
-    checkpoints, said = resolve_aliases(
-        [*members], _candidates_for_alias(scan, members), options, read, scan.left_out
-    )
-    checkpoints += [_appended(run / name, options) for name in options.append]
-    forms = {form_of(stem_of(checkpoint.path.name)) for checkpoint in members}
+    aliases = _candidates_for_alias(scan, forms)
+    checkpoints, said = resolve_aliases([*members], aliases, options, read, scan.left_out)
+    checkpoints += [_appended(run / name, members, options) for name in options.append]
     unfinished = [path for path in scan.without_weights if form_of(path.name) in forms]
     own_model = [name for name in layouts.FOLDER_WEIGHTS if name in names_in(run)]
     scan.left_out += [(run / name, "the run's own model, not a step") for name in own_model[:1]]
@@ -176,6 +182,11 @@ def _in_run(run: Path, options: Options, read: Read) -> Found:
         for path in unfinished
     ]
     return Found(run, tuple(checkpoints), tuple(scan.left_out), (*warnings, *said))
+
+
+def _is_run_of_others(run: Path, scan: _Scan) -> bool:
+    """Whether a folder is a run whose checkpoints cannot be read, so that its model is no step."""
+    return bool(scan.blocked or scan.without_weights) and not numbers_in(run.name)
 
 
 def _paths(scan: _Scan) -> set[Path]:
@@ -230,20 +241,22 @@ def _scan_folder(run: Path, options: Options) -> _Scan:
         if paired != name and paired in names and layouts.WEIGHTS_EXTENSION.search(name):
             scan.left_out.append((path, f"{paired} has the weights"))
             continue
-        is_folder = kind_of(path) == "folder"
-        if not (slots_in(name) or layouts.WEIGHTS_EXTENSION.search(name) or is_folder):
+        kind = kind_of(path)
+        is_folder = kind == "folder"
+        if not (is_folder or layouts.WEIGHTS_EXTENSION.search(name) or slots_in(name)):
             scan.others.append(name)
         elif options.pattern and not re.search(options.pattern, name):
             scan.left_out.append((path, "not matched by --pattern"))
         else:
-            _sort_out(path, is_folder, scan, options)
+            _sort_out(path, kind, scan, options)
     return scan
 
 
-def _sort_out(path: Path, is_folder: bool, scan: _Scan, options: Options) -> None:
+def _sort_out(path: Path, kind: str | None, scan: _Scan, options: Options) -> None:
+    is_folder = kind == "folder"
     name, stem = path.name, stem_of(path.name)
     numbers = numbers_in(stem)
-    if kind_of(path) is None and (numbers or layouts.WEIGHTS_EXTENSION.search(name)):
+    if kind is None and (numbers or layouts.WEIGHTS_EXTENSION.search(name)):
         scan.left_out.append((path, "neither a regular file nor a folder"))
         return
     if is_folder and not numbers and layouts.NO_CHECKPOINTS.search(name):
@@ -256,8 +269,9 @@ def _sort_out(path: Path, is_folder: bool, scan: _Scan, options: Options) -> Non
         else:
             scan.others.append(f"{name}/")
         return
-    if layouts.ALIAS.search(stem) or not slots_in(stem):
-        if is_folder and not (layouts.ALIAS.search(stem) or _holds_model(path, options)):
+    is_alias = bool(layouts.ALIAS.search(stem))
+    if is_alias or not (numbers or slots_in(stem)):
+        if is_folder and not (is_alias or _holds_model(path, options)):
             scan.others.append(f"{name}/")
         else:
             scan.aliases.append(path)
@@ -280,7 +294,7 @@ def _holds_model(path: Path, options: Options) -> bool:
 
 
 def _why_not(path: Path, stem: str, is_folder: bool) -> str | None:
-    if is_folder and layouts.MANIFEST_NAME in names_in(path):
+    if is_folder and os.path.lexists(os.path.join(path, layouts.MANIFEST_NAME)):
         return "an output of ckpt-ema"
     return why_not_a_step(path.name, stem)
 
@@ -358,9 +372,10 @@ def _without_copies(
     # Links come after what they point to, so that the real folder is the one that stays.
     for entry in sorted(entries, key=lambda entry: (entry.path.is_symlink(), entry.path.name)):
         # An index may well be shared by different checkpoints; weights may not.
-        is_index = entry.weights.path.name.endswith(layouts.INDEX_SUFFIX)
-        of_its_own = not is_index and entry.weights.path.exists()
-        status = os.stat(entry.weights.path if of_its_own else entry.path)
+        file = os.path.join(entry.weights.folder, entry.weights.parts[0].name)
+        is_index = file.endswith(layouts.INDEX_SUFFIX)
+        of_its_own = not is_index and os.path.exists(file)
+        status = os.stat(file if of_its_own else entry.path)
         first = unique.setdefault((status.st_dev, status.st_ino), entry)
         is_revision = entry.label != entry.path.name  # whose files are links to shared blobs
         if first is not entry and is_revision and not options.allow_duplicates:
@@ -372,9 +387,8 @@ def _without_copies(
     return kept
 
 
-def _candidates_for_alias(scan: _Scan, members: Sequence[Checkpoint]) -> list[Path]:
-    """The names without a number that may belong to the series; others are left out."""
-    forms = {form_of(stem_of(checkpoint.path.name)) for checkpoint in members}
+def _candidates_for_alias(scan: _Scan, forms: set[str]) -> list[Path]:
+    """The names without a number that may belong to names of these forms; others are left out."""
     candidates = []
     for path in scan.aliases:
         stem = stem_of(path.name)
@@ -385,9 +399,25 @@ def _candidates_for_alias(scan: _Scan, members: Sequence[Checkpoint]) -> list[Pa
     return candidates
 
 
-def _appended(path: Path, options: Options) -> Checkpoint:
-    if not os.path.lexists(path):
+def _check_blocked(scan: _Scan, forms: set[str], options: Options) -> None:
+    """Refuse steps of the series in a form that is not read; those of other names are left out."""
+    for path, blocked in scan.blocked.items():
+        if form_of(stem_of(path.name)) in forms and not options.skip_incomplete:
+            raise RefusedError(
+                f"{printable(path)} is {blocked.what}, while other steps of the run can be read.",
+                f"{blocked.instead} Or leave such steps out with --skip-incomplete.",
+            )
+        scan.left_out.append((path, blocked.what))
+
+
+def _appended(path: Path, members: Sequence[Checkpoint], options: Options) -> Checkpoint:
+    if not os.path.exists(path):
         raise RefusedError(f"--append {printable(path.name)}: {printable(path)} does not exist.")
+    for member in members:
+        if os.path.samefile(path, member.path):
+            raise RefusedError(
+                f"--append {printable(path.name)}: it is {printable(member.name)} by another name."
+            )
     weights = locate(path, options)
     if isinstance(weights, Blocked):
         raise weights.error(path)

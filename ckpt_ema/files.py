@@ -9,7 +9,7 @@ import resource
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -23,6 +23,21 @@ class OpenFile(NamedTuple):
     fd: int
     size_bytes: int
     mtime_ns: int
+
+
+def real_paths(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Each path without links; quick for many that share their folders."""
+    folders: dict[str, str] = {}
+    found = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if name in ("", ".", "..") or os.path.islink(path):
+            found.append(os.path.realpath(path))
+            continue
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        found.append(os.path.join(folders[folder], name))
+    return found
 
 
 @contextmanager

@@ -86,6 +86,9 @@ REFUSALS = tuple(refusal for trainer in TRAINERS for refusal in trainer.refusals
 _NUMBER = r"(\d+)(?!\d|\.\d)"  # an integer, not the head of a decimal: "wer-9.965" yields nothing
 _BOUNDARY = r"(?:^|(?<=[^A-Za-z]))"  # "timestep_5" is not "step_5"
 
+# The name of a snapshot in the Hub's cache, whose digits say nothing.
+COMMIT = re.compile(r"^[0-9a-f]{40}$")
+
 # fairseq's checkpoint_EPOCH_UPDATE.
 EPOCH_AND_STEP = re.compile(r"^checkpoint_(\d+)_(\d+)$", re.IGNORECASE)
 

@@ -43,10 +43,11 @@ def locate(path: Path, options: Options) -> Weights | Blocked | None:
         return Weights(path.parent, (Part(path.name),))
     if options.component:
         return _component(path, options.component, options)
-    if _exists(path / layouts.DCP_METADATA) and _exists(path / "meta.pt"):
+    names = names_in(path)
+    if layouts.DCP_METADATA in names and "meta.pt" in names:
         return _sign_of_another_form(["meta.pt"])
     return (
-        _in_folder(path, options)
+        _in_folder(path, options, names)
         or _pipeline(path)
         or _in_model_folder(path, options)
         or _distributed(path)
@@ -66,14 +67,14 @@ def names_in(folder: Path) -> set[str]:
 def kind_of(path: Path) -> str | None:
     """Whether a path leads to a folder or a regular file; None for a broken link, a FIFO, ..."""
     try:
-        mode = path.stat().st_mode
+        mode = os.stat(path).st_mode
     except OSError:
         return None
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else None
 
 
-def _in_folder(folder: Path, options: Options) -> Weights | None:
-    names = names_in(folder)
+def _in_folder(folder: Path, options: Options, names: set[str] | None = None) -> Weights | None:
+    names = names_in(folder) if names is None else names
     main = _model_file(folder, names, options)
     if main is None:
         return None
@@ -201,6 +202,7 @@ def _only_file(path: Path) -> Weights | None:
         name
         for name in names_in(path)
         if layouts.WEIGHTS_EXTENSION.search(name)
+        and name not in layouts.FOLDER_WEIGHTS
         and not any(pattern.search(name) for pattern in layouts.NOT_A_STEP.values())
         and not layouts.STAYS_BEHIND.search(name)
         and kind_of(path / name) == "file"

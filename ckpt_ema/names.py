@@ -20,6 +20,8 @@ def numbers_in(stem: str) -> dict[str, int]:
     >>> numbers_in("epoch=1-step=100"), numbers_in("checkpoint-500"), numbers_in("wer-9.965")
     ({'step': 100, 'epoch': 1}, {'checkpoint': 500}, {})
     """
+    if layouts.COMMIT.search(stem):
+        return {}
     pair = layouts.EPOCH_AND_STEP.search(stem)
     if pair:
         return {"step": int(pair[2]), "epoch": int(pair[1])}
@@ -88,6 +90,6 @@ def why_not_a_step(name: str, stem: str) -> str | None:
     """Why an entry of a run is no step, by its name; None if it may be one."""
     # A folder's name has no extension: what looks like one ("tmp.5.tmp") is part of the name.
     for reason, pattern in layouts.NOT_A_STEP.items():
-        if pattern.search(stem) or pattern.search(name):
+        if pattern.search(name) or (stem != name and pattern.search(stem)):
             return reason
     return None

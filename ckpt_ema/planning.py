@@ -20,6 +20,7 @@ from ckpt_ema.configs import check_configs
 from ckpt_ema.destination import check_destination
 from ckpt_ema.discover import Found, discover
 from ckpt_ema.errors import OptionError, RefusedError, printable, some
+from ckpt_ema.files import real_paths
 from ckpt_ema.formats import read_specs
 from ckpt_ema.formats.specs import MOST_READ_PER_WANTED, Specs, Weights
 from ckpt_ema.options import Options, PathLike, make_options
@@ -117,8 +118,7 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
 
     found = complete(discover(paths, options, read), options, read)
     destination = Path(options.output) if options.output is not None else _sibling(found.root)
-    inputs = [path for c in found.checkpoints for path in (c.path, c.weights.path)]
-    check_destination(destination, [*paths, *inputs])
+    check_destination(destination, [*paths, *_inputs(found)])
     names = [checkpoint.name for checkpoint in found.checkpoints]
     specs, name_warnings = unified(names, _shared([read(c.weights) for c in found.checkpoints]))
     folders = [checkpoint.weights.folder for checkpoint in found.checkpoints]
@@ -155,6 +155,12 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
             *config_warnings,
         ),
     )
+
+
+def _inputs(found: Found) -> list[Path]:
+    """The checkpoints, and what lies elsewhere behind their links."""
+    links = [c.weights.path for c in found.checkpoints if c.weights.path.is_symlink()]
+    return [*(checkpoint.path for checkpoint in found.checkpoints), *links]
 
 
 def _read(weights: Weights, options: Options) -> Specs:
@@ -243,9 +249,10 @@ def _fingerprint(
     single_name: str | None,
 ) -> str:
     """A digest of inputs (path, size, mtime, header of each file), weights and choices."""
+    folders = real_paths(checkpoint.folder for checkpoint in checkpoints)
     inputs = [
-        (os.path.realpath(checkpoint.folder), checkpoint.weight, *checkpoint.specs.files)
-        for checkpoint in checkpoints
+        (folder, checkpoint.weight, *checkpoint.specs.files)
+        for folder, checkpoint in zip(folders, checkpoints, strict=True)
     ]
     stats = [(file.name, file.source.stat()) for file in travelling]
     side_files = [(name, status.st_size, status.st_mtime_ns) for name, status in stats]

@@ -202,6 +202,7 @@ TRAINERS = (
         tier="2",
         entry="step-100/",
         weights=".metadata and .distcp: the model at the top, under model, app.model or state_dict",
+        containers=("checkpoint",),
     ),
     Trainer(
         name="NeMo 1",

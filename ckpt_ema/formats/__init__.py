@@ -25,7 +25,9 @@ def read_specs(weights: Weights, key: str | None = None) -> Specs:
     """
     parts = [_read_part(weights.folder, part, key) for part in weights.parts]
     if len(parts) == 1 and weights.parts[0].prefix == "":
-        return replace(parts[0], notes=weights.notes + parts[0].notes)
+        return (
+            replace(parts[0], notes=weights.notes + parts[0].notes) if weights.notes else parts[0]
+        )
     tensors: dict[str, TensorSpec] = {}
     files: list[FileSpec] = []
     for number, (part, specs) in enumerate(zip(weights.parts, parts, strict=True)):
@@ -53,19 +55,25 @@ def is_safetensors(name: str) -> bool:
 
 
 def _read_part(folder: Path, part: Part, key: str | None) -> Specs:
-    path = folder / part.name
+    path = os.path.join(folder, part.name)
     if part.name.endswith(INDEX_SUFFIX):
-        specs = _read_indexed(path, key)
-    elif path.name == DCP_METADATA:
-        specs = dcp.read_specs(str(path), key)
+        specs = _read_indexed(Path(path), key)
+    elif os.path.basename(path) == DCP_METADATA:
+        specs = dcp.read_specs(path, key)
     else:
-        specs = _read_file(str(path), key)
-    files = tuple(file._replace(name=os.path.relpath(file.name, folder)) for file in specs.files)
+        specs = _read_file(path, key)
+    inside = len(os.path.join(folder, ""))
+    files = tuple(file._replace(name=file.name[inside:]) for file in specs.files)
     return replace(specs, files=files)
 
 
 def _read_file(path: str, key: str | None) -> Specs:
     if is_safetensors(os.path.basename(path)):
+        if key is not None:
+            raise RefusedError(
+                f"--key {printable(key)} names a place in a torch file, and {printable(path)} is a"
+                " safetensors file, which has none."
+            )
         return safetensors.read_specs(path)
     return torch_file.read_specs(path, key)
 
@@ -81,7 +89,7 @@ def _read_indexed(index: Path, key: str | None) -> Specs:
     shards = sorted(set(weight_map.values()))
     _check_shard_names(index, shards)
     tensors: dict[str, TensorSpec] = {}
-    parts = [_read_file(str(index.parent / shard), key) for shard in shards]
+    parts = [_read_file(os.path.join(index.parent, shard), key) for shard in shards]
     for number, part in enumerate(parts):
         for name, tensor in part.tensors.items():
             if weight_map.get(name) != shards[number]:

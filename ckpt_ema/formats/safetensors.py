@@ -43,6 +43,8 @@ def read_specs(path: str) -> Specs:
 
 def _claims(metadata: Mapping[str, str]) -> dict[str, int]:
     """What trainers write of a file's place in the run: kohya's ss_steps, ai-toolkit's step."""
+    if not {"ss_steps", "ss_epoch", "training_info"} & metadata.keys():
+        return {}
     values: dict[str, object] = {
         "step": metadata.get("ss_steps"),
         "epoch": metadata.get("ss_epoch"),
