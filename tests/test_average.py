@@ -75,7 +75,9 @@ def test_every_header_says_format_pt_and_where_it_comes_from(
     run.mkdir()
     for step in (1, 2):
         metadata = {"ss_network_dim": "8", "sshs_model_hash": "stale"}
-        write_safetensors(run / f"lora-{step:06}.safetensors", {"w": torch.ones(2) * step}, metadata)
+        write_safetensors(
+            run / f"lora-{step:06}.safetensors", {"w": torch.ones(2) * step}, metadata
+        )
     output = ckpt_ema.average(run, device="cpu").output
     assert entries(output) == {"lora-000002.safetensors", "ckpt_ema.json"}
     with safe_open(output / "lora-000002.safetensors", framework="pt") as file:
@@ -395,3 +397,22 @@ def test_torchs_thread_setting_is_left_alone(make_run: MakeRun) -> None:
     before = torch.get_num_threads()
     ckpt_ema.average(make_run(series(2, w=noise(2, 4))), device="cpu", threads=3)
     assert torch.get_num_threads() == before
+
+
+def test_a_checkpoint_of_two_hundred_shards_is_planned_opening_each_file_once(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"layer.{number}" for number in range(200)]
+    states = [{name: torch.full((2,), float(step)) for name in names} for step in (1, 2)]
+    run = make_run(states, shards=200)
+    opened: list[str] = []
+    real = os.open
+
+    def counted(path: Any, *arguments: Any, **options: Any) -> int:
+        opened.append(os.fspath(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", counted)
+    ckpt_ema.plan(run)
+    shards = [path for path in opened if path.endswith(".safetensors")]
+    assert len(shards) == len(set(shards)) == 400

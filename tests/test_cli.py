@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,3 +253,30 @@ def test_a_limit_on_descriptors_is_respected(make_run: MakeRun) -> None:
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)),
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_formats_shows_every_trainer_and_what_to_do_instead() -> None:
+    done = ckpt_ema("formats")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "transformers Trainer" in done.stdout
+    assert "zero_to_fp32.py" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    rows = json.loads(ckpt_ema("formats", "--json").stdout)
+    assert {row["tier"] for row in rows} == {"1", "2", "R", "N"}
+
+
+def test_options_that_decide_between_two_readings_reach_the_plan(run: Path) -> None:
+    for step, twin in ((1, 9), (2, 10)):
+        shutil.copytree(run / f"checkpoint-{twin}", run / f"step_{step}")
+    refused = ckpt_ema("plan", run)
+    assert refused.returncode == 3
+    assert "holds 2 sets of checkpoints: 4 × checkpoint-<n> and 2 × step_<n>" in refused.stderr
+    pattern = r"^step_(\d+)$"
+    assert f"--pattern '{pattern}'" in refused.stderr
+    by_option = ckpt_ema("plan", run, "--pattern", pattern, "--json")
+    by_variable = ckpt_ema("plan", run, "--json", env={"CKPT_EMA_PATTERN": pattern})
+    for done in (by_option, by_variable):
+        assert [row["step"] for row in json.loads(done.stdout)["checkpoints"]] == [1, 2]
+    wrong = ckpt_ema("plan", run, "--pattern", "(")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "--pattern is no regular expression" in wrong.stderr

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from ckpt_ema import understood
+from ckpt_ema.trainers import TRAINERS
 from tests.conftest import MakeRun, noise, read_safetensors, series
+from tests.trainer_runs import RUNS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,12 +34,15 @@ def test_the_readme_shows_both_commands_on_its_first_screen() -> None:
 def test_every_path_and_option_that_the_readme_names_is_there() -> None:
     for path in re.findall(r"\]\(((?:dev|scripts|benchmarks|tests)/[^)]+)\)", README):
         assert (ROOT / path).exists(), path
-    help_text = subprocess.run(
-        [sys.executable, "-m", "ckpt_ema", "average", "--help"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-    ).stdout
+    help_text = "".join(
+        subprocess.run(
+            [sys.executable, "-m", "ckpt_ema", command, "--help"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "COLUMNS": "200"},
+        ).stdout
+        for command in ("average", "formats")
+    )
     options = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README)) - {
         "--help",
         "--size",
@@ -44,6 +50,19 @@ def test_every_path_and_option_that_the_readme_names_is_there() -> None:
     }
     assert options
     assert {option for option in options if option not in help_text} == set()
+
+
+def test_the_table_of_trainers_is_the_one_that_the_command_prints() -> None:
+    table = README.split("--markdown` -->\n")[1].split("\n<!-- end -->")[0]
+    assert table.splitlines() == understood.markdown()
+
+
+def test_every_trainer_of_the_table_has_a_tiny_run_in_the_tests() -> None:
+    """A trainer is one entry and one test."""
+    tested = " ".join(run.trainer for run in RUNS)
+    for trainer in TRAINERS:
+        words = re.findall(r"[a-z0-9]{3,}", trainer.name.lower())
+        assert any(word in tested for word in words), trainer.name
 
 
 def test_the_smoke_test_passes_within_seconds() -> None:

@@ -1,0 +1,132 @@
+"""Which dict of tensors is the model: raw before averaged, a refusal before a guess."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from ckpt_ema.errors import RefusedError
+from ckpt_ema.formats.model_key import MODEL_KEYS, Model, claims, find_model
+
+
+class Tensor:
+    """Stands for a tensor: only its kind is looked at."""
+
+
+def state(*names: str) -> dict[str, Tensor]:
+    return {name: Tensor() for name in names or ("w", "b")}
+
+
+def find(root: Any, key: str | None = None) -> Model:
+    return find_model("FILE", root, key, Tensor)
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """`value` under a dotted path."""
+    first, _, rest = key.partition(".")
+    return {first: nested(rest, value) if rest else value}
+
+
+@pytest.mark.parametrize("key", MODEL_KEYS)
+def test_the_model_is_found_under_each_known_key(key: str) -> None:
+    model = state()
+    root = {**nested(key, model), "optimizer": {"state": state()}, "epoch": 3}
+    assert find(root) == Model(model)
+
+
+def test_the_model_may_be_at_the_top_beside_plain_values() -> None:
+    root = {**state(), "version": 2}
+    assert find(root).values == root
+
+
+@pytest.mark.parametrize(
+    ("raw", "average"),
+    [
+        ("state_dict", "state_dict_ema"),
+        ("model", "model_avg"),
+        ("model", "ema"),
+        ("model", "model_ema"),
+    ],
+)
+def test_raw_weights_are_taken_where_both_are_there_and_it_is_said(raw: str, average: str) -> None:
+    model = state()
+    found = find({raw: model, average: state()})
+    assert found.values is model
+    assert found.notes == (f"{average} holds averaged weights; the raw ones are taken, from {raw}",)
+    assert not found.warnings
+
+
+def test_lightning_puts_the_raw_weights_elsewhere() -> None:
+    raw = state()
+    found = find({"state_dict": state(), "current_model_state": raw, "averaging_state": {}})
+    assert found.values is raw
+    assert "current_model_state" in found.notes[0]
+
+
+def test_mmengine_swaps_them_and_names_the_raw_ones_by_a_wrapper() -> None:
+    raw = state("module.w", "module.b", "steps")
+    found = find({"state_dict": state(), "ema_state_dict": raw, "message_hub": {}})
+    assert found.values == {"w": raw["module.w"], "b": raw["module.b"]}
+    with pytest.raises(RefusedError, match="--key state_dict or --key ema_state_dict"):
+        find({"state_dict": state(), "ema_state_dict": raw})
+
+
+@pytest.mark.parametrize(
+    ("root", "key"),
+    [
+        ({"ema": state()}, None),
+        ({"model": state(), "ema": state()}, "ema"),
+        ({"state_dict": state(), "current_model_state": state()}, "state_dict"),
+        ({**state("module.w", "module.b"), "n_averaged": Tensor()}, None),
+    ],
+)
+def test_an_average_is_averaged_with_a_warning(root: Mapping[str, Any], key: str | None) -> None:
+    [warning] = find(root, key).warnings
+    assert "averaged already" in warning
+    assert "smooths twice" in warning
+
+
+def test_opennmt_has_its_output_layer_beside_the_model() -> None:
+    root = {"model": state("encoder.w"), "generator": state("w"), "opt": None}
+    assert set(find(root).values) == {"encoder.w", "generator.w"}
+
+
+def test_a_single_dict_of_tensors_under_any_key_is_the_model_and_said() -> None:
+    found = find({"weights": state(), "optim": state(), "step": 3})
+    assert set(found.values) == {"w", "b"}
+    assert found.notes == ("the model is what is under weights",)
+
+
+@pytest.mark.parametrize(
+    ("root", "message"),
+    [
+        ({"generator": state(), "critic": state("w")}, r"generator \(2 entries\), critic \(1 ent"),
+        ({"model": state(), "state_dict": state()}, "holds 2 dicts of tensors.*--key state_dict"),
+        ({"epoch": 3}, "holds no dict of tensors, at the top or under state_dict"),
+        ([Tensor()], "holds no dict of tensors"),
+        ({"optimizer": state()}, "holds no dict of tensors"),
+        ({"\ud800": Tensor()}, "holds no dict of tensors"),
+    ],
+)
+def test_nothing_and_several_are_refused(root: Any, message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        find(root)
+
+
+def test_a_key_is_a_path_and_may_have_dots_of_its_own() -> None:
+    model = state()
+    assert find({"a": {"b": model}, "c": state()}, "a.b").values is model
+    assert find({"a.b": model, "c": state()}, "a.b").values is model
+    with pytest.raises(
+        RefusedError, match=r"no dict of tensors under a\.x; it has c \(2 entries\)"
+    ):
+        find({"a": {"y": 1}, "c": state()}, "a.x")
+
+
+def test_what_a_file_says_of_its_place() -> None:
+    assert claims({"global_step": 7, "epoch": 2}) == {"step": 7, "epoch": 2}
+    assert claims({"meta": {"iter": 90, "epoch": 3}}) == {"step": 90, "epoch": 3}
+    assert claims({"optimizer_history": [{"num_updates": 5}, {"num_updates": 40}]}) == {"step": 40}
+    assert claims({"iteration": 4999}) == {"step": 4999}
+    assert claims({"global_step": True, "epoch": 2.0}) == {}
+    assert claims([1]) == {}
