@@ -15,6 +15,7 @@ from typing import NamedTuple
 from ckpt_ema.configs import ADAPTER_CONFIG
 from ckpt_ema.errors import RefusedError, printable
 from ckpt_ema.layouts import (
+    COMPONENT,
     CONFIG_FILES,
     PIPELINE_LIST,
     PROCESSOR_STATE,
@@ -54,7 +55,7 @@ def companions(
             _add_from(config_from, found, averaged)
         elif not is_file and (run / PIPELINE_LIST).is_file():
             _add_pipeline(run, found, averaged)
-        elif is_file or not (folder / "config.json").exists():
+        elif is_file or not ((folder / "config.json").exists() or _is_pipeline(averaged)):
             _add_configs(run, found)
         if not is_file:
             own: dict[str, Path] = {}
@@ -66,6 +67,11 @@ def companions(
         ) from error
     kept = sorted(found.keys() - set(averaged))
     return Companions(tuple(Companion(name, found[name]) for name in kept), tuple(sorted(models)))
+
+
+def _is_pipeline(averaged: Collection[str]) -> bool:
+    """Whether the averaged files are components, which have their configurations beside them."""
+    return all(COMPONENT.search(name.split("/")[0]) for name in averaged)
 
 
 def _check_folder(config_from: Path) -> None:

@@ -176,12 +176,19 @@ def _in_run(run: Path, options: Options, read: Read) -> Found:
     checkpoints += [_appended(run / name, members, options) for name in options.append]
     unfinished = [path for path in scan.without_weights if form_of(path.name) in forms]
     own_model = [name for name in layouts.FOLDER_WEIGHTS if name in names_in(run)]
-    scan.left_out += [(run / name, "the run's own model, not a step") for name in own_model[:1]]
+    if own_model:
+        scan.left_out = [(path, why) for path, why in scan.left_out if not _is_shard(path, run)]
+        scan.left_out.append((run / own_model[0], "the run's own model, not a step"))
     warnings = [
         f"{printable(path)} holds no model: an unfinished save? It is left out."
         for path in unfinished
     ]
     return Found(run, tuple(checkpoints), tuple(scan.left_out), (*warnings, *said))
+
+
+def _is_shard(path: Path, run: Path) -> bool:
+    """Whether a path is a part of the run's own model, which need not be said."""
+    return path.parent == run and bool(layouts.SHARD_NUMBER.search(path.name))
 
 
 def _is_run_of_others(run: Path, scan: _Scan) -> bool:
@@ -245,7 +252,7 @@ def _scan_folder(run: Path, options: Options) -> _Scan:
         is_folder = kind == "folder"
         if not (is_folder or layouts.WEIGHTS_EXTENSION.search(name) or slots_in(name)):
             scan.others.append(name)
-        elif options.pattern and not re.search(options.pattern, name):
+        elif options.pattern and slots_in(name) and not re.search(options.pattern, name):
             scan.left_out.append((path, "not matched by --pattern"))
         else:
             _sort_out(path, kind, scan, options)
@@ -259,7 +266,8 @@ def _sort_out(path: Path, kind: str | None, scan: _Scan, options: Options) -> No
     if kind is None and (numbers or layouts.WEIGHTS_EXTENSION.search(name)):
         scan.left_out.append((path, "neither a regular file nor a folder"))
         return
-    if is_folder and not numbers and layouts.NO_CHECKPOINTS.search(name):
+    is_part = layouts.NO_CHECKPOINTS.search(name) or layouts.COMPONENT.search(name)
+    if is_folder and not numbers and is_part:
         scan.others.append(f"{name}/")
         return
     reason = _why_not(path, stem, is_folder)

@@ -65,6 +65,12 @@ def output_files(
     `dtype` is the one to write averaged tensors in (None: each in its own), `single_name` gathers
     everything in one file of that name; `provenance` goes into each header as one JSON string.
     """
+    if single_name and len(newest.prefixes) > 1:
+        raise RefusedError(
+            f"The checkpoints hold {len(newest.prefixes)} models, whose tensors cannot share the"
+            f" names of one file, {printable(single_name)}.",
+            "Choose one with --component, or write a folder.",
+        )
     groups: dict[tuple[int, str], list[tuple[str, TensorSpec]]] = {}
     for key, tensor in newest.tensors.items():
         file = newest.files[tensor.file]
@@ -81,7 +87,7 @@ def output_files(
             "format": "pt",  # loaders of the Hugging Face family refuse a file without it
             PROVENANCE_KEY: json.dumps(provenance, separators=(",", ":")),
         }
-        prefix = "" if single_name else newest.prefixes[part]
+        prefix = newest.prefixes[part]
         only = len([other for other in groups if other[0] == part]) == 1
         if only and not is_safetensors(newest.files[tensors[0][1].file].name):
             name = SHARD_NUMBER.sub("", name)  # a shard that is all there is

@@ -104,7 +104,7 @@ def _irregular(checkpoints: Sequence[Checkpoint]) -> list[str]:
     return [
         f"The gaps between checkpoints differ: {max(known)} from"
         f" {printable(checkpoints[longest - 1].name)} to {printable(checkpoints[longest].name)},"
-        f" usually {median(known):g}; the weights count checkpoints, not steps."
+        f" half of them at most {median(known):g}; the weights count checkpoints, not steps."
     ]
 
 

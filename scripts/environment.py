@@ -1,6 +1,6 @@
-"""Make the virtual environment in which the other scripts run: this project, its tests, its tools.
+"""Make the virtual environments in which the other scripts run: this project and what they need.
 
-It is `.venv/` in the repository; whatever else was in that folder is replaced.
+`.venv/` in the repository has the tests and tools; whatever else was in that folder is replaced.
 """
 
 from __future__ import annotations
@@ -10,47 +10,73 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-ENVIRONMENT = REPOSITORY / ".venv"
-_STAMP = ENVIRONMENT / "ckpt-ema-environment"
-_PYTHON = ENVIRONMENT / "bin" / "python"
 _LINES_SHOWN = 20
 
 
-def python() -> Path:
-    """Return the interpreter of the environment, which is made first if it is not up to date."""
-    wanted = _digest()
-    # The stamp is written last, so an environment whose making was interrupted is made again.
-    if not (_STAMP.is_file() and _STAMP.read_text() == wanted and _PYTHON.exists()):
-        print("environment: installing into .venv (once; torch takes a while)", file=sys.stderr)
-        _run("making .venv", [sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)])
-        install = [str(_PYTHON), "-m", "pip", "install", "--disable-pip-version-check"]
-        _run("installing", [*install, "-c", "constraints.txt", "-e", ".[dev]"])
-        _STAMP.write_text(wanted)
-    return _PYTHON
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment: where it is, what pip installs into it, which files decide that."""
+
+    folder: Path
+    installs: tuple[tuple[str, ...], ...]  # arguments of pip install, run one after the other
+    decided_by: tuple[str, ...]  # files in the repository
+
+    @property
+    def interpreter(self) -> Path:
+        """Its Python."""
+        return self.folder / "bin" / "python"
+
+    @property
+    def stamp(self) -> Path:
+        """A file that names what it was made from; it is written last."""
+        return self.folder / "ckpt-ema-environment"
+
+    def digest(self) -> str:
+        """Name everything that it depends on; an editable install knows its own path."""
+        digest = hashlib.sha256(f"{sys.version}\n{REPOSITORY}\n{self.installs}\n".encode())
+        for name in self.decided_by:
+            digest.update((REPOSITORY / name).read_bytes())
+        return digest.hexdigest()
 
 
-def enter() -> None:
-    """Start the calling script again in the environment, unless it is there already.
+DEVELOPMENT = Environment(
+    REPOSITORY / ".venv",
+    (("-c", "constraints.txt", "-e", ".[dev]"),),
+    ("pyproject.toml", "constraints.txt"),
+)
+
+
+def python(environment: Environment = DEVELOPMENT) -> Path:
+    """Return the interpreter of an environment, which is made first if it is not up to date."""
+    wanted, stamp = environment.digest(), environment.stamp
+    # An environment whose making was interrupted has no stamp and is made again.
+    if not (stamp.is_file() and stamp.read_text() == wanted and environment.interpreter.exists()):
+        name = environment.folder.name
+        print(f"environment: installing into {name} (once; torch takes a while)", file=sys.stderr)
+        _run(f"making {name}", [sys.executable, "-m", "venv", "--clear", str(environment.folder)])
+        (environment.folder / ".gitignore").write_text("*\n")
+        pip = [str(environment.interpreter), "-m", "pip", "install", "--disable-pip-version-check"]
+        for arguments in environment.installs:
+            _run("installing", [*pip, *arguments])
+        stamp.write_text(wanted)
+    return environment.interpreter
+
+
+def enter(environment: Environment = DEVELOPMENT) -> None:
+    """Start the calling script again in an environment, unless it is there already.
 
     From then on Ctrl-C ends the script with one line, even while it imports.
     """
-    interpreter = python()
-    if not ENVIRONMENT.samefile(sys.prefix):
+    interpreter = python(environment)
+    if not environment.folder.samefile(sys.prefix):
         os.execv(interpreter, [str(interpreter), *sys.argv])
     signal.signal(signal.SIGINT, _stop)
-
-
-def _digest() -> str:
-    """Name everything that the environment depends on; an editable install knows its own path."""
-    digest = hashlib.sha256(f"{sys.version}\n{REPOSITORY}\n".encode())
-    for name in ("pyproject.toml", "constraints.txt"):
-        digest.update((REPOSITORY / name).read_bytes())
-    return digest.hexdigest()
 
 
 def _run(action: str, command: list[str]) -> None:

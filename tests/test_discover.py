@@ -126,7 +126,6 @@ def test_what_is_no_step_is_left_out_and_said(tmp_path: Path) -> None:
         "checkpoint-7-ema": "already an average",
         "averaged-8": "an output of ckpt-ema",
         "best.pt": "a copy of the best step",
-        "model-00001-of-00002.safetensors": "one shard or rank of a model",
     }
 
 

@@ -777,7 +777,7 @@ def test_both_series_of_fairseq_by_pattern(run: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"pattern": r"^checkpoint(\d+)\.pt$"}
     result = check_average(run, epochs, tmp_path / "epochs", **options)
     assert steps(result.plan) == [1, 2, 10]
-    options = {"pattern": r"^checkpoint_\d+_(?P<step>\d+)\.pt$"}
+    options = {"pattern": r"^checkpoint_\d+_(?P<step>\d+)\.pt$", "aliases": False}
     result = check_average(run, updates, tmp_path / "updates", **options)
     assert steps(result.plan) == [500, 1000, 1500]
 

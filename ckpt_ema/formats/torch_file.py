@@ -35,6 +35,7 @@ from ckpt_ema.formats.unpickle import (
 )
 
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
+_PLAIN = ("builtins.", "__builtin__.", "typing.")  # not worth a note
 _START_BYTES = 32  # by which the form of a file is told
 _MAX_PICKLE_BYTES = 1 << 30
 _MAX_EXPANDED_BYTES = 1 << 20  # of a view with stride 0, where that is more than the whole file
@@ -66,6 +67,7 @@ def read_specs(path: str, key: str | None = None) -> Specs:
     notes = [*model.notes]
     if others:
         notes.append(f"left out of the model, being no tensors: {some(others)}")
+    ignored = [name for name in ignored if not name.startswith(_PLAIN)]
     if ignored:
         notes.append(f"skipped objects in the files that are no tensors: {some(ignored)}")
     return Specs(tensors, (spec,), ({},), tuple(notes), model.warnings, claims(root))

@@ -1,0 +1,1095 @@
+"""Train tiny models with real trainers, average their checkpoints and compare, trainer by trainer.
+
+    python scripts/test_trainers.py
+    python scripts/test_trainers.py --only lightning --only timm
+
+For each trainer `ckpt-ema average RUN` must give what a fold in float64 gives, of checkpoints that
+the trainer's own loader has read; the same loader must take the output, with every name it expects
+and no other; and the files that it wants beside the weights must be there.
+
+The first run makes `.venv-trainers/` (2 GB with a CPU build of torch); trainers.txt holds the
+versions. Nothing but pip uses the network, and nothing stays behind but that folder. This module is
+long because each trainer has functions of its own: to add one, add a function with `@scenario`.
+"""
+
+# The trainers are not installed where types are checked.
+# mypy: disable-error-code="import-not-found,no-untyped-call,misc"
+# ruff: noqa: E402 - the environment has to be made before torch can be imported
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import environment
+
+FOLDER = environment.REPOSITORY / ".venv-trainers"
+# The last transformers that still wrote pytorch_model.bin, laid over the environment for one run.
+OLDER = FOLDER / "transformers-4"
+ENVIRONMENT = environment.Environment(
+    FOLDER,
+    (
+        ("-c", "constraints.txt", "-r", "scripts/trainers.txt", "-e", "."),
+        (
+            *("--no-deps", "--target", str(OLDER), "transformers==4.57.6", "datasets==4.0.0"),
+            *("huggingface-hub==0.36.2", "tokenizers==0.22.2"),
+        ),
+    ),
+    ("pyproject.toml", "constraints.txt", "scripts/trainers.txt"),
+)
+
+
+def enter() -> None:
+    """Start this script again in its environment, offline and on the CPU."""
+    os.environ.update(
+        CUDA_VISIBLE_DEVICES="",
+        HF_HOME=str(FOLDER / "huggingface"),
+        HF_HUB_OFFLINE="1",
+        OMP_NUM_THREADS="1",
+        TOKENIZERS_PARALLELISM="false",
+        TQDM_DISABLE="1",
+    )
+    environment.enter(ENVIRONMENT)
+
+
+if __name__ == "__main__":
+    enter()
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import io
+import json
+import shutil
+import string
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+DECAY = 0.999
+COMMAND_SECONDS = 120
+NOISE_LINES = 20
+State = dict[str, Tensor]
+
+
+class WrongError(Exception):
+    """What came out is not what it should be."""
+
+
+@dataclass
+class Case:
+    """What a trainer's function gets: a folder to work in, and the command to run."""
+
+    folder: Path
+    said: str = ""  # by the commands so far
+
+    def average(self, run: Path, *options: str) -> Path:
+        """Average a run as a user would and return the folder of the result."""
+        output = self.folder / "average"
+        arguments = ["average", str(run), "-o", str(output), "--decay", str(DECAY), *options]
+        command = [sys.executable, "-m", "ckpt_ema", *arguments]
+        finished = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=COMMAND_SECONDS,
+        )
+        self.said += f"$ ckpt-ema {' '.join(arguments)}\n{finished.stdout}"
+        if finished.returncode:
+            raise WrongError(f"the command ended with exit code {finished.returncode}")
+        return output
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One trainer's function."""
+
+    name: str
+    run: Callable[[Case], None]
+    older: bool  # needs the transformers in OLDER
+
+
+SCENARIOS: list[Scenario] = []
+
+
+def scenario(
+    name: str, *, older: bool = False
+) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
+    """Register the function that follows."""
+
+    def register(function: Callable[[Case], None]) -> Callable[[Case], None]:
+        SCENARIOS.append(Scenario(name, function, older))
+        return function
+
+    return register
+
+
+# What is right
+
+
+def fold(values: Sequence[Tensor]) -> Tensor:
+    """The average that the README promises: in float64, oldest first, with the dynamic decay."""
+    shadow = values[0].double()
+    for n, value in enumerate(values[1:], start=1):
+        decay = min(DECAY, (1 + n) / (10 + n))
+        shadow = shadow + (1 - decay) * (value.double() - shadow)
+    return shadow
+
+
+def check_average(average: State, checkpoints: Sequence[State]) -> None:
+    """Compare with the fold of the checkpoints, rounded once, bit for bit."""
+    newest = checkpoints[-1]
+    check_equal("names", set(average), set(newest))
+    moved = False
+    for name, last in newest.items():
+        found = average[name]
+        check_equal(f"dtype and shape of {name}", _kind(found), _kind(last))
+        if not last.is_floating_point():
+            if not torch.equal(found, last):
+                raise WrongError(f"{name} is not the newest checkpoint's")
+            continue
+        _check_rounded(name, found, [checkpoint[name] for checkpoint in checkpoints])
+        moved = moved or not torch.equal(found, last)
+    if not moved:
+        raise WrongError("the average is the newest checkpoint: nothing was trained or averaged")
+
+
+def _check_rounded(name: str, found: Tensor, values: Sequence[Tensor]) -> None:
+    """Bit for bit, but where the fold is half-way between two values of the dtype either will do.
+
+    Over a few checkpoints that happens: the weights are multiples of 1/44 or so. Which of the two
+    it is depends on the last bit of a float64, and so on the order of the same arithmetic.
+    """
+    exact = fold(values)
+    wanted = exact.to(found.dtype)
+    differ = (_bits(found) != _bits(wanted)).any(dim=1).view(exact.shape)
+    distance, allowed = (found.double() - exact).abs(), (wanted.double() - exact).abs()
+    last_bits = 2.0**-50 * torch.stack([value.double().abs() for value in values]).amax(dim=0)
+    wrong = differ & ~(distance <= allowed + last_bits)
+    if wrong.any():
+        raise WrongError(
+            f"{name}: {int(wrong.sum())} of {found.numel()} {found.dtype} elements are not the fold"
+            f" rounded once; the farthest is {distance[wrong].max():.3g} from it, where rounding"
+            f" makes {allowed[wrong].max():.3g}"
+        )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """One row of bytes for each element."""
+    return tensor.detach().contiguous().view(-1, 1).view(torch.uint8)
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:
+    return tensor.dtype, tensor.shape
+
+
+def check_equal(what: str, found: object, expected: object) -> None:
+    """Raise unless the two are equal; of sets, say what is missing and what is too much."""
+    if found == expected:
+        return
+    if isinstance(found, set) and isinstance(expected, set):
+        more, less = sorted(found - expected), sorted(expected - found)
+        raise WrongError(f"{what}: too many {more}, missing {less}")
+    raise WrongError(f"{what}: found {found}, expected {expected}")
+
+
+def check_stored_names(output: Path, checkpoint: Path, files: Iterable[str]) -> None:
+    """A loader is silent about names that it does not know; so compare what the files hold."""
+    for file in files:
+        check_equal(f"names in {file}", names_in(output / file), names_in(checkpoint / file))
+
+
+def names_in(path: Path) -> set[str]:
+    """The tensors of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
+
+
+def check_copied(output: Path, source: Path, names: Iterable[str]) -> None:
+    """These files are in the output, byte for byte as in `source`."""
+    for name in names:
+        if not (source / name).is_file():
+            raise WrongError(f"this test is wrong: the trainer wrote no {name}")
+        if not (output / name).is_file():
+            raise WrongError(f"{name} did not travel with the weights")
+        if (output / name).read_bytes() != (source / name).read_bytes():
+            raise WrongError(f"{name} is not the one in {source.name}")
+
+
+def check_absent(output: Path, patterns: Iterable[str]) -> None:
+    """What only a training run needs stays behind."""
+    for pattern in patterns:
+        for path in output.rglob(pattern):
+            raise WrongError(f"{path.relative_to(output)} should not have been copied")
+
+
+def steps(run: Path, pattern: str, expected: Sequence[int | str]) -> list[Path]:
+    """The checkpoints that the trainer wrote, which must be these: `pattern` has {} for a step."""
+    paths = [run / pattern.format(step) for step in expected]
+    there = set(run.glob(pattern.format("*")))
+    if there != set(paths):
+        raise WrongError(f"this test is wrong: the trainer wrote {sorted(there)}")
+    return paths
+
+
+def state_of(module: nn.Module) -> State:
+    """A copy of a module's state dict."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+# transformers
+
+TRAINING_FILES = (
+    "optimizer.*",
+    "scheduler.p*",
+    "rng_state*",
+    "training_args.bin",
+    "trainer_state*",
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def tiny_llama(**options: Any) -> Any:
+    """A llama of some thousand parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        **options,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny_gpt2() -> Any:
+    """A GPT-2, whose output embedding is its input embedding."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    )
+
+
+def tiny_tokenizer() -> Any:
+    """A tokenizer with a word for each number below 60."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+    }
+    words = [*special.values(), *(str(number) for number in range(60))]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def train_language_model(folder: Path, model: Any, **options: Any) -> Path:
+    """Train for 12 steps with transformers' Trainer: checkpoints 5, 10 and 12, the model beside."""
+    from transformers import Trainer, TrainingArguments
+
+    run = folder / "run"
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        max_steps=12,
+        save_steps=5,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        **options,
+    )
+    tokens = torch.randint(64, (64, 16))
+    examples = [{"input_ids": row, "labels": row} for row in tokens]
+    trainer = Trainer(model, arguments, train_dataset=examples, processing_class=tiny_tokenizer())
+    trainer.train()
+    trainer.save_model()
+    return run
+
+
+def load_language_model(path: Path) -> State:
+    """Read with `from_pretrained`, which must find neither too little nor too much."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
+    check_equal(f"loading info of {path.name}", {k: v for k, v in info.items() if v}, {})
+    return state_of(model)
+
+
+def check_language_model(case: Case, model: Any, **options: Any) -> tuple[Path, Path]:
+    """Train, average, compare; return the newest checkpoint and the output."""
+    from transformers import AutoTokenizer
+
+    run = train_language_model(case.folder, model, **options)
+    checkpoints = steps(run, "checkpoint-{}", [5, 10, 12])
+    output = case.average(run)
+    check_average(load_language_model(output), [load_language_model(path) for path in checkpoints])
+    check_copied(
+        output, checkpoints[-1], ["config.json", "generation_config.json", *TOKENIZER_FILES]
+    )
+    check_absent(output, TRAINING_FILES)
+    check_equal("vocabulary", len(AutoTokenizer.from_pretrained(output)), 64)
+    return checkpoints[-1], output
+
+
+@scenario("transformers: one file")
+def transformers_single(case: Case) -> None:
+    """Also uneven: a step after 5, 10 and 12."""
+    newest, output = check_language_model(case, tiny_llama())
+    check_stored_names(output, newest, ["model.safetensors"])
+
+
+@scenario("transformers: shards, bfloat16")
+def transformers_sharded(case: Case) -> None:
+    """The Trainer has no option for the size of a shard, so the model's own method gets it."""
+    model = tiny_llama().to(torch.bfloat16)
+    model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size="10KB")
+    newest, output = check_language_model(case, model)
+    shards = sorted(path.name for path in newest.glob("model-*-of-*.safetensors"))
+    if len(shards) < 3:
+        raise WrongError(f"this test is wrong: the trainer wrote the shards {shards}")
+    check_stored_names(output, newest, shards)
+    check_copied(output, newest, ["model.safetensors.index.json"])
+
+
+@scenario("transformers: tied embeddings")
+def transformers_tied(case: Case) -> None:
+    """The file holds one of the two."""
+    newest, output = check_language_model(case, tiny_llama(tie_word_embeddings=True))
+    check_stored_names(output, newest, ["model.safetensors"])
+
+
+@scenario("transformers 4: pytorch_model.bin", older=True)
+def transformers_bin(case: Case) -> None:
+    """With tied weights, which such a file holds under both names."""
+    newest, output = check_language_model(case, tiny_gpt2(), save_safetensors=False)
+    check_copied_from_bin(newest, output)
+
+
+@scenario("transformers 4: sharded pytorch_model.bin", older=True)
+def transformers_sharded_bin(case: Case) -> None:
+    """In bfloat16."""
+    model = tiny_llama().to(torch.bfloat16)
+    model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size="10KB")
+    newest, output = check_language_model(case, model, save_safetensors=False)
+    if not (newest / "pytorch_model.bin.index.json").is_file():
+        raise WrongError("this test is wrong: the trainer wrote no shards")
+    check_copied_from_bin(newest, output)
+
+
+def check_copied_from_bin(newest: Path, output: Path) -> None:
+    """Torch files come out as safetensors."""
+    if not list(newest.glob("pytorch_model*.bin")):
+        raise WrongError("this test is wrong: the trainer wrote no .bin")
+    check_absent(output, ["*.bin", "*.bin.index.json"])
+
+
+@scenario("transformers: PEFT adapter")
+def peft_adapter(case: Case) -> None:
+    """LoRA, and a whole layer that is trained beside it."""
+    from peft import LoraConfig, get_peft_model
+
+    base = case.folder / "base"
+    model = tiny_llama()
+    model.save_pretrained(base)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(tiny_llama_from(base), lora)
+    run = train_language_model(case.folder, model)
+    checkpoints = steps(run, "checkpoint-{}", [5, 10, 12])
+    output = case.average(run)
+    states = [load_adapter(base, path) for path in checkpoints]
+    check_average(load_adapter(base, output), states)
+    check_stored_names(output, checkpoints[-1], ["adapter_model.safetensors"])
+    check_copied(output, checkpoints[-1], ["adapter_config.json", *TOKENIZER_FILES])
+    check_absent(output, TRAINING_FILES)
+
+
+def tiny_llama_from(path: Path) -> Any:
+    """A model that knows where it came from, which the adapter's configuration repeats."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def load_adapter(base: Path, path: Path) -> State:
+    """Read the base and the adapter with PEFT."""
+    from peft import PeftModel
+
+    return state_of(PeftModel.from_pretrained(tiny_llama_from(base), path))
+
+
+# sentence-transformers
+
+
+@scenario("sentence-transformers: Transformer, Pooling, Dense")
+def sentence_transformers(case: Case) -> None:
+    """Two of the three modules have weights, in a file each."""
+    from sentence_transformers import SentenceTransformer
+
+    def load(path: Path) -> State:
+        return state_of(SentenceTransformer(str(path), device="cpu"))
+
+    run = train_sentences(case.folder)
+    checkpoints = steps(run, "checkpoint-{}", [4, 8, 12])
+    output = case.average(run)
+    check_average(load(output), [load(path) for path in checkpoints])
+    check_stored_names(output, checkpoints[-1], ["model.safetensors", "2_Dense/model.safetensors"])
+    beside = ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"]
+    inside = ["1_Pooling/config.json", "2_Dense/config.json"]
+    check_copied(output, checkpoints[-1], ["config.json", *beside, *inside, *TOKENIZER_FILES])
+    check_absent(output, TRAINING_FILES)
+    embedding = SentenceTransformer(str(output), device="cpu").encode("1 2 3")
+    check_equal("shape of an embedding", embedding.shape, (8,))
+
+
+def train_sentences(folder: Path) -> Path:
+    """Train a tiny BERT and the layer behind it."""
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer import losses, modules
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 32}
+    config = BertConfig(vocab_size=64, num_hidden_layers=2, num_attention_heads=4, **sizes)
+    BertModel(config).save_pretrained(folder / "bert")
+    tiny_tokenizer().save_pretrained(folder / "bert")
+    transformer = modules.Transformer(str(folder / "bert"))
+    parts = [transformer, modules.Pooling(32), modules.Dense(32, 8)]
+    model = SentenceTransformer(modules=parts, device="cpu")
+    texts = [f"{n % 60} {n * 7 % 60} {n * 11 % 60}" for n in range(64)]
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder / "run"),
+        max_steps=12,
+        save_steps=4,
+        learning_rate=1e-3,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    SentenceTransformerTrainer(
+        model,
+        arguments,
+        train_dataset=Dataset.from_dict({"anchor": texts, "positive": texts[1:] + texts[:1]}),
+        loss=losses.MultipleNegativesRankingLoss(model),
+    ).train()
+    return folder / "run"
+
+
+# diffusers
+
+
+@scenario("diffusers: unet in a pipeline")
+def diffusers_unet(case: Case) -> None:
+    """As the example scripts do it: only unet/ of a checkpoint is averaged, unet_ema/ is not."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    run = case.folder / "run"
+    train_unet(run, tiny_pipeline(case.folder))
+    checkpoints = steps(run, "checkpoint-{}", [4, 8, 12])
+    output = case.average(run)
+    pipeline = StableDiffusionPipeline.from_pretrained(output)
+    states = [state_of(UNet2DConditionModel.from_pretrained(path / "unet")) for path in checkpoints]
+    check_average(state_of(pipeline.unet), states)
+    weights = "diffusion_pytorch_model.safetensors"
+    check_stored_names(output / "unet", checkpoints[-1] / "unet", [weights])
+    others = ["vae/config.json", f"vae/{weights}", "text_encoder/model.safetensors"]
+    check_copied(output, run, [*others, "model_index.json", "scheduler/scheduler_config.json"])
+    check_absent(output, ["unet_ema", "checkpoint-*", "optimizer.bin", "random_states*"])
+
+
+@scenario("diffusers: LoRA")
+def diffusers_lora(case: Case) -> None:
+    """As the example scripts do it: one file in a checkpoint, loaded into a pipeline."""
+    from diffusers import StableDiffusionPipeline
+
+    run = case.folder / "run"
+    pipeline = tiny_pipeline(case.folder)
+    pipeline.save_pretrained(case.folder / "base")
+    train_lora(run, pipeline)
+    checkpoints = steps(run, "checkpoint-{}", [4, 8, 12])
+
+    def load(path: Path) -> State:
+        pipeline = StableDiffusionPipeline.from_pretrained(case.folder / "base")
+        pipeline.load_lora_weights(path)
+        return state_of(pipeline.unet)
+
+    output = case.average(run)
+    check_average(load(output), [load(path) for path in checkpoints])
+    check_stored_names(output, checkpoints[-1], ["pytorch_lora_weights.safetensors"])
+    check_absent(output, ["optimizer.bin", "random_states*"])
+
+
+def tiny_pipeline(folder: Path) -> Any:
+    """A Stable Diffusion of about a hundred thousand parameters."""
+    from diffusers import (
+        AutoencoderKL,
+        DDPMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 16}
+    text = CLIPTextConfig(vocab_size=64, num_hidden_layers=1, num_attention_heads=2, **sizes)
+    blocks = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        **blocks,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        **blocks,
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tiny_clip_tokenizer(folder / "clip"),
+        unet=unet,
+        scheduler=DDPMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def tiny_clip_tokenizer(folder: Path) -> Any:
+    """A tokenizer of letters."""
+    from transformers import CLIPTokenizer
+
+    letters = [letter + end for letter in string.ascii_lowercase for end in ("", "</w>")]
+    words = [*letters, "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def train_unet(run: Path, pipeline: Any) -> None:
+    """Train all of it, with an average of diffusers' own beside; the pipeline is saved last."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
+
+    unet = pipeline.unet
+    ema = EMAModel(unet.parameters(), 0.9, model_cls=UNet2DConditionModel, model_config=unet.config)
+
+    def save_models(models: list[Any], weights: list[Any], folder: str) -> None:
+        ema.save_pretrained(os.path.join(folder, "unet_ema"))
+        for model in models:
+            model.save_pretrained(os.path.join(folder, "unet"))
+            weights.pop()
+
+    denoise(run, unet, save_models, lambda: ema.step(unet.parameters()))
+    ema.copy_to(unet.parameters())
+    pipeline.save_pretrained(run)
+
+
+def train_lora(run: Path, pipeline: Any) -> None:
+    """Train an adapter in the unet."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    pipeline.unet.requires_grad_(False)
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+
+    def save_models(models: list[Any], weights: list[Any], folder: str) -> None:
+        for model in models:
+            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+            pipeline.save_lora_weights(folder, unet_lora_layers=layers)
+            weights.pop()
+
+    denoise(run, pipeline.unet, save_models, lambda: None)
+
+
+def denoise(run: Path, unet: Any, save_models: Any, after_step: Callable[[], None]) -> None:
+    """Train for 12 steps; `accelerate` saves each fourth, the models by way of the hook."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.register_save_state_pre_hook(save_models)
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    unet, optimizer = accelerator.prepare(unet, torch.optim.AdamW(trained, lr=1e-3))
+    for step in range(1, 13):
+        noise, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+        predicted = unet(noise * 2, torch.randint(1000, (2,)), text).sample
+        accelerator.backward(functional.mse_loss(predicted, noise))
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step()
+        if step % 4 == 0:
+            accelerator.save_state(str(run / f"checkpoint-{step}"))
+
+
+# accelerate
+
+
+class Tied(nn.Module):
+    """Its output layer is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits for each of the tokens."""
+        logits: Tensor = self.head(self.norm(self.embedding(tokens)))
+        return logits
+
+
+FILES = ("model.safetensors", "model_1.safetensors")
+
+
+@scenario("accelerate: two models, safetensors")
+def accelerate_safetensors(case: Case) -> None:
+    """The average takes the place of the weights in a checkpoint, and training can go on."""
+    accelerator, models, checkpoints = train_accelerate(case.folder, safe_serialization=True)
+
+    def load(path: Path) -> State:
+        accelerator.load_state(str(path))
+        return state_of(models)
+
+    output = case.average(case.folder / "run")
+    resumed = shutil.copytree(checkpoints[-1], case.folder / "resumed")
+    for file in FILES:
+        shutil.copy(output / file, resumed)
+    check_average(load(resumed), [load(path) for path in checkpoints])
+    check_stored_names(output, checkpoints[-1], FILES)
+    check_absent(output, ["optimizer*", "random_states*"])
+
+
+@scenario("accelerate: two models, tied, .bin")
+def accelerate_bin(case: Case) -> None:
+    """A .bin has tied weights under both names, and so has the output.
+
+    A state dict that is loaded strictly needs both. The one loader that refuses them is
+    `safetensors.torch.load_model`, and with it `accelerator.load_state`.
+    """
+    from accelerate import load_checkpoint_in_model
+
+    accelerator, models, checkpoints = train_accelerate(case.folder, safe_serialization=False)
+    states = []
+    for path in checkpoints:
+        accelerator.load_state(str(path))
+        states.append(state_of(models))
+    output = case.average(case.folder / "run")
+    for model, file in zip(models, FILES, strict=True):
+        load_checkpoint_in_model(model, str(output / file), strict=True)
+    check_average(state_of(models), states)
+    check_equal("names", names_in(output / FILES[0]), set(models[0].state_dict()))
+    check_absent(output, ["*.bin", "random_states*"])
+
+
+def train_accelerate(
+    folder: Path, *, safe_serialization: bool
+) -> tuple[Any, nn.ModuleList, list[Path]]:
+    """Train two models in one loop for 12 steps, saving each third."""
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    run = folder / "run"
+    project = ProjectConfiguration(project_dir=str(run), automatic_checkpoint_naming=True)
+    accelerator = Accelerator(cpu=True, project_config=project)
+    torch.manual_seed(0)
+    models = nn.ModuleList(accelerator.prepare(Tied(), nn.Linear(11, 3)))
+    optimizer = accelerator.prepare(torch.optim.AdamW(models.parameters(), lr=1e-2))
+    for step in range(12):
+        logits = models[1](models[0](torch.randint(11, (16,))))
+        accelerator.backward(functional.cross_entropy(logits, torch.randint(3, (16,))))
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 3 == 2:
+            accelerator.save_state(safe_serialization=safe_serialization)
+    return accelerator, models, steps(run / "checkpoints", "checkpoint_{}", range(4))
+
+
+# Lightning
+
+STEPS = ("epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt", "epoch=2-step=12.ckpt")
+
+
+@scenario("lightning: hyper-parameters in a Namespace, last.ckpt")
+def lightning_namespace(case: Case) -> None:
+    """Python objects in the file that are not torch's; `last.ckpt` is step 12 once more."""
+    check_lightning(case, argparse.Namespace(width=6, path=Path("data")), STEPS)
+
+
+@scenario("lightning: hyper-parameters in OmegaConf")
+def lightning_omegaconf(case: Case) -> None:
+    """Likewise."""
+    from omegaconf import OmegaConf
+
+    check_lightning(case, OmegaConf.create({"width": 6, "layers": [1, 2]}), STEPS)
+
+
+@scenario("lightning: the best two and last.ckpt")
+def lightning_best(case: Case) -> None:
+    """Here `last.ckpt` alone holds step 12."""
+    options = argparse.Namespace(width=6)
+    check_lightning(case, options, [*STEPS[:2], "last.ckpt"], save_top_k=2, monitor="score")
+
+
+@scenario("lightning: EMAWeightAveraging")
+def lightning_ema(case: Case) -> None:
+    """The callback moves the trained weights and puts its own average where they were."""
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    options = argparse.Namespace(width=6)
+    check_lightning(case, options, STEPS, EMAWeightAveraging(decay=0.9), key="current_model_state")
+
+
+def check_lightning(
+    case: Case,
+    options: Any,
+    names: Sequence[str],
+    *callbacks: Any,
+    key: str = "state_dict",
+    **saving: Any,
+) -> None:
+    """Train, average, compare with what is under `key` in the files with these names."""
+    module = lightning_module()
+    run = train_lightning(case.folder, module(options), *callbacks, **saving)
+    check_equal("files of the run", {path.name for path in run.iterdir()}, {*names, "last.ckpt"})
+    output = case.average(run)
+    # The files are this script's own, so that it may run what is in them.
+    states = [torch.load(run / name, weights_only=False)[key] for name in names]
+    averaged = module(options)
+    averaged.load_state_dict(load_file(output / "model.safetensors"), strict=True)
+    check_average(state_of(averaged), states)
+    check_absent(output, ["*.ckpt"])
+
+
+def lightning_module() -> Any:
+    """The class of a small model; Lightning is imported when its turn comes."""
+    from lightning.pytorch import LightningModule
+
+    class Classifier(LightningModule):
+        def __init__(self, options: Any) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            width = options.width
+            self.net = nn.Sequential(
+                nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 3)
+            )
+
+        def training_step(self, batch: list[Tensor], _index: int) -> Tensor:
+            self.log("score", float(self.global_step))
+            return functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    return Classifier
+
+
+def train_lightning(folder: Path, model: Any, *callbacks: Any, **saving: Any) -> Path:
+    """Train for 12 steps of 5 an epoch, saving each fourth."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.randn(20, 4), torch.randint(3, (20,)))
+    run = folder / "run"
+    saving = {"save_top_k": -1, "save_last": True, **saving}
+    saver = ModelCheckpoint(run, every_n_train_steps=4, **saving)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=12,
+        callbacks=[saver, *callbacks],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=4))
+    return run
+
+
+# timm
+
+
+@scenario("timm: the best three, last and model_best")
+def timm_saver(case: Case) -> None:
+    """Of 12 epochs 3, 6 and 7 are the best and stay; `last.pth.tar` alone holds epoch 11."""
+    import timm
+    from timm.models import load_checkpoint
+
+    run = case.folder / "run"
+    run.mkdir()
+    train_timm(run, [0.1, 0.2, 0.3, 0.9, 0.4, 0.5, 0.8, 0.7, 0.1, 0.2, 0.3, 0.4])
+    checkpoints = steps(run, "checkpoint-{}.pth.tar", [3, 6, 7])
+
+    def load(path: Path) -> State:
+        model = timm.create_model("test_resnet", num_classes=3)
+        load_checkpoint(model, str(path), use_ema=False, weights_only=path.suffix != ".tar")
+        return state_of(model)
+
+    output = case.average(run)
+    states = [load(path) for path in [*checkpoints, run / "last.pth.tar"]]
+    check_average(load(output / "model.safetensors"), states)
+    check_absent(output, ["*.tar"])
+    names = torch.load(checkpoints[0], weights_only=False)["state_dict"].keys()
+    check_equal("names", names_in(output / "model.safetensors"), set(names))
+
+
+def train_timm(run: Path, metrics: Sequence[float]) -> None:
+    """One step for each epoch, saved by timm's own saver, with an average of timm's own beside."""
+    import timm
+    from timm.utils import CheckpointSaver, ModelEmaV3
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3)
+    ema = ModelEmaV3(model, decay=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    saver = CheckpointSaver(
+        model,
+        optimizer,
+        args=argparse.Namespace(model="test_resnet", lr=1e-2),
+        model_ema=ema,
+        checkpoint_dir=str(run),
+        recovery_dir=str(run),
+        max_history=3,
+    )
+    for epoch, metric in enumerate(metrics):
+        predicted = model(torch.randn(4, 3, 32, 32))
+        loss = functional.cross_entropy(predicted, torch.randint(3, (4,)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(model)
+        saver.save_checkpoint(epoch, metric)
+
+
+# torch.distributed.checkpoint
+
+RANKS = 2
+
+
+@scenario("torch.distributed.checkpoint: model and optim")
+def distributed_nested(case: Case) -> None:
+    """Saved as {"model": ..., "optim": ...}."""
+    check_distributed(case, torch.float32, flat=False)
+
+
+@scenario("torch.distributed.checkpoint: flat, bfloat16")
+def distributed_flat(case: Case) -> None:
+    """Saved as torchtitan does: the model's names at the top, "optimizer" beside them."""
+    check_distributed(case, torch.bfloat16, flat=True)
+
+
+def check_distributed(case: Case, dtype: torch.dtype, *, flat: bool) -> None:
+    """Train on two ranks; read with one."""
+    from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+    from torch.multiprocessing.spawn import spawn
+
+    run = case.folder / "run"
+    spawn(train_rank, (case.folder, run, dtype, flat), nprocs=RANKS)
+    checkpoints = steps(run, "step-{}", [10, 20, 30])
+    if not all(len(list(path.glob("*.distcp"))) == RANKS for path in checkpoints):
+        raise WrongError("this test is wrong: not every rank wrote a file")
+
+    def load(path: Path) -> State:
+        state = tiny_network(dtype).state_dict()
+        wanted = state if flat else {"model": state}
+        load_distributed(wanted, checkpoint_id=path, no_dist=True)
+        return state
+
+    output = case.average(run)
+    model = tiny_network(dtype)
+    model.load_state_dict(load_file(output / "model.safetensors"), strict=True)
+    check_average(state_of(model), [load(path) for path in checkpoints])
+    check_absent(output, ["*.distcp", ".metadata"])
+
+
+def tiny_network(dtype: torch.dtype) -> nn.Module:
+    """Its sizes are odd, so that no two ranks hold the same."""
+    torch.manual_seed(0)
+    layers = (nn.Embedding(11, 9), nn.Linear(9, 7), nn.BatchNorm1d(7), nn.Linear(7, 11, bias=False))
+    return nn.Sequential(*layers).to(dtype)
+
+
+def train_rank(rank: int, folder: Path, run: Path, dtype: torch.dtype, flat: bool) -> None:
+    """What one of the ranks does: 30 steps under FSDP, saving each tenth."""
+    from torch import distributed
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
+    )
+    mesh = init_device_mesh("cpu", (RANKS,))
+    model: Any = tiny_network(dtype)
+    for layer in (model[1], model[3]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(rank)
+    for step in range(1, 31):
+        tokens = torch.randint(11, (16,))
+        functional.cross_entropy(model(tokens).float(), tokens.roll(1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 10 == 0:
+            options = StateDictOptions(flatten_optimizer_state_dict=flat)
+            weights, moments = get_state_dict(model, optimizer, options=options)
+            state = {"model": weights, "optim": moments}
+            if flat:
+                state = {**weights, "optimizer": moments, "train_state": {"step": step}}
+            save_distributed(state, checkpoint_id=run / f"step-{step}")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+# Running them
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a scenario ended; `problem` is None if well."""
+
+    name: str
+    seconds: float
+    problem: str | None
+
+    def line(self, width: int) -> str:
+        """One line of the summary; the name takes `width` columns."""
+        verdict = "FAILED" if self.problem else "ok"
+        return f"{self.name:{width}}  {verdict:6} {self.seconds:6.1f} s"
+
+
+def run_scenario(scenario: Scenario) -> Outcome:
+    """Run one in a folder of its own, in silence; what was said is kept for a failure."""
+    began = time.monotonic()
+    noise = io.StringIO()
+    problem = None
+    with tempfile.TemporaryDirectory(prefix="ckpt-ema-trainers-") as folder:
+        case = Case(Path(folder).resolve())
+        try:
+            with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+                if scenario.older and not _runs_older():
+                    _run_with_older(scenario, case)
+                else:
+                    scenario.run(case)
+        except WrongError as error:
+            problem = f"{case.said}{error}"
+        except Exception:  # whatever a trainer raises, the others are still to be tried
+            noise_shown = "".join(noise.getvalue().splitlines(keepends=True)[-NOISE_LINES:])
+            problem = f"{noise_shown}{case.said}{traceback.format_exc()}"
+    return Outcome(scenario.name, time.monotonic() - began, problem)
+
+
+def _runs_older() -> bool:
+    return importlib.metadata.version("transformers").startswith("4.")
+
+
+def _run_with_older(scenario: Scenario, case: Case) -> None:
+    """Run it in a process of its own, which finds the older transformers first."""
+    finished = subprocess.run(
+        [sys.executable, __file__, "--only", scenario.name],
+        env={**os.environ, "PYTHONPATH": str(OLDER)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    case.said = finished.stdout
+    if finished.returncode:
+        raise WrongError(f"its process ended with exit code {finished.returncode}")
+
+
+def load_torchvision() -> None:
+    """Let torchvision be imported beside a torch without CUDA.
+
+    PyPI's torchvision has operators that need CUDA's libraries; timm uses none of them, but without
+    their names torchvision stops at its first line.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        boxes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", boxes)
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+
+def versions() -> str:
+    """What is tested with what: the lines of trainers.txt, as they are installed."""
+    lines = (environment.REPOSITORY / "scripts" / "trainers.txt").read_text().splitlines()
+    names = [line.partition("==")[0] for line in lines if not line.startswith("#")]
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+
+
+def main() -> int:
+    """Return 0 if all is right, else 1."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    only_help = "run those whose name contains this; repeatable"
+    parser.add_argument("--only", action="append", metavar="NAME", help=only_help)
+    parser.add_argument("--list", action="store_true", help="print the names and exit")
+    arguments = parser.parse_args()
+    chosen = [one for one in SCENARIOS if any(text in one.name for text in arguments.only or [""])]
+    if not chosen:
+        parser.error(f"no name contains {' or '.join(arguments.only)}; --list prints them")
+    if arguments.list:
+        print(*(scenario.name for scenario in chosen), sep="\n")
+        return 0
+    print(versions(), flush=True)
+    load_torchvision()
+    width = max(len(scenario.name) for scenario in chosen)
+    outcomes = []
+    for scenario in chosen:
+        outcome = run_scenario(scenario)
+        outcomes.append(outcome)
+        print(outcome.line(width), flush=True)
+        if outcome.problem:
+            print("\n".join(f"    {line}" for line in outcome.problem.splitlines()), flush=True)
+    failed = [outcome for outcome in outcomes if outcome.problem]
+    if failed:
+        print("", *(outcome.line(width) for outcome in outcomes), sep="\n")
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} ok")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
