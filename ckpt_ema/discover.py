@@ -6,30 +6,21 @@ decides.
 """
 
 import os
-import re
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 from ckpt_ema import layouts
 from ckpt_ema.aliases import resolve_aliases
-from ckpt_ema.compare import same_values
 from ckpt_ema.errors import RefusedError, printable, some
 from ckpt_ema.formats.specs import Weights
-from ckpt_ema.locate import Blocked, kind_of, locate, names_in
-from ckpt_ema.names import (
-    form_of,
-    is_unnumbered_of,
-    numbers_in,
-    pattern_of,
-    slots_in,
-    stem_of,
-    why_not_a_step,
-)
+from ckpt_ema.locate import Blocked, locate, names_in
+from ckpt_ema.names import form_of, is_unnumbered_of, numbers_in, stem_of
 from ckpt_ema.options import Options
-from ckpt_ema.order import Checkpoint, Entry, Read, claims_of, ordered
+from ckpt_ema.order import Checkpoint, Entry, Read, ordered
+from ckpt_ema.scan import Scan, container, is_hub_cache, scan
+from ckpt_ema.series import one_series, without_copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,63 +118,65 @@ def _common_root(checkpoints: Sequence[Checkpoint]) -> Path:
 # --- A folder ---------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Scan:
-    """The entries of one folder, sorted out by name."""
-
-    series: dict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
-    aliases: list[Path] = field(default_factory=list)
-    blocked: dict[Path, Blocked] = field(default_factory=dict)
-    left_out: list[tuple[Path, str]] = field(default_factory=list)
-    without_weights: list[Path] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-
-
 def _in_run(run: Path, options: Options, read: Read) -> Found:
-    if run.name == "snapshots" and _is_hub_cache(run.parent):
+    if run.name == "snapshots" and is_hub_cache(run.parent):
         run = run.parent  # revisions have their names there
-    scan = _scan_hub(run, options) if _is_hub_cache(run) else _scan_folder(run, options)
-    own = None
-    if not scan.series or _are_stray_files(scan.series):
-        container = None if scan.series or scan.blocked else _container(run, options)
-        if container:
-            found = _in_run(container, options, read)
-            return Found(run, found.checkpoints, found.left_out, found.warnings)
-        if options.pattern and not scan.series and not scan.blocked:
-            raise RefusedError(
-                f"{printable(run)} holds no checkpoint that matches --pattern"
-                f" {printable(options.pattern)}; its names are {some(sorted(names_in(run)))}."
-            )
-        own = None if _is_run_of_others(run, scan) else locate(run, options)
-        if isinstance(own, Weights) and not (scan.series and own.path in _paths(scan)):
-            alone = _single(run, own)
+    scanned = scan(run, options)
+    if not scanned.series or _are_stray_files(scanned.series):
+        inner = None if scanned.series or scanned.blocked else container(run, options)
+        if inner:
+            return replace(_in_run(inner, options, read), root=run)
+        alone = _alone(run, scanned, options)
+        if alone:
             return Found(_common_root([alone]), (alone,))
-    if not scan.series:
-        for path, blocked in scan.blocked.items():
-            raise blocked.error(path)
-        if isinstance(own, Blocked):
-            raise own.error(run)
-        raise RefusedError(
-            _nothing_found(run, scan),
-            "If the weights are deeper, pass that folder, or choose names with --pattern.",
-        )
-    entries = _one_series(run, scan, options, read)
+    entries = one_series(run, scanned, options, read)
     forms = {form_of(entry.stem) for entry in entries}
-    _check_blocked(scan, forms, options)
-    members = ordered(_without_copies(entries, options, scan.left_out), options, read)
-    aliases = _candidates_for_alias(scan, forms)
-    checkpoints, said = resolve_aliases([*members], aliases, options, read, scan.left_out)
+    _check_blocked(scanned, forms, options)
+    members = ordered(without_copies(entries, options, scanned.left_out), options, read)
+    aliases = _candidates_for_alias(scanned, forms)
+    checkpoints, remarks = resolve_aliases(members, aliases, options, read, scanned.left_out)
     checkpoints += [_appended(run / name, members, options) for name in options.append]
-    unfinished = [path for path in scan.without_weights if form_of(path.name) in forms]
-    own_model = [name for name in layouts.FOLDER_WEIGHTS if name in names_in(run)]
-    if own_model:
-        scan.left_out = [(path, why) for path, why in scan.left_out if not _is_shard(path, run)]
-        scan.left_out.append((run / own_model[0], "the run's own model, not a step"))
+    unfinished = [path for path in scanned.without_weights if form_of(path.name) in forms]
     warnings = [
         f"{printable(path)} holds no model: an unfinished save? It is left out."
         for path in unfinished
     ]
-    return Found(run, tuple(checkpoints), tuple(scan.left_out), (*warnings, *said))
+    left_out = _with_own_model(run, scanned.left_out)
+    return Found(run, tuple(checkpoints), tuple(left_out), (*warnings, *remarks))
+
+
+def _alone(run: Path, scanned: Scan, options: Options) -> Checkpoint | None:
+    """The one checkpoint that the folder itself is; None if there is a series in it after all.
+
+    Raises `RefusedError` if there is neither.
+    """
+    if options.pattern and not scanned.series and not scanned.blocked:
+        raise RefusedError(
+            f"{printable(run)} holds no checkpoint that matches --pattern"
+            f" {printable(options.pattern)}; its names are {some(sorted(names_in(run)))}."
+        )
+    own = None if _is_run_of_others(run, scanned) else locate(run, options)
+    if isinstance(own, Weights) and not (scanned.series and own.path in _paths(scanned)):
+        return _single(run, own)
+    if scanned.series:
+        return None
+    for path, blocked in scanned.blocked.items():
+        raise blocked.error(path)
+    if isinstance(own, Blocked):
+        raise own.error(run)
+    raise RefusedError(
+        _nothing_found(run, scanned),
+        "If the weights are deeper, pass that folder, or choose names with --pattern.",
+    )
+
+
+def _with_own_model(run: Path, left_out: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    """What is left out, with the run's own model said once, however many shards it has."""
+    own = [name for name in layouts.FOLDER_WEIGHTS if name in names_in(run)]
+    if not own:
+        return left_out
+    others = [(path, why) for path, why in left_out if not _is_shard(path, run)]
+    return [*others, (run / own[0], "the run's own model, not a step")]
 
 
 def _is_shard(path: Path, run: Path) -> bool:
@@ -191,13 +184,13 @@ def _is_shard(path: Path, run: Path) -> bool:
     return path.parent == run and bool(layouts.SHARD_NUMBER.search(path.name))
 
 
-def _is_run_of_others(run: Path, scan: _Scan) -> bool:
+def _is_run_of_others(run: Path, scanned: Scan) -> bool:
     """Whether a folder is a run whose checkpoints cannot be read, so that its model is no step."""
-    return bool(scan.blocked or scan.without_weights) and not numbers_in(run.name)
+    return bool(scanned.blocked or scanned.without_weights) and not numbers_in(run.name)
 
 
-def _paths(scan: _Scan) -> set[Path]:
-    return {entry.weights.path for members in scan.series.values() for entry in members}
+def _paths(scanned: Scan) -> set[Path]:
+    return {entry.weights.path for members in scanned.series.values() for entry in members}
 
 
 def _are_stray_files(series: dict[str, list[Entry]]) -> bool:
@@ -205,217 +198,27 @@ def _are_stray_files(series: dict[str, list[Entry]]) -> bool:
     return all(len(members) == 1 and members[0].path.is_file() for members in series.values())
 
 
-def _container(run: Path, options: Options) -> Path | None:
-    """The one folder in `run` that holds its checkpoints, by the names that trainers give it."""
-    hits = []
-    for pattern in layouts.CONTAINERS:
-        for folder in sorted(run.glob(pattern)):
-            if folder not in hits and folder.is_dir() and _holds_checkpoints(folder, options):
-                hits.append(folder)
-    # Folders of trainer state beside those of models (prime-rl's checkpoints/ beside weights/).
-    models = [folder for folder in hits if _holds_models(folder, options)]
-    if len(models) == 1:
-        return models[0]
-    if len(hits) > 1:
-        names = [os.path.relpath(folder, run) for folder in hits]
-        raise RefusedError(
-            f"{printable(run)} contains {len(hits)} runs ({some(names)}); averaging across runs is"
-            " not a trajectory.",
-            "Pass one of them.",
-        )
-    return hits[0] if hits else None
-
-
-def _holds_checkpoints(folder: Path, options: Options) -> bool:
-    scan = _scan_folder(folder, options)
-    return bool(scan.series or scan.blocked)
-
-
-def _holds_models(folder: Path, options: Options) -> bool:
-    """Whether its checkpoints are model files, and not what ranks have written."""
-    series = _scan_folder(folder, options).series
-    paths = [entry.weights.path.name for members in series.values() for entry in members]
-    return any(name != layouts.DCP_METADATA for name in paths)
-
-
-def _scan_folder(run: Path, options: Options) -> _Scan:
-    scan = _Scan()
-    append = {os.path.normpath(name) for name in options.append}
-    names = names_in(run)
-    for name in sorted(names - set(layouts.FOLDER_WEIGHTS) - append):
-        path = run / name
-        paired = f"{stem_of(name)}.safetensors"
-        if paired != name and paired in names and layouts.WEIGHTS_EXTENSION.search(name):
-            scan.left_out.append((path, f"{paired} has the weights"))
-            continue
-        kind = kind_of(path)
-        is_folder = kind == "folder"
-        if not (is_folder or layouts.WEIGHTS_EXTENSION.search(name) or slots_in(name)):
-            scan.others.append(name)
-        elif options.pattern and slots_in(name) and not re.search(options.pattern, name):
-            scan.left_out.append((path, "not matched by --pattern"))
-        else:
-            _sort_out(path, kind, scan, options)
-    return scan
-
-
-def _sort_out(path: Path, kind: str | None, scan: _Scan, options: Options) -> None:
-    is_folder = kind == "folder"
-    name, stem = path.name, stem_of(path.name)
-    numbers = numbers_in(stem)
-    if kind is None and (numbers or layouts.WEIGHTS_EXTENSION.search(name)):
-        scan.left_out.append((path, "neither a regular file nor a folder"))
-        return
-    is_part = layouts.NO_CHECKPOINTS.search(name) or layouts.COMPONENT.search(name)
-    if is_folder and not numbers and is_part:
-        scan.others.append(f"{name}/")
-        return
-    reason = _why_not(path, stem, is_folder)
-    if reason and not options.pattern:
-        if numbers or not is_folder or _holds_model(path, options):
-            scan.left_out.append((path, reason))
-        else:
-            scan.others.append(f"{name}/")
-        return
-    is_alias = bool(layouts.ALIAS.search(stem))
-    if is_alias or not (numbers or slots_in(stem)):
-        if is_folder and not (is_alias or _holds_model(path, options)):
-            scan.others.append(f"{name}/")
-        else:
-            scan.aliases.append(path)
-        return
-    weights = locate(path, options)
-    if isinstance(weights, Weights):
-        entry = Entry(path, weights)
-        scan.series[form_of(entry.stem)].append(entry)
-    elif isinstance(weights, Blocked):
-        scan.blocked[path] = weights
-    elif numbers:
-        scan.left_out.append((path, "no model weights in it"))
-        scan.without_weights.append(path)
-    else:
-        scan.others.append(f"{name}/" if is_folder else name)
-
-
-def _holds_model(path: Path, options: Options) -> bool:
-    return isinstance(locate(path, options), Weights)
-
-
-def _why_not(path: Path, stem: str, is_folder: bool) -> str | None:
-    if is_folder and os.path.lexists(os.path.join(path, layouts.MANIFEST_NAME)):
-        return "an output of ckpt-ema"
-    return why_not_a_step(path.name, stem)
-
-
-def _is_hub_cache(run: Path) -> bool:
-    return os.path.isdir(run / "refs") and os.path.isdir(run / "snapshots")
-
-
-def _scan_hub(run: Path, options: Options) -> _Scan:
-    """The revisions in the cache of the Hugging Face Hub, by the names of their branches."""
-    scan = _Scan()
-    for name in sorted(names_in(run / "refs")):
-        ref = run / "refs" / name
-        snapshot = run / "snapshots" / ref.read_text(errors="replace").strip()[:64]
-        weights = locate(snapshot, options) if snapshot.is_dir() else None
-        if not numbers_in(name) or (options.pattern and not re.search(options.pattern, name)):
-            scan.left_out.append((ref, "no step in the name of the revision"))
-        elif isinstance(weights, Weights):
-            scan.series[form_of(name)].append(Entry(snapshot, weights, name))
-        elif isinstance(weights, Blocked):
-            scan.blocked[snapshot] = weights
-        else:
-            scan.left_out.append((ref, "no snapshot with weights"))
-    return scan
-
-
-def _one_series(run: Path, scan: _Scan, options: Options, read: Read) -> list[Entry]:
-    """The entries of the one series that the run is."""
-    series = dict(scan.series)
-    if len(series) == 1:
-        return next(iter(series.values()))
-    everything = [entry for members in series.values() for entry in members]
-    pattern = re.compile(options.pattern or "")
-    if pattern.groups:
-        return everything
-    if options.order != "name" and all(
-        "step" in claims_of(entry, read, inside=False) for entry in everything
-    ):
-        return _merged(everything, read, scan.left_out)
-    several = {form: members for form, members in series.items() if len(members) > 1} or series
-    for form, members in series.items():
-        if form not in several:
-            scan.left_out += [(entry.path, "the only one of its name") for entry in members]
-    if len(several) > 1:
-        forms = [f"{len(members)} × {form}" for form, members in several.items()]
-        patterns = [
-            f"--pattern '{pattern_of(form, members[0].label)}'" for form, members in several.items()
-        ]
-        raise RefusedError(
-            f"{printable(run)} holds {len(several)} sets of checkpoints: {' and '.join(forms)};"
-            " they may be the same moments saved twice.",
-            f"Choose one: {' or '.join(patterns)}.",
-        )
-    return next(iter(several.values()))
-
-
-def _merged(entries: Sequence[Entry], read: Read, left_out: list[tuple[Path, str]]) -> list[Entry]:
-    """Several series that tell their steps inside are one; of one step, one entry stays."""
-    first: dict[int, Entry] = {}
-    for entry in entries:
-        step = claims_of(entry, read, inside=False)["step"]
-        if step in first:
-            left_out.append((entry.path, f"the same step as {first[step].label}"))
-        else:
-            first[step] = entry
-    return list(first.values())
-
-
-def _without_copies(
-    entries: Sequence[Entry], options: Options, left_out: list[tuple[Path, str]]
-) -> list[Entry]:
-    """The entries without second names of one file or folder."""
-    unique: dict[object, Entry] = {}
-    kept = []
-    # Links come after what they point to, so that the real folder is the one that stays.
-    for entry in sorted(entries, key=lambda entry: (entry.path.is_symlink(), entry.path.name)):
-        # An index may well be shared by different checkpoints; weights may not.
-        file = os.path.join(entry.weights.folder, entry.weights.parts[0].name)
-        is_index = file.endswith(layouts.INDEX_SUFFIX)
-        of_its_own = not is_index and os.path.exists(file)
-        status = os.stat(file if of_its_own else entry.path)
-        first = unique.setdefault((status.st_dev, status.st_ino), entry)
-        is_revision = entry.label != entry.path.name  # whose files are links to shared blobs
-        if first is not entry and is_revision and not options.allow_duplicates:
-            raise same_values(first.label, entry.label)
-        if first is entry or is_revision:
-            kept.append(entry)
-        else:
-            left_out.append((entry.path, f"the same file as {first.path.name}"))
-    return kept
-
-
-def _candidates_for_alias(scan: _Scan, forms: set[str]) -> list[Path]:
+def _candidates_for_alias(scanned: Scan, forms: set[str]) -> list[Path]:
     """The names without a number that may belong to names of these forms; others are left out."""
     candidates = []
-    for path in scan.aliases:
+    for path in scanned.aliases:
         stem = stem_of(path.name)
         if layouts.ALIAS.search(stem) or any(is_unnumbered_of(stem, form) for form in forms):
             candidates.append(path)
         else:
-            scan.left_out.append((path, "no number in its name"))
+            scanned.left_out.append((path, "no number in its name"))
     return candidates
 
 
-def _check_blocked(scan: _Scan, forms: set[str], options: Options) -> None:
+def _check_blocked(scanned: Scan, forms: set[str], options: Options) -> None:
     """Refuse steps of the series in a form that is not read; those of other names are left out."""
-    for path, blocked in scan.blocked.items():
+    for path, blocked in scanned.blocked.items():
         if form_of(stem_of(path.name)) in forms and not options.skip_incomplete:
             raise RefusedError(
                 f"{printable(path)} is {blocked.what}, while other steps of the run can be read.",
                 f"{blocked.instead} Or leave such steps out with --skip-incomplete.",
             )
-        scan.left_out.append((path, blocked.what))
+        scanned.left_out.append((path, blocked.what))
 
 
 def _appended(path: Path, members: Sequence[Checkpoint], options: Options) -> Checkpoint:
@@ -434,18 +237,18 @@ def _appended(path: Path, members: Sequence[Checkpoint], options: Options) -> Ch
     return Checkpoint(path, None, weights)
 
 
-def _nothing_found(run: Path, scan: _Scan) -> str:
+def _nothing_found(run: Path, scanned: Scan) -> str:
     message = (
         f"No checkpoints found in {printable(run)}; looked for numbered folders or files with"
         " model weights (checkpoint-500, step_100, epoch=1-step=100.ckpt, ...)"
     )
-    seen = [f"{path.name} ({reason})" for path, reason in scan.left_out]
-    seen += [path.name for path in scan.aliases]
+    seen = [f"{path.name} ({reason})" for path, reason in scanned.left_out]
+    seen += [path.name for path in scanned.aliases]
     if seen:
         return f"{message} and left out {some(seen)}."
-    if scan.others:
+    if scanned.others:
         return (
-            f"{message} and found {len(scan.others)} entries, none with model weights:"
-            f" {some(scan.others)}."
+            f"{message} and found {len(scanned.others)} entries, none with model weights:"
+            f" {some(scanned.others)}."
         )
     return f"{message}; the folder is empty."

@@ -1,0 +1,164 @@
+"""The entries of one folder, sorted out by name: series of numbered ones, aliases, all else.
+
+Nothing is opened but listings of folders; what the names cannot tell is for others to find out.
+"""
+
+import os
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ckpt_ema import layouts
+from ckpt_ema.errors import RefusedError, printable, some
+from ckpt_ema.formats.specs import Weights
+from ckpt_ema.locate import Blocked, kind_of, locate, names_in
+from ckpt_ema.names import form_of, numbers_in, slots_in, stem_of, why_not_a_step
+from ckpt_ema.options import Options
+from ckpt_ema.order import Entry
+
+
+@dataclass(slots=True)
+class Scan:
+    """The entries of one folder, sorted out by name."""
+
+    series: dict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
+    aliases: list[Path] = field(default_factory=list)
+    blocked: dict[Path, Blocked] = field(default_factory=dict)
+    left_out: list[tuple[Path, str]] = field(default_factory=list)
+    without_weights: list[Path] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+
+def scan(run: Path, options: Options) -> Scan:
+    """Sort out what is in a run's folder, or in the cache of the Hub for one model.
+
+    Raises `RefusedError` if a folder cannot be listed, or holds two forms of its weights.
+    """
+    return _scan_hub(run, options) if is_hub_cache(run) else _scan_folder(run, options)
+
+
+def is_hub_cache(folder: Path) -> bool:
+    """Whether it is the cache of the Hugging Face Hub for one model: revisions and snapshots."""
+    return os.path.isdir(folder / "refs") and os.path.isdir(folder / "snapshots")
+
+
+def container(run: Path, options: Options) -> Path | None:
+    """The one folder in `run` that holds its checkpoints, by the names that trainers give it."""
+    hits = []
+    for pattern in layouts.CONTAINERS:
+        for folder in sorted(run.glob(pattern)):
+            if folder not in hits and folder.is_dir() and _holds_checkpoints(folder, options):
+                hits.append(folder)
+    # Folders of trainer state beside those of models (prime-rl's checkpoints/ beside weights/).
+    models = [folder for folder in hits if _holds_models(folder, options)]
+    if len(models) == 1:
+        return models[0]
+    if len(hits) > 1:
+        names = [os.path.relpath(folder, run) for folder in hits]
+        raise RefusedError(
+            f"{printable(run)} contains {len(hits)} runs ({some(names)}); averaging across runs is"
+            " not a trajectory.",
+            "Pass one of them.",
+        )
+    return hits[0] if hits else None
+
+
+def _holds_checkpoints(folder: Path, options: Options) -> bool:
+    found = _scan_folder(folder, options)
+    return bool(found.series or found.blocked)
+
+
+def _holds_models(folder: Path, options: Options) -> bool:
+    """Whether its checkpoints are model files, and not what ranks have written."""
+    series = _scan_folder(folder, options).series
+    paths = [entry.weights.path.name for members in series.values() for entry in members]
+    return any(name != layouts.DCP_METADATA for name in paths)
+
+
+def _scan_folder(run: Path, options: Options) -> Scan:
+    found = Scan()
+    append = {os.path.normpath(name) for name in options.append}
+    names = names_in(run)
+    for name in sorted(names - set(layouts.FOLDER_WEIGHTS) - append):
+        path = run / name
+        paired = f"{stem_of(name)}.safetensors"
+        if paired != name and paired in names and layouts.WEIGHTS_EXTENSION.search(name):
+            found.left_out.append((path, f"{paired} has the weights"))
+            continue
+        kind = kind_of(path)
+        is_folder = kind == "folder"
+        if not (is_folder or layouts.WEIGHTS_EXTENSION.search(name) or slots_in(name)):
+            found.others.append(name)
+        elif options.pattern and slots_in(name) and not re.search(options.pattern, name):
+            found.left_out.append((path, "not matched by --pattern"))
+        else:
+            _sort_out(path, kind, found, options)
+    return found
+
+
+def _sort_out(path: Path, kind: str | None, found: Scan, options: Options) -> None:
+    is_folder = kind == "folder"
+    name, stem = path.name, stem_of(path.name)
+    numbers = numbers_in(stem)
+    if kind is None and (numbers or layouts.WEIGHTS_EXTENSION.search(name)):
+        found.left_out.append((path, "neither a regular file nor a folder"))
+        return
+    is_part = layouts.NO_CHECKPOINTS.search(name) or layouts.COMPONENT.search(name)
+    if is_folder and not numbers and is_part:
+        found.others.append(f"{name}/")
+        return
+    reason = _why_not(path, stem, is_folder)
+    if reason and not options.pattern:
+        if numbers or not is_folder or _holds_model(path, options):
+            found.left_out.append((path, reason))
+        else:
+            found.others.append(f"{name}/")
+        return
+    is_alias = bool(layouts.ALIAS.search(stem))
+    if is_alias or not (numbers or slots_in(stem)):
+        if is_folder and not (is_alias or _holds_model(path, options)):
+            found.others.append(f"{name}/")
+        else:
+            found.aliases.append(path)
+        return
+    weights = locate(path, options)
+    if isinstance(weights, Weights):
+        entry = Entry(path, weights)
+        found.series[form_of(entry.stem)].append(entry)
+    elif isinstance(weights, Blocked):
+        found.blocked[path] = weights
+    elif numbers:
+        found.left_out.append((path, "no model weights in it"))
+        found.without_weights.append(path)
+    else:
+        found.others.append(f"{name}/" if is_folder else name)
+
+
+def _holds_model(path: Path, options: Options) -> bool:
+    return isinstance(locate(path, options), Weights)
+
+
+def _why_not(path: Path, stem: str, is_folder: bool) -> str | None:
+    if is_folder and os.path.lexists(os.path.join(path, layouts.MANIFEST_NAME)):
+        return "an output of ckpt-ema"
+    return why_not_a_step(path.name, stem)
+
+
+def _scan_hub(run: Path, options: Options) -> Scan:
+    """The revisions in the cache of the Hugging Face Hub, by the names of their branches."""
+    found = Scan()
+    for name in sorted(names_in(run / "refs")):
+        ref = run / "refs" / name
+        commit = ref.read_text(errors="replace").strip() if kind_of(ref) == "file" else ""
+        snapshot = run / "snapshots" / (commit if layouts.COMMIT.search(commit) else "-")
+        weights = locate(snapshot, options) if snapshot.is_dir() else None
+        if not numbers_in(name) or (options.pattern and not re.search(options.pattern, name)):
+            found.left_out.append((ref, "no step in the name of the revision"))
+        elif isinstance(weights, Weights):
+            found.series[form_of(name)].append(Entry(snapshot, weights, name))
+        elif isinstance(weights, Blocked):
+            found.blocked[snapshot] = weights
+        else:
+            found.left_out.append((ref, "no snapshot with weights"))
+    return found

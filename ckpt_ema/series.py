@@ -1,0 +1,80 @@
+"""Which of a folder's series is the run: one of them, or several that tell their steps inside."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckpt_ema import layouts
+from ckpt_ema.compare import same_values
+from ckpt_ema.errors import RefusedError, printable
+from ckpt_ema.names import pattern_of
+from ckpt_ema.options import Options
+from ckpt_ema.order import Entry, Read, claims_of
+from ckpt_ema.scan import Scan
+
+
+def one_series(run: Path, scan: Scan, options: Options, read: Read) -> list[Entry]:
+    """The entries of the one series that the run is."""
+    series = dict(scan.series)
+    if len(series) == 1:
+        return next(iter(series.values()))
+    everything = [entry for members in series.values() for entry in members]
+    pattern = re.compile(options.pattern or "")
+    if pattern.groups:
+        return everything
+    if options.order != "name" and all(
+        "step" in claims_of(entry, read, inside=False) for entry in everything
+    ):
+        return _merged(everything, read, scan.left_out)
+    several = {form: members for form, members in series.items() if len(members) > 1} or series
+    for form, members in series.items():
+        if form not in several:
+            scan.left_out += [(entry.path, "the only one of its name") for entry in members]
+    if len(several) > 1:
+        forms = [f"{len(members)} × {form}" for form, members in several.items()]
+        patterns = [
+            f"--pattern '{pattern_of(form, members[0].label)}'" for form, members in several.items()
+        ]
+        raise RefusedError(
+            f"{printable(run)} holds {len(several)} sets of checkpoints: {' and '.join(forms)};"
+            " they may be the same moments saved twice.",
+            f"Choose one: {' or '.join(patterns)}.",
+        )
+    return next(iter(several.values()))
+
+
+def _merged(entries: Sequence[Entry], read: Read, left_out: list[tuple[Path, str]]) -> list[Entry]:
+    """Several series that tell their steps inside are one; of one step, one entry stays."""
+    first: dict[int, Entry] = {}
+    for entry in entries:
+        step = claims_of(entry, read, inside=False)["step"]
+        if step in first:
+            left_out.append((entry.path, f"the same step as {first[step].label}"))
+        else:
+            first[step] = entry
+    return list(first.values())
+
+
+def without_copies(
+    entries: Sequence[Entry], options: Options, left_out: list[tuple[Path, str]]
+) -> list[Entry]:
+    """The entries without second names of one file or folder."""
+    unique: dict[object, Entry] = {}
+    kept = []
+    # Links come after what they point to, so that the real folder is the one that stays.
+    for entry in sorted(entries, key=lambda entry: (entry.path.is_symlink(), entry.path.name)):
+        # An index may well be shared by different checkpoints; weights may not.
+        file = os.path.join(entry.weights.folder, entry.weights.parts[0].name)
+        is_index = file.endswith(layouts.INDEX_SUFFIX)
+        of_its_own = not is_index and os.path.exists(file)
+        status = os.stat(file if of_its_own else entry.path)
+        first = unique.setdefault((status.st_dev, status.st_ino), entry)
+        is_revision = entry.label != entry.path.name  # whose files are links to shared blobs
+        if first is not entry and is_revision and not options.allow_duplicates:
+            raise same_values(first.label, entry.label)
+        if first is entry or is_revision:
+            kept.append(entry)
+        else:
+            left_out.append((entry.path, f"the same file as {first.path.name}"))
+    return kept
