@@ -4,9 +4,9 @@ In most runs they are copies; in some (kohya, timm, Lightning's save_last) they 
 the last step. What they hold decides, and where that cannot be told, it stops.
 """
 
-import filecmp
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_ema import layouts
@@ -15,11 +15,24 @@ from ckpt_ema.formats.specs import Weights
 from ckpt_ema.locate import kind_of, locate
 from ckpt_ema.names import stem_of
 from ckpt_ema.options import Options
-from ckpt_ema.order import Checkpoint, Entry, Read, claims_of
+from ckpt_ema.order import STEP_UNITS, Checkpoint, Entry, Read, claims_of
+from ckpt_ema.same import hold_the_same
+
+
+@dataclass(frozen=True, slots=True)
+class _Alias:
+    """A name whose place in the run is asked for."""
+
+    path: Path
+    weights: Weights
+    place: int | None  # what it says inside, in `unit`; None if it says nothing comparable
+    unit: str
+    newest: int  # what the last step says, in the same unit
+    step: int | None  # its place in the unit of the series, if that is the same
 
 
 def resolve_aliases(
-    members: list[Checkpoint],
+    members: Sequence[Checkpoint],
     aliases: Sequence[Path],
     options: Options,
     read: Read,
@@ -29,30 +42,35 @@ def resolve_aliases(
 
     What is a copy is added to `left_out`. Raises `RefusedError` for one whose place is unknown.
     """
-    remarks = []
-    checkpoints = list(members)
+    found = []
     for path in aliases:
         reason = _why_no_step(path, members, options)
         weights = None if reason else locate(path, options)
         if not isinstance(weights, Weights):
             left_out.append((path, reason or "no model weights in it"))
             continue
-        entry = Entry(path, weights)
-        unit, step, newest = _place(entry, checkpoints[-1], read)
-        if step is None:
-            copied = _copied(weights, members)
-            if copied is None:
-                raise _unknown_place(path)
-            left_out.append((path, f"a copy of {copied.path.name}"))
-        elif step > newest:
-            checkpoints.append(Checkpoint(path, step, weights, checkpoints[-1].unit))
+        try:
+            found.append(_placed(path, weights, members[-1], read))
+        except RefusedError as error:  # a whole pickled module, say, beside state dicts
+            left_out.append((path, f"not read: {error.message}"))
+    checkpoints, remarks = list(members), []
+    newest = None
+    for alias in sorted(found, key=lambda alias: (alias.place or 0, alias.path.name)):
+        if alias.place is None:
+            left_out.append((alias.path, _why_a_copy(alias, members, read)))
+        elif alias.place > (newest if newest is not None else alias.newest):
+            newest = alias.place
+            checkpoints.append(
+                Checkpoint(alias.path, alias.step, alias.weights, members[-1].unit, is_given=True)
+            )
             remarks.append(
-                f"{printable(path.name)} is taken as the last step: it says {unit} {step} inside,"
-                f" after {newest} of {printable(members[-1].path.name)}."
+                f"{printable(alias.path.name)} is taken as the last step: it says {alias.unit}"
+                f" {alias.place} inside, after {alias.newest} of {printable(members[-1].name)}."
             )
         else:
-            same = "the last" if step == newest else "an earlier"
-            left_out.append((path, f"a copy of {same} step: it says {unit} {step} inside"))
+            kind = "a copy of the last" if alias.place in (newest, alias.newest) else "an earlier"
+            said = f"it says {alias.unit} {alias.place} inside"
+            left_out.append((alias.path, f"{kind} step: {said}"))
     return checkpoints, remarks
 
 
@@ -63,35 +81,36 @@ def _why_no_step(path: Path, members: Sequence[Checkpoint], options: Options) ->
         return "a copy of the best step"
     for member in members:
         if os.path.samefile(path, member.path):
-            return f"the same file as {member.path.name}"
+            return f"the same file as {member.name}"
     return None if options.aliases else "left out by --no-aliases"
 
 
-def _place(entry: Entry, newest: Checkpoint, read: Read) -> tuple[str, int | None, int]:
-    """The unit that both tell, the entry's number in it (None if it tells none), the newest's."""
-    claims = claims_of(entry, read, inside=True)
+def _placed(path: Path, weights: Weights, newest: Checkpoint, read: Read) -> _Alias:
+    """An alias with what it and the newest step both say inside."""
+    claims = claims_of(Entry(path, weights), read, inside=True)
     others = claims_of(Entry(newest.path, newest.weights), read, inside=True)
-    for unit in ("step", "epoch"):
+    family = ("epoch", "step") if newest.unit == "epoch" else ("step", "epoch")
+    for unit in family:
         if unit in claims and unit in others:
-            return unit, claims[unit], others[unit]
-    if "step" in claims and newest.unit in ("step", "checkpoint", "number"):
-        return "step", claims["step"], newest.step or 0
-    if newest.unit in claims:
-        return newest.unit, claims[newest.unit], newest.step or 0
-    return "step", None, 0
+            step = claims[unit] if others[unit] == newest.step else None
+            return _Alias(path, weights, claims[unit], unit, others[unit], step)
+    unit = "step" if newest.unit in STEP_UNITS else newest.unit
+    if unit in claims and newest.step is not None:
+        return _Alias(path, weights, claims[unit], unit, newest.step, claims[unit])
+    return _Alias(path, weights, None, unit, 0, None)
 
 
-def _copied(weights: Weights, members: Sequence[Checkpoint]) -> Checkpoint | None:
-    """The checkpoint whose first weights file holds the same bytes; the newest is tried first."""
+def _why_a_copy(alias: _Alias, members: Sequence[Checkpoint], read: Read) -> str:
+    """Why an alias that says nothing is no step; raises `RefusedError` if it may be one."""
+    tensors = read(alias.weights).tensors
+    if tensors.keys() != read(members[-1].weights).tensors.keys():
+        return "another model than the steps'"
     for member in reversed(members):
-        if filecmp.cmp(weights.path, member.weights.path, shallow=False):
-            return member
-    return None
-
-
-def _unknown_place(path: Path) -> RefusedError:
-    name = printable(path.name)
-    return RefusedError(
+        mine, theirs = (alias.weights, read(alias.weights)), (member.weights, read(member.weights))
+        if hold_the_same(mine, theirs):
+            return f"a copy of {member.name}"
+    name = printable(alias.path.name)
+    raise RefusedError(
         f"{name} has no number and no step inside, so its place is unknown.",
         f"Add it at the end with --append {name}, or leave it out with --no-aliases.",
     )

@@ -33,7 +33,7 @@ def complete(found: Found, options: Options, read: Read) -> Found:
     for checkpoint, problem in zip(found.checkpoints, problems, strict=True):
         if problem is None:
             kept.append(checkpoint)
-        elif options.skip_incomplete or (checkpoint is newest and kept and not found.is_list):
+        elif options.skip_incomplete or (checkpoint is newest and kept and not newest.is_given):
             left_out.append((checkpoint.path, "incomplete"))
             warnings.append(f"{printable(checkpoint.name)} is incomplete and left out: {problem}")
         elif checkpoint is newest:
@@ -54,11 +54,18 @@ def complete(found: Found, options: Options, read: Read) -> Found:
 def _problems(checkpoints: Sequence[Checkpoint], read: Read) -> Iterator[str | None]:
     """What each checkpoint lacks, None for one that is whole."""
     markers = [_markers(checkpoint.path) for checkpoint in checkpoints]
-    used = set().union(*markers)
+    # A marker that few have says nothing: somebody may have cleaned up the others.
+    used = {
+        name
+        for name in set().union(*markers)
+        if 2 * sum(name in present for present in markers) >= len(markers)
+    }
     run = checkpoints[-1].path.parent
     beside, saved = names_in(run), _tracked(run)
     for checkpoint, present in zip(checkpoints, markers, strict=True):
-        problem = _marked_unfinished(checkpoint.path, present, used, beside)
+        problem = None
+        if not checkpoint.is_given:
+            problem = _marked_unfinished(checkpoint.path, present, used, beside)
         if saved is not None and checkpoint.unit == "step" and (checkpoint.step or 0) > saved:
             problem = f"{layouts.TRACKER_NAME} says that the last whole step is {saved}."
         if problem is None:

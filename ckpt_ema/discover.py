@@ -8,17 +8,17 @@ decides.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 from ckpt_ema import layouts
 from ckpt_ema.aliases import resolve_aliases
-from ckpt_ema.errors import RefusedError, printable, some
+from ckpt_ema.errors import OptionError, RefusedError, printable, some
 from ckpt_ema.formats.specs import Weights
 from ckpt_ema.locate import Blocked, locate, names_in
 from ckpt_ema.names import form_of, is_unnumbered_of, numbers_in, stem_of
-from ckpt_ema.options import Options
-from ckpt_ema.order import Checkpoint, Entry, Read, ordered
+from ckpt_ema.options import Options, flag
+from ckpt_ema.order import Checkpoint, Entry, Read, named_keys, ordered
 from ckpt_ema.scan import Scan, container, is_hub_cache, scan
 from ckpt_ema.series import one_series, without_copies
 
@@ -31,7 +31,6 @@ class Found:
     checkpoints: tuple[Checkpoint, ...]
     left_out: tuple[tuple[Path, str], ...] = ()
     warnings: tuple[str, ...] = ()
-    is_list: bool = False  # given one by one, not found
 
 
 def discover(paths: Sequence[Path], options: Options, read: Read) -> Found:
@@ -57,40 +56,68 @@ def discover(paths: Sequence[Path], options: Options, read: Read) -> Found:
 
 
 def _explicit(given: Sequence[Path], options: Options) -> Found:
-    checkpoints = []
-    for path in given:
-        if path.name in layouts.FOLDER_WEIGHTS:
-            whole = locate(path.parent, options)
-            if isinstance(whole, Weights) and whole.path == path:
-                path = path.parent  # its name is the folder's
-        weights = locate(path, options)
-        if isinstance(weights, Blocked):
-            raise weights.error(path)
-        if weights is None:
-            raise RefusedError(
-                f"{printable(path)} is no checkpoint: it holds none of"
-                f" {some(list(layouts.FOLDER_WEIGHTS))}."
-                if path.is_dir()
-                else f"{printable(path)} is no checkpoint: its extension is not one of a model's.",
-                "Pass a run's folder alone, or its checkpoints one by one.",
-            )
-        checkpoints.append(_single(path, weights))
+    for name, value in (("pattern", options.pattern), ("append", options.append)):
+        if value:
+            raise OptionError(f"{flag(name)} goes with a run's folder, not with a list.")
+    entries = [_listed(path, options) for path in given]
+    entries = [
+        replace(entry, label=label) for entry, label in zip(entries, _labels(given), strict=True)
+    ]
     seen: set[Path] = set()
-    for checkpoint in checkpoints:
-        real = checkpoint.path.resolve()
+    for entry in entries:
+        real = entry.path.resolve()
         if real in seen:
             raise RefusedError(
-                f"{printable(checkpoint.path)} is given twice.", "Give every checkpoint once."
+                f"{printable(entry.path)} is given twice.", "Give every checkpoint once."
             )
         seen.add(real)
-    root = _common_root(checkpoints)
-    return Found(root, tuple(checkpoints), (), _text_order(checkpoints), is_list=True)
+    unit, keys = named_keys(entries) or ("", [])
+    checkpoints = tuple(
+        Checkpoint(entry.path, key, entry.weights, unit, entry.label, is_given=True)
+        if unit
+        else replace(_single(entry.path, entry.weights), name=entry.label, is_given=True)
+        for entry, key in zip_longest(entries, keys)
+    )
+    return Found(_common_root(checkpoints), checkpoints, (), _text_order(checkpoints))
+
+
+def _listed(path: Path, options: Options) -> Entry:
+    """A checkpoint that was given by its path."""
+    if path.name in layouts.FOLDER_WEIGHTS:
+        whole = locate(path.parent, options)
+        if isinstance(whole, Weights) and whole.path == path:
+            path = path.parent  # its name is the folder's
+    elif layouts.SHARD_NUMBER.search(path.name):
+        raise RefusedError(
+            f"{printable(path)} is one shard of a model.",
+            "Pass its folder, or the index of shards.",
+        )
+    weights = locate(path, options)
+    if isinstance(weights, Blocked):
+        raise weights.error(path)
+    if weights is None:
+        raise RefusedError(
+            f"{printable(path)} is no checkpoint: it holds none of"
+            f" {some(list(layouts.FOLDER_WEIGHTS))}."
+            if path.is_dir()
+            else f"{printable(path)} is no checkpoint: its extension is not one of a model's.",
+            "Pass a run's folder alone, or its checkpoints one by one.",
+        )
+    return Entry(path, weights)
+
+
+def _labels(given: Sequence[Path]) -> list[str]:
+    """What to call each path: its name, or the first part of it that differs where names do not."""
+    if len({path.name for path in given}) == len(given) or len(given) == 1:
+        return ["" for _ in given]
+    columns = zip(*(Path(os.path.abspath(path)).parts for path in given), strict=False)
+    differing = next((column for column in columns if len(set(column)) == len(given)), None)
+    return list(differing) if differing else [str(path) for path in given]
 
 
 def _single(path: Path, weights: Weights) -> Checkpoint:
     """A checkpoint whose step is what its name says, if it says one."""
-    numbers = numbers_in(Entry(path, weights).stem)
-    unit, step = next(iter(numbers.items()), ("step", None))
+    unit, step = next(iter(numbers_in(Entry(path, weights).stem).items()), ("step", None))
     return Checkpoint(path, step, weights, unit)
 
 
@@ -99,8 +126,8 @@ def _text_order(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
     for earlier, later in pairwise(checkpoints):
         if None not in (earlier.step, later.step) and (earlier.step or 0) > (later.step or 0):
             return (
-                f"The list is kept in the order given, in which {printable(earlier.path.name)}"
-                f" comes before {printable(later.path.name)}: a shell sorts names as text."
+                f"The list is kept in the order given, in which {printable(earlier.name)}"
+                f" comes before {printable(later.name)}: a shell sorts names as text."
                 " Pass the run's folder to have it ordered by number.",
             )
     return ()
@@ -234,7 +261,7 @@ def _appended(path: Path, members: Sequence[Checkpoint], options: Options) -> Ch
         raise weights.error(path)
     if weights is None:
         raise RefusedError(f"--append {printable(path.name)}: it holds no model weights.")
-    return Checkpoint(path, None, weights)
+    return Checkpoint(path, None, weights, members[-1].unit, is_given=True)
 
 
 def _nothing_found(run: Path, scanned: Scan) -> str:

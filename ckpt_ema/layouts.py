@@ -73,7 +73,6 @@ def _gathered(lists: Iterable[Iterable[str]]) -> tuple[str, ...]:
 CONTAINERS = _gathered(trainer.containers for trainer in TRAINERS)
 MODEL_FOLDERS = (
     *_gathered(trainer.models for trainer in TRAINERS),
-    "hf_weights",
     "huggingface",
 )
 DCP_FOLDERS = ("", *_gathered(trainer.sharded for trainer in TRAINERS))
@@ -111,6 +110,13 @@ STEP_NAMES: dict[str, Pattern[str]] = {
 # Words whose number tells one run from another (the stages and ingredients of OLMo 2).
 NUMBERS_A_RUN = r"(?i:(?<![a-z])(?:stage|ingredient|seed|fold|trial|version)[-_=]?\d+)"
 
+# The value of a metric, whatever its sign and notation: "val_loss=-3e-05", "acc=1", "loss=inf".
+METRIC = re.compile(
+    r"(?<![a-z])(?!(?:global_step|step|iteration|iter|epoch|ep|ba)=)(?P<name>[a-z][a-z0-9_]*)="
+    r"[-+]?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|inf|nan)",
+    re.IGNORECASE,
+)
+
 # Lightning's suffix for a name that was taken, by an earlier run.
 VERSION = re.compile(r"-v(\d+)$")
 
@@ -143,7 +149,7 @@ NOT_A_STEP: dict[str, Pattern[str]] = {
     ),
     "one shard or rank of a model": re.compile(
         SHARD_NUMBER.pattern + r"|^__\d+_\d+$|^mp_rank_\d+|(?:^|_)zero_pp_rank_\d+"
-        r"|model_world_size_\d+_rank_\d+|(?:^|[_-])rank[_-]?[1-9]\d*(?:[._]|$)"
+        r"|model_world_size_\d+_rank_\d+|(?:^|[_-])rank[_-]?[1-9]\d*$"
         r"|^layer_\d+-model_\d+|^expp_rank_|^consolidated\.\d+|_of_\d+|pp-rank-\d+-of-|^shard-\d+-",
         re.IGNORECASE,
     ),

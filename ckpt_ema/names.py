@@ -34,12 +34,13 @@ def numbers_in(stem: str) -> dict[str, int]:
 
 
 def slots_in(stem: str) -> list[int]:
-    """Every integer in a name, decimals left out.
+    """Every integer in a name; decimals and the values of metrics are left out.
 
-    >>> slots_in("Llama-3.1-8B-lora-000010")
-    [8, 10]
+    >>> slots_in("Llama-3.1-8B-lora-000010"), slots_in("epoch=3-acc=1")
+    ([8, 10], [3])
     """
-    return [int(digits) for digits in re.findall(r"\d+", re.sub(r"\d+\.\d+", "", stem))]
+    bare = layouts.METRIC.sub("", stem)
+    return [int(digits) for digits in re.findall(r"\d+", re.sub(r"\d+\.\d+", "", bare))]
 
 
 def form_of(stem: str) -> str:
@@ -49,7 +50,10 @@ def form_of(stem: str) -> str:
 
     >>> form_of("epoch=1-step=100"), form_of("net-0.5-12"), form_of("stage2-step100")
     ('epoch=<n>-step=<n>', 'net-<f>-<n>', 'stage2-step<n>')
+    >>> form_of("epoch=1-loss=-3e-05")
+    'epoch=<n>-loss=<f>'
     """
+    stem = layouts.METRIC.sub(lambda match: f"{match['name']}=<f>", stem)
     words = layouts.NUMBERS_A_RUN if len(slots_in(stem)) > 1 else r"(?!)"
     return re.sub(
         rf"(?P<run>{words})|(?P<f>\d+\.\d+)|(?P<n>\d+)",
@@ -75,15 +79,23 @@ def _escaped(text: str) -> str:
     return re.sub(r"([.^$*+?{}\[\]\\|()])", r"\\\1", text)
 
 
+def bare_of(form: str) -> str:
+    """The name of a series without its numbers and the words that go with them.
+
+    >>> bare_of("lora-<n>"), bare_of("lora-step<n>"), bare_of("<n>_adapters"), bare_of("step_<n>")
+    ('lora', 'lora', 'adapters', '')
+    """
+    words = r"(?:(?<![a-z])at-)?(?:global_?step|step|iteration|iter|epoch|ep|checkpoint)?"
+    return re.sub(rf"[-_=.]?{words}[-_=]?<n>[-_]?", "", form, flags=re.IGNORECASE)
+
+
 def is_unnumbered_of(stem: str, form: str) -> bool:
     """Whether a name without a number is that of a series with its number left out.
 
     >>> is_unnumbered_of("lora", "lora-<n>"), is_unnumbered_of("vae", "lora-<n>")
     (True, False)
     """
-    words = r"(?:global_?step|step|iteration|iter|epoch|ep|checkpoint)?"
-    bare = re.sub(rf"[-_=.]?{words}[-_=]?<n>[-_]?", "", form, flags=re.IGNORECASE)
-    return bool(bare) and stem == bare
+    return stem == bare_of(form) != ""
 
 
 def why_not_a_step(name: str, stem: str) -> str | None:

@@ -21,8 +21,8 @@ from ckpt_ema.options import Options
 
 Read = Callable[[Weights], Specs]
 
-# Units of numbers in names that may count steps.
-_AS_STEP = ("step", "checkpoint", "number")
+# Units of numbers in names that may count steps; others do not.
+STEP_UNITS = ("step", "checkpoint", "number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +33,12 @@ class Checkpoint:
     step: int | None  # in `unit`
     weights: Weights
     unit: str = "step"  # what the trainer counts: "step", "epoch", "save" (an index), ...
+    name: str = ""  # what to call it; that of its path unless given
+    is_given: bool = False  # a person named it, so it is never left out in passing
 
-    @property
-    def name(self) -> str:
-        """What to call it."""
-        return self.path.name
+    def __post_init__(self) -> None:
+        """Take the name of the path."""
+        object.__setattr__(self, "name", self.name or self.path.name)
 
 
 @dataclass(slots=True)
@@ -88,7 +89,7 @@ def ordered(entries: Sequence[Entry], options: Options, read: Read) -> list[Chec
     checkpoints = []
     for key, entry in rows:
         step = None if unit == "time" else key
-        checkpoints.append(Checkpoint(entry.path, step, entry.weights, unit))
+        checkpoints.append(Checkpoint(entry.path, step, entry.weights, unit, entry.label))
     for (key, earlier), (next_key, later) in pairwise(rows):
         if key == next_key:
             raise _same_step(earlier, later, unit, key)
@@ -100,30 +101,51 @@ def _keys(entries: Sequence[Entry], options: Options, read: Read) -> tuple[str, 
     matches = [re.search(options.pattern, e.label) for e in entries] if options.pattern else []
     if matches and all(match and match.groups() for match in matches):
         return "step", [_group(match) for match in matches if match]
+    _check_versions(entries)
+    beside = _keys_beside(entries, options, read) if options.order != "name" else None
+    if beside:
+        return beside
+    named = named_keys(entries) if options.order != "metadata" else None
+    if named:
+        if options.order == "auto":
+            _check_rises(entries, *named, read)
+        return named
+    return _keys_inside(entries, read)
+
+
+def _keys_beside(
+    entries: Sequence[Entry], options: Options, read: Read
+) -> tuple[str, list[int]] | None:
+    """The numbers that are told beside the weights or in a header, where all entries have them."""
     claims = [claims_of(entry, read, inside=False) for entry in entries]
-    names = [numbers_in(entry.stem) for entry in entries]
-    if options.order != "name":
-        for unit in ("step", "epoch", "time"):
-            if all(unit in claim for claim in claims):
-                keys = [claim[unit] for claim in claims]
-                if options.order == "auto":
-                    _check_names(entries, unit, keys, names)
-                return unit, keys
     if all(layouts.NAMED_BY_DATE.search(entry.stem) for entry in entries):
         return "time", _by_date(entries, [claim.get("time") for claim in claims])
+    for unit in ("step", "epoch"):
+        if all(unit in claim for claim in claims):
+            keys = [claim[unit] for claim in claims]
+            if options.order == "auto":
+                _check_names(entries, unit, keys)
+            return unit, keys
+    return None
+
+
+def named_keys(entries: Sequence[Entry]) -> tuple[str, list[int]] | None:
+    """The numbers that names give, with what they count; None if they give no order."""
+    names = [numbers_in(entry.stem) for entry in entries]
     for unit in ("step", "epoch", "checkpoint", "number"):
         if all(unit in numbers for numbers in names):
             keys = [numbers[unit] for numbers in names]
-            if options.order == "metadata":
-                break
-            if options.order == "auto":
-                _check_inside(entries, unit, keys, read)
-            return _named_unit(entries, unit), keys
-    if options.order != "metadata":
-        slots = _varying_slot(entries)
-        if slots:
-            return "number", slots
-    return _keys_inside(entries, read)
+            return ("save" if _count_saves(entries, keys) else unit), keys
+    slots = _varying_slot(entries)
+    return ("number", slots) if slots else None
+
+
+def _count_saves(entries: Sequence[Entry], keys: Sequence[int]) -> bool:
+    """Whether the numbers are accelerate's, which count saves and say nothing of distances."""
+    consecutive = sorted(keys) == list(range(min(keys), min(keys) + len(keys)))
+    return consecutive and all(
+        layouts.SAVE_INDEX.search(entry.stem) and os.path.isdir(entry.path) for entry in entries
+    )
 
 
 def _group(match: re.Match[str]) -> int:
@@ -144,19 +166,27 @@ def _by_date(entries: Sequence[Entry], times: Sequence[int | None]) -> list[int]
     return [keys[entry.path] for entry in entries]
 
 
-def _named_unit(entries: Sequence[Entry], unit: str) -> str:
-    if unit == "checkpoint":
-        is_save = all(layouts.SAVE_INDEX.search(entry.stem) for entry in entries)
-        return "save" if is_save and os.path.isdir(entries[0].path) else unit
-    return unit
+def _check_versions(entries: Sequence[Entry]) -> None:
+    """Refuse a mixture of Lightning's versions: files of one name from two runs."""
+    first = next((entry for entry in entries if entry.is_version), None)
+    if first is None or len({entry.label[len(entry.stem) :] for entry in entries}) == 1:
+        return
+    suffix = first.label[len(first.stem) :].removesuffix(".ckpt")
+    plain = next(entry for entry in entries if entry.label[len(entry.stem) :] != f"{suffix}.ckpt")
+    same = next((e for e in entries if e is not first and e.stem == first.stem), None)
+    what = "are the same step from two runs" if same else "are from two runs"
+    raise RefusedError(
+        f"{printable((same or plain).label)} and {printable(first.label)} {what} (Lightning adds"
+        f" {suffix} when a name is taken).",
+        rf"Keep one set: --pattern '(?<!{suffix})\.ckpt$' or --pattern '{suffix}\.ckpt$'.",
+    )
 
 
-def _check_names(
-    entries: Sequence[Entry], unit: str, keys: Sequence[int], names: Sequence[dict[str, int]]
-) -> None:
+def _check_names(entries: Sequence[Entry], unit: str, keys: Sequence[int]) -> None:
     """Refuse entries that say another step inside than in their names."""
-    for entry, key, numbers in zip(entries, keys, names, strict=True):
-        units = _AS_STEP if unit == "step" else (unit,)
+    for entry, key in zip(entries, keys, strict=True):
+        numbers = numbers_in(entry.stem)
+        units = STEP_UNITS if unit == "step" else (unit,)
         named = next((numbers[word] for word in units if word in numbers), key)
         if named != key:
             source = claims_beside(entry.path, stem_of(entry.path.name)).source
@@ -167,21 +197,24 @@ def _check_names(
             )
 
 
-def _check_inside(entries: Sequence[Entry], unit: str, keys: Sequence[int], read: Read) -> None:
-    """Refuse torch files whose order by name is not that of the steps inside them."""
-    if os.path.isdir(entries[0].path):
-        return
-    rows = sorted(zip(keys, entries, strict=True), key=lambda row: row[0])
-    steps = [claims_of(entry, read, inside=True).get("step") for _, entry in rows]
-    for (_, earlier), (_, later), (first, second) in zip(
-        rows, rows[1:], pairwise(steps), strict=False
-    ):
-        if first is not None and second is not None and first > second:
-            raise RefusedError(
-                f"{printable(earlier.label)} says step {first} inside and {printable(later.label)}"
-                f" says step {second}, though the {unit} in their names rises. Was one renamed?",
-                "Order by what they hold (--order metadata) or by the names (--order name).",
-            )
+def _check_rises(entries: Sequence[Entry], unit: str, keys: Sequence[int], read: Read) -> None:
+    """Refuse names whose order is not that of the epochs in them, or of the steps in the files."""
+    rows = [entry for _, entry in sorted(zip(keys, entries, strict=True), key=lambda row: row[0])]
+    epochs = [numbers_in(entry.stem).get("epoch") for entry in rows]
+    steps = [
+        None if os.path.isdir(entry.path) else claims_of(entry, read, inside=True).get("step")
+        for entry in rows
+    ]
+    for what, numbers in (("epoch", epochs), ("step", steps)):
+        for (earlier, first), (later, second) in pairwise(zip(rows, numbers, strict=True)):
+            if first is not None and second is not None and first > second:
+                raise RefusedError(
+                    f"{printable(earlier.label)} has {what} {first} and {printable(later.label)}"
+                    f" has {what} {second}, though the {unit} in their names rises. Was one"
+                    " renamed, or are they two runs?",
+                    "Order by what they hold (--order metadata), by the names (--order name), or"
+                    " by one number in them, such as --pattern 'epoch[-_=]?(?P<step>[0-9]+)'.",
+                )
 
 
 def _varying_slot(entries: Sequence[Entry]) -> list[int] | None:
@@ -189,6 +222,12 @@ def _varying_slot(entries: Sequence[Entry]) -> list[int] | None:
     slots = [slots_in(entry.stem) for entry in entries]
     if len(entries) == 1:
         return [slots[0][-1]] if slots[0] else None
+    if all(re.search(layouts.NUMBERS_A_RUN, entry.stem) for entry in entries):
+        raise RefusedError(
+            f"{printable(entries[0].label)} and {printable(entries[1].label)} are numbered as runs,"
+            " not as moments of one; averaging across runs is not a trajectory.",
+            "If they are steps all the same, say so with --pattern '([0-9]+)'.",
+        )
     if len({len(row) for row in slots}) != 1:
         return None
     varying = [list(column) for column in zip(*slots, strict=True) if len(set(column)) > 1]
@@ -210,16 +249,7 @@ def _keys_inside(entries: Sequence[Entry], read: Read) -> tuple[str, list[int]]:
 
 
 def _same_step(earlier: Entry, later: Entry, unit: str, key: int) -> RefusedError:
-    one, other = printable(earlier.label), printable(later.label)
-    if earlier.is_version or later.is_version:
-        version = later.label[len(later.stem) :] if later.is_version else "-v1.ckpt"
-        suffix = version.removesuffix(".ckpt")
-        return RefusedError(
-            f"{one} and {other} are the same {unit} from two runs (Lightning adds {suffix} when a"
-            " name is taken).",
-            rf"Keep one set: --pattern '(?<!{suffix})\.ckpt$' or --pattern '{suffix}\.ckpt$'.",
-        )
     return RefusedError(
-        f"{one} and {other} are both {unit} {key}.",
+        f"{printable(earlier.label)} and {printable(later.label)} are both {unit} {key}.",
         "Choose with --pattern, or pass the checkpoints that belong together, oldest first.",
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from ckpt_ema import layouts
 from ckpt_ema.compare import same_values
 from ckpt_ema.errors import RefusedError, printable
-from ckpt_ema.names import pattern_of
+from ckpt_ema.names import bare_of, pattern_of
 from ckpt_ema.options import Options
 from ckpt_ema.order import Entry, Read, claims_of
 from ckpt_ema.scan import Scan
@@ -23,8 +23,11 @@ def one_series(run: Path, scan: Scan, options: Options, read: Read) -> list[Entr
     pattern = re.compile(options.pattern or "")
     if pattern.groups:
         return everything
-    if options.order != "name" and all(
-        "step" in claims_of(entry, read, inside=False) for entry in everything
+    one_name = len({bare_of(form) for form in series}) == 1
+    if (
+        one_name
+        and options.order != "name"
+        and all("step" in claims_of(entry, read, inside=False) for entry in everything)
     ):
         return _merged(everything, read, scan.left_out)
     several = {form: members for form, members in series.items() if len(members) > 1} or series

@@ -214,7 +214,7 @@ TRAINERS = (
         name="NeMo 2",
         tier="R",
         entry="name-epoch=3-step=1000/",
-        weights="weights/ and context/",
+        weights="weights/ and context/ (hf_weights/ is read where it was exported)",
         models=("hf_weights",),
         refusals=(
             _refusal(
@@ -344,7 +344,6 @@ TRAINERS = (
         tier="1",
         entry="12epoch.pth, epoch_12.pt, checkpoint-4000.pt",
         weights="the top, or model",
-        undone=(),
     ),
     Trainer(
         name="SpeechBrain",

@@ -33,9 +33,22 @@ AVERAGED_KEYS = (
     "state.ema",
 )
 # Keys whose dicts of tensors are no model.
-_STATE_WORDS = ("optim", "sched", "scaler", "rng", "sampler", "callback", "loop", "averaging_state")
+_STATE_WORDS = (
+    *("optim", "sched", "scaler", "rng", "sampler", "callback", "loop", "averaging_state"),
+    *("train_state", "dataloader"),
+)
 
-_STEP_KEYS = ("global_step", "iteration", "batch_idx_train", "num_updates", "iter_num", "meta.iter")
+_STEP_KEYS = (
+    "global_step",
+    "iteration",
+    "batch_idx_train",
+    "num_updates",
+    "iter_num",
+    "meta.iter",
+    "step",
+    "steps",
+    "iter",
+)
 _EPOCH_KEYS = ("epoch", "meta.epoch", "cur_epoch")
 
 ALREADY_AVERAGED = (
@@ -107,11 +120,22 @@ def _at(root: Any, key: str) -> Any:
 
 
 def _is_model(value: Any, tensor: _Kind) -> TypeGuard[dict[str, Any]]:
+    """Whether it is a dict of tensors and not of models, which a lone tensor may lie beside."""
     return (
         isinstance(value, dict)
         and any(isinstance(item, tensor) for item in value.values())
         and all(isinstance(name, str) and _is_text(name) for name in value)
+        and not any(_holds_tensors(item, tensor) for key, item in value.items() if _may_be(key))
     )
+
+
+def _holds_tensors(value: Any, tensor: _Kind) -> bool:
+    return isinstance(value, dict) and any(isinstance(item, tensor) for item in value.values())
+
+
+def _may_be(key: Any) -> bool:
+    """Whether what is under a key may be a model and no state of the training."""
+    return isinstance(key, str) and not any(word in key.lower() for word in _STATE_WORDS)
 
 
 def _is_text(name: str) -> bool:
@@ -127,7 +151,7 @@ def _models_in(root: Mapping[Any, Any], tensor: _Kind) -> dict[str, Any]:
     """Every dict of tensors at the first two levels that is not state of the training."""
     found = {}
     for key, value in root.items():
-        if not isinstance(key, str) or any(word in key.lower() for word in _STATE_WORDS):
+        if not _may_be(key):
             continue
         if _is_model(value, tensor):
             found[key] = value
@@ -136,9 +160,7 @@ def _models_in(root: Mapping[Any, Any], tensor: _Kind) -> dict[str, Any]:
                 {
                     f"{key}.{inner}": item
                     for inner, item in value.items()
-                    if _is_model(item, tensor)
-                    and isinstance(inner, str)
-                    and not any(word in inner.lower() for word in _STATE_WORDS)
+                    if _may_be(inner) and _is_model(item, tensor)
                 }
             )
     return found
@@ -189,7 +211,7 @@ def _under_known_key(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model
             f"Choose with --key {printable(next(iter(found)))}.",
         )
     if not found:
-        pickled = [key for key in ("model", "ema", *MODEL_KEYS) if _class_name(_at(root, key))]
+        pickled = [key for key in ("ema", *MODEL_KEYS) if _class_name(_at(root, key))]
         if pickled and not _is_model(root, tensor):
             raise _pickled(path, _class_name(_at(root, pickled[0])) or "object")
         return None
