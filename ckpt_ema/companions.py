@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Collection
 from pathlib import Path
+from re import Pattern
 from typing import NamedTuple
 
 from ckpt_ema.configs import ADAPTER_CONFIG
@@ -17,9 +18,12 @@ from ckpt_ema.errors import RefusedError, printable
 from ckpt_ema.layouts import (
     COMPONENT,
     CONFIG_FILES,
+    MODEL_TEXTS,
+    NO_CHECKPOINTS,
     PIPELINE_LIST,
     PROCESSOR_STATE,
     STAYS_BEHIND,
+    TOKENIZER_FILES,
     WEIGHTS_LIKE,
 )
 
@@ -39,28 +43,33 @@ class Companions(NamedTuple):
 
 
 def companions(
-    folder: Path, averaged: Collection[str], run: Path, config_from: Path | None, *, is_file: bool
+    folder: Path,
+    averaged: Collection[str],
+    run: Path | None,
+    config_from: Path | None,
+    *,
+    is_file: bool,
 ) -> Companions:
     """The companions of the newest checkpoint, whose model is in `folder`.
 
-    `averaged` are the files in it that become the average, `run` is the run's folder, `is_file`
-    says that the checkpoint is one file among others, so that nothing beside it is its own.
-    Raises `RefusedError` if a folder cannot be listed.
+    `averaged` are the files in it that become the average, `run` is the run's folder (None if the
+    checkpoints have none in common), `is_file` says that the checkpoint is one file among others,
+    so that nothing beside it is its own. Raises `RefusedError` if a folder cannot be listed.
     """
-    found: dict[str, Path] = {}
+    own: dict[str, Path] = {}
     models: list[str] = []
     try:
-        if config_from is not None:
-            _check_folder(config_from)
-            _add_from(config_from, found, averaged)
-        elif not is_file and (run / PIPELINE_LIST).is_file():
-            _add_pipeline(run, found, averaged)
-        elif is_file or not ((folder / "config.json").exists() or _is_pipeline(averaged)):
-            _add_configs(run, found)
-        if not is_file:
-            own: dict[str, Path] = {}
+        if not is_file and (folder / PIPELINE_LIST).is_file():
+            _add_pipeline(folder, own, averaged)
+        elif not is_file:
             _walk(folder, "", averaged, own, models)
-            found.update(own)  # the checkpoint's own files are newer than those of its run
+        found = {**_of_run(run, averaged, own, is_file), **own}
+        if config_from is not None:
+            # What was asked for wins, but for the configuration of a component that is averaged.
+            chosen = _chosen(config_from, averaged).items()
+            found.update(
+                {name: path for name, path in chosen if "/" not in name or name not in own}
+            )
     except OSError as error:
         raise RefusedError(
             f"{printable(error.filename)} cannot be listed: {error.strerror}."
@@ -69,29 +78,51 @@ def companions(
     return Companions(tuple(Companion(name, found[name]) for name in kept), tuple(sorted(models)))
 
 
+def _of_run(
+    run: Path | None, averaged: Collection[str], own: dict[str, Path], is_file: bool
+) -> dict[str, Path]:
+    """What the run keeps once for all checkpoints, where the checkpoint lacks it."""
+    found: dict[str, Path] = {}
+    if run is None or not run.is_dir():
+        return found
+    if not is_file and (run / PIPELINE_LIST).is_file():
+        _add_pipeline(run, found, averaged)
+        return found
+    if is_file or not (own.keys() & {"config.json", ADAPTER_CONFIG} or _is_pipeline(averaged)):
+        return _top_level(run, CONFIG_FILES)
+    return {} if any(map(TOKENIZER_FILES.search, own)) else _top_level(run, TOKENIZER_FILES)
+
+
+def _chosen(config_from: Path, averaged: Collection[str]) -> dict[str, Path]:
+    """The files of a model or pipeline that a person chose."""
+    if not config_from.is_dir():
+        raise RefusedError(f"--config-from {printable(config_from)} is no folder.")
+    found: dict[str, Path] = {}
+    if (config_from / PIPELINE_LIST).is_file():
+        _add_pipeline(config_from, found, averaged)
+    else:
+        found = {
+            name: path
+            for name, path in _top_level(config_from, MODEL_TEXTS).items()
+            if not STAYS_BEHIND.search(name)
+        }
+    if not found:
+        raise RefusedError(f"--config-from {printable(config_from)} holds no configuration.")
+    return found
+
+
+def _top_level(folder: Path, names: Pattern[str]) -> dict[str, Path]:
+    with os.scandir(folder) as entries:
+        return {
+            entry.name: Path(entry.path)
+            for entry in entries
+            if names.search(entry.name) and entry.is_file()
+        }
+
+
 def _is_pipeline(averaged: Collection[str]) -> bool:
     """Whether the averaged files are components, which have their configurations beside them."""
     return all(COMPONENT.search(name.split("/")[0]) for name in averaged)
-
-
-def _check_folder(config_from: Path) -> None:
-    if not config_from.is_dir():
-        raise RefusedError(f"--config-from {printable(config_from)} is no folder.")
-
-
-def _add_from(folder: Path, found: dict[str, Path], averaged: Collection[str]) -> None:
-    if (folder / PIPELINE_LIST).is_file():
-        _add_pipeline(folder, found, averaged)
-    else:
-        _walk(folder, "", averaged, found, [])
-
-
-def _add_configs(run: Path, found: dict[str, Path]) -> None:
-    """The configuration that a trainer keeps once for all checkpoints."""
-    if run.is_dir():
-        for entry in os.scandir(run):
-            if CONFIG_FILES.search(entry.name) and entry.is_file():
-                found[entry.name] = Path(entry.path)
 
 
 def _add_pipeline(pipeline: Path, found: dict[str, Path], averaged: Collection[str]) -> None:
@@ -133,7 +164,8 @@ def _walk(
             continue
         # Links to files are followed (the Hub's cache is made of them), links to folders are not.
         if entry.is_dir(follow_symlinks=False):
-            folders.append(entry)
+            if not NO_CHECKPOINTS.search(entry.name):
+                folders.append(entry)
         elif entry.is_file():
             files.append(entry)
     has_weights = any(_is_weights(entry.name) for entry in files)

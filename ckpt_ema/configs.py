@@ -18,10 +18,12 @@ _ADAPTER_FIELDS = (
     "lora_alpha",
     "target_modules",
     "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
     "use_rslora",
     "use_dora",
-    "base_model_name_or_path",
 )
+_BASE = "base_model_name_or_path"
 # Fields of a model's configuration that say nothing about the model.
 _UNIMPORTANT = ("transformers_version", "_name_or_path", "_diffusers_version", "use_cache")
 # The same facts in the headers of kohya's files.
@@ -43,7 +45,11 @@ def check_configs(
         _check(both, specs.metadata[0], checkpoints[-1].metadata[0], _HEADER_FIELDS)
         adapter = _read(folder / ADAPTER_CONFIG) if newest_adapter else b""
         if adapter != newest_adapter:
-            _check(both, _content(adapter), _content(newest_adapter), _ADAPTER_FIELDS)
+            one, other = _content(adapter), _content(newest_adapter)
+            _check(both, one, other, _ADAPTER_FIELDS)
+            # The same base model may have been read from another place.
+            if one and one.get(_BASE) != other.get(_BASE):
+                different.setdefault(_BASE, name)
         model = _read(folder / _MODEL_CONFIG) if newest_model else b""
         if model and model != newest_model:
             one, other = _content(model), _content(newest_model)
@@ -53,8 +59,9 @@ def check_configs(
     if not different:
         return []
     first = printable(next(iter(different.values())))
+    file = _MODEL_CONFIG if newest_model else ADAPTER_CONFIG
     return [
-        f"{_MODEL_CONFIG} of {first} and of {printable(names[-1])} differ in"
+        f"{file} of {first} and of {printable(names[-1])} differ in"
         f" {some(sorted(different))}; the output has the newest's."
     ]
 

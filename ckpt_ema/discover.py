@@ -20,7 +20,7 @@ from ckpt_ema.names import form_of, is_unnumbered_of, numbers_in, stem_of
 from ckpt_ema.options import Options, flag
 from ckpt_ema.order import Checkpoint, Entry, Read, named_keys, ordered
 from ckpt_ema.scan import Scan, container, is_hub_cache, scan
-from ckpt_ema.series import one_series, without_copies
+from ckpt_ema.series import ONLY_ONE, one_series, without_copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +145,14 @@ def _common_root(checkpoints: Sequence[Checkpoint]) -> Path:
 # --- A folder ---------------------------------------------------------------------------------
 
 
-def _in_run(run: Path, options: Options, read: Read) -> Found:
+def _in_run(run: Path, options: Options, read: Read, *, given: Path | None = None) -> Found:
     if run.name == "snapshots" and is_hub_cache(run.parent):
         run = run.parent  # revisions have their names there
     scanned = scan(run, options)
     if not scanned.series or _are_stray_files(scanned.series):
         inner = None if scanned.series or scanned.blocked else container(run, options)
         if inner:
-            return replace(_in_run(inner, options, read), root=run)
+            return replace(_in_run(inner, options, read, given=run), root=run)
         alone = _alone(run, scanned, options)
         if alone:
             return Found(_common_root([alone]), (alone,))
@@ -162,14 +162,29 @@ def _in_run(run: Path, options: Options, read: Read) -> Found:
     members = ordered(without_copies(entries, options, scanned.left_out), options, read)
     aliases = _candidates_for_alias(scanned, forms)
     checkpoints, remarks = resolve_aliases(members, aliases, options, read, scanned.left_out)
-    checkpoints += [_appended(run / name, members, options) for name in options.append]
+    for name in options.append:
+        path = run / name if given is None or os.path.lexists(run / name) else given / name
+        checkpoints.append(_appended(path, members, options))
     unfinished = [path for path in scanned.without_weights if form_of(path.name) in forms]
     warnings = [
         f"{printable(path)} holds no model: an unfinished save? It is left out."
         for path in unfinished
     ]
-    left_out = _with_own_model(run, scanned.left_out)
+    left_out = _with_own_model(run, scanned)
+    warnings += _later_ones_left_out(members[-1], left_out)
     return Found(run, tuple(checkpoints), tuple(left_out), (*warnings, *remarks))
+
+
+def _later_ones_left_out(newest: Checkpoint, left_out: list[tuple[Path, str]]) -> list[str]:
+    """A warning if what is left out seems to be a later step than the newest."""
+    for path, why in left_out:
+        number = numbers_in(stem_of(path.name)).get(newest.unit)
+        if why == ONLY_ONE and number is not None and number > (newest.step or 0):
+            return [
+                f"{printable(path.name)} seems to come after {printable(newest.name)}, and is left"
+                " out since its name is not like the others'; --pattern can take it in."
+            ]
+    return []
 
 
 def _alone(run: Path, scanned: Scan, options: Options) -> Checkpoint | None:
@@ -197,13 +212,12 @@ def _alone(run: Path, scanned: Scan, options: Options) -> Checkpoint | None:
     )
 
 
-def _with_own_model(run: Path, left_out: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
+def _with_own_model(run: Path, scanned: Scan) -> list[tuple[Path, str]]:
     """What is left out, with the run's own model said once, however many shards it has."""
-    own = [name for name in layouts.FOLDER_WEIGHTS if name in names_in(run)]
-    if not own:
-        return left_out
-    others = [(path, why) for path, why in left_out if not _is_shard(path, run)]
-    return [*others, (run / own[0], "the run's own model, not a step")]
+    if scanned.own_model is None:
+        return scanned.left_out
+    others = [(path, why) for path, why in scanned.left_out if not _is_shard(path, run)]
+    return [*others, (scanned.own_model, "the run's own model, not a step")]
 
 
 def _is_shard(path: Path, run: Path) -> bool:

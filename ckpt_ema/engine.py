@@ -65,7 +65,7 @@ def run(
         alike = job.twins.found
         if alike and not plan.options.allow_duplicates:
             earlier, later = plan.checkpoints[alike[0] - 1], plan.checkpoints[alike[0]]
-            raise same_values(earlier.path.name, later.path.name)
+            raise same_values(earlier.name, later.name)
     finally:
         sources.close()
 

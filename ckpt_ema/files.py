@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ckpt_ema.errors import FailedError, RefusedError, printable
+from ckpt_ema.errors import FailedError, IncompleteError, RefusedError, printable
 
 
 class OpenFile(NamedTuple):
@@ -78,7 +78,7 @@ def _open(path: str) -> int:
         # Without O_NONBLOCK, opening a FIFO that nobody writes to would hang.
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise RefusedError(f"{printable(path)} does not exist.") from error
+        raise IncompleteError(f"{printable(path)} does not exist.") from error
     except OSError as error:
         raise RefusedError(f"{printable(path)} cannot be opened: {error.strerror}.") from error
     except ValueError as error:  # a NUL in the name

@@ -187,13 +187,19 @@ STAYS_BEHIND = re.compile(
     re.IGNORECASE,
 )
 # Files that a trainer keeps once, in the run's folder, for all checkpoints.
+_TOKENIZER = (
+    r"^(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template)[^/]*"
+    r"\.(json|txt|model|jinja)$"
+)
+TOKENIZER_FILES = re.compile(_TOKENIZER, re.IGNORECASE)
 CONFIG_FILES = re.compile(
     r"^(config|generation_config|adapter_config|model_config|preprocessor_config|processor_config"
     r"|hyperparameters|hparams|train)\.(json|yaml|yml)$"
-    r"|^(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template)[^/]*\.(json|txt|model|jinja)$"
-    r"|^dict\..*\.txt$|^(tokens|units)\.txt$",
+    r"|^dict\..*\.txt$|^(tokens|units)\.txt$|" + _TOKENIZER,
     re.IGNORECASE,
 )
+# What a model's folder may hold beside its weights, as far as names tell.
+MODEL_TEXTS = re.compile(r"\.(json|yaml|yml|txt|model|jinja|py|tiktoken)$", re.IGNORECASE)
 
 WEIGHTS_LIKE = re.compile(
     r"(\.safetensors|\.ckpt|\.pth|\.pt|\.bin|\.tar|\.lora|\.pkl|\.npz|\.h5|\.msgpack|\.onnx|\.gguf"

@@ -4,6 +4,7 @@ The order in which names are tried is that of the loaders. Where a checkpoint ho
 weights, it stops and says which option chooses.
 """
 
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -76,13 +77,10 @@ def kind_of(path: Path) -> str | None:
 def _in_folder(folder: Path, options: Options, names: set[str] | None = None) -> Weights | None:
     names = names_in(folder) if names is None else names
     main = _model_file(folder, names, options)
-    if main is None:
-        return None
-    parts = [Part(main)]
-    parts += _further_models(names)
+    parts = [Part(main), *_further_models(names)] if main else []
     if layouts.MODULES_LIST in names:
-        parts += _modules(folder, names, options)
-    return Weights(folder, tuple(parts))
+        parts += _modules(folder, options)
+    return Weights(folder, tuple(parts)) if parts else None
 
 
 def _model_file(folder: Path, names: set[str], options: Options) -> str | None:
@@ -124,11 +122,18 @@ def _further_models(names: set[str]) -> list[Part]:
     return [Part(name, f"{model}/") for model, name in sorted(found.items())]
 
 
-def _modules(folder: Path, names: set[str], options: Options) -> list[Part]:
+def _modules(folder: Path, options: Options) -> list[Part]:
+    """The modules of a model that have weights and a folder of their own, in the list's order."""
+    try:
+        listed = json.loads((folder / layouts.MODULES_LIST).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RefusedError(f"{printable(folder / layouts.MODULES_LIST)} is no list.") from error
     parts = []
-    for name in sorted(names):
-        if layouts.MODULE_FOLDER.search(name) and os.path.isdir(folder / name):
-            file = _model_file(folder / name, names_in(folder / name), options)
+    for module in listed if isinstance(listed, list) else []:
+        name = module.get("path") if isinstance(module, dict) else None
+        if isinstance(name, str) and name and os.path.basename(name) == name and name != "..":
+            inside = folder / name
+            file = _model_file(inside, names_in(inside), options) if inside.is_dir() else None
             if file:
                 parts.append(Part(f"{name}/{file}", f"{name}/"))
     return parts
@@ -147,8 +152,13 @@ def _component(path: Path, component: str, options: Options) -> Weights | Blocke
             or _distributed(inside)
             or _sign_of_another_form(_names_below(inside))
         )
-    file = f"{component}.ckpt"
-    return Weights(path, (Part(file),)) if _exists(path / file) else None
+    files = [
+        name
+        for name in sorted(names_in(path))
+        if layouts.WEIGHTS_EXTENSION.search(name)
+        and layouts.WEIGHTS_EXTENSION.sub("", name) == component
+    ]
+    return Weights(path, (Part(files[0]),)) if len(files) == 1 else None
 
 
 def _pipeline(path: Path, component: str | None = None) -> Weights | None:
@@ -227,10 +237,8 @@ def _names_below(folder: Path) -> Iterator[str]:
             folders.clear()
         for name in sorted(files):
             count += 1
-            yield prefix + name
+            # State of the training is in many forms beside models that are read.
+            if not layouts.STAYS_BEHIND.search(name):
+                yield prefix + name
         if count > _MOST_NAMES:
             return
-
-
-def _exists(path: Path) -> bool:
-    return os.path.lexists(path)

@@ -19,6 +19,8 @@ CHOICES = {
     "accumulate": ("float64", "float32"),
 }
 
+# Extensions of models in other formats, which a folder would hardly be called by.
+_NOT_WRITTEN = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".gguf")
 _MOST = {"threads": 1024, "tile_elements": 1 << 28}
 
 
@@ -62,6 +64,17 @@ class Options:
             if number is not None and not 1 <= number <= most:
                 raise OptionError(f"{flag(name)} is {number}; it must lie between 1 and {most}.")
         decays(1, self.schedule, self.decay)
+        for name in ("pattern", "component", "key", "strip_prefix"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise OptionError(f"{flag(name)} is {value!r}; it must be a text.")
+        if isinstance(self.append, str | os.PathLike):
+            raise OptionError("append must be a list of names, not one name.")
+        if self.output is not None and os.fspath(self.output).endswith(_NOT_WRITTEN):
+            raise OptionError(
+                f"--output {os.fspath(self.output)!r}: only .safetensors files and folders are"
+                " written."
+            )
         try:
             re.compile(self.pattern or "")
         except re.error as error:

@@ -116,7 +116,9 @@ def make_indexes(files: Sequence[OutputFile], newest: Sequence[str]) -> list[tup
 def _make_index(files: Sequence[OutputFile], newest: str) -> tuple[str, bytes]:
     """The name and the content of the index over the shards `files`."""
     folder, name = os.path.split(newest)
-    stem = name.split(".safetensors")[0] if is_safetensors(name) else "model"
+    stem = SHARD_NUMBER.sub("", os.path.basename(files[0].name).split(".safetensors")[0])
+    if is_safetensors(name):
+        stem = name.split(".safetensors")[0]
     tensors = [(tensor, os.path.basename(f.name)) for f in files for tensor in f.tensors]
     content = {
         "metadata": {
@@ -148,7 +150,10 @@ def _output_name(name: str) -> str:
     stem = WEIGHTS_EXTENSION.sub("", base)
     shard = SHARD_NUMBER.search(stem)
     known = "model"
-    if shard:
+    if shard and base.endswith(".bin"):
+        known = re.sub("^pytorch_model", "model", stem)
+        known = known if _KEEPS_ITS_NAME.search(stem[: shard.start()]) else f"model{shard.group()}"
+    elif shard:
         known += shard.group()
     elif base.endswith(".bin") and _KEEPS_ITS_NAME.search(stem):
         known = re.sub("^pytorch_model", "model", stem)

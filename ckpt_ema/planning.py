@@ -38,6 +38,7 @@ class PlannedCheckpoint:
     """One checkpoint of the plan: its place in the average, and what its headers say."""
 
     path: Path
+    name: str  # what to call it
     step: int | None
     unit: str  # what `step` counts
     gap: int | None  # steps since the checkpoint before, where that is known
@@ -114,13 +115,19 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
 
     @functools.cache
     def read(weights: Weights) -> Specs:
-        return _read(weights, options)
+        specs = read_specs(weights, options.key)
+        if not specs.tensors:
+            raise RefusedError(f"{printable(weights.path)} holds no tensors.")
+        return specs
 
     found = complete(discover(paths, options, read), options, read)
     destination = Path(options.output) if options.output is not None else _sibling(found.root)
     check_destination(destination, [*paths, *_inputs(found)])
     names = [checkpoint.name for checkpoint in found.checkpoints]
-    specs, name_warnings = unified(names, _shared([read(c.weights) for c in found.checkpoints]))
+    specs = [read(checkpoint.weights) for checkpoint in found.checkpoints]
+    if options.strip_prefix:
+        specs = without_prefix(specs, options.strip_prefix)
+    specs, name_warnings = unified(names, _shared(specs))
     folders = [checkpoint.weights.folder for checkpoint in found.checkpoints]
     config_warnings = check_configs(names, folders, specs)
     dtype_warnings = check_alike(names, specs)
@@ -163,15 +170,6 @@ def _inputs(found: Found) -> list[Path]:
     return [*(checkpoint.path for checkpoint in found.checkpoints), *links]
 
 
-def _read(weights: Weights, options: Options) -> Specs:
-    specs = read_specs(weights, options.key)
-    if not specs.tensors:
-        raise RefusedError(f"{printable(weights.path)} holds no tensors.")
-    if options.strip_prefix:
-        return without_prefix(specs, options.strip_prefix, weights.path.name)
-    return specs
-
-
 def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
     """One layout for the whole run: memory does not grow with the number of checkpoints."""
     shared: list[Specs] = []
@@ -190,10 +188,16 @@ def _travelling(
     return companions(
         checkpoint.weights.folder,
         [file.name for file in newest.files],
-        found.root,
+        _shared_folder(found),
         Path(options.config_from) if options.config_from is not None else None,
         is_file=not checkpoint.path.is_dir(),
     )
+
+
+def _shared_folder(found: Found) -> Path | None:
+    """The folder that all checkpoints share; None for a list from several folders."""
+    folders = {os.path.dirname(os.path.abspath(c.path)) for c in found.checkpoints}
+    return found.root if len(folders) == 1 else None
 
 
 def _left_behind(models: Sequence[str]) -> list[str]:
@@ -210,6 +214,8 @@ def _named(path: PathLike) -> Path:
 
 def _sibling(root: Path) -> Path:
     named = _named(root)
+    if not named.name:
+        raise OptionError("The checkpoints share no folder; say where to write with --output.")
     return named.parent / f"{named.name.removesuffix('.safetensors')}-ema"
 
 
@@ -225,7 +231,7 @@ def _planned(
         checkpoints, gaps(checkpoints), [None, *decays], rules.weights(decays), specs, strict=True
     )
     return tuple(
-        PlannedCheckpoint(c.path, c.step, c.unit, gap, decay, weight, c.weights.folder, one)
+        PlannedCheckpoint(c.path, c.name, c.step, c.unit, gap, decay, weight, c.weights.folder, one)
         for c, gap, decay, weight, one in rows
     )
 
@@ -236,7 +242,7 @@ def _provenance(checkpoints: Sequence[PlannedCheckpoint], options: Options) -> d
         "schedule": options.schedule,
         "decay": options.decay,
         "checkpoints": [
-            {"name": checkpoint.path.name, "step": checkpoint.step, "weight": checkpoint.weight}
+            {"name": checkpoint.name, "step": checkpoint.step, "weight": checkpoint.weight}
             for checkpoint in checkpoints
         ],
     }

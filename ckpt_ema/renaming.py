@@ -16,23 +16,29 @@ _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")
 _Tensors = Mapping[str, TensorSpec]
 
 
-def without_prefix(specs: Specs, prefix: str, name: str) -> Specs:
-    """The specs of the checkpoint `name` with `prefix` taken off the tensors that have it.
+def without_prefix(checkpoints: Sequence[Specs], prefix: str) -> list[Specs]:
+    """The checkpoints with `prefix` taken off the tensors that have it.
 
-    Raises `RefusedError` if none has it, or if two tensors would come out with one name.
+    Raises `RefusedError` if none has it, or if two tensors of one would come out with one name.
     """
-    if not any(tensor.startswith(prefix) for tensor in specs.tensors):
+    result = [_stripped(specs, prefix) for specs in checkpoints]
+    if all(one is other for one, other in zip(result, checkpoints, strict=True)):
         raise RefusedError(
-            f"--strip-prefix {printable(prefix)}: no tensor of {printable(name)} begins with it;"
-            f" they are called {some(list(specs.tensors), 3)}."
+            f"--strip-prefix {printable(prefix)}: no tensor begins with it; they are called"
+            f" {some(list(checkpoints[-1].tensors), 3)}."
         )
-    stripped = {tensor.removeprefix(prefix): spec for tensor, spec in specs.tensors.items()}
-    if len(stripped) != len(specs.tensors) or "" in stripped:
+    return result
+
+
+def _stripped(specs: Specs, prefix: str) -> Specs:
+    if not any(name.startswith(prefix) for name in specs.tensors):
+        return specs
+    tensors = {name.removeprefix(prefix): spec for name, spec in specs.tensors.items()}
+    if len(tensors) != len(specs.tensors) or "" in tensors:
         raise RefusedError(
-            f"--strip-prefix {printable(prefix)}: two tensors of {printable(name)} would have one"
-            " name."
+            f"--strip-prefix {printable(prefix)}: two tensors would come out with one name."
         )
-    return replace(specs, tensors=stripped)
+    return replace(specs, tensors=tensors)
 
 
 def unified(names: Sequence[str], checkpoints: Sequence[Specs]) -> tuple[list[Specs], list[str]]:

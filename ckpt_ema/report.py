@@ -1,6 +1,5 @@
 """A plan and a result as lines for a person."""
 
-import os
 from collections.abc import Sequence
 
 from ckpt_ema.averaging import Result
@@ -90,7 +89,7 @@ def _rows(
 ) -> list[tuple[str, str, str, str]]:
     rows = [
         (
-            printable(checkpoint.path.name or os.fspath(checkpoint.path)),
+            printable(checkpoint.name),
             "-" if checkpoint.step is None else str(checkpoint.step),
             "-" if checkpoint.decay is None else f"{checkpoint.decay:.4f}",
             f"{checkpoint.weight:.2%}",

@@ -13,7 +13,7 @@ from ckpt_ema import layouts
 from ckpt_ema.errors import RefusedError, printable, some
 from ckpt_ema.formats.specs import Weights
 from ckpt_ema.locate import Blocked, kind_of, locate, names_in
-from ckpt_ema.names import form_of, numbers_in, slots_in, stem_of, why_not_a_step
+from ckpt_ema.names import form_of, is_unnumbered_of, numbers_in, slots_in, stem_of, why_not_a_step
 from ckpt_ema.options import Options
 from ckpt_ema.order import Entry
 
@@ -24,6 +24,7 @@ class Scan:
 
     series: dict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
     aliases: list[Path] = field(default_factory=list)
+    own_model: Path | None = None  # of the folder itself
     blocked: dict[Path, Blocked] = field(default_factory=dict)
     left_out: list[tuple[Path, str]] = field(default_factory=list)
     without_weights: list[Path] = field(default_factory=list)
@@ -94,7 +95,36 @@ def _scan_folder(run: Path, options: Options) -> Scan:
             found.left_out.append((path, "not matched by --pattern"))
         else:
             _sort_out(path, kind, found, options)
+    if not found.series:
+        _take_common_words(found, options)
+    _tell_own_model(run, [name for name in layouts.FOLDER_WEIGHTS if name in names], found)
     return found
+
+
+def _take_common_words(found: Scan, options: Options) -> None:
+    """Where all names have `final` or `best` in them, it is a part of the run's name."""
+    forms: dict[str, list[Entry]] = defaultdict(list)
+    for path in found.aliases:
+        weights = locate(path, options) if slots_in(path.name) else None
+        if isinstance(weights, Weights):
+            entry = Entry(path, weights)
+            forms[form_of(entry.stem)].append(entry)
+    found.series.update({form: members for form, members in forms.items() if len(members) > 1})
+    taken = {entry.path for members in found.series.values() for entry in members}
+    found.aliases = [path for path in found.aliases if path not in taken]
+
+
+def _tell_own_model(run: Path, names: list[str], found: Scan) -> None:
+    """A file by a usual name is the folder's own model, or the last of a series of such files."""
+    for name in names:
+        of_series = any(
+            members[0].path.is_file() and is_unnumbered_of(stem_of(name), form)
+            for form, members in found.series.items()
+        )
+        if of_series:
+            found.aliases.append(run / name)
+        elif found.own_model is None:
+            found.own_model = run / name
 
 
 def _sort_out(path: Path, kind: str | None, found: Scan, options: Options) -> None:
@@ -115,7 +145,10 @@ def _sort_out(path: Path, kind: str | None, found: Scan, options: Options) -> No
         else:
             found.others.append(f"{name}/")
         return
-    is_alias = bool(layouts.ALIAS.search(stem))
+    if is_folder and not numbers and not os.access(path, os.R_OK | os.X_OK):
+        found.left_out.append((path, "it cannot be listed"))
+        return
+    is_alias = layouts.ALIAS.search(stem) and not (options.pattern and slots_in(stem))
     if is_alias or not (numbers or slots_in(stem)):
         if is_folder and not (is_alias or _holds_model(path, options)):
             found.others.append(f"{name}/")
@@ -129,7 +162,8 @@ def _sort_out(path: Path, kind: str | None, found: Scan, options: Options) -> No
     elif isinstance(weights, Blocked):
         found.blocked[path] = weights
     elif numbers:
-        found.left_out.append((path, "no model weights in it"))
+        what = f"for --component {options.component}" if options.component else "in it"
+        found.left_out.append((path, f"no model weights {what}"))
         found.without_weights.append(path)
     else:
         found.others.append(f"{name}/" if is_folder else name)
@@ -148,8 +182,10 @@ def _why_not(path: Path, stem: str, is_folder: bool) -> str | None:
 def _scan_hub(run: Path, options: Options) -> Scan:
     """The revisions in the cache of the Hugging Face Hub, by the names of their branches."""
     found = Scan()
-    for name in sorted(names_in(run / "refs")):
-        ref = run / "refs" / name
+    refs = run / "refs"
+    files = [Path(root) / file for root, _, names in os.walk(refs) for file in names]
+    for ref in sorted(files):
+        name = os.path.relpath(ref, refs)
         commit = ref.read_text(errors="replace").strip() if kind_of(ref) == "file" else ""
         snapshot = run / "snapshots" / (commit if layouts.COMMIT.search(commit) else "-")
         weights = locate(snapshot, options) if snapshot.is_dir() else None

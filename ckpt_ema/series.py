@@ -13,6 +13,8 @@ from ckpt_ema.options import Options
 from ckpt_ema.order import Entry, Read, claims_of
 from ckpt_ema.scan import Scan
 
+ONLY_ONE = "the only one of its name"
+
 
 def one_series(run: Path, scan: Scan, options: Options, read: Read) -> list[Entry]:
     """The entries of the one series that the run is."""
@@ -33,7 +35,7 @@ def one_series(run: Path, scan: Scan, options: Options, read: Read) -> list[Entr
     several = {form: members for form, members in series.items() if len(members) > 1} or series
     for form, members in series.items():
         if form not in several:
-            scan.left_out += [(entry.path, "the only one of its name") for entry in members]
+            scan.left_out += [(entry.path, ONLY_ONE) for entry in members]
     if len(several) > 1:
         forms = [f"{len(members)} × {form}" for form, members in several.items()]
         patterns = [

@@ -42,10 +42,44 @@ def test_without_a_configuration_the_run_gives_its_own(bare: Path) -> None:
     }
 
 
-def test_a_checkpoints_own_configuration_wins(make_run: MakeRun) -> None:
+def test_a_checkpoints_own_configuration_wins_over_the_runs(make_run: MakeRun) -> None:
+    """A tokenizer is taken from the run only where the checkpoint has none."""
     run = make_run(series(2, w=noise(2, 5)))
-    write(run, config__json="{}", vocab__json="{}")
-    assert travelling(ckpt_ema.plan(run)) == {"config.json": "checkpoint-2"}
+    write(run, config__json="{}", vocab__json="{}", hparams__yaml="no")
+    assert travelling(ckpt_ema.plan(run)) == {"config.json": "checkpoint-2", "vocab.json": "run"}
+    write(run / "checkpoint-2", tokenizer__json="{}")
+    assert travelling(ckpt_ema.plan(run)) == {
+        "config.json": "checkpoint-2",
+        "tokenizer.json": "checkpoint-2",
+    }
+
+
+def test_what_was_asked_for_wins_over_the_checkpoints_own(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run(series(2, w=noise(2, 5)))
+    base = write(tmp_path / "base", config__json="{}")
+    write(base / "data", train__json="[]")
+    assert travelling(ckpt_ema.plan(run, config_from=base)) == {"config.json": "base"}
+    with pytest.raises(RefusedError, match="holds no configuration"):
+        ckpt_ema.plan(run, config_from=write(tmp_path / "empty"))
+
+
+def test_a_list_from_several_folders_takes_nothing_from_above(tmp_path: Path) -> None:
+    paths = []
+    for step, folder in enumerate(("one", "two")):
+        write(tmp_path / folder, config__json="{}")
+        write_safetensors(tmp_path / folder / f"m_{step}.safetensors", {"w": torch.ones(2) * step})
+        paths.append(tmp_path / folder / f"m_{step}.safetensors")
+    write(tmp_path, config__json="{}")
+    assert travelling(ckpt_ema.plan(paths, output=tmp_path / "out")) == {}
+
+
+def test_logs_beside_the_weights_stay_behind(make_run: MakeRun) -> None:
+    run = make_run(series(2, w=noise(2, 5)))
+    for folder in ("wandb", "logs", "runs", "custom"):
+        write(run / "checkpoint-2" / folder, some__txt="")
+    assert set(travelling(ckpt_ema.plan(run))) == {"config.json", "custom/some.txt"}
 
 
 def test_config_from_gives_every_file_but_weights_and_state(bare: Path, tmp_path: Path) -> None:

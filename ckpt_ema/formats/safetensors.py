@@ -94,6 +94,8 @@ def _header_bytes(path: str, fd: int, size_bytes: int) -> bytes:
         raise RefusedError(
             f"{printable(path)} is a torch file under a safetensors name.", "Rename it to .bin."
         )
+    if not any(start):
+        raise IncompleteError(f"{printable(path)} begins with zeros.", "An interrupted save?")
     length = int.from_bytes(start[:8], "little")
     if size_bytes < 8 or length > MAX_HEADER_BYTES or start[8:9] not in (b"{", b""):
         raise RefusedError(

@@ -270,9 +270,10 @@ def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, TensorUnpickler]:
             "Leave it out of what is saved.",
         ) from error
     except BROKEN_PICKLE as error:
-        raise RefusedError(
+        is_cut = isinstance(error, EOFError) or "truncated" in str(error)
+        raise (IncompleteError if is_cut else RefusedError)(
             f"{printable(path)} is cut short or damaged: its structure cannot be read"
-            f" ({printable(error)})."
+            f" ({printable(error) or 'it ends too soon'})."
         ) from error
 
 
