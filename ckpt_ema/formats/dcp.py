@@ -8,10 +8,11 @@ tensor is ever whole in memory. What is no tensor is not looked at.
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeGuard
+from typing import IO, Any, NamedTuple, TypeGuard
 
-from ckpt_ema.errors import IncompleteError, RefusedError, printable
+from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
 from ckpt_ema.files import open_regular, read_exactly
 from ckpt_ema.formats.model_key import find_model
 from ckpt_ema.formats.specs import FileSpec, Piece, Specs, TensorSpec, packed_strides
@@ -30,9 +31,17 @@ _ALLOWED = (
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.filesystem",
     "torch.distributed.checkpoint.planner",
+    "torch.distributed._shard.sharded_tensor.metadata",  # where older releases had some of them
     "torch.serialization",
     "pathlib",
+    "pathlib._local",  # Python 3.13
 )
+# Dtypes, layouts and memory formats that safetensors has no name for.
+_TORCH_NAMES = re.compile(r"^(complex|u?int|float|bits|q|sparse_|strided|jagged|\w+_format)\w*$")
+# By which early releases of Python 3.11 pickle the members of an enumeration.
+_GETATTR = (("builtins", "getattr"), ("__builtin__", "getattr"))
+_MOST_DIMENSIONS = 64
+_MOST_COMPARISONS = 200_000
 # Top-level names of what trainers save beside a model that is not in a dict of its own.
 _BESIDE_MODEL = ("optimizer.", "optim.", "lr_scheduler.", "train_state.", "dataloader.", "rng.")
 
@@ -40,11 +49,7 @@ _BESIDE_MODEL = ("optimizer.", "optim.", "lr_scheduler.", "train_state.", "datal
 class _Record(Inert):
     """An object of the metadata: its state as it was pickled."""
 
-    arguments: tuple[Any, ...] = ()
     state: Any = None
-
-    def __init__(self, *arguments: Any, **_options: Any) -> None:
-        self.arguments = arguments
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -55,14 +60,26 @@ class _Record(Inert):
 
 
 class _MetadataUnpickler(TensorUnpickler):
+    """Unpickles to dicts, lists and records of the classes that metadata is made of."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self._records: dict[str, type[_Record]] = {}
+
     def find_class(self, module: str, name: str) -> Any:
         """A record for a class of the allow-list; anything else is refused."""
+        if (module, name) == ("collections", "OrderedDict"):
+            raise _ForbiddenError(f"{module}.{name}")
         known = super().find_class(module, name)
         if not (isinstance(known, type) and issubclass(known, Inert)):
             return known
-        if module not in _ALLOWED:
+        is_allowed = module in _ALLOWED or (module, name) in _GETATTR
+        if not is_allowed and not (module == "torch" and _TORCH_NAMES.search(name)):
             raise _ForbiddenError(f"{module}.{name}")
-        return type("Record", (_Record,), {"name": f"{module}.{name}"})
+        full_name = f"{module}.{name}"
+        if full_name not in self._records:
+            self._records[full_name] = type("Record", (_Record,), {"name": full_name})
+        return self._records[full_name]
 
 
 class _ForbiddenError(Exception):
@@ -80,8 +97,15 @@ class _Chunk(NamedTuple):
     size_bytes: int
 
 
+class _Announced(NamedTuple):
+    """One tensor as it stands in the metadata, not looked into."""
+
+    fqn: str
+    entry: _Record
+
+
 class _Declared(NamedTuple):
-    """One tensor as the metadata announces it."""
+    """One tensor as the metadata announces it, checked."""
 
     fqn: str
     dtype: str
@@ -92,7 +116,7 @@ class _Declared(NamedTuple):
 def read_specs(path: str, key: str | None = None) -> Specs:
     """The tensors of the model in the folder whose .metadata is at `path`.
 
-    File names in the result are relative to that folder. Raises `IncompleteError` if a data file is
+    Raises `IncompleteError` if a data file is
     missing or cut, `RefusedError` for metadata that is damaged, hostile or inconsistent.
     """
     if not os.path.lexists(path):
@@ -109,16 +133,24 @@ def read_specs(path: str, key: str | None = None) -> Specs:
         digest = hashlib.sha256(raw).hexdigest()
         metadata = FileSpec(path, file.size_bytes, file.mtime_ns, digest)
     root = _unpickled(path, raw)
-    model = find_model(path, _tree(path, root), key, _Declared)
-    tensors = {name: t for name, t in model.values.items() if isinstance(t, _Declared)}
-    folder = os.path.dirname(path)
-    chunks = [chunk for tensor in tensors.values() for chunk in tensor.chunks]
-    files, places = _located(folder, chunks, tensors)
+    tree, storage = _tree(path, root)
+    model = find_model(path, tree, key, _Announced)
+    tensors = {
+        name: _declared(path, announced, storage)
+        for name, announced in model.values.items()
+        if isinstance(announced, _Announced)
+    }
+    others = [n for n, value in model.values.items() if n not in tensors and value is None]
+    notes = [*model.notes]
+    if others:
+        notes.append(f"left out of the model, being no tensors: {some(others)}")
+    files, places = _located(os.path.dirname(path), tensors)
     specs = {}
     for name, tensor in tensors.items():
         pieces = [piece for chunk in tensor.chunks for piece in places[chunk]]
         specs[name] = _joined(tensor, pieces)
-    return Specs(specs, (metadata, *files), ({},) * (1 + len(files)), model.notes, model.warnings)
+    headers: tuple[Mapping[str, str], ...] = ({},) * (1 + len(files))
+    return Specs(specs, (metadata, *files), headers, tuple(notes), model.warnings)
 
 
 def _unpickled(path: str, raw: bytes) -> _Record:
@@ -140,8 +172,11 @@ def _unpickled(path: str, raw: bytes) -> _Record:
     return root
 
 
-def _tree(path: str, root: _Record) -> dict[str, Any]:
-    """What was saved, nested as it was: the tensors, and None for all else."""
+_Storage = Mapping[tuple[Any, Any], Any]  # where each chunk was saved, by name and offsets
+
+
+def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Storage]:
+    """What was saved, nested as it was (None for what is no tensor), and where."""
     entries, stored = root.get("state_dict_metadata"), root.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(stored, dict):
         raise RefusedError(f"{printable(path)} lists no tensors.")
@@ -149,18 +184,30 @@ def _tree(path: str, root: _Record) -> dict[str, Any]:
     paths = root.get("planner_data")
     tree: dict[str, Any] = {}
     for fqn, entry in entries.items():
+        if not isinstance(fqn, str):
+            raise RefusedError(f"{printable(path)} has a tensor without a name.")
         steps = paths.get(fqn) if isinstance(paths, dict) else None
-        if not isinstance(steps, tuple) or not steps:
+        if not _is_path(steps):
             steps = (fqn,)
-        if len(steps) == 1 and str(fqn).startswith(_BESIDE_MODEL):
+        if len(steps) == 1 and fqn.startswith(_BESIDE_MODEL):
             continue
         branch: Any = tree
         for step in steps[:-1]:
             branch = branch.setdefault(str(step), {}) if isinstance(branch, dict) else None
-        if not isinstance(branch, dict) or not isinstance(fqn, str):
-            raise RefusedError(f"{printable(path)} nests {printable(fqn)} in a tensor.")
-        branch[str(steps[-1])] = _declared(path, fqn, entry, storage)
-    return tree
+        if not isinstance(branch, dict) or str(steps[-1]) in branch:
+            raise RefusedError(f"{printable(path)} has two entries where {printable(fqn)} belongs.")
+        is_tensor = isinstance(entry, _Record) and entry.name.endswith(".TensorStorageMetadata")
+        branch[str(steps[-1])] = _Announced(fqn, entry) if is_tensor else None
+    return tree, storage
+
+
+def _is_path(steps: Any) -> TypeGuard[tuple[str | int, ...]]:
+    """Whether it leads through dicts and lists, by keys of a sensible size."""
+    return (
+        isinstance(steps, tuple)
+        and 0 < len(steps) <= _MOST_DIMENSIONS
+        and all(type(s) is str or (type(s) is int and 0 <= s < 2**63) for s in steps)
+    )
 
 
 def _index(index: Any) -> tuple[Any, Any]:
@@ -170,12 +217,9 @@ def _index(index: Any) -> tuple[Any, Any]:
     return index.get("fqn"), offset if _sizes(offset) else None
 
 
-def _declared(
-    path: str, fqn: str, entry: Any, storage: Mapping[tuple[Any, Any], Any]
-) -> _Declared | None:
-    """The announcement of one tensor, checked as far as it goes; None for what is no tensor."""
-    if not isinstance(entry, _Record) or not entry.name.endswith(".TensorStorageMetadata"):
-        return None
+def _declared(path: str, announced: _Announced, storage: _Storage) -> _Declared:
+    """The announcement of one tensor, checked as far as it goes."""
+    fqn, entry = announced
 
     def refuse(reason: str) -> RefusedError:
         return RefusedError(f"{printable(path)}: tensor {printable(fqn)} {reason}.")
@@ -209,7 +253,8 @@ def _chunk(fqn: str, starts: Any, sizes: Any, info: Any, refuse: Any) -> _Chunk:
         raise refuse("has a chunk that was never saved")
     file, offset, length = info.get("relative_path"), info.get("offset"), info.get("length")
     if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\0" in file:
-        raise refuse(f"lies in {printable(file)!r}, which is not a plain file name")
+        name = printable(file) if isinstance(file, str) else "something"
+        raise refuse(f"lies in {name!r}, which is not a plain file name")
     if not _sizes((offset, length)):
         raise refuse("has a chunk at an impossible position")
     if info.get("transform_descriptors"):
@@ -218,7 +263,11 @@ def _chunk(fqn: str, starts: Any, sizes: Any, info: Any, refuse: Any) -> _Chunk:
 
 
 def _sizes(values: Any) -> TypeGuard[tuple[int, ...]]:
-    return isinstance(values, tuple) and all(type(n) is int and 0 <= n < 2**63 for n in values)
+    return (
+        isinstance(values, tuple)
+        and len(values) <= _MOST_DIMENSIONS
+        and all(type(n) is int and 0 <= n < 2**63 for n in values)
+    )
 
 
 def _cover(shape: tuple[int, ...], chunks: list[_Chunk]) -> bool:
@@ -242,6 +291,8 @@ def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], axis: int) ->
     crowded = [group for group in groups if len(group) > 1]
     if crowded and axis + 1 >= len(boxes[0][0]):
         # Along no axis alone are these apart; they may still be, two by two.
+        if sum(len(group) ** 2 for group in crowded) > _MOST_COMPARISONS:
+            return True  # no ranks lay chunks out like that
         return any(_meet(a, b) for group in crowded for i, a in enumerate(group) for b in group[:i])
     return any(_overlap(group, axis + 1) for group in crowded)
 
@@ -259,12 +310,12 @@ def _count(sizes: Iterable[int]) -> int:
 
 
 def _located(
-    folder: str, chunks: list[_Chunk], tensors: Mapping[str, _Declared]
+    folder: str, tensors: Mapping[str, _Declared]
 ) -> tuple[list[FileSpec], dict[_Chunk, list[Piece]]]:
     """Where in which file each chunk's elements are; every file is opened once."""
     declared = {tensor.fqn: tensor for tensor in tensors.values()}
     by_file: dict[str, list[_Chunk]] = {}
-    for chunk in chunks:
+    for chunk in (chunk for tensor in tensors.values() for chunk in tensor.chunks):
         by_file.setdefault(chunk.file, []).append(chunk)
     files: list[FileSpec] = []
     places: dict[_Chunk, list[Piece]] = {}

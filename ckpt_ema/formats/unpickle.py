@@ -299,6 +299,13 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
         return self.storages[key]
 
 
+def _size(sizes: Any = ()) -> tuple[Any, ...]:
+    """A shape; a long one, copied again and again, would fill the memory."""
+    if len(sizes) > _MAX_DIMENSIONS:
+        raise pickle.UnpicklingError("a shape with too many dimensions")
+    return tuple(sizes)
+
+
 def _rebuild_tensor(
     storage: Storage, offset: int, shape: Any, strides: Any, *rest: Any
 ) -> PickledTensor:
@@ -354,7 +361,7 @@ def _rebuild_from_type(rebuild: Callable[..., Any], _type: Any, arguments: Any, 
 
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _Dict,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): _Known(_size),
     ("torch.storage", "UntypedStorage"): _StorageType(None),
     ("torch", "UntypedStorage"): _StorageType(None),
     ("torch._utils", "_rebuild_tensor"): _Known(_rebuild_tensor),
