@@ -1,0 +1,308 @@
+"""Folders that can be read in two ways: the right reading, or a refusal with the way out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ckpt_ema
+from ckpt_ema.errors import OptionError, RefusedError
+from ckpt_ema.planning import Plan
+from tests.conftest import MakeRun, noise, series, write_safetensors, write_shards
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((3,), float(value)), "b": torch.full((2,), float(value))}
+
+
+def flat(run: Path, *names: str, **inside: Any) -> Path:
+    """Torch files of these names, each with values of its own; `inside` goes beside the model."""
+    run.mkdir(exist_ok=True)
+    for number, name in enumerate(names):
+        model = state(number + 1)
+        torch.save({"model": model, **inside} if inside else model, run / name)
+    return run
+
+
+def loras(run: Path, **steps: int) -> Path:
+    """Safetensors files that say their step in their header, as kohya's do."""
+    run.mkdir(exist_ok=True)
+    for name, step in steps.items():
+        file = run / f"{name.replace('__', '-')}.safetensors"
+        write_safetensors(file, state(step), {"ss_steps": str(step)})
+    return run
+
+
+def names(plan: Plan) -> list[str]:
+    return [checkpoint.name for checkpoint in plan.checkpoints]
+
+
+def steps(plan: Plan) -> list[int | None]:
+    return [checkpoint.step for checkpoint in plan.checkpoints]
+
+
+def left_out(plan: Plan) -> dict[str, str]:
+    return {path.name: why for path, why in plan.left_out}
+
+
+def refused(run: Path | list[Path], **options: Any) -> str:
+    with pytest.raises(RefusedError) as caught:
+        ckpt_ema.plan(run, **options)
+    return str(caught.value)
+
+
+# --- Several runs in one folder ---
+
+
+def test_two_models_of_one_trainer_are_not_one_run(tmp_path: Path) -> None:
+    run = loras(
+        tmp_path / "run", alice__000001=10, alice__000002=20, bob__000001=15, bob__000002=25
+    )
+    message = refused(run)
+    assert "2 × alice-<n> and 2 × bob-<n>" in message
+    assert names(ckpt_ema.plan(run, pattern="^bob")) == [
+        "bob-000001.safetensors",
+        "bob-000002.safetensors",
+    ]
+
+
+def test_seeds_and_folds_are_runs_and_not_steps(tmp_path: Path) -> None:
+    run = flat(tmp_path / "run", "model_seed1.pt", "model_seed2.pt", "model_seed3.pt")
+    assert "are numbered as runs, not as moments of one" in refused(run)
+    assert steps(ckpt_ema.plan(run, pattern="([0-9]+)")) == [1, 2, 3]
+
+
+def test_versions_of_lightning_are_two_runs_also_where_no_step_is_there_twice(
+    tmp_path: Path,
+) -> None:
+    files = ("epoch=0-step=10.ckpt", "epoch=1-step=20.ckpt", "epoch=0-step=15-v1.ckpt")
+    run = flat(tmp_path / "run", *files)
+    assert "are from two runs (Lightning adds -v1 when a name is taken)" in refused(run)
+    assert steps(ckpt_ema.plan(run, pattern=r"(?<!-v1)\.ckpt$")) == [10, 20]
+
+
+def test_epochs_that_fall_while_steps_rise_are_refused(tmp_path: Path) -> None:
+    run = flat(
+        tmp_path / "run", "epoch_0_step_900.pt", "epoch_1_step_100.pt", "epoch_2_step_500.pt"
+    )
+    message = refused(run)
+    assert "epoch_2_step_500.pt has epoch 2 and epoch_0_step_900.pt has epoch 0" in message
+    assert "though the step in their names rises" in message
+    by_epoch = ckpt_ema.plan(run, pattern=r"epoch[-_=]?(?P<step>[0-9]+)")
+    assert steps(by_epoch) == [0, 1, 2]
+    assert steps(ckpt_ema.plan(run, order="name")) == [100, 500, 900]
+
+
+# --- Names ---
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        ("val_loss=0.25", "val_loss=inf", "val_loss=9.9e-05"),
+        ("acc=1", "acc=0.75", "acc=0.5"),
+        ("reward=-3.21", "reward=1.50", "reward=0"),
+    ],
+)
+def test_a_metric_does_not_hide_a_checkpoint(tmp_path: Path, metrics: tuple[str, ...]) -> None:
+    files = [f"epoch={epoch}-{metric}.ckpt" for epoch, metric in enumerate(metrics)]
+    assert steps(ckpt_ema.plan(flat(tmp_path / "run", *files))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("word", ["final-lora", "mychar_best_v2", "style_rank64", "last.try"])
+def test_a_word_that_all_names_have_is_part_of_the_models_name(tmp_path: Path, word: str) -> None:
+    run = flat(tmp_path / "run", f"{word}-000001.pt", f"{word}-000002.pt")
+    for options in ({}, {"pattern": r"-(\d+)"}):
+        assert steps(ckpt_ema.plan(run, **options)) == [1, 2]
+
+
+def test_a_lone_name_that_seems_to_be_later_is_warned_of(tmp_path: Path) -> None:
+    run = flat(tmp_path / "run", "step_1.pt", "step_2.pt", "step_3_fixed.pt")
+    plan = ckpt_ema.plan(run)
+    assert steps(plan) == [1, 2]
+    assert any("step_3_fixed.pt seems to come after step_2.pt" in w for w in plan.warnings)
+
+
+# --- Aliases ---
+
+
+def test_the_plain_loop_that_saves_last_beside_epochs(tmp_path: Path) -> None:
+    """torch.save writes the name of its file into each, so that no two files are equal."""
+    run = flat(tmp_path / "run", "epoch_1.pt", "epoch_2.pt")
+    torch.save(state(2), run / "last.pt")
+    plan = ckpt_ema.plan(run)
+    assert steps(plan) == [1, 2]
+    assert left_out(plan) == {"last.pt": "a copy of epoch_2.pt"}
+    torch.save(state(3), run / "last.pt")
+    assert "Add it at the end with --append last.pt, or leave it out with --no-aliases" in refused(
+        run
+    )
+    assert names(ckpt_ema.plan(run, append=["last.pt"])) == ["epoch_1.pt", "epoch_2.pt", "last.pt"]
+    assert steps(ckpt_ema.plan(run, aliases=False)) == [1, 2]
+
+
+def test_a_sharded_final_is_compared_by_its_tensors_and_not_by_its_index(make_run: MakeRun) -> None:
+    run = make_run([state(1), state(2)], shards=2)
+    (run / "final").mkdir()
+    write_shards(run / "final", state(3), 2)
+    assert "final has no number and no step inside" in refused(run)
+    write_shards(run / "final", state(2), 2)
+    assert left_out(ckpt_ema.plan(run))["final"] == "a copy of checkpoint-2"
+
+
+def test_what_is_appended_is_not_measured_by_the_markers_of_steps(make_run: MakeRun) -> None:
+    run = make_run(series(2, w=noise(2, 5)))
+    for step in (1, 2):
+        text = json.dumps({"global_step": step})
+        (run / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    (run / "final").mkdir()
+    write_safetensors(run / "final/model.safetensors", {"w": torch.ones(5)})
+    assert names(ckpt_ema.plan(run, append=["final"])) == ["checkpoint-1", "checkpoint-2", "final"]
+    listed = [run / "checkpoint-1", run / "checkpoint-2", run / "final"]
+    assert len(ckpt_ema.plan(listed).checkpoints) == 3
+
+
+def test_aliases_are_placed_by_what_they_say_whatever_their_names(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, step in (("step_100", 100), ("step_200", 200), ("final", 300), ("last", 275)):
+        torch.save({"model": state(step), "step": step}, run / f"{name}.pt")
+    plan = ckpt_ema.plan(run)
+    assert steps(plan) == [100, 200, 275, 300]
+
+
+def test_an_alias_in_another_unit_has_no_step(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, epoch in (("step_100", 1), ("step_200", 2), ("last", 3)):
+        torch.save({"model": state(epoch), "epoch": epoch}, run / f"{name}.pt")
+    plan = ckpt_ema.plan(run)
+    assert steps(plan) == [100, 200, None]
+    assert [checkpoint.gap for checkpoint in plan.checkpoints] == [None, 100, None]
+
+
+def test_the_last_of_a_series_may_have_the_name_of_a_model(tmp_path: Path) -> None:
+    run = loras(tmp_path / "run", model__000001=10, model__000002=20, model=30)
+    assert steps(ckpt_ema.plan(run)) == [10, 20, 30]
+
+
+def test_a_model_of_another_kind_is_no_step(make_run: MakeRun) -> None:
+    run = make_run(series(2, lora=noise(2, 5)))
+    (run / "final").mkdir()
+    write_safetensors(run / "final/model.safetensors", {"merged": torch.ones(5)})
+    assert left_out(ckpt_ema.plan(run))["final"] == "another model than the steps'"
+
+
+# --- Lists ---
+
+
+def test_a_glob_is_ordered_as_given_and_warned_of(tmp_path: Path) -> None:
+    run = flat(tmp_path / "run", "model_1.pt", "model_10.pt", "model_2.pt")
+    plan = ckpt_ema.plan(sorted(run.iterdir()))
+    assert steps(plan) == [1, 10, 2]
+    assert any("a shell sorts names as text" in warning for warning in plan.warnings)
+
+
+def test_checkpoints_of_one_name_are_called_by_their_folders(make_run: MakeRun) -> None:
+    run = make_run([state(1), state(2)], steps=[500, 1000], pattern="checkpoint-{}/model")
+    plan = ckpt_ema.plan([run / "checkpoint-500/model", run / "checkpoint-1000/model"])
+    assert names(plan) == ["checkpoint-500", "checkpoint-1000"]
+    assert steps(plan) == [500, 1000]
+
+
+def test_what_a_list_cannot_be_asked_for(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run([state(1), state(2)], shards=2)
+    listed = [run / "checkpoint-1", run / "checkpoint-2"]
+    for options in ({"pattern": "1"}, {"append": ["last"]}):
+        with pytest.raises(OptionError, match="goes with a run's folder, not with a list"):
+            ckpt_ema.plan(listed, **options)
+    shard = "model-00001-of-00002.safetensors"
+    assert "is one shard of a model" in refused([path / shard for path in listed])
+    for options in ({"append": "last"}, {"pattern": ""}, {"output": "out.pt"}):
+        with pytest.raises(OptionError):
+            ckpt_ema.plan(run, **options)
+
+
+# --- Completeness ---
+
+
+def test_markers_that_somebody_cleaned_up_are_not_asked_for(make_run: MakeRun) -> None:
+    run = make_run(series(4, w=noise(4, 5)))
+    (run / "checkpoint-4/trainer_state.json").write_text('{"global_step": 4}')
+    assert steps(ckpt_ema.plan(run)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("damage", ["zeros", "gone", "cut"])
+def test_an_unfinished_newest_file_is_left_out(make_run: MakeRun, damage: str) -> None:
+    run = make_run(series(3, w=noise(3, 500)))
+    file = run / "checkpoint-3/model.safetensors"
+    content = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+        file.symlink_to("nowhere")
+    else:
+        file.write_bytes(bytes(len(content)) if damage == "zeros" else content[:-1])
+    plan = ckpt_ema.plan(run)
+    assert steps(plan) == [1, 2]
+    assert any("checkpoint-3 is incomplete and left out" in warning for warning in plan.warnings)
+
+
+# --- Weights ---
+
+
+def test_a_loss_beside_the_model_is_not_the_model(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for epoch in (1, 2):
+        content = {"epoch": epoch, "net_g": state(epoch), "loss": torch.tensor(0.1), "opt": {}}
+        torch.save(content, run / f"epoch_{epoch}.pt")
+    [file] = ckpt_ema.plan(run).files
+    assert {tensor.name for tensor in file.tensors} == {"w", "b"}
+
+
+def test_dicts_of_tensors_inside_the_model_are_not_dropped(tmp_path: Path) -> None:
+    model = {"enc": state(1), "dec": state(2), "temperature": torch.ones(())}
+    run = tmp_path / "run"
+    run.mkdir()
+    for epoch in (1, 2):
+        torch.save({"model": model}, run / f"epoch_{epoch}.pt")
+    assert "model.enc (2 entries), model.dec (2 entries)" in refused(run)
+    [file] = ckpt_ema.plan(run, key="model.dec").files
+    assert {tensor.name for tensor in file.tensors} == {"w", "b"}
+
+
+def test_several_models_cannot_share_the_names_of_one_file(tmp_path: Path) -> None:
+    for step in (1, 2):
+        folder = tmp_path / "run" / f"checkpoint_{step}"
+        folder.mkdir(parents=True)
+        write_safetensors(folder / "model.safetensors", state(step))
+        write_safetensors(folder / "model_1.safetensors", state(step + 5))
+    run = tmp_path / "run"
+    assert "hold 2 models" in refused(run, output=tmp_path / "one.safetensors")
+    assert [file.name for file in ckpt_ema.plan(run).files] == [
+        "model.safetensors",
+        "model_1.safetensors",
+    ]
+
+
+def test_a_part_of_a_checkpoint_by_its_name(tmp_path: Path) -> None:
+    for step in (1, 2):
+        folder = flat(tmp_path / f"step_{step}", "actor.pt", "critic.pt")
+        assert folder.is_dir()
+    assert "no model weights in it" in refused(tmp_path)
+    [file] = ckpt_ema.plan(tmp_path, component="critic", allow_duplicates=True).files
+    assert file.name == "model.safetensors"
+
+
+def test_base_models_at_other_places_are_warned_of_and_other_ranks_refused(
+    make_run: MakeRun,
+) -> None:
+    run = make_run(series(2, w=noise(2, 5)))
+    for step, base in ((1, "/scratch/a"), (2, "/scratch/b")):
+        config = {"peft_type": "LORA", "r": 8, "base_model_name_or_path": base}
+        (run / f"checkpoint-{step}/adapter_config.json").write_text(json.dumps(config))
+    assert any("base_model_name_or_path" in warning for warning in ckpt_ema.plan(run).warnings)
+    (run / "checkpoint-1/adapter_config.json").write_text('{"peft_type": "LORA", "r": 16}')
+    assert "differ in r (16 → 8)" in refused(run)
