@@ -56,8 +56,8 @@ def discover(paths: Sequence[Path], options: Options, read: Read) -> Found:
 
 
 def _explicit(given: Sequence[Path], options: Options) -> Found:
-    for name, value in (("pattern", options.pattern), ("append", options.append)):
-        if value:
+    for name in ("pattern", "append", "order", "aliases"):
+        if getattr(options, name) != getattr(Options(), name):
             raise OptionError(f"{flag(name)} goes with a run's folder, not with a list.")
     entries = [_listed(path, options) for path in given]
     entries = [
@@ -95,6 +95,12 @@ def _listed(path: Path, options: Options) -> Entry:
     weights = locate(path, options)
     if isinstance(weights, Blocked):
         raise weights.error(path)
+    if weights is None and options.component:
+        raise RefusedError(
+            f"{printable(path)} holds no model weights for --component"
+            f" {printable(options.component)}.",
+            "Inside one torch file, --key chooses.",
+        )
     if weights is None:
         raise RefusedError(
             f"{printable(path)} is no checkpoint: it holds none of"

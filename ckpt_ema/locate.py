@@ -39,8 +39,8 @@ def locate(path: Path, options: Options) -> Weights | Blocked | None:
     """
     if not os.path.isdir(path):
         blocked = _sign_of_another_form([path.name])
-        if blocked or not layouts.WEIGHTS_EXTENSION.search(path.name):
-            return blocked
+        if blocked or not layouts.WEIGHTS_EXTENSION.search(path.name) or options.component:
+            return blocked  # a file has no components; --key looks inside
         return Weights(path.parent, (Part(path.name),))
     if options.component:
         return _component(path, options.component, options)

@@ -215,7 +215,13 @@ def test_checkpoints_of_one_name_are_called_by_their_folders(make_run: MakeRun) 
 def test_what_a_list_cannot_be_asked_for(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run([state(1), state(2)], shards=2)
     listed = [run / "checkpoint-1", run / "checkpoint-2"]
-    for options in ({"pattern": "1"}, {"append": ["last"]}):
+    asked: list[dict[str, Any]] = [
+        {"pattern": "1"},
+        {"append": ["last"]},
+        {"order": "name"},
+        {"aliases": False},
+    ]
+    for options in asked:
         with pytest.raises(OptionError, match="goes with a run's folder, not with a list"):
             ckpt_ema.plan(listed, **options)
     shard = "model-00001-of-00002.safetensors"
@@ -292,6 +298,8 @@ def test_a_part_of_a_checkpoint_by_its_name(tmp_path: Path) -> None:
         folder = flat(tmp_path / f"step_{step}", "actor.pt", "critic.pt")
         assert folder.is_dir()
     assert "no model weights in it" in refused(tmp_path)
+    files = [tmp_path / f"step_{step}/critic.pt" for step in (1, 2)]
+    assert "holds no model weights for --component critic" in refused(files, component="critic")
     [file] = ckpt_ema.plan(tmp_path, component="critic", allow_duplicates=True).files
     assert file.name == "model.safetensors"
 
