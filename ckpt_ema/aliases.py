@@ -15,7 +15,7 @@ from ckpt_ema.formats.specs import Weights
 from ckpt_ema.locate import kind_of, locate
 from ckpt_ema.names import stem_of
 from ckpt_ema.options import Options
-from ckpt_ema.order import STEP_UNITS, Checkpoint, Entry, Read, claims_of
+from ckpt_ema.order import STEP_UNITS, Checkpoint, Entry, Read, claims_of, deciding_unit
 from ckpt_ema.same import hold_the_same
 
 
@@ -89,11 +89,13 @@ def _placed(path: Path, weights: Weights, newest: Checkpoint, read: Read) -> _Al
     """An alias with what it and the newest step both say inside."""
     claims = claims_of(Entry(path, weights), read, inside=True)
     others = claims_of(Entry(newest.path, newest.weights), read, inside=True)
-    family = ("epoch", "step") if newest.unit == "epoch" else ("step", "epoch")
-    for unit in family:
-        if unit in claims and unit in others:
-            step = claims[unit] if others[unit] == newest.step else None
-            return _Alias(path, weights, claims[unit], unit, others[unit], step)
+    deciding = deciding_unit(claims, others)
+    if deciding:
+        place, last = claims[deciding], others[deciding]
+        # In the unit of the series it may be told by the other number.
+        same = [unit for unit in ("step", "epoch") if others.get(unit) == newest.step]
+        step = next((claims[unit] for unit in same if unit in claims), None)
+        return _Alias(path, weights, place, deciding, last, step)
     unit = "step" if newest.unit in STEP_UNITS else newest.unit
     if unit in claims and newest.step is not None:
         return _Alias(path, weights, claims[unit], unit, newest.step, claims[unit])

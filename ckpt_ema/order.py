@@ -6,7 +6,7 @@ the one number that varies from name to name. Text order and modification times 
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -200,21 +200,33 @@ def _check_names(entries: Sequence[Entry], unit: str, keys: Sequence[int]) -> No
 def _check_rises(entries: Sequence[Entry], unit: str, keys: Sequence[int], read: Read) -> None:
     """Refuse names whose order is not that of the epochs in them, or of the steps in the files."""
     rows = [entry for _, entry in sorted(zip(keys, entries, strict=True), key=lambda row: row[0])]
-    epochs = [numbers_in(entry.stem).get("epoch") for entry in rows]
-    steps = [
-        None if os.path.isdir(entry.path) else claims_of(entry, read, inside=True).get("step")
-        for entry in rows
-    ]
-    for what, numbers in (("epoch", epochs), ("step", steps)):
-        for (earlier, first), (later, second) in pairwise(zip(rows, numbers, strict=True)):
-            if first is not None and second is not None and first > second:
+    named = [{u: n for u, n in numbers_in(row.stem).items() if u == "epoch"} for row in rows]
+    inside = [{} if os.path.isdir(row.path) else claims_of(row, read, inside=True) for row in rows]
+    for claims in (named, inside):
+        for (earlier, first), (later, second) in pairwise(zip(rows, claims, strict=True)):
+            what = deciding_unit(first, second)
+            if what and first[what] > second[what]:
                 raise RefusedError(
-                    f"{printable(earlier.label)} has {what} {first} and {printable(later.label)}"
-                    f" has {what} {second}, though the {unit} in their names rises. Was one"
-                    " renamed, or are they two runs?",
+                    f"{printable(earlier.label)} has {what} {first[what]} and"
+                    f" {printable(later.label)} has {what} {second[what]}, though the {unit} in"
+                    " their names rises. Was one renamed, or are they two runs?",
                     "Order by what they hold (--order metadata), by the names (--order name), or"
                     " by one number in them, such as --pattern 'epoch[-_=]?(?P<step>[0-9]+)'.",
                 )
+
+
+def deciding_unit(one: Mapping[str, int], other: Mapping[str, int]) -> str | None:
+    """The unit that tells which of two claims is later; None if they share none.
+
+    A step that falls while the epoch rises counts within its epoch, and decides nothing.
+
+    >>> deciding_unit({"step": 500, "epoch": 1}, {"step": 120, "epoch": 2})
+    'epoch'
+    """
+    shared = [unit for unit in ("step", "epoch") if unit in one and unit in other]
+    if len(shared) == 2 and (one["step"] - other["step"]) * (one["epoch"] - other["epoch"]) < 0:
+        return "epoch"
+    return shared[0] if shared else None
 
 
 def _varying_slot(entries: Sequence[Entry]) -> list[int] | None:

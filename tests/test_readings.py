@@ -183,6 +183,14 @@ def test_an_alias_in_another_unit_has_no_step(tmp_path: Path) -> None:
     assert [checkpoint.gap for checkpoint in plan.checkpoints] == [None, 100, None]
 
 
+def test_steps_that_start_again_in_each_epoch_do_not_order(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, epoch, step in (("epoch_1", 1, 500), ("epoch_2", 2, 480), ("last", 3, 120)):
+        torch.save({"model": state(epoch), "epoch": epoch, "step": step}, run / f"{name}.pt")
+    assert steps(ckpt_ema.plan(run)) == [1, 2, 3]
+
+
 def test_the_last_of_a_series_may_have_the_name_of_a_model(tmp_path: Path) -> None:
     run = loras(tmp_path / "run", model__000001=10, model__000002=20, model=30)
     assert steps(ckpt_ema.plan(run)) == [10, 20, 30]
