@@ -4,13 +4,14 @@ In most runs they are copies; in some (kohya, timm, Lightning's save_last) they 
 the last step. What they hold decides, and where that cannot be told, it stops.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_ema import layouts
-from ckpt_ema.errors import RefusedError, printable
+from ckpt_ema.errors import IncompleteError, RefusedError, printable
 from ckpt_ema.formats.specs import Weights
 from ckpt_ema.locate import kind_of, locate
 from ckpt_ema.names import stem_of
@@ -45,11 +46,11 @@ def resolve_aliases(
     found = []
     for path in aliases:
         reason = _why_no_step(path, members, options)
-        weights = None if reason else locate(path, options)
-        if not isinstance(weights, Weights):
-            left_out.append((path, reason or "no model weights in it"))
-            continue
         try:
+            weights = None if reason else locate(path, options)
+            if not isinstance(weights, Weights):
+                left_out.append((path, reason or "no model weights in it"))
+                continue
             found.append(_placed(path, weights, members[-1], read))
         except RefusedError as error:  # a whole pickled module, say, beside state dicts
             left_out.append((path, f"not read: {error.message}"))
@@ -57,7 +58,11 @@ def resolve_aliases(
     newest = None
     for alias in sorted(found, key=lambda alias: (alias.place or 0, alias.path.name)):
         if alias.place is None:
-            left_out.append((alias.path, _why_a_copy(alias, members, read)))
+            try:
+                left_out.append((alias.path, _why_a_copy(alias, members, read)))
+            except IncompleteError as error:
+                left_out.append((alias.path, "incomplete"))
+                remarks.append(f"{printable(alias.path.name)} is left out: {error.message}")
         elif alias.place > (newest if newest is not None else alias.newest):
             newest = alias.place
             checkpoints.append(
@@ -97,18 +102,22 @@ def _placed(path: Path, weights: Weights, newest: Checkpoint, read: Read) -> _Al
         step = next((claims[unit] for unit in same if unit in claims), None)
         return _Alias(path, weights, place, deciding, last, step)
     unit = "step" if newest.unit in STEP_UNITS else newest.unit
-    if unit in claims and newest.step is not None:
+    # Counts inside files begin at 0 or 1, whatever those in names do: near the last, bytes decide.
+    if unit in claims and newest.step is not None and abs(claims[unit] - newest.step) > 1:
         return _Alias(path, weights, claims[unit], unit, newest.step, claims[unit])
     return _Alias(path, weights, None, unit, 0, None)
 
 
 def _why_a_copy(alias: _Alias, members: Sequence[Checkpoint], read: Read) -> str:
     """Why an alias that says nothing is no step; raises `RefusedError` if it may be one."""
-    tensors = read(alias.weights).tensors
-    if tensors.keys() != read(members[-1].weights).tensors.keys():
-        return "another model than the steps'"
+    mine = (alias.weights, read(alias.weights))
+    newest_first = []
     for member in reversed(members):
-        mine, theirs = (alias.weights, read(alias.weights)), (member.weights, read(member.weights))
+        with contextlib.suppress(IncompleteError):  # an unfinished save, of which others will tell
+            newest_first.append((member, (member.weights, read(member.weights))))
+    if newest_first and newest_first[0][1][1].tensors.keys() != mine[1].tensors.keys():
+        return "another model than the steps'"
+    for member, theirs in newest_first:
         if hold_the_same(mine, theirs):
             return f"a copy of {member.name}"
     name = printable(alias.path.name)

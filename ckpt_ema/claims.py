@@ -23,7 +23,7 @@ def _json_numbers(**keys: str) -> Callable[[str], Mapping[str, int]]:
     def read(text: str) -> Mapping[str, int]:
         found = {}
         for unit, key in keys.items():
-            match = re.search(rf'^\s*[{{,]?\s*"{key}":\s*(\d+)\s*[,}}]', text, re.MULTILINE)
+            match = re.search(rf'^\s*[{{,]?\s*"{key}":\s*(\d{{1,18}})\s*[,}}]', text, re.MULTILINE)
             if match:
                 found[unit] = int(match[1])
         return found or _parsed(text, keys)

@@ -129,7 +129,7 @@ def _add_pipeline(pipeline: Path, found: dict[str, Path], averaged: Collection[s
     """A pipeline of diffusers: what its list names, weights included, but for what is averaged."""
     try:
         listed = json.loads((pipeline / PIPELINE_LIST).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RefusedError(f"{printable(pipeline / PIPELINE_LIST)} is not JSON.") from error
     if not isinstance(listed, dict):
         raise RefusedError(f"{printable(pipeline / PIPELINE_LIST)} lists no components.")

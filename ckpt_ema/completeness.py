@@ -58,7 +58,7 @@ def _problems(checkpoints: Sequence[Checkpoint], read: Read) -> Iterator[str | N
     used = {
         name
         for name in set().union(*markers)
-        if 2 * sum(name in present for present in markers) >= len(markers)
+        if 2 * sum(name in present for present in markers) > len(markers)
     }
     run = checkpoints[-1].path.parent
     beside, saved = names_in(run), _tracked(run)

@@ -18,7 +18,7 @@ from ckpt_ema.formats.specs import Weights
 from ckpt_ema.locate import Blocked, locate, names_in
 from ckpt_ema.names import form_of, is_unnumbered_of, numbers_in, stem_of
 from ckpt_ema.options import Options, flag
-from ckpt_ema.order import Checkpoint, Entry, Read, named_keys, ordered
+from ckpt_ema.order import STEP_UNITS, Checkpoint, Entry, Read, named_keys, ordered
 from ckpt_ema.scan import Scan, container, is_hub_cache, scan
 from ckpt_ema.series import ONLY_ONE, one_series, without_copies
 
@@ -155,23 +155,28 @@ def _in_run(run: Path, options: Options, read: Read, *, given: Path | None = Non
     if run.name == "snapshots" and is_hub_cache(run.parent):
         run = run.parent  # revisions have their names there
     scanned = scan(run, options)
-    if not scanned.series or _are_stray_files(scanned.series):
-        inner = None if scanned.series or scanned.blocked else container(run, options)
+    if not scanned.series or _are_stray_files(scanned):
+        inner = None if scanned.blocked else container(run, options)
         if inner:
-            return replace(_in_run(inner, options, read, given=run), root=run)
+            found = _in_run(inner, options, read, given=run)
+            return replace(found, root=run, warnings=(*found.warnings, *_above(run, scanned)))
         alone = _alone(run, scanned, options)
         if alone:
-            return Found(_common_root([alone]), (alone,))
+            return Found(_common_root([alone]), (alone,), tuple(scanned.left_out))
     entries = one_series(run, scanned, options, read)
     forms = {form_of(entry.stem) for entry in entries}
-    _check_blocked(scanned, forms, options)
+    _check_blocked(scanned, forms, os.path.isdir(entries[0].path), options)
     members = ordered(without_copies(entries, options, scanned.left_out), options, read)
     aliases = _candidates_for_alias(scanned, forms)
     checkpoints, remarks = resolve_aliases(members, aliases, options, read, scanned.left_out)
     for name in options.append:
-        path = run / name if given is None or os.path.lexists(run / name) else given / name
+        places = [run / name, (given or run) / name, Path(name)]
+        path = next((place for place in places if os.path.lexists(place)), run / name)
         checkpoints.append(_appended(path, members, options))
-    unfinished = [path for path in scanned.without_weights if form_of(path.name) in forms]
+    folders = os.path.isdir(members[-1].path)
+    unfinished = [
+        path for path in scanned.without_weights if folders and form_of(path.name) in forms
+    ]
     warnings = [
         f"{printable(path)} holds no model: an unfinished save? It is left out."
         for path in unfinished
@@ -184,13 +189,26 @@ def _in_run(run: Path, options: Options, read: Read, *, given: Path | None = Non
 def _later_ones_left_out(newest: Checkpoint, left_out: list[tuple[Path, str]]) -> list[str]:
     """A warning if what is left out seems to be a later step than the newest."""
     for path, why in left_out:
-        number = numbers_in(stem_of(path.name)).get(newest.unit)
-        if why == ONLY_ONE and number is not None and number > (newest.step or 0):
+        numbers = numbers_in(stem_of(path.name))
+        units = STEP_UNITS if newest.unit in STEP_UNITS else (newest.unit,)
+        later = any(numbers.get(unit, 0) > (newest.step or 0) for unit in units)
+        if why == ONLY_ONE and later:
             return [
                 f"{printable(path.name)} seems to come after {printable(newest.name)}, and is left"
                 " out since its name is not like the others'; --pattern can take it in."
             ]
     return []
+
+
+def _above(run: Path, scanned: Scan) -> list[str]:
+    """A warning of models beside the folder of checkpoints, which are not looked into."""
+    names = [path.name for path in scanned.aliases if layouts.ALIAS.search(stem_of(path.name))]
+    if not names:
+        return []
+    return [
+        f"{printable(run)} also holds {some(names)}, outside its folder of checkpoints; if that is"
+        f" a later step, add it with --append {printable(names[0])}."
+    ]
 
 
 def _alone(run: Path, scanned: Scan, options: Options) -> Checkpoint | None:
@@ -240,9 +258,16 @@ def _paths(scanned: Scan) -> set[Path]:
     return {entry.weights.path for members in scanned.series.values() for entry in members}
 
 
-def _are_stray_files(series: dict[str, list[Entry]]) -> bool:
+def _are_stray_files(scanned: Scan) -> bool:
     """A lone numbered file beside a model (`value_head_1.pt`) does not make a run of its folder."""
-    return all(len(members) == 1 and members[0].path.is_file() for members in series.values())
+    last_ones = [
+        path
+        for path in scanned.aliases
+        if any(is_unnumbered_of(stem_of(path.name), form) for form in scanned.series)
+    ]
+    return not last_ones and all(
+        len(members) == 1 and members[0].path.is_file() for members in scanned.series.values()
+    )
 
 
 def _candidates_for_alias(scanned: Scan, forms: set[str]) -> list[Path]:
@@ -257,10 +282,11 @@ def _candidates_for_alias(scanned: Scan, forms: set[str]) -> list[Path]:
     return candidates
 
 
-def _check_blocked(scanned: Scan, forms: set[str], options: Options) -> None:
+def _check_blocked(scanned: Scan, forms: set[str], is_folder: bool, options: Options) -> None:
     """Refuse steps of the series in a form that is not read; those of other names are left out."""
     for path, blocked in scanned.blocked.items():
-        if form_of(stem_of(path.name)) in forms and not options.skip_incomplete:
+        same_kind = os.path.isdir(path) == is_folder
+        if same_kind and form_of(stem_of(path.name)) in forms and not options.skip_incomplete:
             raise RefusedError(
                 f"{printable(path)} is {blocked.what}, while other steps of the run can be read.",
                 f"{blocked.instead} Or leave such steps out with --skip-incomplete.",

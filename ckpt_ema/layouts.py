@@ -141,7 +141,7 @@ NOT_A_STEP: dict[str, Pattern[str]] = {
         re.IGNORECASE,
     ),
     "optimizer or trainer state": re.compile(
-        r"^(optimizer|optim_|opt\d|scheduler|scaler|rng_state|random_states|training_args"
+        r"^(optimizer|optim_|opt\d*\.(?:pt|pth|bin)$|scheduler|scaler|rng_state|random_states|training_args"
         r"|extra_state|dl_state_dict|sampler|custom_checkpoint|distrib_optim|train_state"
         r"|trainer_state|training-state|dataloader|CRITIC_)|[-_]state$"
         r"|^(?:policy_)?(?:pre|post)processor_",
@@ -149,7 +149,7 @@ NOT_A_STEP: dict[str, Pattern[str]] = {
     ),
     "one shard or rank of a model": re.compile(
         SHARD_NUMBER.pattern + r"|^__\d+_\d+$|^mp_rank_\d+|(?:^|_)zero_pp_rank_\d+"
-        r"|model_world_size_\d+_rank_\d+|(?:^|[_-])rank[_-]?[1-9]\d*$"
+        r"|model_world_size_\d+_rank_\d+|(?:^|[_-])rank[_-]?[1-9]\d*\.(?:pt|pth|bin|ckpt)$"
         r"|^layer_\d+-model_\d+|^expp_rank_|^consolidated\.\d+|_of_\d+|pp-rank-\d+-of-|^shard-\d+-",
         re.IGNORECASE,
     ),

@@ -52,8 +52,9 @@ def locate(path: Path, options: Options) -> Weights | Blocked | None:
         or _pipeline(path)
         or _in_model_folder(path, options)
         or _distributed(path)
-        or _sign_of_another_form(_names_below(path))
+        or _sign_of_another_form(_names_below(path), certain_only=True)
         or _only_file(path)
+        or _sign_of_another_form(_names_below(path))
     )
 
 
@@ -220,9 +221,13 @@ def _only_file(path: Path) -> Weights | None:
     return Weights(path, (Part(files[0]),)) if len(files) == 1 else None
 
 
-def _sign_of_another_form(names: Iterator[str] | list[str]) -> Blocked | None:
+def _sign_of_another_form(
+    names: Iterator[str] | list[str], *, certain_only: bool = False
+) -> Blocked | None:
     found = list(names)
     for refusal in layouts.REFUSALS:
+        if certain_only and not refusal.is_certain:
+            continue
         if any(refusal.name.search(name) for name in found):
             return Blocked(refusal.what, refusal.instead)
     return None

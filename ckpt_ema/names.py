@@ -79,23 +79,35 @@ def _escaped(text: str) -> str:
     return re.sub(r"([.^$*+?{}\[\]\\|()])", r"\\\1", text)
 
 
+_NUMBER = re.compile(
+    r"[-_=.]?(?:(?<![a-z])at-)?(?:global_?step|step|iteration|iter|epoch|ep|checkpoint)?"
+    r"[-_=]?<n>[-_]?",
+    re.IGNORECASE,
+)
+
+
 def bare_of(form: str) -> str:
     """The name of a series without its numbers and the words that go with them.
 
     >>> bare_of("lora-<n>"), bare_of("lora-step<n>"), bare_of("<n>_adapters"), bare_of("step_<n>")
     ('lora', 'lora', 'adapters', '')
     """
-    words = r"(?:(?<![a-z])at-)?(?:global_?step|step|iteration|iter|epoch|ep|checkpoint)?"
-    return re.sub(rf"[-_=.]?{words}[-_=]?<n>[-_]?", "", form, flags=re.IGNORECASE)
+    return _NUMBER.sub("", form)
 
 
 def is_unnumbered_of(stem: str, form: str) -> bool:
-    """Whether a name without a number is that of a series with its number left out.
+    """Whether a name is that of a series with one number left out.
 
     >>> is_unnumbered_of("lora", "lora-<n>"), is_unnumbered_of("vae", "lora-<n>")
     (True, False)
+    >>> is_unnumbered_of("resnet50", "resnet<n>_epoch_<n>")
+    True
     """
-    return stem == bare_of(form) != ""
+    own = form_of(stem)
+    return any(
+        own == (form[: number.start()] + form[number.end() :]).strip("-_=.") != ""
+        for number in _NUMBER.finditer(form)
+    )
 
 
 def why_not_a_step(name: str, stem: str) -> str | None:

@@ -64,12 +64,16 @@ class Options:
             if number is not None and not 1 <= number <= most:
                 raise OptionError(f"{flag(name)} is {number}; it must lie between 1 and {most}.")
         decays(1, self.schedule, self.decay)
-        for name in ("pattern", "component", "key", "strip_prefix"):
-            value = getattr(self, name)
+        for option in ("pattern", "component", "key", "strip_prefix"):
+            value = getattr(self, option)
             if value is not None and not (isinstance(value, str) and value):
-                raise OptionError(f"{flag(name)} is {value!r}; it must be a text.")
+                raise OptionError(f"{flag(option)} is {value!r}; it must be a text.")
         if isinstance(self.append, str | os.PathLike):
             raise OptionError("append must be a list of names, not one name.")
+        object.__setattr__(self, "append", tuple(self.append))
+        for name in [os.fspath(path) for path in self.append]:
+            if os.path.basename(os.path.normpath(name)) in ("", ".", ".."):
+                raise OptionError(f"--append {name!r} is no name in the run.")
         if self.output is not None and os.fspath(self.output).endswith(_NOT_WRITTEN):
             raise OptionError(
                 f"--output {os.fspath(self.output)!r}: only .safetensors files and folders are"

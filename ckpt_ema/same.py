@@ -11,6 +11,7 @@ from ckpt_ema.files import open_regular, read_exactly
 from ckpt_ema.formats.specs import DTYPE_BITS, Specs, TensorSpec, Weights, spanned
 
 _CHUNK_BYTES = 1 << 20
+_HEAD_BYTES = 1 << 12
 
 _Range = tuple[int, int, int]  # file, offset, bytes
 
@@ -18,26 +19,32 @@ _Range = tuple[int, int, int]  # file, offset, bytes
 def hold_the_same(one: tuple[Weights, Specs], other: tuple[Weights, Specs]) -> bool:
     """Whether all tensors are equal in name, dtype, shape and bytes.
 
-    A tensor that lies in pieces is compared where both have it in the same pieces, and counts as
-    different otherwise; so does what cannot be read.
+    The first bytes of every tensor are compared before the rest of any, so that two states of one
+    run differ soon, frozen tensors or not. A tensor that lies in pieces is compared where both have
+    it in the same pieces, and counts as different otherwise; so does what cannot be read.
     """
     (weights, specs), (other_weights, other_specs) = one, other
     if specs.tensors.keys() != other_specs.tensors.keys():
         return False
+    pairs: list[tuple[_Range, _Range]] = []
+    for name, tensor in specs.tensors.items():
+        twin = other_specs.tensors[name]
+        ranges, twins = list(_ranges(tensor)), list(_ranges(twin))
+        if (tensor.dtype, tensor.shape) != (twin.dtype, twin.shape):
+            return False
+        if [part[2] for part in ranges] != [part[2] for part in twins]:
+            return False
+        pairs += zip(ranges, twins, strict=True)
+    paths = [os.path.join(weights.folder, file.name) for file in specs.files]
+    other_paths = [os.path.join(other_weights.folder, file.name) for file in other_specs.files]
     try:
-        for name, tensor in specs.tensors.items():
-            twin = other_specs.tensors[name]
-            if (tensor.dtype, tensor.shape) != (twin.dtype, twin.shape):
-                return False
-            ranges, twins = list(_ranges(tensor)), list(_ranges(twin))
-            if [part[2] for part in ranges] != [part[2] for part in twins]:
-                return False
-            for mine, theirs in zip(ranges, twins, strict=True):
-                if not _equal(weights, specs, mine, other_weights, other_specs, theirs):
-                    return False
+        return all(
+            _equal(paths[mine[0]], mine, other_paths[theirs[0]], theirs, most)
+            for most in (_HEAD_BYTES, None)
+            for mine, theirs in pairs
+        )
     except CkptEmaError:
         return False
-    return True
 
 
 def _ranges(tensor: TensorSpec) -> Iterator[_Range]:
@@ -49,19 +56,12 @@ def _ranges(tensor: TensorSpec) -> Iterator[_Range]:
         yield piece.file, piece.offset, spanned(piece.sizes, piece.strides) * width
 
 
-def _equal(
-    weights: Weights,
-    specs: Specs,
-    mine: _Range,
-    others: Weights,
-    other_specs: Specs,
-    theirs: _Range,
-) -> bool:
-    path = os.path.join(weights.folder, specs.files[mine[0]].name)
-    other_path = os.path.join(others.folder, other_specs.files[theirs[0]].name)
+def _equal(path: str, mine: _Range, other_path: str, theirs: _Range, most: int | None) -> bool:
+    """Whether two ranges hold the same bytes, or the first `most` of them."""
+    total = mine[2] if most is None else min(most, mine[2])
     with open_regular(path) as file, open_regular(other_path) as other:
-        for start in range(0, mine[2], _CHUNK_BYTES):
-            count = min(_CHUNK_BYTES, mine[2] - start)
+        for start in range(0, total, _CHUNK_BYTES):
+            count = min(_CHUNK_BYTES, total - start)
             here = read_exactly(path, file.fd, count, mine[1] + start)
             if here != read_exactly(other_path, other.fd, count, theirs[1] + start):
                 return False

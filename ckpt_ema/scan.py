@@ -79,7 +79,7 @@ def _holds_models(folder: Path, options: Options) -> bool:
 
 def _scan_folder(run: Path, options: Options) -> Scan:
     found = Scan()
-    append = {os.path.normpath(name) for name in options.append}
+    append = {os.path.basename(os.path.normpath(name)) for name in options.append}
     names = names_in(run)
     for name in sorted(names - set(layouts.FOLDER_WEIGHTS) - append):
         path = run / name
@@ -158,7 +158,7 @@ def _sort_out(path: Path, kind: str | None, found: Scan, options: Options) -> No
     weights = locate(path, options)
     if isinstance(weights, Weights):
         entry = Entry(path, weights)
-        found.series[form_of(entry.stem)].append(entry)
+        _add(found, entry)
     elif isinstance(weights, Blocked):
         found.blocked[path] = weights
     elif numbers:
@@ -167,6 +167,19 @@ def _sort_out(path: Path, kind: str | None, found: Scan, options: Options) -> No
         found.without_weights.append(path)
     else:
         found.others.append(f"{name}/" if is_folder else name)
+
+
+def _add(found: Scan, entry: Entry) -> None:
+    """Put an entry into its series; a folder beside files of its name holds something else."""
+    form = form_of(entry.stem)
+    members = found.series[form]
+    if members and members[0].path.is_file() != entry.path.is_file():
+        folder = entry if entry.path.is_dir() else members[0]
+        found.left_out.append((folder.path, "a folder beside a file of its name"))
+        if folder is not entry:
+            found.series[form] = [entry]
+        return
+    members.append(entry)
 
 
 def _holds_model(path: Path, options: Options) -> bool:

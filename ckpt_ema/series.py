@@ -8,7 +8,7 @@ from pathlib import Path
 from ckpt_ema import layouts
 from ckpt_ema.compare import same_values
 from ckpt_ema.errors import RefusedError, printable
-from ckpt_ema.names import bare_of, pattern_of
+from ckpt_ema.names import bare_of, is_unnumbered_of, pattern_of
 from ckpt_ema.options import Options
 from ckpt_ema.order import Entry, Read, claims_of
 from ckpt_ema.scan import Scan
@@ -34,8 +34,14 @@ def one_series(run: Path, scan: Scan, options: Options, read: Read) -> list[Entr
         return _merged(everything, read, scan.left_out)
     several = {form: members for form, members in series.items() if len(members) > 1} or series
     for form, members in series.items():
-        if form not in several:
-            scan.left_out += [(entry.path, ONLY_ONE) for entry in members]
+        if form in several:
+            continue
+        for entry in members:
+            # "resnet50.pt" beside "resnet50_epoch_1.pt": its number is part of the model's name.
+            if entry.path.is_file() and any(is_unnumbered_of(entry.stem, f) for f in several):
+                scan.aliases.append(entry.path)
+            else:
+                scan.left_out.append((entry.path, ONLY_ONE))
     if len(several) > 1:
         forms = [f"{len(members)} × {form}" for form, members in several.items()]
         patterns = [
@@ -61,6 +67,18 @@ def _merged(entries: Sequence[Entry], read: Read, left_out: list[tuple[Path, str
     return list(first.values())
 
 
+def _identity(entry: Entry) -> object:
+    """Equal for two names of one checkpoint: of all its files, or of its folder.
+
+    Lists of shards or chunks may well be shared by different checkpoints, and so may a part.
+    """
+    files = [os.path.join(entry.weights.folder, part.name) for part in entry.weights.parts]
+    is_list = any(f.endswith((layouts.INDEX_SUFFIX, layouts.DCP_METADATA)) for f in files)
+    if is_list or not all(map(os.path.exists, files)):
+        files = [os.fspath(entry.path)]
+    return tuple((status.st_dev, status.st_ino) for status in map(os.stat, files))
+
+
 def without_copies(
     entries: Sequence[Entry], options: Options, left_out: list[tuple[Path, str]]
 ) -> list[Entry]:
@@ -69,12 +87,7 @@ def without_copies(
     kept = []
     # Links come after what they point to, so that the real folder is the one that stays.
     for entry in sorted(entries, key=lambda entry: (entry.path.is_symlink(), entry.path.name)):
-        # An index may well be shared by different checkpoints; weights may not.
-        file = os.path.join(entry.weights.folder, entry.weights.parts[0].name)
-        is_index = file.endswith(layouts.INDEX_SUFFIX)
-        of_its_own = not is_index and os.path.exists(file)
-        status = os.stat(file if of_its_own else entry.path)
-        first = unique.setdefault((status.st_dev, status.st_ino), entry)
+        first = unique.setdefault(_identity(entry), entry)
         is_revision = entry.label != entry.path.name  # whose files are links to shared blobs
         if first is not entry and is_revision and not options.allow_duplicates:
             raise same_values(first.label, entry.label)

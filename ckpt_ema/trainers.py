@@ -18,6 +18,7 @@ class Refusal:
     name: Pattern[str]  # searched in a path relative to the checkpoint or the run
     what: str
     instead: str
+    is_certain: bool = True  # False: such files lie beside models that are read, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +37,8 @@ class Trainer:
     refusals: tuple[Refusal, ...] = ()
 
 
-def _refusal(name: str, what: str, instead: str) -> Refusal:
-    return Refusal(re.compile(name, re.IGNORECASE), what, instead)
+def _refusal(name: str, what: str, instead: str, is_certain: bool = True) -> Refusal:
+    return Refusal(re.compile(name, re.IGNORECASE), what, instead, is_certain)
 
 
 _OUT_OF_SCOPE = "Export it to safetensors or a state dict of PyTorch first."
@@ -374,6 +375,7 @@ TRAINERS = (
                 r"\.pkl$",
                 "a pickle of whole objects, which cannot be read without running its code",
                 "Save the state_dict() of its module instead.",
+                is_certain=False,
             ),
         ),
     ),
@@ -406,9 +408,20 @@ TRAINERS = (
                 r"\.(h5|keras)$|(^|/)[^/]*\.data-\d{5}-of-\d{5}$|ckpt-\d+\.index$",
                 "a TensorFlow or Keras checkpoint, not one of PyTorch",
                 _OUT_OF_SCOPE,
+                is_certain=False,
             ),
-            _refusal(r"\.gguf$", "a GGUF file, not a checkpoint of PyTorch", _OUT_OF_SCOPE),
-            _refusal(r"\.(npz|msgpack)$", "an array file of marian, JAX or numpy", _OUT_OF_SCOPE),
+            _refusal(
+                r"\.gguf$",
+                "a GGUF file, not a checkpoint of PyTorch",
+                _OUT_OF_SCOPE,
+                is_certain=False,
+            ),
+            _refusal(
+                r"\.(npz|msgpack)$",
+                "an array file of marian, JAX or numpy",
+                _OUT_OF_SCOPE,
+                is_certain=False,
+            ),
         ),
     ),
 )

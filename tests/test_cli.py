@@ -280,3 +280,12 @@ def test_options_that_decide_between_two_readings_reach_the_plan(run: Path) -> N
     wrong = ckpt_ema("plan", run, "--pattern", "(")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "--pattern is no regular expression" in wrong.stderr
+
+
+def test_a_list_of_checkpoints_and_a_single_file(run: Path) -> None:
+    listed = ckpt_ema("plan", run / "checkpoint-9", run / "checkpoint-100", "--json")
+    assert [row["step"] for row in json.loads(listed.stdout)["checkpoints"]] == [9, 100]
+    alone = ckpt_ema("plan", run / "checkpoint-9/model.safetensors", "--json")
+    assert [row["step"] for row in json.loads(alone.stdout)["checkpoints"]] == [9]
+    wrong = ckpt_ema("plan", run, "--append", "")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)

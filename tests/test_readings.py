@@ -322,3 +322,104 @@ def test_base_models_at_other_places_are_warned_of_and_other_ranks_refused(
     assert any("base_model_name_or_path" in warning for warning in ckpt_ema.plan(run).warnings)
     (run / "checkpoint-1/adapter_config.json").write_text('{"peft_type": "LORA", "r": 16}')
     assert "differ in r (16 → 8)" in refused(run)
+
+
+# --- What a second reader found ---
+
+
+def test_a_part_that_checkpoints_share_does_not_make_them_one(tmp_path: Path) -> None:
+    """A frozen text encoder is one file by several names in caches and linked backups."""
+    run = tmp_path / "run"
+    for step in (100, 200):
+        folder = run / f"checkpoint-{step}"
+        for part in ("text_encoder", "unet"):
+            (folder / part).mkdir(parents=True)
+        write_safetensors(folder / "unet/diffusion_pytorch_model.safetensors", state(step))
+        frozen = run / "checkpoint-100/text_encoder/model.safetensors"
+        if step == 100:
+            write_safetensors(frozen, state(1))
+        else:
+            (folder / "text_encoder/model.safetensors").hardlink_to(frozen)
+    assert steps(ckpt_ema.plan(run)) == [100, 200]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [torch.nn.Linear(2, 2), {"g": {"sd": state(1)}}, [state(1)]],
+    ids=["a pickled module", "deep in dicts", "in a list"],
+)
+def test_a_lone_tensor_is_never_taken_for_a_model_that_is_elsewhere(
+    tmp_path: Path, model: Any
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for epoch in (1, 2):
+        content = {"epoch": epoch, "model": model, "loss": torch.tensor(0.1)}
+        torch.save(content, run / f"epoch_{epoch}.pt")
+    message = refused(run)
+    assert "loss" not in message
+    assert "stores the model as a pickled" in message or "holds no dict of tensors" in message
+
+
+def test_numbers_in_the_models_own_name(tmp_path: Path) -> None:
+    run = loras(tmp_path / "a", style_rank64__000001=10, style_rank64__000002=20, style_rank64=30)
+    assert steps(ckpt_ema.plan(run)) == [10, 20, 30]
+    run = flat(tmp_path / "b", "resnet50_epoch_1.pt", "resnet50_epoch_2.pt", "resnet50.pt")
+    assert "resnet50.pt has no number and no step inside" in refused(run)
+    run = loras(tmp_path / "c", model__000001=10, model=20)
+    assert steps(ckpt_ema.plan(run)) == [10, 20]
+    run = flat(tmp_path / "d", "opt125m-lora-000001.pt", "opt125m-lora-000002.pt")
+    assert steps(ckpt_ema.plan(run)) == [1, 2]
+
+
+def test_a_last_that_counts_from_zero_is_compared_by_its_bytes(tmp_path: Path) -> None:
+    run = flat(tmp_path / "run", "epoch_1.pt", "epoch_2.pt")
+    torch.save({"model": state(9), "epoch": 2}, run / "last.pt")
+    assert "--append last.pt" in refused(run)
+    torch.save({"model": state(2), "epoch": 1}, run / "last.pt")
+    assert left_out(ckpt_ema.plan(run)) == {"last.pt": "a copy of epoch_2.pt"}
+
+
+def test_unfinished_files_beside_aliases_stop_nothing(tmp_path: Path) -> None:
+    run = flat(tmp_path / "run", "step_1.pt", "step_2.pt", "step_3.pt")
+    torch.save(state(2), run / "last.pt")
+    (run / "step_3.pt").write_bytes((run / "step_3.pt").read_bytes()[:200])
+    plan = ckpt_ema.plan(run)
+    assert steps(plan) == [1, 2]
+    assert left_out(plan) == {"last.pt": "a copy of step_2.pt", "step_3.pt": "incomplete"}
+    (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:200])
+    assert left_out(ckpt_ema.plan(run))["last.pt"] == "incomplete"
+
+
+def test_what_lies_beside_a_model_does_not_refuse_it(tmp_path: Path) -> None:
+    for step in (1, 2):
+        folder = tmp_path / "run" / f"step_{step}"
+        folder.mkdir(parents=True)
+        torch.save(state(step), folder / "weights.pt")
+        for name in ("vocab.pkl", "predictions.npz"):
+            (folder / name).touch()
+    assert steps(ckpt_ema.plan(tmp_path / "run")) == [1, 2]
+
+
+def test_folders_beside_files_of_their_names_are_left_out(tmp_path: Path) -> None:
+    run = flat(tmp_path / "run", "epoch_1.pt", "epoch_2.pt")
+    for epoch in (1, 2):
+        (run / f"epoch_{epoch}").mkdir()
+        torch.save(state(7), run / f"epoch_{epoch}/preds.pt")
+    plan = ckpt_ema.plan(run)
+    assert steps(plan) == [1, 2]
+    assert left_out(plan)["epoch_1"] == "a folder beside a file of its name"
+    assert not [warning for warning in plan.warnings if "unfinished" in warning]
+
+
+def test_a_model_above_the_folder_of_checkpoints_is_told(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    flat(run / "checkpoints", "step_1.pt", "step_2.pt")
+    torch.save(state(3), run / "last.pt")
+    plan = ckpt_ema.plan(run)
+    assert steps(plan) == [1, 2]
+    assert any("also holds last.pt" in warning for warning in plan.warnings)
+    assert names(ckpt_ema.plan(run, append=["last.pt"])) == ["step_1.pt", "step_2.pt", "last.pt"]
+    torch.save(state(9), run / "resnet50.pt")
+    assert steps(ckpt_ema.plan(run)) == [1, 2]

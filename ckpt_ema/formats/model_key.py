@@ -129,8 +129,12 @@ def _is_model(value: Any, tensor: _Kind) -> TypeGuard[dict[str, Any]]:
     )
 
 
-def _holds_tensors(value: Any, tensor: _Kind) -> bool:
-    return isinstance(value, dict) and any(isinstance(item, tensor) for item in value.values())
+def _holds_tensors(value: Any, tensor: _Kind, depth: int = 4) -> bool:
+    """Whether there are tensors in a dict or list, not too deep."""
+    if not depth or not isinstance(value, dict | list):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return any(isinstance(i, tensor) or _holds_tensors(i, tensor, depth - 1) for i in items)
 
 
 def _may_be(key: Any) -> bool:
@@ -212,7 +216,7 @@ def _under_known_key(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model
         )
     if not found:
         pickled = [key for key in ("ema", *MODEL_KEYS) if _class_name(_at(root, key))]
-        if pickled and not _is_model(root, tensor):
+        if pickled:
             raise _pickled(path, _class_name(_at(root, pickled[0])) or "object")
         return None
     [(key, values)] = found.items()
