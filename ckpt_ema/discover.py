@@ -221,7 +221,8 @@ def _alone(run: Path, scanned: Scan, options: Options) -> Checkpoint | None:
             f"{printable(run)} holds no checkpoint that matches --pattern"
             f" {printable(options.pattern)}; its names are {some(sorted(names_in(run)))}."
         )
-    own = None if _is_run_of_others(run, scanned) else locate(run, options)
+    # What lies deeper than a checkpoint's own folders may belong to several runs.
+    own = None if _is_run_of_others(run, scanned) else locate(run, options, depth=1)
     if isinstance(own, Weights) and not (scanned.series and own.path in _paths(scanned)):
         return _single(run, own)
     if scanned.series:

@@ -32,9 +32,10 @@ class Blocked:
         return RefusedError(f"{printable(path)} is {self.what}.", self.instead)
 
 
-def locate(path: Path, options: Options) -> Weights | Blocked | None:
+def locate(path: Path, options: Options, *, depth: int = _MOST_DEPTH) -> Weights | Blocked | None:
     """The weights of the checkpoint file or folder at `path`; None if it holds none.
 
+    `depth` is how many folders deep to look for the sign of a form that is not read.
     Raises `RefusedError` if it holds two forms of its weights and nothing says which.
     """
     if not os.path.isdir(path):
@@ -52,9 +53,9 @@ def locate(path: Path, options: Options) -> Weights | Blocked | None:
         or _pipeline(path)
         or _in_model_folder(path, options)
         or _distributed(path)
-        or _sign_of_another_form(_names_below(path), certain_only=True)
+        or _sign_of_another_form(_names_below(path, depth), certain_only=True)
         or _only_file(path)
-        or _sign_of_another_form(_names_below(path))
+        or _sign_of_another_form(_names_below(path, depth))
     )
 
 
@@ -151,7 +152,7 @@ def _component(path: Path, component: str, options: Options) -> Weights | Blocke
             _in_folder(inside, options)
             or _in_model_folder(inside, options)
             or _distributed(inside)
-            or _sign_of_another_form(_names_below(inside))
+            or _sign_of_another_form(_names_below(inside, _MOST_DEPTH))
         )
     files = [
         name
@@ -233,12 +234,12 @@ def _sign_of_another_form(
     return None
 
 
-def _names_below(folder: Path) -> Iterator[str]:
-    """Names of files in a folder, relative to it; not too many and not too deep."""
+def _names_below(folder: Path, depth: int) -> Iterator[str]:
+    """Names of files in a folder, relative to it; not too many, at most `depth` folders deep."""
     count = 0
     for root, folders, files in os.walk(folder):
         prefix = os.path.relpath(root, folder) + "/" if root != str(folder) else ""
-        if prefix.count("/") >= _MOST_DEPTH:
+        if prefix.count("/") >= depth:
             folders.clear()
         for name in sorted(files):
             count += 1

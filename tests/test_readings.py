@@ -423,3 +423,14 @@ def test_a_model_above_the_folder_of_checkpoints_is_told(tmp_path: Path) -> None
     assert names(ckpt_ema.plan(run, append=["last.pt"])) == ["step_1.pt", "step_2.pt", "last.pt"]
     torch.save(state(9), run / "resnet50.pt")
     assert steps(ckpt_ema.plan(run)) == [1, 2]
+
+
+def test_a_folder_of_runs_is_not_called_by_what_one_of_them_holds(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        actor = tmp_path / name / "global_step_100/actor"
+        actor.mkdir(parents=True)
+        (actor / "model_world_size_2_rank_0.pt").touch()
+    assert "No checkpoints found" in refused(tmp_path)
+    assert "sharded over ranks" in refused(tmp_path / "one")
+    assert "sharded over ranks" in refused(tmp_path / "one/global_step_100")
+    assert "sharded over ranks" in refused(tmp_path / "one/global_step_100/actor")
