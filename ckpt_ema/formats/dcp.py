@@ -7,9 +7,10 @@ tensor is ever whole in memory. What is no tensor is not looked at.
 
 import hashlib
 import io
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import IO, Any, NamedTuple, TypeGuard
 
 from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
@@ -19,6 +20,7 @@ from ckpt_ema.formats.specs import FileSpec, Piece, Specs, TensorSpec, packed_st
 from ckpt_ema.formats.torch_file import Region, read_tensor
 from ckpt_ema.formats.unpickle import (
     BROKEN_PICKLE,
+    MAX_DIMENSIONS,
     Dtype,
     Inert,
     TensorUnpickler,
@@ -40,7 +42,6 @@ _ALLOWED = (
 _TORCH_NAMES = re.compile(r"^(complex|u?int|float|bits|q|sparse_|strided|jagged|\w+_format)\w*$")
 # By which early releases of Python 3.11 pickle the members of an enumeration.
 _GETATTR = (("builtins", "getattr"), ("__builtin__", "getattr"))
-_MOST_DIMENSIONS = 64
 _MOST_COMPARISONS = 200_000
 # Top-level names of what trainers save beside a model that is not in a dict of its own.
 _BESIDE_MODEL = ("optimizer.", "optim.", "lr_scheduler.", "train_state.", "dataloader.", "rng.")
@@ -116,8 +117,8 @@ class _Declared(NamedTuple):
 def read_specs(path: str, key: str | None = None) -> Specs:
     """The tensors of the model in the folder whose .metadata is at `path`.
 
-    Raises `IncompleteError` if a data file is
-    missing or cut, `RefusedError` for metadata that is damaged, hostile or inconsistent.
+    Raises `IncompleteError` if a data file is missing or cut, `RefusedError` for metadata that is
+    damaged, hostile or inconsistent.
     """
     if not os.path.lexists(path):
         raise IncompleteError(
@@ -205,7 +206,7 @@ def _is_path(steps: Any) -> TypeGuard[tuple[str | int, ...]]:
     """Whether it leads through dicts and lists, by keys of a sensible size."""
     return (
         isinstance(steps, tuple)
-        and 0 < len(steps) <= _MOST_DIMENSIONS
+        and 0 < len(steps) <= MAX_DIMENSIONS
         and all(type(s) is str or (type(s) is int and 0 <= s < 2**63) for s in steps)
     )
 
@@ -265,7 +266,7 @@ def _chunk(fqn: str, starts: Any, sizes: Any, info: Any, refuse: Any) -> _Chunk:
 def _sizes(values: Any) -> TypeGuard[tuple[int, ...]]:
     return (
         isinstance(values, tuple)
-        and len(values) <= _MOST_DIMENSIONS
+        and len(values) <= MAX_DIMENSIONS
         and all(type(n) is int and 0 <= n < 2**63 for n in values)
     )
 
@@ -273,7 +274,7 @@ def _sizes(values: Any) -> TypeGuard[tuple[int, ...]]:
 def _cover(shape: tuple[int, ...], chunks: list[_Chunk]) -> bool:
     """Whether boxes inside a shape have all its elements, each once."""
     boxes = [(chunk.starts, chunk.sizes) for chunk in chunks if 0 not in chunk.sizes]
-    if sum(_count(sizes) for _, sizes in boxes) != _count(shape):
+    if sum(math.prod(sizes) for _, sizes in boxes) != math.prod(shape):
         return False
     return not _overlap(sorted(boxes), 0)
 
@@ -300,13 +301,6 @@ def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], axis: int) ->
 def _meet(one: Any, other: Any) -> bool:
     sides = zip(*one, *other, strict=True)
     return all(a < b + m and b < a + n for a, n, b, m in sides)
-
-
-def _count(sizes: Iterable[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
 
 
 def _located(

@@ -58,7 +58,7 @@ _LINES = dict(zip(b"ciFILSVPgp", (2, 2, 1, 1, 1, 1, 1, 1, 1, 1), strict=True))
 
 _LONG_BINPUT, _PUT, _FRAME = b"rp\x95"
 
-_MAX_DIMENSIONS = 64  # torch's own kernels take no more
+MAX_DIMENSIONS = 64  # torch's own kernels take no more
 _MAX_STAND_INS = 1_000
 
 
@@ -301,7 +301,7 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
 
 def _size(sizes: Any = ()) -> tuple[Any, ...]:
     """A shape; a long one, copied again and again, would fill the memory."""
-    if len(sizes) > _MAX_DIMENSIONS:
+    if len(sizes) > MAX_DIMENSIONS:
         raise pickle.UnpicklingError("a shape with too many dimensions")
     return tuple(sizes)
 
@@ -343,7 +343,7 @@ def _rebuild_typed(
     shape, strides = tuple(shape), tuple(strides)
     if not isinstance(storage, Storage) or dtype is None or len(shape) != len(strides):
         raise pickle.UnpicklingError("a tensor without a typed storage")
-    if len(shape) > _MAX_DIMENSIONS:
+    if len(shape) > MAX_DIMENSIONS:
         raise pickle.UnpicklingError("a tensor with too many dimensions")
     numbers = (offset, *shape, *strides)
     if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
