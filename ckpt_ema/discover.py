@@ -151,14 +151,23 @@ def _common_root(checkpoints: Sequence[Checkpoint]) -> Path:
 # --- A folder ---------------------------------------------------------------------------------
 
 
-def _in_run(run: Path, options: Options, read: Read, *, given: Path | None = None) -> Found:
+def _in_run(
+    run: Path,
+    options: Options,
+    read: Read,
+    *,
+    given: Path | None = None,
+    scanned: Scan | None = None,
+) -> Found:
+    """The checkpoints in a folder; `given` is the folder that a person gave, if it is above."""
     if run.name == "snapshots" and is_hub_cache(run.parent):
         run = run.parent  # revisions have their names there
-    scanned = scan(run, options)
+    scanned = scanned or scan(run, options)
     if not scanned.series or _are_stray_files(scanned):
         inner = None if scanned.blocked else container(run, options)
         if inner:
-            found = _in_run(inner, options, read, given=run)
+            folder, inside = inner
+            found = _in_run(folder, options, read, given=run, scanned=inside)
             return replace(found, root=run, warnings=(*found.warnings, *_above(run, scanned)))
         alone = _alone(run, scanned, options)
         if alone:

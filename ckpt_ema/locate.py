@@ -53,9 +53,7 @@ def locate(path: Path, options: Options, *, depth: int = _MOST_DEPTH) -> Weights
         or _pipeline(path)
         or _in_model_folder(path, options)
         or _distributed(path)
-        or _sign_of_another_form(_names_below(path, depth), certain_only=True)
-        or _only_file(path)
-        or _sign_of_another_form(_names_below(path, depth))
+        or _unusual(path, depth)
     )
 
 
@@ -152,7 +150,7 @@ def _component(path: Path, component: str, options: Options) -> Weights | Blocke
             _in_folder(inside, options)
             or _in_model_folder(inside, options)
             or _distributed(inside)
-            or _sign_of_another_form(_names_below(inside, _MOST_DEPTH))
+            or _sign_of_another_form(list(_names_below(inside, _MOST_DEPTH)))
         )
     files = [
         name
@@ -208,6 +206,16 @@ def _distributed(path: Path) -> Weights | Blocked | None:
     return None
 
 
+def _unusual(path: Path, depth: int) -> Weights | Blocked | None:
+    """What a folder holds that has none of the usual names, by the names of all files in it."""
+    names = list(_names_below(path, depth))
+    return (
+        _sign_of_another_form(names, certain_only=True)
+        or _only_file(path)
+        or _sign_of_another_form(names)
+    )
+
+
 def _only_file(path: Path) -> Weights | None:
     """The one weights file of a folder without any of the usual names."""
     files = [
@@ -222,14 +230,11 @@ def _only_file(path: Path) -> Weights | None:
     return Weights(path, (Part(files[0]),)) if len(files) == 1 else None
 
 
-def _sign_of_another_form(
-    names: Iterator[str] | list[str], *, certain_only: bool = False
-) -> Blocked | None:
-    found = list(names)
+def _sign_of_another_form(names: list[str], *, certain_only: bool = False) -> Blocked | None:
     for refusal in layouts.REFUSALS:
         if certain_only and not refusal.is_certain:
             continue
-        if any(refusal.name.search(name) for name in found):
+        if any(refusal.name.search(name) for name in names):
             return Blocked(refusal.what, refusal.instead)
     return None
 

@@ -44,17 +44,18 @@ def is_hub_cache(folder: Path) -> bool:
     return os.path.isdir(folder / "refs") and os.path.isdir(folder / "snapshots")
 
 
-def container(run: Path, options: Options) -> Path | None:
+def container(run: Path, options: Options) -> tuple[Path, Scan] | None:
     """The one folder in `run` that holds its checkpoints, by the names that trainers give it."""
-    hits = []
+    hits: dict[Path, Scan] = {}
     for pattern in layouts.CONTAINERS:
         for folder in sorted(run.glob(pattern)):
-            if folder not in hits and folder.is_dir() and _holds_checkpoints(folder, options):
-                hits.append(folder)
+            if folder not in hits and folder.is_dir():
+                hits[folder] = scan(folder, options)
+    hits = {folder: found for folder, found in hits.items() if found.series or found.blocked}
     # Folders of trainer state beside those of models (prime-rl's checkpoints/ beside weights/).
-    models = [folder for folder in hits if _holds_models(folder, options)]
+    models = {folder: found for folder, found in hits.items() if _holds_models(found)}
     if len(models) == 1:
-        return models[0]
+        hits = models
     if len(hits) > 1:
         names = [os.path.relpath(folder, run) for folder in hits]
         raise RefusedError(
@@ -62,18 +63,12 @@ def container(run: Path, options: Options) -> Path | None:
             " not a trajectory.",
             "Pass one of them.",
         )
-    return hits[0] if hits else None
+    return next(iter(hits.items()), None)
 
 
-def _holds_checkpoints(folder: Path, options: Options) -> bool:
-    found = _scan_folder(folder, options)
-    return bool(found.series or found.blocked)
-
-
-def _holds_models(folder: Path, options: Options) -> bool:
+def _holds_models(found: Scan) -> bool:
     """Whether its checkpoints are model files, and not what ranks have written."""
-    series = _scan_folder(folder, options).series
-    paths = [entry.weights.path.name for members in series.values() for entry in members]
+    paths = [entry.weights.path.name for members in found.series.values() for entry in members]
     return any(name != layouts.DCP_METADATA for name in paths)
 
 
