@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 
 from ckpt_ema.errors import CkptEmaError
-from ckpt_ema.files import open_regular, read_exactly
+from ckpt_ema.files import FilePool
 from ckpt_ema.formats.specs import DTYPE_BITS, Specs, TensorSpec, Weights, spanned
 
 _CHUNK_BYTES = 1 << 20
@@ -35,16 +35,27 @@ def hold_the_same(one: tuple[Weights, Specs], other: tuple[Weights, Specs]) -> b
         if [part[2] for part in ranges] != [part[2] for part in twins]:
             return False
         pairs += zip(ranges, twins, strict=True)
-    paths = [os.path.join(weights.folder, file.name) for file in specs.files]
-    other_paths = [os.path.join(other_weights.folder, file.name) for file in other_specs.files]
+    paths, other_paths = _paths(weights, specs), _paths(other_weights, other_specs)
+    pool = FilePool({**paths, **other_paths})
+    mine_at, theirs_at = list(paths), list(other_paths)
     try:
         return all(
-            _equal(paths[mine[0]], mine, other_paths[theirs[0]], theirs, most)
+            _equal(pool, mine_at[mine[0]], mine, theirs_at[theirs[0]], theirs, most)
             for most in (_HEAD_BYTES, None)
             for mine, theirs in pairs
         )
     except CkptEmaError:
         return False
+    finally:
+        pool.close()
+
+
+def _paths(weights: Weights, specs: Specs) -> dict[str, tuple[int, int]]:
+    """The files of a checkpoint, in their order, and what each was when its header was read."""
+    return {
+        os.path.join(weights.folder, file.name): (file.size_bytes, file.mtime_ns)
+        for file in specs.files
+    }
 
 
 def _ranges(tensor: TensorSpec) -> Iterator[_Range]:
@@ -56,13 +67,16 @@ def _ranges(tensor: TensorSpec) -> Iterator[_Range]:
         yield piece.file, piece.offset, spanned(piece.sizes, piece.strides) * width
 
 
-def _equal(path: str, mine: _Range, other_path: str, theirs: _Range, most: int | None) -> bool:
+def _equal(
+    pool: FilePool, path: str, mine: _Range, other_path: str, theirs: _Range, most: int | None
+) -> bool:
     """Whether two ranges hold the same bytes, or the first `most` of them."""
     total = mine[2] if most is None else min(most, mine[2])
-    with open_regular(path) as file, open_regular(other_path) as other:
-        for start in range(0, total, _CHUNK_BYTES):
-            count = min(_CHUNK_BYTES, total - start)
-            here = read_exactly(path, file.fd, count, mine[1] + start)
-            if here != read_exactly(other_path, other.fd, count, theirs[1] + start):
-                return False
+    here, there = (memoryview(bytearray(min(_CHUNK_BYTES, total))) for _ in range(2))
+    for start in range(0, total, _CHUNK_BYTES):
+        count = min(_CHUNK_BYTES, total - start)
+        pool.read_into(path, here[:count], mine[1] + start)
+        pool.read_into(other_path, there[:count], theirs[1] + start)
+        if here[:count] != there[:count]:
+            return False
     return True
