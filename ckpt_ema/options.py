@@ -3,19 +3,22 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from ckpt_ema.errors import OptionError
 from ckpt_ema.schedule import SCHEDULES, decays
 
 PathLike = str | os.PathLike[str]
 
+# What --dtype calls the dtypes of safetensors; None is each tensor's own.
+DTYPES = {"same": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
 # The values of the options that take one of a few; the first is the default.
 CHOICES = {
     "schedule": SCHEDULES,
     "order": ("auto", "metadata", "name"),
     "weights": ("auto", "single", "sharded", "adapter"),
-    "dtype": ("same", "float32", "bfloat16", "float16"),
+    "dtype": tuple(DTYPES),
     "accumulate": ("float64", "float32"),
 }
 
@@ -92,15 +95,6 @@ def flag(name: str) -> str:
     '--skip-incomplete'
     """
     return "--" + name.replace("_", "-")
-
-
-def make_options(given: dict[str, object]) -> Options:
-    """`Options` from keyword arguments; raises `TypeError` for a name that is none."""
-    known = {field.name for field in fields(Options)}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise TypeError(f"{unknown[0]!r} is no option of ckpt-ema; there are {sorted(known)}")
-    return Options(**given)  # type: ignore[arg-type]
 
 
 def _check_choice(name: str, choice: str, choices: Sequence[str]) -> None:

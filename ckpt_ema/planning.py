@@ -23,14 +23,12 @@ from ckpt_ema.errors import OptionError, RefusedError, printable, some
 from ckpt_ema.files import real_paths
 from ckpt_ema.formats import read_specs
 from ckpt_ema.formats.specs import MOST_READ_PER_WANTED, Specs, Weights
-from ckpt_ema.options import Options, PathLike, make_options
-from ckpt_ema.order import Checkpoint
+from ckpt_ema.options import DTYPES, Options, PathLike
+from ckpt_ema.order import Checkpoint, Read
 from ckpt_ema.outputs import OutputFile, make_indexes, output_files
 from ckpt_ema.remarks import gaps, run_notes, run_warnings
 from ckpt_ema.renaming import unified, without_prefix
 from ckpt_ema.spans import Work, make_work
-
-_DTYPES = {"same": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +103,7 @@ def plan(run: PathLike | Sequence[PathLike], **options: Any) -> Plan:
     Raises `OptionError` for an impossible option and `RefusedError` for inputs that cannot be
     averaged, or an output path that would touch them.
     """
-    return _plan(run, make_options(options))
+    return _plan(run, Options(**options))
 
 
 def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
@@ -123,14 +121,7 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
     found = complete(discover(paths, options, read), options, read)
     destination = Path(options.output) if options.output is not None else _sibling(found.root)
     check_destination(destination, [*paths, *_inputs(found)])
-    names = [checkpoint.name for checkpoint in found.checkpoints]
-    specs = [read(checkpoint.weights) for checkpoint in found.checkpoints]
-    if options.strip_prefix:
-        specs = without_prefix(specs, options.strip_prefix)
-    specs, name_warnings = unified(names, _shared(specs))
-    folders = [checkpoint.weights.folder for checkpoint in found.checkpoints]
-    config_warnings = check_configs(names, folders, specs)
-    dtype_warnings = check_alike(names, specs)
+    specs, warnings = _compared(found.checkpoints, read, options)
     checkpoints = _planned(found.checkpoints, specs, options)
     newest = found.checkpoints[-1]
     single_name = destination.name if _is_single_file(destination) else None
@@ -139,7 +130,7 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
     provenance = _provenance(checkpoints, options)
     if single_name:  # a folder has it in its manifest
         provenance["fingerprint"] = fingerprint
-    files = output_files(specs[-1], _DTYPES[options.dtype], single_name, provenance)
+    files = output_files(specs[-1], DTYPES[options.dtype], single_name, provenance)
     part_names = [part.name for part in newest.weights.parts]
     return Plan(
         run=os.fspath(found.root),
@@ -157,11 +148,23 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
         warnings=(
             *found.warnings,
             *run_warnings(found.checkpoints, specs, options),
-            *name_warnings,
-            *dtype_warnings,
-            *config_warnings,
+            *warnings,
         ),
     )
+
+
+def _compared(
+    checkpoints: Sequence[Checkpoint], read: Read, options: Options
+) -> tuple[list[Specs], list[str]]:
+    """The checkpoints' specs under common names, checked to be of one model; and warnings."""
+    names = [checkpoint.name for checkpoint in checkpoints]
+    specs = [read(checkpoint.weights) for checkpoint in checkpoints]
+    if options.strip_prefix:
+        specs = without_prefix(specs, options.strip_prefix)
+    specs, name_warnings = unified(names, _shared(specs))
+    folders = [checkpoint.weights.folder for checkpoint in checkpoints]
+    config_warnings = check_configs(names, folders, specs)
+    return specs, [*name_warnings, *check_alike(names, specs), *config_warnings]
 
 
 def _inputs(found: Found) -> list[Path]:
