@@ -141,8 +141,8 @@ NOT_A_STEP: dict[str, Pattern[str]] = {
         re.IGNORECASE,
     ),
     "optimizer or trainer state": re.compile(
-        r"^(optimizer|optim_|opt\d*\.(?:pt|pth|bin)$|scheduler|scaler|rng_state|random_states|training_args"
-        r"|extra_state|dl_state_dict|sampler|custom_checkpoint|distrib_optim|train_state"
+        r"^(optimizer|optim_|opt\d*\.(?:pt|pth|bin)$|scheduler|scaler|rng_state|random_states"
+        r"|training_args|extra_state|dl_state_dict|sampler|custom_checkpoint|distrib_optim|train_state"
         r"|trainer_state|training-state|dataloader|CRITIC_)|[-_]state$"
         r"|^(?:policy_)?(?:pre|post)processor_",
         re.IGNORECASE,
@@ -154,7 +154,7 @@ NOT_A_STEP: dict[str, Pattern[str]] = {
         re.IGNORECASE,
     ),
     "a merged copy": re.compile(r"[-_](merged|hf_merged)$", re.IGNORECASE),
-    "a module of a model": re.compile(MODULE_FOLDER.pattern),
+    "a module of a model": MODULE_FOLDER,
     "already an average": AVERAGED_NAME,
 }
 
@@ -178,8 +178,8 @@ MANIFEST_NAME = "ckpt_ema.json"
 # the model. Everything else travels.
 STAYS_BEHIND = re.compile(
     r"^(optimizer|optim|scheduler|scaler|rng_state|random_states|training_args|trainer_state"
-    r"|extra_state|dl_state_dict|sampler|custom_checkpoint|distrib_optim|train_state|training_state|training_step"
-    r"|training_info|meta)([-_.]?\d+)*(\.(pt|pth|bin|pkl|json|yaml))?$"
+    r"|extra_state|dl_state_dict|sampler|custom_checkpoint|distrib_optim|train_state"
+    r"|training_state|training_step|training_info|meta)([-_.]?\d+)*(\.(pt|pth|bin|pkl|json|yaml))?$"
     r"|^(latest|last_checkpoint|" + re.escape(TRACKER_NAME) + r"|zero_to_fp32\.py|README\.md"
     r"|global_step\d+|merged|bema|ckpt_ema\.json|CKPT\.yaml|\.metadata.*|\.git|\.cache|\.DS_Store"
     r"|" + "|".join(re.escape(name) for name in (*DONE, *UNDONE)) + r")$"

@@ -132,7 +132,7 @@ def _keys_beside(
 def named_keys(entries: Sequence[Entry]) -> tuple[str, list[int]] | None:
     """The numbers that names give, with what they count; None if they give no order."""
     names = [numbers_in(entry.stem) for entry in entries]
-    for unit in ("step", "epoch", "checkpoint", "number"):
+    for unit in layouts.STEP_NAMES:
         if all(unit in numbers for numbers in names):
             keys = [numbers[unit] for numbers in names]
             return ("save" if _count_saves(entries, keys) else unit), keys

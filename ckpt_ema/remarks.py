@@ -97,10 +97,11 @@ def _few(count: int) -> list[str]:
 
 
 def _irregular(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    known = [gap for gap in gaps(checkpoints) if gap is not None]
+    found = gaps(checkpoints)
+    known = [gap for gap in found if gap is not None]
     if len(known) < 2 or max(known) <= _MOST_GAP * median(known):
         return []
-    longest = gaps(checkpoints).index(max(known))
+    longest = found.index(max(known))
     return [
         f"The gaps between checkpoints differ: {max(known)} from"
         f" {printable(checkpoints[longest - 1].name)} to {printable(checkpoints[longest].name)},"

@@ -61,7 +61,8 @@ def test_every_trainer_of_the_table_has_a_tiny_run_in_the_tests() -> None:
     """A trainer is one entry and one test."""
     tested = " ".join(run.trainer for run in RUNS)
     for trainer in TRAINERS:
-        words = re.findall(r"[a-z0-9]{3,}", trainer.name.lower())
+        words = set(re.findall(r"[a-z0-9]{3,}", trainer.name.lower()))
+        words -= {"sharded", "unsharded", "trainer", "diffusion"}  # say nothing of who it is
         assert any(word in tested for word in words), trainer.name
 
 
