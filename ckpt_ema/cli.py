@@ -217,6 +217,12 @@ def _errors_reported() -> Iterator[None]:
         raise typer.Exit(1) from error
     except _SignalError as error:
         raise typer.Exit(_say_signal(error)) from error
+    except RuntimeError as error:
+        # A signal that comes while threading hands over a lock leaves it saying that the lock is
+        # not held; what it was raised on top of is what happened.
+        if not isinstance(error.__context__, _SignalError):
+            raise
+        raise typer.Exit(_say_signal(error.__context__)) from error
 
 
 def _append_step_summary(lines: list[str]) -> None:

@@ -289,3 +289,21 @@ def test_a_list_of_checkpoints_and_a_single_file(run: Path) -> None:
     assert [row["step"] for row in json.loads(alone.stdout)["checkpoints"]] == [9]
     wrong = ckpt_ema("plan", run, "--append", "")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+
+
+def test_a_signal_in_the_middle_of_a_lock_is_still_a_signal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import typer
+
+    from ckpt_ema import cli
+
+    with pytest.raises(typer.Exit) as caught, cli._errors_reported():
+        try:
+            raise cli._SignalError(signal.SIGTERM)
+        finally:
+            raise RuntimeError("release unlocked lock")
+    assert caught.value.exit_code == 143
+    assert capsys.readouterr().err == "terminated, nothing was written\n"
+    with pytest.raises(RuntimeError, match="something else"), cli._errors_reported():
+        raise RuntimeError("something else")
