@@ -20,13 +20,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from ckpt_ema.averaging import average
-    from ckpt_ema.planning import plan
-    from ckpt_ema.shadow import Shadow
+    from ckpt_ema.folding.shadow import Shadow
+    from ckpt_ema.planning.plan import plan
 
 _HOMES = {
-    "Shadow": "ckpt_ema.shadow",
+    "Shadow": "ckpt_ema.folding.shadow",
     "average": "ckpt_ema.averaging",
-    "plan": "ckpt_ema.planning",
+    "plan": "ckpt_ema.planning.plan",
 }
 
 

@@ -10,16 +10,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ckpt_ema import __version__, manifest
-from ckpt_ema.destination import check_vacant
+from ckpt_ema import __version__
 from ckpt_ema.errors import FailedError, printable
 from ckpt_ema.layouts import MANIFEST_NAME
 from ckpt_ema.options import PathLike
-from ckpt_ema.planning import Plan, plan
-from ckpt_ema.write import StagedOutput
+from ckpt_ema.output import manifest
+from ckpt_ema.output.write import StagedOutput
+from ckpt_ema.planning.destination import check_vacant
+from ckpt_ema.planning.plan import Plan, plan
 
 if TYPE_CHECKING:
-    from ckpt_ema.engine import Progress
+    from ckpt_ema.folding.engine import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def carry_out(
 def _import_engine() -> ModuleType:
     """Only when it is needed: an output that is up to date or in the way never waits for torch."""
     try:
-        from ckpt_ema import engine
+        from ckpt_ema.folding import engine
     except (ImportError, OSError) as error:
         raise FailedError(f"torch cannot be imported: {printable(error)}.") from error
     return engine

@@ -89,10 +89,10 @@ def average(
 ) -> None:
     """Average the checkpoints in RUN and print the path of the result."""
     with _errors_reported():
-        from ckpt_ema import report
         from ckpt_ema.averaging import carry_out, up_to_date
-        from ckpt_ema.planning import plan as make_plan
-        from ckpt_ema.progress import ByteProgress
+        from ckpt_ema.planning.plan import plan as make_plan
+        from ckpt_ema.report import text as report
+        from ckpt_ema.report.progress import ByteProgress
 
         decided = make_plan(run, **options)
         result = up_to_date(decided, overwrite=overwrite)
@@ -124,9 +124,10 @@ def plan(
 ) -> None:
     """Show what `average` would do, and the weight of each checkpoint; no tensor is read."""
     with _errors_reported():
-        from ckpt_ema import manifest, report
-        from ckpt_ema.destination import is_vacant
-        from ckpt_ema.planning import plan as make_plan
+        from ckpt_ema.output import manifest
+        from ckpt_ema.planning.destination import is_vacant
+        from ckpt_ema.planning.plan import plan as make_plan
+        from ckpt_ema.report import text as report
 
         decided = make_plan(run, **options)
         if as_json:
@@ -150,7 +151,7 @@ def formats(
     ] = False,
 ) -> None:
     """Show which trainers' checkpoints are understood, and where their weights are."""
-    from ckpt_ema import understood
+    from ckpt_ema.report import understood
 
     with _errors_reported():
         if as_json:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ckpt_ema.errors import OptionError
-from ckpt_ema.schedule import SCHEDULES, decays
+from ckpt_ema.schedules.formulas import SCHEDULES, decays
 
 PathLike = str | os.PathLike[str]
 

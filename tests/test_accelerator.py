@@ -13,8 +13,8 @@ import torch
 
 from ckpt_ema import FailedError, RefusedError, average
 from ckpt_ema import plan as make_plan
-from ckpt_ema.folding import PlainFold, StreamedFold, make_fold
-from ckpt_ema.sources import Sources
+from ckpt_ema.folding.sources import Sources
+from ckpt_ema.folding.tile_fold import PlainFold, StreamedFold, make_fold
 from tests.conftest import MakeRun, noise, series
 from tests.fake_accelerator import FAKE, FakeAccelerator, FakeEvent, FakeStream, install
 

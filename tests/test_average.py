@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import ckpt_ema
-from ckpt_ema import FailedError, OptionError, RefusedError, engine
+from ckpt_ema import FailedError, OptionError, RefusedError
+from ckpt_ema.folding import engine
 from tests.conftest import (
     MakeRun,
     noise,

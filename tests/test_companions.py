@@ -8,7 +8,7 @@ import torch
 
 import ckpt_ema
 from ckpt_ema.errors import RefusedError
-from ckpt_ema.planning import Plan
+from ckpt_ema.planning.plan import Plan
 from tests.conftest import MakeRun, noise, read_safetensors, series, write_safetensors
 
 

@@ -35,9 +35,9 @@ from torch.distributed.checkpoint.metadata import (
 
 import ckpt_ema
 from ckpt_ema.errors import CkptEmaError, IncompleteError, RefusedError
+from ckpt_ema.folding.pieces import gather
 from ckpt_ema.formats import dcp, read_specs
 from ckpt_ema.formats.specs import DTYPE_BITS, Part, Piece, Specs, TensorSpec, Weights, spanned
-from ckpt_ema.pieces import gather
 from tests.conftest import MakeRun, raw, read_safetensors
 from tests.test_torch_file import DTYPES, filled, hostile_pickles, number, pushed, tensor_pickle
 

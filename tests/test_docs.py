@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_ema import understood
+from ckpt_ema.report import understood
 from ckpt_ema.trainers import TRAINERS
 from tests.conftest import MakeRun, noise, read_safetensors, series
 from tests.trainer_runs import RUNS

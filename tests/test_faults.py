@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import ckpt_ema
-from ckpt_ema import FailedError, OptionError, RefusedError, write
+from ckpt_ema import FailedError, OptionError, RefusedError
+from ckpt_ema.output import write
 from tests.conftest import (
     MakeRun,
     noise,
@@ -351,7 +352,7 @@ def test_a_shadow_keeps_the_dtype_of_the_last_integers() -> None:
 
 @pytest.mark.parametrize("decay", [0.999, 0.99999, 0.3])
 def test_float32_accumulators_weigh_as_they_should(decay: float) -> None:
-    from ckpt_ema.shadow import fold_
+    from ckpt_ema.folding.shadow import fold_
 
     shadow, value = torch.zeros(5), torch.ones(5)
     fold_(shadow, value, decay)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ckpt_ema import RefusedError, average
-from ckpt_ema.shadow import widest_float
+from ckpt_ema.folding.shadow import widest_float
 from tests.conftest import MakeRun, noise, read_safetensors, series
 
 pytestmark = [

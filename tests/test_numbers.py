@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ckpt_ema
-from ckpt_ema.schedule import decays
+from ckpt_ema.schedules.formulas import decays
 from tests.conftest import MakeRun, noise, raw, read_safetensors, series, write_safetensors
 
 NO_DEADLINE = settings(

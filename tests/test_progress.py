@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from ckpt_ema import progress
+from ckpt_ema.report import progress
 from tests.conftest import MakeRun, noise, series
 
 

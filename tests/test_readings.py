@@ -9,7 +9,7 @@ import torch
 
 import ckpt_ema
 from ckpt_ema.errors import OptionError, RefusedError
-from ckpt_ema.planning import Plan
+from ckpt_ema.planning.plan import Plan
 from tests.conftest import MakeRun, noise, series, write_safetensors, write_shards
 
 

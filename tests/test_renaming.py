@@ -4,7 +4,7 @@ import pytest
 
 from ckpt_ema.errors import RefusedError
 from ckpt_ema.formats.specs import Specs, TensorSpec
-from ckpt_ema.renaming import unified, without_prefix
+from ckpt_ema.planning.renaming import unified, without_prefix
 
 
 def specs(**places: int) -> Specs:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_ema.errors import OptionError
-from ckpt_ema.schedule import (
+from ckpt_ema.schedules.formulas import (
     checkpoints_below_the_cap,
     decays,
     dynamic_decay,

@@ -45,24 +45,35 @@ def test_no_module_imports_itself_by_a_detour() -> None:
             assert module not in reached(other, {other}), f"{module} and {other} import each other"
 
 
+# The way that data goes: each imports from itself and from what stands before it.
+LAYERS = (
+    *("errors", "trainers", "layouts", "files", "schedules", "options", "formats", "discovery"),
+    *("planning", "folding", "output", "averaging", "report", "cli_options", "cli", "__main__"),
+)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "ckpt_ema"])
+def test_data_goes_one_way(module: str) -> None:
+    def layer(name: str) -> int:
+        return LAYERS.index(name.split(".")[1])
+
+    later = {other for other in imports(module) - {"ckpt_ema"} if layer(other) > layer(module)}
+    assert later == set()
+
+
 @pytest.mark.parametrize(
     ("module", "allowed"),
     [
         ("errors", set()),
-        ("trainers", set()),
-        ("layouts", {"trainers"}),
-        ("names", {"layouts"}),
-        ("schedule", {"errors"}),
-        ("options", {"errors", "schedule"}),
-        ("locate", {"errors", "layouts", "options", "formats.specs"}),
-        ("formats.model_key", {"errors"}),
+        ("schedules.formulas", {"errors"}),
         ("formats.specs", set()),
-        ("shadow", {"errors", "schedule"}),
-        ("spans", {"formats.specs", "outputs"}),
-        ("folding", {"shadow"}),
+        ("discovery.names", {"layouts"}),
+        ("planning.spans", {"formats.specs", "planning.outputs"}),
+        ("folding.shadow", {"errors", "schedules.formulas"}),
+        ("folding.tile_fold", {"folding.shadow"}),
     ],
 )
-def test_early_modules_know_nothing_of_later_ones(module: str, allowed: set[str]) -> None:
+def test_the_cores_know_only_what_they_compute_with(module: str, allowed: set[str]) -> None:
     assert {name.removeprefix("ckpt_ema.") for name in imports(f"ckpt_ema.{module}")} <= allowed
 
 

@@ -20,7 +20,7 @@ import torch
 import ckpt_ema
 from ckpt_ema import RefusedError
 from ckpt_ema.averaging import Result
-from ckpt_ema.planning import Plan
+from ckpt_ema.planning.plan import Plan
 from tests import trainer_runs as runs
 from tests.conftest import read_safetensors, write_shards
 from tests.trainer_runs import RUNS, Tensors, TrainerRun, Weights
@@ -253,7 +253,7 @@ def test_a_run_that_cannot_be_read_is_refused_with_what_helps(run: Path, case: T
 )
 def test_the_numbers_that_a_name_says(name: str, numbers: dict[str, int]) -> None:
     """Whole numbers with the unit that stands before them; decimals are metrics."""
-    from ckpt_ema.names import numbers_in
+    from ckpt_ema.discovery.names import numbers_in
 
     assert numbers_in(name) == numbers
 

@@ -6,7 +6,7 @@ Files of one state need not be equal: torch.save writes the name of its file int
 import os
 from collections.abc import Iterator
 
-from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.errors import CkptEmaError, RefusedError, printable
 from ckpt_ema.files import FilePool
 from ckpt_ema.formats.specs import DTYPE_BITS, Specs, TensorSpec, Weights, spanned
 
@@ -48,6 +48,15 @@ def hold_the_same(one: tuple[Weights, Specs], other: tuple[Weights, Specs]) -> b
         return False
     finally:
         pool.close()
+
+
+def same_values(earlier: str, later: str) -> RefusedError:
+    """The refusal of two steps that hold one state."""
+    return RefusedError(
+        f"{printable(earlier)} and {printable(later)} are identical, value by value; one of them is"
+        " mislabelled, and averaging would count it twice.",
+        "Leave one out, or pass --allow-duplicates to go on.",
+    )
 
 
 def _paths(weights: Weights, specs: Specs) -> dict[str, tuple[int, int]]:

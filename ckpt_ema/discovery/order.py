@@ -12,11 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from ckpt_ema import layouts
-from ckpt_ema.claims import claims_beside
+from ckpt_ema.discovery.claims import claims_beside
+from ckpt_ema.discovery.names import numbers_in, slots_in, stem_of
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
 from ckpt_ema.formats import is_safetensors
 from ckpt_ema.formats.specs import Specs, Weights
-from ckpt_ema.names import numbers_in, slots_in, stem_of
 from ckpt_ema.options import Options
 
 Read = Callable[[Weights], Specs]

@@ -13,8 +13,8 @@ from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.files import open_regular, read_exactly
 from ckpt_ema.formats.safetensors import read_specs
 from ckpt_ema.layouts import MANIFEST_NAME
-from ckpt_ema.outputs import PROVENANCE_KEY, OutputFile
-from ckpt_ema.planning import Plan, PlannedCheckpoint
+from ckpt_ema.planning.outputs import PROVENANCE_KEY, OutputFile
+from ckpt_ema.planning.plan import Plan, PlannedCheckpoint
 
 
 def describe(plan: Plan) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ckpt_ema.shadow import fold_, widest_float
+from ckpt_ema.folding.shadow import fold_, widest_float
 
 Fold = Callable[[torch.Tensor, torch.Tensor, float], None]
 

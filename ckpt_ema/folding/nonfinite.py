@@ -6,12 +6,12 @@ It runs only when a finished tile holds such a value, so it may read again what 
 import torch
 
 from ckpt_ema.errors import RefusedError, printable
-from ckpt_ema.folding import Staging
+from ckpt_ema.folding.sources import Sources
+from ckpt_ema.folding.tile_fold import Staging
 from ckpt_ema.formats.specs import DTYPE_BITS
-from ckpt_ema.outputs import OutputTensor
-from ckpt_ema.planning import Plan
-from ckpt_ema.sources import Sources
-from ckpt_ema.spans import Span
+from ckpt_ema.planning.outputs import OutputTensor
+from ckpt_ema.planning.plan import Plan
+from ckpt_ema.planning.spans import Span
 
 _CHUNK_ELEMENTS = 1 << 18
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from re import Pattern
 from typing import NamedTuple
 
-from ckpt_ema.configs import ADAPTER_CONFIG
 from ckpt_ema.errors import RefusedError, printable
 from ckpt_ema.layouts import (
     COMPONENT,
@@ -26,6 +25,7 @@ from ckpt_ema.layouts import (
     TOKENIZER_FILES,
     WEIGHTS_LIKE,
 )
+from ckpt_ema.planning.configs import ADAPTER_CONFIG
 
 
 class Companion(NamedTuple):

@@ -13,16 +13,16 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ckpt_ema.compare import same_values
-from ckpt_ema.duplicates import TileTwins, Twins
+from ckpt_ema.discovery.same import same_values
 from ckpt_ema.errors import FailedError, OptionError, printable
-from ckpt_ema.folding import Staging, TileFold, make_fold
+from ckpt_ema.folding.duplicates import TileTwins, Twins
+from ckpt_ema.folding.nonfinite import check_nonfinite
+from ckpt_ema.folding.shadow import fold_keeping_infinities_, is_finite, widest_float
+from ckpt_ema.folding.sources import TORCH_DTYPES, Sources
+from ckpt_ema.folding.tile_fold import Staging, TileFold, make_fold
 from ckpt_ema.formats.specs import DTYPE_BITS
-from ckpt_ema.nonfinite import check_nonfinite
-from ckpt_ema.planning import Plan
-from ckpt_ema.shadow import fold_keeping_infinities_, is_finite, widest_float
-from ckpt_ema.sources import TORCH_DTYPES, Sources
-from ckpt_ema.spans import Span
+from ckpt_ema.planning.plan import Plan
+from ckpt_ema.planning.spans import Span
 
 _POLL_SECONDS = 0.1  # how long the main thread is deaf to signals, at most
 

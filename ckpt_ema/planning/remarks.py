@@ -5,13 +5,13 @@ from itertools import pairwise
 from statistics import median
 
 from ckpt_ema import layouts
-from ckpt_ema import schedule as rules
+from ckpt_ema.discovery.names import stem_of
+from ckpt_ema.discovery.order import Checkpoint
 from ckpt_ema.errors import printable, some
 from ckpt_ema.formats.model_key import ALREADY_AVERAGED
 from ckpt_ema.formats.specs import AVERAGED, Specs
-from ckpt_ema.names import stem_of
 from ckpt_ema.options import Options
-from ckpt_ema.order import Checkpoint
+from ckpt_ema.schedules import formulas as rules
 
 # How much longer than usual a gap may be.
 _MOST_GAP = 1.5

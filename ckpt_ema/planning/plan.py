@@ -12,23 +12,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema import schedule as rules
-from ckpt_ema.companions import Companion, Companions, companions
-from ckpt_ema.compare import check_alike
-from ckpt_ema.completeness import complete
-from ckpt_ema.configs import check_configs
-from ckpt_ema.destination import check_destination
-from ckpt_ema.discover import Found, discover
+from ckpt_ema.discovery.completeness import complete
+from ckpt_ema.discovery.discover import Found, discover
+from ckpt_ema.discovery.order import Checkpoint, Read
 from ckpt_ema.errors import OptionError, RefusedError, printable, some
 from ckpt_ema.files import real_paths
 from ckpt_ema.formats import read_specs
 from ckpt_ema.formats.specs import MOST_READ_PER_WANTED, Specs, Weights
 from ckpt_ema.options import DTYPES, Options, PathLike
-from ckpt_ema.order import Checkpoint, Read
-from ckpt_ema.outputs import OutputFile, make_indexes, output_files
-from ckpt_ema.remarks import gaps, run_notes, run_warnings
-from ckpt_ema.renaming import unified, without_prefix
-from ckpt_ema.spans import Work, make_work
+from ckpt_ema.planning.companions import Companion, Companions, companions
+from ckpt_ema.planning.compare import check_alike
+from ckpt_ema.planning.configs import check_configs
+from ckpt_ema.planning.destination import check_destination
+from ckpt_ema.planning.outputs import OutputFile, make_indexes, output_files
+from ckpt_ema.planning.remarks import gaps, run_notes, run_warnings
+from ckpt_ema.planning.renaming import unified, without_prefix
+from ckpt_ema.planning.spans import Work, make_work
+from ckpt_ema.schedules import formulas as rules
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_ema import layouts
+from ckpt_ema.discovery.locate import kind_of, locate
+from ckpt_ema.discovery.names import stem_of
+from ckpt_ema.discovery.order import STEP_UNITS, Checkpoint, Entry, Read, claims_of, deciding_unit
+from ckpt_ema.discovery.same import hold_the_same
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
 from ckpt_ema.formats.specs import Weights
-from ckpt_ema.locate import kind_of, locate
-from ckpt_ema.names import stem_of
 from ckpt_ema.options import Options
-from ckpt_ema.order import STEP_UNITS, Checkpoint, Entry, Read, claims_of, deciding_unit
-from ckpt_ema.same import hold_the_same
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,15 +38,6 @@ def check_alike(names: Sequence[str], checkpoints: Sequence[Specs]) -> tuple[str
     return tuple(warnings)
 
 
-def same_values(earlier: str, later: str) -> RefusedError:
-    """The refusal of two steps that hold one state."""
-    return RefusedError(
-        f"{printable(earlier)} and {printable(later)} are identical, value by value; one of them is"
-        " mislabelled, and averaging would count it twice.",
-        "Leave one out, or pass --allow-duplicates to go on.",
-    )
-
-
 def _check_form(name: str, specs: Specs) -> None:
     """Refuse what has the form of weights and is none: quantised values, emptied placeholders."""
     quantised = [tensor for tensor in specs.tensors if _QUANTISED.search(tensor)]

@@ -12,15 +12,15 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 
 from ckpt_ema import layouts
-from ckpt_ema.aliases import resolve_aliases
+from ckpt_ema.discovery.aliases import resolve_aliases
+from ckpt_ema.discovery.locate import Blocked, locate, names_in
+from ckpt_ema.discovery.names import form_of, is_unnumbered_of, numbers_in, stem_of
+from ckpt_ema.discovery.order import STEP_UNITS, Checkpoint, Entry, Read, named_keys, ordered
+from ckpt_ema.discovery.scan import Scan, container, is_hub_cache, scan
+from ckpt_ema.discovery.series import ONLY_ONE, one_series, without_copies
 from ckpt_ema.errors import OptionError, RefusedError, printable, some
 from ckpt_ema.formats.specs import Weights
-from ckpt_ema.locate import Blocked, locate, names_in
-from ckpt_ema.names import form_of, is_unnumbered_of, numbers_in, stem_of
 from ckpt_ema.options import Options, flag
-from ckpt_ema.order import STEP_UNITS, Checkpoint, Entry, Read, named_keys, ordered
-from ckpt_ema.scan import Scan, container, is_hub_cache, scan
-from ckpt_ema.series import ONLY_ONE, one_series, without_copies
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ckpt_ema.formats.specs import DTYPE_BITS, Specs, TensorSpec
-from ckpt_ema.outputs import OutputFile, OutputTensor
+from ckpt_ema.planning.outputs import OutputFile, OutputTensor
 
 
 class Span(NamedTuple):

@@ -3,10 +3,10 @@
 import torch
 
 from ckpt_ema.files import FilePool
-from ckpt_ema.folding import Staging
+from ckpt_ema.folding.pieces import gather
+from ckpt_ema.folding.tile_fold import Staging
 from ckpt_ema.formats.specs import AVERAGED, DTYPE_BITS, TensorSpec
-from ckpt_ema.pieces import gather
-from ckpt_ema.planning import Plan
+from ckpt_ema.planning.plan import Plan
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, torch_name) for name, torch_name in AVERAGED.items()

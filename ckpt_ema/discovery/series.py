@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt_ema import layouts
-from ckpt_ema.compare import same_values
+from ckpt_ema.discovery.names import bare_of, is_unnumbered_of, pattern_of
+from ckpt_ema.discovery.order import Entry, Read, claims_of
+from ckpt_ema.discovery.same import same_values
+from ckpt_ema.discovery.scan import Scan
 from ckpt_ema.errors import RefusedError, printable
-from ckpt_ema.names import bare_of, is_unnumbered_of, pattern_of
 from ckpt_ema.options import Options
-from ckpt_ema.order import Entry, Read, claims_of
-from ckpt_ema.scan import Scan
 
 ONLY_ONE = "the only one of its name"
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ckpt_ema.averaging import Result
 from ckpt_ema.errors import printable
-from ckpt_ema.planning import Plan, PlannedCheckpoint
+from ckpt_ema.planning.plan import Plan, PlannedCheckpoint
 
 _HEADINGS = ("checkpoint", "step", "decay", "weight")
 

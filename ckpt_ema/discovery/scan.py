@@ -10,12 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt_ema import layouts
+from ckpt_ema.discovery.locate import Blocked, kind_of, locate, names_in
+from ckpt_ema.discovery.names import (
+    form_of,
+    is_unnumbered_of,
+    numbers_in,
+    slots_in,
+    stem_of,
+    why_not_a_step,
+)
+from ckpt_ema.discovery.order import Entry
 from ckpt_ema.errors import RefusedError, printable, some
 from ckpt_ema.formats.specs import Weights
-from ckpt_ema.locate import Blocked, kind_of, locate, names_in
-from ckpt_ema.names import form_of, is_unnumbered_of, numbers_in, slots_in, stem_of, why_not_a_step
 from ckpt_ema.options import Options
-from ckpt_ema.order import Entry
 
 
 @dataclass(slots=True)

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt_ema import layouts
-from ckpt_ema.discover import Found
+from ckpt_ema.discovery.discover import Found
+from ckpt_ema.discovery.locate import names_in
+from ckpt_ema.discovery.names import stem_of
+from ckpt_ema.discovery.order import Checkpoint, Read
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
-from ckpt_ema.locate import names_in
-from ckpt_ema.names import stem_of
 from ckpt_ema.options import Options
-from ckpt_ema.order import Checkpoint, Read
 
 
 def complete(found: Found, options: Options, read: Read) -> Found:

@@ -19,7 +19,7 @@ from types import TracebackType
 from ckpt_ema.errors import FailedError, RefusedError, printable
 from ckpt_ema.files import open_regular
 from ckpt_ema.layouts import MANIFEST_NAME
-from ckpt_ema.outputs import OutputFile
+from ckpt_ema.planning.outputs import OutputFile
 
 _MARK = ".ckpt-ema-"
 _MOST_OPEN_FILES = 16

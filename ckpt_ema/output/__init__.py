@@ -1,0 +1,1 @@
+"""What is written: the files of an average, whole or not at all, and where they come from."""

@@ -1,0 +1,1 @@
+"""What people read: a plan, a result, progress."""

@@ -1,0 +1,1 @@
+"""From steps to the weight of each checkpoint; floats only."""
