@@ -16,17 +16,20 @@ __all__ = [
     "Shadow",
     "average",
     "plan",
+    "plot",
 ]
 
 if TYPE_CHECKING:
     from ckpt_ema.averaging import average
     from ckpt_ema.folding.shadow import Shadow
     from ckpt_ema.planning.plan import plan
+    from ckpt_ema.report.figure import plot
 
 _HOMES = {
     "Shadow": "ckpt_ema.folding.shadow",
     "average": "ckpt_ema.averaging",
     "plan": "ckpt_ema.planning.plan",
+    "plot": "ckpt_ema.report.figure",
 }
 
 

@@ -22,7 +22,9 @@ from ckpt_ema import __version__
 from ckpt_ema.cli_options import OUTPUT_PANEL, takes_options
 from ckpt_ema.errors import CkptEmaError, printable
 
-_MOST_ROWS = 24  # of the table before an average; `plan` shows them all
+# Of the table of checkpoints; --json has them all.
+_MOST_ROWS = 24
+_MOST_ROWS_OF_PLAN = 200
 
 app = typer.Typer(
     name="ckpt-ema",
@@ -50,6 +52,18 @@ OverwriteOption = Annotated[
         help="Replace an output that is there already.",
     ),
 ]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot",
+        envvar="CKPT_EMA_PLOT",
+        metavar="FILE",
+        readable=False,
+        show_default=False,
+        rich_help_panel=OUTPUT_PANEL,
+        help="Draw the weights as a .png or .svg file, and into the model card; needs matplotlib.",
+    ),
+]
 QuietOption = Annotated[
     bool,
     typer.Option(
@@ -65,6 +79,10 @@ JsonOption = Annotated[
 ]
 
 
+def _examples(*commands: str) -> str:
+    return "\n\n".join(["Examples:", *commands])
+
+
 @app.callback(invoke_without_command=True)
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
@@ -76,13 +94,18 @@ def _options(
 
 
 @app.command(
-    epilog="Examples:\n\nckpt-ema average runs/\n\nckpt-ema average runs/ --decay 0.4 -o averaged"
-    '\n\nOUT=$(ckpt-ema average runs/ -q) && evaluate "$OUT"'
+    epilog=_examples(
+        "ckpt-ema average runs/",
+        "ckpt-ema average runs/ --half-life 2000 -o averaged",
+        "ckpt-ema average runs/ --decay 0.4,0.8 --last 4,8",
+        'OUT=$(ckpt-ema average runs/ -q) && evaluate "$OUT"',
+    )
 )
 @takes_options
 def average(
     run: RunArgument,
     options: dict[str, Any],
+    plot: PlotOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -91,34 +114,48 @@ def average(
     with _errors_reported():
         from ckpt_ema.averaging import carry_out, up_to_date
         from ckpt_ema.planning.plan import plan as make_plan
-        from ckpt_ema.report import text as report
+        from ckpt_ema.report import figure, lines, plan_view
         from ckpt_ema.report.progress import ByteProgress
 
         decided = make_plan(run, **options)
+        picture = figure.plot(decided, plot) if plot else None
         result = up_to_date(decided, overwrite=overwrite)
         if result is None:
             if not quiet:
-                _say(*report.plan_lines(decided, _MOST_ROWS), *report.remark_lines(decided))
+                _say(plan_view.plan_text(decided, sys.stderr, _MOST_ROWS), "")
+                _say(*lines.remark_lines(decided))
             with ByteProgress(quiet) as progress:
                 result = carry_out(
-                    decided, overwrite=overwrite, progress=progress, command=shlex.join(sys.argv)
+                    decided,
+                    overwrite=overwrite,
+                    picture=picture,
+                    progress=progress,
+                    command=_command(),
                 )
         _ignore_signals()  # the output is there: from here on this is a success
         if not quiet:
-            _say(report.result_line(result))
-        _append_step_summary(report.markdown_lines(decided))
-        # A path as the bytes that it is, also where the terminal has no letters for them.
-        typer.echo(json.dumps(result.manifest, indent=2) if as_json else os.fsencode(result.output))
+            _say(lines.result_line(result))
+        _append_step_summary(plan_view.summary_lines(decided))
+        if as_json:
+            one, *more = result.manifests
+            typer.echo(json.dumps([one, *more] if more else one, indent=2))
+        for output in () if as_json else result.outputs:
+            # A path as the bytes that it is, also where the terminal has no letters for them.
+            typer.echo(os.fsencode(output))
 
 
 @app.command(
-    epilog="Examples:\n\nckpt-ema plan runs/\n\nckpt-ema plan runs/ --decay 0.4 --json | jq"
-    " '.checkpoints[].weight'"
+    epilog=_examples(
+        "ckpt-ema plan runs/",
+        "ckpt-ema plan runs/ --half-life 500,2000 --plot weights.png",
+        "ckpt-ema plan runs/ --decay 0.4 --json | jq '.candidates[].checkpoints[].weight'",
+    )
 )
 @takes_options
 def plan(
     run: RunArgument,
     options: dict[str, Any],
+    plot: PlotOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -127,17 +164,17 @@ def plan(
         from ckpt_ema.output import manifest
         from ckpt_ema.planning.destination import is_vacant
         from ckpt_ema.planning.plan import plan as make_plan
-        from ckpt_ema.report import text as report
+        from ckpt_ema.report import figure, lines, plan_view
 
         decided = make_plan(run, **options)
+        if plot:
+            figure.plot(decided, plot)
         if as_json:
-            described = manifest.describe(decided)
-            described["tensors"] = manifest.describe_tensors(decided)
-            typer.echo(json.dumps(described, indent=2))
+            typer.echo(json.dumps(manifest.describe_plan(decided), indent=2))
         else:
-            typer.echo("\n".join(report.plan_lines(decided)))
+            typer.echo(plan_view.plan_text(decided, sys.stdout, _MOST_ROWS_OF_PLAN))
         if not quiet:
-            _say(*report.remark_lines(decided))
+            _say(*lines.remark_lines(decided))
             if not is_vacant(decided.output) and not manifest.is_up_to_date(decided):
                 _say(f"note: {printable(decided.output)} exists already and is something else.")
 
@@ -224,6 +261,13 @@ def _errors_reported() -> Iterator[None]:
         if not isinstance(error.__context__, _SignalError):
             raise
         raise typer.Exit(_say_signal(error.__context__)) from error
+
+
+def _command() -> str:
+    """The command as a person would type it again."""
+    program = Path(sys.argv[0])
+    called = ["python", "-m", "ckpt_ema"] if program.suffix == ".py" else [program.name]
+    return shlex.join([*called, *sys.argv[1:]])
 
 
 def _append_step_summary(lines: list[str]) -> None:

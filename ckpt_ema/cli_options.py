@@ -14,9 +14,11 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from ckpt_ema.options import CHOICES, Options, flag
+from ckpt_ema.errors import flag
+from ckpt_ema.options import CHOICES, Options
+from ckpt_ema.schedules.rules import ALIASES, DEFAULT_DECAY, DEFAULT_SCHEDULE, SCHEDULES
 
-AVERAGE_PANEL, CHECKPOINTS_PANEL, WEIGHTS_PANEL = "Average", "Checkpoints", "Weights"
+AVERAGE_PANEL, CHECKPOINTS_PANEL, WEIGHTS_PANEL = "Average", "Which checkpoints", "Which weights"
 OUTPUT_PANEL, ENGINE_PANEL = "Output", "Engine"
 
 
@@ -29,17 +31,61 @@ class _Option(NamedTuple):
 
 
 _OPTIONS: dict[str, _Option] = {
-    "decay": _Option(
-        AVERAGE_PANEL,
-        "What the average keeps of itself at each checkpoint, between 0 and 1; with the dynamic"
-        " schedule the most it keeps.",
-        float,
-        ("--decay", "-d"),
-    ),
     "schedule": _Option(
         AVERAGE_PANEL,
-        "dynamic: min(decay, (1 + n) / (10 + n)) at the n-th fold, as TensorFlow has it; constant:"
-        " decay at every fold.",
+        f"How the weights come about: {', '.join(SCHEDULES)}; also"
+        f" {', '.join(f'{alias} ({name})' for alias, name in ALIASES.items())}. Unless given, what"
+        f" the other options mean, or else {DEFAULT_SCHEDULE}.",
+        metavar="NAME",
+    ),
+    "decay": _Option(
+        AVERAGE_PANEL,
+        "What the average keeps of itself at each checkpoint, between 0 and 1: always (constant),"
+        " or at the most (dynamic: min(decay, (1 + n) / (10 + n)) at the n-th fold, as TensorFlow"
+        f" has it; warmup). {DEFAULT_DECAY:g} unless given.",
+        names=("--decay", "-d"),
+        metavar="NUMBERS",
+    ),
+    "num_updates": _Option(
+        AVERAGE_PANEL,
+        "What n is in the dynamic decay: the index of the checkpoint, or its training step.",
+    ),
+    "zero_debias": _Option(
+        AVERAGE_PANEL,
+        "Constant decay from a shadow of zeros, divided by the weight that those lack.",
+        bool,
+        ("--zero-debias",),
+    ),
+    "power": _Option(
+        AVERAGE_PANEL,
+        "Warmup: decay 1 - (1 + n / inv_gamma)^-power; 2/3 unless given.",
+        float,
+    ),
+    "inv_gamma": _Option(AVERAGE_PANEL, "Warmup: see --power; 1 unless given.", float),
+    "decay_per_step": _Option(
+        AVERAGE_PANEL,
+        "What the average keeps of itself at each training step.",
+        metavar="NUMBERS",
+    ),
+    "half_life": _Option(
+        AVERAGE_PANEL,
+        "Training steps in which a checkpoint's share halves.",
+        metavar="NUMBERS",
+    ),
+    "sigma_rel": _Option(
+        AVERAGE_PANEL,
+        "Width of the power function of Karras et al., relative to the run: 0.05, 0.1 ...",
+        metavar="NUMBERS",
+    ),
+    "weights": _Option(
+        AVERAGE_PANEL,
+        "A file that states the weights: a JSON object, or lines of a name (or step) and a weight."
+        " Checkpoints that it does not name are left out.",
+        Path,
+        metavar="FILE",
+    ),
+    "normalize": _Option(
+        AVERAGE_PANEL, "Divide the weights of --weights by their sum.", bool, ("--normalize",)
     ),
     "allow_nonfinite": _Option(
         AVERAGE_PANEL,
@@ -53,6 +99,53 @@ _OPTIONS: dict[str, _Option] = {
         " them.",
         bool,
         ("--allow-duplicates",),
+    ),
+    "last": _Option(
+        CHECKPOINTS_PANEL,
+        "Take the newest so many, of those that the options below leave.",
+        metavar="COUNTS",
+    ),
+    "best": _Option(
+        CHECKPOINTS_PANEL,
+        "Take so many with the best --metric, of those that the other options leave; of equals the"
+        " later.",
+        metavar="COUNTS",
+    ),
+    "metric": _Option(
+        CHECKPOINTS_PANEL,
+        "What --best goes by, such as eval_loss: from trainer_state.json, from results beside the"
+        " weights, from names or from numbers in a torch file.",
+        metavar="NAME",
+    ),
+    "metric_mode": _Option(
+        CHECKPOINTS_PANEL, "Whether a low (min) or a high (max) metric is good; auto knows many."
+    ),
+    "from_step": _Option(CHECKPOINTS_PANEL, "Take this step and later ones.", int, metavar="STEP"),
+    "to_step": _Option(CHECKPOINTS_PANEL, "Take this step and earlier ones.", int, metavar="STEP"),
+    "steps": _Option(
+        CHECKPOINTS_PANEL, "Take these steps: 100,200 or ranges, 1000-5000.", metavar="STEPS"
+    ),
+    "every": _Option(
+        CHECKPOINTS_PANEL, "Take every so-manieth, counted from the newest.", int, metavar="COUNT"
+    ),
+    "min_gap": _Option(
+        CHECKPOINTS_PANEL,
+        "Take the newest, and before it those that are at least so many steps apart.",
+        int,
+        metavar="STEPS",
+    ),
+    "include": _Option(
+        CHECKPOINTS_PANEL,
+        "Take only names that are as this pattern of a shell, 'checkpoint-1*'; can be given several"
+        " times.",
+        list[str],
+        metavar="GLOB",
+    ),
+    "exclude": _Option(
+        CHECKPOINTS_PANEL,
+        "Leave out names that are as this pattern; can be given several times.",
+        list[str],
+        metavar="GLOB",
     ),
     "pattern": _Option(
         CHECKPOINTS_PANEL,
@@ -83,7 +176,7 @@ _OPTIONS: dict[str, _Option] = {
         bool,
         ("--skip-incomplete",),
     ),
-    "weights": _Option(
+    "form": _Option(
         WEIGHTS_PANEL,
         "Which to take where a checkpoint has several forms of its weights.",
     ),
@@ -119,6 +212,13 @@ _OPTIONS: dict[str, _Option] = {
         "A model or pipeline folder to take the configuration from, for runs that save none.",
         Path,
         metavar="FOLDER",
+    ),
+    "card": _Option(
+        OUTPUT_PANEL,
+        "Whether to write a model card, README.md, with what the run's own says of licence and base"
+        " model.",
+        bool,
+        ("--card/--no-card",),
     ),
     "device": _Option(
         ENGINE_PANEL,
@@ -162,11 +262,12 @@ def _parameter(name: str, option: _Option) -> inspect.Parameter:
     default: Any = field.default
     if name in CHOICES:
         kind = _choice(CHOICES[name])
-        default = kind(default)
-    elif default is None:
-        kind = kind | None
+        default = kind(default) if default is not None else None
+        kind = kind if default is not None else kind | None
     elif kind == list[str]:
         default = []
+    elif default is None:
+        kind = kind | None
     declared = typer.Option(
         *(option.names or (flag(name),)),
         help=option.help,

@@ -59,3 +59,16 @@ def printable(text: object) -> str:
     """
     cleaned = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
     return cleaned if len(cleaned) <= 200 else f"{cleaned[:60]}...{cleaned[-137:]}"
+
+
+def flag(name: str) -> str:
+    """What an option is called on the command line.
+
+    >>> flag("skip_incomplete"), flag("from_step")
+    ('--skip-incomplete', '--from')
+    """
+    return _FLAGS.get(name) or "--" + name.replace("_", "-")
+
+
+# `from` is a word of Python's own.
+_FLAGS = {"from_step": "--from", "to_step": "--to"}

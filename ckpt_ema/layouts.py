@@ -125,6 +125,11 @@ SAVE_INDEX = re.compile(r"^checkpoint_\d+$")
 
 # Folders whose own names are dates or sums; what they hold gives the order.
 NAMED_BY_DATE = re.compile(r"^CKPT\+(\d{4})-(\d\d)-(\d\d)\+(\d\d)-(\d\d)-(\d\d)\+(\d\d)$")
+# Where the trainer of transformers keeps its step and its log.
+TRAINER_STATE = "trainer_state.json"
+# Files beside the weights that hold results of an evaluation.
+METRIC_FILES = re.compile(r"(^|_)(metrics?|results?)\.json$", re.IGNORECASE)
+
 # A run's note of the last step that was saved whole (Megatron, verl).
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 

@@ -2,22 +2,25 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ckpt_ema.errors import OptionError
-from ckpt_ema.schedules.formulas import SCHEDULES, decays
+from ckpt_ema.errors import OptionError, flag, printable
+from ckpt_ema.schedules.rules import RULE_OPTIONS, Rule, make_rules
 
 PathLike = str | os.PathLike[str]
+StepRange = tuple[int, int]  # first and last, both included
 
 # What --dtype calls the dtypes of safetensors; None is each tensor's own.
 DTYPES = {"same": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 # The values of the options that take one of a few; the first is the default.
 CHOICES = {
-    "schedule": SCHEDULES,
+    "num_updates": ("index", "step"),
+    "metric_mode": ("auto", "min", "max"),
     "order": ("auto", "metadata", "name"),
-    "weights": ("auto", "single", "sharded", "adapter"),
+    "form": ("auto", "single", "sharded", "adapter"),
     "dtype": tuple(DTYPES),
     "accumulate": ("float64", "float32"),
 }
@@ -29,21 +32,45 @@ _MOST = {"threads": 1024, "tile_elements": 1 << 28}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How to average. Raises `OptionError` for a value that no average can have."""
+    """How to average. Raises `OptionError` for a value that no average can have.
 
-    # The average.
-    decay: float = 0.999
-    schedule: str = "dynamic"
+    Where an option takes several values, each makes an average of its own; they may be given as
+    one value, as a sequence, or as a text with commas, and are brought to a tuple.
+    """
+
+    # The weights.
+    schedule: str | None = None  # None: what the other options mean, or else dynamic
+    decay: tuple[float, ...] | None = None
+    num_updates: str | None = None
+    zero_debias: bool = False
+    power: float | None = None
+    inv_gamma: float | None = None
+    decay_per_step: tuple[float, ...] | None = None
+    half_life: tuple[float, ...] | None = None
+    sigma_rel: tuple[float, ...] | None = None
+    weights: PathLike | Mapping[str, float] | None = None  # a file, or weights by name or step
+    normalize: bool = False
     allow_nonfinite: bool = False
     allow_duplicates: bool = False  # of one state under two steps
     # Which checkpoints, in which order.
+    last: tuple[int, ...] | None = None
+    best: tuple[int, ...] | None = None
+    metric: str | None = None
+    metric_mode: str = "auto"
+    from_step: int | None = None
+    to_step: int | None = None
+    steps: tuple[StepRange, ...] | None = None  # as a text: "100,200,1000-5000"
+    every: int | None = None
+    min_gap: int | None = None  # in steps
+    include: Sequence[str] = ()  # patterns of whole names, as a shell has them
+    exclude: Sequence[str] = ()
     pattern: str | None = None  # a regular expression that the names of checkpoints must match
     order: str = "auto"
     append: Sequence[PathLike] = ()  # names in the run that go to the end
     aliases: bool = True  # whether `last`, `final` and the like are looked into
     skip_incomplete: bool = False
     # Which weights of a checkpoint.
-    weights: str = "auto"
+    form: str = "auto"
     component: str | None = None
     key: str | None = None  # the dotted path to the model in a torch file
     strip_prefix: str | None = None
@@ -51,6 +78,7 @@ class Options:
     output: PathLike | None = None  # a folder or a .safetensors file; None: RUN-ema
     dtype: str = "same"
     config_from: PathLike | None = None
+    card: bool = True  # whether folders get a README.md
     # The engine.
     device: str = "auto"
     threads: int | None = None  # None: one for each core
@@ -59,21 +87,56 @@ class Options:
     tile_elements: int = 1 << 18
 
     def __post_init__(self) -> None:
-        """Check every value by itself."""
+        """Bring lists to one form and check every value by itself."""
+        for name in ("decay", "decay_per_step", "half_life", "sigma_rel"):
+            self._set(name, _several(name, getattr(self, name), float))
+        for name in ("power", "inv_gamma"):
+            if getattr(self, name) is not None:
+                self._set(name, float(getattr(self, name)))
+        for name in ("last", "best"):
+            self._set(name, _several(name, getattr(self, name), int))
+        self._set("steps", _ranges(self.steps))
+        for name in ("append", "include", "exclude"):
+            self._set(name, _names(name, getattr(self, name)))
         for name, choices in CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
         for name, most in _MOST.items():
-            number = getattr(self, name)
-            if number is not None and not 1 <= number <= most:
-                raise OptionError(f"{flag(name)} is {number}; it must lie between 1 and {most}.")
-        decays(1, self.schedule, self.decay)
-        for option in ("pattern", "component", "key", "strip_prefix"):
+            _check_count(name, getattr(self, name), most)
+        self.rules()
+        self._check_selection()
+        self._check_texts()
+
+    def rules(self) -> tuple[Rule, ...]:
+        """The schedules that are asked for, each with its numbers."""
+        given = {name: getattr(self, name) for name in RULE_OPTIONS}
+        return make_rules(
+            self.schedule,
+            {name: v for name, v in given.items() if v is not None and v is not False},
+        )
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_selection(self) -> None:
+        for name in ("last", "best", "every", "min_gap"):
+            value = getattr(self, name)
+            for count in value if isinstance(value, tuple) else (value,):
+                _check_count(name, count)
+        if (self.best is None) != (self.metric is None):
+            raise OptionError("--best and --metric go together: --best 3 --metric eval_loss.")
+        if self.metric is None and self.metric_mode != "auto":
+            raise OptionError("--metric-mode goes with --best and --metric.")
+        if self.normalize and self.weights is None:
+            raise OptionError("--normalize goes with --weights.")
+        first, last = self.from_step, self.to_step
+        if first is not None and last is not None and first > last:
+            raise OptionError(f"--from {self.from_step} is later than --to {self.to_step}.")
+
+    def _check_texts(self) -> None:
+        for option in ("pattern", "component", "key", "strip_prefix", "metric"):
             value = getattr(self, option)
             if value is not None and not (isinstance(value, str) and value):
                 raise OptionError(f"{flag(option)} is {value!r}; it must be a text.")
-        if isinstance(self.append, str | os.PathLike):
-            raise OptionError("append must be a list of names, not one name.")
-        object.__setattr__(self, "append", tuple(self.append))
         for name in [os.fspath(path) for path in self.append]:
             if os.path.basename(os.path.normpath(name)) in ("", ".", ".."):
                 raise OptionError(f"--append {name!r} is no name in the run.")
@@ -88,15 +151,58 @@ class Options:
             raise OptionError(f"--pattern is no regular expression: {error}.") from error
 
 
-def flag(name: str) -> str:
-    """What an option is called on the command line.
+def _several(name: str, given: Any, kind: Callable[[Any], Any]) -> tuple[Any, ...] | None:
+    """The values of an option that may have several: a number, a list, or a text with commas."""
+    if given is None:
+        return None
+    if isinstance(given, str):
+        given = given.split(",")
+    values = tuple(given) if isinstance(given, Sequence) else (given,)
+    try:
+        numbers = tuple(kind(value) for value in values)
+    except (TypeError, ValueError) as error:
+        what = "numbers" if kind is float else "whole numbers"
+        shown = printable(",".join(map(str, values)))
+        raise OptionError(
+            f"{flag(name)} is {shown!r}; it must be {what}, separated by commas."
+        ) from error
+    if not numbers:
+        raise OptionError(f"{flag(name)} has no value.")
+    return numbers
 
-    >>> flag("skip_incomplete")
-    '--skip-incomplete'
-    """
-    return "--" + name.replace("_", "-")
+
+def _ranges(given: Any) -> tuple[StepRange, ...] | None:
+    """Steps and ranges of steps: "100,200,1000-5000" as ((100, 100), (200, 200), (1000, 5000))."""
+    if given is None:
+        return None
+    found = []
+    for part in given.split(",") if isinstance(given, str) else given:
+        text = "-".join(map(str, part)) if isinstance(part, tuple) else str(part)
+        match = re.fullmatch(r"\s*([0-9]{1,18})\s*(?:-\s*([0-9]{1,18})\s*)?", text)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise OptionError(
+                f"--steps has {printable(text)!r}; it takes steps and ranges, such as"
+                " 100,200,1000-5000."
+            )
+        found.append((first, last))
+    return tuple(found)
 
 
-def _check_choice(name: str, choice: str, choices: Sequence[str]) -> None:
-    if choice not in choices:
-        raise OptionError(f"{flag(name)} is {choice!r}; it must be one of {', '.join(choices)}.")
+def _names(name: str, given: Any) -> tuple[Any, ...]:
+    if isinstance(given, str | os.PathLike):
+        raise OptionError(f"{name} must be a list of names, not one name.")
+    return tuple(given)
+
+
+def _check_count(name: str, number: int | None, most: int | None = None) -> None:
+    if number is not None and not 1 <= number <= (most or number):
+        limits = f"lie between 1 and {most}" if most else "be at least 1"
+        raise OptionError(f"{flag(name)} is {number}; it must {limits}.")
+
+
+def _check_choice(name: str, choice: str | None, choices: Sequence[str]) -> None:
+    if choice not in choices and choice is not None:
+        raise OptionError(
+            f"{flag(name)} is {printable(choice)!r}; it must be one of {', '.join(choices)}."
+        )

@@ -247,7 +247,7 @@ TRAINERS = (
         name="torchtune",
         tier="1",
         entry="epoch_0/, step_100/",
-        weights="as transformers; with adapter_model.* beside it, --weights says which",
+        weights="as transformers; with adapter_model.* beside it, --form says which",
     ),
     Trainer(
         name="open-instruct, prime-rl",

@@ -14,12 +14,14 @@ import torch
 from ckpt_ema import FailedError, RefusedError, average
 from ckpt_ema import plan as make_plan
 from ckpt_ema.folding.sources import Sources
-from ckpt_ema.folding.tile_fold import PlainFold, StreamedFold, make_fold
+from ckpt_ema.folding.tile_fold import PlainFold, StreamedFold, Use, make_fold
 from tests.conftest import MakeRun, noise, series
 from tests.fake_accelerator import FAKE, FakeAccelerator, FakeEvent, FakeStream, install
 
 State = dict[str, torch.Tensor]
 Seed = Callable[[pytest.MonkeyPatch], None]
+
+TWO = [[Use(0, None)], [Use(0, 0.5)]]  # an average of two checkpoints
 
 
 @pytest.fixture
@@ -113,7 +115,7 @@ def test_checkpoints_that_change_their_dtype_give_the_bytes_of_the_cpu(
 
 def test_auto_takes_the_device(npu: FakeAccelerator, make_run: MakeRun, tmp_path: Path) -> None:
     result = average(make_run(_mixed(2)), output=tmp_path / "out")
-    assert result.manifest["device"] == "npu"
+    assert result.manifests[0]["device"] == "npu"
 
 
 def test_auto_is_the_cpu_where_the_device_is_not_available(
@@ -122,7 +124,7 @@ def test_auto_is_the_cpu_where_the_device_is_not_available(
     """What all other tests rely on, once the fake is registered."""
     npu.available = False
     result = average(make_run(_mixed(2)), output=tmp_path / "out")
-    assert result.manifest["device"] == "cpu"
+    assert result.manifests[0]["device"] == "cpu"
     assert npu.record.log == []
 
 
@@ -309,7 +311,7 @@ def test_a_device_without_streams_gives_the_bytes_of_the_cpu(
     monkeypatch.delattr(FakeAccelerator, "Stream")
     npu.has_float64 = has_float64
     assert isinstance(
-        make_fold([0.5], 10, torch.float32, torch.device("npu"), holds_float64=False), PlainFold
+        make_fold(TWO, 10, torch.float32, torch.device("npu"), holds_float64=False), PlainFold
     )
     run = make_run(_mixed(5))
     accumulate = "float64" if has_float64 else "float32"
@@ -318,7 +320,7 @@ def test_a_device_without_streams_gives_the_bytes_of_the_cpu(
 
 
 def test_a_device_with_streams_is_given_streams(npu: FakeAccelerator) -> None:
-    fold = make_fold([0.5], 10, torch.float64, torch.device("npu"), holds_float64=True)
+    fold = make_fold(TWO, 10, torch.float64, torch.device("npu"), holds_float64=True)
     assert isinstance(fold, StreamedFold)
 
 

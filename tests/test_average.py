@@ -22,6 +22,8 @@ from tests.conftest import (
     write_safetensors,
 )
 
+MADE = {"model.safetensors", "config.json", "ckpt_ema.json", "README.md"}
+
 
 def entries(folder: Path) -> set[str]:
     """Everything in a folder, hidden names too."""
@@ -32,7 +34,7 @@ def test_the_output_is_a_sibling_that_mirrors_the_newest_checkpoint(make_run: Ma
     run = make_run(series(3, b=noise(3, 4), a=noise(3, 2, 2)), steps=[5, 10, 100])
     result = ckpt_ema.average(run, device="cpu")
     assert result.output == run.parent / "run-ema"
-    assert entries(result.output) == {"model.safetensors", "config.json", "ckpt_ema.json"}
+    assert entries(result.output) == MADE
     newest = run / "checkpoint-100"
     assert (result.output / "config.json").read_bytes() == (newest / "config.json").read_bytes()
     assert list(read_safetensors(result.output / "model.safetensors")) == list(
@@ -80,7 +82,7 @@ def test_every_header_says_format_pt_and_where_it_comes_from(
             run / f"lora-{step:06}.safetensors", {"w": torch.ones(2) * step}, metadata
         )
     output = ckpt_ema.average(run, device="cpu").output
-    assert entries(output) == {"lora-000002.safetensors", "ckpt_ema.json"}
+    assert entries(output) == {"lora-000002.safetensors", "ckpt_ema.json", "README.md"}
     with safe_open(output / "lora-000002.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert metadata.keys() == {"format", "ss_network_dim", "ckpt_ema"}
@@ -92,7 +94,7 @@ def test_every_header_says_format_pt_and_where_it_comes_from(
 def test_torch_files_come_out_as_model_safetensors(make_run: MakeRun) -> None:
     states = series(4, w=noise(4, 6, 6), n=torch.tensor(7))
     from_torch = ckpt_ema.average(make_run(states, torch_files=True), device="cpu").output
-    assert entries(from_torch) == {"model.safetensors", "config.json", "ckpt_ema.json"}
+    assert entries(from_torch) == MADE
     native = ckpt_ema.average(make_run(states, name="native"), device="cpu").output
     one, other = (read_safetensors(p / "model.safetensors") for p in (from_torch, native))
     assert one.keys() == other.keys()
@@ -254,7 +256,7 @@ def test_overwrite_replaces_a_model_and_nothing_else(make_run: MakeRun, tmp_path
     (old / "model.safetensors").write_text("an old model")
     (old / "vocabulary.txt").write_text("of the old model")
     ckpt_ema.average(run, output=old, overwrite=True, device="cpu")
-    assert entries(old) == {"model.safetensors", "config.json", "ckpt_ema.json"}
+    assert entries(old) == MADE
     assert entries(tmp_path) == {"run", "precious", "old"}
 
 

@@ -42,7 +42,7 @@ def test_average_prints_the_output_path_and_nothing_else_on_stdout(run: Path) ->
     done = ckpt_ema("average", run, "--decay", "0.999", "--device", "cpu")
     assert done.returncode == 0
     assert done.stdout == f"{run}-ema\n"
-    assert "checkpoint-1000  1000  0.3077  69.23%" in done.stderr
+    assert "checkpoint-1000  1000  900  0.3077  69.23%" in done.stderr
     assert "--decay 0.999 changes nothing here" in done.stderr
     assert "ends at 0.3077" in done.stderr
     last_line = done.stderr.splitlines()[-1]
@@ -82,19 +82,29 @@ def test_help_and_plan_never_import_torch(run: Path, arguments: list[str]) -> No
     assert not {name for name in imported if name.split(".")[0] in ("torch", "numpy")}
 
 
+def candidates(stdout: str) -> list[dict[str, Any]]:
+    """The averages of a plan that was printed as JSON."""
+    found: list[dict[str, Any]] = json.loads(stdout)["candidates"]
+    return found
+
+
 def test_plan_as_json_has_the_promised_fields(run: Path) -> None:
     done = ckpt_ema("plan", run, "--json")
-    plan = json.loads(done.stdout)
-    assert [list(row)[:6] for row in plan["checkpoints"]] == [
-        ["path", "step", "unit", "gap", "decay", "weight"]
+    [average] = candidates(done.stdout)
+    rows = average["checkpoints"]
+    assert [list(row)[:7] for row in rows] == [
+        ["path", "name", "step", "unit", "gap", "decay", "weight"]
     ] * 4
-    assert [row["gap"] for row in plan["checkpoints"]] == [None, 1, 90, 900]
-    assert plan["checkpoints"][0]["decay"] is None
-    assert sum(row["weight"] for row in plan["checkpoints"]) == pytest.approx(1, abs=1e-12)
-    assert plan["bytes_read"] == 4 * 100 * 4
-    assert plan["tensors"] == [
+    assert [row["gap"] for row in rows] == [None, 1, 90, 900]
+    assert rows[0]["decay"] is None
+    assert sum(row["weight"] for row in rows) == pytest.approx(1, abs=1e-12)
+    assert (average["schedule"], average["decay"]) == ("dynamic", 0.999)
+    assert average["statistics"]["unit"] == "steps"
+    assert average["tensors"] == [
         {"name": "w", "file": "model.safetensors", "dtype": "F32", "shape": [100], "averaged": True}
     ]
+    plan = json.loads(done.stdout)
+    assert plan["bytes_read"] == 4 * 100 * 4
     assert all(isinstance(warning, str) for warning in plan["warnings"])
     assert not Path(f"{run}-ema").exists()
 
@@ -112,7 +122,7 @@ def test_average_as_json_prints_the_manifest(run: Path) -> None:
         (["average", "NOWHERE"], 3, "error: NOWHERE does not exist. Check the path."),
         (["average", "RUN", "--decay", "1.5"], 2, "error: --decay is 1.5; it must lie between 0"),
         (["average", "RUN", "--decay", "nan"], 2, "error: --decay is nan"),
-        (["average", "RUN", "--decay", "much"], 2, "valid"),
+        (["average", "RUN", "--decay", "much"], 2, "error: --decay is 'much'; it must be numbers"),
         (["average", "RUN", "--device", "cuda:7"], 2, "error: --device cuda:7 cannot be used"),
         (["average", "RUN", "--shedule", "constant"], 2, "--schedule"),
         (["average", "RUN", "-o", "RUN/in"], 3, "lies inside the input"),
@@ -174,8 +184,8 @@ def test_environment_variables_set_options(run: Path) -> None:
     done = ckpt_ema(
         "plan", run, "--json", env={"CKPT_EMA_DECAY": "0.25", "CKPT_EMA_DTYPE": "float16"}
     )
-    plan = json.loads(done.stdout)
-    assert (plan["decay"], plan["dtype"]) == (0.25, "float16")
+    [average] = candidates(done.stdout)
+    assert (average["decay"], average["dtype"]) == (0.25, "float16")
 
 
 def test_every_option_has_an_environment_variable_and_help_shows_examples() -> None:
@@ -201,7 +211,7 @@ def test_the_step_summary_gets_the_table(run: Path, tmp_path: Path) -> None:
         "average", run, "-q", "--device", "cpu", env={"GITHUB_STEP_SUMMARY": str(summary)}
     )
     assert done.returncode == 0
-    assert "| checkpoint-1000 | 1000 | 0.3077 | 69.23% |" in summary.read_text()
+    assert "| checkpoint-1000 | 1000 | 900 | 0.3077 | 69.23% |" in summary.read_text()
 
 
 def test_control_characters_in_names_do_not_reach_the_terminal(
@@ -276,7 +286,7 @@ def test_options_that_decide_between_two_readings_reach_the_plan(run: Path) -> N
     by_option = ckpt_ema("plan", run, "--pattern", pattern, "--json")
     by_variable = ckpt_ema("plan", run, "--json", env={"CKPT_EMA_PATTERN": pattern})
     for done in (by_option, by_variable):
-        assert [row["step"] for row in json.loads(done.stdout)["checkpoints"]] == [1, 2]
+        assert [row["step"] for row in candidates(done.stdout)[0]["checkpoints"]] == [1, 2]
     wrong = ckpt_ema("plan", run, "--pattern", "(")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "--pattern is no regular expression" in wrong.stderr
@@ -284,9 +294,9 @@ def test_options_that_decide_between_two_readings_reach_the_plan(run: Path) -> N
 
 def test_a_list_of_checkpoints_and_a_single_file(run: Path) -> None:
     listed = ckpt_ema("plan", run / "checkpoint-9", run / "checkpoint-100", "--json")
-    assert [row["step"] for row in json.loads(listed.stdout)["checkpoints"]] == [9, 100]
+    assert [row["step"] for row in candidates(listed.stdout)[0]["checkpoints"]] == [9, 100]
     alone = ckpt_ema("plan", run / "checkpoint-9/model.safetensors", "--json")
-    assert [row["step"] for row in json.loads(alone.stdout)["checkpoints"]] == [9]
+    assert [row["step"] for row in candidates(alone.stdout)[0]["checkpoints"]] == [9]
     wrong = ckpt_ema("plan", run, "--append", "")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
 

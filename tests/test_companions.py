@@ -22,7 +22,8 @@ def write(folder: Path, **texts: str) -> Path:
 
 def travelling(plan: Plan) -> dict[str, str]:
     """Each file that travels, and the folder that it comes from."""
-    return {companion.name: companion.source.parent.name for companion in plan.companions}
+    companions = plan.candidates[0].output.companions
+    return {companion.name: companion.source.parent.name for companion in companions}
 
 
 @pytest.fixture
@@ -88,6 +89,7 @@ def test_config_from_gives_every_file_but_weights_and_state(bare: Path, tmp_path
     output = ckpt_ema.average(bare, config_from=base, device="cpu").output
     assert {path.name for path in output.iterdir()} == {
         "ckpt_ema.json",
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",
@@ -130,6 +132,7 @@ def checkpoints_of_a_unet(run: Path) -> None:
 
 PIPELINE = {
     "ckpt_ema.json",
+    "README.md",
     "model_index.json",
     "scheduler/scheduler_config.json",
     "unet/config.json",
@@ -161,7 +164,9 @@ def test_a_component_comes_out_inside_its_pipeline(
 def test_a_component_without_its_pipeline_comes_out_alone(tmp_path: Path) -> None:
     checkpoints_of_a_unet(tmp_path / "run")
     plan = ckpt_ema.plan(tmp_path / "run")
-    assert [file.name for file in plan.files] == ["unet/diffusion_pytorch_model.safetensors"]
+    assert [file.name for file in plan.candidates[0].output.files] == [
+        "unet/diffusion_pytorch_model.safetensors"
+    ]
     assert travelling(plan) == {"unet/config.json": "unet"}
 
 

@@ -422,7 +422,7 @@ class TestSharded:
         """By the weights of the plan, and bit for bit as of the same run in one file a step."""
         run, states = sharded / f"of-{ranks}", [full_state(step) for step in STEPS]
         options: dict[str, Any] = {"decay": 0.9, "device": "cpu", "output": tmp_path / "out"}
-        weights = [c.weight for c in ckpt_ema.plan(run, **options).checkpoints]
+        weights = ckpt_ema.plan(run, **options).candidates[0].weights
         averaged = read_safetensors(average_of(run, **options))
         assert set(averaged) == set(states[0])
         for name, tensor in averaged.items():

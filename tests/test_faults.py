@@ -48,7 +48,7 @@ def test_shards_that_would_share_an_output_name_come_out_in_one_file(tmp_path: P
             torch.save({name: torch.ones(3)}, folder / shard)
         index = json.dumps({"weight_map": shards})
         (folder / "pytorch_model.bin.index.json").write_text(index)
-    [file] = ckpt_ema.plan(tmp_path / "run").files
+    [file] = ckpt_ema.plan(tmp_path / "run").candidates[0].output.files
     assert file.name == "model.safetensors"
     assert {tensor.name for tensor in file.tensors} == {"a", "b"}
 
@@ -337,8 +337,8 @@ def test_the_second_json_of_a_single_file_has_the_same_fields(
 ) -> None:
     run = make_run(series(2, w=noise(2, 4)))
     target = tmp_path / "out.safetensors"
-    first = ckpt_ema.average(run, output=target, device="cpu").manifest
-    second = ckpt_ema.average(run, output=target, device="cpu").manifest
+    first = ckpt_ema.average(run, output=target, device="cpu").manifests[0]
+    second = ckpt_ema.average(run, output=target, device="cpu").manifests[0]
     assert first["checkpoints"] == second["checkpoints"]
     assert first["warnings"] == second["warnings"]
 

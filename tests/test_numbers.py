@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ckpt_ema
-from ckpt_ema.schedules.formulas import decays
+from ckpt_ema.options import Options
 from tests.conftest import MakeRun, noise, raw, read_safetensors, series, write_safetensors
 
 NO_DEADLINE = settings(
@@ -26,6 +26,12 @@ def averaged(run: Path, **options: Any) -> dict[str, torch.Tensor]:
     """Average on the CPU and read the output with the safetensors library."""
     result = ckpt_ema.average(run, device="cpu", overwrite=True, **options)
     return read_safetensors(result.output / "model.safetensors")
+
+
+def decays(count: int, **options: Any) -> list[float]:
+    """The decays of so many checkpoints, one step apart."""
+    (rule,) = Options(**options).rules()
+    return rule.decays(range(1, count + 1))
 
 
 def exact_fold(values: Sequence[float], shares: Sequence[float]) -> Fraction:
@@ -75,7 +81,7 @@ def test_the_output_is_the_exact_average_rounded_once(
     assert result.dtype == dtype
     for index in range(400):
         column = [value[index].item() for value in values]
-        exact = exact_fold(column, decays(9, "dynamic", 0.999))
+        exact = exact_fold(column, decays(9))
         assert result[index].item() in nearest(exact, dtype)
 
 
@@ -105,7 +111,7 @@ def test_any_float32_values_average_to_the_exact_value_rounded_once(
         write_safetensors(folder / "model.safetensors", state)
     result = averaged(run, decay=decay, schedule=schedule, allow_duplicates=True)["w"]
     for element, column in zip(result.tolist(), columns, strict=True):
-        exact = exact_fold(column, decays(4, schedule, decay))
+        exact = exact_fold(column, decays(4, schedule=schedule, decay=decay))
         # Cancellation leaves an error of float64's own size relative to the largest value.
         slack = max(map(abs, column)) * 2**-50
         expected = [

@@ -19,7 +19,7 @@ import torch
 
 import ckpt_ema
 from ckpt_ema import RefusedError
-from ckpt_ema.averaging import Result
+from ckpt_ema.output.result import Result
 from ckpt_ema.planning.plan import Plan
 from tests import trainer_runs as runs
 from tests.conftest import read_safetensors, write_shards
@@ -85,7 +85,7 @@ def offered(message: str) -> list[str]:
 
 def fold(plan: Plan, models: Sequence[Tensors]) -> Tensors:
     """The average by hand: float64, the plan's weights; what is no float is the newest's."""
-    shares = [checkpoint.weight for checkpoint in plan.checkpoints]
+    shares = plan.candidates[0].weights
     return {
         name: sum(
             (share * model[name].double() for share, model in zip(shares, models, strict=True)),
@@ -142,10 +142,10 @@ def test_the_steps_of_a_run_are_found_in_order(run: Path, case: TrainerRun) -> N
     assert len(plan.checkpoints) == len(expected)
     if case.steps is not None:
         assert tuple(steps(plan)) == case.steps
-    assert {file.name for file in plan.files} == set(case.files)
-    for file in plan.files:
+    assert {file.name for file in plan.candidates[0].output.files} == set(case.files)
+    for file in plan.candidates[0].output.files:
         assert len(file.tensors) == len(expected[-1][file.name])
-    travelling = {companion.name for companion in plan.companions}
+    travelling = {companion.name for companion in plan.candidates[0].output.companions}
     assert set(case.travels) <= travelling
     assert {name for name in travelling if STATE.search(name)} == set()
 
@@ -467,13 +467,13 @@ def test_a_stale_file_beside_the_weights_is_never_chosen_by_itself(
     message = refusal(run)
     for part in ("checkpoint-100", "model.safetensors", "model.safetensors.index.json"):
         assert part in message
-    assert "--weights" in message
+    assert "--form" in message
     assert "single" in message
     assert "sharded" in message
     output = tmp_path / "out"
-    result = ckpt_ema.average(run, output=output, device="cpu", weights=choice)
+    result = ckpt_ema.average(run, output=output, device="cpu", form=choice)
     actual: Tensors = {}
-    for file in result.plan.files:
+    for file in result.plan.candidates[0].output.files:
         actual |= read_safetensors(output / file.name)
     check(actual, fold(result.plan, single if choice == "single" else sharded))
     assert sorted(path.name for path in output.glob("*.safetensors*")) == (
@@ -490,10 +490,10 @@ def test_merged_weights_and_an_adapter_in_one_folder_are_two_models(run: Path, c
         runs.adapter(run / f"epoch_{epoch}", runs.state(epoch, *runs.LORA))
     message = refusal(run)
     assert "adapter_model.safetensors" in message
-    assert "--weights" in message
-    plan = ckpt_ema.plan(run, weights=choice)
+    assert "--form" in message
+    plan = ckpt_ema.plan(run, form=choice)
     names = runs.ADAPTER if choice == "adapter" else runs.SHARDS
-    assert sorted(file.name for file in plan.files) == list(names)
+    assert sorted(file.name for file in plan.candidates[0].output.files) == list(names)
 
 
 def test_a_checkpoint_that_was_renamed_is_ordered_only_when_told_how(run: Path) -> None:
@@ -622,7 +622,7 @@ def test_a_text_encoder_that_was_trained_too_is_averaged_too(run: Path, tmp_path
 def test_a_number_that_counts_saves_gives_no_distance(run: Path) -> None:
     runs.accelerate(run)
     plan = ckpt_ema.plan(run)
-    assert [checkpoint.gap for checkpoint in plan.checkpoints] == [None, None, None]
+    assert plan.candidates[0].gaps == (None, None, None)
     assert said(plan, "index|counts? .*saves?|number of saves|how far apart")
 
 
@@ -637,7 +637,7 @@ def test_a_configuration_can_come_from_elsewhere(run: Path, tmp_path: Path) -> N
 def test_gaps_are_the_distances_between_steps(run: Path) -> None:
     runs.hugging_face(run, (5, 10, 12))
     plan = ckpt_ema.plan(run)
-    assert [checkpoint.gap for checkpoint in plan.checkpoints] == [None, 5, 2]
+    assert plan.candidates[0].gaps == (None, 5, 2)
 
 
 GAPS = r"[Gg]ap|uneven|irregular|evenly|apart"
@@ -1122,7 +1122,9 @@ def test_a_prefix_is_taken_off_on_request(run: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"strip_prefix": "net."}
     check_average(run, runs.in_file(models), tmp_path / "out", **options)
     kept = ckpt_ema.plan(run)
-    assert all(tensor.name.startswith("net.") for tensor in kept.files[0].tensors)
+    assert all(
+        tensor.name.startswith("net.") for tensor in kept.candidates[0].output.files[0].tensors
+    )
 
 
 # --- ranks ---

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ckpt_ema.layouts import TRAINER_STATE
+
 _HEAD_BYTES = 4096
 
 
@@ -59,7 +61,7 @@ def _yaml_numbers(**keys: str) -> Callable[[str], Mapping[str, int]]:
 
 
 _IN_FOLDER = (
-    _Source("trainer_state.json", _json_numbers(step="global_step")),
+    _Source(TRAINER_STATE, _json_numbers(step="global_step")),
     _Source("training_state/training_step.json", _json_numbers(step="step")),
     _Source("CKPT.yaml", _yaml_numbers(time="unixtime")),
 )

@@ -4,9 +4,10 @@ The newest may be unfinished, since a run crashes or is still being saved: it is
 warning. One in the middle is a loss that somebody should know of: it is refused.
 """
 
+import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,62 +19,84 @@ from ckpt_ema.discovery.order import Checkpoint, Read
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
 from ckpt_ema.options import Options
 
+ProblemOf = Callable[[Checkpoint], str | None]
 
-def complete(found: Found, options: Options, read: Read) -> Found:
-    """What was found without the checkpoints that are not whole.
 
-    Raises `RefusedError` for one that is not the newest, unless `skip_incomplete`; and for one that
-    was given by name.
+def problems(checkpoints: Sequence[Checkpoint], read: Read) -> ProblemOf:
+    """A function that says what a checkpoint of the run lacks, None for one that is whole.
+
+    It opens a checkpoint when it is asked about it, not before.
     """
-    kept: list[Checkpoint] = []
-    left_out = list(found.left_out)
-    warnings = list(found.warnings)
-    problems = _problems(found.checkpoints, read)
-    newest = found.checkpoints[-1]
-    for checkpoint, problem in zip(found.checkpoints, problems, strict=True):
-        if problem is None:
-            kept.append(checkpoint)
-        elif options.skip_incomplete or (checkpoint is newest and kept and not newest.is_given):
-            left_out.append((checkpoint.path, "incomplete"))
-            warnings.append(f"{printable(checkpoint.name)} is incomplete and left out: {problem}")
-        elif checkpoint is newest:
-            raise RefusedError(f"{printable(checkpoint.path)} is incomplete: {problem}")
-        else:
-            raise RefusedError(
-                f"{printable(checkpoint.path)} is incomplete, but later checkpoints exist:"
-                f" {problem}",
-                "Restore it, or leave such checkpoints out with --skip-incomplete.",
-            )
-    if not kept:
-        raise RefusedError(f"{printable(found.root)} holds no complete checkpoint.")
-    return replace(
-        found, checkpoints=tuple(kept), left_out=tuple(left_out), warnings=tuple(warnings)
-    )
-
-
-def _problems(checkpoints: Sequence[Checkpoint], read: Read) -> Iterator[str | None]:
-    """What each checkpoint lacks, None for one that is whole."""
-    markers = [_markers(checkpoint.path) for checkpoint in checkpoints]
+    markers = {checkpoint.path: _markers(checkpoint.path) for checkpoint in checkpoints}
     # A marker that few have says nothing: somebody may have cleaned up the others.
     used = {
         name
-        for name in set().union(*markers)
-        if 2 * sum(name in present for present in markers) > len(markers)
+        for name in set().union(*markers.values())
+        if 2 * sum(name in present for present in markers.values()) > len(markers)
     }
     run = checkpoints[-1].path.parent
     beside, saved = names_in(run), _tracked(run)
-    for checkpoint, present in zip(checkpoints, markers, strict=True):
-        problem = None
-        if not checkpoint.is_given:
-            problem = _marked_unfinished(checkpoint.path, present, used, beside)
+
+    @functools.cache
+    def problem_of(checkpoint: Checkpoint) -> str | None:
         if saved is not None and checkpoint.unit == "step" and (checkpoint.step or 0) > saved:
-            problem = f"{layouts.TRACKER_NAME} says that the last whole step is {saved}."
-        if problem is None:
-            try:
-                read(checkpoint.weights)
-            except IncompleteError as error:
-                problem = error.message
-        yield problem
+            return f"{layouts.TRACKER_NAME} says that the last whole step is {saved}."
+        if not checkpoint.is_given:
+            present = markers[checkpoint.path]
+            problem = _marked_unfinished(checkpoint.path, present, used, beside)
+            if problem:
+                return problem
+        try:
+            read(checkpoint.weights)
+        except IncompleteError as error:
+            return error.message
+        return None
+
+    return problem_of
+
+
+def without_unfinished(found: Found, options: Options, problem_of: ProblemOf) -> Found:
+    """What was found without a newest checkpoint that is not whole; a crash leaves such a one.
+
+    With `skip_incomplete` none that is not whole stays. Raises `RefusedError` if nothing is left,
+    and for a newest one that was given by name.
+    """
+    *older, newest = found.checkpoints
+    unfinished: list[Checkpoint] = []
+    if options.skip_incomplete:
+        unfinished = [c for c in found.checkpoints if problem_of(c)]
+    elif problem_of(newest) and (newest.is_given or not older):
+        raise RefusedError(f"{printable(newest.path)} is incomplete: {problem_of(newest)}")
+    elif problem_of(newest):
+        unfinished = [newest]
+    whole = tuple(c for c in found.checkpoints if c not in set(unfinished))
+    if not whole:
+        raise RefusedError(f"{printable(found.root)} holds no complete checkpoint.")
+    return replace(
+        found,
+        checkpoints=whole,
+        left_out=(*found.left_out, *((c.path, "incomplete") for c in unfinished)),
+        warnings=(
+            *found.warnings,
+            *(
+                f"{printable(c.name)} is incomplete and left out: {problem_of(c)}"
+                for c in unfinished
+            ),
+        ),
+    )
+
+
+def check_whole(checkpoints: Sequence[Checkpoint], problem_of: ProblemOf) -> None:
+    """Refuse a checkpoint that takes part and is not whole, though later ones are."""
+    for checkpoint in checkpoints:
+        problem = problem_of(checkpoint)
+        if problem:
+            raise RefusedError(
+                f"{printable(checkpoint.path)} is incomplete, but later checkpoints exist:"
+                f" {problem}",
+                f"Restore it, or leave it out with --exclude {printable(checkpoint.name)}, or all"
+                " such checkpoints with --skip-incomplete.",
+            )
 
 
 def _tracked(run: Path) -> int | None:

@@ -6,7 +6,7 @@ decides.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -14,13 +14,21 @@ from pathlib import Path
 from ckpt_ema import layouts
 from ckpt_ema.discovery.aliases import resolve_aliases
 from ckpt_ema.discovery.locate import Blocked, locate, names_in
-from ckpt_ema.discovery.names import form_of, is_unnumbered_of, numbers_in, stem_of
+from ckpt_ema.discovery.names import (
+    UNWANTED,
+    form_of,
+    is_unnumbered_of,
+    matches,
+    numbers_in,
+    stem_of,
+    why_unwanted,
+)
 from ckpt_ema.discovery.order import STEP_UNITS, Checkpoint, Entry, Read, named_keys, ordered
 from ckpt_ema.discovery.scan import Scan, container, is_hub_cache, scan
 from ckpt_ema.discovery.series import ONLY_ONE, one_series, without_copies
-from ckpt_ema.errors import OptionError, RefusedError, printable, some
+from ckpt_ema.errors import OptionError, RefusedError, flag, printable, some
 from ckpt_ema.formats.specs import Weights
-from ckpt_ema.options import Options, flag
+from ckpt_ema.options import Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +67,20 @@ def _explicit(given: Sequence[Path], options: Options) -> Found:
     for name in ("pattern", "append", "order", "aliases"):
         if getattr(options, name) != getattr(Options(), name):
             raise OptionError(f"{flag(name)} goes with a run's folder, not with a list.")
-    entries = [_listed(path, options) for path in given]
-    entries = [
-        replace(entry, label=label) for entry, label in zip(entries, _labels(given), strict=True)
+    listed = [
+        replace(_listed(path, options), label=label)
+        for path, label in zip(given, _labels(given), strict=True)
     ]
+    warnings = _unmatched([entry.label for entry in listed], options)
+    entries, left_out = [], []
+    for entry in listed:
+        unwanted = why_unwanted(entry.label, options.include, options.exclude)
+        if unwanted:
+            left_out.append((entry.path, unwanted))
+        else:
+            entries.append(entry)
+    if not entries:
+        raise _all_unwanted([entry.label for entry in listed])
     seen: set[Path] = set()
     for entry in entries:
         real = entry.path.resolve()
@@ -78,7 +96,28 @@ def _explicit(given: Sequence[Path], options: Options) -> Found:
         else replace(_single(entry.path, entry.weights), name=entry.label, is_given=True)
         for entry, key in zip_longest(entries, keys)
     )
-    return Found(_common_root(checkpoints), checkpoints, (), _text_order(checkpoints))
+    warnings += _text_order(checkpoints)
+    return Found(_common_root(checkpoints), checkpoints, tuple(left_out), tuple(warnings))
+
+
+def _unmatched(names: Iterable[str], options: Options) -> list[str]:
+    """Warnings of patterns that leave nothing out; refuses one that takes nothing in."""
+    known = sorted(names)
+    for pattern in options.include:
+        if not any(matches(name, pattern) for name in known):
+            raise RefusedError(
+                f"--include {printable(pattern)} matches nothing; the names are {some(known)}.",
+                "A pattern is matched with whole names: 'checkpoint-1*', not 'checkpoint-1'.",
+            )
+    return [
+        f"--exclude {printable(pattern)} matches nothing."
+        for pattern in options.exclude
+        if not any(matches(name, pattern) for name in known)
+    ]
+
+
+def _all_unwanted(names: Iterable[str]) -> RefusedError:
+    return RefusedError(f"--include and --exclude leave none of {some(sorted(names))}.")
 
 
 def _listed(path: Path, options: Options) -> Entry:
@@ -127,16 +166,16 @@ def _single(path: Path, weights: Weights) -> Checkpoint:
     return Checkpoint(path, step, weights, unit)
 
 
-def _text_order(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+def _text_order(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """A warning for a list that looks as if a shell had sorted it as text."""
     for earlier, later in pairwise(checkpoints):
         if None not in (earlier.step, later.step) and (earlier.step or 0) > (later.step or 0):
-            return (
+            return [
                 f"The list is kept in the order given, in which {printable(earlier.name)}"
                 f" comes before {printable(later.name)}: a shell sorts names as text."
-                " Pass the run's folder to have it ordered by number.",
-            )
-    return ()
+                " Pass the run's folder to have it ordered by number."
+            ]
+    return []
 
 
 def _common_root(checkpoints: Sequence[Checkpoint]) -> Path:
@@ -172,6 +211,7 @@ def _in_run(
         alone = _alone(run, scanned, options)
         if alone:
             return Found(_common_root([alone]), (alone,), tuple(scanned.left_out))
+    unmatched = _unmatched(_names_seen(run, scanned), options)
     entries = one_series(run, scanned, options, read)
     forms = {form_of(entry.stem) for entry in entries}
     _check_blocked(scanned, forms, os.path.isdir(entries[0].path), options)
@@ -192,7 +232,13 @@ def _in_run(
     ]
     left_out = _with_own_model(run, scanned)
     warnings += _later_ones_left_out(members[-1], left_out)
-    return Found(run, tuple(checkpoints), tuple(left_out), (*warnings, *remarks))
+    return Found(run, tuple(checkpoints), tuple(left_out), (*unmatched, *warnings, *remarks))
+
+
+def _names_seen(run: Path, scanned: Scan) -> set[str]:
+    """What a pattern of names can mean: the entries of a folder, the revisions of a cache."""
+    labels = {entry.label for members in scanned.series.values() for entry in members}
+    return names_in(run) | labels | {path.name for path, _ in scanned.left_out}
 
 
 def _later_ones_left_out(newest: Checkpoint, left_out: list[tuple[Path, str]]) -> list[str]:
@@ -230,6 +276,10 @@ def _alone(run: Path, scanned: Scan, options: Options) -> Checkpoint | None:
             f"{printable(run)} holds no checkpoint that matches --pattern"
             f" {printable(options.pattern)}; its names are {some(sorted(names_in(run)))}."
         )
+    unwanted = [p.name for p, why in scanned.left_out if why in UNWANTED]
+    if unwanted and not scanned.series:
+        _unmatched(_names_seen(run, scanned), options)
+        raise _all_unwanted(unwanted)
     # What lies deeper than a checkpoint's own folders may belong to several runs.
     own = None if _is_run_of_others(run, scanned) else locate(run, options, depth=1)
     if isinstance(own, Weights) and not (scanned.series and own.path in _paths(scanned)):

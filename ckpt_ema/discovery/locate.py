@@ -85,7 +85,7 @@ def _in_folder(folder: Path, options: Options, names: set[str] | None = None) ->
 
 def _model_file(folder: Path, names: set[str], options: Options) -> str | None:
     """The name of the file or index to read in a folder, as its loader would choose."""
-    wanted = options.weights
+    wanted = options.form
     adapters = [name for name in layouts.ADAPTER_FILES if name in names]
     models = [name for name in layouts.OTHER_MODEL_FILES if name in names]
     for single in reversed(layouts.MODEL_FILES):
@@ -100,7 +100,7 @@ def _model_file(folder: Path, names: set[str], options: Options) -> str | None:
     if adapters and wanted == "auto":
         raise RefusedError(
             f"{printable(folder)} holds both a model ({models[0]}) and an adapter ({adapters[0]}).",
-            "Choose one with --weights single (or sharded) or --weights adapter.",
+            "Choose one with --form single (or sharded) or --form adapter.",
         )
     return models[0]
 
@@ -109,7 +109,7 @@ def _two_forms(folder: Path, single: str, index: str) -> RefusedError:
     return RefusedError(
         f"{printable(folder)} holds both {single} and {index}: one of them is stale, and loaders"
         f" take {single}.",
-        "Remove the stale one, or choose with --weights single or --weights sharded.",
+        "Remove the stale one, or choose with --form single or --form sharded.",
     )
 
 

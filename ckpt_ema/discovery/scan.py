@@ -18,6 +18,7 @@ from ckpt_ema.discovery.names import (
     slots_in,
     stem_of,
     why_not_a_step,
+    why_unwanted,
 )
 from ckpt_ema.discovery.order import Entry
 from ckpt_ema.errors import RefusedError, printable, some
@@ -93,6 +94,9 @@ def _scan_folder(run: Path, options: Options) -> Scan:
         is_folder = kind == "folder"
         if not (is_folder or layouts.WEIGHTS_EXTENSION.search(name) or slots_in(name)):
             found.others.append(name)
+        elif unwanted := why_unwanted(name, options.include, options.exclude):
+            if slots_in(name) or not is_folder:
+                found.left_out.append((path, unwanted))
         elif options.pattern and slots_in(name) and not re.search(options.pattern, name):
             found.left_out.append((path, "not matched by --pattern"))
         else:
@@ -204,7 +208,9 @@ def _scan_hub(run: Path, options: Options) -> Scan:
         commit = ref.read_text(errors="replace").strip() if kind_of(ref) == "file" else ""
         snapshot = run / "snapshots" / (commit if layouts.COMMIT.search(commit) else "-")
         weights = locate(snapshot, options) if snapshot.is_dir() else None
-        if not numbers_in(name) or (options.pattern and not re.search(options.pattern, name)):
+        if unwanted := why_unwanted(name, options.include, options.exclude):
+            found.left_out.append((ref, unwanted))
+        elif not numbers_in(name) or (options.pattern and not re.search(options.pattern, name)):
             found.left_out.append((ref, "no step in the name of the revision"))
         elif isinstance(weights, Weights):
             found.series[form_of(name)].append(Entry(snapshot, weights, name))

@@ -6,9 +6,10 @@ bytes do not depend on how many there are or on how the output is cut.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,10 +20,9 @@ from ckpt_ema.folding.duplicates import TileTwins, Twins
 from ckpt_ema.folding.nonfinite import check_nonfinite
 from ckpt_ema.folding.shadow import fold_keeping_infinities_, is_finite, widest_float
 from ckpt_ema.folding.sources import TORCH_DTYPES, Sources
-from ckpt_ema.folding.tile_fold import Staging, TileFold, make_fold
-from ckpt_ema.formats.specs import DTYPE_BITS
+from ckpt_ema.folding.tile_fold import Staging, TileFold, Use, make_fold
 from ckpt_ema.planning.plan import Plan
-from ckpt_ema.planning.spans import Span
+from ckpt_ema.planning.spans import Span, Target
 
 _POLL_SECONDS = 0.1  # how long the main thread is deaf to signals, at most
 
@@ -58,14 +58,13 @@ def run(
     sources = Sources(plan)
     try:
         holds_float64 = "F64" in plan.work.dtypes()
-        twins = Twins(len(plan.checkpoints))
+        twins = Twins(pair for c in plan.candidates for pair in pairwise(c.members))
         job = _Job(plan, sources, destination, device, tiles(plan), holds_float64, twins)
         _run_threads(job, progress)
         sources.verify()
         alike = job.twins.found
         if alike and not plan.options.allow_duplicates:
-            earlier, later = plan.checkpoints[alike[0] - 1], plan.checkpoints[alike[0]]
-            raise same_values(earlier.name, later.name)
+            raise same_values(*(plan.checkpoints[number].name for number in alike[0]))
     finally:
         sources.close()
 
@@ -145,7 +144,6 @@ class _Worker:
     def __init__(self, job: _Job) -> None:
         self._job = job
         self._plan = job.plan
-        self._decays = [c.decay for c in job.plan.checkpoints if c.decay is not None]
         self._staging = Staging(0)  # for kept tensors, made when the first one comes
 
     def work(self) -> None:
@@ -155,7 +153,10 @@ class _Worker:
         try:
             fold = self._make_fold()
             while (tile := self._job.next_tile()) is not None:
-                self._do(tile, fold)
+                if tile.span.averaged:
+                    self._average(tile, fold)
+                else:
+                    self._keep(tile)
         except RuntimeError as error:
             # On the CPU torch has no class of its own for it.
             if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
@@ -168,37 +169,29 @@ class _Worker:
     def _make_fold(self) -> TileFold:
         device, capacity = self._job.device, self._plan.options.tile_elements
         wide = torch.float32 if self._plan.options.accumulate == "float32" else widest_float(device)
-        return make_fold(self._decays, capacity, wide, device, self._job.holds_float64)
+        return make_fold(uses(self._plan), capacity, wide, device, self._job.holds_float64)
 
-    def _do(self, tile: Tile, fold: TileFold) -> None:
+    def _keep(self, tile: Tile) -> None:
+        """Hand on the bytes of the newest checkpoint."""
         span = tile.span
-        if not span.averaged:
-            data, offset = self._kept(tile), tile.start
-        else:
-            data = self._averaged(tile, fold)
-            offset = tile.start * DTYPE_BITS[span.dtype] // 8
-        for file, begin in span.targets:
-            self._job.destination.write(file, data, begin + offset)
-
-    def _kept(self, tile: Tile) -> memoryview:
-        """The newest checkpoint's bytes."""
+        assert span.kept_from is not None
         if tile.length > len(self._staging.bytes):
             self._staging = Staging(tile.length)
-        newest = len(self._plan.checkpoints) - 1
-        source = tile.span.sources[0]
-        data = self._job.sources.read(newest, source, tile.start, tile.length, self._staging)
+        data = self._job.sources.read(
+            span.kept_from, span.sources[0], tile.start, tile.length, self._staging
+        )
         self._job.count_read(tile.length)
-        return data
+        for target in span.targets:
+            self._job.destination.write(target.file, data, target.offset + tile.start)
 
-    def _averaged(self, tile: Tile, fold: TileFold) -> memoryview:
-        span, layout_of = tile.span, self._plan.work.layout_of
-        dtype = TORCH_DTYPES[span.dtype]
+    def _average(self, tile: Tile, fold: TileFold) -> None:
+        """Fold a tile of every checkpoint and hand on each average."""
+        span = tile.span
+        twins = TileTwins(self._job.twins)
 
         def read(index: int, staging: Staging) -> torch.Tensor:
-            source = span.sources[layout_of[index]]
+            source = span.sources[self._plan.work.layout_of[index]]
             return self._job.sources.values(index, source, tile.start, tile.length, staging)
-
-        twins = TileTwins(self._job.twins)
 
         def read_and_count(index: int, staging: Staging) -> torch.Tensor:
             values = read(index, staging)
@@ -206,11 +199,46 @@ class _Worker:
             twins.see(index, staging.bytes[: values.nbytes])
             return values
 
-        data = fold.fold(tile.length, dtype, read_and_count)
-        if is_finite(torch.frombuffer(data, dtype=dtype)):
-            return data
-        data = fold.fold(tile.length, dtype, read, fold_keeping_infinities_)
-        if not self._plan.options.allow_nonfinite:
-            average = torch.frombuffer(data, dtype=dtype)
-            check_nonfinite(self._plan, self._job.sources, span, tile.start, average)
-        return data
+        fold.fold(tile.length, read_and_count)
+        nonfinite = self._hand_on(tile, fold, span.targets)
+        if nonfinite:
+            fold.fold(tile.length, read, fold_keeping_infinities_)
+            self._hand_on(tile, fold, nonfinite, only_finite=False)
+
+    def _hand_on(
+        self,
+        tile: Tile,
+        fold: TileFold,
+        targets: Sequence[Target],
+        *,
+        only_finite: bool = True,
+    ) -> list[Target]:
+        """Write the averages of a tile where they belong; those that are not finite are returned.
+
+        With `only_finite` False they are searched for what made them so, and written.
+        """
+        nonfinite: list[Target] = []
+        for (average, dtype_name), same in groupby(targets, lambda t: (t.candidate, t.dtype)):
+            dtype = TORCH_DTYPES[dtype_name]
+            data = fold.rounded(average, tile.length, dtype)
+            values = torch.frombuffer(data, dtype=dtype)
+            if only_finite and not is_finite(values):
+                nonfinite += same
+                continue
+            if not only_finite and not self._plan.options.allow_nonfinite:
+                check_nonfinite(
+                    self._plan, self._job.sources, tile.span, tile.start, average, values
+                )
+            for target in same:
+                offset = target.offset + tile.start * dtype.itemsize
+                self._job.destination.write(target.file, data, offset)
+        return nonfinite
+
+
+def uses(plan: Plan) -> list[list[Use]]:
+    """What each checkpoint of a plan is to each of its averages."""
+    found: list[list[Use]] = [[] for _ in plan.checkpoints]
+    for average, candidate in enumerate(plan.candidates):
+        for number, decay in zip(candidate.members, (None, *candidate.decays), strict=True):
+            found[number].append(Use(average, decay))
+    return found

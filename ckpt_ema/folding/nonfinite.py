@@ -17,11 +17,12 @@ _CHUNK_ELEMENTS = 1 << 18
 
 
 def check_nonfinite(
-    plan: Plan, sources: Sources, span: Span, start: int, average: torch.Tensor
+    plan: Plan, sources: Sources, span: Span, start: int, number: int, average: torch.Tensor
 ) -> None:
     """Raise `RefusedError` unless every non-finite element is an infinity that never changes.
 
-    `average` holds the elements of `span` from `start` on, rounded to the output's dtype.
+    `average` holds the elements of `span` from `start` on of candidate `number`, rounded to the
+    output's dtype.
     """
     staging = Staging(len(average) * 8)
     layout_of = plan.work.layout_of
@@ -29,7 +30,7 @@ def check_nonfinite(
     def values(index: int) -> torch.Tensor:
         return sources.values(index, span.sources[layout_of[index]], start, len(average), staging)
 
-    indices = range(len(layout_of))
+    indices = plan.candidates[number].members
     unchanged = average.isinf()
     for index in indices:
         unchanged &= values(index) == average
@@ -39,15 +40,16 @@ def check_nonfinite(
     for index in indices:
         guilty = problem & ~values(index).isfinite()
         if bool(guilty.any()):
-            tensor = _tensor_at(plan, span, start + int(guilty.int().argmax()))
+            tensor = _tensor_at(plan, span, number, start + int(guilty.int().argmax()))
             raise _nonfinite(plan, sources, index, tensor)
-    raise _overflow(_tensor_at(plan, span, start + int(problem.int().argmax())))
+    raise _overflow(_tensor_at(plan, span, number, start + int(problem.int().argmax())))
 
 
-def _tensor_at(plan: Plan, span: Span, element: int) -> OutputTensor:
-    file, begin = span.targets[0]
-    position = begin + element * DTYPE_BITS[span.dtype] // 8
-    for tensor in plan.files[file].tensors:
+def _tensor_at(plan: Plan, span: Span, candidate: int, element: int) -> OutputTensor:
+    target = next(target for target in span.targets if target.candidate == candidate)
+    position = target.offset + element * DTYPE_BITS[target.dtype] // 8
+    files = [file for one in plan.candidates for file in one.output.files]
+    for tensor in files[target.file].tensors:
         if tensor.offset <= position < tensor.offset + tensor.size_bytes:
             return tensor
     raise AssertionError("a span covers tensors of the output only")

@@ -1,12 +1,13 @@
 """Folding one tile, on the host or on an accelerator; which tile, and where it goes, is `engine`'s.
 
 A tile is folded oldest checkpoint first: its elements are read into a staging buffer, brought to
-the device, widened, folded, and rounded once at the end.
+the device, widened, folded into the shadow of every average that takes the checkpoint, and each
+shadow is rounded once at the end. What happens to one shadow does not depend on the others.
 """
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -34,50 +35,61 @@ class Staging:
 ReadValues = Callable[[int, Staging], torch.Tensor]
 
 
+class Use(NamedTuple):
+    """What one checkpoint is to one of the averages that are made together."""
+
+    average: int
+    decay: float | None  # None: it is the first one, which initialises the shadow
+
+
+Uses = Sequence[Sequence[Use]]  # for each checkpoint, in the order in which they are read
+
+
 class TileFold(Protocol):
     """Folds tiles of up to a fixed number of elements with memory of its own; for one thread."""
 
-    def fold(
-        self, count: int, dtype: torch.dtype, read: ReadValues, fold: Fold = fold_
-    ) -> memoryview:
-        """The bytes of the folded tile rounded to `dtype`, valid until the next call."""
+    def fold(self, count: int, read: ReadValues, fold: Fold = fold_) -> None:
+        """Read a tile from every checkpoint and fold it into the shadow of every average."""
+
+    def rounded(self, average: int, count: int, dtype: torch.dtype) -> memoryview:
+        """The bytes of one shadow rounded to `dtype`, valid until the next call."""
 
 
 class PlainFold:
     """Folds with everything in one order on one device: the CPU, or a device without streams."""
 
-    def __init__(
-        self, decays: Sequence[float], capacity: int, wide: torch.dtype, device: torch.device
-    ) -> None:
-        self.decays = decays
-        self.device = device
+    def __init__(self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device) -> None:
+        self._uses = uses
         self._staging = Staging(capacity * 8)
         self._rounded = Staging(capacity * 8)
-        self._shadow = torch.empty(capacity, dtype=wide, device=device)
+        self._shadows = _empty_shadows(uses, capacity, wide, device)
         self._wide = torch.empty(capacity, dtype=wide, device=device)
         self._half = torch.empty(capacity, dtype=torch.float32, device=device)
 
-    def fold(
-        self, count: int, dtype: torch.dtype, read: ReadValues, fold: Fold = fold_
-    ) -> memoryview:
+    def fold(self, count: int, read: ReadValues, fold: Fold = fold_) -> None:
         """See `TileFold.fold`."""
-        shadow, wide = self._shadow[:count], self._wide[:count]
-        self._widen(read(0, self._staging), shadow)
-        for index, decay in enumerate(self.decays, start=1):
-            value = read(index, self._staging)
-            if value.dtype == wide.dtype and value.device == wide.device:
-                fold(shadow, value, decay)
-            else:
-                self._widen(value, wide)
-                fold(shadow, wide, decay)
-        self._rounded.values(dtype, count).copy_(shadow)
+        for index, uses in enumerate(self._uses):
+            value = self._widened(read(index, self._staging))
+            for average, decay in uses:
+                shadow = self._shadows[average][:count]
+                if decay is None:
+                    shadow.copy_(value)
+                else:
+                    fold(shadow, value, decay)
+
+    def rounded(self, average: int, count: int, dtype: torch.dtype) -> memoryview:
+        """See `TileFold.rounded`."""
+        self._rounded.values(dtype, count).copy_(self._shadows[average][:count])
         return self._rounded.bytes[: count * dtype.itemsize]
 
-    def _widen(self, value: torch.Tensor, wide: torch.Tensor) -> None:
+    def _widened(self, value: torch.Tensor) -> torch.Tensor:
+        if value.dtype == self._wide.dtype and value.device == self._wide.device:
+            return value
+        count = len(value)
         if value.dtype == torch.float16:
             # On the CPU float16 -> float64 is not vectorised: 4 times faster by way of float32.
-            value = self._half[: len(value)].copy_(value)
-        wide.copy_(value)
+            value = self._half[:count].copy_(value)
+        return self._wide[:count].copy_(value)
 
 
 class StreamedFold:
@@ -88,11 +100,9 @@ class StreamedFold:
     until the copy into its landing buffer is done; nothing else waits.
     """
 
-    def __init__(
-        self, decays: Sequence[float], capacity: int, wide: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device) -> None:
         module: Any = torch.get_device_module(device)
-        self.decays = decays
+        self._uses = uses
         self._module = module
         self._folding, self._copying = module.Stream(device=device), module.Stream(device=device)
         self._copied = [module.Event(), module.Event()]
@@ -103,30 +113,34 @@ class StreamedFold:
             self._landed = [
                 torch.empty(capacity * 8, dtype=torch.uint8, device=device) for _ in range(2)
             ]
-            self._shadow = torch.empty(capacity, dtype=wide, device=device)
+            self._shadows = _empty_shadows(uses, capacity, wide, device)
             self._wide = torch.empty(capacity, dtype=wide, device=device)
             self._rounded = torch.empty(capacity * 8, dtype=torch.uint8, device=device)
             module.current_stream(device).synchronize()
 
-    def fold(
-        self, count: int, dtype: torch.dtype, read: ReadValues, fold: Fold = fold_
-    ) -> memoryview:
+    def fold(self, count: int, read: ReadValues, fold: Fold = fold_) -> None:
         """See `TileFold.fold`."""
         with self._module.stream(self._folding):
-            shadow, wide = self._shadow[:count], self._wide[:count]
-            for index in range(len(self.decays) + 1):
+            wide = self._wide[:count]
+            for index, uses in enumerate(self._uses):
                 slot = index % 2
                 landed = self._land(slot, read, index)
                 self._copied[slot].wait()
-                if index == 0:
-                    shadow.copy_(landed)
-                else:
-                    wide.copy_(landed)
-                    fold(shadow, wide, self.decays[index - 1])
+                wide.copy_(landed)
                 self._consumed[slot].record()
-            size_bytes = count * dtype.itemsize
+                for average, decay in uses:
+                    shadow = self._shadows[average][:count]
+                    if decay is None:
+                        shadow.copy_(wide)
+                    else:
+                        fold(shadow, wide, decay)
+
+    def rounded(self, average: int, count: int, dtype: torch.dtype) -> memoryview:
+        """See `TileFold.rounded`."""
+        size_bytes = count * dtype.itemsize
+        with self._module.stream(self._folding):
             rounded = self._rounded[:size_bytes].view(dtype)
-            rounded.copy_(shadow)
+            rounded.copy_(self._shadows[average][:count])
             self._result.values(dtype, count).copy_(rounded, non_blocking=True)
             self._folding.synchronize()
         return self._result.bytes[:size_bytes]
@@ -143,8 +157,15 @@ class StreamedFold:
         return landed
 
 
+def _empty_shadows(
+    uses: Uses, capacity: int, wide: torch.dtype, device: torch.device
+) -> list[torch.Tensor]:
+    averages = {use.average for of_checkpoint in uses for use in of_checkpoint}
+    return [torch.empty(capacity, dtype=wide, device=device) for _ in averages]
+
+
 def make_fold(
-    decays: Sequence[float],
+    uses: Uses,
     capacity: int,
     wide: torch.dtype,
     device: torch.device,
@@ -158,4 +179,4 @@ def make_fold(
     streamed = device.type != "cpu" and hasattr(torch.get_device_module(device), "Stream")
     if holds_float64 and widest_float(device) != torch.float64:
         streamed = False
-    return (StreamedFold if streamed else PlainFold)(decays, capacity, wide, device)
+    return (StreamedFold if streamed else PlainFold)(uses, capacity, wide, device)

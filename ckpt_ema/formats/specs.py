@@ -145,3 +145,4 @@ class Specs:
     warnings: tuple[str, ...] = ()
     claims: Mapping[str, int] = field(default_factory=dict)  # "step", "epoch": what it says it is
     prefixes: tuple[str, ...] = ("",)
+    numbers: Mapping[str, float] = field(default_factory=dict)  # beside the model, by dotted path

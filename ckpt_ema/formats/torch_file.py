@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 
 from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
 from ckpt_ema.files import OpenFile, open_regular, read_exactly
-from ckpt_ema.formats.model_key import claims, find_model
+from ckpt_ema.formats.model_key import claims, find_model, numbers
 from ckpt_ema.formats.specs import (
     DTYPE_BITS,
     FileSpec,
@@ -70,7 +70,15 @@ def read_specs(path: str, key: str | None = None) -> Specs:
     ignored = [name for name in ignored if not name.startswith(_PLAIN)]
     if ignored:
         notes.append(f"skipped objects in the files that are no tensors: {some(ignored)}")
-    return Specs(tensors, (spec,), ({},), tuple(notes), model.warnings, claims(root))
+    return Specs(
+        tensors,
+        (spec,),
+        ({},),
+        tuple(notes),
+        model.warnings,
+        claims(root),
+        numbers=numbers(root),
+    )
 
 
 class Region(NamedTuple):

@@ -13,39 +13,90 @@ from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.files import open_regular, read_exactly
 from ckpt_ema.formats.safetensors import read_specs
 from ckpt_ema.layouts import MANIFEST_NAME
-from ckpt_ema.planning.outputs import PROVENANCE_KEY, OutputFile
+from ckpt_ema.planning.candidates import Candidate
+from ckpt_ema.planning.outputs import PROVENANCE_KEY, Output, OutputFile
 from ckpt_ema.planning.plan import Plan, PlannedCheckpoint
 
+_CONVENTION = (
+    "the first checkpoint initialises the shadow; the j-th is folded as num_updates = j - 1"
+)
 
-def describe(plan: Plan) -> dict[str, Any]:
-    """The plan as plain values, ready for JSON; `checkpoints` is oldest first, sizes in bytes."""
+
+def describe(plan: Plan, candidate: Candidate) -> dict[str, Any]:
+    """One average of a plan as plain values, ready for JSON; sizes are in bytes.
+
+    `checkpoints` is oldest first; `bytes_read` counts what is read for all averages of the plan.
+    """
+    return {**_describe_run(plan), **_describe_average(plan, candidate)}
+
+
+def _describe_average(plan: Plan, candidate: Candidate) -> dict[str, Any]:
+    """What is an average's own: its weights and its output."""
     return {
-        "run": plan.run,
-        "output": os.fspath(plan.output),
-        "schedule": plan.options.schedule,
-        "decay": plan.options.decay,
-        "num_updates": "index: the first checkpoint initialises, the first fold has n = 1",
-        "checkpoints": [_describe_checkpoint(checkpoint) for checkpoint in plan.checkpoints],
+        "name": candidate.name,
+        "output": os.fspath(candidate.output.path),
+        **_describe_weights(plan, candidate),
         "files": [
             {"name": file.name, "bytes": file.size_bytes, "tensors": len(file.tensors)}
-            for file in plan.files
+            for file in candidate.output.files
         ],
-        "companions": [companion.name for companion in plan.companions],
+        "companions": [companion.name for companion in candidate.output.companions],
         "dtype": plan.options.dtype,
+        "bytes_written": sum(file.size_bytes for file in candidate.output.files),
+        "fingerprint": candidate.output.fingerprint,
+    }
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """A whole plan as plain values: what its averages share, and each with its tensors."""
+    return {
+        **_describe_run(plan),
+        "output": os.fspath(plan.output),
+        "bytes_written": plan.bytes_written,
+        "candidates": [
+            {**_describe_average(plan, candidate), "tensors": _describe_tensors(candidate)}
+            for candidate in plan.candidates
+        ],
+    }
+
+
+def _describe_run(plan: Plan) -> dict[str, Any]:
+    """What all averages of a plan share, as plain values."""
+    return {
+        "run": plan.run,
         "accumulate": plan.options.accumulate,
         "device": plan.options.device,
         "threads": plan.threads,
         "bytes_read": plan.bytes_read,
-        "bytes_written": plan.bytes_written,
         "memory_bytes": plan.memory_bytes,
         "left_out": [{"path": os.fspath(path), "reason": why} for path, why in plan.left_out],
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),
-        "fingerprint": plan.fingerprint,
     }
 
 
-def describe_tensors(plan: Plan) -> list[dict[str, Any]]:
+def _describe_weights(plan: Plan, candidate: Candidate) -> dict[str, Any]:
+    """The schedule of an average, its checkpoints with their weights, and what they come to."""
+    rows = zip(
+        candidate.members,
+        candidate.gaps,
+        (None, *candidate.decays),
+        candidate.weights,
+        strict=True,
+    )
+    return {
+        "schedule": candidate.rule.schedule,
+        **candidate.rule.numbers,
+        "convention": _CONVENTION,
+        "checkpoints": [
+            _describe_checkpoint(plan.checkpoints[number], gap, decay, weight)
+            for number, gap, decay, weight in rows
+        ],
+        "statistics": {"unit": candidate.unit, **candidate.statistics._asdict()},
+    }
+
+
+def _describe_tensors(candidate: Candidate) -> list[dict[str, Any]]:
     """The output's tensors: name, file, dtype, shape, and whether it is averaged."""
     return [
         {
@@ -55,23 +106,30 @@ def describe_tensors(plan: Plan) -> list[dict[str, Any]]:
             "shape": list(tensor.shape),
             "averaged": tensor.averaged,
         }
-        for file in plan.files
+        for file in candidate.output.files
         for tensor in file.tensors
     ]
 
 
 def is_up_to_date(plan: Plan) -> bool:
-    """Whether this very average is at the output path already, every file whole."""
-    if read_manifest(plan.output).get("fingerprint") != plan.fingerprint:
+    """Whether these very averages are at the output path already, every file whole."""
+    if not all(_is_up_to_date(candidate.output) for candidate in plan.candidates):
         return False
-    if plan.is_single_file:
+    folders = {candidate.output.path for candidate in plan.candidates} - {plan.output}
+    return not folders or {path.name for path in folders} == set(os.listdir(plan.output))
+
+
+def _is_up_to_date(output: Output) -> bool:
+    if read_manifest(output.path).get("fingerprint") != output.fingerprint:
+        return False
+    if output.is_single_file:
         return True  # its header was just read and found to cover the file
     try:
-        if any((plan.output / name).read_bytes() != content for name, content in plan.indexes):
+        if any((output.path / name).read_bytes() != content for name, content in output.indexes):
             return False
-        return all(_is_whole(plan.output / file.name, file) for file in plan.files) and all(
-            (plan.output / name).stat().st_size == source.stat().st_size
-            for name, source in plan.companions
+        return all(_is_whole(output.path / file.name, file) for file in output.files) and all(
+            (output.path / name).stat().st_size == source.stat().st_size
+            for name, source in output.companions
         )
     except OSError:
         return False
@@ -98,14 +156,17 @@ def read_manifest(output: Path) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def _describe_checkpoint(checkpoint: PlannedCheckpoint) -> dict[str, Any]:
+def _describe_checkpoint(
+    checkpoint: PlannedCheckpoint, gap: int | None, decay: float | None, weight: float
+) -> dict[str, Any]:
     return {
         "path": os.fspath(checkpoint.path),
+        "name": checkpoint.name,
         "step": checkpoint.step,
         "unit": checkpoint.unit,
-        "gap": checkpoint.gap,
-        "decay": checkpoint.decay,
-        "weight": checkpoint.weight,
+        "gap": gap,
+        "decay": decay,
+        "weight": weight,
         "files": [
             {
                 "name": file.name,

@@ -18,7 +18,7 @@ from types import TracebackType
 
 from ckpt_ema.errors import FailedError, RefusedError, printable
 from ckpt_ema.files import open_regular
-from ckpt_ema.layouts import MANIFEST_NAME
+from ckpt_ema.planning.destination import holds_averages
 from ckpt_ema.planning.outputs import OutputFile
 
 _MARK = ".ckpt-ema-"
@@ -73,10 +73,10 @@ class StagedOutput:
                 os.close(fd)
         _remove(self._staging)
 
-    def create(self, files: Sequence[OutputFile]) -> None:
-        """Reserve the space of the model files and write their headers."""
-        for number, file in enumerate(files):
-            path = self._staging if self._single else self._staging / file.name
+    def create(self, files: Sequence[tuple[str, OutputFile]]) -> None:
+        """Reserve the space of the model files, by their names in the folder; write the headers."""
+        for number, (name, file) in enumerate(files):
+            path = self._staging if self._single else self._staging / name
             self._paths.append(path)
             with _as_failure(self._final):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,7 +218,7 @@ def _remove_leftovers(final: Path) -> None:
         path = final.parent / name
         if not name.startswith(stem):
             continue
-        if not os.path.lexists(final) and os.path.lexists(path / MANIFEST_NAME):
+        if not os.path.lexists(final) and holds_averages(path):
             continue
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -60,13 +60,23 @@ def is_vacant(output: Path) -> bool:
     return not os.path.lexists(output) or (os.path.isdir(output) and not os.listdir(output))
 
 
+def holds_averages(folder: Path) -> bool:
+    """Whether a folder is an average of ours, or holds nothing but such folders."""
+    if os.path.lexists(folder / MANIFEST_NAME):
+        return True
+    if not os.path.isdir(folder):
+        return False
+    inside = [folder / name for name in os.listdir(folder)]
+    return bool(inside) and all(os.path.lexists(path / MANIFEST_NAME) for path in inside)
+
+
 def _is_model(output: Path) -> bool:
     if not os.path.isdir(output):
         return output.suffix == ".safetensors"
+    if holds_averages(output):
+        return True
     with os.scandir(output) as entries:
         found = {entry.name: entry.is_dir() for entry in entries}
-    if MANIFEST_NAME in found:
-        return True
     weights = {name for name in found if WEIGHTS_EXTENSION.search(name)}
     shards = {name for name in weights if SHARD_NUMBER.search(name)}
     return (

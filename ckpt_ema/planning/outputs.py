@@ -11,12 +11,14 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ckpt_ema.errors import RefusedError, printable, some
 from ckpt_ema.formats import is_safetensors
 from ckpt_ema.formats.safetensors import MAX_HEADER_BYTES, make_header
 from ckpt_ema.formats.specs import AVERAGED, DTYPE_BITS, Specs, TensorSpec
 from ckpt_ema.layouts import DCP_METADATA, SHARD_NUMBER, WEIGHTS_EXTENSION
+from ckpt_ema.planning.companions import Companion
 
 PROVENANCE_KEY = "ckpt_ema"
 
@@ -55,6 +57,31 @@ class OutputFile:
     header: bytes
     size_bytes: int
     tensors: tuple[OutputTensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One averaged model, laid out: a folder, or one .safetensors file."""
+
+    path: Path
+    files: tuple[OutputFile, ...]
+    indexes: tuple[tuple[str, bytes], ...]  # names and contents of the indexes of shards
+    companions: tuple[Companion, ...]  # files that travel with the weights
+    fingerprint: str  # of all that decides its bytes
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether it is one .safetensors file and no folder."""
+        return is_single_file(self.path)
+
+
+def is_single_file(output: Path) -> bool:
+    """Whether an output path asks for one .safetensors file.
+
+    >>> is_single_file(Path("averaged.safetensors")), is_single_file(Path("averaged"))
+    (True, False)
+    """
+    return output.suffix == ".safetensors"
 
 
 def output_files(

@@ -1,78 +1,61 @@
-"""Everything decided before a tensor is read: the frozen `Plan` of one average.
+"""Everything decided before a tensor is read: the frozen `Plan` of one or several averages.
 
 All checks of the inputs happen here, from headers alone; what follows only carries the plan out.
 """
 
 import functools
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.discovery.completeness import complete
+from ckpt_ema.discovery.completeness import check_whole, problems, without_unfinished
 from ckpt_ema.discovery.discover import Found, discover
 from ckpt_ema.discovery.order import Checkpoint, Read
+from ckpt_ema.discovery.selection import select
 from ckpt_ema.errors import OptionError, RefusedError, printable, some
-from ckpt_ema.files import real_paths
 from ckpt_ema.formats import read_specs
 from ckpt_ema.formats.specs import MOST_READ_PER_WANTED, Specs, Weights
-from ckpt_ema.options import DTYPES, Options, PathLike
-from ckpt_ema.planning.companions import Companion, Companions, companions
+from ckpt_ema.options import Options, PathLike
+from ckpt_ema.planning.advice import advice
+from ckpt_ema.planning.candidates import Candidate, Weighting, make_candidate, weigh
 from ckpt_ema.planning.compare import check_alike
 from ckpt_ema.planning.configs import check_configs
 from ckpt_ema.planning.destination import check_destination
-from ckpt_ema.planning.outputs import OutputFile, make_indexes, output_files
-from ckpt_ema.planning.remarks import gaps, run_notes, run_warnings
+from ckpt_ema.planning.layout import Layout, lay_out
+from ckpt_ema.planning.outputs import is_single_file
+from ckpt_ema.planning.remarks import run_notes, run_warnings
 from ckpt_ema.planning.renaming import unified, without_prefix
 from ckpt_ema.planning.spans import Work, make_work
-from ckpt_ema.schedules import formulas as rules
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedCheckpoint:
-    """One checkpoint of the plan: its place in the average, and what its headers say."""
+    """One checkpoint of the plan and what its headers say."""
 
     path: Path
     name: str  # what to call it
     step: int | None
     unit: str  # what `step` counts
-    gap: int | None  # steps since the checkpoint before, where that is known
-    decay: float | None  # None for the first, which initialises the shadow
-    weight: float
     folder: Path  # what the file names in `specs` are relative to
     specs: Specs
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One average, decided. Checkpoints are oldest first; sizes are in bytes."""
+    """One or several averages, decided. Checkpoints are oldest first; sizes are in bytes."""
 
     run: str
-    checkpoints: tuple[PlannedCheckpoint, ...]
+    checkpoints: tuple[PlannedCheckpoint, ...]  # all that some candidate reads
+    candidates: tuple[Candidate, ...]
     options: Options
-    output: Path  # a folder, or one .safetensors file
-    files: tuple[OutputFile, ...]
-    indexes: tuple[tuple[str, bytes], ...]  # names and contents of the indexes of shards
-    companions: tuple[Companion, ...]  # files that travel with the weights
+    output: Path  # of the one candidate, or the folder of all: they come into being together
     work: Work
     threads: int
-    fingerprint: str  # of all that decides the output's bytes
     left_out: tuple[tuple[Path, str], ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
-
-    @property
-    def newest(self) -> PlannedCheckpoint:
-        """The last checkpoint: it gives the output its names, dtypes, shards and side files."""
-        return self.checkpoints[-1]
-
-    @property
-    def is_single_file(self) -> bool:
-        """Whether the output is one .safetensors file and no folder."""
-        return _is_single_file(self.output)
 
     @property
     def bytes_read(self) -> int:
@@ -82,23 +65,25 @@ class Plan:
     @property
     def bytes_written(self) -> int:
         """Bytes of the model files to write."""
-        return sum(file.size_bytes for file in self.files)
+        return sum(file.size_bytes for c in self.candidates for file in c.output.files)
 
     @property
     def memory_bytes(self) -> int:
         """What the fold allocates beyond torch itself, whatever the size of the model."""
         wide = 4 if self.options.accumulate == "float32" else 8
         gathered = 8 * MOST_READ_PER_WANTED if any(s.in_pieces for s in self.work.spans) else 0
-        # What is read, widened (float16 in two steps), the shadow, and what is rounded.
-        return self.threads * self.options.tile_elements * (gathered + 8 + 4 + wide + wide + 8)
+        # What is read, widened (float16 in two steps), each shadow, and what is rounded.
+        element = gathered + 8 + 4 + wide + wide * len(self.candidates) + 8
+        return self.threads * self.options.tile_elements * element
 
 
 def plan(run: PathLike | Sequence[PathLike], **options: Any) -> Plan:
-    """Decide an average of the checkpoints in `run`: a folder, or checkpoints oldest first.
+    """Decide averages of the checkpoints in `run`: a folder, or checkpoints oldest first.
 
-    The options are the fields of `ckpt_ema.options.Options`: `decay`, `output` (a folder, or a path
-    that ends in .safetensors for one file; by default a sibling of the run, `RUN-ema`), `dtype`
-    (what averaged tensors are written in), and so on. Reads headers only and does not import torch.
+    The options are the fields of `ckpt_ema.options.Options`: `decay`, `half_life`, `last`, `output`
+    (a folder, or a path that ends in .safetensors for one file; by default a sibling of the run,
+    `RUN-ema`), `dtype` (what averaged tensors are written in), and so on. Where an option has
+    several values, each makes a candidate. Reads headers only and does not import torch.
 
     Raises `OptionError` for an impossible option and `RefusedError` for inputs that cannot be
     averaged, or an output path that would touch them.
@@ -118,36 +103,52 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
             raise RefusedError(f"{printable(weights.path)} holds no tensors.")
         return specs
 
-    found = complete(discover(paths, options, read), options, read)
+    discovered = discover(paths, options, read)
+    problem_of = problems(discovered.checkpoints, read)
+    found = without_unfinished(discovered, options, problem_of)
+    selected = select(found.checkpoints, options, read)
+    weightings = weigh(selected.selections, options)
+    taken = {checkpoint for weighting in weightings for checkpoint in weighting.checkpoints}
+    checkpoints = [checkpoint for checkpoint in found.checkpoints if checkpoint in taken]
+    check_whole(checkpoints, problem_of)
     destination = Path(options.output) if options.output is not None else _sibling(found.root)
     check_destination(destination, [*paths, *_inputs(found)])
-    specs, warnings = _compared(found.checkpoints, read, options)
-    checkpoints = _planned(found.checkpoints, specs, options)
-    newest = found.checkpoints[-1]
-    single_name = destination.name if _is_single_file(destination) else None
-    travelling = _travelling(found, specs[-1], options, single_name)
-    fingerprint = _fingerprint(checkpoints, travelling.files, options, single_name)
-    provenance = _provenance(checkpoints, options)
-    if single_name:  # a folder has it in its manifest
-        provenance["fingerprint"] = fingerprint
-    files = output_files(specs[-1], DTYPES[options.dtype], single_name, provenance)
-    part_names = [part.name for part in newest.weights.parts]
+    specs, warnings = _compared(checkpoints, read, options)
+    specs_of = dict(zip(checkpoints, specs, strict=True))
+    _check_names(weightings, specs_of, read, options)
+    layouts = _layouts(weightings, specs_of, found, destination, options)
+    numbers = {checkpoint: number for number, checkpoint in enumerate(checkpoints)}
+    candidates = tuple(
+        make_candidate(weighting, numbers, layout.output)
+        for weighting, layout in zip(weightings, layouts, strict=True)
+    )
+    left_behind = sorted({model for layout in layouts for model in layout.left_behind})
     return Plan(
         run=os.fspath(found.root),
-        checkpoints=checkpoints,
+        checkpoints=tuple(
+            PlannedCheckpoint(c.path, c.name, c.step, c.unit, c.weights.folder, specs_of[c])
+            for c in checkpoints
+        ),
+        candidates=candidates,
         options=options,
         output=destination,
-        files=files,
-        indexes=() if single_name else tuple(make_indexes(files, part_names)),
-        companions=travelling.files,
-        work=make_work(specs, files),
+        work=make_work(specs, [(c.newest, c.output.files) for c in candidates]),
         threads=options.threads or _cores(),
-        fingerprint=fingerprint,
         left_out=found.left_out,
-        notes=(*run_notes(found.checkpoints, specs), *_left_behind(travelling.models)),
+        notes=(
+            *selected.notes,
+            *run_notes(checkpoints, specs),
+            *(
+                [f"Folders with weights of their own are left behind: {some(left_behind)}."]
+                if left_behind
+                else []
+            ),
+        ),
         warnings=(
             *found.warnings,
-            *run_warnings(found.checkpoints, specs, options),
+            *selected.warnings,
+            *advice(candidates, [checkpoint.name for checkpoint in checkpoints]),
+            *run_warnings(checkpoints, specs, found_in_all=len(found.checkpoints)),
             *warnings,
         ),
     )
@@ -167,12 +168,6 @@ def _compared(
     return specs, [*name_warnings, *check_alike(names, specs), *config_warnings]
 
 
-def _inputs(found: Found) -> list[Path]:
-    """The checkpoints, and what lies elsewhere behind their links."""
-    links = [c.weights.path for c in found.checkpoints if c.weights.path.is_symlink()]
-    return [*(checkpoint.path for checkpoint in found.checkpoints), *links]
-
-
 def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
     """One layout for the whole run: memory does not grow with the number of checkpoints."""
     shared: list[Specs] = []
@@ -182,31 +177,51 @@ def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
     return shared
 
 
-def _travelling(
-    found: Found, newest: Specs, options: Options, single_name: str | None
-) -> Companions:
-    if single_name:
-        return Companions((), ())
-    checkpoint = found.checkpoints[-1]
-    return companions(
-        checkpoint.weights.folder,
-        [file.name for file in newest.files],
-        _shared_folder(found),
-        Path(options.config_from) if options.config_from is not None else None,
-        is_file=not checkpoint.path.is_dir(),
-    )
+def _check_names(
+    weightings: Sequence[Weighting],
+    specs_of: dict[Checkpoint, Specs],
+    read: Read,
+    options: Options,
+) -> None:
+    """Refuse averages together that alone would have tensors of other names.
+
+    An output takes the names of its newest checkpoint; all are read under those of the last one.
+    """
+    newest = list(specs_of)[-1]
+    for last in dict.fromkeys(weighting.checkpoints[-1] for weighting in weightings):
+        own = [read(last.weights)]
+        if options.strip_prefix:
+            own = without_prefix(own, options.strip_prefix)
+        if own[0].tensors.keys() != specs_of[last].tensors.keys():
+            raise RefusedError(
+                f"The averages end at {printable(last.name)} and at {printable(newest.name)}, which"
+                " name their tensors in different ways.",
+                "Make them one at a time.",
+            )
 
 
-def _shared_folder(found: Found) -> Path | None:
-    """The folder that all checkpoints share; None for a list from several folders."""
-    folders = {os.path.dirname(os.path.abspath(c.path)) for c in found.checkpoints}
-    return found.root if len(folders) == 1 else None
+def _layouts(
+    weightings: Sequence[Weighting],
+    specs_of: dict[Checkpoint, Specs],
+    found: Found,
+    destination: Path,
+    options: Options,
+) -> list[Layout]:
+    """The output of each average: the destination itself, or a folder in it for each of several."""
+    if len(weightings) == 1:
+        return [lay_out(weightings[0], specs_of, found, destination, options)]
+    if is_single_file(destination):
+        raise OptionError(
+            f"--output {printable(destination)} is one file, and {len(weightings)} averages are"
+            " asked for; name a folder."
+        )
+    return [lay_out(w, specs_of, found, destination / w.name, options) for w in weightings]
 
 
-def _left_behind(models: Sequence[str]) -> list[str]:
-    if not models:
-        return []
-    return [f"Folders with weights of their own are left behind: {some(list(models))}."]
+def _inputs(found: Found) -> list[Path]:
+    """The checkpoints, and what lies elsewhere behind their links."""
+    links = [c.weights.path for c in found.checkpoints if c.weights.path.is_symlink()]
+    return [*(checkpoint.path for checkpoint in found.checkpoints), *links]
 
 
 def _named(path: PathLike) -> Path:
@@ -220,62 +235,6 @@ def _sibling(root: Path) -> Path:
     if not named.name:
         raise OptionError("The checkpoints share no folder; say where to write with --output.")
     return named.parent / f"{named.name.removesuffix('.safetensors')}-ema"
-
-
-def _is_single_file(output: Path) -> bool:
-    return output.suffix == ".safetensors"
-
-
-def _planned(
-    checkpoints: Sequence[Checkpoint], specs: Sequence[Specs], options: Options
-) -> tuple[PlannedCheckpoint, ...]:
-    decays = rules.decays(len(checkpoints), options.schedule, options.decay)
-    rows = zip(
-        checkpoints, gaps(checkpoints), [None, *decays], rules.weights(decays), specs, strict=True
-    )
-    return tuple(
-        PlannedCheckpoint(c.path, c.name, c.step, c.unit, gap, decay, weight, c.weights.folder, one)
-        for c, gap, decay, weight, one in rows
-    )
-
-
-def _provenance(checkpoints: Sequence[PlannedCheckpoint], options: Options) -> dict[str, object]:
-    """What the header of the output says of its making; the same wherever and whenever it runs."""
-    return {
-        "schedule": options.schedule,
-        "decay": options.decay,
-        "checkpoints": [
-            {"name": checkpoint.name, "step": checkpoint.step, "weight": checkpoint.weight}
-            for checkpoint in checkpoints
-        ],
-    }
-
-
-def _fingerprint(
-    checkpoints: Sequence[PlannedCheckpoint],
-    travelling: Sequence[Companion],
-    options: Options,
-    single_name: str | None,
-) -> str:
-    """A digest of inputs (path, size, mtime, header of each file), weights and choices."""
-    folders = real_paths(checkpoint.folder for checkpoint in checkpoints)
-    inputs = [
-        (folder, checkpoint.weight, *checkpoint.specs.files)
-        for folder, checkpoint in zip(folders, checkpoints, strict=True)
-    ]
-    stats = [(file.name, file.source.stat()) for file in travelling]
-    side_files = [(name, status.st_size, status.st_mtime_ns) for name, status in stats]
-    choices = [
-        options.schedule,
-        options.decay,
-        options.dtype,
-        options.accumulate,
-        options.allow_nonfinite,
-        options.key,
-        options.strip_prefix,
-        single_name,
-    ]
-    return hashlib.sha256(json.dumps([inputs, side_files, choices]).encode()).hexdigest()
 
 
 def _cores() -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from statistics import median
 
 from ckpt_ema import layouts
 from ckpt_ema.discovery.names import stem_of
@@ -10,39 +9,22 @@ from ckpt_ema.discovery.order import Checkpoint
 from ckpt_ema.errors import printable, some
 from ckpt_ema.formats.model_key import ALREADY_AVERAGED
 from ckpt_ema.formats.specs import AVERAGED, Specs
-from ckpt_ema.options import Options
-from ckpt_ema.schedules import formulas as rules
 
-# How much longer than usual a gap may be.
-_MOST_GAP = 1.5
 # Copies and downloads finish in any order; runs are further apart than this.
 _INVERSION_NS = 3600 * 10**9
 # With so few, the trainer has often removed the others.
 _FEW = 4
 
 
-def gaps(checkpoints: Sequence[Checkpoint]) -> list[int | None]:
-    """Steps from each checkpoint's predecessor to it; None where that is unknown.
-
-    accelerate numbers its saves one after the other, which says nothing of distances.
-    """
-    known: list[int | None] = [None]
-    for earlier, later in pairwise(checkpoints):
-        if earlier.step is None or later.step is None or later.unit == "save":
-            known.append(None)
-        else:
-            known.append(later.step - earlier.step)
-    return known
-
-
 def run_warnings(
-    checkpoints: Sequence[Checkpoint], specs: Sequence[Specs], options: Options
+    checkpoints: Sequence[Checkpoint], specs: Sequence[Specs], found_in_all: int
 ) -> list[str]:
-    """Warnings about the run: its length, gaps, times, and the kind of its weights."""
+    """Warnings about the run: its length, times, and the kind of its weights.
+
+    `checkpoints` are those that take part, of `found_in_all` that the run has.
+    """
     return [
-        *_schedule_warnings(options, len(checkpoints)),
-        *_few(len(checkpoints)),
-        *_irregular(checkpoints),
+        *_few(found_in_all),
         *_times(checkpoints, specs),
         *_adapters(specs[-1]),
         *_averaged(checkpoints),
@@ -70,42 +52,12 @@ def run_notes(checkpoints: Sequence[Checkpoint], specs: Sequence[Specs]) -> list
     return [*notes, *(f"{note}." for note in sorted({n for one in specs for n in one.notes}))]
 
 
-def _schedule_warnings(options: Options, count: int) -> list[str]:
-    if count == 1:
-        return ["There is one checkpoint only, so the average is that checkpoint."]
-    decay, first = options.decay, rules.first_decay_that_matters(count)
-    if options.schedule == "dynamic" and decay >= first:
-        beyond = (
-            f" ({decay:g} is reached beyond {rules.checkpoints_below_the_cap(decay)} checkpoints)"
-            if decay < 1
-            else ""
-        )
-        return [
-            f"--decay {decay:g} changes nothing here: over {count} checkpoints the dynamic decay"
-            f" ends at {first:.4g}, and the first decay to matter is one below that{beyond}."
-        ]
-    return []
-
-
 def _few(count: int) -> list[str]:
     if not 1 < count <= _FEW:
         return []
     return [
         f"There are {count} checkpoints only; if the trainer removed older ones, raise its limit"
         " (save_total_limit, save_top_k, max_history)."
-    ]
-
-
-def _irregular(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    found = gaps(checkpoints)
-    known = [gap for gap in found if gap is not None]
-    if len(known) < 2 or max(known) <= _MOST_GAP * median(known):
-        return []
-    longest = found.index(max(known))
-    return [
-        f"The gaps between checkpoints differ: {max(known)} from"
-        f" {printable(checkpoints[longest - 1].name)} to {printable(checkpoints[longest].name)},"
-        f" half of them at most {median(known):g}; the weights count checkpoints, not steps."
     ]
 
 

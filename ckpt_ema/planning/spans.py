@@ -6,21 +6,34 @@ what one large tensor costs.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ckpt_ema.formats.specs import DTYPE_BITS, Specs, TensorSpec
 from ckpt_ema.planning.outputs import OutputFile, OutputTensor
 
 
+class Target(NamedTuple):
+    """Where a span goes in one output; tied tensors give it several."""
+
+    candidate: int
+    file: int  # counted through the files of all candidates
+    offset: int  # in bytes
+    dtype: str
+
+
 class Span(NamedTuple):
     """A run of elements of one dtype in each file that takes part."""
 
     length: int  # elements if averaged, bytes if kept
-    averaged: bool
-    dtype: str  # of the output
-    targets: tuple[tuple[int, int], ...]  # (output file, offset); several for tied tensors
-    sources: tuple[TensorSpec, ...]  # of the first tensor, for each layout; the newest's if kept
+    kept_from: int | None  # the checkpoint whose bytes are kept; None if it is averaged
+    targets: tuple[Target, ...]
+    sources: tuple[TensorSpec, ...]  # of the first tensor, for each layout; that of `kept_from`
+
+    @property
+    def averaged(self) -> bool:
+        """Whether all checkpoints are read and folded."""
+        return self.kept_from is None
 
     @property
     def in_pieces(self) -> bool:
@@ -29,19 +42,19 @@ class Span(NamedTuple):
 
 
 class Work(NamedTuple):
-    """All spans of an average; checkpoint j has its tensors where layout `layout_of[j]` says."""
+    """All spans of a plan; checkpoint j has its tensors where layout `layout_of[j]` says."""
 
     spans: tuple[Span, ...]
     layout_of: tuple[int, ...]
 
     def dtypes(self) -> set[str]:
-        """Every dtype that is averaged, in a checkpoint or in the output."""
+        """Every dtype that is averaged, in a checkpoint or in an output."""
         spans = [span for span in self.spans if span.averaged]
         read = {source.dtype for span in spans for source in span.sources}
-        return read | {span.dtype for span in spans}
+        return read | {target.dtype for span in spans for target in span.targets}
 
     def bytes_read(self) -> int:
-        """Bytes of tensor data that the whole average reads, each once."""
+        """Bytes of tensor data that are read, each once."""
         total = 0
         for span in self.spans:
             if span.averaged:
@@ -52,51 +65,70 @@ class Work(NamedTuple):
         return total
 
 
-def make_work(checkpoints: Sequence[Specs], files: Sequence[OutputFile]) -> Work:
-    """Join the output's tensors to spans, in the order of the output's bytes."""
+def make_work(
+    checkpoints: Sequence[Specs], outputs: Sequence[tuple[int, Sequence[OutputFile]]]
+) -> Work:
+    """Join the tensors of the outputs to spans, in the order of the first output's bytes.
+
+    `outputs` has, for each candidate, the number of its newest checkpoint and its files.
+    """
     by_identity = {id(specs.tensors): specs for specs in checkpoints}
     number_of = {identity: number for number, identity in enumerate(by_identity)}
     layouts = list(by_identity.values())
-    layout_of = [number_of[id(specs.tensors)] for specs in checkpoints]
-    newest = checkpoints[-1]
     # Tied tensors share their bytes in every checkpoint: they are one span with several targets.
     untied: dict[tuple[object, ...], Span] = {}
-    for number, file in enumerate(files):
-        for tensor in sorted(file.tensors, key=lambda tensor: tensor.offset):
-            if not math.prod(tensor.shape):
-                continue
-            span = _span(tensor, number, layouts if tensor.averaged else [newest])
-            place = (tensor.averaged, *span.sources)
-            twin = untied.get(place)
-            untied[place] = twin._replace(targets=twin.targets + span.targets) if twin else span
+    for tensor, target, newest in _tensors(outputs):
+        kept_from = None if tensor.averaged else newest
+        sources = tuple(
+            specs.tensors[tensor.key]
+            for specs in (layouts if tensor.averaged else [checkpoints[newest]])
+        )
+        place = (kept_from, *sources)
+        twin = untied.get(place)
+        if twin:
+            untied[place] = twin._replace(targets=(*twin.targets, target))
+        elif math.prod(tensor.shape):
+            length = math.prod(tensor.shape) if tensor.averaged else sources[0].size_bytes
+            untied[place] = Span(length, kept_from, (target,), sources)
     spans: list[Span] = []
     for span in untied.values():
         if spans and _follows(spans[-1], span):
             spans[-1] = spans[-1]._replace(length=spans[-1].length + span.length)
         else:
             spans.append(span)
-    return Work(tuple(spans), tuple(layout_of))
+    return Work(tuple(spans), tuple(number_of[id(specs.tensors)] for specs in checkpoints))
 
 
-def _span(tensor: OutputTensor, file: int, layouts: Sequence[Specs]) -> Span:
-    sources = tuple(layout.tensors[tensor.key] for layout in layouts)
-    count = math.prod(tensor.shape) if tensor.averaged else sources[0].size_bytes
-    return Span(count, tensor.averaged, tensor.dtype, ((file, tensor.offset),), sources)
+def _tensors(
+    outputs: Sequence[tuple[int, Sequence[OutputFile]]],
+) -> Iterator[tuple[OutputTensor, Target, int]]:
+    """Every tensor of every output, where it goes, and the newest checkpoint of its candidate."""
+    number = 0
+    for candidate, (newest, files) in enumerate(outputs):
+        for file in files:
+            for tensor in sorted(file.tensors, key=lambda tensor: tensor.offset):
+                yield tensor, Target(candidate, number, tensor.offset, tensor.dtype), newest
+            number += 1
 
 
 def _follows(span: Span, other: Span) -> bool:
-    """Whether `other` begins where `span` ends, in every checkpoint and in the output."""
-    if span.averaged != other.averaged or len(span.targets) + len(other.targets) > 2:
+    """Whether `other` begins where `span` ends, in every checkpoint and in every output."""
+    if span.kept_from != other.kept_from or span.in_pieces or other.in_pieces:
         return False
-    if span.in_pieces or other.in_pieces or (span.averaged and span.dtype != other.dtype):
+    if len(span.targets) != len(other.targets) or _has_ties(span) or _has_ties(other):
         return False
-    ends = [(span.targets[0], _bytes(span, span.dtype), other.targets[0])]
-    for source, following in zip(span.sources, other.sources, strict=True):
-        if span.averaged and source.dtype != following.dtype:
-            return False
-        place = (source.file, source.offset)
-        ends.append((place, _bytes(span, source.dtype), (following.file, following.offset)))
-    return all((file, offset + size) == begin for (file, offset), size, begin in ends)
+    before: list[Target | TensorSpec] = [*span.targets, *span.sources]
+    after: list[Target | TensorSpec] = [*other.targets, *other.sources]
+    return all(
+        one.file == next_one.file
+        and one.offset + _bytes(span, one.dtype) == next_one.offset
+        and (one.dtype == next_one.dtype or not span.averaged)
+        for one, next_one in zip(before, after, strict=True)
+    )
+
+
+def _has_ties(span: Span) -> bool:
+    return len({target.candidate for target in span.targets}) < len(span.targets)
 
 
 def _bytes(span: Span, dtype: str) -> int:

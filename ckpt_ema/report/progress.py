@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from ckpt_ema.report.text import size
+from ckpt_ema.report.lines import size
 
 _SECONDS_BETWEEN_LINES = 30
 

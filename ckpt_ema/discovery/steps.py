@@ -1,0 +1,50 @@
+"""How far apart the checkpoints of a run are, in what their numbers count."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from ckpt_ema.discovery.order import Checkpoint
+from ckpt_ema.errors import RefusedError, printable, some
+
+
+def gaps(checkpoints: Sequence[Checkpoint]) -> list[int | None]:
+    """Steps from each checkpoint's predecessor to it; None where that is unknown.
+
+    accelerate numbers its saves one after the other, which says nothing of distances.
+    """
+    known: list[int | None] = [None]
+    for earlier, later in pairwise(checkpoints):
+        if earlier.step is None or later.step is None or later.unit == "save":
+            known.append(None)
+        else:
+            known.append(later.step - earlier.step)
+    return known
+
+
+def known_steps(checkpoints: Sequence[Checkpoint], asked_by: str) -> list[int]:
+    """The steps of all checkpoints, which rise; `asked_by` is the option that needs them.
+
+    Raises `RefusedError` if they are not known, or count saves and not the training.
+    """
+    first = checkpoints[0]
+    if any(checkpoint.unit == "save" for checkpoint in checkpoints):
+        raise RefusedError(
+            f"{asked_by} counts training steps, and the number in {printable(first.name)} counts"
+            " saves (accelerate): how many steps lie between them is not known.",
+            "Choose what counts checkpoints, or rename the folders by their steps.",
+        )
+    unknown = [checkpoint.name for checkpoint in checkpoints if checkpoint.step is None]
+    if unknown:
+        raise RefusedError(
+            f"{asked_by} counts training steps, and {some(unknown)} tells none.",
+            "Choose what counts checkpoints, or leave that one out.",
+        )
+    steps = [checkpoint.step or 0 for checkpoint in checkpoints]
+    for earlier, later in pairwise(checkpoints):
+        if (earlier.step or 0) >= (later.step or 0):
+            raise RefusedError(
+                f"{asked_by} counts training steps, and {printable(later.name)} comes after"
+                f" {printable(earlier.name)} in the list though its step does not.",
+                "Give the checkpoints in training order.",
+            )
+    return steps

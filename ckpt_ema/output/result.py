@@ -1,0 +1,27 @@
+"""What averages came to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_ema.planning.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Averages that were made. `manifests` are the contents of their ckpt_ema.json."""
+
+    plan: Plan
+    is_up_to_date: bool  # these very averages were there already, and nothing was read
+    seconds: float  # of reading, folding and writing
+    manifests: tuple[dict[str, Any], ...]  # of each candidate of the plan
+
+    @property
+    def output(self) -> Path:
+        """The folder or the file that was written; of several averages, the folder of all."""
+        return self.plan.output
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """Where each average is, in the order of the plan's candidates."""
+        return tuple(candidate.output.path for candidate in self.plan.candidates)

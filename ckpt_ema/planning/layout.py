@@ -1,0 +1,107 @@
+"""Laying out the output of one average: its files, what travels with them, and its fingerprint."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ckpt_ema.discovery.discover import Found
+from ckpt_ema.discovery.order import Checkpoint
+from ckpt_ema.files import real_paths
+from ckpt_ema.formats.specs import Specs
+from ckpt_ema.options import DTYPES, Options
+from ckpt_ema.planning.candidates import Weighting
+from ckpt_ema.planning.companions import Companion, Companions, companions
+from ckpt_ema.planning.outputs import Output, is_single_file, make_indexes, output_files
+from ckpt_ema.schedules.formulas import weights
+
+
+class Layout(NamedTuple):
+    """An output, and folders with weights of their own that stay behind."""
+
+    output: Output
+    left_behind: tuple[str, ...]
+
+
+def lay_out(
+    weighting: Weighting,
+    specs_of: Mapping[Checkpoint, Specs],
+    found: Found,
+    path: Path,
+    options: Options,
+) -> Layout:
+    """The output of one average at `path`, in the form of its newest checkpoint.
+
+    It depends on this average alone, so that it is the same whatever else is made beside it.
+    """
+    newest = weighting.checkpoints[-1]
+    single_name = path.name if is_single_file(path) else None
+    travelling = _travelling(newest, specs_of[newest], found, options, single_name)
+    fingerprint = _fingerprint(weighting, specs_of, travelling.files, options, single_name)
+    provenance = _provenance(weighting)
+    if single_name:  # a folder has it in its manifest
+        provenance["fingerprint"] = fingerprint
+    files = output_files(specs_of[newest], DTYPES[options.dtype], single_name, provenance)
+    part_names = [part.name for part in newest.weights.parts]
+    indexes = () if single_name else tuple(make_indexes(files, part_names))
+    output = Output(path, files, indexes, travelling.files, fingerprint)
+    return Layout(output, travelling.models)
+
+
+def _travelling(
+    newest: Checkpoint, specs: Specs, found: Found, options: Options, single_name: str | None
+) -> Companions:
+    if single_name:
+        return Companions((), ())
+    return companions(
+        newest.weights.folder,
+        [file.name for file in specs.files],
+        _shared_folder(found),
+        Path(options.config_from) if options.config_from is not None else None,
+        is_file=not newest.path.is_dir(),
+    )
+
+
+def _shared_folder(found: Found) -> Path | None:
+    """The folder that all checkpoints share; None for a list from several folders."""
+    folders = {os.path.dirname(os.path.abspath(c.path)) for c in found.checkpoints}
+    return found.root if len(folders) == 1 else None
+
+
+def _provenance(weighting: Weighting) -> dict[str, object]:
+    """What the header of the output says of its making; the same wherever and whenever it runs."""
+    rows = zip(weighting.checkpoints, weights(weighting.decays), strict=True)
+    return {
+        "schedule": weighting.rule.schedule,
+        **weighting.rule.numbers,
+        "checkpoints": [{"name": c.name, "step": c.step, "weight": share} for c, share in rows],
+    }
+
+
+def _fingerprint(
+    weighting: Weighting,
+    specs_of: Mapping[Checkpoint, Specs],
+    travelling: Sequence[Companion],
+    options: Options,
+    single_name: str | None,
+) -> str:
+    """A digest of inputs (path, size, mtime, header of each file), weights and choices."""
+    folders = real_paths(checkpoint.weights.folder for checkpoint in weighting.checkpoints)
+    rows = zip(folders, weights(weighting.decays), weighting.checkpoints, strict=True)
+    inputs = [(folder, share, *specs_of[c].files) for folder, share, c in rows]
+    stats = [(file.name, file.source.stat()) for file in travelling]
+    side_files = [(name, status.st_size, status.st_mtime_ns) for name, status in stats]
+    choices = [
+        weighting.rule.schedule,
+        dict(weighting.rule.numbers),
+        options.dtype,
+        options.accumulate,
+        options.allow_nonfinite,
+        options.key,
+        options.strip_prefix,
+        options.card,
+        single_name,
+    ]
+    return hashlib.sha256(json.dumps([inputs, side_files, choices]).encode()).hexdigest()

@@ -1,0 +1,94 @@
+"""The model card: the README.md of an output, which says what was averaged and how.
+
+The YAML at the top of the card that the run has (licence, base model, language ...) is kept, tags
+are added, and results that were measured with other weights are taken out.
+"""
+
+import re
+from pathlib import Path
+
+from ckpt_ema.errors import printable
+from ckpt_ema.planning.candidates import Candidate
+from ckpt_ema.planning.plan import Plan
+from ckpt_ema.report.plan_view import markdown_lines
+
+CARD_NAME = "README.md"
+TAGS = ("weight-averaging", "ckpt-ema")
+
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?P<yaml>.*?\n)---[ \t]*(?:\n|\Z)", re.DOTALL)
+_LARGEST_BYTES = 1 << 20
+# Results of the model that the card was written for.
+_RESULTS = re.compile(r"^model-index:.*\n(?:[ \t-].*\n|\n)*", re.MULTILINE)
+_TAGS = re.compile(r"^tags:[ \t]*(?P<value>.*)\n(?P<items>(?:[ \t]*-.*\n)*)", re.MULTILINE)
+
+
+def card(plan: Plan, candidate: Candidate, command: str | None, picture: str | None) -> str:
+    """The card of one average, in Markdown.
+
+    `command` is what made it, if it was a command; `picture` is the name of a file beside the card.
+    """
+    statistics, unit = candidate.statistics, candidate.unit
+    run = Path(plan.run).name or plan.run
+    return "\n".join(
+        [
+            "---",
+            f"{front_matter(_own_card(plan, candidate))}---",
+            "",
+            f"# {_escaped(candidate.output.path.name)}",
+            "",
+            f"The weighted average of {len(candidate.members)} checkpoints of `{printable(run)}`,"
+            " made by ckpt-ema; nothing was trained.",
+            "",
+            f"- weights: {candidate.rule.text}",
+            f"- effective number of checkpoints: {statistics.effective_number:.1f}",
+            f"- mean age of the checkpoints, before the newest: {statistics.mean_age:.4g} {unit}",
+            "",
+            *([f"![The weight of each checkpoint]({picture})", ""] if picture else []),
+            *markdown_lines(plan, [candidate]),
+            "",
+            *(["```console", f"$ {printable(command)}", "```", ""] if command else []),
+            "The whole record is in `ckpt_ema.json`.",
+            "",
+        ]
+    )
+
+
+def front_matter(original: str) -> str:
+    """The YAML for the top of a card, from the text of the run's own card.
+
+    >>> front_matter("---\\nlicense: mit\\ntags: [a]\\n---\\n# Title")
+    'license: mit\\ntags: [weight-averaging, ckpt-ema, a]\\n'
+    """
+    found = _FRONT_MATTER.match(original.replace("\r\n", "\n"))
+    yaml = _RESULTS.sub("", found["yaml"]) if found else ""
+    tags = _TAGS.search(yaml)
+    if not tags:
+        return yaml + "tags:\n" + "".join(f"- {tag}\n" for tag in TAGS)
+    value, items = tags["value"].strip(), tags["items"]
+    new = [tag for tag in TAGS if not re.search(rf"[-\[, '\"]{tag}['\"]?\s*(?:[,\]\n]|$)", tags[0])]
+    if value.startswith("["):
+        rest = value[1:].lstrip()
+        listed = ", ".join(new) + (", " if new and not rest.startswith("]") else "")
+        replacement = f"tags: [{listed}{rest}\n"
+    else:
+        indent = re.match(r"[ \t]*", items)
+        own = [] if value in ("", "null", "~") or value.startswith("#") else [value]
+        lines = "".join(f"{indent[0] if indent else ''}- {tag}\n" for tag in [*new, *own])
+        replacement = f"tags:\n{lines}{items}"
+    return yaml[: tags.start()] + replacement + yaml[tags.end() :]
+
+
+def _own_card(plan: Plan, candidate: Candidate) -> str:
+    """The text of the newest checkpoint's card, or of the run's."""
+    for folder in (plan.checkpoints[candidate.newest].folder, Path(plan.run)):
+        path = folder / CARD_NAME
+        try:
+            if path.is_file() and path.stat().st_size <= _LARGEST_BYTES:
+                return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+    return ""
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", printable(text))

@@ -1,0 +1,100 @@
+"""What weights come to in the units that people think in: how many, how old, like which average."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+from ckpt_ema.schedules.formulas import MOST_SIGMA_REL, Steps, half_life, power, weights
+
+_NOTHING = 1e-18  # a share below it changes no sum
+_LEAST_SIGMA_REL = 1e-4
+
+
+class Statistics(NamedTuple):
+    """The figures of one average; ages are in steps, or in checkpoints where steps are unknown."""
+
+    effective_number: float  # of checkpoints, 1 / sum(w^2)
+    mean_age: float  # of the checkpoints, before the newest
+    last_tenth: float  # the share of checkpoints from the last tenth of the run
+    half_life: float | None  # of the average with that half-life whose mean age is the same
+    sigma_rel: float | None  # of the power function whose mean age is the same
+
+
+def statistics(steps: Steps, decays: Sequence[float]) -> Statistics:
+    """The figures of folding checkpoints saved at `steps`, oldest first, with `decays`.
+
+    `half_life` is None where no half-life makes an average as old, and `sigma_rel` where none does
+    that is below its limit, the uniform mean.
+
+    >>> found = statistics([1000, 2000, 3000], [0.5, 0.5])
+    >>> round(found.effective_number, 2), found.mean_age, found.last_tenth, round(found.half_life)
+    (2.67, 750.0, 0.5, 1000)
+    """
+    shares = weights(decays)
+    age = mean_age(steps, decays)
+    newest = steps[-1]
+    late = [step == newest or 10 * step > 9 * newest for step in steps]
+    return Statistics(
+        1 / sum(share * share for share in shares),
+        age,
+        sum(share for share, is_late in zip(shares, late, strict=True) if is_late),
+        _equivalent_half_life(steps, age),
+        _equivalent_sigma_rel(steps, age),
+    )
+
+
+def mean_age(steps: Steps, decays: Sequence[float]) -> float:
+    """sum(w_j (t_N - t_j)): how many steps before the newest the checkpoints were, in the mean.
+
+    >>> mean_age([0, 10, 30], [0.5, 0.5])
+    12.5
+    """
+    age, older = 0.0, 1.0  # `older` is the share of all that lies before the gap
+    for decay, (before, after) in zip(
+        reversed(decays), reversed(list(pairwise(steps))), strict=True
+    ):
+        older *= decay
+        age += older * (after - before)
+        if older < _NOTHING:
+            break
+    return age
+
+
+def learning_rate(weights: Sequence[float]) -> list[float]:
+    """The learning-rate decay that an average imitates: sum(w_k, k >= j) for each checkpoint j.
+
+    What was learnt on the way to checkpoint j is in all later ones, so the average holds this share
+    of it. Source: Tian et al. 2025, arXiv 2507.17634.
+
+    >>> learning_rate([0.25, 0.25, 0.5])
+    [1.0, 0.75, 0.5]
+    """
+    return list(accumulate(reversed(weights)))[::-1]
+
+
+def _equivalent_half_life(steps: Steps, age: float) -> float | None:
+    span = steps[-1] - steps[0]
+    if not 0 < age < span * (1 - 1e-9):
+        return None
+    return _solved(lambda h: mean_age(steps, half_life(steps, h)), age, 1e-3, 1e12 * span)
+
+
+def _equivalent_sigma_rel(steps: Steps, age: float) -> float | None:
+    if steps[0] <= 0 or not age > 0:
+        return None
+
+    def age_of(sigma_rel: float) -> float:
+        return mean_age(steps, power(steps, sigma_rel))
+
+    if not age_of(_LEAST_SIGMA_REL) <= age <= age_of(MOST_SIGMA_REL) * (1 + 1e-9):
+        return None
+    return _solved(age_of, age, _LEAST_SIGMA_REL, MOST_SIGMA_REL)
+
+
+def _solved(rising: Callable[[float], float], value: float, low: float, high: float) -> float:
+    """Where a rising function reaches `value`, between `low` and `high`, by halving ratios."""
+    while high / low > 1 + 1e-9:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if rising(middle) < value else (low, middle)
+    return math.sqrt(low * high)
