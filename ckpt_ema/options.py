@@ -83,8 +83,7 @@ class Options:
     device: str = "auto"
     threads: int | None = None  # None: one for each core
     accumulate: str = "float64"
-    # The shadow, its neighbours and what is read then stay in a core's share of the cache.
-    tile_elements: int = 1 << 18
+    tile_elements: int | None = None  # None: as many as stay in a core's share of the cache
 
     def __post_init__(self) -> None:
         """Bring lists to one form and check every value by itself."""

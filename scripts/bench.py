@@ -6,6 +6,7 @@ only ratios within one run can be compared. It runs on Linux.
 """
 
 import argparse
+import filecmp
 import itertools
 import json
 import os
@@ -29,13 +30,18 @@ from contenders import (
     AVERAGE,
     CHUNK_ELEMENTS,
     CONTENDERS,
+    EIGHT,
+    HALF_LIVES,
     IMPORT,
     ITEM_BYTES,
     LOOP,
     MIB,
+    OF_MANY,
+    ONE,
     READ,
     TORCHS,
     WRITE,
+    WRITE_EIGHT,
     Job,
     Settings,
     decay_of,
@@ -50,6 +56,8 @@ PROMISED_SPEEDUP = {"bfloat16": 3.0, "float32": 4.5}
 PROMISED_TIMES_READING = 3.2
 PROMISED_ANONYMOUS_MIB = 120
 SAME_ANONYMOUS_MIB = 16  # between two runs of one setting: thread stacks and allocator arenas
+PROMISED_TIMES_ONE = 2.5  # eight averages in one pass, in bfloat16
+TILE_BYTES = (1 << 18) * 8  # of one accumulator at its largest
 PROMISED_STARTUP = 1 / 3  # of the time of `import torch`
 
 
@@ -222,7 +230,7 @@ def measure_speed(settings: Settings, workdir: Path, repeat: int) -> Iterator[st
         f"{settings.size_bytes // MIB} MiB, {settings.threads} threads\n"
     )
     yield from contender_table(rounds)
-    yield from ratio_table(rounds)
+    yield from ratio_table(rounds, OF_SPEED)
     yield from promise_table(speed_promises(settings, rounds, differences))
 
 
@@ -250,21 +258,28 @@ def contender_table(rounds: dict[str, list[Measured]]) -> Iterator[str]:
     yield f"other processes kept busy; above {QUIET_CORES} no figure here should be quoted."
     yield "anon, RSS: peaks of memory above those of `import torch`, which are"
     yield f"{anonymous / MIB:.0f} MiB anonymous and {resident / MIB:.0f} MiB resident."
-    fsync = median_of(rounds[WRITE], "fsync_seconds")
-    yield f"Of writing the output alone, fsync took {fsync:.3f} s. ckpt-ema makes its output"
-    yield "durable, writing it out while it folds; the others do without.\n"
+    for name in (WRITE, WRITE_EIGHT):
+        if name in rounds:
+            fsync = median_of(rounds[name], "fsync_seconds")
+            yield f"Of `{name}`, fsync took {fsync:.3f} s. ckpt-ema makes its outputs durable,"
+            yield "writing them out while it folds; all others do without.\n"
 
 
-def ratio_table(rounds: dict[str, list[Measured]]) -> Iterator[str]:
+OF_SPEED = (
+    (LOOP, AVERAGE),
+    (LOOP, COMMAND),
+    (TORCHS, AVERAGE),
+    (AVERAGE, READ),
+    (LOOP, READ),
+)
+
+
+def ratio_table(
+    rounds: dict[str, list[Measured]], pairs: Sequence[tuple[str, str]]
+) -> Iterator[str]:
     """Ratios of each round."""
     rows = []
-    for above, below in (
-        (LOOP, AVERAGE),
-        (LOOP, COMMAND),
-        (TORCHS, AVERAGE),
-        (AVERAGE, READ),
-        (LOOP, READ),
-    ):
+    for above, below in pairs:
         found = ratios(rounds, above, below)
         rounded = " ".join(f"{ratio:.2f}" for ratio in found)
         rows.append([f"{above} / {below}", f"{statistics.median(found):.2f}", rounded])
@@ -312,6 +327,55 @@ def anonymous_promise(which: str, peak_bytes: float) -> Promise:
         f"{which}peak anonymous memory at most {PROMISED_ANONYMOUS_MIB} MiB above `import torch`",
         f"{peak_bytes / MIB:.0f} MiB",
         peak_bytes <= PROMISED_ANONYMOUS_MIB * MIB,
+    )
+
+
+def measure_many(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
+    """Eight averages in one pass beside one of them."""
+    run = make_run(settings, workdir)
+    measure_contender(READ, Job(run, workdir, settings.threads))  # fills the page cache
+    rounds: dict[str, list[Measured]] = {}
+    alike = False
+    for number in range(repeat):
+        outputs = {}
+        for contender in OF_MANY:
+            outputs[contender] = workdir / f"out-{contender.replace(' ', '-')}"
+            remove(outputs[contender])
+            job = Job(run, outputs[contender], settings.threads)
+            rounds.setdefault(contender, []).append(measure_contender(contender, job))
+        if number == 0:
+            alone = outputs[ONE] / "model.safetensors"
+            together = outputs[EIGHT] / f"half-life-{HALF_LIVES[0]}" / "model.safetensors"
+            alike = filecmp.cmp(alone, together, shallow=False)
+        for output in outputs.values():
+            remove(output)
+    yield (
+        f"## Several averages: {settings.dtype}, {settings.checkpoints} checkpoints of "
+        f"{settings.size_bytes // MIB} MiB, {settings.threads} threads\n"
+    )
+    yield from contender_table(rounds)
+    yield from ratio_table(rounds, ((EIGHT, ONE), (WRITE_EIGHT, ONE), (ONE, READ)))
+    busy = max(value.others_cores for values in rounds.values() for value in values)
+    times = statistics.median(ratios(rounds, EIGHT, ONE))
+    extra = max(v.anonymous_bytes for v in rounds[EIGHT]) - median_of(
+        rounds[ONE], "anonymous_bytes"
+    )
+    most = (len(HALF_LIVES) - 1) * settings.threads * TILE_BYTES
+    yield from promise_table(
+        [
+            timing_promise(
+                f"{EIGHT} take at most {PROMISED_TIMES_ONE:g} times the time of one",
+                f"{times:.2f}",
+                times <= PROMISED_TIMES_ONE,
+                busy,
+            ),
+            Promise(
+                f"each extra one takes at most {TILE_BYTES // MIB} MiB of a thread's memory",
+                f"{extra / MIB:+.0f} MiB for all {len(HALF_LIVES) - 1}",
+                extra <= most,
+            ),
+            Promise("each is what it is when made alone, byte for byte", "the first", alike),
+        ]
     )
 
 
@@ -433,6 +497,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--record", action="store_true", help="write to benchmarks/")
     parser.add_argument("--speed", action="store_true", help="the default where no part is named")
+    parser.add_argument("--many", action="store_true", help="eight averages in one pass")
     parser.add_argument("--scaling", action="store_true", help="memory for other lengths and sizes")
     parser.add_argument("--startup", action="store_true", help="--help and plan")
     return parser.parse_args()
@@ -446,7 +511,12 @@ def main() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if not options.workdir:
         (workdir / ".gitignore").write_text("*\n")
-    measures = {"speed": measure_speed, "scaling": measure_scaling, "startup": measure_startup}
+    measures = {
+        "speed": measure_speed,
+        "many": measure_many,
+        "scaling": measure_scaling,
+        "startup": measure_startup,
+    }
     parts = [part for part in measures if getattr(options, part)] or ["speed"]
     lines = []
     for part in (describe, *map(measures.__getitem__, parts)):

@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 MIB = 1024**2
 DECAY = 0.999
+HALF_LIVES = (100, 150, 200, 300, 400, 600, 800, 1000)  # steps; checkpoints are 100 apart
 CHUNK_ELEMENTS = 4 * MIB
 READ_BYTES = MIB // 2  # of 256 KiB to 2 MiB the fastest in a fresh process: the strictest baseline
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
@@ -248,6 +249,27 @@ def run_average(job: Job) -> None:
     ckpt_ema.average(job.run, decay=DECAY, output=job.output, threads=job.threads, overwrite=True)
 
 
+def run_half_life(job: Job) -> None:
+    """One average, by a half-life in steps."""
+    import ckpt_ema
+
+    ckpt_ema.average(job.run, half_life=HALF_LIVES[0], output=job.output, threads=job.threads)
+
+
+def run_half_lives(job: Job) -> None:
+    """Eight averages in one pass."""
+    import ckpt_ema
+
+    ckpt_ema.average(job.run, half_life=HALF_LIVES, output=job.output, threads=job.threads)
+
+
+def write_eight(job: Job) -> float:
+    """Write as many bytes as eight outputs have, file after file."""
+    job.output.mkdir()
+    places = [replace(job, output=job.output / str(number)) for number in range(len(HALF_LIVES))]
+    return sum(write_bytes(place) for place in places)
+
+
 def import_only(_: Job) -> None:
     """Do nothing: the memory that `import torch` itself takes."""
 
@@ -255,6 +277,7 @@ def import_only(_: Job) -> None:
 IMPORT, READ, LOOP = "import torch", "read the bytes", "load_file + lerp_"
 TORCHS = "AveragedModel"
 AVERAGE, WRITE = "ckpt_ema.average", "write + fsync"
+ONE, EIGHT, WRITE_EIGHT = "one average", "eight averages", "write + fsync, eight"
 CONTENDERS: dict[str, Callable[[Job], float | None]] = {
     IMPORT: import_only,
     READ: read_bytes,
@@ -263,6 +286,14 @@ CONTENDERS: dict[str, Callable[[Job], float | None]] = {
     AVERAGE: run_average,
     WRITE: write_bytes,
 }
+# Those of the part on several averages.
+OF_MANY: dict[str, Callable[[Job], float | None]] = {
+    IMPORT: import_only,
+    READ: read_bytes,
+    ONE: run_half_life,
+    EIGHT: run_half_lives,
+    WRITE_EIGHT: write_eight,
+}
 
 
 def run_child(contender: str, run: str, output: str, threads: str) -> None:
@@ -270,7 +301,7 @@ def run_child(contender: str, run: str, output: str, threads: str) -> None:
     import torch  # noqa: F401 - its memory and its seconds are what all contenders start from
 
     start = time.perf_counter()
-    fsync_seconds = CONTENDERS[contender](Job(Path(run), Path(output), int(threads)))
+    fsync_seconds = {**CONTENDERS, **OF_MANY}[contender](Job(Path(run), Path(output), int(threads)))
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "fsync_seconds": fsync_seconds or 0.0}))
 

@@ -375,6 +375,14 @@ def _empty_strided(
     return _wrap(_poisoned(torch.empty_strided(size, stride, dtype=dtype)))
 
 
+# torch has kernels for any device for these, which would win over the one for everything. That of
+# `abs` makes an empty tensor and has it resized, which a queue comes too late for.
+_FOR_ANY_DEVICE = (
+    *("slice.Tensor", "select.int", "unbind.int", "expand", "view", "alias", "detach"),
+    "abs",
+)
+
+
 def install() -> None:
     """Register the device with torch, once; raises `ImportError` if this torch cannot do it."""
     if _registrations:
@@ -389,9 +397,7 @@ def install() -> None:
     aten.impl("_copy_from", _copy, "PrivateUse1")
     aten.impl("empty.memory_format", _empty, "PrivateUse1")
     aten.impl("empty_strided", _empty_strided, "PrivateUse1")
-    # torch has kernels for any device for these, which would win over the one for everything. That
-    # of `abs` makes an empty tensor and has it resized, which a queue comes too late for.
-    for name in ("slice.Tensor", "detach", "abs"):
+    for name in _FOR_ANY_DEVICE:
         aten.impl(name, _operation(name), "PrivateUse1")
     # Above the bookkeeping of views, which would make a new tensor and forget `hidden`.
     aten.impl("view.dtype", _operation("view.dtype"), "AutogradPrivateUse1")

@@ -38,7 +38,7 @@ class TileTwins:
 
     def see(self, number: int, values: memoryview) -> None:
         """Compare the bytes of checkpoint `number` with those of the ones before it."""
-        if not any(number in pair for pair in self._open):
+        if not self._open or not any(number in pair for pair in self._open):
             return
         digest = self._digests[number] = hashlib.blake2b(values).digest()
         for pair in self._open:

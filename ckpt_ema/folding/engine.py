@@ -18,11 +18,11 @@ from ckpt_ema.discovery.same import same_values
 from ckpt_ema.errors import FailedError, OptionError, printable
 from ckpt_ema.folding.duplicates import TileTwins, Twins
 from ckpt_ema.folding.nonfinite import check_nonfinite
-from ckpt_ema.folding.shadow import fold_keeping_infinities_, is_finite, widest_float
+from ckpt_ema.folding.shadow import is_finite, widest_float
 from ckpt_ema.folding.sources import TORCH_DTYPES, Sources
 from ckpt_ema.folding.tile_fold import Staging, TileFold, Use, make_fold
 from ckpt_ema.planning.plan import Plan
-from ckpt_ema.planning.spans import Span, Target
+from ckpt_ema.planning.spans import Span
 
 _POLL_SECONDS = 0.1  # how long the main thread is deaf to signals, at most
 
@@ -94,7 +94,7 @@ def resolve_device(name: str) -> torch.device:
 def tiles(plan: Plan) -> Iterator[Tile]:
     """Cut the plan's spans, in the order of the output's bytes."""
     for span in plan.work.spans:
-        limit = plan.options.tile_elements * (1 if span.averaged else 8)
+        limit = plan.tile_elements * (1 if span.averaged else 8)
         for start in range(0, span.length, limit):
             yield Tile(span, start, min(limit, span.length - start))
 
@@ -167,7 +167,7 @@ class _Worker:
             raise
 
     def _make_fold(self) -> TileFold:
-        device, capacity = self._job.device, self._plan.options.tile_elements
+        device, capacity = self._job.device, self._plan.tile_elements
         wide = torch.float32 if self._plan.options.accumulate == "float32" else widest_float(device)
         return make_fold(uses(self._plan), capacity, wide, device, self._job.holds_float64)
 
@@ -193,46 +193,51 @@ class _Worker:
             source = span.sources[self._plan.work.layout_of[index]]
             return self._job.sources.values(index, source, tile.start, tile.length, staging)
 
-        def read_and_count(index: int, staging: Staging) -> torch.Tensor:
+        def read_and_compare(index: int, staging: Staging) -> torch.Tensor:
             values = read(index, staging)
-            self._job.count_read(values.nbytes)
             twins.see(index, staging.bytes[: values.nbytes])
             return values
 
-        fold.fold(tile.length, read_and_count)
-        nonfinite = self._hand_on(tile, fold, span.targets)
-        if nonfinite:
-            fold.fold(tile.length, read, fold_keeping_infinities_)
-            self._hand_on(tile, fold, nonfinite, only_finite=False)
+        fold.fold(tile.length, read_and_compare)
+        self._job.count_read(span.bytes_read(self._plan.work.layout_of, tile.length))
+        if not self._hand_on(tile, fold, only_finite=True):
+            fold.fold(tile.length, read, keeping_infinities=True)
+            self._hand_on(tile, fold, only_finite=False)
 
-    def _hand_on(
-        self,
-        tile: Tile,
-        fold: TileFold,
-        targets: Sequence[Target],
-        *,
-        only_finite: bool = True,
-    ) -> list[Target]:
-        """Write the averages of a tile where they belong; those that are not finite are returned.
+    def _hand_on(self, tile: Tile, fold: TileFold, *, only_finite: bool) -> bool:
+        """Write the averages of a tile where they belong; False if some are not finite.
 
-        With `only_finite` False they are searched for what made them so, and written.
+        Those are not written, or else (`only_finite` False) searched for what made them so.
         """
-        nonfinite: list[Target] = []
-        for (average, dtype_name), same in groupby(targets, lambda t: (t.candidate, t.dtype)):
-            dtype = TORCH_DTYPES[dtype_name]
-            data = fold.rounded(average, tile.length, dtype)
-            values = torch.frombuffer(data, dtype=dtype)
-            if only_finite and not is_finite(values):
-                nonfinite += same
-                continue
-            if not only_finite and not self._plan.options.allow_nonfinite:
-                check_nonfinite(
-                    self._plan, self._job.sources, tile.span, tile.start, average, values
-                )
-            for target in same:
-                offset = target.offset + tile.start * dtype.itemsize
-                self._job.destination.write(target.file, data, offset)
-        return nonfinite
+        candidates = self._plan.candidates
+        all_finite = True
+        for name, same in groupby(range(len(candidates)), lambda n: tile.span.dtypes[n]):
+            dtype, numbers = TORCH_DTYPES[name], list(same)
+            data = fold.rounded(slice(numbers[0], numbers[-1] + 1), tile.length, dtype)
+            if not is_finite(torch.frombuffer(data, dtype=dtype)):
+                if only_finite:
+                    all_finite = False
+                    continue
+                self._check(tile, numbers, torch.frombuffer(data, dtype=dtype))
+            size_bytes = tile.length * dtype.itemsize
+            for target in tile.span.targets:
+                if target.candidate in numbers:
+                    row = numbers.index(target.candidate) * size_bytes
+                    offset = target.offset + tile.start * dtype.itemsize
+                    write = self._job.destination.write
+                    write(target.file, data[row : row + size_bytes], offset)
+        return all_finite
+
+    def _check(self, tile: Tile, candidates: Sequence[int], averages: torch.Tensor) -> None:
+        """Refuse values that are not finite, unless they are wanted."""
+        if self._plan.options.allow_nonfinite:
+            return
+        for candidate, average in zip(
+            candidates, averages.view(len(candidates), tile.length), strict=True
+        ):
+            check_nonfinite(
+                self._plan, self._job.sources, tile.span, tile.start, candidate, average
+            )
 
 
 def uses(plan: Plan) -> list[list[Use]]:

@@ -33,6 +33,20 @@ def fold_(shadow: torch.Tensor, value: torch.Tensor, decay: float) -> None:
         torch.lerp(shadow, value, 1.0 - decay, out=shadow)
 
 
+def fold_rows_(
+    shadows: torch.Tensor, value: torch.Tensor, weights: torch.Tensor, *, above_half: bool
+) -> None:
+    """Fold `value` into several shadows in place: row k gets the very bits that `fold_` gives it.
+
+    `shadows` has the shape (K, count), `value` (count,), all float64. Where the decays are
+    `above_half`, `weights` are they, otherwise 1 - decay, in both cases of shape (K, 1).
+    """
+    if above_half:
+        torch.lerp(value, shadows, weights, out=shadows)
+    else:
+        torch.lerp(shadows, value, weights, out=shadows)
+
+
 def fold_keeping_infinities_(shadow: torch.Tensor, value: torch.Tensor, decay: float) -> None:
     """As `fold_`, but infinity folded into the same infinity stays, where `fold_` makes it NaN.
 

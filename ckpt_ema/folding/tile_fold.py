@@ -6,14 +6,18 @@ shadow is rounded once at the end. What happens to one shadow does not depend on
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ckpt_ema.folding.shadow import fold_, widest_float
-
-Fold = Callable[[torch.Tensor, torch.Tensor, float], None]
+from ckpt_ema.folding.shadow import (
+    fold_,
+    fold_keeping_infinities_,
+    fold_rows_,
+    widest_float,
+)
 
 
 class Staging:
@@ -25,10 +29,13 @@ class Staging:
         # torch tensors offer no writable buffer of their own without numpy.
         raw = (ctypes.c_ubyte * size_bytes).from_address(self.memory.data_ptr())
         self.bytes = memoryview(raw).cast("B")
+        self._view = (torch.uint8, -1, self.memory)  # the last that was asked for, mostly the next
 
     def values(self, dtype: torch.dtype, count: int) -> torch.Tensor:
         """The first `count` elements, as `dtype`."""
-        return self.memory[: count * dtype.itemsize].view(dtype)
+        if self._view[:2] != (dtype, count):
+            self._view = (dtype, count, self.memory[: count * dtype.itemsize].view(dtype))
+        return self._view[2]
 
 
 # Reads a tile's elements of checkpoint number `index` into the staging buffer: shape (count,).
@@ -48,48 +55,105 @@ Uses = Sequence[Sequence[Use]]  # for each checkpoint, in the order in which the
 class TileFold(Protocol):
     """Folds tiles of up to a fixed number of elements with memory of its own; for one thread."""
 
-    def fold(self, count: int, read: ReadValues, fold: Fold = fold_) -> None:
+    def fold(self, count: int, read: ReadValues, *, keeping_infinities: bool = False) -> None:
         """Read a tile from every checkpoint and fold it into the shadow of every average."""
 
-    def rounded(self, average: int, count: int, dtype: torch.dtype) -> memoryview:
-        """The bytes of one shadow rounded to `dtype`, valid until the next call."""
+    def rounded(self, averages: slice, count: int, dtype: torch.dtype) -> memoryview:
+        """The bytes of some shadows, one after the other, rounded; valid until the next call."""
+
+
+class _Rows(NamedTuple):
+    """Shadows that lie one after the other and that a checkpoint is folded into alike."""
+
+    averages: slice
+    decays: list[float | None]  # all of them None where the checkpoint is the first one
+    weights: torch.Tensor  # for `fold_rows_`
+    above_half: bool
+
+
+class _Shadows:
+    """The shadows of a tile, one for each average, and what each checkpoint does to them."""
+
+    def __init__(self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device) -> None:
+        self._tiles = torch.empty(_averages(uses), capacity, dtype=wide, device=device)
+        self._rows = [list(_rows(of_checkpoint)) for of_checkpoint in uses]
+        # Where short rows stay in a cache, a call costs more than what it computes.
+        self._in_rows = device.type == "cpu" and wide == torch.float64
+        self._whole = self._views(capacity)  # nearly all tiles are whole
+
+    def _views(self, count: int) -> list[list[torch.Tensor]]:
+        return [[self._tiles[r.averages, :count] for r in rows] for rows in self._rows]
+
+    def fold(self, value: torch.Tensor, index: int, *, keeping_infinities: bool) -> None:
+        """Fold the values of checkpoint number `index`, of shape (count,), into its averages."""
+        whole = len(value) == self._tiles.shape[1]
+        views = self._whole if whole else self._views(len(value))
+        for shadows, (_, decays, weights, above_half) in zip(
+            views[index], self._rows[index], strict=True
+        ):
+            if decays[0] is None:
+                shadows.copy_(value)
+            elif self._in_rows and not keeping_infinities:
+                fold_rows_(shadows, value, weights, above_half=above_half)
+            else:
+                fold = fold_keeping_infinities_ if keeping_infinities else fold_
+                for shadow, decay in zip(shadows, decays, strict=True):
+                    fold(shadow, value, decay or 0.0)
+
+    def of(self, averages: slice, count: int) -> torch.Tensor:
+        """The shadows of some averages, of shape (K, count)."""
+        return self._tiles[averages, :count]
+
+
+def _rows(uses: Sequence[Use]) -> Iterator[_Rows]:
+    """The averages that take a checkpoint, neighbours together that are folded alike."""
+
+    def kind(placed: tuple[int, Use]) -> tuple[int, bool, bool]:
+        place, (average, decay) = placed
+        # Of averages that follow each other, number less place is the same.
+        return average - place, decay is None, (decay or 0.0) > 0.5
+
+    ordered = sorted(uses, key=lambda use: use.average)
+    for (_, _, above_half), group in groupby(enumerate(ordered), kind):
+        found = [use for _, use in group]
+        decays = [use.decay for use in found]
+        weights = [[(decay or 0.0) if above_half else 1.0 - (decay or 0.0)] for decay in decays]
+        yield _Rows(
+            slice(found[0].average, found[-1].average + 1),
+            decays,
+            torch.tensor(weights, dtype=torch.float64),
+            above_half,
+        )
 
 
 class PlainFold:
     """Folds with everything in one order on one device: the CPU, or a device without streams."""
 
     def __init__(self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device) -> None:
-        self._uses = uses
+        self._checkpoints = len(uses)
         self._staging = Staging(capacity * 8)
-        self._rounded = Staging(capacity * 8)
-        self._shadows = _empty_shadows(uses, capacity, wide, device)
+        self._rounded = Staging(capacity * 8 * _averages(uses))
+        self._shadows = _Shadows(uses, capacity, wide, device)
         self._wide = torch.empty(capacity, dtype=wide, device=device)
         self._half = torch.empty(capacity, dtype=torch.float32, device=device)
 
-    def fold(self, count: int, read: ReadValues, fold: Fold = fold_) -> None:
+    def fold(self, count: int, read: ReadValues, *, keeping_infinities: bool = False) -> None:
         """See `TileFold.fold`."""
-        for index, uses in enumerate(self._uses):
-            value = self._widened(read(index, self._staging))
-            for average, decay in uses:
-                shadow = self._shadows[average][:count]
-                if decay is None:
-                    shadow.copy_(value)
-                else:
-                    fold(shadow, value, decay)
+        wide = self._wide[:count]
+        for index in range(self._checkpoints):
+            value = read(index, self._staging)
+            if value.dtype != wide.dtype or value.device != wide.device:
+                if value.dtype == torch.float16:
+                    # float16 -> float64 is not vectorised: 4 times faster by way of float32.
+                    value = self._half[:count].copy_(value)
+                value = wide.copy_(value)
+            self._shadows.fold(value, index, keeping_infinities=keeping_infinities)
 
-    def rounded(self, average: int, count: int, dtype: torch.dtype) -> memoryview:
+    def rounded(self, averages: slice, count: int, dtype: torch.dtype) -> memoryview:
         """See `TileFold.rounded`."""
-        self._rounded.values(dtype, count).copy_(self._shadows[average][:count])
-        return self._rounded.bytes[: count * dtype.itemsize]
-
-    def _widened(self, value: torch.Tensor) -> torch.Tensor:
-        if value.dtype == self._wide.dtype and value.device == self._wide.device:
-            return value
-        count = len(value)
-        if value.dtype == torch.float16:
-            # On the CPU float16 -> float64 is not vectorised: 4 times faster by way of float32.
-            value = self._half[:count].copy_(value)
-        return self._wide[:count].copy_(value)
+        shadows = self._shadows.of(averages, count)
+        self._rounded.values(dtype, shadows.numel()).view(shadows.shape).copy_(shadows)
+        return self._rounded.bytes[: shadows.numel() * dtype.itemsize]
 
 
 class StreamedFold:
@@ -102,46 +166,43 @@ class StreamedFold:
 
     def __init__(self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device) -> None:
         module: Any = torch.get_device_module(device)
-        self._uses = uses
+        self._checkpoints = len(uses)
         self._module = module
         self._folding, self._copying = module.Stream(device=device), module.Stream(device=device)
         self._copied = [module.Event(), module.Event()]
         self._consumed = [module.Event(), module.Event()]
         self._staging = [Staging(capacity * 8, pinned=True) for _ in range(2)]
-        self._result = Staging(capacity * 8, pinned=True)
+        result_bytes = capacity * 8 * _averages(uses)
+        self._result = Staging(result_bytes, pinned=True)
         with module.stream(self._folding):
             self._landed = [
                 torch.empty(capacity * 8, dtype=torch.uint8, device=device) for _ in range(2)
             ]
-            self._shadows = _empty_shadows(uses, capacity, wide, device)
+            self._shadows = _Shadows(uses, capacity, wide, device)
             self._wide = torch.empty(capacity, dtype=wide, device=device)
-            self._rounded = torch.empty(capacity * 8, dtype=torch.uint8, device=device)
+            self._rounded = torch.empty(result_bytes, dtype=torch.uint8, device=device)
             module.current_stream(device).synchronize()
 
-    def fold(self, count: int, read: ReadValues, fold: Fold = fold_) -> None:
+    def fold(self, count: int, read: ReadValues, *, keeping_infinities: bool = False) -> None:
         """See `TileFold.fold`."""
         with self._module.stream(self._folding):
             wide = self._wide[:count]
-            for index, uses in enumerate(self._uses):
+            for index in range(self._checkpoints):
                 slot = index % 2
                 landed = self._land(slot, read, index)
                 self._copied[slot].wait()
                 wide.copy_(landed)
                 self._consumed[slot].record()
-                for average, decay in uses:
-                    shadow = self._shadows[average][:count]
-                    if decay is None:
-                        shadow.copy_(wide)
-                    else:
-                        fold(shadow, wide, decay)
+                self._shadows.fold(wide, index, keeping_infinities=keeping_infinities)
 
-    def rounded(self, average: int, count: int, dtype: torch.dtype) -> memoryview:
+    def rounded(self, averages: slice, count: int, dtype: torch.dtype) -> memoryview:
         """See `TileFold.rounded`."""
-        size_bytes = count * dtype.itemsize
+        shadows = self._shadows.of(averages, count)
+        size_bytes = shadows.numel() * dtype.itemsize
         with self._module.stream(self._folding):
             rounded = self._rounded[:size_bytes].view(dtype)
-            rounded.copy_(self._shadows[average][:count])
-            self._result.values(dtype, count).copy_(rounded, non_blocking=True)
+            rounded.view(shadows.shape).copy_(shadows)
+            self._result.values(dtype, shadows.numel()).copy_(rounded, non_blocking=True)
             self._folding.synchronize()
         return self._result.bytes[:size_bytes]
 
@@ -157,11 +218,8 @@ class StreamedFold:
         return landed
 
 
-def _empty_shadows(
-    uses: Uses, capacity: int, wide: torch.dtype, device: torch.device
-) -> list[torch.Tensor]:
-    averages = {use.average for of_checkpoint in uses for use in of_checkpoint}
-    return [torch.empty(capacity, dtype=wide, device=device) for _ in averages]
+def _averages(uses: Uses) -> int:
+    return 1 + max(use.average for of_checkpoint in uses for use in of_checkpoint)
 
 
 def make_fold(

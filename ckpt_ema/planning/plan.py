@@ -29,6 +29,9 @@ from ckpt_ema.planning.remarks import run_notes, run_warnings
 from ckpt_ema.planning.renaming import unified, without_prefix
 from ckpt_ema.planning.spans import Work, make_work
 
+# Of dev/LOG.md: below, calls cost more than what they compute; above, the cache is too small.
+_LEAST_TILE, _MOST_TILE = 1 << 14, 1 << 18
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedCheckpoint:
@@ -53,6 +56,7 @@ class Plan:
     output: Path  # of the one candidate, or the folder of all: they come into being together
     work: Work
     threads: int
+    tile_elements: int  # elements that a thread folds at a time
     left_out: tuple[tuple[Path, str], ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -72,9 +76,9 @@ class Plan:
         """What the fold allocates beyond torch itself, whatever the size of the model."""
         wide = 4 if self.options.accumulate == "float32" else 8
         gathered = 8 * MOST_READ_PER_WANTED if any(s.in_pieces for s in self.work.spans) else 0
-        # What is read, widened (float16 in two steps), each shadow, and what is rounded.
-        element = gathered + 8 + 4 + wide + wide * len(self.candidates) + 8
-        return self.threads * self.options.tile_elements * element
+        # What is read, widened (float16 in two steps), each shadow, and that rounded.
+        element = gathered + 8 + 4 + wide + (wide + 8) * len(self.candidates)
+        return self.threads * self.tile_elements * element
 
 
 def plan(run: PathLike | Sequence[PathLike], **options: Any) -> Plan:
@@ -134,6 +138,7 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
         output=destination,
         work=make_work(specs, [(c.newest, c.output.files) for c in candidates]),
         threads=options.threads or _cores(),
+        tile_elements=options.tile_elements or _tile_elements(len(candidates)),
         left_out=found.left_out,
         notes=(
             *selected.notes,
@@ -235,6 +240,11 @@ def _sibling(root: Path) -> Path:
     if not named.name:
         raise OptionError("The checkpoints share no folder; say where to write with --output.")
     return named.parent / f"{named.name.removesuffix('.safetensors')}-ema"
+
+
+def _tile_elements(averages: int) -> int:
+    """Elements of a tile whose shadows, and what is folded into them, stay in a core's cache."""
+    return max(_LEAST_TILE, min(_MOST_TILE, 2 * _MOST_TILE // averages))
 
 
 def _cores() -> int:

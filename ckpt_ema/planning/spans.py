@@ -36,6 +36,19 @@ class Span(NamedTuple):
         return self.kept_from is None
 
     @property
+    def dtypes(self) -> dict[int, str]:
+        """The dtype of each candidate's output."""
+        return {target.candidate: target.dtype for target in self.targets}
+
+    def bytes_read(self, layout_of: Sequence[int], length: int | None = None) -> int:
+        """Bytes that are read for it, or for `length` of it; `layout_of` as in `Work`."""
+        length = self.length if length is None else length
+        if not self.averaged:
+            return length
+        bits = [DTYPE_BITS[source.dtype] for source in self.sources]
+        return length * sum(bits[layout] for layout in layout_of) // 8
+
+    @property
     def in_pieces(self) -> bool:
         """Whether some checkpoint has it in pieces; such a span is one tensor."""
         return any(source.pieces for source in self.sources)
@@ -55,14 +68,7 @@ class Work(NamedTuple):
 
     def bytes_read(self) -> int:
         """Bytes of tensor data that are read, each once."""
-        total = 0
-        for span in self.spans:
-            if span.averaged:
-                bits = [DTYPE_BITS[source.dtype] for source in span.sources]
-                total += span.length * sum(bits[layout] for layout in self.layout_of) // 8
-            else:
-                total += span.length
-        return total
+        return sum(span.bytes_read(self.layout_of) for span in self.spans)
 
 
 def make_work(
