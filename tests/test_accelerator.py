@@ -60,7 +60,8 @@ def _mixed(count: int) -> list[State]:
 def _bytes(run: Path, output: str, **options: object) -> dict[str, bytes]:
     """Average `run` into its sibling `output`; the bytes of every model file there."""
     folder = average(run, output=run.parent / output, **options).output  # type: ignore[arg-type]
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    found = folder.rglob("*.safetensors")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
@@ -116,6 +117,27 @@ def test_checkpoints_that_change_their_dtype_give_the_bytes_of_the_cpu(
 def test_auto_takes_the_device(npu: FakeAccelerator, make_run: MakeRun, tmp_path: Path) -> None:
     result = average(make_run(_mixed(2)), output=tmp_path / "out")
     assert result.manifests[0]["device"] == "npu"
+
+
+@pytest.mark.parametrize("tile_elements", [7, 1000])
+def test_several_averages_are_those_of_the_cpu_and_cost_no_copy_more(
+    npu: FakeAccelerator, make_run: MakeRun, tile_elements: int
+) -> None:
+    options = {
+        "decay": [0.1, 0.26, 0.9],
+        "last": [2, 5],
+        "schedule": "constant",
+        "tile_elements": tile_elements,
+    }
+    run = make_run(_mixed(5))
+    expected = _bytes(run, "cpu", device="cpu", **options)
+    assert len(expected) == 6
+    assert _bytes(run, "npu", device="npu", **options) == expected
+    npu.reset(available=True)
+    plain = make_run(series(5, weight=noise(5, 300)), name="plain")
+    _bytes(plain, "again", device="npu", **options)
+    assert npu.record.bytes_to_device == 5 * 300 * 4
+    assert npu.record.bytes_to_host == 6 * 300 * 4
 
 
 def test_auto_is_the_cpu_where_the_device_is_not_available(

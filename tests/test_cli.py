@@ -116,6 +116,51 @@ def test_average_as_json_prints_the_manifest(run: Path) -> None:
     assert "average" in json.loads(done.stdout)["command"]
 
 
+def test_every_average_is_a_line_of_stdout(run: Path) -> None:
+    arguments = ["--half-life", "10,500", "--last", "2,4", "-q", "--device", "cpu"]
+    names = ["half-life-10-last-2", "half-life-500-last-2"]
+    names += ["half-life-10-last-4", "half-life-500-last-4"]
+    for _ in range(2):  # the second time they are up to date
+        done = ckpt_ema("average", run, *arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines() == [f"{run}-ema/{name}" for name in names]
+        assert all(Path(line, "model.safetensors").is_file() for line in done.stdout.splitlines())
+    manifests = json.loads(ckpt_ema("average", run, *arguments, "--json").stdout)
+    assert [manifest["name"] for manifest in manifests] == names
+    card = Path(f"{run}-ema", names[0], "README.md").read_text()
+    assert f"$ python -m ckpt_ema average {run} --half-life 10,500" in card
+
+
+def test_every_option_of_the_weights_and_the_selection_reaches_the_plan(run: Path) -> None:
+    weights = run.parent / "weights.txt"
+    weights.write_text("checkpoint-100 1\ncheckpoint-1000 3\n")
+    for arguments, schedule, taken in (
+        (["--schedule", "karras", "--sigma-rel", "0.1"], "power", [9, 10, 100, 1000]),
+        (["--schedule", "constant", "--zero-debias"], "constant", [9, 10, 100, 1000]),
+        (["--power", "0.7", "--inv-gamma", "2"], "warmup", [9, 10, 100, 1000]),
+        (["--num-updates", "step", "--from", "10", "--to", "100"], "dynamic", [10, 100]),
+        (["--decay-per-step", "0.99", "--steps", "9,50-2000"], "per-step", [9, 100, 1000]),
+        (["--weights", str(weights), "--normalize"], "weights", [100, 1000]),
+        (["--min-gap", "90", "--every", "1"], "dynamic", [10, 100, 1000]),
+        (["--include", "*-1*", "--exclude", "*-10"], "dynamic", [100, 1000]),
+    ):
+        done = ckpt_ema("plan", run, "--json", *arguments)
+        assert done.returncode == 0, done.stderr
+        [average] = candidates(done.stdout)
+        assert average["schedule"] == schedule
+        assert [row["step"] for row in average["checkpoints"]] == taken
+
+
+def test_the_best_are_taken_by_command(run: Path) -> None:
+    for step, accuracy in ((9, 0.1), (10, 0.9), (100, 0.9), (1000, 0.2)):
+        (run / f"checkpoint-{step}/eval_results.json").write_text(f'{{"acc": {accuracy}}}')
+    done = ckpt_ema("plan", run, "--json", "--best", "1", "--metric", "acc")
+    assert [row["step"] for row in candidates(done.stdout)[0]["checkpoints"]] == [100]
+    for arguments, code in ((["--best", "1"], 2), (["--best", "1", "--metric", "los"], 2)):
+        wrong = ckpt_ema("plan", run, *arguments)
+        assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (code, "", 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -128,6 +173,13 @@ def test_average_as_json_prints_the_manifest(run: Path) -> None:
         (["average", "RUN", "-o", "RUN/in"], 3, "lies inside the input"),
         (["average", "RUN", "--threads", "0"], 2, "--threads"),
         (["average"], 2, "Missing argument"),
+        (["average", "RUN", "--schedule", "constant", "--half-life", "9"], 2, "takes no --half"),
+        (["average", "RUN", "--half-life", "soon"], 2, "--half-life is 'soon'; it must be numbers"),
+        (["average", "RUN", "--last", "0"], 2, "--last is 0; it must be at least 1"),
+        (["average", "RUN", "--steps", "11"], 3, "no checkpoint has this number; the nearest are"),
+        (["average", "RUN", "--weights", "NOWHERE"], 2, "cannot be read: No such file"),
+        (["average", "RUN", "--plot", "weights.jpg"], 2, "pictures are .png and .svg"),
+        (["plan", "RUN", "--decay", "0.1,0.2", "-o", "a.safetensors"], 2, "is one file, and 2"),
     ],
 )
 def test_mistakes_are_one_sentence_and_the_right_code(

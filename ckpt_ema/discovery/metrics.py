@@ -106,7 +106,8 @@ def _logs(checkpoints: Sequence[Checkpoint]) -> dict[int | None, dict[str, float
         history = state.get("log_history")
         for entry in history if isinstance(history, list) else []:
             if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-                logged.setdefault(entry["step"], {}).update(_numbers(entry))
+                values = {k: v for k, v in _numbers(entry).items() if k not in ("step", "epoch")}
+                logged.setdefault(entry["step"], {}).update(values)
     return logged
 
 

@@ -117,9 +117,9 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
     check_whole(checkpoints, problem_of)
     destination = Path(options.output) if options.output is not None else _sibling(found.root)
     check_destination(destination, [*paths, *_inputs(found)])
-    specs, warnings = _compared(checkpoints, read, options)
+    specs, warnings, renamed = _compared(checkpoints, read, options)
     specs_of = dict(zip(checkpoints, specs, strict=True))
-    _check_names(weightings, specs_of, read, options)
+    _check_names(weightings, checkpoints[-1], renamed)
     layouts = _layouts(weightings, specs_of, found, destination, options)
     numbers = {checkpoint: number for number, checkpoint in enumerate(checkpoints)}
     candidates = tuple(
@@ -161,16 +161,21 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
 
 def _compared(
     checkpoints: Sequence[Checkpoint], read: Read, options: Options
-) -> tuple[list[Specs], list[str]]:
-    """The checkpoints' specs under common names, checked to be of one model; and warnings."""
+) -> tuple[list[Specs], list[str], set[Checkpoint]]:
+    """The checkpoints' specs under common names, checked to be of one model; and warnings.
+
+    Also those checkpoints whose own names are others.
+    """
     names = [checkpoint.name for checkpoint in checkpoints]
-    specs = [read(checkpoint.weights) for checkpoint in checkpoints]
+    own = [read(checkpoint.weights) for checkpoint in checkpoints]
     if options.strip_prefix:
-        specs = without_prefix(specs, options.strip_prefix)
-    specs, name_warnings = unified(names, _shared(specs))
+        own = without_prefix(own, options.strip_prefix)
+    specs, name_warnings = unified(names, _shared(own))
+    rows = zip(checkpoints, own, specs, strict=True)
+    renamed = {c for c, before, after in rows if before.tensors.keys() != after.tensors.keys()}
     folders = [checkpoint.weights.folder for checkpoint in checkpoints]
     config_warnings = check_configs(names, folders, specs)
-    return specs, [*name_warnings, *check_alike(names, specs), *config_warnings]
+    return specs, [*name_warnings, *check_alike(names, specs), *config_warnings], renamed
 
 
 def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
@@ -183,21 +188,15 @@ def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
 
 
 def _check_names(
-    weightings: Sequence[Weighting],
-    specs_of: dict[Checkpoint, Specs],
-    read: Read,
-    options: Options,
+    weightings: Sequence[Weighting], newest: Checkpoint, renamed: set[Checkpoint]
 ) -> None:
     """Refuse averages together that alone would have tensors of other names.
 
     An output takes the names of its newest checkpoint; all are read under those of the last one.
     """
-    newest = list(specs_of)[-1]
-    for last in dict.fromkeys(weighting.checkpoints[-1] for weighting in weightings):
-        own = [read(last.weights)]
-        if options.strip_prefix:
-            own = without_prefix(own, options.strip_prefix)
-        if own[0].tensors.keys() != specs_of[last].tensors.keys():
+    for weighting in weightings:
+        last = weighting.checkpoints[-1]
+        if last in renamed:
             raise RefusedError(
                 f"The averages end at {printable(last.name)} and at {printable(newest.name)}, which"
                 " name their tensors in different ways.",

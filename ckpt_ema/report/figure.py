@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 _KINDS = (".png", ".svg")
 
-_INCHES = (3.4, 4.0)  # the width of a column of a paper
+_INCHES = (3.4, 3.6)  # the width of a column of a paper
+_LEGEND_INCHES = 0.16  # a line of it
+_MOST_MARKS = 20  # on one line
 _DOTS_PER_INCH = 220
 # The colours of Okabe and Ito, which people with any vision tell apart; marks tell them in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -31,8 +33,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3,
+    "figure.facecolor": "white",  # also where the viewer is dark
     "svg.hashsalt": "ckpt-ema",  # the same picture for the same plan
     "svg.fonttype": "none",
 }
@@ -84,22 +85,21 @@ def _draw(plan: Plan, kind: str) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    content = io.BytesIO()
+    candidates, content = plan.candidates, io.BytesIO()
+    several = len(candidates) > 1
+    columns = 2 if len(candidates) > 3 else 1
+    legend_inches = _LEGEND_INCHES * -(-len(candidates) // columns) if several else 0.0
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=_INCHES, layout="constrained", facecolor="white")
-        above, below = figure.subplots(2, 1)
-        for number, candidate in enumerate(plan.candidates):
-            look = {
-                "color": _COLOURS[number % len(_COLOURS)],
-                "marker": _MARKS[number % len(_MARKS)],
-                "linestyle": "-" if number < len(_COLOURS) else "--",
-                "label": candidate.name,
-            }
+        width, height = _INCHES
+        figure = Figure(figsize=(width, height + legend_inches), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True)
+        start = min(_start(candidate) for candidate in candidates)
+        for number, candidate in enumerate(candidates):
+            look = _look(number, candidate, later=len(candidates) - 1 - number)
             above.plot(candidate.steps, candidate.weights, **look)
-            below.plot(*_learning_rate(candidate), **{**look, "marker": ""})
+            below.plot(*_learning_rate(candidate, start), **{**look, "marker": ""})
         _label(above, below, plan)
-        if len(plan.candidates) > 1:
-            columns = 2 if len(plan.candidates) > 3 else 1
+        if several:
             figure.legend(
                 *above.get_legend_handles_labels(),
                 loc="outside lower center",
@@ -111,17 +111,37 @@ def _draw(plan: Plan, kind: str) -> bytes:
     return content.getvalue()
 
 
-def _learning_rate(candidate: Candidate) -> tuple[list[int], list[float]]:
-    """The corners of the learning-rate decay: what is learnt before a checkpoint counts in full
-    until the first one, and not at all after the last."""
-    steps, rates = candidate.steps, learning_rate(candidate.weights)
-    start = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1)
-    corners = [(max(start, 0), 1.0)]
-    for before, after in zip([*rates], [*rates[1:], 0.0], strict=True):
-        step = steps[len(corners) // 2]
-        corners += [(step, before), (step, after)]
-    xs, ys = zip(*corners, strict=True)
-    return list(xs), list(ys)
+def _look(number: int, candidate: Candidate, later: int) -> dict[str, Any]:
+    """How one average is drawn: the thicker the more are drawn above it, so that none is hidden."""
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "marker": _MARKS[number % len(_MARKS)],
+        "linestyle": "-" if number < len(_COLOURS) else "--",
+        "linewidth": min(1.1 + 0.3 * later, 2.6),
+        "markersize": min(3.0 + 0.3 * later, 4.5),
+        "markevery": max(1, len(candidate.steps) // _MOST_MARKS),
+        "label": candidate.name,
+    }
+
+
+def _start(candidate: Candidate) -> int:
+    """Where the training towards the first checkpoint began, as far as gaps tell."""
+    first = candidate.steps[0]
+    gap = candidate.steps[1] - first if len(candidate.steps) > 1 else 1
+    return max(first - gap, 0)
+
+
+def _learning_rate(candidate: Candidate, start: int) -> tuple[list[int], list[float]]:
+    """The corners of the learning-rate decay that an average imitates.
+
+    What is learnt until the first checkpoint counts in full, after the last one nothing does.
+    """
+    xs, ys = [start], [1.0]
+    rates = learning_rate(candidate.weights)
+    for step, before, after in zip(candidate.steps, rates, [*rates[1:], 0.0], strict=True):
+        xs += [step, step]
+        ys += [before, after]
+    return xs, ys
 
 
 def _label(above: "Axes", below: "Axes", plan: Plan) -> None:
@@ -130,12 +150,12 @@ def _label(above: "Axes", below: "Axes", plan: Plan) -> None:
     units = {candidate.unit for candidate in plan.candidates}
     along = {"steps": "training step", "epochs": "epoch"}.get(units.pop(), "checkpoint")
     for axes in (above, below):
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set_ylim(bottom=0)
         axes.grid(axis="y", linewidth=0.4, alpha=0.4)
     above.set_ylabel("weight")
+    above.set_ylim(bottom=0)
     above.yaxis.set_major_formatter(PercentFormatter(1.0))
     below.set_ylabel("learning rate imitated")
-    below.set_xlabel(along)
     below.set_ylim(0, 1.05)
+    below.set_xlabel(along)
+    below.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    below.xaxis.set_major_formatter(EngFormatter(sep=""))

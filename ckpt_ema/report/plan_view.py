@@ -19,6 +19,7 @@ from ckpt_ema.planning.plan import Plan
 from ckpt_ema.report.lines import counted, shortened, size
 
 _UNKNOWN = "-"
+_LEAST_COLUMNS = 40  # with less, nothing could be read
 _WEIGHT_COLUMNS = 9  # "100.00%" and what stands between columns
 _LONGEST_NAME = 30
 _BAR_COLUMNS = (4, 30)
@@ -42,6 +43,7 @@ def plan_text(plan: Plan, stream: TextIO | None, most_rows: int) -> str:
     page = _Page(stream)
     is_terminal = stream is not None and stream.isatty()
     console = Console(file=page, force_terminal=is_terminal, highlight=False)
+    console.width = max(_LEAST_COLUMNS, console.width)
     for part in _parts(plan, console, most_rows):
         # A path is never broken in two.
         console.print(part, soft_wrap=isinstance(part, Text))

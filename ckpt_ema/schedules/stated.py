@@ -118,5 +118,5 @@ def _pair(path: Path, line: str) -> tuple[str, float]:
     except ValueError:
         pass
     raise OptionError(
-        f"--weights {printable(path)}: {printable(line)!r} is not a name and a weight."
+        f"--weights {printable(path)}: '{printable(line)}' is not a name and a weight."
     )

@@ -1,0 +1,234 @@
+"""The model card: the run's own YAML kept, tags added, the weights told; and the picture."""
+
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ckpt_ema
+from ckpt_ema import FailedError, OptionError
+from ckpt_ema.report.card import TAGS, front_matter
+from tests.conftest import MakeRun, noise, series
+
+
+@pytest.fixture
+def run(make_run: MakeRun) -> Path:
+    """Five checkpoints, 1000 steps apart."""
+    return make_run(series(5, w=noise(5, 5)), steps=range(1000, 6000, 1000))
+
+
+def parsed(card: str) -> Any:
+    """The YAML at the top of a card."""
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+OWN = """---
+# a comment
+license: apache-2.0
+base_model:
+  - meta/base
+language: [en, de]
+tags:
+  - trl
+  - sft
+model-index:
+- name: mine
+  results:
+  - task:
+      type: text-generation
+
+    metrics:
+    - value: 0.9
+library_name: peft
+---
+# The model
+Its loss is 1.5.
+"""
+
+
+def test_the_card_of_the_newest_checkpoint_keeps_its_yaml_but_results(run: Path) -> None:
+    (run / "README.md").write_text("---\nlicense: mit\n---\n")
+    (run / "checkpoint-5000/README.md").write_text(OWN)
+    output = ckpt_ema.average(run, device="cpu", half_life=1000).output
+    card = (output / "README.md").read_text()
+    assert parsed(card) == {
+        "license": "apache-2.0",
+        "base_model": ["meta/base"],
+        "language": ["en", "de"],
+        "tags": ["weight-averaging", "ckpt-ema", "trl", "sft"],
+        "library_name": "peft",
+    }
+    assert "# a comment\nlicense: apache-2.0\nbase_model:\n  - meta/base\n" in card
+    assert "Its loss" not in card
+    assert "| checkpoint-4000 | 4000 | 1000 | 0.5000 | 25.00% |" in card
+    assert "half-life 1000 steps" in card
+
+
+def test_the_run_has_a_card_where_checkpoints_have_none(run: Path) -> None:
+    (run / "README.md").write_text("---\nlicense: mit\n---\n")
+    output = ckpt_ema.average(run, device="cpu").output
+    assert parsed((output / "README.md").read_text())["license"] == "mit"
+
+
+@pytest.mark.parametrize(
+    ("before", "tags"),
+    [
+        ("", [*TAGS]),
+        ("license: mit\n", [*TAGS]),
+        ("tags: []\n", [*TAGS]),
+        ("tags:\n", [*TAGS]),
+        ("tags: null\nlicense: mit\n", [*TAGS]),
+        ("tags: one\n", [*TAGS, "one"]),
+        ("tags: [a, b]\n", [*TAGS, "a", "b"]),
+        ("tags: [a,\n  b]\nlicense: mit\n", [*TAGS, "a", "b"]),
+        ("tags:\n- a\n- b\nlicense: mit\n", [*TAGS, "a", "b"]),
+        ("tags:\n    - a\n    - b\n", [*TAGS, "a", "b"]),
+        ("tags: # of it\n  - a\n", [*TAGS, "a"]),
+        ("tags:\n- ckpt-ema\n- a\n", ["weight-averaging", "ckpt-ema", "a"]),
+        ("tags: ['ckpt-ema', \"weight-averaging\"]\n", ["ckpt-ema", "weight-averaging"]),
+        ("model-index:\n- name: x\ntags: [a]\n", [*TAGS, "a"]),
+    ],
+)
+def test_tags_are_added_to_any_form_of_a_list(before: str, tags: list[str]) -> None:
+    found = front_matter(f"---\n{before}---\n# Title\n")
+    content = yaml.safe_load(found)
+    assert content.pop("tags") == tags
+    kept = yaml.safe_load(before) or {}
+    assert content == {key: v for key, v in kept.items() if key not in ("tags", "model-index")}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# No YAML\n", "---\nnever closed\n", "----\n", "text\n---\na: b\n---\n"]
+)
+def test_a_card_without_yaml_gets_some(text: str) -> None:
+    assert yaml.safe_load(front_matter(text)) == {"tags": [*TAGS]}
+
+
+def test_lines_that_end_as_on_windows_are_read() -> None:
+    assert yaml.safe_load(front_matter("---\r\nlicense: mit\r\n---\r\n"))["license"] == "mit"
+
+
+words = st.text("abcdefgh-:# é'\"[]{}", min_size=1, max_size=8)
+
+
+@given(
+    st.dictionaries(
+        words.filter(lambda key: key not in ("tags", "model-index")),
+        st.one_of(st.integers(), words, st.lists(words, max_size=3), st.none(), st.booleans()),
+        max_size=5,
+    ),
+    st.lists(words, max_size=4),
+    st.booleans(),
+)
+def test_whatever_yaml_holds_is_kept(content: dict[str, Any], tags: list[str], flow: bool) -> None:
+    text = yaml.safe_dump({**content, "tags": tags}, default_flow_style=None if flow else False)
+    found = yaml.safe_load(front_matter(f"---\n{text}---\n"))
+    assert found.pop("tags") == [*(tag for tag in TAGS if tag not in tags), *tags]
+    assert found == content
+
+
+def test_a_card_can_be_done_without_and_a_single_file_has_none(run: Path) -> None:
+    output = ckpt_ema.average(run, device="cpu", card=False).output
+    assert not (output / "README.md").exists()
+    ckpt_ema.average(run, device="cpu", output=run.parent / "one.safetensors")
+    assert sorted(path.name for path in run.parent.iterdir()) == [
+        "one.safetensors",
+        "run",
+        "run-ema",
+    ]
+
+
+def test_each_of_several_has_a_card_of_its_own(run: Path) -> None:
+    for output in ckpt_ema.average(run, device="cpu", half_life="1000,2000").outputs:
+        card = (output / "README.md").read_text()
+        assert f"# {output.name}\n" in card
+        assert card.count("| checkpoint-5000 |") == 1
+
+
+# --- The picture ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"half_life": "500,1000,2000"}, {"last": 1}])
+def test_a_plan_is_drawn(run: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    plan = ckpt_ema.plan(run, **options)
+    ckpt_ema.plot(plan, tmp_path / "weights.png")
+    assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
+    ckpt_ema.plot(plan, tmp_path / "weights.SVG")
+    drawn = ElementTree.parse(tmp_path / "weights.SVG")
+    texts = {
+        "".join(element.itertext()) for element in drawn.iter("{http://www.w3.org/2000/svg}text")
+    }
+    assert {"weight", "learning rate imitated", "training step"} <= texts
+    if len(plan.candidates) > 1:
+        assert {candidate.name for candidate in plan.candidates} <= texts
+
+
+def test_the_same_plan_gives_the_same_picture(run: Path, tmp_path: Path) -> None:
+    plan = ckpt_ema.plan(run, half_life="500,1000")
+    for kind in ("png", "svg"):
+        pictures = [ckpt_ema.plot(plan, tmp_path / f"{name}.{kind}").content for name in "ab"]
+        assert pictures[0] == pictures[1] == (tmp_path / f"a.{kind}").read_bytes()
+
+
+def test_the_picture_goes_into_every_card(run: Path, tmp_path: Path) -> None:
+    drawn = tmp_path / "weights.svg"
+    made = ckpt_ema.average(run, device="cpu", half_life="500,1000", plot=drawn)
+    for output in made.outputs:
+        assert (output / "ckpt_ema.svg").read_bytes() == drawn.read_bytes()
+        assert "](ckpt_ema.svg)" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("weights.pdf", OptionError, "pictures are .png and .svg"),
+        ("weights", OptionError, "pictures are .png and .svg"),
+        ("nowhere/weights.png", OptionError, "its folder does not exist"),
+    ],
+)
+def test_a_picture_that_cannot_be_is_refused_before_anything_is_read(
+    run: Path, tmp_path: Path, name: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ckpt_ema.average(run, device="cpu", plot=tmp_path / name)
+    assert not (run.parent / "run-ema").exists()
+
+
+def test_a_picture_that_cannot_be_written_is_one_sentence(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "weights.png").mkdir()
+    with pytest.raises(FailedError, match=r"weights\.png cannot be written"):
+        ckpt_ema.plot(ckpt_ema.plan(run), tmp_path / "weights.png")
+
+
+def without(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command where a module is not installed."""
+    code = f"import sys; sys.modules[{module!r}] = None; from ckpt_ema.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_without_matplotlib_all_works_but_pictures(run: Path, tmp_path: Path) -> None:
+    done = without("matplotlib", "average", str(run), "--plot", str(tmp_path / "weights.png"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "error: --plot needs matplotlib, which is not installed. pip install 'ckpt-ema[plot]'\n"
+    )
+    assert without("matplotlib", "average", str(run), "-q").returncode == 0
+
+
+def test_without_numpy_all_works_but_pictures(run: Path) -> None:
+    done = without("numpy", "average", str(run), "-q", "--device", "cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_no_picture_no_matplotlib(run: Path) -> None:
+    code = "import sys, ckpt_ema; ckpt_ema.plan(sys.argv[1]); sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, str(run)]).returncode == 0

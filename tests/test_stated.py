@@ -1,0 +1,116 @@
+"""Weights from a file or a mapping: every form of it, and everything that is wrong with one."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ckpt_ema
+from ckpt_ema import OptionError, RefusedError
+from ckpt_ema.schedules.stated import matched, read_weights
+from tests.conftest import MakeRun, noise, series
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"checkpoint-10": 0.25, "20": 0.75}',
+        "checkpoint-10 0.25\n20 0.75\n",
+        "# my weights\n\ncheckpoint-10,0.25\n  20 ,\t.75\n# end",
+        "checkpoint-10\t2.5e-1\r\n20\t7.5e-1\r\n",
+    ],
+)
+def test_every_form_of_a_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "weights.txt"
+    path.write_text(text)
+    assert read_weights(path) == {"checkpoint-10": 0.25, "20": 0.75}
+
+
+def test_names_may_hold_blanks(tmp_path: Path) -> None:
+    path = tmp_path / "weights.txt"
+    path.write_text("my run 3 0.5\nepoch=1-step=2.ckpt 0.5\n")
+    assert read_weights(path) == {"my run 3": 0.5, "epoch=1-step=2.ckpt": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"checkpoint-10\n", "'checkpoint-10' is not a name and a weight"),
+        (b"checkpoint-10 much\n", "'checkpoint-10 much' is not a name and a weight"),
+        (b"a 0.5\na 0.5\n", "--weights has a twice"),
+        (b'{"a": 0.5, "a": 0.5}', "--weights has a twice"),
+        (b'{"a": 0.5', "is not JSON"),
+        (b'{"a": "x"}', "gives a the weight x; a weight is a number that is not negative"),
+        (b'{"a": true}', "gives a the weight True"),
+        (b'{"a": {"b": 1}}', "a weight is a number"),
+        (b"a -0.5\nb 1.5", "gives a the weight -0.5"),
+        (b"a nan", "gives a the weight nan"),
+        (b"a inf", "gives a the weight inf"),
+        (b"\xff\xfe\x00", "it is not UTF-8"),
+        (b"a\x1b[31m x", r"a\x1b[31m x"),
+    ],
+)
+def test_what_is_no_file_of_weights_is_a_usage_error(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(content)
+    with pytest.raises(OptionError) as caught:
+        read_weights(path)
+    assert message in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_no_file_is_a_usage_error(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(OptionError, match="--weights"):
+            read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (
+            {"1": 0.5, "2": 0.4},
+            "The weights sum to 0.9, which is 0.1 less than 1. Correct them, or",
+        ),
+        ({"1": 0.5, "2": 0.7}, "The weights sum to 1.2, which is 0.2 more than 1"),
+        ({"1": 0.333333, "2": 0.333333, "3": 0.333333}, "which is 1e-06 less than 1"),
+        ({"1": 0.0}, "--weights gives no checkpoint any weight"),
+        ({}, "--weights gives no checkpoint any weight"),
+        ({"1": 0.5, "step-2": 0.5}, "names step-2, which is none of the checkpoints chosen"),
+        ({"1": 0.5, "checkpoint-1": 0.5}, "names checkpoint-1 twice: as 1 and as checkpoint-1"),
+        ({"10": 1.0}, "names 10, which is none"),  # exact, not the 1 in it
+    ],
+)
+def test_weights_that_are_not_those_of_the_run_are_refused_before_a_tensor_is_read(
+    make_run: MakeRun, weights: dict[str, float], message: str
+) -> None:
+    run = make_run(series(3, w=noise(3, 5)))
+    with pytest.raises(RefusedError) as caught:
+        ckpt_ema.plan(run, weights=weights)
+    assert message in str(caught.value)
+
+
+def test_a_sum_is_corrected_on_request(make_run: MakeRun) -> None:
+    run = make_run(series(3, w=noise(3, 5)))
+    [candidate] = ckpt_ema.plan(run, weights={"1": 1, "3": 3}, normalize=True).candidates
+    assert candidate.weights == (0.25, 0.75)
+    assert candidate.members == (0, 1)  # the second checkpoint is not read
+
+
+def test_weights_go_with_the_checkpoints_that_are_selected(make_run: MakeRun) -> None:
+    run = make_run(series(3, w=noise(3, 5)))
+    with pytest.raises(RefusedError, match="names 1, which is none of the checkpoints chosen"):
+        ckpt_ema.plan(run, weights={"1": 0.5, "3": 0.5}, last=2)
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=20).filter(lambda x: sum(x) > 1e-6))
+def test_stated_weights_are_the_weights(values: list[float]) -> None:
+    total = math.fsum(values)
+    shares = {str(number): value / total for number, value in enumerate(values)}
+    names: list[Any] = [(f"name-{number}", number) for number in range(len(values))]
+    assert matched(shares, names, normalize=False) == list(shares.values())
