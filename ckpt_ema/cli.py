@@ -8,19 +8,24 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from ckpt_ema import __version__
+from ckpt_ema.cli_endings import (
+    SignalError,
+    errors_reported,
+    ignore_signals,
+    say,
+    say_signal,
+    take_signals,
+)
 from ckpt_ema.cli_options import OUTPUT_PANEL, takes_options
-from ckpt_ema.errors import CkptEmaError, printable
+from ckpt_ema.errors import printable
 
 # Of the table of checkpoints; --json has them all.
 _MOST_ROWS = 24
@@ -111,7 +116,7 @@ def average(
     quiet: QuietOption = False,
 ) -> None:
     """Average the checkpoints in RUN and print the path of the result."""
-    with _errors_reported():
+    with errors_reported():
         from ckpt_ema.averaging import carry_out, up_to_date
         from ckpt_ema.planning.plan import plan as make_plan
         from ckpt_ema.report import figure, lines, plan_view
@@ -122,8 +127,8 @@ def average(
         result = up_to_date(decided, overwrite=overwrite)
         if result is None:
             if not quiet:
-                _say(plan_view.plan_text(decided, sys.stderr, _MOST_ROWS), "")
-                _say(*lines.remark_lines(decided))
+                say(plan_view.plan_text(decided, sys.stderr, _MOST_ROWS), "")
+                say(*lines.remark_lines(decided))
             with ByteProgress(quiet) as progress:
                 result = carry_out(
                     decided,
@@ -132,9 +137,9 @@ def average(
                     progress=progress,
                     command=_command(),
                 )
-        _ignore_signals()  # the output is there: from here on this is a success
+        ignore_signals()  # the output is there: from here on this is a success
         if not quiet:
-            _say(lines.result_line(result))
+            say(lines.result_line(result))
         _append_step_summary(plan_view.summary_lines(decided))
         if as_json:
             one, *more = result.manifests
@@ -160,7 +165,7 @@ def plan(
     quiet: QuietOption = False,
 ) -> None:
     """Show what `average` would do, and the weight of each checkpoint; no tensor is read."""
-    with _errors_reported():
+    with errors_reported():
         from ckpt_ema.output import manifest
         from ckpt_ema.planning.destination import is_vacant
         from ckpt_ema.planning.plan import plan as make_plan
@@ -174,9 +179,9 @@ def plan(
         else:
             typer.echo(plan_view.plan_text(decided, sys.stdout, _MOST_ROWS_OF_PLAN))
         if not quiet:
-            _say(*lines.remark_lines(decided))
+            say(*lines.remark_lines(decided))
             if not is_vacant(decided.output) and not manifest.is_up_to_date(decided):
-                _say(f"note: {printable(decided.output)} exists already and is something else.")
+                say(f"note: {printable(decided.output)} exists already and is something else.")
 
 
 @app.command()
@@ -190,7 +195,7 @@ def formats(
     """Show which trainers' checkpoints are understood, and where their weights are."""
     from ckpt_ema.report import understood
 
-    with _errors_reported():
+    with errors_reported():
         if as_json:
             typer.echo(json.dumps(understood.described(), indent=2))
         elif markdown:
@@ -198,69 +203,6 @@ def formats(
         else:
             width = max(40, min(100, shutil.get_terminal_size().columns))
             typer.echo("\n".join(understood.lines(width)))
-
-
-class _SignalError(BaseException):
-    """A signal asks the process to end. No Exception, so that nothing on the way swallows it."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def main() -> None:
-    """Run the command line; never returns."""
-    for number in _SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # under nohup it stays ignored
-            signal.signal(number, _end)
-    # torch says it at import wherever numpy is missing, and nothing here needs numpy.
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    try:
-        app()
-    except _SignalError as error:  # before or after the command itself
-        sys.exit(_say_signal(error))
-
-
-def _end(number: int, _frame: FrameType | None) -> None:
-    _ignore_signals()  # what a second one would interrupt is the tidying up
-    raise _SignalError(number)
-
-
-def _ignore_signals() -> None:
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _say_signal(error: _SignalError) -> int:
-    how = "interrupted" if error.number == signal.SIGINT else "terminated"
-    _say(f"{how}, nothing was written")
-    return 128 + error.number
-
-
-@contextlib.contextmanager
-def _errors_reported() -> Iterator[None]:
-    """Turn what goes wrong into one line on stderr and the exit code it stands for."""
-    try:
-        yield
-    except CkptEmaError as error:
-        _say(f"error: {error}")
-        raise typer.Exit(error.exit_code) from error
-    except MemoryError as error:
-        _say("error: The machine ran out of memory; nothing was written. Try fewer --threads.")
-        raise typer.Exit(1) from error
-    except OSError as error:
-        _say(f"error: {printable(error)}.")
-        raise typer.Exit(1) from error
-    except _SignalError as error:
-        raise typer.Exit(_say_signal(error)) from error
-    except RuntimeError as error:
-        # A signal that comes while threading hands over a lock leaves it saying that the lock is
-        # not held; what it was raised on top of is what happened.
-        if not isinstance(error.__context__, _SignalError):
-            raise
-        raise typer.Exit(_say_signal(error.__context__)) from error
 
 
 def _command() -> str:
@@ -277,7 +219,12 @@ def _append_step_summary(lines: list[str]) -> None:
             summary.write("\n".join(lines) + "\n")
 
 
-def _say(*lines: str) -> None:
-    for line in lines:
-        with contextlib.suppress(OSError):  # a stderr that is full or closed changes no result
-            typer.echo(line, err=True)
+def main() -> None:
+    """Run the command line; never returns."""
+    take_signals()
+    # torch says it at import wherever numpy is missing, and nothing here needs numpy.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    try:
+        app()
+    except SignalError as error:  # before or after the command itself
+        sys.exit(say_signal(error))

@@ -16,7 +16,7 @@ import typer
 
 from ckpt_ema.errors import flag
 from ckpt_ema.options import CHOICES, Options
-from ckpt_ema.schedules.rules import ALIASES, DEFAULT_DECAY, DEFAULT_SCHEDULE, SCHEDULES
+from ckpt_ema.schedules.table import ALIASES, DEFAULT_DECAY, DEFAULT_SCHEDULE, SCHEDULES
 
 AVERAGE_PANEL, CHECKPOINTS_PANEL, WEIGHTS_PANEL = "Average", "Which checkpoints", "Which weights"
 OUTPUT_PANEL, ENGINE_PANEL = "Output", "Engine"

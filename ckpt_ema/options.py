@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_ema.errors import OptionError, flag, printable
-from ckpt_ema.schedules.rules import RULE_OPTIONS, Rule, make_rules
+from ckpt_ema.schedules.rules import Rule, make_rules
+from ckpt_ema.schedules.table import RULE_OPTIONS
 
 PathLike = str | os.PathLike[str]
 StepRange = tuple[int, int]  # first and last, both included

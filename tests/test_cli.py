@@ -358,14 +358,14 @@ def test_a_signal_in_the_middle_of_a_lock_is_still_a_signal(
 ) -> None:
     import typer
 
-    from ckpt_ema import cli
+    from ckpt_ema import cli_endings as cli
 
-    with pytest.raises(typer.Exit) as caught, cli._errors_reported():
+    with pytest.raises(typer.Exit) as caught, cli.errors_reported():
         try:
-            raise cli._SignalError(signal.SIGTERM)
+            raise cli.SignalError(signal.SIGTERM)
         finally:
             raise RuntimeError("release unlocked lock")
     assert caught.value.exit_code == 143
     assert capsys.readouterr().err == "terminated, nothing was written\n"
-    with pytest.raises(RuntimeError, match="something else"), cli._errors_reported():
+    with pytest.raises(RuntimeError, match="something else"), cli.errors_reported():
         raise RuntimeError("something else")

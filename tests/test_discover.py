@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_ema.discovery.discover import Found
 from ckpt_ema.discovery.discover import discover as discover_with
+from ckpt_ema.discovery.found import Found
 from ckpt_ema.errors import RefusedError
 from ckpt_ema.formats.specs import Specs
 from ckpt_ema.options import Options

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 import ckpt_ema
-from ckpt_ema.report.plan_view import markdown_lines, plan_text
+from ckpt_ema.report.plan_view import plan_text
+from ckpt_ema.report.weight_rows import markdown_lines
 from tests.conftest import MakeRun, noise, series
 
 
@@ -152,7 +153,7 @@ def test_the_same_as_markdown(run: Path) -> None:
     plan = ckpt_ema.plan(run, half_life="1000,2000")
     assert markdown_lines(plan, plan.candidates)[:3] == [
         "| checkpoint | step | half-life-1000 | half-life-2000 |",
-        "|:---|---:|---:|---:|",
+        "| :--- | ---: | ---: | ---: |",
         "| checkpoint-1000 | 1000 | 6.25% | 25.00% |",
     ]
     one = markdown_lines(plan, plan.candidates[:1])

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ckpt_ema.errors import OptionError, RefusedError
 from ckpt_ema.schedules import formulas as f
-from ckpt_ema.schedules.formulas import weights
 from ckpt_ema.schedules.rules import make_rules
+from ckpt_ema.schedules.shares import decays_of, weights
 
 EVEN = [1000, 2000, 3000, 4000, 5000]
 UNEVEN = [1000, 1500, 3000, 4000, 4100]
@@ -291,7 +291,7 @@ def test_decays_and_weights_are_each_others_inverse(shares: list[float]) -> None
     total = math.fsum(shares)
     assume(total > 0)
     expected = [share / total for share in shares]
-    assert weights(f.decays_of(shares)) == pytest.approx(expected, abs=1e-12)
+    assert weights(decays_of(shares)) == pytest.approx(expected, abs=1e-12)
 
 
 @given(steps=steps_of_a_run, factor=st.integers(2, 1000), sigma_rel=st.floats(0.02, 0.28))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt_ema import layouts
-from ckpt_ema.discovery.discover import Found
+from ckpt_ema.discovery.found import Found
 from ckpt_ema.discovery.locate import names_in
 from ckpt_ema.discovery.names import stem_of
 from ckpt_ema.discovery.order import Checkpoint, Read

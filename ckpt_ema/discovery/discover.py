@@ -6,39 +6,23 @@ decides.
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise, zip_longest
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ckpt_ema import layouts
 from ckpt_ema.discovery.aliases import resolve_aliases
+from ckpt_ema.discovery.found import Found
+from ckpt_ema.discovery.listed import common_root, listed, single
 from ckpt_ema.discovery.locate import Blocked, locate, names_in
-from ckpt_ema.discovery.names import (
-    UNWANTED,
-    form_of,
-    is_unnumbered_of,
-    matches,
-    numbers_in,
-    stem_of,
-    why_unwanted,
-)
-from ckpt_ema.discovery.order import STEP_UNITS, Checkpoint, Entry, Read, named_keys, ordered
+from ckpt_ema.discovery.names import form_of, is_unnumbered_of, numbers_in, stem_of
+from ckpt_ema.discovery.order import STEP_UNITS, Checkpoint, Read, ordered
+from ckpt_ema.discovery.patterns import UNWANTED, all_unwanted, unmatched
 from ckpt_ema.discovery.scan import Scan, container, is_hub_cache, scan
 from ckpt_ema.discovery.series import ONLY_ONE, one_series, without_copies
-from ckpt_ema.errors import OptionError, RefusedError, flag, printable, some
+from ckpt_ema.errors import RefusedError, printable, some
 from ckpt_ema.formats.specs import Weights
 from ckpt_ema.options import Options
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The checkpoints of a run, oldest first, and what was not taken for one and why."""
-
-    root: Path  # the folder that the run lives in, or the one checkpoint that is all there is
-    checkpoints: tuple[Checkpoint, ...]
-    left_out: tuple[tuple[Path, str], ...] = ()
-    warnings: tuple[str, ...] = ()
 
 
 def discover(paths: Sequence[Path], options: Options, read: Read) -> Found:
@@ -57,137 +41,7 @@ def discover(paths: Sequence[Path], options: Options, read: Read) -> Found:
             raise RefusedError(f"{printable(path)} is out of reach: {error.strerror}.") from error
     if len(paths) == 1 and os.path.isdir(paths[0]):
         return _in_run(paths[0], options, read)
-    return _explicit(paths, options)
-
-
-# --- A list -----------------------------------------------------------------------------------
-
-
-def _explicit(given: Sequence[Path], options: Options) -> Found:
-    for name in ("pattern", "append", "order", "aliases"):
-        if getattr(options, name) != getattr(Options(), name):
-            raise OptionError(f"{flag(name)} goes with a run's folder, not with a list.")
-    listed = [
-        replace(_listed(path, options), label=label)
-        for path, label in zip(given, _labels(given), strict=True)
-    ]
-    warnings = _unmatched([entry.label for entry in listed], options)
-    entries, left_out = [], []
-    for entry in listed:
-        unwanted = why_unwanted(entry.label, options.include, options.exclude)
-        if unwanted:
-            left_out.append((entry.path, unwanted))
-        else:
-            entries.append(entry)
-    if not entries:
-        raise _all_unwanted([entry.label for entry in listed])
-    seen: set[Path] = set()
-    for entry in entries:
-        real = entry.path.resolve()
-        if real in seen:
-            raise RefusedError(
-                f"{printable(entry.path)} is given twice.", "Give every checkpoint once."
-            )
-        seen.add(real)
-    unit, keys = named_keys(entries) or ("", [])
-    checkpoints = tuple(
-        Checkpoint(entry.path, key, entry.weights, unit, entry.label, is_given=True)
-        if unit
-        else replace(_single(entry.path, entry.weights), name=entry.label, is_given=True)
-        for entry, key in zip_longest(entries, keys)
-    )
-    warnings += _text_order(checkpoints)
-    return Found(_common_root(checkpoints), checkpoints, tuple(left_out), tuple(warnings))
-
-
-def _unmatched(names: Iterable[str], options: Options) -> list[str]:
-    """Warnings of patterns that leave nothing out; refuses one that takes nothing in."""
-    known = sorted(names)
-    for pattern in options.include:
-        if not any(matches(name, pattern) for name in known):
-            raise RefusedError(
-                f"--include {printable(pattern)} matches nothing; the names are {some(known)}.",
-                "A pattern is matched with whole names: 'checkpoint-1*', not 'checkpoint-1'.",
-            )
-    return [
-        f"--exclude {printable(pattern)} matches nothing."
-        for pattern in options.exclude
-        if not any(matches(name, pattern) for name in known)
-    ]
-
-
-def _all_unwanted(names: Iterable[str]) -> RefusedError:
-    return RefusedError(f"--include and --exclude leave none of {some(sorted(names))}.")
-
-
-def _listed(path: Path, options: Options) -> Entry:
-    """A checkpoint that was given by its path."""
-    if path.name in layouts.FOLDER_WEIGHTS:
-        whole = locate(path.parent, options)
-        if isinstance(whole, Weights) and whole.path == path:
-            path = path.parent  # its name is the folder's
-    elif layouts.SHARD_NUMBER.search(path.name):
-        raise RefusedError(
-            f"{printable(path)} is one shard of a model.",
-            "Pass its folder, or the index of shards.",
-        )
-    weights = locate(path, options)
-    if isinstance(weights, Blocked):
-        raise weights.error(path)
-    if weights is None and options.component:
-        raise RefusedError(
-            f"{printable(path)} holds no model weights for --component"
-            f" {printable(options.component)}.",
-            "Inside one torch file, --key chooses.",
-        )
-    if weights is None:
-        raise RefusedError(
-            f"{printable(path)} is no checkpoint: it holds none of"
-            f" {some(list(layouts.FOLDER_WEIGHTS))}."
-            if path.is_dir()
-            else f"{printable(path)} is no checkpoint: its extension is not one of a model's.",
-            "Pass a run's folder alone, or its checkpoints one by one.",
-        )
-    return Entry(path, weights)
-
-
-def _labels(given: Sequence[Path]) -> list[str]:
-    """What to call each path: its name, or the first part of it that differs where names do not."""
-    if len({path.name for path in given}) == len(given) or len(given) == 1:
-        return ["" for _ in given]
-    columns = zip(*(Path(os.path.abspath(path)).parts for path in given), strict=False)
-    differing = next((column for column in columns if len(set(column)) == len(given)), None)
-    return list(differing) if differing else [str(path) for path in given]
-
-
-def _single(path: Path, weights: Weights) -> Checkpoint:
-    """A checkpoint whose step is what its name says, if it says one."""
-    unit, step = next(iter(numbers_in(Entry(path, weights).stem).items()), ("step", None))
-    return Checkpoint(path, step, weights, unit)
-
-
-def _text_order(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """A warning for a list that looks as if a shell had sorted it as text."""
-    for earlier, later in pairwise(checkpoints):
-        if None not in (earlier.step, later.step) and (earlier.step or 0) > (later.step or 0):
-            return [
-                f"The list is kept in the order given, in which {printable(earlier.name)}"
-                f" comes before {printable(later.name)}: a shell sorts names as text."
-                " Pass the run's folder to have it ordered by number."
-            ]
-    return []
-
-
-def _common_root(checkpoints: Sequence[Checkpoint]) -> Path:
-    if len(checkpoints) == 1 and checkpoints[0].step is None:
-        return checkpoints[0].path
-    parents = {Path(os.path.abspath(checkpoint.path)).parent for checkpoint in checkpoints}
-    if len(parents) == 1:
-        return checkpoints[0].path.parent
-    return Path(os.path.commonpath(parents))
-
-
-# --- A folder ---------------------------------------------------------------------------------
+    return listed(paths, options)
 
 
 def _in_run(
@@ -210,8 +64,8 @@ def _in_run(
             return replace(found, root=run, warnings=(*found.warnings, *_above(run, scanned)))
         alone = _alone(run, scanned, options)
         if alone:
-            return Found(_common_root([alone]), (alone,), tuple(scanned.left_out))
-    unmatched = _unmatched(_names_seen(run, scanned), options)
+            return Found(common_root([alone]), (alone,), tuple(scanned.left_out))
+    pattern_warnings = unmatched(_names_seen(run, scanned), options)
     entries = one_series(run, scanned, options, read)
     forms = {form_of(entry.stem) for entry in entries}
     _check_blocked(scanned, forms, os.path.isdir(entries[0].path), options)
@@ -232,7 +86,7 @@ def _in_run(
     ]
     left_out = _with_own_model(run, scanned)
     warnings += _later_ones_left_out(members[-1], left_out)
-    return Found(run, tuple(checkpoints), tuple(left_out), (*unmatched, *warnings, *remarks))
+    return Found(run, tuple(checkpoints), tuple(left_out), (*pattern_warnings, *warnings, *remarks))
 
 
 def _names_seen(run: Path, scanned: Scan) -> set[str]:
@@ -278,12 +132,12 @@ def _alone(run: Path, scanned: Scan, options: Options) -> Checkpoint | None:
         )
     unwanted = [p.name for p, why in scanned.left_out if why in UNWANTED]
     if unwanted and not scanned.series:
-        _unmatched(_names_seen(run, scanned), options)
-        raise _all_unwanted(unwanted)
+        unmatched(_names_seen(run, scanned), options)
+        raise all_unwanted(unwanted)
     # What lies deeper than a checkpoint's own folders may belong to several runs.
     own = None if _is_run_of_others(run, scanned) else locate(run, options, depth=1)
     if isinstance(own, Weights) and not (scanned.series and own.path in _paths(scanned)):
-        return _single(run, own)
+        return single(run, own)
     if scanned.series:
         return None
     for path, blocked in scanned.blocked.items():

@@ -1,8 +1,6 @@
 """What the name of a checkpoint says: its step, its series, whether it is a step at all."""
 
 import re
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from ckpt_ema import layouts
 
@@ -119,29 +117,3 @@ def why_not_a_step(name: str, stem: str) -> str | None:
         if pattern.search(name) or (stem != name and pattern.search(stem)):
             return reason
     return None
-
-
-UNWANTED = ("left out by --exclude", "not matched by --include")
-
-
-def why_unwanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
-    """Why patterns keep an entry out, by its name with or without extension; None if they do not.
-
-    >>> why_unwanted("checkpoint-1000", ["checkpoint-100"], [])
-    'not matched by --include'
-    """
-    if any(matches(name, pattern) for pattern in exclude):
-        return UNWANTED[0]
-    if include and not any(matches(name, pattern) for pattern in include):
-        return UNWANTED[1]
-    return None
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a whole name, with or without its extension, is as a shell's pattern says.
-
-    >>> matches("step_100.pt", "step_100"), matches("step_1000.pt", "step_100")
-    (True, False)
-    """
-    pattern = pattern.rstrip("/")  # as a shell completes folders
-    return fnmatchcase(name, pattern) or fnmatchcase(stem_of(name), pattern)

@@ -18,9 +18,9 @@ from ckpt_ema.discovery.names import (
     slots_in,
     stem_of,
     why_not_a_step,
-    why_unwanted,
 )
 from ckpt_ema.discovery.order import Entry
+from ckpt_ema.discovery.patterns import why_unwanted
 from ckpt_ema.errors import RefusedError, printable, some
 from ckpt_ema.formats.specs import Weights
 from ckpt_ema.options import Options

@@ -1,13 +1,13 @@
 """What a person should know of the weights, with the number that would change them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 
 from ckpt_ema.errors import printable, some
 from ckpt_ema.planning.candidates import Candidate
 from ckpt_ema.schedules import formulas
-from ckpt_ema.schedules.rules import WEIGHTS
+from ckpt_ema.schedules.table import WEIGHTS
 
 # How much longer than usual a gap may be.
 _MOST_GAP = 1.5
@@ -67,22 +67,13 @@ def _cap(candidate: Candidate) -> list[str]:
 
 def _oldest(candidate: Candidate, names: Sequence[str]) -> list[str]:
     """Whether the oldest checkpoint has more weight than all others, though nobody said so."""
-    span = candidate.steps[-1] - candidate.steps[0]
-    folds = len(candidate.members) - 1
-    if not folds or candidate.weights[0] <= 0.5:
-        return []
-    less: dict[str, Callable[[], str]] = {
-        "constant": lambda: f"a --decay below {0.5 ** (1 / folds):.4g}",
-        "per-step": lambda: f"a --decay-per-step below {0.5 ** (1 / span):.6g}",
-        "half-life": lambda: f"a --half-life below {span}",
-        "power": lambda: f"a --sigma-rel below {_sigma_rel_for(candidate, 0, 0.5):.3g}",
-    }
-    if candidate.rule.schedule not in less:
+    if len(candidate.members) == 1 or candidate.weights[0] <= 0.5:
         return []
     return [
         f"The oldest checkpoint, {printable(names[candidate.members[0]])}, has"
-        f" {candidate.weights[0]:.1%} of the weight;"
-        f" {less[candidate.rule.schedule]()} gives it less than half."
+        f" {candidate.weights[0]:.1%} of the weight; a {name} below {value} gives it less than"
+        " half."
+        for name, value in _option_that_keeps(0.5, candidate, since=0)
     ]
 
 
@@ -90,21 +81,11 @@ def _newest(candidate: Candidate, names: Sequence[str]) -> list[str]:
     """Whether the average is nearly the newest checkpoint alone."""
     if len(candidate.members) == 1 or candidate.weights[-1] <= _NEARLY_ALL:
         return []
-    gap = candidate.steps[-1] - candidate.steps[-2]
-    kept = 1 - _NEARLY_ALL
-    more: dict[str, Callable[[], str]] = {
-        "constant": lambda: f"a --decay above {kept:.2g}",
-        "dynamic": lambda: "--num-updates index" if candidate.rule.counts_steps else "more of them",
-        "per-step": lambda: f"a --decay-per-step above {kept ** (1 / gap):.6g}",
-        "half-life": lambda: f"a --half-life above {gap * math.log(0.5) / math.log(kept):.4g}",
-        "power": lambda: f"a --sigma-rel above {_sigma_rel_for(candidate, -2, kept):.3g}",
-    }
-    if candidate.rule.schedule not in more:
-        return []
     return [
         f"The average is nearly its newest checkpoint, {printable(names[candidate.newest])}, which"
-        f" has {candidate.weights[-1]:.1%} of the weight;"
-        f" {more[candidate.rule.schedule]()} gives the others more."
+        f" has {candidate.weights[-1]:.1%} of the weight; a {name} above {value} gives the"
+        " others more."
+        for name, value in _option_that_keeps(1 - _NEARLY_ALL, candidate, since=-2)
     ]
 
 
@@ -117,18 +98,38 @@ def _irregular(candidate: Candidate, names: Sequence[str]) -> list[str]:
         return []
     longest = candidate.gaps.index(max(known))
     before, after = (printable(names[candidate.members[n]]) for n in (longest - 1, longest))
-    same_age = candidate.statistics.half_life
-    instead = f"; by steps, --half-life {same_age:.3g} is as old in the mean" if same_age else ""
+    age = candidate.statistics.half_life
+    by_steps = f"; by steps, --half-life {_brief(age)} is as old in the mean" if age else ""
     return [
         f"The gaps between checkpoints differ: {max(known)} from {before} to {after}, half of them"
-        f" at most {median(known):g}; the weights count checkpoints, not steps{instead}."
+        f" at most {median(known):g}; the weights count checkpoints, not steps{by_steps}."
     ]
 
 
-def _sigma_rel_for(candidate: Candidate, number: int, kept: float) -> float:
-    """The width at which the power function keeps a share of what it has at one checkpoint."""
-    ratio = candidate.steps[number] / candidate.steps[-1]
-    return formulas.sigma_rel_of(max(math.log(kept) / math.log(ratio) - 1, 0.0))
+def _option_that_keeps(share: float, candidate: Candidate, since: int) -> list[tuple[str, str]]:
+    """The option of its schedule, with the value at which a share is left of an earlier shadow.
+
+    The shadow is that after checkpoint number `since`. Empty for a schedule without such an option.
+    """
+    span = candidate.steps[-1] - candidate.steps[since]
+    folds = len(candidate.steps[since:]) - 1
+    match candidate.rule.schedule:
+        case "constant":
+            return [("--decay", f"{share ** (1 / folds):.4g}")]
+        case "per-step":
+            return [("--decay-per-step", f"{share ** (1 / span):.6g}")]
+        case "half-life":
+            return [("--half-life", _brief(span * math.log(0.5) / math.log(share)))]
+        case "power":
+            ratio = candidate.steps[since] / candidate.steps[-1]
+            gamma = math.log(share) / math.log(ratio) - 1
+            return [("--sigma-rel", f"{formulas.sigma_rel_of(max(gamma, 0.0)):.3g}")]
+    return []
+
+
+def _brief(steps: float) -> str:
+    """A number of steps, to the step where there are many."""
+    return f"{steps:.4g}" if steps < 1000 else f"{steps:.0f}"
 
 
 def _equal(candidates: Sequence[Candidate]) -> list[str]:

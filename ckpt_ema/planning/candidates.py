@@ -10,10 +10,11 @@ from ckpt_ema.discovery.steps import gaps, known_steps
 from ckpt_ema.errors import OptionError, RefusedError
 from ckpt_ema.options import Options
 from ckpt_ema.planning.outputs import Output
-from ckpt_ema.schedules.formulas import decays_of, weights
-from ckpt_ema.schedules.rules import WEIGHTS, Rule
+from ckpt_ema.schedules.rules import Rule
+from ckpt_ema.schedules.shares import decays_of, weights
 from ckpt_ema.schedules.stated import matched, read_weights
 from ckpt_ema.schedules.statistics import Statistics, statistics
+from ckpt_ema.schedules.table import WEIGHTS
 
 
 class Weighting(NamedTuple):

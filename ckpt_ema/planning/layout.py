@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpt_ema.discovery.discover import Found
+from ckpt_ema.discovery.found import Found
 from ckpt_ema.discovery.order import Checkpoint
 from ckpt_ema.files import real_paths
 from ckpt_ema.formats.specs import Specs
@@ -15,7 +15,7 @@ from ckpt_ema.options import DTYPES, Options
 from ckpt_ema.planning.candidates import Weighting
 from ckpt_ema.planning.companions import Companion, Companions, companions
 from ckpt_ema.planning.outputs import Output, is_single_file, make_indexes, output_files
-from ckpt_ema.schedules.formulas import weights
+from ckpt_ema.schedules.shares import weights
 
 
 class Layout(NamedTuple):

@@ -8,10 +8,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt_ema.discovery.completeness import check_whole, problems, without_unfinished
-from ckpt_ema.discovery.discover import Found, discover
+from ckpt_ema.discovery.discover import discover
+from ckpt_ema.discovery.found import Found
 from ckpt_ema.discovery.order import Checkpoint, Read
 from ckpt_ema.discovery.selection import select
 from ckpt_ema.errors import OptionError, RefusedError, printable, some
@@ -99,34 +100,20 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
     paths = [_named(path) for path in ([run] if isinstance(run, str | os.PathLike) else run)]
     if not paths:
         raise OptionError("No run and no checkpoints were given.")
-
-    @functools.cache
-    def read(weights: Weights) -> Specs:
-        specs = read_specs(weights, options.key)
-        if not specs.tensors:
-            raise RefusedError(f"{printable(weights.path)} holds no tensors.")
-        return specs
-
-    discovered = discover(paths, options, read)
-    problem_of = problems(discovered.checkpoints, read)
-    found = without_unfinished(discovered, options, problem_of)
-    selected = select(found.checkpoints, options, read)
-    weightings = weigh(selected.selections, options)
-    taken = {checkpoint for weighting in weightings for checkpoint in weighting.checkpoints}
-    checkpoints = [checkpoint for checkpoint in found.checkpoints if checkpoint in taken]
-    check_whole(checkpoints, problem_of)
+    read = _reader(options)
+    chosen = _choose(paths, options, read)
+    found, checkpoints, weightings = chosen.found, chosen.checkpoints, chosen.weightings
     destination = Path(options.output) if options.output is not None else _sibling(found.root)
     check_destination(destination, [*paths, *_inputs(found)])
     specs, warnings, renamed = _compared(checkpoints, read, options)
-    specs_of = dict(zip(checkpoints, specs, strict=True))
     _check_names(weightings, checkpoints[-1], renamed)
+    specs_of = dict(zip(checkpoints, specs, strict=True))
     layouts = _layouts(weightings, specs_of, found, destination, options)
     numbers = {checkpoint: number for number, checkpoint in enumerate(checkpoints)}
     candidates = tuple(
         make_candidate(weighting, numbers, layout.output)
         for weighting, layout in zip(weightings, layouts, strict=True)
     )
-    left_behind = sorted({model for layout in layouts for model in layout.left_behind})
     return Plan(
         run=os.fspath(found.root),
         checkpoints=tuple(
@@ -140,23 +127,51 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
         threads=options.threads or _cores(),
         tile_elements=options.tile_elements or _tile_elements(len(candidates)),
         left_out=found.left_out,
-        notes=(
-            *selected.notes,
-            *run_notes(checkpoints, specs),
-            *(
-                [f"Folders with weights of their own are left behind: {some(left_behind)}."]
-                if left_behind
-                else []
-            ),
-        ),
+        notes=(*chosen.notes, *run_notes(checkpoints, specs), *_left_behind(layouts)),
         warnings=(
             *found.warnings,
-            *selected.warnings,
+            *chosen.warnings,
             *advice(candidates, [checkpoint.name for checkpoint in checkpoints]),
             *run_warnings(checkpoints, specs, found_in_all=len(found.checkpoints)),
             *warnings,
         ),
     )
+
+
+def _reader(options: Options) -> Read:
+    """What reads the headers of a checkpoint, each once."""
+
+    @functools.cache
+    def read(weights: Weights) -> Specs:
+        specs = read_specs(weights, options.key)
+        if not specs.tensors:
+            raise RefusedError(f"{printable(weights.path)} holds no tensors.")
+        return specs
+
+    return read
+
+
+class _Chosen(NamedTuple):
+    """What takes part, before headers are compared."""
+
+    found: Found  # the run
+    checkpoints: list[Checkpoint]  # those that some average takes, oldest first
+    weightings: list[Weighting]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def _choose(paths: Sequence[Path], options: Options, read: Read) -> _Chosen:
+    """Find the checkpoints, select among them, weigh them, and see that they are whole."""
+    discovered = discover(paths, options, read)
+    problem_of = problems(discovered.checkpoints, read)
+    found = without_unfinished(discovered, options, problem_of)
+    selected = select(found.checkpoints, options, read)
+    weightings = weigh(selected.selections, options)
+    taken = {checkpoint for weighting in weightings for checkpoint in weighting.checkpoints}
+    checkpoints = [checkpoint for checkpoint in found.checkpoints if checkpoint in taken]
+    check_whole(checkpoints, problem_of)
+    return _Chosen(found, checkpoints, weightings, selected.notes, selected.warnings)
 
 
 def _compared(
@@ -220,6 +235,11 @@ def _layouts(
             " asked for; name a folder."
         )
     return [lay_out(w, specs_of, found, destination / w.name, options) for w in weightings]
+
+
+def _left_behind(layouts: Sequence[Layout]) -> list[str]:
+    models = sorted({model for layout in layouts for model in layout.left_behind})
+    return [f"Folders with weights of their own are left behind: {some(models)}."] * bool(models)
 
 
 def _inputs(found: Found) -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ckpt_ema.errors import printable
 from ckpt_ema.planning.candidates import Candidate
 from ckpt_ema.planning.plan import Plan
-from ckpt_ema.report.plan_view import markdown_lines
+from ckpt_ema.report.weight_rows import markdown_lines
 
 CARD_NAME = "README.md"
 TAGS = ("weight-averaging", "ckpt-ema")

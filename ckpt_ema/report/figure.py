@@ -11,7 +11,7 @@ from ckpt_ema.errors import FailedError, OptionError, printable
 from ckpt_ema.options import PathLike
 from ckpt_ema.planning.candidates import Candidate
 from ckpt_ema.planning.plan import Plan
-from ckpt_ema.schedules.statistics import learning_rate
+from ckpt_ema.schedules.shares import learning_rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

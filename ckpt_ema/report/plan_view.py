@@ -17,22 +17,20 @@ from ckpt_ema.errors import printable
 from ckpt_ema.planning.candidates import Candidate
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.report.lines import counted, shortened, size
+from ckpt_ema.report.weight_rows import (
+    UNKNOWN,
+    Row,
+    cell_headings,
+    markdown_lines,
+    rows_of,
+    without_middle,
+)
 
-_UNKNOWN = "-"
 _LEAST_COLUMNS = 40  # with less, nothing could be read
 _WEIGHT_COLUMNS = 9  # "100.00%" and what stands between columns
 _LONGEST_NAME = 30
 _BAR_COLUMNS = (4, 30)
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-
-
-class _Row(NamedTuple):
-    """A checkpoint, or those that are left out of the table."""
-
-    name: str
-    cells: tuple[str, ...]
-    weights: tuple[float | None, ...]  # None where an average does not take it
-    has_bars: bool = True
 
 
 def plan_text(plan: Plan, stream: TextIO | None, most_rows: int) -> str:
@@ -61,19 +59,6 @@ class _Page(io.StringIO):
     def encoding(self) -> str:  # type: ignore[override]
         """That of the stream, by which rich tells whether blocks would arrive."""
         return self._encoding
-
-
-def markdown_lines(plan: Plan, candidates: Sequence[Candidate]) -> list[str]:
-    """The weights of some averages of a plan as a table in Markdown."""
-    headings = ["checkpoint", *_headings(candidates), *_weight_headings(candidates)]
-    return [
-        f"| {' | '.join(headings)} |",
-        f"|:---|{'---:|' * (len(headings) - 1)}",
-        *(
-            f"| {' | '.join([row.name.replace('|', '&#124;'), *row.cells, *_shares(row)])} |"
-            for row in _rows(plan, candidates)
-        ),
-    ]
 
 
 def summary_lines(plan: Plan) -> list[str]:
@@ -106,50 +91,12 @@ def _parts(plan: Plan, console: Console, most_rows: int) -> Iterator[RenderableT
 # --- The weights ---------------------------------------------------------------------------------
 
 
-def _headings(candidates: Sequence[Candidate]) -> list[str]:
-    return ["step", "gap", "decay"] if len(candidates) == 1 else ["step"]
+class _Columns(NamedTuple):
+    """How wide things are, and how many averages stand side by side."""
 
-
-def _weight_headings(candidates: Sequence[Candidate]) -> list[str]:
-    return ["weight"] if len(candidates) == 1 else [candidate.name for candidate in candidates]
-
-
-def _rows(plan: Plan, candidates: Sequence[Candidate]) -> list[_Row]:
-    weights = [dict(zip(c.members, c.weights, strict=True)) for c in candidates]
-    taken = sorted({number for of_candidate in weights for number in of_candidate})
-    rows: list[_Row] = []
-    for number in taken:
-        checkpoint = plan.checkpoints[number]
-        cells = [_UNKNOWN if checkpoint.step is None else str(checkpoint.step)]
-        if len(candidates) == 1:
-            place = len(rows)
-            gap, decay = candidates[0].gaps[place], (None, *candidates[0].decays)[place]
-            cells.append(_UNKNOWN if gap is None else str(gap))
-            cells.append(_UNKNOWN if decay is None else f"{decay:.4f}")
-        shares = tuple(of_candidate.get(number) for of_candidate in weights)
-        rows.append(_Row(printable(checkpoint.name), tuple(cells), shares))
-    return rows
-
-
-def _without_middle(rows: list[_Row], most_rows: int) -> list[_Row]:
-    """The rows, or the oldest and newest of them with one row for those between."""
-    if len(rows) <= most_rows:
-        return rows
-    newest = most_rows * 2 // 3  # which weigh most
-    oldest = most_rows - newest - 1
-    hidden = rows[oldest : len(rows) - newest]
-    columns = zip(*(row.weights for row in hidden), strict=True)
-    sums = tuple(sum(weight or 0.0 for weight in column) for column in columns)
-    blank = ("",) * len(hidden[0].cells)
-    return [
-        *rows[:oldest],
-        _Row(f"... {len(hidden)} more", blank, sums, has_bars=False),
-        *rows[-newest:],
-    ]
-
-
-def _shares(row: _Row) -> list[str]:
-    return [_UNKNOWN if weight is None else f"{weight:.2%}" for weight in row.weights]
+    name: int
+    bar: int  # 0: there is no room for bars
+    averages: int
 
 
 def _tables(plan: Plan, console: Console, most_rows: int) -> Iterator[Table]:
@@ -157,49 +104,64 @@ def _tables(plan: Plan, console: Console, most_rows: int) -> Iterator[Table]:
 
     As many averages as fit stand side by side; others follow below.
     """
-    candidates, headings = plan.candidates, _headings(plan.candidates)
-    rows = _without_middle(_rows(plan, candidates), most_rows)
-    figures = _figure_rows(candidates) if len(candidates) > 1 else []
-    labels = [row.name for row in rows] + [label for label, _ in figures]
-    name_columns = min(_LONGEST_NAME, max(map(len, labels)))
-    cells = zip(headings, *(row.cells for row in rows), strict=True)
-    taken = 2 + name_columns + sum(2 + max(map(len, column)) for column in cells)
-    most = max(1, min(len(candidates), (console.width - taken) // _WEIGHT_COLUMNS))
-    bar = min(_BAR_COLUMNS[1], (console.width - taken) // most - _WEIGHT_COLUMNS - 2)
-    bar = bar if bar >= _BAR_COLUMNS[0] else 0
-    largest = max(max(candidate.weights) for candidate in candidates)
-    for first in range(0, len(candidates), most):
-        shown = range(first, min(first + most, len(candidates)))
-        names = [f"({number + 1})" for number in shown] if len(candidates) > 1 else ["weight"]
-        table = _empty_table(name_columns, headings, names, bar)
+    count, headings = len(plan.candidates), cell_headings(plan.candidates)
+    rows = without_middle(rows_of(plan, plan.candidates), most_rows)
+    figures = _figure_rows(plan.candidates) if count > 1 else []
+    columns = _columns(headings, rows, [label for label, _ in figures], console.width)
+    largest = max(max(candidate.weights) for candidate in plan.candidates)
+
+    def bar(weight: float | None, row: Row) -> str:
+        length = (weight or 0.0) / largest * columns.bar
+        return _bar(length, console) if row.has_bars else ""
+
+    for first in range(0, count, columns.averages):
+        shown = slice(first, first + columns.averages)
+        table = _empty_table(headings, range(count)[shown], count, columns)
         for row in rows:
-            line: list[RenderableType] = [Text(row.name), *row.cells]
-            shares = _shares(row)
-            for number in shown:
-                length = (row.weights[number] or 0.0) / largest * bar if row.has_bars else 0.0
-                line += [shares[number], _bar(length, console)] if bar else [shares[number]]
-            table.add_row(*line)
+            bars = [bar(weight, row) for weight in row.weights]
+            table.add_row(
+                Text(row.name), *row.cells, *_paired(row.shares[shown], bars[shown], columns)
+            )
+        if figures:
+            table.add_row()
+        blank = [""] * len(headings)
         for label, values in figures:
-            if label == figures[0][0]:
-                table.add_row()
-            line = [label, *("" for _ in headings)]
-            for number in shown:
-                line += [values[number], ""] if bar else [values[number]]
-            table.add_row(*line)
+            none = [""] * count
+            table.add_row(label, *blank, *_paired(values[shown], none[shown], columns))
         yield table
 
 
+def _columns(
+    headings: Sequence[str], rows: Sequence[Row], labels: Sequence[str], width: int
+) -> _Columns:
+    """What fits into `width` columns."""
+    name = min(_LONGEST_NAME, max(map(len, [*(row.name for row in rows), *labels])))
+    cells = zip(headings, *(row.cells for row in rows), strict=True)
+    free = width - 2 - name - sum(2 + max(map(len, column)) for column in cells)
+    averages = max(1, min(len(rows[0].weights), free // _WEIGHT_COLUMNS))
+    bar = min(_BAR_COLUMNS[1], free // averages - _WEIGHT_COLUMNS - 2)
+    return _Columns(name, bar if bar >= _BAR_COLUMNS[0] else 0, averages)
+
+
+def _paired(values: Sequence[str], bars: Sequence[str], columns: _Columns) -> list[str]:
+    """Values with their bars, if there are any."""
+    if not columns.bar:
+        return list(values)
+    return [cell for pair in zip(values, bars, strict=True) for cell in pair]
+
+
 def _empty_table(
-    name_columns: int, headings: Sequence[str], averages: Sequence[str], bar: int
+    headings: Sequence[str], shown: Sequence[int], count: int, columns: _Columns
 ) -> Table:
     table = Table(box=None, padding=(0, 0, 0, 2), header_style="bold")
-    table.add_column("checkpoint", no_wrap=True, overflow="ellipsis", max_width=name_columns)
+    table.add_column("checkpoint", no_wrap=True, overflow="ellipsis", max_width=columns.name)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    for average in averages:
-        table.add_column(average, justify="right", no_wrap=True)
-        if bar:
-            table.add_column("", no_wrap=True, style="cyan", min_width=bar)
+    for number in shown:
+        name = f"({number + 1})" if count > 1 else "weight"
+        table.add_column(name, justify="right", no_wrap=True)
+        if columns.bar:
+            table.add_column("", no_wrap=True, style="cyan", min_width=columns.bar)
     return table
 
 
@@ -225,7 +187,7 @@ def _figures(candidate: Candidate) -> Table:
         ("as old as a half-life of", f"{_number(found.half_life)} {unit}"),
         ("as old as a power function of sigma_rel", _number(found.sigma_rel)),
     ):
-        table.add_row(text, value if not value.startswith(_UNKNOWN) else _UNKNOWN)
+        table.add_row(text, value if not value.startswith(UNKNOWN) else UNKNOWN)
     return table
 
 
@@ -250,7 +212,7 @@ def _number(value: float | None) -> str:
     ('0.109', '998', '1234568', '-')
     """
     if value is None:
-        return _UNKNOWN
+        return UNKNOWN
     return f"{value:.3g}" if abs(value) < 100 or value >= 1e7 else f"{value:.0f}"
 
 

@@ -1,4 +1,4 @@
-"""Every schedule as one function from the steps of checkpoints to decays; floats only.
+"""Every schedule as one function from the steps of checkpoints to decays; long, as all are here.
 
 Checkpoints are theta_1 .. theta_N, oldest first, saved at training steps t_1 < ... < t_N. The fold
 is s_1 = theta_1, then s_j = s_(j-1) - (1 - d_j) * (s_(j-1) - theta_j). So every schedule is a fixed
@@ -9,46 +9,15 @@ number matters.
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 from ckpt_ema.errors import OptionError, RefusedError
+from ckpt_ema.schedules.shares import decays_of
 
 Steps = Sequence[int]
 
 # Beyond it the profile of the power function is not one that grows: at 1 / sqrt(12) it is uniform.
 MOST_SIGMA_REL = 1 / math.sqrt(12)
-
-
-# --- What decays and weights are to each other ---------------------------------------------------
-
-
-def weights(decays: Sequence[float]) -> list[float]:
-    """The share of each of the N checkpoints in the result, from the N - 1 decays d_2 .. d_N.
-
-    w_j = (1 - d_j) * prod(d_k, k > j) and w_1 = prod(d_k, k >= 2); they sum to 1.
-
-    >>> weights([0.5, 0.75])
-    [0.375, 0.375, 0.25]
-    """
-    shares = []
-    kept = 1.0  # what the folds still to come leave of the present shadow
-    for decay in reversed(decays):
-        shares.append((1.0 - decay) * kept)
-        kept *= decay
-    shares.append(kept)
-    return shares[::-1]
-
-
-def decays_of(weights: Sequence[float]) -> list[float]:
-    """The decays with which folding gives `weights`, of which none is negative, but for their sum.
-
-    d_j = (w_1 + ... + w_(j-1)) / (w_1 + ... + w_j).
-
-    >>> decays_of([1, 1, 2])
-    [0.5, 0.5]
-    """
-    sums = list(accumulate(weights))
-    return [before / after if after else 0.0 for before, after in pairwise(sums)]
 
 
 # --- Schedules that count checkpoints ------------------------------------------------------------
@@ -93,8 +62,8 @@ def constant_debiased(steps: Steps, decay: float) -> list[float]:
     fold with d_j = d (1 - d^(j-1)) / (1 - d^j). Source: Kingma and Ba 2015, arXiv 1412.6980,
     section 3; `optax.ema(debias=True)`. At d = 1 it is the limit, the uniform mean.
 
-    >>> [round(w, 3) for w in weights(constant_debiased(range(3), 0.5))]
-    [0.143, 0.286, 0.571]
+    >>> [round(d, 3) for d in constant_debiased(range(3), 0.5)]
+    [0.333, 0.429]
     """
     if decay == 1.0:
         return uniform(steps)
@@ -146,8 +115,8 @@ def wsm(steps: Steps, shape: Callable[[float], float]) -> list[float]:
     c_(N-1) = s_(N-1). Source: warmup-stable-merge, Tian et al. 2025, arXiv 2507.17634.
     Raises `OptionError` for a shape that rises somewhere, which would need negative weights.
 
-    >>> [round(w, 3) for w in weights(wsm(range(4), minus_sqrt))]
-    [0.5, 0.207, 0.159, 0.134]
+    >>> [round(d, 3) for d in wsm(range(4), minus_sqrt)]
+    [0.707, 0.816, 0.866]
     """
     count = len(steps)
     values = [1.0, *(shape(i / count) for i in range(1, count)), 0.0]

@@ -5,103 +5,18 @@ Each value of an option that takes several is a rule of its own, and several suc
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from ckpt_ema.errors import OptionError, flag, printable
-from ckpt_ema.schedules import formulas
 from ckpt_ema.schedules.formulas import MOST_SIGMA_REL, Steps
-
-DEFAULT_DECAY = 0.999
-DEFAULT_SCHEDULE = "dynamic"
-WEIGHTS = "weights"  # the rule whose weights a file states
-
-# Other names that people know.
-ALIASES = {"ema": "dynamic", "swa": "uniform", "lawa": "uniform", "karras": "power"}
-
-
-class Setting(NamedTuple):
-    """A further option of a schedule: what it is unless given, and how names tell it."""
-
-    default: Any
-    label: str  # "{}" stands for the value
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """One schedule: its formula and the options that it takes."""
-
-    formula: Callable[..., list[float]] | None  # of steps and its options; None: a file states all
-    text: str  # for people; "{}" stands for the value of `varies`
-    varies: str | None = None  # the option of which each value is an average of its own
-    label: str = ""  # of the value of `varies`, in names
-    settings: Mapping[str, Setting] = field(default_factory=dict)
-    counts_steps: bool = False  # and not checkpoints
-
-
-def _dynamic(steps: Steps, decay: float, num_updates: str) -> list[float]:
-    at_steps = num_updates == "step"
-    return (formulas.dynamic_at_steps if at_steps else formulas.dynamic)(steps, decay)
-
-
-def _constant(steps: Steps, decay: float, zero_debias: bool) -> list[float]:
-    return (formulas.constant_debiased if zero_debias else formulas.constant)(steps, decay)
-
-
-# What --schedule may name.
-SCHEDULES = {
-    "dynamic": Schedule(
-        _dynamic,
-        "dynamic, decay {}",
-        "decay",
-        "dynamic",
-        {"num_updates": Setting("index", "at-{}s")},
-    ),
-    "constant": Schedule(
-        _constant,
-        "constant, decay {}",
-        "decay",
-        "constant",
-        {"zero_debias": Setting(False, "debiased")},
-    ),
-    "uniform": Schedule(formulas.uniform, "uniform"),
-    "linear": Schedule(formulas.linear, "linear"),
-    "warmup": Schedule(
-        formulas.warmup,
-        "warmup, decay at most {}",
-        "decay",
-        "warmup",
-        {"power": Setting(2 / 3, "power-{}"), "inv_gamma": Setting(1.0, "inv-gamma-{}")},
-    ),
-    "power": Schedule(
-        formulas.power, "power function, sigma_rel {}", "sigma_rel", "sigma-rel", counts_steps=True
-    ),
-    "wsm-minus-sqrt": Schedule(
-        partial(formulas.wsm, shape=formulas.minus_sqrt), "learning-rate decay 1 - sqrt(x)"
-    ),
-    "wsm-cosine": Schedule(
-        partial(formulas.wsm, shape=formulas.cosine), "learning-rate decay (1 + cos(pi x)) / 2"
-    ),
-}
-# What an option of its own selects.
-_IMPLIED = {
-    "per-step": Schedule(
-        formulas.per_step, "decay {} per step", "decay_per_step", "per-step", counts_steps=True
-    ),
-    "half-life": Schedule(
-        formulas.half_life, "half-life {} steps", "half_life", "half-life", counts_steps=True
-    ),
-    WEIGHTS: Schedule(None, "stated weights"),
-}
-_ALL = {**SCHEDULES, **_IMPLIED}
-# In which one of the schedules whose value is --decay must be meant.
-_OF_DECAY = [name for name, schedule in SCHEDULES.items() if schedule.varies == "decay"]
-
-# The options of which one may be given, or several that add up.
-RULE_OPTIONS = (
-    *("decay", "num_updates", "zero_debias", "power", "inv_gamma"),
-    *("decay_per_step", "half_life", "sigma_rel", WEIGHTS),
+from ckpt_ema.schedules.table import (
+    ALIASES,
+    ALL,
+    DEFAULT_DECAY,
+    DEFAULT_SCHEDULE,
+    SCHEDULES,
+    WEIGHTS,
 )
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -131,7 +46,7 @@ class Rule:
         >>> Rule("constant", {"decay": 0.9, "zero_debias": True}).name
         'constant-0.9-debiased'
         """
-        schedule = _ALL[self.schedule]
+        schedule = ALL[self.schedule]
         parts = [schedule.label or self.schedule]
         if schedule.varies:
             parts.append(_short(self.numbers[schedule.varies]))
@@ -144,7 +59,7 @@ class Rule:
         >>> Rule("dynamic", {"decay": 0.999, "num_updates": "step"}).text
         'dynamic, decay 0.999, at steps'
         """
-        schedule = _ALL[self.schedule]
+        schedule = ALL[self.schedule]
         value = _short(self.numbers[schedule.varies]) if schedule.varies else ""
         settings = [label.replace("-", " ") for label in self._settings()]
         return ", ".join([schedule.text.format(value), *settings])
@@ -152,12 +67,12 @@ class Rule:
     @property
     def counts_steps(self) -> bool:
         """Whether the weights depend on the training steps of the checkpoints."""
-        return _ALL[self.schedule].counts_steps or self.numbers.get("num_updates") == "step"
+        return ALL[self.schedule].counts_steps or self.numbers.get("num_updates") == "step"
 
     @property
     def asked_by(self) -> str:
         """The option that asks for it, as it is written on the command line."""
-        varies = _ALL[self.schedule].varies
+        varies = ALL[self.schedule].varies
         if varies and varies != "decay":
             return flag(varies)
         if self.numbers.get("num_updates") == "step":
@@ -166,7 +81,7 @@ class Rule:
 
     def decays(self, steps: Steps) -> list[float]:
         """The decays d_2 .. d_N for checkpoints at these steps, oldest first."""
-        formula = _ALL[self.schedule].formula
+        formula = ALL[self.schedule].formula
         assert formula is not None, "stated weights are no formula"
         return formula(steps, **self.numbers)
 
@@ -174,7 +89,7 @@ class Rule:
         """The labels of what is not at its default."""
         return [
             setting.label.format(_short(self.numbers[option]))
-            for option, setting in _ALL[self.schedule].settings.items()
+            for option, setting in ALL[self.schedule].settings.items()
             if self.numbers[option] != setting.default
         ]
 
@@ -204,10 +119,9 @@ def _chosen(schedule: str, given: Mapping[str, Any]) -> str:
     if name not in SCHEDULES:
         known = ", ".join([*SCHEDULES, *ALIASES])
         raise OptionError(f"--schedule is {printable(schedule)!r}; it must be one of {known}.")
-    takes = _options_of(name)
     for option in given:
-        if option not in takes:
-            homes = [other for other in _ALL if option in _options_of(other)]
+        if option not in ALL[name].options:
+            homes = [o for o, schedule in ALL.items() if option in schedule.options] or [option]
             raise OptionError(
                 f"--schedule {schedule} takes no {flag(option)}, which belongs to"
                 f" {' and '.join(homes)}.",
@@ -221,29 +135,32 @@ def _chosen(schedule: str, given: Mapping[str, Any]) -> str:
 
 def _implied(given: Mapping[str, Any]) -> list[str]:
     """The schedules that options select where none is named."""
-    by_settings = {
-        name: [option for option in schedule.settings if option in given]
-        for name, schedule in _ALL.items()
+    # The value of --decay goes to one schedule, which a setting of its own selects.
+    of_decay = {
+        name: setting
+        for name, schedule in ALL.items()
+        if schedule.varies == "decay"
+        for setting in schedule.settings
+        if setting in given
     }
-    of_decay = [name for name in _OF_DECAY if by_settings[name]]
     if len(of_decay) > 1:
-        first, second = (flag(by_settings[name][0]) for name in of_decay[:2])
+        one, other = ((flag(setting), name) for name, setting in list(of_decay.items())[:2])
         raise OptionError(
-            f"{first} belongs to --schedule {of_decay[0]} and {second} to --schedule {of_decay[1]}."
+            f"{one[0]} belongs to --schedule {one[1]} and {other[0]} to --schedule {other[1]}."
         )
     others = [
         name
-        for name, schedule in _ALL.items()
-        if name not in _OF_DECAY and schedule.varies in given
+        for name, schedule in ALL.items()
+        if schedule.varies != "decay" and schedule.varies in given
     ]
     others += [WEIGHTS] * (WEIGHTS in given)
     if not of_decay and ("decay" in given or not others):
-        of_decay = [DEFAULT_SCHEDULE]
-    return of_decay + others
+        return [DEFAULT_SCHEDULE, *others]
+    return [*of_decay, *others]
 
 
 def _rules_of(name: str, given: Mapping[str, Any]) -> list[Rule]:
-    schedule = _ALL[name]
+    schedule = ALL[name]
     settings = {
         option: given.get(option, setting.default) for option, setting in schedule.settings.items()
     }
@@ -251,11 +168,6 @@ def _rules_of(name: str, given: Mapping[str, Any]) -> list[Rule]:
         return [Rule(name, settings)]
     values: Sequence[float] = given.get(schedule.varies, (DEFAULT_DECAY,))
     return [Rule(name, {schedule.varies: value, **settings}) for value in values]
-
-
-def _options_of(name: str) -> set[str]:
-    schedule = _ALL[name]
-    return {schedule.varies or name, *schedule.settings}
 
 
 def _check_range(option: str, given: Any) -> None:

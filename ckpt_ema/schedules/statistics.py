@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
-from ckpt_ema.schedules.formulas import MOST_SIGMA_REL, Steps, half_life, power, weights
+from ckpt_ema.schedules.formulas import MOST_SIGMA_REL, Steps, half_life, power
+from ckpt_ema.schedules.shares import weights
 
 _NOTHING = 1e-18  # a share below it changes no sum
 _LEAST_SIGMA_REL = 1e-4
@@ -59,18 +60,6 @@ def mean_age(steps: Steps, decays: Sequence[float]) -> float:
         if older < _NOTHING:
             break
     return age
-
-
-def learning_rate(weights: Sequence[float]) -> list[float]:
-    """The learning-rate decay that an average imitates: sum(w_k, k >= j) for each checkpoint j.
-
-    What was learnt on the way to checkpoint j is in all later ones, so the average holds this share
-    of it. Source: Tian et al. 2025, arXiv 2507.17634.
-
-    >>> learning_rate([0.25, 0.25, 0.5])
-    [1.0, 0.75, 0.5]
-    """
-    return list(accumulate(reversed(weights)))[::-1]
 
 
 def _equivalent_half_life(steps: Steps, age: float) -> float | None:

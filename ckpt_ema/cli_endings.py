@@ -1,0 +1,76 @@
+"""How a command ends: errors and signals as one line on stderr and the exit code they stand for."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+import typer
+
+from ckpt_ema.errors import CkptEmaError, printable
+
+
+class SignalError(BaseException):
+    """A signal asks the process to end. No Exception, so that nothing on the way swallows it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def take_signals() -> None:
+    """Have signals raise `SignalError`."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # under nohup it stays ignored
+            signal.signal(number, _end)
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    ignore_signals()  # what a second one would interrupt is the tidying up
+    raise SignalError(number)
+
+
+def ignore_signals() -> None:
+    """Have signals do nothing from now on."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def say_signal(error: SignalError) -> int:
+    """Say that a signal ended the command; returns the exit code that shells expect."""
+    how = "interrupted" if error.number == signal.SIGINT else "terminated"
+    say(f"{how}, nothing was written")
+    return 128 + error.number
+
+
+@contextlib.contextmanager
+def errors_reported() -> Iterator[None]:
+    """Turn what goes wrong into one line on stderr and the exit code it stands for."""
+    try:
+        yield
+    except CkptEmaError as error:
+        say(f"error: {error}")
+        raise typer.Exit(error.exit_code) from error
+    except MemoryError as error:
+        say("error: The machine ran out of memory; nothing was written. Try fewer --threads.")
+        raise typer.Exit(1) from error
+    except OSError as error:
+        say(f"error: {printable(error)}.")
+        raise typer.Exit(1) from error
+    except SignalError as error:
+        raise typer.Exit(say_signal(error)) from error
+    except RuntimeError as error:
+        # A signal that comes while threading hands over a lock leaves it saying that the lock is
+        # not held; what it was raised on top of is what happened.
+        if not isinstance(error.__context__, SignalError):
+            raise
+        raise typer.Exit(say_signal(error.__context__)) from error
+
+
+def say(*lines: str) -> None:
+    """Print lines on stderr."""
+    for line in lines:
+        with contextlib.suppress(OSError):  # a stderr that is full or closed changes no result
+            typer.echo(line, err=True)
