@@ -3,7 +3,7 @@
 #
 #     MODEL=$(scripts/post_training.sh runs/my-run --decay 0.9) && evaluate "$MODEL"
 #
-# stdout carries the path of the averaged model and nothing else. Whatever goes wrong, the exit code
+# stdout carries the path of the averaged model and nothing else; of several, a line each. Whatever goes wrong, the exit code
 # is not 0, stdout is empty and no half-made model is left. Running it again costs nothing: an
 # average that is there already is up to date. PYTHON names the interpreter that has ckpt-ema.
 set -eu
@@ -22,17 +22,17 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-output = Path(sys.argv[1])
-files = [output] if output.is_file() else sorted(output.glob("*.safetensors"))
-tensors = 0
-for path in files:
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():
-            file.get_tensor(name)
-            tensors += 1
-if not tensors:
-    sys.exit(f"{output} holds no tensors")
-print(f"checked: {tensors} tensors in {len(files)} file(s) load")
+for output in map(Path, sys.argv[1].splitlines()):
+    files = [output] if output.is_file() else sorted(output.glob("*.safetensors"))
+    tensors = 0
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                file.get_tensor(name)
+                tensors += 1
+    if not tensors:
+        sys.exit(f"{output} holds no tensors")
+    print(f"checked: {tensors} tensors in {len(files)} file(s) load")
 CHECK
 
 printf '%s\n' "$model"

@@ -98,6 +98,16 @@ def test_the_pipeline_step_hands_on_a_path_that_loads(make_run: MakeRun) -> None
     assert {name for shard in shards for name in read_safetensors(shard)} == {"a", "b"}
 
 
+def test_the_pipeline_step_hands_on_every_one_of_several(make_run: MakeRun) -> None:
+    run = make_run(series(3, a=noise(3, 4)))
+    done = post_training(run, "--last", "2,3", "--device", "cpu")
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [
+        *(f"{run}-ema/dynamic-0.999-last-2", f"{run}-ema/dynamic-0.999-last-3")
+    ]
+    assert done.stderr.count("checked: 1 tensors in 1 file(s) load") == 2
+
+
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["nowhere"], 3), (["RUN", "-x"], 2)])
 def test_the_pipeline_step_fails_with_an_empty_stdout(
     make_run: MakeRun, arguments: list[str], code: int

@@ -80,7 +80,7 @@ def test_more_than_there_are_is_all_there_are_and_said(run: Path) -> None:
 
 def test_what_is_taken_is_said(run: Path) -> None:
     plan = ckpt_ema.plan(run, from_step=200, every=2, last="1,2")
-    assert "--from 200 --every 2 --last 1,2 take 2 of 7 checkpoints." in plan.notes
+    assert "--from 200 --every 2 --last 1,2 takes 2 of 7 checkpoints." in plan.notes
     assert len(plan.checkpoints) == 2
     reasons = dict(ckpt_ema.plan(run, exclude=["*-100"]).left_out)
     assert reasons == {run / "checkpoint-100": "left out by --exclude"}
@@ -90,10 +90,10 @@ def test_what_is_taken_is_said(run: Path) -> None:
     ("options", "message"),
     [
         ({"steps": "150"}, "--steps 150: no checkpoint has this number; the nearest are 100, 200"),
-        ({"steps": "10-50"}, "--steps 10-50 leave none of 7 checkpoints"),
+        ({"steps": "10-50"}, "--steps 10-50 leaves none of 7 checkpoints"),
         (
             {"from_step": 5000},
-            "--from 5000 leave none of 7 checkpoints, which go from checkpoint-1",
+            "--from 5000 leaves none of 7 checkpoints, which go from checkpoint-1",
         ),
         ({"include": ["step*"]}, "--include step* matches nothing; the names are checkpoint-100"),
         ({"include": ["checkpoint-1"]}, "--include checkpoint-1 matches nothing"),

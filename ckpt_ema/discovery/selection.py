@@ -56,7 +56,7 @@ def select(checkpoints: Sequence[Checkpoint], options: Options, read: Read) -> S
     most = max(len(selection.checkpoints) for selection in selections)
     notes = []
     if most < len(checkpoints):
-        notes.append(f"{_asked(options)} take {most} of {len(checkpoints)} checkpoints.")
+        notes.append(f"{_asked(options)} takes {most} of {len(checkpoints)} checkpoints.")
     return Selected(tuple(selections), tuple(notes), tuple(dict.fromkeys(warnings)))
 
 
@@ -119,7 +119,7 @@ def _best(
 def _nothing_left(checkpoints: Sequence[Checkpoint], options: Options) -> RefusedError:
     first, last = checkpoints[0], checkpoints[-1]
     return RefusedError(
-        f"{_asked(options)} leave none of {len(checkpoints)} checkpoints, which go from"
+        f"{_asked(options)} leaves none of {len(checkpoints)} checkpoints, which go from"
         f" {printable(first.name)} to {printable(last.name)}."
     )
 

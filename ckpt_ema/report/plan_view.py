@@ -217,11 +217,11 @@ def _number(value: float | None) -> str:
 
 
 def _sizes(plan: Plan) -> Iterator[Text]:
-    files = [file for candidate in plan.candidates for file in candidate.output.files]
-    averaged = sum(tensor.averaged for file in files for tensor in file.tensors)
+    averaged = sum(t.averaged for file in plan.candidates[0].output.files for t in file.tensors)
+    times = f" {len(plan.candidates)} times" if len(plan.candidates) > 1 else ""
     copied = list(dict.fromkeys(c.name for one in plan.candidates for c in one.output.companions))
     yield Text(
-        f"averages {counted(averaged, 'tensor')}: reads {size(plan.bytes_read)}, writes"
+        f"averages {counted(averaged, 'tensor')}{times}: reads {size(plan.bytes_read)}, writes"
         f" {size(plan.bytes_written)}, in {size(plan.memory_bytes)} of memory beside torch's own"
     )
     if copied:
