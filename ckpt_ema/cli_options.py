@@ -1,4 +1,4 @@
-"""The options of the command line: for each field of `Options`, its help and its short name.
+"""The options of the command line, a long table: of each field of `Options` help and short name.
 
 Types, defaults and choices are those of `Options`; every option can also be set by an environment
 variable, CKPT_EMA_ and its name.
@@ -20,6 +20,9 @@ from ckpt_ema.schedules.table import ALIASES, DEFAULT_DECAY, DEFAULT_SCHEDULE, S
 
 AVERAGE_PANEL, CHECKPOINTS_PANEL, WEIGHTS_PANEL = "Average", "Which checkpoints", "Which weights"
 OUTPUT_PANEL, ENGINE_PANEL = "Output", "Engine"
+
+
+_SEVERAL_NUMBERS, _SEVERAL_COUNTS = "X[,X...]", "N[,N...]"
 
 
 class _Option(NamedTuple):
@@ -44,7 +47,7 @@ _OPTIONS: dict[str, _Option] = {
         " or at the most (dynamic: min(decay, (1 + n) / (10 + n)) at the n-th fold, as TensorFlow"
         f" has it; warmup). {DEFAULT_DECAY:g} unless given.",
         names=("--decay", "-d"),
-        metavar="NUMBERS",
+        metavar=_SEVERAL_NUMBERS,
     ),
     "num_updates": _Option(
         AVERAGE_PANEL,
@@ -65,17 +68,17 @@ _OPTIONS: dict[str, _Option] = {
     "decay_per_step": _Option(
         AVERAGE_PANEL,
         "What the average keeps of itself at each training step.",
-        metavar="NUMBERS",
+        metavar=_SEVERAL_NUMBERS,
     ),
     "half_life": _Option(
         AVERAGE_PANEL,
-        "Training steps in which a checkpoint's share halves.",
-        metavar="NUMBERS",
+        "Training steps in which a checkpoint's share halves. Each value is an average of its own.",
+        metavar=_SEVERAL_NUMBERS,
     ),
     "sigma_rel": _Option(
         AVERAGE_PANEL,
         "Width of the power function of Karras et al., relative to the run: 0.05, 0.1 ...",
-        metavar="NUMBERS",
+        metavar=_SEVERAL_NUMBERS,
     ),
     "weights": _Option(
         AVERAGE_PANEL,
@@ -102,14 +105,14 @@ _OPTIONS: dict[str, _Option] = {
     ),
     "last": _Option(
         CHECKPOINTS_PANEL,
-        "Take the newest so many, of those that the options below leave.",
-        metavar="COUNTS",
+        "Take the N newest, of those that the options on steps and names leave.",
+        metavar=_SEVERAL_COUNTS,
     ),
     "best": _Option(
         CHECKPOINTS_PANEL,
-        "Take so many with the best --metric, of those that the other options leave; of equals the"
-        " later.",
-        metavar="COUNTS",
+        "Take the N with the best --metric, of those that the other options leave; of equals the"
+        " later ones.",
+        metavar=_SEVERAL_COUNTS,
     ),
     "metric": _Option(
         CHECKPOINTS_PANEL,
@@ -126,11 +129,11 @@ _OPTIONS: dict[str, _Option] = {
         CHECKPOINTS_PANEL, "Take these steps: 100,200 or ranges, 1000-5000.", metavar="STEPS"
     ),
     "every": _Option(
-        CHECKPOINTS_PANEL, "Take every so-manieth, counted from the newest.", int, metavar="COUNT"
+        CHECKPOINTS_PANEL, "Take every N-th, counted back from the newest.", int, metavar="N"
     ),
     "min_gap": _Option(
         CHECKPOINTS_PANEL,
-        "Take the newest, and before it those that are at least so many steps apart.",
+        "Take the newest, and before it those that are at least this many steps apart.",
         int,
         metavar="STEPS",
     ),
@@ -271,7 +274,7 @@ def _parameter(name: str, option: _Option) -> inspect.Parameter:
     declared = typer.Option(
         *(option.names or (flag(name),)),
         help=option.help,
-        envvar="CKPT_EMA_" + name.upper(),
+        envvar="CKPT_EMA" + flag(name)[1:].upper().replace("-", "_"),
         rich_help_panel=option.panel,
         show_default=default not in (None, [], False, True),
         metavar=option.metavar,

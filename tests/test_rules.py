@@ -124,7 +124,7 @@ def test_contradictions_and_impossible_values_are_usage_errors(
     ],
 )
 def test_people_read_what_a_rule_is(options: dict[str, Any], text: str) -> None:
-    assert [rule.text for rule in Options(**options).rules()] == [text]
+    assert [rule.told() for rule in Options(**options).rules()] == [text]
 
 
 def test_steps_are_numbers_and_ranges_in_any_form() -> None:

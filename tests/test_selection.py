@@ -182,6 +182,7 @@ def test_epochs_are_a_unit_and_said_to_be_it(make_run: MakeRun) -> None:
     run = make_run(series(3, w=noise(3, 5)), pattern="epoch_{}")
     [candidate] = ckpt_ema.plan(run, half_life=1).candidates
     assert (candidate.unit, candidate.decays) == ("epochs", (0.5, 0.5))
+    assert candidate.text == "half-life 1 epochs"
 
 
 def test_a_checkpoint_at_step_0_is_no_part_of_a_power_function(make_run: MakeRun) -> None:

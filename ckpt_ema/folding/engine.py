@@ -209,9 +209,9 @@ class _Worker:
 
         Those are not written, or else (`only_finite` False) searched for what made them so.
         """
-        candidates = self._plan.candidates
+        dtypes = tile.span.dtypes
         all_finite = True
-        for name, same in groupby(range(len(candidates)), lambda n: tile.span.dtypes[n]):
+        for name, same in groupby(sorted(dtypes), dtypes.__getitem__):
             dtype, numbers = TORCH_DTYPES[name], list(same)
             data = fold.rounded(slice(numbers[0], numbers[-1] + 1), tile.length, dtype)
             if not is_finite(torch.frombuffer(data, dtype=dtype)):

@@ -42,6 +42,11 @@ class Candidate:
     output: Output
 
     @property
+    def text(self) -> str:
+        """How its weights come about, for people."""
+        return self.rule.told("epochs" if self.unit == "epochs" else "steps")
+
+    @property
     def newest(self) -> int:
         """The number of its last checkpoint, which gives the output its form."""
         return self.members[-1]

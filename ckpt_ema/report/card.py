@@ -39,7 +39,7 @@ def card(plan: Plan, candidate: Candidate, command: str | None, picture: str | N
             f"The weighted average of {len(candidate.members)} checkpoints of `{printable(run)}`,"
             " made by ckpt-ema; nothing was trained.",
             "",
-            f"- weights: {candidate.rule.text}",
+            f"- weights: {candidate.text}",
             f"- effective number of checkpoints: {statistics.effective_number:.1f}",
             f"- mean age of the checkpoints, before the newest: {statistics.mean_age:.4g} {unit}",
             "",

@@ -64,7 +64,7 @@ class _Page(io.StringIO):
 def summary_lines(plan: Plan) -> list[str]:
     """The plan for the summary page of a CI job, in Markdown."""
     title = f"### ckpt-ema: {printable(plan.run)} → {printable(plan.output)}"
-    rules = [f"- {candidate.name}: {candidate.rule.text}" for candidate in plan.candidates]
+    rules = [f"- {candidate.name}: {candidate.text}" for candidate in plan.candidates]
     return [title, "", *rules, "", *markdown_lines(plan, plan.candidates), ""]
 
 
@@ -72,12 +72,12 @@ def _parts(plan: Plan, console: Console, most_rows: int) -> Iterator[RenderableT
     yield Text(f"{printable(plan.run)} -> {printable(plan.output)}")
     if len(plan.candidates) == 1:
         only = plan.candidates[0]
-        yield Text(f"{only.rule.text}; {counted(len(only.members), 'checkpoint')}")
+        yield Text(f"{only.text}; {counted(len(only.members), 'checkpoint')}")
     else:
         yield Text(f"{len(plan.candidates)} averages in one pass, each in a folder of its name:")
         for number, candidate in enumerate(plan.candidates, start=1):
             taken = counted(len(candidate.members), "checkpoint")
-            yield Text(f"  ({number}) {candidate.name}: {candidate.rule.text}; {taken}")
+            yield Text(f"  ({number}) {candidate.name}: {candidate.text}; {taken}")
     for table in _tables(plan, console, most_rows):
         yield ""
         yield table

@@ -52,17 +52,18 @@ class Rule:
             parts.append(_short(self.numbers[schedule.varies]))
         return "-".join([*parts, *self._settings()])
 
-    @property
-    def text(self) -> str:
-        """What people read, such as "half-life 2000 steps".
+    def told(self, units: str = "steps") -> str:
+        """What people read; `units` is what the run counts, "steps" or "epochs".
 
-        >>> Rule("dynamic", {"decay": 0.999, "num_updates": "step"}).text
+        >>> Rule("half-life", {"half_life": 2000.0}).told()
+        'half-life 2000 steps'
+        >>> Rule("dynamic", {"decay": 0.999, "num_updates": "step"}).told()
         'dynamic, decay 0.999, at steps'
         """
         schedule = ALL[self.schedule]
         value = _short(self.numbers[schedule.varies]) if schedule.varies else ""
-        settings = [label.replace("-", " ") for label in self._settings()]
-        return ", ".join([schedule.text.format(value), *settings])
+        text = schedule.text.format(value, units=units, unit=units.removesuffix("s"))
+        return ", ".join([text, *(label.replace("-", " ") for label in self._settings())])
 
     @property
     def counts_steps(self) -> bool:
@@ -110,7 +111,7 @@ def make_rules(schedule: str | None, given: Mapping[str, Any]) -> tuple[Rule, ..
     rules = [rule for name in names for rule in _rules_of(name, given)]
     for rule in rules:
         if rules.count(rule) > 1:
-            raise OptionError(f"{rule.text} is asked for twice.")
+            raise OptionError(f"{rule.told()} is asked for twice.")
     return tuple(rules)
 
 

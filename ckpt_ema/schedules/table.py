@@ -31,7 +31,7 @@ class Schedule:
     """One schedule: its formula and the options that it takes."""
 
     formula: Callable[..., list[float]] | None  # of steps and its options; None: a file states all
-    text: str  # for people; "{}" stands for the value of `varies`
+    text: str  # for people; "{}" stands for the value of `varies`, units for what the run counts
     varies: str | None = None  # the option of which each value is an average of its own
     label: str = ""  # of the value of `varies`, in names
     settings: Mapping[str, Setting] = field(default_factory=dict)
@@ -90,10 +90,10 @@ SCHEDULES = {
 # What an option of its own selects.
 _IMPLIED = {
     "per-step": Schedule(
-        formulas.per_step, "decay {} per step", "decay_per_step", "per-step", counts_steps=True
+        formulas.per_step, "decay {} per {unit}", "decay_per_step", "per-step", counts_steps=True
     ),
     "half-life": Schedule(
-        formulas.half_life, "half-life {} steps", "half_life", "half-life", counts_steps=True
+        formulas.half_life, "half-life {} {units}", "half_life", "half-life", counts_steps=True
     ),
     WEIGHTS: Schedule(None, "stated weights"),
 }
