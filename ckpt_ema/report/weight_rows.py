@@ -32,17 +32,16 @@ def cell_headings(candidates: Sequence[Candidate]) -> list[str]:
 def rows_of(plan: Plan, candidates: Sequence[Candidate]) -> list[Row]:
     """A row for each checkpoint that some of the averages take."""
     weights = [dict(zip(c.members, c.weights, strict=True)) for c in candidates]
+    taken = sorted({number for of_candidate in weights for number in of_candidate})
+    columns: list[Sequence[object]] = [[plan.checkpoints[number].step for number in taken]]
+    if len(candidates) == 1:
+        decays = [None, *(f"{decay:.4f}" for decay in candidates[0].decays)]
+        columns += [candidates[0].gaps, decays]
     rows: list[Row] = []
-    for number in sorted({number for of_candidate in weights for number in of_candidate}):
-        checkpoint = plan.checkpoints[number]
-        cells = [UNKNOWN if checkpoint.step is None else str(checkpoint.step)]
-        if len(candidates) == 1:
-            place = len(rows)
-            gap, decay = candidates[0].gaps[place], (None, *candidates[0].decays)[place]
-            cells.append(UNKNOWN if gap is None else str(gap))
-            cells.append(UNKNOWN if decay is None else f"{decay:.4f}")
+    for number, *values in zip(taken, *columns, strict=True):
+        cells = tuple(UNKNOWN if value is None else str(value) for value in values)
         found = tuple(of_candidate.get(number) for of_candidate in weights)
-        rows.append(Row(printable(checkpoint.name), tuple(cells), found))
+        rows.append(Row(printable(plan.checkpoints[number].name), cells, found))
     return rows
 
 
