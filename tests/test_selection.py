@@ -276,6 +276,12 @@ def test_a_metric_that_is_missing_or_nan_is_refused_with_what_was_found(
     assert message in str(caught.value)
 
 
+def test_a_slip_in_a_metric_is_no_question_of_its_direction(run: Path) -> None:
+    log(run, LOSSES)
+    with pytest.raises(RefusedError, match=r"No checkpoint tells eval_los; they tell eval_loss"):
+        ckpt_ema.plan(run, best=2, metric="eval_los")
+
+
 def test_epochs_are_not_looked_up_as_steps(make_run: MakeRun) -> None:
     """The log counts steps; epoch 2 is not step 2."""
     run = make_run(series(3, w=noise(3, 5)), pattern="epoch_{}")

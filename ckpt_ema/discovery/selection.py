@@ -108,8 +108,8 @@ def _best(
     """For each value of --best that many checkpoints, in their order; ties go to the later one."""
     if options.best is None or options.metric is None:
         return [(None, list(checkpoints))]
+    values = metric_values(checkpoints, options.metric, read)  # first: the name may be a slip
     sign = -1 if higher_is_better(options.metric, options.metric_mode) else 1
-    values = metric_values(checkpoints, options.metric, read)
     ranked = sorted(range(len(values)), key=lambda number: (sign * values[number], -number))
     return [
         (best, [checkpoints[number] for number in sorted(ranked[:best])]) for best in options.best
