@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_ema import __version__
 from ckpt_ema.errors import FailedError, printable
-from ckpt_ema.layouts import MANIFEST_NAME
+from ckpt_ema.layouts import CARD_NAME, MANIFEST_NAME
 from ckpt_ema.options import PathLike
 from ckpt_ema.output import manifest
 from ckpt_ema.output.result import Result
+from ckpt_ema.output.vacancy import check_vacant
 from ckpt_ema.output.write import StagedOutput
 from ckpt_ema.planning.candidates import Candidate
-from ckpt_ema.planning.destination import check_vacant
 from ckpt_ema.planning.outputs import is_single_file
 from ckpt_ema.planning.plan import Plan, plan
-from ckpt_ema.report.card import CARD_NAME, card
+from ckpt_ema.report.card import card
 from ckpt_ema.report.figure import Picture
 from ckpt_ema.report.figure import plot as draw
 
@@ -47,8 +47,8 @@ def average(
     `overwrite` is False, or if a checkpoint holds NaN; `FailedError` if reading or writing fails.
     """
     decided = plan(run, **options)
-    picture = draw(decided, plot) if plot is not None else None
     done = up_to_date(decided, overwrite=overwrite)
+    picture = draw(decided, plot) if plot is not None else None
     return done or carry_out(decided, overwrite=overwrite, picture=picture, progress=progress)
 
 

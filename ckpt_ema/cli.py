@@ -22,6 +22,7 @@ from ckpt_ema.cli_endings import (
     ignore_signals,
     say,
     say_signal,
+    stdout_reported,
     take_signals,
 )
 from ckpt_ema.cli_options import OUTPUT_PANEL, takes_options
@@ -45,6 +46,7 @@ RunArgument = Annotated[
         metavar="RUN",
         show_default=False,
         readable=False,
+        path_type=str,  # a Path would make the current folder of an empty name
         help="A folder of numbered checkpoints; or the checkpoints themselves, oldest first.",
     ),
 ]
@@ -123,8 +125,8 @@ def average(
         from ckpt_ema.report.progress import ByteProgress
 
         decided = make_plan(run, **options)
-        picture = figure.plot(decided, plot) if plot else None
         result = up_to_date(decided, overwrite=overwrite)
+        picture = figure.plot(decided, plot) if plot else None
         if result is None:
             if not quiet:
                 say(plan_view.plan_text(decided, sys.stderr, _MOST_ROWS), "")
@@ -141,12 +143,13 @@ def average(
         if not quiet:
             say(lines.result_line(result))
         _append_step_summary(plan_view.summary_lines(decided))
-        if as_json:
-            one, *more = result.manifests
-            typer.echo(json.dumps([one, *more] if more else one, indent=2))
-        for output in () if as_json else result.outputs:
-            # A path as the bytes that it is, also where the terminal has no letters for them.
-            typer.echo(os.fsencode(output))
+        with stdout_reported(done=f"{printable(result.output)} is complete"):
+            if as_json:
+                one, *more = result.manifests
+                typer.echo(json.dumps([one, *more] if more else one, indent=2))
+            for output in () if as_json else result.outputs:
+                # A path as the bytes that it is, also where the terminal has no letters for them.
+                typer.echo(os.fsencode(output))
 
 
 @app.command(
@@ -167,7 +170,7 @@ def plan(
     """Show what `average` would do, and the weight of each checkpoint; no tensor is read."""
     with errors_reported():
         from ckpt_ema.output import manifest
-        from ckpt_ema.planning.destination import is_vacant
+        from ckpt_ema.output.vacancy import is_vacant
         from ckpt_ema.planning.plan import plan as make_plan
         from ckpt_ema.report import figure, lines, plan_view
 
@@ -206,10 +209,15 @@ def formats(
 
 
 def _command() -> str:
-    """The command as a person would type it again."""
+    """The command as a person would type it again, with what the environment has to say."""
     program = Path(sys.argv[0])
     called = ["python", "-m", "ckpt_ema"] if program.suffix == ".py" else [program.name]
-    return shlex.join([*called, *sys.argv[1:]])
+    chosen = [
+        f"{name}={shlex.quote(value)}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith("CKPT_EMA_")
+    ]
+    return " ".join([*chosen, shlex.join([*called, *sys.argv[1:]])])
 
 
 def _append_step_summary(lines: list[str]) -> None:

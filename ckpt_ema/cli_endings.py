@@ -7,7 +7,7 @@ from types import FrameType
 
 import typer
 
-from ckpt_ema.errors import CkptEmaError, printable
+from ckpt_ema.errors import CkptEmaError, FailedError, printable
 
 
 class SignalError(BaseException):
@@ -67,6 +67,15 @@ def errors_reported() -> Iterator[None]:
         if not isinstance(error.__context__, SignalError):
             raise
         raise typer.Exit(say_signal(error.__context__)) from error
+
+
+@contextlib.contextmanager
+def stdout_reported(done: str) -> Iterator[None]:
+    """Say of a stdout that is closed or full that it is, and what was done all the same."""
+    try:
+        yield
+    except OSError as error:
+        raise FailedError(f"stdout cannot be written: {error.strerror}; {done}.") from error
 
 
 def say(*lines: str) -> None:

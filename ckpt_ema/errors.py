@@ -51,13 +51,18 @@ def some(names: list[str], limit: int = 5) -> str:
     return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"
 
 
+def one_line(text: str) -> str:
+    """`text` without control characters, however long."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def printable(text: object) -> str:
     """`text` without control characters, which a file or tensor name may smuggle in; not too long.
 
     >>> printable("a\\x1b[31mb")
     'a\\\\x1b[31mb'
     """
-    cleaned = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    cleaned = one_line(str(text))
     return cleaned if len(cleaned) <= 200 else f"{cleaned[:60]}...{cleaned[-137:]}"
 
 

@@ -133,6 +133,9 @@ METRIC_FILES = re.compile(r"(^|_)(metrics?|results?)\.json$", re.IGNORECASE)
 # A run's note of the last step that was saved whole (Megatron, verl).
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 
+# Tensors that are factors of an adapter.
+LORA_FACTOR = re.compile(r"lora_[AB]\.|lora_(up|down)\.|\.lora_[ab]($|\.)")
+
 # Names of weights that a trainer averaged itself.
 AVERAGED_NAME = re.compile(
     r"(?:^|[-_./])(average|averaged|avg|ave|ave_\d+best|ema|bema)(?:$|[-_.])", re.IGNORECASE
@@ -178,6 +181,10 @@ NO_CHECKPOINTS = re.compile(
 
 # What marks a folder or file as written by ckpt-ema itself.
 MANIFEST_NAME = "ckpt_ema.json"
+PROVENANCE_KEY = "ckpt_ema"  # in the header of each model file
+CARD_NAME = "README.md"
+PICTURE_STEM = "ckpt_ema"  # with .png or .svg
+OWN_FILES = (MANIFEST_NAME, CARD_NAME, f"{PICTURE_STEM}.png", f"{PICTURE_STEM}.svg")
 
 # What stays behind when the files around the weights are copied: state of the training, not of
 # the model. Everything else travels.

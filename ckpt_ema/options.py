@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,19 +91,22 @@ class Options:
         for name in ("decay", "decay_per_step", "half_life", "sigma_rel"):
             self._set(name, _several(name, getattr(self, name), float))
         for name in ("power", "inv_gamma"):
-            if getattr(self, name) is not None:
-                self._set(name, float(getattr(self, name)))
+            self._set(name, _number(name, getattr(self, name), float))
         for name in ("last", "best"):
             self._set(name, _several(name, getattr(self, name), int))
+        for name in ("from_step", "to_step", "every", "min_gap", "threads", "tile_elements"):
+            self._set(name, _number(name, getattr(self, name), int))
         self._set("steps", _ranges(self.steps))
         for name in ("append", "include", "exclude"):
             self._set(name, _names(name, getattr(self, name)))
         for name, choices in CHOICES.items():
-            _check_choice(name, getattr(self, name), choices)
+            if name != "num_updates" or self.num_updates is not None:  # it selects a schedule
+                _check_choice(name, getattr(self, name), choices)
         for name, most in _MOST.items():
             _check_count(name, getattr(self, name), most)
         self.rules()
         self._check_selection()
+        self._check_paths()
         self._check_texts()
 
     def rules(self) -> tuple[Rule, ...]:
@@ -132,8 +135,14 @@ class Options:
         if first is not None and last is not None and first > last:
             raise OptionError(f"--from {self.from_step} is later than --to {self.to_step}.")
 
+    def _check_paths(self) -> None:
+        for option, others in (("output", ()), ("config_from", ()), ("weights", (Mapping,))):
+            value = getattr(self, option)
+            if value is not None and not isinstance(value, (str, os.PathLike, *others)):
+                raise OptionError(f"{flag(option)} is {printable(value)!r}; it must be a path.")
+
     def _check_texts(self) -> None:
-        for option in ("pattern", "component", "key", "strip_prefix", "metric"):
+        for option in ("device", "pattern", "component", "key", "strip_prefix", "metric"):
             value = getattr(self, option)
             if value is not None and not (isinstance(value, str) and value):
                 raise OptionError(f"{flag(option)} is {value!r}; it must be a text.")
@@ -151,24 +160,45 @@ class Options:
             raise OptionError(f"--pattern is no regular expression: {error}.") from error
 
 
-def _several(name: str, given: Any, kind: Callable[[Any], Any]) -> tuple[Any, ...] | None:
+def _number(name: str, given: Any, kind: type[int] | type[float]) -> Any:
+    """The value of an option that has one number, from a number or a text; None stays None."""
+    try:
+        return None if given is None else _converted(given, kind)
+    except (TypeError, ValueError, OverflowError) as error:
+        what = "a number" if kind is float else "a whole number"
+        raise OptionError(f"{flag(name)} is {printable(given)!r}; it must be {what}.") from error
+
+
+def _several(name: str, given: Any, kind: type[int] | type[float]) -> tuple[Any, ...] | None:
     """The values of an option that may have several: a number, a list, or a text with commas."""
     if given is None:
         return None
-    if isinstance(given, str):
-        given = given.split(",")
-    values = tuple(given) if isinstance(given, Sequence) else (given,)
+    values = _listed(name, given)
     try:
-        numbers = tuple(kind(value) for value in values)
-    except (TypeError, ValueError) as error:
+        return tuple(_converted(value, kind) for value in values)
+    except (TypeError, ValueError, OverflowError) as error:
         what = "numbers" if kind is float else "whole numbers"
         shown = printable(",".join(map(str, values)))
         raise OptionError(
             f"{flag(name)} is {shown!r}; it must be {what}, separated by commas."
         ) from error
-    if not numbers:
+
+
+def _converted(given: Any, kind: type[int] | type[float]) -> Any:
+    number = kind(given)
+    # 2.5 is no count, and True is none either.
+    if isinstance(given, bool) or (kind is int and not isinstance(given, str) and number != given):
+        raise ValueError
+    return number
+
+
+def _listed(name: str, given: Any) -> Sequence[Any]:
+    """The values of an option: of a text with commas, of a list, or the one that there is."""
+    values = given.split(",") if isinstance(given, str) else given
+    values = values if isinstance(values, Sequence) else [values]
+    if not values:
         raise OptionError(f"{flag(name)} has no value.")
-    return numbers
+    return values
 
 
 def _ranges(given: Any) -> tuple[StepRange, ...] | None:
@@ -176,7 +206,7 @@ def _ranges(given: Any) -> tuple[StepRange, ...] | None:
     if given is None:
         return None
     found = []
-    for part in given.split(",") if isinstance(given, str) else given:
+    for part in _listed("steps", given):
         text = "-".join(map(str, part)) if isinstance(part, tuple) else str(part)
         match = re.fullmatch(r"\s*([0-9]{1,18})\s*(?:-\s*([0-9]{1,18})\s*)?", text)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
@@ -190,8 +220,11 @@ def _ranges(given: Any) -> tuple[StepRange, ...] | None:
 
 
 def _names(name: str, given: Any) -> tuple[Any, ...]:
-    if isinstance(given, str | os.PathLike):
-        raise OptionError(f"{name} must be a list of names, not one name.")
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise OptionError(f"{flag(name)} must be a list of names, not one name.")
+    kind = str | os.PathLike if name == "append" else str
+    if not all(isinstance(one, kind) for one in given):
+        raise OptionError(f"{flag(name)} must be a list of names.")
     return tuple(given)
 
 
@@ -202,7 +235,7 @@ def _check_count(name: str, number: int | None, most: int | None = None) -> None
 
 
 def _check_choice(name: str, choice: str | None, choices: Sequence[str]) -> None:
-    if choice not in choices and choice is not None:
+    if choice not in choices:
         raise OptionError(
             f"{flag(name)} is {printable(choice)!r}; it must be one of {', '.join(choices)}."
         )

@@ -251,13 +251,37 @@ def test_overwrite_replaces_a_model_and_nothing_else(make_run: MakeRun, tmp_path
     with pytest.raises(RefusedError, match="is more than a model"):
         ckpt_ema.average(run, output=precious, overwrite=True, device="cpu")
     assert (precious / "thesis.tex").read_text() == "..."
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    (mixed / "model.safetensors").write_text("a model")
+    (mixed / "train.py").write_text("...")
+    with pytest.raises(RefusedError, match=r"--overwrite would delete train\.py\."):
+        ckpt_ema.average(run, output=mixed, overwrite=True, device="cpu")
     old = tmp_path / "old"
     old.mkdir()
     (old / "model.safetensors").write_text("an old model")
     (old / "vocabulary.txt").write_text("of the old model")
     ckpt_ema.average(run, output=old, overwrite=True, device="cpu")
     assert entries(old) == MADE
-    assert entries(tmp_path) == {"run", "precious", "old"}
+    assert entries(tmp_path) == {"run", "precious", "mixed", "old"}
+
+
+@pytest.mark.parametrize("decay", [0.1, "0.1,0.2"])
+def test_overwrite_deletes_nothing_that_was_put_into_an_output(
+    make_run: MakeRun, decay: Any
+) -> None:
+    run = make_run(series(2, v=noise(2, 4), w=noise(2, 4)), shards=2)
+    (run / "checkpoint-2/tokenizer").mkdir()
+    (run / "checkpoint-2/tokenizer/vocab.txt").write_text("a")
+    [folder, *_] = ckpt_ema.average(run, decay=decay, device="cpu").outputs
+    (folder / "logs").mkdir()
+    (folder / "logs/eval.json").write_text("{}")
+    with pytest.raises(RefusedError, match=r"--overwrite would delete logs/eval\.json\."):
+        ckpt_ema.average(run, decay=0.15, device="cpu", overwrite=True, output=folder)
+    (folder / "logs/eval.json").rename(folder.parent / "eval.json")
+    made = ckpt_ema.average(run, decay=0.15, device="cpu", overwrite=True, output=folder)
+    assert (made.output / "tokenizer/vocab.txt").is_file()
+    assert not (made.output / "logs").exists()
 
 
 def test_an_empty_folder_is_free_to_be_the_output(make_run: MakeRun, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckpt_ema
-from ckpt_ema import FailedError, OptionError
+from ckpt_ema import FailedError, OptionError, RefusedError
+from ckpt_ema.report import figure
 from ckpt_ema.report.card import TAGS, front_matter
 from tests.conftest import MakeRun, noise, series
 
@@ -72,7 +74,7 @@ def test_the_card_of_the_newest_checkpoint_keeps_its_yaml_but_results(run: Path)
 
 
 def test_the_run_has_a_card_where_checkpoints_have_none(run: Path) -> None:
-    (run / "README.md").write_text("---\nlicense: mit\n---\n")
+    (run / "README.md").write_text("\ufeff---\nlicense: mit\n---\n")
     output = ckpt_ema.average(run, device="cpu").output
     assert parsed((output / "README.md").read_text())["license"] == "mit"
 
@@ -94,6 +96,12 @@ def test_the_run_has_a_card_where_checkpoints_have_none(run: Path) -> None:
         ("tags:\n- ckpt-ema\n- a\n", ["weight-averaging", "ckpt-ema", "a"]),
         ("tags: ['ckpt-ema', \"weight-averaging\"]\n", ["ckpt-ema", "weight-averaging"]),
         ("model-index:\n- name: x\ntags: [a]\n", [*TAGS, "a"]),
+        ("model-index:\n- name: x\n# of it\n  results: []\ntags: [a]\n", [*TAGS, "a"]),
+        ('"model-index" : []\n"tags": [a]\n', [*TAGS, "a"]),
+        ("tags : [a]\n", [*TAGS, "a"]),
+        ("tags:\n- stochastic-weight-averaging\n", [*TAGS, "stochastic-weight-averaging"]),
+        ("{}\n", [*TAGS]),
+        ('{"license": "mit", "tags": ["a"]}\n', [*TAGS, "a"]),
     ],
 )
 def test_tags_are_added_to_any_form_of_a_list(before: str, tags: list[str]) -> None:
@@ -105,13 +113,18 @@ def test_tags_are_added_to_any_form_of_a_list(before: str, tags: list[str]) -> N
 
 
 @pytest.mark.parametrize(
-    "text", ["", "# No YAML\n", "---\nnever closed\n", "----\n", "text\n---\na: b\n---\n"]
+    "text",
+    [
+        *("", "# No YAML\n", "---\nnever closed\n", "----\n", "text\n---\na: b\n---\n"),
+        *("---\n---\n# T\na: b\n---\n", "---\n{not: json}\n---\n"),
+    ],
 )
 def test_a_card_without_yaml_gets_some(text: str) -> None:
     assert yaml.safe_load(front_matter(text)) == {"tags": [*TAGS]}
 
 
 def test_lines_that_end_as_on_windows_are_read() -> None:
+    assert yaml.safe_load(front_matter("---\nlicense: mit\n...\n"))["license"] == "mit"
     assert yaml.safe_load(front_matter("---\r\nlicense: mit\r\n---\r\n"))["license"] == "mit"
 
 
@@ -175,6 +188,38 @@ def test_the_same_plan_gives_the_same_picture(run: Path, tmp_path: Path) -> None
     for kind in ("png", "svg"):
         pictures = [ckpt_ema.plot(plan, tmp_path / f"{name}.{kind}").content for name in "ab"]
         assert pictures[0] == pictures[1] == (tmp_path / f"a.{kind}").read_bytes()
+
+
+def test_the_learning_rate_falls_by_its_weight_at_each_checkpoint() -> None:
+    xs, ys = figure._learning_rate([2, 3, 6], [0.25, 0.25, 0.5], start=1)
+    assert list(zip(xs, ys, strict=True)) == [
+        *((1, 1.0), (2, 1.0), (2, 0.75), (3, 0.75), (3, 0.5), (6, 0.5), (6, 0.0)),
+    ]
+
+
+def test_averages_in_different_units_share_an_axis_of_checkpoints(
+    run: Path, tmp_path: Path
+) -> None:
+    (run / "checkpoint-1000").rename(run / "final")
+    plan = ckpt_ema.plan(run, append=["final"], last="2,3")
+    newer = ckpt_ema.plan(run, last=4, aliases=False).candidates
+    mixed = replace(plan, candidates=(*plan.candidates, *newer))
+    ckpt_ema.plot(mixed, tmp_path / "weights.svg")
+    assert "training step" not in (tmp_path / "weights.svg").read_text()
+
+
+@pytest.mark.parametrize("place", ["run-ema/weights.png", "run/checkpoint-1000/weights.png"])
+def test_a_picture_is_never_drawn_into_an_input_or_the_output(run: Path, place: str) -> None:
+    ckpt_ema.average(run, device="cpu")
+    with pytest.raises(OptionError, match="lies inside"):
+        ckpt_ema.plot(ckpt_ema.plan(run), run.parent / place)
+
+
+def test_nothing_is_drawn_where_the_output_is_taken(run: Path, tmp_path: Path) -> None:
+    ckpt_ema.average(run, device="cpu")
+    with pytest.raises(RefusedError, match="exists already"):
+        ckpt_ema.average(run, device="cpu", decay=0.2, plot=tmp_path / "weights.png")
+    assert not (tmp_path / "weights.png").exists()
 
 
 def test_the_picture_goes_into_every_card(run: Path, tmp_path: Path) -> None:

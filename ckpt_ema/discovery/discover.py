@@ -17,10 +17,15 @@ from ckpt_ema.discovery.listed import common_root, listed, single
 from ckpt_ema.discovery.locate import Blocked, locate, names_in
 from ckpt_ema.discovery.names import form_of, is_unnumbered_of, numbers_in, stem_of
 from ckpt_ema.discovery.order import STEP_UNITS, Checkpoint, Read, ordered
-from ckpt_ema.discovery.patterns import UNWANTED, all_unwanted, unmatched
+from ckpt_ema.discovery.patterns import UNWANTED, all_unwanted, matches, unmatched
 from ckpt_ema.discovery.scan import Scan, container, is_hub_cache, scan
-from ckpt_ema.discovery.series import ONLY_ONE, one_series, without_copies
-from ckpt_ema.errors import RefusedError, printable, some
+from ckpt_ema.discovery.series import (
+    ONLY_ONE,
+    one_series,
+    without_averages,
+    without_copies,
+)
+from ckpt_ema.errors import OptionError, RefusedError, printable, some
 from ckpt_ema.formats.specs import Weights
 from ckpt_ema.options import Options
 
@@ -66,7 +71,9 @@ def _in_run(
         if alone:
             return Found(common_root([alone]), (alone,), tuple(scanned.left_out))
     pattern_warnings = unmatched(_names_seen(run, scanned), options)
-    entries = one_series(run, scanned, options, read)
+    entries = without_averages(one_series(run, scanned, options, read), read, scanned.left_out)
+    if not entries:
+        raise RefusedError(_nothing_found(run, scanned))
     forms = {form_of(entry.stem) for entry in entries}
     _check_blocked(scanned, forms, os.path.isdir(entries[0].path), options)
     members = ordered(without_copies(entries, options, scanned.left_out), options, read)
@@ -75,7 +82,7 @@ def _in_run(
     for name in options.append:
         places = [run / name, (given or run) / name, Path(name)]
         path = next((place for place in places if os.path.lexists(place)), run / name)
-        checkpoints.append(_appended(path, members, options))
+        checkpoints.append(_appended(path, checkpoints, options))
     folders = os.path.isdir(members[-1].path)
     unfinished = [
         path for path in scanned.without_weights if folders and form_of(path.name) in forms
@@ -86,6 +93,12 @@ def _in_run(
     ]
     left_out = _with_own_model(run, scanned)
     warnings += _later_ones_left_out(members[-1], left_out)
+    warnings += [
+        f"--append {printable(appended.name)} puts it after {printable(members[-1].name)}, though"
+        " its name has a number of its own."
+        for appended in checkpoints[len(checkpoints) - len(options.append) :]
+        if form_of(stem_of(appended.name)) in forms
+    ]
     return Found(run, tuple(checkpoints), tuple(left_out), (*pattern_warnings, *warnings, *remarks))
 
 
@@ -209,12 +222,15 @@ def _check_blocked(scanned: Scan, forms: set[str], is_folder: bool, options: Opt
 
 
 def _appended(path: Path, members: Sequence[Checkpoint], options: Options) -> Checkpoint:
+    if any(matches(path.name, pattern) for pattern in options.exclude):
+        raise OptionError(f"--append {printable(path.name)} is also left out by --exclude.")
     if not os.path.exists(path):
         raise RefusedError(f"--append {printable(path.name)}: {printable(path)} does not exist.")
     for member in members:
         if os.path.samefile(path, member.path):
             raise RefusedError(
-                f"--append {printable(path.name)}: it is {printable(member.name)} by another name."
+                f"--append {printable(path.name)}: it is {printable(member.name)}, which is there"
+                " already."
             )
     weights = locate(path, options)
     if isinstance(weights, Blocked):

@@ -25,10 +25,9 @@ def listed(given: Sequence[Path], options: Options) -> Found:
     for name in ("pattern", "append", "order", "aliases"):
         if getattr(options, name) != getattr(Options(), name):
             raise OptionError(f"{flag(name)} goes with a run's folder, not with a list.")
-    everything = [
-        replace(_entry(path, options), label=label)
-        for path, label in zip(given, _labels(given), strict=True)
-    ]
+    everything = [_entry(path, options) for path in given]
+    labels = _labels([entry.path for entry in everything])
+    everything = [replace(e, label=label) for e, label in zip(everything, labels, strict=True)]
     names = [entry.label for entry in everything]
     reasons = [why_unwanted(name, options.include, options.exclude) for name in names]
     entries = [entry for entry, why in zip(everything, reasons, strict=True) if why is None]
@@ -90,13 +89,13 @@ def _entry(path: Path, options: Options) -> Entry:
     return Entry(path, weights)
 
 
-def _labels(given: Sequence[Path]) -> list[str]:
+def _labels(paths: Sequence[Path]) -> list[str]:
     """What to call each path: its name, or the first part of it that differs where names do not."""
-    if len({path.name for path in given}) == len(given) or len(given) == 1:
-        return ["" for _ in given]
-    columns = zip(*(Path(os.path.abspath(path)).parts for path in given), strict=False)
-    differing = next((column for column in columns if len(set(column)) == len(given)), None)
-    return list(differing) if differing else [str(path) for path in given]
+    if len({path.name for path in paths}) == len(paths):
+        return ["" for _ in paths]
+    columns = zip(*(Path(os.path.abspath(path)).parts for path in paths), strict=False)
+    differing = next((column for column in columns if len(set(column)) == len(paths)), None)
+    return list(differing) if differing else [str(path) for path in paths]
 
 
 def single(path: Path, weights: Weights) -> Checkpoint:

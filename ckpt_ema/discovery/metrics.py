@@ -26,16 +26,20 @@ _HIGHER_IS_BETTER = re.compile(
     r"|match|r2|pearson|spearman|psnr|ssim|score|rewards?|mcc|correlation|dice|ndcg|mrr|pass)\d*$"
 )
 
+_LARGEST = 10**300
+
 Metrics = Mapping[str, float]
 
 
-def metric_values(checkpoints: Sequence[Checkpoint], metric: str, read: Read) -> list[float]:
-    """The value of `metric` for each checkpoint.
+def metric_values(
+    checkpoints: Sequence[Checkpoint], run: Sequence[Checkpoint], metric: str, read: Read
+) -> list[float]:
+    """The value of `metric` for each checkpoint; `run` has those whose logs may tell it.
 
     A name without `eval_` also finds the metric that has it, as with transformers. Raises
     `RefusedError` if it is missing or NaN for some, with what was found.
     """
-    logged = _logs(checkpoints)
+    logged = _logs(run)
     found = []
     for checkpoint in checkpoints:
         log = logged.get(checkpoint.step, {}) if checkpoint.unit in STEP_UNITS else {}
@@ -125,7 +129,8 @@ def _numbers(content: Mapping[str, Any]) -> Metrics:
     return {
         str(name): float(value)
         for name, value in content.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, float)
+        or (type(value) is int and abs(value) < _LARGEST)  # no bool, and none that overflows
     }
 
 

@@ -53,7 +53,7 @@ def hold_the_same(one: tuple[Weights, Specs], other: tuple[Weights, Specs]) -> b
 def same_values(earlier: str, later: str) -> RefusedError:
     """The refusal of two steps that hold one state."""
     return RefusedError(
-        f"{printable(earlier)} and {printable(later)} are identical, value by value; one of them is"
+        f"{printable(earlier)} and {printable(later)} hold the same weights; one of them is"
         " mislabelled, and averaging would count it twice.",
         "Leave one out, or pass --allow-duplicates to go on.",
     )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ckpt_ema.discovery.metrics import higher_is_better, metric_values
 from ckpt_ema.discovery.order import Checkpoint, Read
-from ckpt_ema.discovery.steps import known_steps
+from ckpt_ema.discovery.steps import needed_steps
 from ckpt_ema.errors import RefusedError, flag, printable, some
 from ckpt_ema.options import Options
 
@@ -46,7 +46,7 @@ def select(checkpoints: Sequence[Checkpoint], options: Options, read: Read) -> S
         if last is not None and last > len(chosen):
             warnings.append(f"--last {last} takes all there are: {len(chosen)} checkpoints.")
         members = chosen[-last:] if last else chosen
-        for best, kept in _best(members, options, read):
+        for best, kept in _best(members, checkpoints, options, read):
             if best is not None and best > len(members):
                 warnings.append(f"--best {best} takes all there are: {len(members)} checkpoints.")
             parts = [f"last-{last}"] * bool(last) + [f"best-{best}"] * bool(best)
@@ -94,7 +94,7 @@ def _apart(checkpoints: list[Checkpoint], options: Options) -> list[Checkpoint]:
     """The newest checkpoint, and before it each that is far enough from the one kept after it."""
     if options.min_gap is None or not checkpoints:
         return checkpoints
-    steps = known_steps(checkpoints, "--min-gap")
+    steps = needed_steps(checkpoints, "--min-gap")
     kept: list[int] = [len(steps) - 1]
     for number in range(len(steps) - 2, -1, -1):
         if steps[kept[-1]] - steps[number] >= options.min_gap:
@@ -103,12 +103,15 @@ def _apart(checkpoints: list[Checkpoint], options: Options) -> list[Checkpoint]:
 
 
 def _best(
-    checkpoints: Sequence[Checkpoint], options: Options, read: Read
+    checkpoints: Sequence[Checkpoint], run: Sequence[Checkpoint], options: Options, read: Read
 ) -> list[tuple[int | None, list[Checkpoint]]]:
-    """For each value of --best that many checkpoints, in their order; ties go to the later one."""
+    """For each value of --best that many checkpoints, in their order; ties go to the later one.
+
+    `run` are all that the run has, which may log what these reached.
+    """
     if options.best is None or options.metric is None:
         return [(None, list(checkpoints))]
-    values = metric_values(checkpoints, options.metric, read)  # first: the name may be a slip
+    values = metric_values(checkpoints, run, options.metric, read)  # first: the name may be a slip
     sign = -1 if higher_is_better(options.metric, options.metric_mode) else 1
     ranked = sorted(range(len(values)), key=lambda number: (sign * values[number], -number))
     return [

@@ -10,7 +10,8 @@ from ckpt_ema.discovery.names import bare_of, is_unnumbered_of, pattern_of
 from ckpt_ema.discovery.order import Entry, Read, claims_of
 from ckpt_ema.discovery.same import same_values
 from ckpt_ema.discovery.scan import Scan
-from ckpt_ema.errors import RefusedError, printable
+from ckpt_ema.errors import IncompleteError, RefusedError, printable
+from ckpt_ema.formats import is_safetensors
 from ckpt_ema.options import Options
 
 ONLY_ONE = "the only one of its name"
@@ -77,6 +78,26 @@ def _identity(entry: Entry) -> object:
     if is_list or not all(map(os.path.exists, files)):
         files = [os.fspath(entry.path)]
     return tuple((status.st_dev, status.st_ino) for status in map(os.stat, files))
+
+
+def without_averages(
+    entries: Sequence[Entry], read: Read, left_out: list[tuple[Path, str]]
+) -> list[Entry]:
+    """The entries without files that we wrote; folders of ours are never entries."""
+    kept = []
+    for entry in entries:
+        if is_safetensors(entry.path.name) and entry.path.is_file() and _is_ours(entry, read):
+            left_out.append((entry.path, "an average that ckpt-ema made"))
+        else:
+            kept.append(entry)
+    return kept
+
+
+def _is_ours(entry: Entry, read: Read) -> bool:
+    try:
+        return any(layouts.PROVENANCE_KEY in of_file for of_file in read(entry.weights).metadata)
+    except IncompleteError:  # which is for others to tell
+        return False
 
 
 def without_copies(

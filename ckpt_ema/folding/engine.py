@@ -62,7 +62,7 @@ def run(
         job = _Job(plan, sources, destination, device, tiles(plan), holds_float64, twins)
         _run_threads(job, progress)
         sources.verify()
-        alike = job.twins.found
+        alike = job.twins.found if any(span.averaged for span in plan.work.spans) else []
         if alike and not plan.options.allow_duplicates:
             raise same_values(*(plan.checkpoints[number].name for number in alike[0]))
     finally:
@@ -74,6 +74,8 @@ def resolve_device(name: str) -> torch.device:
 
     Raises `OptionError` for a device that this machine, or this build of torch, does not have.
     """
+    if name.partition(":")[0] == "cpu":
+        return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return accelerator or torch.device("cpu")

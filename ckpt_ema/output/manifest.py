@@ -12,9 +12,9 @@ from typing import Any
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.files import open_regular, read_exactly
 from ckpt_ema.formats.safetensors import read_specs
-from ckpt_ema.layouts import MANIFEST_NAME
+from ckpt_ema.layouts import MANIFEST_NAME, PROVENANCE_KEY
 from ckpt_ema.planning.candidates import Candidate
-from ckpt_ema.planning.outputs import PROVENANCE_KEY, Output, OutputFile
+from ckpt_ema.planning.outputs import Output, OutputFile
 from ckpt_ema.planning.plan import Plan, PlannedCheckpoint
 
 _CONVENTION = (

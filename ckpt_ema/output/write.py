@@ -18,7 +18,7 @@ from types import TracebackType
 
 from ckpt_ema.errors import FailedError, RefusedError, printable
 from ckpt_ema.files import open_regular
-from ckpt_ema.planning.destination import holds_averages
+from ckpt_ema.output.vacancy import averages_in
 from ckpt_ema.planning.outputs import OutputFile
 
 _MARK = ".ckpt-ema-"
@@ -218,7 +218,7 @@ def _remove_leftovers(final: Path) -> None:
         path = final.parent / name
         if not name.startswith(stem):
             continue
-        if not os.path.lexists(final) and holds_averages(path):
+        if not os.path.lexists(final) and averages_in(path):
             continue
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

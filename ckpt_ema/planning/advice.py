@@ -7,6 +7,7 @@ from statistics import median
 from ckpt_ema.errors import printable, some
 from ckpt_ema.planning.candidates import Candidate
 from ckpt_ema.schedules import formulas
+from ckpt_ema.schedules.rules import short
 from ckpt_ema.schedules.table import WEIGHTS
 
 # How much longer than usual a gap may be.
@@ -45,86 +46,96 @@ def _cap(candidate: Candidate) -> list[str]:
     if candidate.rule.schedule == "warmup":
         last = max(candidate.decays)
         return [
-            f"--decay {decay:g} changes nothing here: the warmup ends at {last:.4g}, and the first"
-            " decay to matter is one below that."
+            f"--decay {short(decay)} changes nothing here: the warmup ends at {last:.4g}, and the"
+            " first decay to matter is one below that."
         ] * (decay > last)
     at_steps = candidate.rule.counts_steps
     updates = candidate.steps[-1] if at_steps else len(candidate.members) - 1
     first = formulas.first_decay_that_matters(updates + 1)
     if decay < first:
         return []
-    over = f"{updates} training steps" if at_steps else f"{updates + 1} checkpoints"
+    unit = "epoch" if candidate.unit == "epochs" else "training step"
+    over = f"{updates} {unit}s" if at_steps else f"{updates + 1} checkpoints"
     reached = ""
     if decay < 1:
         below = formulas.updates_below_the_cap(decay)
-        most = f"training step {below}" if at_steps else f"{below + 1} checkpoints"
-        reached = f" ({decay:g} is reached beyond {most})"
+        most = f"{unit} {below}" if at_steps else f"{below + 1} checkpoints"
+        reached = f" ({short(decay)} is reached beyond {most})"
     return [
-        f"--decay {decay:g} changes nothing here: over {over} the dynamic decay ends at"
+        f"--decay {short(decay)} changes nothing here: over {over} the dynamic decay ends at"
         f" {first:.4g}, and the first decay to matter is one below that{reached}."
     ]
 
 
 def _oldest(candidate: Candidate, names: Sequence[str]) -> list[str]:
     """Whether the oldest checkpoint has more weight than all others, though nobody said so."""
-    if len(candidate.members) == 1 or candidate.weights[0] <= 0.5:
+    if not _is_computed(candidate) or candidate.weights[0] <= 0.5:
         return []
+    below = _option_that_keeps(0.5, candidate, since=0)
+    remedy = f"; a {below} gives it less than half" if below else ""
     return [
         f"The oldest checkpoint, {printable(names[candidate.members[0]])}, has"
-        f" {candidate.weights[0]:.1%} of the weight; a {name} below {value} gives it less than"
-        " half."
-        for name, value in _option_that_keeps(0.5, candidate, since=0)
+        f" {candidate.weights[0]:.1%} of the weight{remedy.format('below')}."
     ]
 
 
 def _newest(candidate: Candidate, names: Sequence[str]) -> list[str]:
     """Whether the average is nearly the newest checkpoint alone."""
-    if len(candidate.members) == 1 or candidate.weights[-1] <= _NEARLY_ALL:
+    if not _is_computed(candidate) or candidate.weights[-1] <= _NEARLY_ALL:
         return []
+    above = _option_that_keeps(1 - _NEARLY_ALL, candidate, since=-2)
+    remedy = f"; a {above} gives the others more" if above else ""
     return [
         f"The average is nearly its newest checkpoint, {printable(names[candidate.newest])}, which"
-        f" has {candidate.weights[-1]:.1%} of the weight; a {name} above {value} gives the"
-        " others more."
-        for name, value in _option_that_keeps(1 - _NEARLY_ALL, candidate, since=-2)
+        f" has {candidate.weights[-1]:.1%} of the weight{remedy.format('above')}."
     ]
+
+
+def _is_computed(candidate: Candidate) -> bool:
+    """Whether a schedule shares the weight out among several checkpoints."""
+    return len(candidate.members) > 1 and candidate.rule.schedule != WEIGHTS
 
 
 def _irregular(candidate: Candidate, names: Sequence[str]) -> list[str]:
     """Whether the weights count checkpoints that are not equally far apart."""
     known = [gap for gap in candidate.gaps if gap is not None]
-    if candidate.rule.counts_steps or candidate.rule.schedule == WEIGHTS:
+    if candidate.rule.counts_steps or not _is_computed(candidate):
         return []
-    if len(known) < 2 or max(known) <= _MOST_GAP * median(known):
+    if candidate.unit == "checkpoints" or max(known) <= _MOST_GAP * median(known):
         return []
     longest = candidate.gaps.index(max(known))
     before, after = (printable(names[candidate.members[n]]) for n in (longest - 1, longest))
     age = candidate.statistics.half_life
-    by_steps = f"; by steps, --half-life {_brief(age)} is as old in the mean" if age else ""
+    unit = candidate.unit
+    by_steps = f"; by {unit}, --half-life {_brief(age)} is as old in the mean" if age else ""
     return [
         f"The gaps between checkpoints differ: {max(known)} from {before} to {after}, half of them"
-        f" at most {median(known):g}; the weights count checkpoints, not steps{by_steps}."
+        f" at most {median(known):g}; the weights count checkpoints, not {unit}{by_steps}."
     ]
 
 
-def _option_that_keeps(share: float, candidate: Candidate, since: int) -> list[tuple[str, str]]:
+def _option_that_keeps(share: float, candidate: Candidate, since: int) -> str:
     """The option of its schedule, with the value at which a share is left of an earlier shadow.
 
-    The shadow is that after checkpoint number `since`. Empty for a schedule without such an option.
+    The shadow is that after checkpoint number `since`. "{}" stands for the side of the value to
+    choose. Empty where no value of an option would do it.
     """
     span = candidate.steps[-1] - candidate.steps[since]
     folds = len(candidate.steps[since:]) - 1
     match candidate.rule.schedule:
         case "constant":
-            return [("--decay", f"{share ** (1 / folds):.4g}")]
+            return f"--decay {{}} {share ** (1 / folds):.4g}"
+        case "dynamic" if folds == 1 and not candidate.rule.counts_steps:
+            return f"--decay {{}} {share:.4g}"  # which the ramp is above from the first fold on
         case "per-step":
-            return [("--decay-per-step", f"{share ** (1 / span):.6g}")]
+            return f"--decay-per-step {{}} {share ** (1 / span):.6g}"
         case "half-life":
-            return [("--half-life", _brief(span * math.log(0.5) / math.log(share)))]
+            return f"--half-life {{}} {_brief(span * math.log(0.5) / math.log(share))}"
         case "power":
             ratio = candidate.steps[since] / candidate.steps[-1]
             gamma = math.log(share) / math.log(ratio) - 1
-            return [("--sigma-rel", f"{formulas.sigma_rel_of(max(gamma, 0.0)):.3g}")]
-    return []
+            return f"--sigma-rel {{}} {formulas.sigma_rel_of(gamma):.3g}" if gamma > 0 else ""
+    return ""
 
 
 def _brief(steps: float) -> str:

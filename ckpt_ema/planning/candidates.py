@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from ckpt_ema.discovery.order import Checkpoint
 from ckpt_ema.discovery.selection import Selection
-from ckpt_ema.discovery.steps import gaps, known_steps
-from ckpt_ema.errors import OptionError, RefusedError
+from ckpt_ema.discovery.steps import gaps, known_steps, needed_steps
+from ckpt_ema.errors import OptionError
 from ckpt_ema.options import Options
 from ckpt_ema.planning.outputs import Output
 from ckpt_ema.schedules.rules import Rule
@@ -44,7 +44,7 @@ class Candidate:
     @property
     def text(self) -> str:
         """How its weights come about, for people."""
-        return self.rule.told("epochs" if self.unit == "epochs" else "steps")
+        return self.rule.told(self.unit)
 
     @property
     def newest(self) -> int:
@@ -106,14 +106,13 @@ def _weighted(
         return tuple(c for c, _ in taken), decays_of([share for _, share in taken])
     steps: Sequence[int] = range(1, len(checkpoints) + 1)
     if rule.counts_steps:
-        steps = known_steps(checkpoints, rule.asked_by)
+        steps = needed_steps(checkpoints, rule.asked_by)
     return checkpoints, rule.decays(steps)
 
 
 def _steps(checkpoints: Sequence[Checkpoint]) -> tuple[Sequence[int], str]:
     """Training steps and their unit; places in the list where steps are not known."""
-    try:
-        steps = known_steps(checkpoints, "")
-    except RefusedError:
+    steps = known_steps(checkpoints)
+    if steps is None:
         return range(1, len(checkpoints) + 1), "checkpoints"
     return steps, "epochs" if checkpoints[-1].unit == "epoch" else "steps"

@@ -17,6 +17,7 @@ from ckpt_ema.errors import RefusedError, printable
 from ckpt_ema.layouts import (
     COMPONENT,
     CONFIG_FILES,
+    METRIC_FILES,
     MODEL_TEXTS,
     NO_CHECKPOINTS,
     PIPELINE_LIST,
@@ -160,7 +161,7 @@ def _walk(
 ) -> None:
     files, folders = [], []
     for entry in os.scandir(folder):
-        if STAYS_BEHIND.search(entry.name):
+        if STAYS_BEHIND.search(entry.name) or METRIC_FILES.search(entry.name):
             continue
         # Links to files are followed (the Hub's cache is made of them), links to folders are not.
         if entry.is_dir(follow_symlinks=False):

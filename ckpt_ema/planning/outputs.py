@@ -17,10 +17,8 @@ from ckpt_ema.errors import RefusedError, printable, some
 from ckpt_ema.formats import is_safetensors
 from ckpt_ema.formats.safetensors import MAX_HEADER_BYTES, make_header
 from ckpt_ema.formats.specs import AVERAGED, DTYPE_BITS, Specs, TensorSpec
-from ckpt_ema.layouts import DCP_METADATA, SHARD_NUMBER, WEIGHTS_EXTENSION
+from ckpt_ema.layouts import DCP_METADATA, PROVENANCE_KEY, SHARD_NUMBER, WEIGHTS_EXTENSION
 from ckpt_ema.planning.companions import Companion
-
-PROVENANCE_KEY = "ckpt_ema"
 
 # Models whose loaders look for them by this name; any other torch file comes out as `model`.
 _KEEPS_ITS_NAME = re.compile(

@@ -14,6 +14,7 @@ from ckpt_ema.discovery.completeness import check_whole, problems, without_unfin
 from ckpt_ema.discovery.discover import discover
 from ckpt_ema.discovery.found import Found
 from ckpt_ema.discovery.order import Checkpoint, Read
+from ckpt_ema.discovery.patterns import UNWANTED
 from ckpt_ema.discovery.selection import select
 from ckpt_ema.errors import OptionError, RefusedError, printable, some
 from ckpt_ema.formats import read_specs
@@ -97,8 +98,9 @@ def plan(run: PathLike | Sequence[PathLike], **options: Any) -> Plan:
 
 
 def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
-    paths = [_named(path) for path in ([run] if isinstance(run, str | os.PathLike) else run)]
-    if not paths:
+    given = [run] if isinstance(run, str | os.PathLike) else run
+    paths = [_named(path) for path in given if os.fspath(path)]
+    if not paths or len(paths) < len(given):  # an empty name would mean the current folder
         raise OptionError("No run and no checkpoints were given.")
     read = _reader(options)
     chosen = _choose(paths, options, read)
@@ -132,7 +134,7 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
             *found.warnings,
             *chosen.warnings,
             *advice(candidates, [checkpoint.name for checkpoint in checkpoints]),
-            *run_warnings(checkpoints, specs, found_in_all=len(found.checkpoints)),
+            *run_warnings(checkpoints, specs, found_in_all=_found_in_all(found)),
             *warnings,
         ),
     )
@@ -240,6 +242,11 @@ def _layouts(
 def _left_behind(layouts: Sequence[Layout]) -> list[str]:
     models = sorted({model for layout in layouts for model in layout.left_behind})
     return [f"Folders with weights of their own are left behind: {some(models)}."] * bool(models)
+
+
+def _found_in_all(found: Found) -> int:
+    """How many checkpoints the run has, with those that patterns of names leave out."""
+    return len(found.checkpoints) + sum(why in UNWANTED for _, why in found.left_out)
 
 
 def _inputs(found: Found) -> list[Path]:

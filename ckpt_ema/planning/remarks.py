@@ -21,13 +21,14 @@ def run_warnings(
 ) -> list[str]:
     """Warnings about the run: its length, times, and the kind of its weights.
 
-    `checkpoints` are those that take part, of `found_in_all` that the run has.
+    `checkpoints` are those that take part, of `found_in_all` that the run has. Whoever lists
+    checkpoints knows how many there are.
     """
     return [
-        *_few(found_in_all),
+        *([] if checkpoints[0].is_given else _few(found_in_all)),
         *_times(checkpoints, specs),
         *_adapters(specs[-1]),
-        *_averaged(checkpoints),
+        *_averaged(checkpoints, specs),
         *dict.fromkeys(warning for one in specs for warning in one.warnings),
     ]
 
@@ -73,19 +74,22 @@ def _times(checkpoints: Sequence[Checkpoint], specs: Sequence[Specs]) -> list[st
     return []
 
 
-def _averaged(checkpoints: Sequence[Checkpoint]) -> list[str]:
+def _averaged(checkpoints: Sequence[Checkpoint], specs: Sequence[Specs]) -> list[str]:
     named = [c.name for c in checkpoints if layouts.AVERAGED_NAME.search(stem_of(c.name))]
-    if not named:
-        return []
-    return [f"By their names, {some(named, 2)} {ALREADY_AVERAGED}."]
+    ours = [
+        checkpoint.name
+        for checkpoint, one in zip(checkpoints, specs, strict=True)
+        if any(layouts.PROVENANCE_KEY in of_file for of_file in one.metadata)
+    ]
+    return [
+        f"{how}, {some(names, 2)} {ALREADY_AVERAGED}."
+        for how, names in (("By their names", named), ("By what ckpt-ema wrote into them", ours))
+        if names
+    ]
 
 
 def _adapters(newest: Specs) -> list[str]:
-    if not any(
-        part in name
-        for name in newest.tensors
-        for part in ("lora_A.", "lora_up.", "lora_a", ".lora_B.")
-    ):
+    if not any(layouts.LORA_FACTOR.search(name) for name in newest.tensors):
         return []
     return [
         "The factors A and B of the adapters are averaged each by itself, which is near the average"

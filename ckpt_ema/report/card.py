@@ -4,22 +4,25 @@ The YAML at the top of the card that the run has (licence, base model, language 
 are added, and results that were measured with other weights are taken out.
 """
 
+import json
 import re
 from pathlib import Path
 
-from ckpt_ema.errors import printable
+from ckpt_ema.errors import one_line, printable
+from ckpt_ema.layouts import CARD_NAME
 from ckpt_ema.planning.candidates import Candidate
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.report.weight_rows import markdown_lines
 
-CARD_NAME = "README.md"
 TAGS = ("weight-averaging", "ckpt-ema")
 
-_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?P<yaml>.*?\n)---[ \t]*(?:\n|\Z)", re.DOTALL)
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?P<yaml>(?:.*\n)*?)(?:---|\.\.\.)[ \t]*(?:\n|\Z)")
 _LARGEST_BYTES = 1 << 20
 # Results of the model that the card was written for.
-_RESULTS = re.compile(r"^model-index:.*\n(?:[ \t-].*\n|\n)*", re.MULTILINE)
-_TAGS = re.compile(r"^tags:[ \t]*(?P<value>.*)\n(?P<items>(?:[ \t]*-.*\n)*)", re.MULTILINE)
+_RESULTS = re.compile(r"""^(["']?)model-index\1[ \t]*:.*\n(?:[ \t#-].*\n|\n)*""", re.MULTILINE)
+_TAGS = re.compile(
+    r"""^(["']?)tags\1[ \t]*:[ \t]*(?P<value>.*)\n(?P<items>(?:[ \t]*-.*\n)*)""", re.MULTILINE
+)
 
 
 def card(plan: Plan, candidate: Candidate, command: str | None, picture: str | None) -> str:
@@ -46,7 +49,7 @@ def card(plan: Plan, candidate: Candidate, command: str | None, picture: str | N
             *([f"![The weight of each checkpoint]({picture})", ""] if picture else []),
             *markdown_lines(plan, [candidate]),
             "",
-            *(["```console", f"$ {printable(command)}", "```", ""] if command else []),
+            *(["```console", f"$ {one_line(command)}", "```", ""] if command else []),
             "The whole record is in `ckpt_ema.json`.",
             "",
         ]
@@ -60,12 +63,12 @@ def front_matter(original: str) -> str:
     'license: mit\\ntags: [weight-averaging, ckpt-ema, a]\\n'
     """
     found = _FRONT_MATTER.match(original.replace("\r\n", "\n"))
-    yaml = _RESULTS.sub("", found["yaml"]) if found else ""
+    yaml = _RESULTS.sub("", _in_lines(found["yaml"])) if found else ""
     tags = _TAGS.search(yaml)
     if not tags:
         return yaml + "tags:\n" + "".join(f"- {tag}\n" for tag in TAGS)
     value, items = tags["value"].strip(), tags["items"]
-    new = [tag for tag in TAGS if not re.search(rf"[-\[, '\"]{tag}['\"]?\s*(?:[,\]\n]|$)", tags[0])]
+    new = [tag for tag in TAGS if not re.search(rf"[\[, '\"]{tag}['\"]?\s*(?:[,\]\n]|$)", tags[0])]
     if value.startswith("["):
         rest = value[1:].lstrip()
         listed = ", ".join(new) + (", " if new and not rest.startswith("]") else "")
@@ -78,13 +81,24 @@ def front_matter(original: str) -> str:
     return yaml[: tags.start()] + replacement + yaml[tags.end() :]
 
 
+def _in_lines(yaml: str) -> str:
+    """YAML with a line for each key; that which is one mapping in braces is read as JSON."""
+    if not yaml.lstrip().startswith("{"):
+        return yaml
+    try:
+        content = json.loads(yaml)
+    except (ValueError, RecursionError):
+        return ""
+    return "".join(f"{json.dumps(key)}: {json.dumps(value)}\n" for key, value in content.items())
+
+
 def _own_card(plan: Plan, candidate: Candidate) -> str:
     """The text of the newest checkpoint's card, or of the run's."""
     for folder in (plan.checkpoints[candidate.newest].folder, Path(plan.run)):
         path = folder / CARD_NAME
         try:
             if path.is_file() and path.stat().st_size <= _LARGEST_BYTES:
-                return path.read_text(encoding="utf-8")
+                return path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError):
             continue
     return ""

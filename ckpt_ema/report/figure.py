@@ -4,10 +4,14 @@ It needs matplotlib (`pip install "ckpt-ema[plot]"`), which is imported only to 
 """
 
 import io
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckpt_ema.errors import FailedError, OptionError, printable
+from ckpt_ema.files import real_paths
+from ckpt_ema.layouts import PICTURE_STEM
 from ckpt_ema.options import PathLike
 from ckpt_ema.planning.candidates import Candidate
 from ckpt_ema.planning.plan import Plan
@@ -25,6 +29,7 @@ _DOTS_PER_INCH = 220
 # The colours of Okabe and Ito, which people with any vision tell apart; marks tell them in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKS = "os^Dv<>p"
+_DASHES = ("-", (0, (5, 1)), ":", (0, (3, 1, 1, 1)))  # of each further round of colours
 _STYLE: Any = {
     "font.size": 8,
     "axes.labelsize": 8,
@@ -54,8 +59,8 @@ def plot(plan: Plan, path: PathLike) -> Picture:
     matplotlib or if the file cannot be written.
     """
     target = Path(path)
-    _check_drawable(target)
-    picture = Picture(f"ckpt_ema{target.suffix.lower()}", _draw(plan, target.suffix.lower()))
+    _check_drawable(target, plan)
+    picture = Picture(PICTURE_STEM + target.suffix.lower(), _draw(plan, target.suffix.lower()))
     try:
         target.write_bytes(picture.content)
     except OSError as error:
@@ -63,15 +68,24 @@ def plot(plan: Plan, path: PathLike) -> Picture:
     return picture
 
 
-def _check_drawable(path: Path) -> None:
+def _check_drawable(path: Path, plan: Plan) -> None:
     """Refuse a picture that could not be drawn, before anything else is done.
 
-    Raises `OptionError` for a kind of file that is not drawn, `FailedError` without matplotlib.
+    Raises `OptionError` for a kind of file that is not drawn or a place that is not for pictures,
+    `FailedError` without matplotlib.
     """
     if path.suffix.lower() not in _KINDS:
         raise OptionError(f"--plot {printable(path)}: pictures are {' and '.join(_KINDS)}.")
     if not path.parent.is_dir():
         raise OptionError(f"--plot {printable(path)}: its folder does not exist.")
+    folders = [plan.output, *(checkpoint.path for checkpoint in plan.checkpoints)]
+    real = os.path.realpath(path)
+    for folder, inside in zip(folders, real_paths(folders), strict=True):
+        if f"{real}/".startswith(f"{inside}/"):
+            raise OptionError(
+                f"--plot {printable(path)} lies inside {printable(folder)}; draw it elsewhere."
+                " The model card gets a copy."
+            )
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -93,17 +107,23 @@ def _draw(plan: Plan, kind: str) -> bytes:
         width, height = _INCHES
         figure = Figure(figsize=(width, height + legend_inches), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
-        start = min(_start(candidate) for candidate in candidates)
-        for number, candidate in enumerate(candidates):
-            look = _look(number, candidate, later=len(candidates) - 1 - number)
-            above.plot(candidate.steps, candidate.weights, **look)
-            below.plot(*_learning_rate(candidate, start), **{**look, "marker": ""})
-        _label(above, below, plan)
-        if several:
+        units = {candidate.unit for candidate in candidates}
+        unit = units.pop() if len(units) == 1 else "checkpoints"
+        lines = [(_along(candidate, unit), candidate.weights) for candidate in candidates]
+        start = min(_start(steps) for steps, _ in lines)
+        for number, (steps, weights) in enumerate(lines):
+            look = _look(number, candidates)
+            above.plot(steps, weights, **look)
+            below.plot(*_learning_rate(steps, weights, start), **{**look, "marker": ""})
+        _label(above, below, unit)
+        if not several:
+            above.set_title(candidates[0].text)
+        else:
             figure.legend(
                 *above.get_legend_handles_labels(),
                 loc="outside lower center",
                 ncols=columns,
+                handlelength=2.6,  # room for a mark and dashes on both sides of it
                 frameon=False,
             )
         metadata = {"Date" if kind == ".svg" else "Software": None}
@@ -111,44 +131,55 @@ def _draw(plan: Plan, kind: str) -> bytes:
     return content.getvalue()
 
 
-def _look(number: int, candidate: Candidate, later: int) -> dict[str, Any]:
-    """How one average is drawn: the thicker the more are drawn above it, so that none is hidden."""
+def _along(candidate: Candidate, unit: str) -> Sequence[int]:
+    """Where along the run the checkpoints of an average are, in a unit that all have."""
+    if unit == candidate.unit:
+        return candidate.steps
+    return [number + 1 for number in candidate.members]
+
+
+def _look(number: int, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """How one average is drawn: the thicker the more are drawn above it, so that none is hidden.
+
+    There is no room for thick lines where there are more than colours.
+    """
+    later = len(candidates) - 1 - number if len(candidates) <= len(_COLOURS) else 0
+    group, colour = divmod(number, len(_COLOURS))
     return {
-        "color": _COLOURS[number % len(_COLOURS)],
-        "marker": _MARKS[number % len(_MARKS)],
-        "linestyle": "-" if number < len(_COLOURS) else "--",
+        "color": _COLOURS[colour],
+        "marker": _MARKS[colour],
+        "linestyle": _DASHES[group % len(_DASHES)],
         "linewidth": min(1.1 + 0.3 * later, 2.6),
         "markersize": min(3.0 + 0.3 * later, 4.5),
-        "markevery": max(1, len(candidate.steps) // _MOST_MARKS),
-        "label": candidate.name,
+        "markevery": max(1, len(candidates[number].members) // _MOST_MARKS),
+        "label": candidates[number].name,
     }
 
 
-def _start(candidate: Candidate) -> int:
+def _start(steps: Sequence[int]) -> int:
     """Where the training towards the first checkpoint began, as far as gaps tell."""
-    first = candidate.steps[0]
-    gap = candidate.steps[1] - first if len(candidate.steps) > 1 else 1
-    return max(first - gap, 0)
+    gap = steps[1] - steps[0] if len(steps) > 1 else steps[0]
+    return max(steps[0] - gap, 0)
 
 
-def _learning_rate(candidate: Candidate, start: int) -> tuple[list[int], list[float]]:
+def _learning_rate(
+    steps: Sequence[int], weights: Sequence[float], start: int
+) -> tuple[list[int], list[float]]:
     """The corners of the learning-rate decay that an average imitates.
 
     What is learnt until the first checkpoint counts in full, after the last one nothing does.
     """
     xs, ys = [start], [1.0]
-    rates = learning_rate(candidate.weights)
-    for step, before, after in zip(candidate.steps, rates, [*rates[1:], 0.0], strict=True):
+    rates = learning_rate(weights)
+    for step, before, after in zip(steps, rates, [*rates[1:], 0.0], strict=True):
         xs += [step, step]
         ys += [before, after]
     return xs, ys
 
 
-def _label(above: "Axes", below: "Axes", plan: Plan) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+def _label(above: "Axes", below: "Axes", unit: str) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    units = {candidate.unit for candidate in plan.candidates}
-    along = {"steps": "training step", "epochs": "epoch"}.get(units.pop(), "checkpoint")
     for axes in (above, below):
         axes.grid(axis="y", linewidth=0.4, alpha=0.4)
     above.set_ylabel("weight")
@@ -156,6 +187,8 @@ def _label(above: "Axes", below: "Axes", plan: Plan) -> None:
     above.yaxis.set_major_formatter(PercentFormatter(1.0))
     below.set_ylabel("learning rate imitated")
     below.set_ylim(0, 1.05)
-    below.set_xlabel(along)
+    below.set_xlabel({"steps": "training step", "epochs": "epoch"}.get(unit, "checkpoint"))
     below.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    below.xaxis.set_major_formatter(EngFormatter(sep=""))
+    # "1.5" and in the corner "1e6": only where the steps would not fit side by side.
+    is_long = bool(below.get_xlim()[1] >= 1e6)
+    below.ticklabel_format(axis="x", useOffset=is_long, scilimits=(0, 6))

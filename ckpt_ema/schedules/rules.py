@@ -19,16 +19,18 @@ from ckpt_ema.schedules.table import (
     WEIGHTS,
 )
 
+_LEAST_SIGMA_REL = 1e-6  # far below, its exponent overflows
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "decay": (lambda x: 0 <= x <= 1, "lie between 0 and 1"),
     "decay_per_step": (lambda x: 0 <= x <= 1, "lie between 0 and 1"),
-    "half_life": (lambda x: 0 < x < math.inf, "be above 0"),
+    "half_life": (lambda x: 0 < x < math.inf, "be above 0 and finite"),
     "sigma_rel": (
-        lambda x: 0 < x < MOST_SIGMA_REL,
-        f"lie between 0 and {MOST_SIGMA_REL:.4f}, which is the uniform mean",
+        lambda x: _LEAST_SIGMA_REL <= x < MOST_SIGMA_REL,
+        f"lie between {_LEAST_SIGMA_REL:g} and 1 / sqrt(12) = {MOST_SIGMA_REL:.6f}, which is the"
+        " uniform mean",
     ),
-    "power": (lambda x: 0 < x < math.inf, "be above 0"),
-    "inv_gamma": (lambda x: 0 < x < math.inf, "be above 0"),
+    "power": (lambda x: 0 < x < math.inf, "be above 0 and finite"),
+    "inv_gamma": (lambda x: 0 < x < math.inf, "be above 0 and finite"),
 }
 
 
@@ -49,8 +51,8 @@ class Rule:
         schedule = ALL[self.schedule]
         parts = [schedule.label or self.schedule]
         if schedule.varies:
-            parts.append(_short(self.numbers[schedule.varies]))
-        return "-".join([*parts, *self._settings()])
+            parts.append(short(self.numbers[schedule.varies]))
+        return "-".join([*parts, *self._settings("-")])
 
     def told(self, units: str = "steps") -> str:
         """What people read; `units` is what the run counts, "steps" or "epochs".
@@ -61,9 +63,9 @@ class Rule:
         'dynamic, decay 0.999, at steps'
         """
         schedule = ALL[self.schedule]
-        value = _short(self.numbers[schedule.varies]) if schedule.varies else ""
+        value = short(self.numbers[schedule.varies]) if schedule.varies else ""
         text = schedule.text.format(value, units=units, unit=units.removesuffix("s"))
-        return ", ".join([text, *(label.replace("-", " ") for label in self._settings())])
+        return ", ".join([text, *self._settings(" ")])
 
     @property
     def counts_steps(self) -> bool:
@@ -86,10 +88,10 @@ class Rule:
         assert formula is not None, "stated weights are no formula"
         return formula(steps, **self.numbers)
 
-    def _settings(self) -> list[str]:
-        """The labels of what is not at its default."""
+    def _settings(self, blank: str) -> list[str]:
+        """The labels of what is not at its default, with `blank` between their words."""
         return [
-            setting.label.format(_short(self.numbers[option]))
+            setting.label.replace(" ", blank).format(short(self.numbers[option]))
             for option, setting in ALL[self.schedule].settings.items()
             if self.numbers[option] != setting.default
         ]
@@ -122,10 +124,10 @@ def _chosen(schedule: str, given: Mapping[str, Any]) -> str:
         raise OptionError(f"--schedule is {printable(schedule)!r}; it must be one of {known}.")
     for option in given:
         if option not in ALL[name].options:
-            homes = [o for o, schedule in ALL.items() if option in schedule.options] or [option]
+            homes = [name for name, other in SCHEDULES.items() if option in other.options]
+            belongs = f"belongs to {' and '.join(homes)}" if homes else "is a schedule of its own"
             raise OptionError(
-                f"--schedule {schedule} takes no {flag(option)}, which belongs to"
-                f" {' and '.join(homes)}.",
+                f"--schedule {schedule} takes no {flag(option)}, which {belongs}.",
                 "Leave out one of the two.",
             )
     varies = SCHEDULES[name].varies
@@ -176,13 +178,13 @@ def _check_range(option: str, given: Any) -> None:
         is_within, range_text = _RANGES[option]
         for value in given if isinstance(given, Sequence) else [given]:
             if not is_within(value):  # NaN is within none
-                raise OptionError(f"{flag(option)} is {_short(value)}; it must {range_text}.")
+                raise OptionError(f"{flag(option)} is {short(value)}; it must {range_text}.")
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A number as briefly as it can be told without loss.
 
-    >>> _short(1000.0), _short(0.9999999), _short("step")
+    >>> short(1000.0), short(0.9999999), short("step")
     ('1000', '0.9999999', 'step')
     """
     if isinstance(value, float):

@@ -32,9 +32,10 @@ def read_weights(stated: str | os.PathLike[str] | Mapping[str, float]) -> dict[s
         if name in found:
             raise OptionError(f"--weights has {printable(name)} twice.")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e300:
+            shown = json.dumps(value) if isinstance(value, str) else str(value)
             raise OptionError(
-                f"--weights gives {printable(name)} the weight {printable(value)}; a weight is a"
-                " number that is not negative."
+                f"--weights gives {printable(name)} the weight {printable(shown)}; a weight is a"
+                " number, without quotes, that is not negative."
             )
         found[name] = float(value)
     return found
@@ -80,7 +81,11 @@ def matched(
 
 def _number_of(name: str, checkpoints: Sequence[tuple[str, int | None]]) -> int:
     by_name = [number for number, (own, _) in enumerate(checkpoints) if own == name]
-    by_step = [number for number, (_, step) in enumerate(checkpoints) if str(step) == name]
+    by_step = [
+        number
+        for number, (_, step) in enumerate(checkpoints)
+        if step is not None and str(step) == name
+    ]
     found = by_name or by_step
     if len(found) != 1:
         names = some([own for own, _ in checkpoints])
@@ -95,7 +100,7 @@ def _pairs(path: Path) -> list[tuple[str, object]]:
     try:
         if path.stat().st_size > _LARGEST_BYTES or not path.is_file():
             raise OptionError(f"--weights {printable(path)} is no file of weights.")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise OptionError(f"--weights {printable(path)} cannot be read: {reason}.") from error
@@ -111,7 +116,7 @@ def _pairs(path: Path) -> list[tuple[str, object]]:
 
 
 def _pair(path: Path, line: str) -> tuple[str, float]:
-    match = re.fullmatch(r"(.+?)(?:\s*,\s*|\s+)(\S+)", line)
+    match = re.fullmatch(r"(.+?)(?:\s*,\s*|:?\s+)(\S+)", line)
     try:
         if match:
             return match[1], float(match[2])

@@ -59,7 +59,7 @@ SCHEDULES = {
         "dynamic, decay {}",
         "decay",
         "dynamic",
-        {"num_updates": Setting("index", "at-{}s")},
+        {"num_updates": Setting("index", "at {}s")},
     ),
     "constant": Schedule(
         _constant,
@@ -75,7 +75,7 @@ SCHEDULES = {
         "warmup, decay at most {}",
         "decay",
         "warmup",
-        {"power": Setting(2 / 3, "power-{}"), "inv_gamma": Setting(1.0, "inv-gamma-{}")},
+        {"power": Setting(2 / 3, "power {}"), "inv_gamma": Setting(1.0, "inv gamma {}")},
     ),
     "power": Schedule(
         formulas.power, "power function, sigma_rel {}", "sigma_rel", "sigma-rel", counts_steps=True
