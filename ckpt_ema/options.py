@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ckpt_ema.errors import OptionError, flag, printable
@@ -117,6 +117,14 @@ class Options:
             {name: v for name, v in given.items() if v is not None and v is not False},
         )
 
+    def given(self) -> dict[str, Any]:
+        """What is not at its default, as plain values."""
+        return {
+            field.name: _plain(value)
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        }
+
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
@@ -158,6 +166,15 @@ class Options:
             re.compile(self.pattern or "")
         except re.error as error:
             raise OptionError(f"--pattern is no regular expression: {error}.") from error
+
+
+def _plain(value: Any) -> Any:
+    """An option's value as JSON knows it."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(key): weight for key, weight in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 def _number(name: str, given: Any, kind: type[int] | type[float]) -> Any:

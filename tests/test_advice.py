@@ -72,6 +72,15 @@ def warnings(run: Path, **options: Any) -> list[str]:
         ),
         ({"decay_per_step": 0.99}, "a --decay-per-step above 0.997009 gives the others more."),
         ({"sigma_rel": 0.02}, "a --sigma-rel above 0.0328 gives the others more."),
+        (
+            {"decay": 0.01},
+            "which has 99.0% of the weight; a --decay above 0.05 gives the others more.",
+        ),
+        ({"decay": 0.99999999}, "--decay 0.99999999 changes nothing here"),
+        (
+            {"schedule": "warmup", "power": 3.0},
+            "The oldest checkpoint, checkpoint-1000, has 81.3% of the weight.",
+        ),
         ({"last": 1}, "There is one checkpoint only, so the average is that checkpoint."),
     ],
 )
@@ -105,6 +114,39 @@ def test_the_number_is_where_it_changes(run: Path, options: dict[str, Any]) -> N
         value = number * factor if name != "decay_per_step" else 1 - (1 - number) / factor
         found = warnings(run, **{**options, name: value})
         assert any(warning.startswith(kind) for warning in found) == stands
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "message"),
+    [
+        ([10, 1000], {"sigma_rel": 0.2}, "has 100.0% of the weight."),
+        ([10, 1000], {"num_updates": "step"}, "has 100.0% of the weight."),
+        ([1000, 1010, 1020], {"num_updates": "step"}, "has 83.8% of the weight."),
+    ],
+)
+def test_where_no_number_would_do_none_is_named(
+    make_run: MakeRun, steps: list[int], options: dict[str, Any], message: str
+) -> None:
+    run = make_run(series(len(steps), w=noise(len(steps), 5)), steps=steps)
+    found = warnings(run, **options)
+    assert any(warning.endswith(message) for warning in found), found
+
+
+def test_checkpoints_without_steps_get_no_advice_in_steps(make_run: MakeRun) -> None:
+    run = make_run(series(4, w=noise(4, 5)), steps=[100, 200, 300, 1000])
+    (run / "checkpoint-200").rename(run / "final")
+    assert not any("half-life" in w for w in warnings(run, append=["final"], schedule="uniform"))
+    backwards = [run / "checkpoint-300", run / "checkpoint-1000", run / "checkpoint-100"]
+    assert not any("half-life" in warning for warning in ckpt_ema.plan(backwards).warnings)
+
+
+def test_epochs_are_told_as_epochs(make_run: MakeRun) -> None:
+    run = make_run(series(4, w=noise(4, 5)), steps=[1, 2, 3, 9], pattern="epoch_{}")
+    text = " ".join(warnings(run, num_updates="step") + warnings(run))
+    assert "over 9 epochs the dynamic decay" in text
+    assert "is reached beyond epoch 8990" in text
+    assert "the weights count checkpoints, not epochs; by epochs, --half-life" in text
+    assert "step" not in text
 
 
 def test_the_decay_that_is_said_to_matter_matters(run: Path) -> None:
@@ -146,6 +188,9 @@ def test_a_run_of_few_is_a_warning_and_a_choice_of_few_is_none(make_run: MakeRun
     many = make_run(series(9, w=noise(9, 5)), name="many")
     assert any("There are 4 checkpoints only" in warning for warning in warnings(few))
     assert not any("checkpoints only" in warning for warning in warnings(many, last=3))
+    assert not any("checkpoints only" in w for w in warnings(many, include=["*-1", "*-2"]))
+    given = [few / "checkpoint-1", few / "checkpoint-2"]
+    assert not any("checkpoints only" in w for w in ckpt_ema.plan(given).warnings)
 
 
 def test_stated_weights_are_not_argued_with(run: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -156,7 +157,7 @@ def test_the_best_are_taken_by_command(run: Path) -> None:
         (run / f"checkpoint-{step}/eval_results.json").write_text(f'{{"acc": {accuracy}}}')
     done = ckpt_ema("plan", run, "--json", "--best", "1", "--metric", "acc")
     assert [row["step"] for row in candidates(done.stdout)[0]["checkpoints"]] == [100]
-    for arguments, code in ((["--best", "1"], 2), (["--best", "1", "--metric", "los"], 2)):
+    for arguments, code in ((["--best", "1"], 2), (["--best", "1", "--metric", "los"], 3)):
         wrong = ckpt_ema("plan", run, *arguments)
         assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (code, "", 1)
 
@@ -238,6 +239,34 @@ def test_environment_variables_set_options(run: Path) -> None:
     )
     [average] = candidates(done.stdout)
     assert (average["decay"], average["dtype"]) == (0.25, "float16")
+
+
+def test_the_command_in_the_output_tells_what_the_environment_said(run: Path) -> None:
+    folder = run.parent / ("a long name " * 20)
+    folder.mkdir()
+    done = ckpt_ema("average", run, "-o", folder / "out", env={"CKPT_EMA_HALF_LIFE": "9,90"})
+    assert done.returncode == 0, done.stderr
+    card = (folder / "out/half-life-90/README.md").read_text()
+    [command] = [line for line in card.splitlines() if line.startswith("$ ")]
+    assert command.startswith("$ CKPT_EMA_HALF_LIFE=9,90 python -m ckpt_ema average /")
+    assert shlex.split(command)[-1] == str(folder / "out")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_a_stdout_that_is_full_is_said_beside_what_was_done(run: Path) -> None:
+    line = f"'{sys.executable}' -m ckpt_ema average '{run}' --device cpu -q >/dev/full"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: stdout cannot be written: No space left on device; {run}-ema is complete.\n"
+    )
+    assert Path(f"{run}-ema/model.safetensors").is_file()
+
+
+def test_an_empty_run_is_not_the_current_folder(run: Path) -> None:
+    done = ckpt_ema("plan", "", cwd=run)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: No run and no checkpoints were given.\n"
 
 
 def test_every_option_has_an_environment_variable_and_help_shows_examples() -> None:

@@ -44,3 +44,9 @@ def test_a_mislabelled_copy_is_refused_and_leaves_nothing(make_run: MakeRun) -> 
 def test_frozen_tensors_are_no_reason(make_run: MakeRun) -> None:
     run = make_run(series(4, frozen=noise(1, 4000)[0], w=noise(4, 3)))
     ckpt_ema.average(run, device="cpu", tile_elements=100)
+
+
+def test_where_nothing_is_averaged_nothing_is_a_copy(make_run: MakeRun) -> None:
+    run = make_run(series(3, seen=[torch.tensor([n]) for n in range(3)], w=torch.empty(0, 4)))
+    output = ckpt_ema.average(run, device="cpu").output
+    assert read_safetensors(output / "model.safetensors")["seen"].tolist() == [2]

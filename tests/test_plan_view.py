@@ -60,7 +60,7 @@ def test_one_average_on_80_columns(run: Path) -> None:
         "",
         "  effective number of checkpoints          3.0",
         "  mean age, before the newest              938 steps",
-        "  weight of the last tenth of the run      50.0%",
+        "  weight of the last tenth, to the newest  50.0%",
         "  as old as a half-life of                 1000 steps",
         "  as old as a power function of sigma_rel  0.209",
         "",
@@ -133,7 +133,7 @@ def test_long_names_are_cut_and_paths_are_not(make_run: MakeRun) -> None:
     run = make_run(series(2, w=noise(2, 5)), pattern=pattern, name="r" * 90)
     lines = shown(run)
     assert lines[0] == f"{run} -> {run}-ema"
-    assert any(line.startswith("  a-long-name-that-says-everyth…") for line in lines)
+    assert any(line.startswith("  a-long-name-t...e-model-step-1 ") for line in lines)
 
 
 def test_names_cannot_write_on_the_terminal(make_run: MakeRun) -> None:
@@ -159,3 +159,19 @@ def test_the_same_as_markdown(run: Path) -> None:
     one = markdown_lines(plan, plan.candidates[:1])
     assert one[0] == "| checkpoint | step | gap | decay | weight |"
     assert one[-1] == "| checkpoint-5000 | 5000 | 1000 | 0.5000 | 50.00% |"
+
+
+@pytest.mark.parametrize("columns", [1, 40, 43, 50, 60, 80, 132])
+@pytest.mark.parametrize("half_life", ["1000", "1,900,1000,1e9,2000,3000,4000,5000,6000,7000"])
+def test_no_number_is_ever_cut(
+    run: Path, monkeypatch: pytest.MonkeyPatch, columns: int, half_life: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    plan = ckpt_ema.plan(run, half_life=half_life)
+    text = plan_text(plan, None, 24)
+    assert "…" not in text
+    words = text.split()
+    for candidate in plan.candidates:
+        assert {f"{weight:.2%}" for weight in candidate.weights} <= set(words)
+        assert f"{candidate.statistics.effective_number:.1f}" in words
+    assert {"1000", "2000", "3000", "4000", "5000"} <= set(words)

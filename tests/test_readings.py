@@ -1,6 +1,7 @@
 """Folders that can be read in two ways: the right reading, or a refusal with the way out."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -438,3 +439,79 @@ def test_a_folder_of_runs_is_not_called_by_what_one_of_them_holds(tmp_path: Path
     assert "sharded over ranks" in refused(tmp_path / "one")
     assert "sharded over ranks" in refused(tmp_path / "one/global_step_100")
     assert "sharded over ranks" in refused(tmp_path / "one/global_step_100/actor")
+
+
+# --- What is appended, what is ours, what is listed ----------------------------------------------
+
+
+def test_appending_what_is_there_already_is_refused(make_run: MakeRun) -> None:
+    run = make_run(series(3, w=noise(3, 5)))
+    (run / "checkpoint-2").rename(run / "final")
+    with pytest.raises(RefusedError, match="--append final: it is final, which is there already"):
+        ckpt_ema.plan(run, append=["final", "final"])
+    with pytest.raises(OptionError, match="--append final is also left out by --exclude"):
+        ckpt_ema.plan(run, append=["final"], exclude=["fin*"])
+    only_last = ckpt_ema.plan(run, append=["final"], include=["*-3"])
+    assert names(only_last) == ["checkpoint-3", "final"]
+
+
+def test_appending_a_step_of_its_own_number_is_said(make_run: MakeRun) -> None:
+    run = make_run(series(3, w=noise(3, 5)))
+    plan = ckpt_ema.plan(run, append=["checkpoint-2"])
+    assert names(plan) == ["checkpoint-1", "checkpoint-3", "checkpoint-2"]
+    assert (
+        "--append checkpoint-2 puts it after checkpoint-3, though its name has a number of its own."
+        in plan.warnings
+    )
+
+
+def test_files_that_we_wrote_are_no_steps(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in (1, 2, 3):
+        write_safetensors(run / f"step_{step}.safetensors", state(step))
+    made = ckpt_ema.average(run, device="cpu", output=tmp_path / "step_4.safetensors").output
+    made.rename(run / "step_4.safetensors")
+    plan = ckpt_ema.plan(run)
+    assert names(plan) == [f"step_{step}.safetensors" for step in (1, 2, 3)]
+    assert (run / "step_4.safetensors", "an average that ckpt-ema made") in plan.left_out
+    listed = ckpt_ema.plan([run / "step_3.safetensors", run / "step_4.safetensors"])
+    assert any("step_4.safetensors" in w and "averaged" in w for w in listed.warnings)
+    for step in (1, 2, 3):
+        (run / f"step_{step}.safetensors").unlink()
+    with pytest.raises(RefusedError, match="No checkpoints found"):
+        ckpt_ema.plan(run)
+
+
+def test_listed_checkpoints_have_names_of_their_own(make_run: MakeRun) -> None:
+    runs = [make_run(series(1, w=noise(2, 5)[n]), name=f"run{n}") for n in (0, 1)]
+    given = [runs[0] / "checkpoint-1/model.safetensors", runs[1] / "checkpoint-1"]
+    assert names(ckpt_ema.plan(given)) == ["run0", "run1"]
+
+
+@pytest.mark.parametrize("run", ["", [], [""], ["", "."]])
+def test_an_empty_name_is_not_the_current_folder(run: Any) -> None:
+    with pytest.raises(OptionError, match="No run and no checkpoints"):
+        ckpt_ema.plan(run)
+
+
+def test_files_whose_times_contradict_their_steps_are_said(make_run: MakeRun) -> None:
+    run = make_run(series(3, w=noise(3, 5)))
+    for step, hours in ((1, 2.0), (2, 1.5), (3, 0.25)):
+        file = run / f"checkpoint-{step}/model.safetensors"
+        os.utime(file, (3600 * hours, 3600 * hours))
+    text = "was written before"
+    [warning] = [w for w in ckpt_ema.plan(run).warnings if text in w]
+    assert warning.startswith("checkpoint-3 was written before checkpoint-2, though its step is")
+
+
+@pytest.mark.parametrize(
+    "name", ["q.lora_A.weight", "q.lora_B.default.weight", "x.lora_down.weight", "x.lora_a"]
+)
+def test_adapters_are_said_to_be_averaged_factor_by_factor(make_run: MakeRun, name: str) -> None:
+    def is_said(tensor: str) -> bool:
+        run = make_run([{tensor: value} for value in noise(2, 5)], name=tensor)
+        return any("factors A and B" in warning for warning in ckpt_ema.plan(run).warnings)
+
+    assert is_said(name)
+    assert not is_said("x.lora_alpha")

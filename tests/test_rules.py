@@ -1,6 +1,8 @@
 """From options to schedules: which option means which, which add up, which contradict."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,8 +85,24 @@ def test_options_mean_schedules(options: dict[str, Any], expected: list[str]) ->
         ({"decay_per_step": 2}, "--decay-per-step is 2"),
         ({"half_life": 0}, "--half-life is 0; it must be above 0"),
         ({"half_life": math.inf}, "--half-life is inf"),
-        ({"sigma_rel": 0.3}, "lie between 0 and 0.2887, which is the uniform mean"),
+        ({"sigma_rel": 0.3}, "and 1 / sqrt(12) = 0.288675, which is the uniform mean"),
         ({"sigma_rel": 0}, "--sigma-rel is 0"),
+        ({"sigma_rel": 1e-200}, "--sigma-rel is 1e-200; it must lie between 1e-06 and"),
+        ({"decay": True}, "--decay is 'True'; it must be numbers"),
+        ({"half_life": 10**400}, "it must be numbers"),
+        ({"power": "x"}, "--power is 'x'; it must be a number"),
+        ({"last": 2.5}, "--last is '2.5'; it must be whole numbers"),
+        ({"last": math.inf}, "--last is 'inf'; it must be whole numbers"),
+        ({"every": 1.5}, "--every is '1.5'; it must be a whole number"),
+        ({"threads": "many"}, "--threads is 'many'; it must be a whole number"),
+        ({"from_step": math.nan}, "--from is 'nan'; it must be a whole number"),
+        ({"output": 5}, "--output is '5'; it must be a path"),
+        ({"weights": [0.5, 0.5]}, "--weights is '[0.5, 0.5]'; it must be a path"),
+        ({"append": [1]}, "--append must be a list of names"),
+        ({"include": None}, "--include must be a list of names"),
+        ({"dtype": None}, "--dtype is 'None'; it must be one of same, float32"),
+        ({"metric": 5, "best": 1}, "--metric is 5; it must be a text"),
+        ({"schedule": "uniform", "half_life": 5}, "--half-life, which is a schedule of its own"),
         ({"power": -1}, "--power is -1"),
         ({"inv_gamma": 0}, "--inv-gamma is 0"),
         ({"num_updates": "epoch"}, "--num-updates is 'epoch'; it must be one of index, step"),
@@ -99,7 +117,8 @@ def test_options_mean_schedules(options: dict[str, Any], expected: list[str]) ->
         ({"from_step": 9, "to_step": 3}, "--from 9 is later than --to 3"),
         ({"steps": "100,x"}, "--steps has 'x'"),
         ({"steps": "500-100"}, "--steps has '500-100'"),
-        ({"include": "a*"}, "include must be a list"),
+        ({"steps": []}, "--steps has no value"),
+        ({"include": "a*"}, "--include must be a list"),
     ],
 )
 def test_contradictions_and_impossible_values_are_usage_errors(
@@ -121,10 +140,31 @@ def test_contradictions_and_impossible_values_are_usage_errors(
         ({"sigma_rel": 0.1}, "power function, sigma_rel 0.1"),
         ({"schedule": "constant", "zero_debias": True}, "constant, decay 0.999, debiased"),
         ({"weights": {"a": 1.0}}, "stated weights"),
+        (
+            {"power": 1e-7, "inv_gamma": 1e-5},
+            "warmup, decay at most 0.999, power 1e-07, inv gamma 1e-05",
+        ),
     ],
 )
 def test_people_read_what_a_rule_is(options: dict[str, Any], text: str) -> None:
     assert [rule.told() for rule in Options(**options).rules()] == [text]
+
+
+def test_numbers_may_be_texts_and_one_value_needs_no_list() -> None:
+    given: dict[str, Any] = {"every": "2", "threads": 4.0, "from_step": "100", "steps": 100}
+    assert Options(**given) == Options(every=2, threads=4, from_step=100, steps=((100, 100),))
+
+
+def test_what_was_given_is_told_as_plain_values() -> None:
+    assert Options().given() == {}
+    given: dict[str, Any] = {"decay": 0.5, "output": Path("o"), "weights": {1: 1.0}}
+    options = Options(**given, append=[Path("a"), "b"])
+    assert json.loads(json.dumps(options.given())) == {
+        "decay": [0.5],
+        "weights": {"1": 1.0},
+        "append": ["a", "b"],
+        "output": "o",
+    }
 
 
 def test_steps_are_numbers_and_ranges_in_any_form() -> None:

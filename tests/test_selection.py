@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -170,6 +171,10 @@ def test_a_list_without_steps_or_in_another_order_has_no_distances(
     backwards = [run / "checkpoint-200", run / "checkpoint-100"]
     with pytest.raises(RefusedError, match="comes after checkpoint-200 in the list"):
         ckpt_ema.plan(backwards, half_life=5)
+    copytree(run / "checkpoint-200", tmp_path / "other/checkpoint-200")
+    same_step = [run / "checkpoint-200", tmp_path / "other/checkpoint-200"]
+    with pytest.raises(RefusedError, match="in the list though its step does not"):
+        ckpt_ema.plan(same_step, half_life=5)
     unnamed = [(run / "checkpoint-100").rename(tmp_path / name) for name in ("a",)]
     unnamed.append((run / "checkpoint-200").rename(tmp_path / "b"))
     with pytest.raises(RefusedError, match="counts training steps, and a, b tells none"):
@@ -223,6 +228,32 @@ def test_the_best_by_the_trainers_log_ties_to_the_later(run: Path) -> None:
 
 def test_the_log_of_the_newest_has_the_metrics_of_all(run: Path) -> None:
     log(run, LOSSES, only_newest=True)
+    assert chosen(run, best=1, metric="eval_loss") == [[1100]]
+
+
+def test_a_log_tells_of_checkpoints_that_are_left_out_too(run: Path) -> None:
+    """transformers may evaluate after it saved, so that the next save has the result."""
+    log(run, {step: loss for step, loss in LOSSES.items() if step < 2000}, only_newest=True)
+    (run / "checkpoint-1100/trainer_state.json").rename(run / "checkpoint-2000/trainer_state.json")
+    assert chosen(run, best=2, metric="eval_loss", exclude=["*-2000"]) == [[400, 1100]]
+    assert chosen(run, best=1, metric="eval_loss", to_step=1000) == [[400]]
+
+
+def test_as_many_as_there_are_is_no_warning(run: Path) -> None:
+    log(run, LOSSES)
+    warnings = ckpt_ema.plan(run, last=7, best=7, metric="eval_loss").warnings
+    assert not any("takes all there are" in warning for warning in warnings)
+
+
+def test_what_is_told_closest_to_the_weights_wins(run: Path) -> None:
+    log(run, LOSSES)
+    (run / "checkpoint-100/eval_results.json").write_text('{"eval_loss": 0.1}')
+    assert chosen(run, best=1, metric="eval_loss") == [[100]]
+
+
+def test_a_number_too_large_for_a_float_is_no_metric(run: Path) -> None:
+    log(run, LOSSES)
+    (run / "checkpoint-100/eval_results.json").write_text('{"eval_loss": 1' + 400 * "0" + "}")
     assert chosen(run, best=1, metric="eval_loss") == [[1100]]
 
 

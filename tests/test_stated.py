@@ -29,6 +29,24 @@ def test_every_form_of_a_file(tmp_path: Path, text: str) -> None:
     assert read_weights(path) == {"checkpoint-10": 0.25, "20": 0.75}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeff1000,0.25\n2000,0.75\n",
+        "1000: 0.25\n2000: 0.75\n",
+        '\ufeff{"1000": 0.25, "2000": 0.75}',
+    ],
+)
+def test_marks_of_spreadsheets_and_colons_are_no_part_of_a_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "weights").write_text(text, encoding="utf-8")
+    assert read_weights(tmp_path / "weights") == {"1000": 0.25, "2000": 0.75}
+
+
+def test_a_checkpoint_without_a_step_is_not_called_none() -> None:
+    with pytest.raises(RefusedError, match="names None, which is none of the checkpoints"):
+        matched({"None": 1.0}, [("final", None)], normalize=False)
+
+
 def test_names_may_hold_blanks(tmp_path: Path) -> None:
     path = tmp_path / "weights.txt"
     path.write_text("my run 3 0.5\nepoch=1-step=2.ckpt 0.5\n")
@@ -43,7 +61,10 @@ def test_names_may_hold_blanks(tmp_path: Path) -> None:
         (b"a 0.5\na 0.5\n", "--weights has a twice"),
         (b'{"a": 0.5, "a": 0.5}', "--weights has a twice"),
         (b'{"a": 0.5', "is not JSON"),
-        (b'{"a": "x"}', "gives a the weight x; a weight is a number that is not negative"),
+        (
+            b'{"a": "0.5"}',
+            'gives a the weight "0.5"; a weight is a number, without quotes, that is',
+        ),
         (b'{"a": true}', "gives a the weight True"),
         (b'{"a": {"b": 1}}', "a weight is a number"),
         (b"a -0.5\nb 1.5", "gives a the weight -0.5"),

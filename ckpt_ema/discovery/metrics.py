@@ -32,9 +32,9 @@ Metrics = Mapping[str, float]
 
 
 def metric_values(
-    checkpoints: Sequence[Checkpoint], run: Sequence[Checkpoint], metric: str, read: Read
+    checkpoints: Sequence[Checkpoint], run: Sequence[Path], metric: str, read: Read
 ) -> list[float]:
-    """The value of `metric` for each checkpoint; `run` has those whose logs may tell it.
+    """The value of `metric` for each checkpoint; the logs in all folders of the run may tell it.
 
     A name without `eval_` also finds the metric that has it, as with transformers. Raises
     `RefusedError` if it is missing or NaN for some, with what was found.
@@ -102,11 +102,11 @@ def _metrics(checkpoint: Checkpoint, read: Read) -> Metrics:
     return {**found, **_named(checkpoint.name)}
 
 
-def _logs(checkpoints: Sequence[Checkpoint]) -> dict[int | None, dict[str, float]]:
+def _logs(folders: Sequence[Path]) -> dict[int | None, dict[str, float]]:
     """What `trainer_state.json` has logged, by step; that of a later checkpoint has it all."""
     logged: dict[int | None, dict[str, float]] = {}
-    for checkpoint in checkpoints:
-        state = _json(checkpoint.path / layouts.TRAINER_STATE)
+    for folder in folders:
+        state = _json(folder / layouts.TRAINER_STATE)
         history = state.get("log_history")
         for entry in history if isinstance(history, list) else []:
             if isinstance(entry, dict) and isinstance(entry.get("step"), int):

@@ -7,6 +7,7 @@ Where --last or --best have several values, each is a selection of its own.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ckpt_ema.discovery.found import Found
 from ckpt_ema.discovery.metrics import higher_is_better, metric_values
 from ckpt_ema.discovery.order import Checkpoint, Read
 from ckpt_ema.discovery.steps import needed_steps
@@ -29,12 +30,13 @@ class Selected(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def select(checkpoints: Sequence[Checkpoint], options: Options, read: Read) -> Selected:
-    """Choose among a run's checkpoints, which are oldest first.
+def select(found: Found, options: Options, read: Read) -> Selected:
+    """Choose among a run's checkpoints.
 
     Raises `RefusedError` if nothing is left, if a step that was asked for is not there, or if what
     an option counts is not known of this run.
     """
+    checkpoints = found.checkpoints
     chosen = _by_step(checkpoints, options)
     chosen = _apart(chosen, options)
     chosen = chosen[::-1][:: options.every or 1][::-1]
@@ -46,7 +48,7 @@ def select(checkpoints: Sequence[Checkpoint], options: Options, read: Read) -> S
         if last is not None and last > len(chosen):
             warnings.append(f"--last {last} takes all there are: {len(chosen)} checkpoints.")
         members = chosen[-last:] if last else chosen
-        for best, kept in _best(members, checkpoints, options, read):
+        for best, kept in _best(members, found, options, read):
             if best is not None and best > len(members):
                 warnings.append(f"--best {best} takes all there are: {len(members)} checkpoints.")
             parts = [f"last-{last}"] * bool(last) + [f"best-{best}"] * bool(best)
@@ -103,14 +105,13 @@ def _apart(checkpoints: list[Checkpoint], options: Options) -> list[Checkpoint]:
 
 
 def _best(
-    checkpoints: Sequence[Checkpoint], run: Sequence[Checkpoint], options: Options, read: Read
+    checkpoints: Sequence[Checkpoint], found: Found, options: Options, read: Read
 ) -> list[tuple[int | None, list[Checkpoint]]]:
-    """For each value of --best that many checkpoints, in their order; ties go to the later one.
-
-    `run` are all that the run has, which may log what these reached.
-    """
+    """For each value of --best that many checkpoints, in their order; ties go to the later one."""
     if options.best is None or options.metric is None:
         return [(None, list(checkpoints))]
+    # Also those that do not take part may log what these reached.
+    run = [*(path for path, _ in found.left_out), *(one.path for one in found.checkpoints)]
     values = metric_values(checkpoints, run, options.metric, read)  # first: the name may be a slip
     sign = -1 if higher_is_better(options.metric, options.metric_mode) else 1
     ranked = sorted(range(len(values)), key=lambda number: (sign * values[number], -number))

@@ -64,6 +64,7 @@ def _describe_run(plan: Plan) -> dict[str, Any]:
     """What all averages of a plan share, as plain values."""
     return {
         "run": plan.run,
+        "options": plan.options.given(),
         "accumulate": plan.options.accumulate,
         "device": plan.options.device,
         "threads": plan.threads,

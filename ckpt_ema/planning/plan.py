@@ -168,7 +168,7 @@ def _choose(paths: Sequence[Path], options: Options, read: Read) -> _Chosen:
     discovered = discover(paths, options, read)
     problem_of = problems(discovered.checkpoints, read)
     found = without_unfinished(discovered, options, problem_of)
-    selected = select(found.checkpoints, options, read)
+    selected = select(found, options, read)
     weightings = weigh(selected.selections, options)
     taken = {checkpoint for weighting in weightings for checkpoint in weighting.checkpoints}
     checkpoints = [checkpoint for checkpoint in found.checkpoints if checkpoint in taken]

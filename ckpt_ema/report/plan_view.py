@@ -27,8 +27,8 @@ from ckpt_ema.report.weight_rows import (
 )
 
 _LEAST_COLUMNS = 40  # with less, nothing could be read
-_WEIGHT_COLUMNS = 9  # "100.00%" and what stands between columns
-_LONGEST_NAME = 30
+_BETWEEN = 2  # before each column
+_LONGEST_NAME, _SHORTEST_NAME = 30, 16
 _BAR_COLUMNS = (4, 30)
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -95,8 +95,10 @@ class _Columns(NamedTuple):
     """How wide things are, and how many averages stand side by side."""
 
     name: int
+    cells: slice  # those between name and weights for which there is room
     bar: int  # 0: there is no room for bars
     averages: int
+    total: int
 
 
 def _tables(plan: Plan, console: Console, most_rows: int) -> Iterator[Table]:
@@ -107,7 +109,8 @@ def _tables(plan: Plan, console: Console, most_rows: int) -> Iterator[Table]:
     count, headings = len(plan.candidates), cell_headings(plan.candidates)
     rows = without_middle(rows_of(plan, plan.candidates), most_rows)
     figures = _figure_rows(plan.candidates) if count > 1 else []
-    columns = _columns(headings, rows, [label for label, _ in figures], console.width)
+    columns = _columns(headings, rows, figures, console.width)
+    console.width = max(console.width, columns.total)  # no number is ever cut
     largest = max(max(candidate.weights) for candidate in plan.candidates)
 
     def bar(weight: float | None, row: Row) -> str:
@@ -116,15 +119,17 @@ def _tables(plan: Plan, console: Console, most_rows: int) -> Iterator[Table]:
 
     for first in range(0, count, columns.averages):
         shown = slice(first, first + columns.averages)
-        table = _empty_table(headings, range(count)[shown], count, columns)
+        table = _empty_table(headings[columns.cells], range(count)[shown], count, columns)
         for row in rows:
             bars = [bar(weight, row) for weight in row.weights]
             table.add_row(
-                Text(row.name), *row.cells, *_paired(row.shares[shown], bars[shown], columns)
+                Text(_fitted(row.name, columns.name)),
+                *row.cells[columns.cells],
+                *_paired(row.shares[shown], bars[shown], columns),
             )
         if figures:
             table.add_row()
-        blank = [""] * len(headings)
+        blank = [""] * len(headings[columns.cells])
         for label, values in figures:
             none = [""] * count
             table.add_row(label, *blank, *_paired(values[shown], none[shown], columns))
@@ -132,15 +137,50 @@ def _tables(plan: Plan, console: Console, most_rows: int) -> Iterator[Table]:
 
 
 def _columns(
-    headings: Sequence[str], rows: Sequence[Row], labels: Sequence[str], width: int
+    headings: Sequence[str],
+    rows: Sequence[Row],
+    figures: Sequence[tuple[str, list[str]]],
+    width: int,
 ) -> _Columns:
-    """What fits into `width` columns."""
-    name = min(_LONGEST_NAME, max(map(len, [*(row.name for row in rows), *labels])))
-    cells = zip(headings, *(row.cells for row in rows), strict=True)
-    free = width - 2 - name - sum(2 + max(map(len, column)) for column in cells)
-    averages = max(1, min(len(rows[0].weights), free // _WEIGHT_COLUMNS))
-    bar = min(_BAR_COLUMNS[1], free // averages - _WEIGHT_COLUMNS - 2)
-    return _Columns(name, bar if bar >= _BAR_COLUMNS[0] else 0, averages)
+    """What fits into `width` columns: numbers first, then names, then bars."""
+    width -= _BETWEEN  # before the names
+    values = [value for row in rows for value in row.shares]
+    values += [value for _, of_averages in figures for value in of_averages]
+    each = _BETWEEN + max(map(len, values))
+    cells = [
+        _BETWEEN + max(map(len, column))
+        for column in zip(headings, *(row.cells for row in rows), strict=True)
+    ]
+    longest = max(len("checkpoint"), *(len(row.name) for row in rows))
+    labels = max([len("checkpoint"), *(len(label) for label, _ in figures)])
+    name = max(labels, min(longest, _LONGEST_NAME))
+    free = width - sum(cells) - each
+    if free < name:
+        name = max(labels, min(name, free, _SHORTEST_NAME))
+        if free < name:
+            cells = cells[:1]  # the step; its gap and decay are in --json
+    free = width - name - sum(cells)
+    averages = max(1, min(len(rows[0].weights), free // each))
+    bar = min(_BAR_COLUMNS[1], free // averages - each - _BETWEEN)
+    return _Columns(
+        name,
+        slice(len(cells)),
+        bar if bar >= _BAR_COLUMNS[0] else 0,
+        averages,
+        _BETWEEN + name + sum(cells) + averages * each,
+    )
+
+
+def _fitted(name: str, columns: int) -> str:
+    """A name without its middle, if it is too long; numbers are at its ends.
+
+    >>> _fitted("a-very-long-name-000100", 16)
+    'a-very...-000100'
+    """
+    if len(name) <= columns:
+        return name
+    end = (columns - 2) // 2
+    return f"{name[: columns - 3 - end]}...{name[-end:]}"
 
 
 def _paired(values: Sequence[str], bars: Sequence[str], columns: _Columns) -> list[str]:
@@ -153,8 +193,8 @@ def _paired(values: Sequence[str], bars: Sequence[str], columns: _Columns) -> li
 def _empty_table(
     headings: Sequence[str], shown: Sequence[int], count: int, columns: _Columns
 ) -> Table:
-    table = Table(box=None, padding=(0, 0, 0, 2), header_style="bold")
-    table.add_column("checkpoint", no_wrap=True, overflow="ellipsis", max_width=columns.name)
+    table = Table(box=None, padding=(0, 0, 0, _BETWEEN), header_style="bold")
+    table.add_column("checkpoint", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for number in shown:
@@ -183,7 +223,7 @@ def _figures(candidate: Candidate) -> Table:
     for text, value in (
         ("effective number of checkpoints", f"{found.effective_number:.1f}"),
         ("mean age, before the newest", f"{_number(found.mean_age)} {unit}"),
-        ("weight of the last tenth of the run", f"{found.last_tenth:.1%}"),
+        ("weight of the last tenth, to the newest", f"{found.last_tenth:.1%}"),
         ("as old as a half-life of", f"{_number(found.half_life)} {unit}"),
         ("as old as a power function of sigma_rel", _number(found.sigma_rel)),
     ):
@@ -208,11 +248,13 @@ def _figure_rows(candidates: Sequence[Candidate]) -> list[tuple[str, list[str]]]
 def _number(value: float | None) -> str:
     """A number in at most seven columns.
 
-    >>> _number(0.10911), _number(998.05), _number(1234567.8), _number(None)
-    ('0.109', '998', '1234568', '-')
+    >>> _number(0.10911), _number(998.05), _number(1234567.8), _number(1e-99), _number(None)
+    ('0.109', '998', '1234568', '0', '-')
     """
     if value is None:
         return UNKNOWN
+    if value < 1e-6:
+        return "0"
     return f"{value:.3g}" if abs(value) < 100 or value >= 1e7 else f"{value:.0f}"
 
 
