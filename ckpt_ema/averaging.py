@@ -5,19 +5,22 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckpt_ema import __version__
-from ckpt_ema.errors import FailedError, printable
+from ckpt_ema.discovery.same import same_values
+from ckpt_ema.errors import FailedError, RefusedError, printable
+from ckpt_ema.folding.duplicates import Twins
+from ckpt_ema.folding.tiles import WHOLE, Share, Tile, tiles
 from ckpt_ema.layouts import CARD_NAME, MANIFEST_NAME
 from ckpt_ema.options import PathLike
 from ckpt_ema.output import manifest
+from ckpt_ema.output.journal import Journal
 from ckpt_ema.output.result import Result
 from ckpt_ema.output.vacancy import check_vacant
+from ckpt_ema.output.work import WorkFolder
 from ckpt_ema.output.write import StagedOutput
-from ckpt_ema.planning.candidates import Candidate
 from ckpt_ema.planning.outputs import is_single_file
 from ckpt_ema.planning.plan import Plan, plan
 from ckpt_ema.report.card import card
@@ -25,7 +28,9 @@ from ckpt_ema.report.figure import Picture
 from ckpt_ema.report.figure import plot as draw
 
 if TYPE_CHECKING:
-    from ckpt_ema.folding.engine import Progress
+    import torch
+
+Progress = Callable[[int, int], None]  # bytes read so far, bytes to read in all
 
 
 def average(
@@ -33,7 +38,8 @@ def average(
     *,
     overwrite: bool = False,
     plot: PathLike | None = None,
-    progress: "Progress | None" = None,
+    progress: Progress | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> Result:
     """Average the checkpoints in `run`, a folder or checkpoints oldest first, into an output.
@@ -42,6 +48,7 @@ def average(
     pass over the checkpoints. `plot` is a .png or .svg file to draw the weights into, which then
     are in the model cards too. `progress` is called with the bytes read so far and in all. The
     output appears whole or not at all; if these very averages are there already, nothing is read.
+    With `resume`, what is done is kept if the run is interrupted, and the next such call goes on.
 
     Raises what `plan` raises; `RefusedError` also if something else is at the output path and
     `overwrite` is False, or if a checkpoint holds NaN; `FailedError` if reading or writing fails.
@@ -49,7 +56,9 @@ def average(
     decided = plan(run, **options)
     done = up_to_date(decided, overwrite=overwrite)
     picture = draw(decided, plot) if plot is not None else None
-    return done or carry_out(decided, overwrite=overwrite, picture=picture, progress=progress)
+    return done or carry_out(
+        decided, overwrite=overwrite, picture=picture, progress=progress, resume=resume
+    )
 
 
 def up_to_date(plan: Plan, *, overwrite: bool = False) -> Result | None:
@@ -75,77 +84,156 @@ def carry_out(
     *,
     overwrite: bool = False,
     picture: Picture | None = None,
-    progress: "Progress | None" = None,
+    progress: Progress | None = None,
     command: str | None = None,
+    resume: bool = False,
 ) -> Result:
     """Do what `plan` says, once `up_to_date` has no objection.
 
-    `command` goes into the manifests and cards, `picture` into the cards.
+    `command` goes into the manifests and cards, `picture` into the cards. With `resume` it goes on
+    from where another run with `resume` was interrupted, and keeps what is done if it is itself.
     """
-    engine = _import_engine()
-    device = engine.resolve_device(plan.options.device)
-    start = time.monotonic()
-    with StagedOutput(plan.output, is_single_file(plan.output), overwrite) as staged:
-        staged.create(
-            [
-                (os.path.join(_inside(plan, candidate), file.name), file)
-                for candidate in plan.candidates
-                for file in candidate.output.files
-            ]
-        )
-        engine.run(plan, staged, device, progress)
-        seconds = time.monotonic() - start
-        made = {
+    device = resolve_device(plan)
+    single = is_single_file(plan.output)
+    with (
+        WorkFolder(plan.output, plan.key if resume else "") as work,
+        StagedOutput(work, is_single_file=single, overwrite=overwrite) as staged,
+    ):
+        work.kept = resume
+        create_files(plan, staged)
+        add_side_files(plan, staged, picture, command)
+        try:
+            made = fold(plan, work, staged, device, progress=progress, resume=resume)
+            check_different(plan, made.alike)
+        except RefusedError:
+            work.kept = False  # what is refused now will be refused again
+            raise
+        facts = made.facts(device)
+        records = [{**record, **facts} for record in records_of(plan, command)]
+        seal(staged, {} if single else dict(zip(folders_of(plan), records, strict=True)))
+        work.kept = False
+    return Result(plan, False, made.seconds, tuple(records))
+
+
+class Made(NamedTuple):
+    """What came of folding a share of the work."""
+
+    alike: list[tuple[int, int]]  # neighbours that no tile has told apart
+    seconds: float
+
+    def facts(self, device: "torch.device") -> dict[str, Any]:
+        """What manifests say of it."""
+        return {
             "device": str(device),
-            "seconds": round(seconds, 3),
+            "seconds": round(self.seconds, 3),
             "peak_memory_bytes": _peak_memory_bytes(),
         }
-        records = tuple(
-            {
-                "ckpt_ema": __version__,
-                "command": command,
-                **manifest.describe(plan, candidate),
-                **made,
-            }
-            for candidate in plan.candidates
-        )
-        for candidate, record in zip(plan.candidates, records, strict=True):
-            if not candidate.output.is_single_file:
-                for name, content in _side_files(plan, candidate, record, picture):
-                    staged.add(os.path.join(_inside(plan, candidate), name), content)
-                for companion in candidate.output.companions:
-                    name = os.path.join(_inside(plan, candidate), companion.name)
-                    staged.copy(companion.source, name)
-        staged.check_loads()
-        staged.publish()
-    return Result(plan, False, seconds, records)
 
 
-def _inside(plan: Plan, candidate: Candidate) -> str:
-    """The folder of one of several averages in the plan's output; empty for the only one."""
-    return os.fspath(candidate.output.path.relative_to(plan.output)).removeprefix(".")
+def create_files(plan: Plan, staged: StagedOutput) -> None:
+    """Reserve the model files and write their headers."""
+    staged.create(
+        [
+            (os.path.join(folder, file.name), file)
+            for folder, candidate in zip(folders_of(plan), plan.candidates, strict=True)
+            for file in candidate.output.files
+        ]
+    )
 
 
-def _import_engine() -> ModuleType:
-    """Only when it is needed: an output that is up to date or in the way never waits for torch."""
+def add_side_files(
+    plan: Plan, staged: StagedOutput, picture: Picture | None, command: str | None
+) -> None:
+    """Write what stands beside the model files, but for manifests, which tell how it went."""
+    for folder, candidate in zip(folders_of(plan), plan.candidates, strict=True):
+        if candidate.output.is_single_file:
+            continue
+        for name, content in candidate.output.indexes:
+            staged.add(os.path.join(folder, name), content)
+        if plan.options.card:
+            text = card(plan, candidate, command, picture.name if picture else None)
+            staged.add(os.path.join(folder, CARD_NAME), text.encode())
+            if picture:
+                staged.add(os.path.join(folder, picture.name), picture.content)
+        for companion in candidate.output.companions:
+            staged.copy(companion.source, os.path.join(folder, companion.name))
+
+
+def fold(
+    plan: Plan,
+    work: WorkFolder,
+    staged: StagedOutput,
+    device: "torch.device",
+    share: Share = WHOLE,
+    *,
+    progress: Progress | None = None,
+    resume: bool = False,
+) -> Made:
+    """Fold a share of the tiles, or with `resume` those of them that are not done yet."""
+    from ckpt_ema.folding import engine
+
+    start = time.monotonic()
+    journal = Journal(work, staged.make_durable) if resume else None
+    done = journal.done if journal else ()
+    twins = Twins(plan.neighbours, journal.different if journal else ())
+
+    def todo() -> Iterator[Tile]:
+        return (tile for tile in tiles(plan, share) if tile.number not in done)
+
+    total = sum(tile.span.bytes_read(plan.work.layout_of, tile.length) for tile in todo())
+
+    def tick(bytes_read: int) -> None:
+        if progress:
+            progress(bytes_read, total)
+        if journal:
+            journal.write_if_due(twins)
+
+    try:
+        finished = {"finished": journal.finish} if journal else {}
+        engine.run(plan, todo(), staged, device, twins, tick=tick, **finished)
+    finally:
+        if journal:
+            journal.write(twins)
+    averages = any(span.averaged for span in plan.work.spans)
+    return Made(twins.found if averages else [], time.monotonic() - start)
+
+
+def check_different(plan: Plan, alike: Sequence[tuple[int, int]]) -> None:
+    """Refuse two steps with one state, unless they are wanted."""
+    if alike and not plan.options.allow_duplicates:
+        raise same_values(*(plan.checkpoints[number].name for number in alike[0]))
+
+
+def seal(staged: StagedOutput, manifests: dict[str, dict[str, Any]]) -> None:
+    """Write the manifests, by the folders in the output, and publish it."""
+    for folder, record in manifests.items():
+        content = json.dumps(record, indent=2).encode() + b"\n"
+        staged.add(os.path.join(folder, MANIFEST_NAME), content)
+    staged.check_loads()
+    staged.publish()
+
+
+def records_of(plan: Plan, command: str | None) -> list[dict[str, Any]]:
+    """What manifests say but for how it went."""
+    return [
+        {"ckpt_ema": __version__, "command": command, **manifest.describe(plan, candidate)}
+        for candidate in plan.candidates
+    ]
+
+
+def folders_of(plan: Plan) -> list[str]:
+    """The folder of each average in the plan's output; empty for the only one."""
+    inside = (candidate.output.path.relative_to(plan.output) for candidate in plan.candidates)
+    return [os.fspath(folder).removeprefix(".") for folder in inside]
+
+
+def resolve_device(plan: Plan) -> "torch.device":
+    """The device to fold on; torch is imported only now, when it is needed."""
     try:
         from ckpt_ema.folding import engine
     except (ImportError, OSError) as error:
         raise FailedError(f"torch cannot be imported: {printable(error)}.") from error
-    return engine
-
-
-def _side_files(
-    plan: Plan, candidate: Candidate, record: dict[str, Any], picture: Picture | None
-) -> Iterator[tuple[str, bytes]]:
-    """What is made beside the model files: names and contents."""
-    yield from candidate.output.indexes
-    yield MANIFEST_NAME, json.dumps(record, indent=2).encode() + b"\n"
-    if plan.options.card:
-        shown = picture.name if picture else None
-        yield CARD_NAME, card(plan, candidate, record["command"], shown).encode()
-        if picture:
-            yield picture
+    return engine.resolve_device(plan.options.device)
 
 
 def _peak_memory_bytes() -> int:

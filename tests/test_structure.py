@@ -48,7 +48,7 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 # The way that data goes: each imports from itself and from what stands before it.
 LAYERS = (
     *("errors", "trainers", "layouts", "files", "schedules", "options", "formats", "discovery"),
-    *("planning", "folding", "output", "report", "averaging"),
+    *("planning", "folding", "output", "report", "averaging", "ranks", "parts"),
     *("cli_options", "cli_endings", "cli", "__main__"),
 )
 

@@ -6,23 +6,32 @@ one, so that it costs nothing. Frozen tensors are alike in all of them.
 
 import hashlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+
+Pair = tuple[int, int]  # two checkpoints, by their numbers
 
 
 class Twins:
     """Which pairs of checkpoints, by number, have been alike so far; for many threads."""
 
-    def __init__(self, pairs: Iterable[tuple[int, int]]) -> None:
-        self._alike = dict.fromkeys(pairs, True)
+    def __init__(self, pairs: Iterable[Pair], different: Collection[Pair] = ()) -> None:
+        """All `pairs` are alike but those that are known to be `different`."""
+        self._alike = {pair: pair not in different for pair in pairs}
         self._lock = threading.Lock()
 
     @property
-    def found(self) -> list[tuple[int, int]]:
+    def found(self) -> list[Pair]:
         """The pairs that are alike in all that was compared."""
         with self._lock:
             return [pair for pair, alike in self._alike.items() if alike]
 
-    def differ(self, pair: tuple[int, int]) -> None:
+    @property
+    def different(self) -> list[Pair]:
+        """The pairs that are known to differ."""
+        with self._lock:
+            return [pair for pair, alike in self._alike.items() if not alike]
+
+    def differ(self, pair: Pair) -> None:
         """Note that the two checkpoints of a pair differ."""
         with self._lock:
             self._alike[pair] = False

@@ -1,32 +1,29 @@
 """The one loop: which tile, which thread, which device. Sources and destination meet here alone.
 
-The output is cut into tiles; a thread takes the next one, reads its range from every checkpoint,
-folds, rounds and writes it where it belongs. Threads share nothing but the list of tiles, so the
-bytes do not depend on how many there are or on how the output is cut.
+A thread takes the next tile, reads its range from every checkpoint, folds, rounds and writes it
+where it belongs. Threads share nothing but the list of tiles, so the bytes do not depend on how
+many there are.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
-from typing import NamedTuple, Protocol
+from itertools import groupby
+from typing import Protocol
 
 import torch
 
-from ckpt_ema.discovery.same import same_values
 from ckpt_ema.errors import FailedError, OptionError, printable
 from ckpt_ema.folding.duplicates import TileTwins, Twins
 from ckpt_ema.folding.nonfinite import check_nonfinite
 from ckpt_ema.folding.shadow import is_finite, widest_float
 from ckpt_ema.folding.sources import TORCH_DTYPES, Sources
 from ckpt_ema.folding.tile_fold import Staging, TileFold, Use, make_fold
+from ckpt_ema.folding.tiles import Tile
 from ckpt_ema.planning.plan import Plan
-from ckpt_ema.planning.spans import Span
 
 _POLL_SECONDS = 0.1  # how long the main thread is deaf to signals, at most
-
-Progress = Callable[[int, int], None]  # bytes read so far, bytes to read in all
 
 
 class Destination(Protocol):
@@ -36,21 +33,20 @@ class Destination(Protocol):
         """Put `data` at `offset` of the output file with this number."""
 
 
-class Tile(NamedTuple):
-    """A range of a span: elements if it is averaged, bytes if it is kept."""
-
-    span: Span
-    start: int
-    length: int
-
-
 def run(
     plan: Plan,
+    tiles: Iterable[Tile],
     destination: Destination,
     device: torch.device,
-    progress: Progress | None = None,
+    twins: Twins,
+    *,
+    finished: Callable[[int], None] = lambda _: None,
+    tick: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Fold everything in `plan` into `destination`, on `device`.
+    """Fold tiles of `plan` into `destination`, on `device`; `twins` learns which pairs differ.
+
+    `finished` is called with the number of each tile that is written, from any thread; `tick` in
+    this thread, ten times a second, with the bytes read so far. What they raise ends the work.
 
     Raises `RefusedError` for values that are not finite, `FailedError` if a file changes or cannot
     be read, and whatever `destination` raises; by then every thread has ended.
@@ -58,13 +54,9 @@ def run(
     sources = Sources(plan)
     try:
         holds_float64 = "F64" in plan.work.dtypes()
-        twins = Twins(pair for c in plan.candidates for pair in pairwise(c.members))
-        job = _Job(plan, sources, destination, device, tiles(plan), holds_float64, twins)
-        _run_threads(job, progress)
+        job = _Job(plan, sources, destination, device, iter(tiles), holds_float64, twins, finished)
+        _run_threads(job, tick)
         sources.verify()
-        alike = job.twins.found if any(span.averaged for span in plan.work.spans) else []
-        if alike and not plan.options.allow_duplicates:
-            raise same_values(*(plan.checkpoints[number].name for number in alike[0]))
     finally:
         sources.close()
 
@@ -93,14 +85,6 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def tiles(plan: Plan) -> Iterator[Tile]:
-    """Cut the plan's spans, in the order of the output's bytes."""
-    for span in plan.work.spans:
-        limit = plan.tile_elements * (1 if span.averaged else 8)
-        for start in range(0, span.length, limit):
-            yield Tile(span, start, min(limit, span.length - start))
-
-
 @dataclass(slots=True)
 class _Job:
     """What the threads share."""
@@ -112,6 +96,7 @@ class _Job:
     tiles: Iterator[Tile]
     holds_float64: bool
     twins: Twins
+    finished: Callable[[int], None]
     bytes_read: int = 0
     stopped: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -125,8 +110,8 @@ class _Job:
             self.bytes_read += size_bytes
 
 
-def _run_threads(job: _Job, progress: Progress | None) -> None:
-    threads, total_bytes = job.plan.threads, job.plan.bytes_read
+def _run_threads(job: _Job, tick: Callable[[int], None]) -> None:
+    threads = job.plan.threads
     with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-ema") as pool:
         pending = {pool.submit(_Worker(job).work) for _ in range(threads)}
         try:
@@ -134,8 +119,7 @@ def _run_threads(job: _Job, progress: Progress | None) -> None:
                 done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-                if progress:
-                    progress(job.bytes_read, total_bytes)
+                tick(job.bytes_read)
         finally:
             job.stopped = True
 
@@ -159,6 +143,7 @@ class _Worker:
                     self._average(tile, fold)
                 else:
                     self._keep(tile)
+                self._job.finished(tile.number)
         except RuntimeError as error:
             # On the CPU torch has no class of its own for it.
             if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):

@@ -25,3 +25,12 @@ class Result:
     def outputs(self) -> tuple[Path, ...]:
         """Where each average is, in the order of the plan's candidates."""
         return tuple(candidate.output.path for candidate in self.plan.candidates)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Averages that several processes have made, each a part."""
+
+    output: Path  # the folder or the file that was written
+    outputs: tuple[Path, ...]  # where each average is
+    manifests: tuple[dict[str, Any], ...]  # the contents of their ckpt_ema.json

@@ -1,66 +1,38 @@
 """The output, which appears whole or not at all.
 
-Everything is written to a hidden sibling of the final path, made durable, and published by one
-rename. On any failure the sibling is removed; one that a killed process left behind is removed by
-the next run to the same output.
+Everything is written in a hidden folder beside the final path, made durable, and published by one
+rename.
 """
 
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from ckpt_ema.errors import FailedError, RefusedError, printable
+from ckpt_ema.errors import FailedError, printable
 from ckpt_ema.files import open_regular
-from ckpt_ema.output.vacancy import averages_in
+from ckpt_ema.output.work import WorkFolder, as_failure, fsync_folder, hidden_sibling, remove
 from ckpt_ema.planning.outputs import OutputFile
 
-_MARK = ".ckpt-ema-"
 _MOST_OPEN_FILES = 16
 
 
 class StagedOutput:
-    """A hidden sibling of `final` that becomes it in `publish`, or vanishes.
+    """An output in its work folder; a context manager, which closes its files."""
 
-    Used as a context manager; leaving it without `publish` removes everything.
-    """
-
-    def __init__(self, final: Path, is_single_file: bool, overwrite: bool) -> None:
-        self._final = Path(os.path.realpath(final))  # what a link points to, if it is one
+    def __init__(self, work: WorkFolder, *, is_single_file: bool, overwrite: bool) -> None:
+        self._final, self._staging = work.final, work.output
         self._single = is_single_file
         self._overwrite = overwrite
-        self._staging = _hidden_sibling(self._final)
         self._fds: list[int] = []  # of the first model files; there may be more files than that
         self._paths: list[Path] = []
-        self._lock_fd = -1
 
     def __enter__(self) -> "StagedOutput":
-        _remove_leftovers(self._final)
-        with _as_failure(self._final):
-            while not self._claim():
-                self._staging = _hidden_sibling(self._final)
         return self
-
-    def _claim(self) -> bool:
-        """Make the hidden sibling and lock it; False if another run took it for a leftover."""
-        if self._single:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._lock_fd = os.open(self._staging, flags, 0o666)
-        else:
-            self._staging.mkdir()
-            self._lock_fd = os.open(self._staging, os.O_RDONLY | os.O_CLOEXEC)
-        _try_lock(self._lock_fd)
-        try:
-            return os.path.samestat(os.fstat(self._lock_fd), self._staging.stat())
-        except FileNotFoundError:
-            os.close(self._lock_fd)
-            return False
 
     def __exit__(
         self,
@@ -68,20 +40,21 @@ class StagedOutput:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for fd in (*self._fds, self._lock_fd):
+        for fd in self._fds:
             with contextlib.suppress(OSError):
                 os.close(fd)
-        _remove(self._staging)
 
     def create(self, files: Sequence[tuple[str, OutputFile]]) -> None:
-        """Reserve the space of the model files, by their names in the folder; write the headers."""
+        """Reserve the space of the model files, by their names in the folder; write the headers.
+
+        What has been written to them already stays.
+        """
         for number, (name, file) in enumerate(files):
             path = self._staging if self._single else self._staging / name
             self._paths.append(path)
-            with _as_failure(self._final):
+            with as_failure(self._final):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                created = 0 if self._single else os.O_CREAT | os.O_EXCL
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | created, 0o666)
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_CREAT, 0o666)
                 try:
                     _reserve(fd, file.size_bytes)
                 finally:
@@ -91,9 +64,13 @@ class StagedOutput:
                         os.close(fd)
             self.write(number, memoryview(file.header), 0)
 
+    def adopt(self, names: Sequence[str]) -> None:
+        """Take the model files that others have written, by their names in the folder."""
+        self._paths = [self._staging if self._single else self._staging / name for name in names]
+
     def write(self, file: int, data: memoryview, offset: int) -> None:
         """Put `data` at `offset` of model file number `file`; from any thread."""
-        with _as_failure(self._final), self._opened(file) as fd:
+        with as_failure(self._final), self._opened(file) as fd:
             done = 0
             while done < len(data):
                 done += os.pwrite(fd, data[done:], offset + done)
@@ -114,9 +91,9 @@ class StagedOutput:
     def add(self, name: str, content: bytes) -> None:
         """Write one small file of the output folder."""
         path = self._staging / name
-        with _as_failure(self._final / name):
+        with as_failure(self._final / name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("xb") as stream:
+            with path.open("wb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -124,9 +101,9 @@ class StagedOutput:
     def copy(self, source: Path, name: str) -> None:
         """Copy one file that travels with the weights, byte for byte."""
         path = self._staging / name
-        with open_regular(os.fspath(source)) as file, _as_failure(self._final / name):
+        with open_regular(os.fspath(source)) as file, as_failure(self._final / name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(file.fd, "rb", closefd=False) as original, path.open("xb") as stream:
+            with open(file.fd, "rb", closefd=False) as original, path.open("wb") as stream:
                 shutil.copyfileobj(original, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -147,45 +124,41 @@ class StagedOutput:
                     "Nothing was published; please report it.",
                 ) from error
 
-    def publish(self) -> None:
-        """Make everything durable and give it its final name, replacing what may be there."""
-        with _as_failure(self._final):
+    def make_durable(self) -> None:
+        """Have everything written so far survive a loss of power."""
+        with as_failure(self._final):
             for number in range(len(self._paths)):
                 with self._opened(number) as fd:
                     os.fsync(fd)
             if not self._single:
                 for folder, _, _ in os.walk(self._staging):
-                    _fsync_folder(folder)
+                    fsync_folder(folder)
+
+    def publish(self) -> None:
+        """Give the output, made durable, its final name, replacing what may be there."""
+        self.make_durable()
+        with as_failure(self._final):
             if self._overwrite and os.path.lexists(self._final):
                 self._replace()
             elif self._single:
                 _link_or_rename(self._staging, self._final)
             else:
                 os.rename(self._staging, self._final)  # replaces nothing but an empty folder
-            _fsync_folder(self._final.parent)
+            fsync_folder(self._final.parent)
 
     def _replace(self) -> None:
-        """Put the new in the place of the old, which leaving the context then removes."""
+        """Put the new in the place of the old, and that into the work folder or away."""
         if self._single:
             os.replace(self._staging, self._final)
         elif not _exchange(self._staging, self._final):
-            old = _hidden_sibling(self._final)
+            old = hidden_sibling(self._final)
             os.rename(self._final, old)
             try:
                 os.rename(self._staging, self._final)
             except BaseException:
                 os.rename(old, self._final)
                 raise
-            self._staging = old
-
-
-def _hidden_sibling(final: Path) -> Path:
-    return final.parent / f"{_hidden_stem(final)}{secrets.token_hex(4)}"
-
-
-def _hidden_stem(final: Path) -> str:
-    name = os.fsencode(final.name)[:200]  # a name has room for 255 bytes
-    return f".{os.fsdecode(name)}{_MARK}"
+            remove(old)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -207,36 +180,6 @@ def _link_or_rename(staging: Path, final: Path) -> None:
         os.rename(staging, final)  # a file system without hard links
 
 
-def _remove_leftovers(final: Path) -> None:
-    """Remove what killed runs to the same output left; one that still runs holds its lock.
-
-    Where there is no output, a leftover that is whole may be the last one, caught between two
-    names; it stays.
-    """
-    stem = _hidden_stem(final)
-    for name in os.listdir(final.parent):
-        path = final.parent / name
-        if not name.startswith(stem):
-            continue
-        if not os.path.lexists(final) and averages_in(path):
-            continue
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                if _try_lock(fd):
-                    _remove(path)
-            finally:
-                os.close(fd)
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # taken, or a file system without locks: then nothing is known to be stale
-        return False
-    return True
-
-
 def _reserve(fd: int, size_bytes: int) -> None:
     """Allocate the file's space now, so that a full disk shows before the work is done."""
     try:
@@ -256,38 +199,3 @@ def _start_writeback(fd: int, offset: int, size_bytes: int) -> None:
     """
     if hasattr(os, "posix_fadvise"):  # macOS has none
         os.posix_fadvise(fd, offset, size_bytes, os.POSIX_FADV_DONTNEED)
-
-
-def _fsync_folder(path: str | Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot, and need not
-            raise
-    finally:
-        os.close(fd)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-@contextlib.contextmanager
-def _as_failure(path: Path) -> Iterator[None]:
-    """Turn an error of the file system into one sentence about `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            raise RefusedError(
-                f"{printable(path)} appeared while this average was made: another run wrote it.",
-                "Nothing was replaced.",
-            ) from error
-        raise FailedError(
-            f"{printable(path)} cannot be written: {error.strerror}.", "Nothing was published."
-        ) from error

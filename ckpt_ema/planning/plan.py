@@ -4,9 +4,11 @@ All checks of the inputs happen here, from headers alone; what follows only carr
 """
 
 import functools
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +74,18 @@ class Plan:
     def bytes_written(self) -> int:
         """Bytes of the model files to write."""
         return sum(file.size_bytes for c in self.candidates for file in c.output.files)
+
+    @property
+    def neighbours(self) -> list[tuple[int, int]]:
+        """The pairs of checkpoints that follow each other in some average, by their numbers."""
+        return sorted({pair for c in self.candidates for pair in pairwise(c.members)})
+
+    @property
+    def key(self) -> str:
+        """What the output's bytes and the numbers of the tiles depend on, as a short digest."""
+        parts = [f"{c.output.path.name}:{c.output.fingerprint}" for c in self.candidates]
+        text = "\n".join([*parts, str(self.tile_elements)])
+        return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
     @property
     def memory_bytes(self) -> int:

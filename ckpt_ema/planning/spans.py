@@ -48,6 +48,12 @@ class Span(NamedTuple):
         bits = [DTYPE_BITS[source.dtype] for source in self.sources]
         return length * sum(bits[layout] for layout in layout_of) // 8
 
+    def bytes_written(self, length: int) -> int:
+        """Bytes that are written for `length` of it."""
+        if not self.averaged:
+            return length * len(self.targets)
+        return length * sum(DTYPE_BITS[target.dtype] for target in self.targets) // 8
+
     @property
     def in_pieces(self) -> bool:
         """Whether some checkpoint has it in pieces; such a span is one tensor."""

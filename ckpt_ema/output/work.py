@@ -1,0 +1,198 @@
+"""The hidden folder beside an output's final path, in which the output comes into being.
+
+It holds the output itself and, where work is shared out or taken up again, records of what is done.
+Whoever works in it holds a lock on it; one that nobody holds is what a killed run left.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ckpt_ema.errors import FailedError, RefusedError, printable
+from ckpt_ema.output.vacancy import averages_in
+
+_MARK = ".ckpt-ema-"
+_OUTPUT = "output"
+_RECORD = ".json"
+PART = "part-"  # records of this kind say that a part is done
+
+
+class WorkFolder:
+    """A context manager: inside it the folder exists and is locked; after it, it is gone.
+
+    Unless it is `kept`, for others or for later.
+    """
+
+    def __init__(self, final: Path, key: str = "", *, is_shared: bool = False) -> None:
+        """For an output at `final`; work with the same `key` goes on in the same folder.
+
+        Without a key the folder is a new one. Where it `is_shared`, others may work in it too.
+        """
+        self.final = Path(os.path.realpath(final))  # what a link points to, if it is one
+        self.kept = False
+        self._key = key
+        self._is_shared = is_shared
+        self._fd = -1
+        self.path = hidden_sibling(self.final, key)
+
+    @property
+    def output(self) -> Path:
+        """What gets the final name in the end: a folder, or one file."""
+        return self.path / _OUTPUT
+
+    def __enter__(self) -> "WorkFolder":
+        _remove_leftovers(self.final, spared=self.path)
+        with as_failure(self.final):
+            while not self._claim():
+                self.path = hidden_sibling(self.final, self._key)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self.kept:
+            remove(self.path)
+        os.close(self._fd)
+
+    def _claim(self) -> bool:
+        """Make the folder and lock it; False if another run took it for a leftover meanwhile."""
+        self.path.mkdir(exist_ok=bool(self._key))
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        if _lock(self._fd, is_shared=self._is_shared) is False and self._key:
+            os.close(self._fd)
+            raise RefusedError(
+                f"Another process is at work on {printable(self.final)}, in"
+                f" {printable(self.path)}.",
+                "Wait for it, or stop it.",
+            )
+        try:
+            if os.path.samestat(os.fstat(self._fd), self.path.stat()):
+                return True
+        except FileNotFoundError:
+            pass
+        os.close(self._fd)
+        return False
+
+    def record(self, name: str, content: dict[str, Any]) -> None:
+        """Write down a fact about the work under a name, durably and all at once."""
+        path = self.path / f"{name}{_RECORD}"
+        temporary = self.path / f"{secrets.token_hex(4)}.tmp"
+        with as_failure(path):
+            with temporary.open("x", encoding="utf-8") as stream:
+                json.dump(content, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+            fsync_folder(self.path)
+
+    def records(self, prefix: str) -> dict[str, dict[str, Any]]:
+        """The facts that are written down under names that begin so."""
+        return {path.stem: json.loads(path.read_bytes()) for path in _records(self.path, prefix)}
+
+
+def existing_work(final: Path, prefix: str) -> list[str]:
+    """The keys of the work folders of an output that hold records of this kind."""
+    final = Path(os.path.realpath(final))
+    stem = _hidden_stem(final)
+    with contextlib.suppress(OSError):
+        return sorted(
+            path.name[len(stem) :]
+            for path in final.parent.iterdir()
+            if path.name.startswith(stem) and _records(path, prefix)
+        )
+    return []
+
+
+def hidden_sibling(final: Path, key: str = "") -> Path:
+    """A hidden name beside `final`, of its own unless there is a key."""
+    return final.parent / f"{_hidden_stem(final)}{key or secrets.token_hex(4)}"
+
+
+def _hidden_stem(final: Path) -> str:
+    name = os.fsencode(final.name)[:200]  # a name has room for 255 bytes
+    return f".{os.fsdecode(name)}{_MARK}"
+
+
+def _records(folder: Path, prefix: str) -> list[Path]:
+    return sorted(folder.glob(f"{prefix}*{_RECORD}"))
+
+
+def _remove_leftovers(final: Path, spared: Path) -> None:
+    """Remove what killed runs to the same output left; one that still runs holds its lock.
+
+    Parts that are done wait for the others without a lock; they stay. So does the last output
+    where there is none, if a run was killed between two names.
+    """
+    stem = _hidden_stem(final)
+    for name in os.listdir(final.parent):
+        path = final.parent / name
+        if not name.startswith(stem) or path == spared or _records(path, PART):
+            continue
+        if not os.path.lexists(final) and averages_in(path):
+            continue
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if _lock(fd, is_shared=False):
+                    remove(path)
+            finally:
+                os.close(fd)
+
+
+def _lock(fd: int, *, is_shared: bool) -> bool | None:
+    """Whether the lock is ours now; None on a file system without locks, where nothing is known."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def fsync_folder(path: str | Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot, and need not
+            raise
+    finally:
+        os.close(fd)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there and can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def as_failure(path: Path) -> Iterator[None]:
+    """Turn an error of the file system into one sentence about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise RefusedError(
+                f"{printable(path)} appeared while this average was made: another run wrote it.",
+                "Nothing was replaced.",
+            ) from error
+        raise FailedError(
+            f"{printable(path)} cannot be written: {error.strerror}.", "Nothing was published."
+        ) from error

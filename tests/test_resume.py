@@ -1,0 +1,225 @@
+"""An interrupted run goes on where it stopped, and its bytes are those of one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ckpt_ema
+from ckpt_ema.errors import FailedError, RefusedError
+from ckpt_ema.folding import engine
+from ckpt_ema.output import journal, write
+from tests.conftest import MakeRun, noise, series
+
+OPTIONS: dict[str, Any] = {"device": "cpu", "tile_elements": 64, "resume": True}
+
+
+@pytest.fixture
+def run(make_run: MakeRun) -> Path:
+    """A run of three checkpoints in about twenty tiles."""
+    return make_run(series(3, a=noise(3, 1000), b=noise(3, 50, 4, dtype=torch.float16)))
+
+
+def fail_after(count: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Have the write after `count` tiles fail; returns what mends it."""
+    real, done = write.StagedOutput.write, []
+
+    def failing(staged: Any, file: int, data: memoryview, offset: int) -> None:
+        if offset > 0 or file > 0:
+            done.append(offset)
+            if len(done) > count:
+                raise FailedError("The disk is gone.")
+        real(staged, file, data, offset)
+
+    monkeypatch.setattr(write.StagedOutput, "write", failing)
+    return lambda: monkeypatch.setattr(write.StagedOutput, "write", real)
+
+
+def folded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the tiles that are folded from now on."""
+    numbers: list[int] = []
+    real = engine.run
+
+    def run(plan: Any, tiles: Any, *arguments: Any, **options: Any) -> None:
+        given = list(tiles)
+        numbers.extend(tile.number for tile in given)
+        real(plan, given, *arguments, **options)
+
+    monkeypatch.setattr(engine, "run", run)
+    return numbers
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 18])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_is_done_is_not_done_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, threads: int
+) -> None:
+    whole = ckpt_ema.average(run, output=tmp_path / "whole", device="cpu").output
+    mend = fail_after(count, monkeypatch)
+    with pytest.raises(FailedError, match="The disk is gone"):
+        ckpt_ema.average(run, output=tmp_path / "out", threads=threads, **OPTIONS)
+    assert not (tmp_path / "out").exists()
+    mend()
+    numbers = folded(monkeypatch)
+    made = ckpt_ema.average(run, output=tmp_path / "out", threads=threads, **OPTIONS)
+    total = 16 + 4  # tiles of a and b
+    assert total - count - threads <= len(numbers) <= total - count
+    assert (made.output / "model.safetensors").read_bytes() == (
+        whole / "model.safetensors"
+    ).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run", "whole"]
+
+
+def test_progress_counts_what_is_left(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mend = fail_after(10, monkeypatch)
+    with pytest.raises(FailedError):
+        ckpt_ema.average(run, output=tmp_path / "out", threads=1, **OPTIONS)
+    mend()
+    calls: list[tuple[int, int]] = []
+    made = ckpt_ema.average(
+        run, output=tmp_path / "out", progress=lambda *call: calls.append(call), **OPTIONS
+    )
+    assert calls[-1] == (calls[-1][1], calls[-1][1])
+    assert 0 < calls[-1][1] < made.plan.bytes_read
+
+
+def test_without_resume_nothing_is_kept_and_nothing_taken_up(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mend = fail_after(5, monkeypatch)
+    with pytest.raises(FailedError):
+        ckpt_ema.average(run, output=tmp_path / "out", device="cpu", tile_elements=64)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    mend()
+    mend = fail_after(5, monkeypatch)
+    with pytest.raises(FailedError):
+        ckpt_ema.average(run, output=tmp_path / "out", **OPTIONS)
+    assert len(list(tmp_path.iterdir())) == 2
+    mend()
+    numbers = folded(monkeypatch)
+    ckpt_ema.average(run, output=tmp_path / "out", device="cpu", tile_elements=64)
+    assert len(numbers) == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+@pytest.mark.parametrize("change", [{"decay": 0.2}, {"tile_elements": 32}, {"dtype": "float32"}])
+def test_another_average_starts_anew(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    mend = fail_after(5, monkeypatch)
+    with pytest.raises(FailedError):
+        ckpt_ema.average(run, output=tmp_path / "out", **OPTIONS)
+    mend()
+    numbers = folded(monkeypatch)
+    ckpt_ema.average(run, output=tmp_path / "out", **{**OPTIONS, **change})
+    assert numbers[0] == 0 and len(numbers) >= 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_what_is_refused_is_not_kept(make_run: MakeRun, tmp_path: Path) -> None:
+    weights = noise(3, 500)
+    weights[1][450] = float("nan")
+    with pytest.raises(RefusedError, match="NaN"):
+        ckpt_ema.average(make_run(series(3, w=weights)), output=tmp_path / "out", **OPTIONS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_what_was_seen_to_differ_is_remembered(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is left to fold is frozen, which does not make copies of the checkpoints."""
+    run = make_run(series(3, a=noise(3, 64), b=torch.ones(640)))
+    mend = fail_after(4, monkeypatch)
+    with pytest.raises(FailedError):
+        ckpt_ema.average(run, output=tmp_path / "out", threads=1, **OPTIONS)
+    mend()
+    assert ckpt_ema.average(run, output=tmp_path / "out", **OPTIONS).output.is_dir()
+
+
+def test_a_line_that_is_half_there_is_no_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mend = fail_after(9, monkeypatch)
+    with pytest.raises(FailedError):
+        ckpt_ema.average(run, output=tmp_path / "out", threads=1, **OPTIONS)
+    mend()
+    [lines] = tmp_path.glob(".out*/tiles-*.jsonl")
+    os.truncate(lines, lines.stat().st_size - 5)
+    numbers = folded(monkeypatch)
+    ckpt_ema.average(run, output=tmp_path / "out", **OPTIONS)
+    assert len(numbers) == 20
+
+
+def test_bytes_are_on_disk_before_they_count_as_done(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    real_fsync, real_write = os.fsync, journal.Journal.write
+
+    def fsync(fd: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).suffix)
+        real_fsync(fd)
+
+    def written(self: Any, twins: Any) -> None:
+        events.append("write")
+        real_write(self, twins)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(journal.Journal, "write", written)
+    monkeypatch.setattr(journal, "_SECONDS", 0.0)
+    ckpt_ema.average(run, output=tmp_path / "out", **OPTIONS)
+    first = events[events.index("write") :]
+    assert first.index(".safetensors") < first.index(".jsonl")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_process_is_taken_up_by_the_next(
+    make_run: MakeRun, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = make_run(series(4, w=noise(4, 3_000_000)))
+    whole = ckpt_ema.average(run, output=tmp_path / "whole", device="cpu").output
+    slow = (
+        "import time; from ckpt_ema.output import journal, write; journal._SECONDS = 0.0;"
+        "real = write.StagedOutput.write;"
+        "write.StagedOutput.write = lambda *a: (time.sleep(0.02), real(*a));"
+        "from ckpt_ema.cli import main; main()"
+    )
+    words = ["average", run, "-o", tmp_path / "out", "--resume", "-q", "--tile-elements", "16384"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *map(str, words)], stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob(".out*/tiles-*.jsonl")) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 143)
+    if number == signal.SIGTERM:
+        assert said == "terminated, what is done is kept: go on with --resume\n"
+    [lines] = tmp_path.glob(".out*/tiles-*.jsonl")
+    assert lines.stat().st_size > 0
+    again = [sys.executable, "-m", "ckpt_ema", *map(str, words)]
+    subprocess.run(again, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    made = tmp_path / "out/model.safetensors"
+    assert made.read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run", "whole"]
+
+
+def test_two_processes_do_not_take_up_one_work(run: Path, tmp_path: Path) -> None:
+    plan = ckpt_ema.plan(run, output=tmp_path / "out", device="cpu", tile_elements=64)
+    from ckpt_ema.output.work import WorkFolder
+
+    with (
+        WorkFolder(plan.output, plan.key),
+        pytest.raises(RefusedError, match="Another process is at work on"),
+    ):
+        ckpt_ema.average(run, output=tmp_path / "out", **OPTIONS)
