@@ -15,6 +15,8 @@ __all__ = [
     "RefusedError",
     "Shadow",
     "average",
+    "average_part",
+    "finish",
     "plan",
     "plot",
 ]
@@ -22,12 +24,15 @@ __all__ = [
 if TYPE_CHECKING:
     from ckpt_ema.averaging import average
     from ckpt_ema.folding.shadow import Shadow
+    from ckpt_ema.parts import average_part, finish
     from ckpt_ema.planning.plan import plan
     from ckpt_ema.report.figure import plot
 
 _HOMES = {
     "Shadow": "ckpt_ema.folding.shadow",
     "average": "ckpt_ema.averaging",
+    "average_part": "ckpt_ema.parts",
+    "finish": "ckpt_ema.parts",
     "plan": "ckpt_ema.planning.plan",
     "plot": "ckpt_ema.report.figure",
 }

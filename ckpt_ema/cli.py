@@ -11,7 +11,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,8 +25,15 @@ from ckpt_ema.cli_endings import (
     stdout_reported,
     take_signals,
 )
-from ckpt_ema.cli_options import OUTPUT_PANEL, takes_options
-from ckpt_ema.errors import printable
+from ckpt_ema.cli_options import ENGINE_PANEL, OUTPUT_PANEL, takes_options
+from ckpt_ema.errors import OptionError, printable
+from ckpt_ema.ranks import joined
+
+if TYPE_CHECKING:
+    from ckpt_ema.folding.tiles import Share
+    from ckpt_ema.output.result import Finished, Result
+    from ckpt_ema.planning.plan import Plan
+    from ckpt_ema.ranks import Ranks
 
 # Of the table of checkpoints; --json has them all.
 _MOST_ROWS = 24
@@ -69,6 +76,27 @@ PlotOption = Annotated[
         show_default=False,
         rich_help_panel=OUTPUT_PANEL,
         help="Draw the weights as a .png or .svg file, and into the model card; needs matplotlib.",
+    ),
+]
+PartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        envvar="CKPT_EMA_PART",
+        metavar="I/N",
+        show_default=False,
+        rich_help_panel=ENGINE_PANEL,
+        help="Do the I-th of N parts of the work, for arrays of jobs; `ckpt-ema finish` publishes"
+        " the output when all are done.",
+    ),
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        envvar="CKPT_EMA_RESUME",
+        rich_help_panel=ENGINE_PANEL,
+        help="Keep what is done if it is interrupted, and go on from what an interrupted run kept.",
     ),
 ]
 QuietOption = Annotated[
@@ -114,42 +142,117 @@ def average(
     options: dict[str, Any],
     plot: PlotOption = None,
     overwrite: OverwriteOption = False,
+    part: PartOption = None,
+    resume: ResumeOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Average the checkpoints in RUN and print the path of the result."""
-    with errors_reported():
-        from ckpt_ema.averaging import carry_out, up_to_date
+    with errors_reported(kept=resume), joined(os.environ) as ranks:
+        from ckpt_ema.averaging import up_to_date
+        from ckpt_ema.folding.tiles import share_from
         from ckpt_ema.planning.plan import plan as make_plan
         from ckpt_ema.report import figure, lines, plan_view
         from ckpt_ema.report.progress import ByteProgress
 
+        share = share_from(part) if part else None
+        is_first = ranks is None or ranks.rank == 0
+        quiet = quiet or not is_first
         decided = make_plan(run, **options)
-        result = up_to_date(decided, overwrite=overwrite)
-        picture = figure.plot(decided, plot) if plot else None
-        if result is None:
+        made: Result | Finished | None = up_to_date(decided, overwrite=overwrite)
+        if ranks:
+            ranks.agree("plan", f"{decided.key} {'to do' if made is None else 'is done'}")
+        picture = figure.plot(decided, plot) if plot and is_first else None
+        if made is None:
             if not quiet:
                 say(plan_view.plan_text(decided, sys.stderr, _MOST_ROWS), "")
                 say(*lines.remark_lines(decided))
             with ByteProgress(quiet) as progress:
-                result = carry_out(
+                made = _carry_out(
                     decided,
-                    overwrite=overwrite,
+                    share,
+                    ranks,
+                    overwrite,
                     picture=picture,
                     progress=progress,
                     command=_command(),
+                    resume=resume,
                 )
+        if not is_first:
+            return
+        if made is None:
+            if not quiet:
+                say(lines.part_line(decided, str(share)))
+            return
         ignore_signals()  # the output is there: from here on this is a success
         if not quiet:
-            say(lines.result_line(result))
+            say(lines.result_line(made))
         _append_step_summary(plan_view.summary_lines(decided))
-        with stdout_reported(done=f"{printable(result.output)} is complete"):
-            if as_json:
-                one, *more = result.manifests
-                typer.echo(json.dumps([one, *more] if more else one, indent=2))
-            for output in () if as_json else result.outputs:
-                # A path as the bytes that it is, also where the terminal has no letters for them.
-                typer.echo(os.fsencode(output))
+        _print_outputs(made, as_json)
+
+
+def _carry_out(
+    decided: "Plan",
+    share: "Share | None",
+    ranks: "Ranks | None",
+    overwrite: bool,
+    **how: Any,
+) -> "Result | Finished | None":
+    """All of it, a share of it (None: others do the rest), or that of this rank."""
+    from ckpt_ema.averaging import carry_out
+    from ckpt_ema.parts import carry_out_part, carry_out_together
+
+    if ranks and share:
+        raise OptionError("--part is for jobs that run apart; the ranks of a launch are parts.")
+    if ranks:
+        return carry_out_together(decided, ranks, overwrite=overwrite, **how)
+    if share:
+        carry_out_part(decided, share, **how)
+        return None
+    return carry_out(decided, overwrite=overwrite, **how)
+
+
+def _print_outputs(result: "Result | Finished", as_json: bool) -> None:
+    """The manifests, or the paths of the outputs, a line each."""
+    with stdout_reported(done=f"{printable(result.output)} is complete"):
+        if as_json:
+            one, *more = result.manifests
+            typer.echo(json.dumps([one, *more] if more else one, indent=2))
+        for output in () if as_json else result.outputs:
+            # A path as the bytes that it is, also where the terminal has no letters for them.
+            typer.echo(os.fsencode(output))
+
+
+@app.command(
+    epilog=_examples(
+        "ckpt-ema average runs/ -o averaged --part $SLURM_ARRAY_TASK_ID/64  # in each job of 64",
+        "ckpt-ema finish averaged",
+    )
+)
+def finish(
+    output: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUTPUT",
+            show_default=False,
+            readable=False,
+            help="What was --output, or would have been.",
+        ),
+    ],
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Publish an output whose parts are all made, and print its path."""
+    with errors_reported():
+        from ckpt_ema.parts import finish as publish
+        from ckpt_ema.report import lines
+
+        finished = publish(output, overwrite=overwrite)
+        ignore_signals()
+        if not quiet:
+            say(lines.result_line(finished))
+        _print_outputs(finished, as_json)
 
 
 @app.command(
@@ -217,7 +320,11 @@ def _command() -> str:
         for name, value in sorted(os.environ.items())
         if name.startswith("CKPT_EMA_")
     ]
-    return " ".join([*chosen, shlex.join([*called, *sys.argv[1:]])])
+    words = [*called, *sys.argv[1:]]
+    if "--part" in words:  # which all parts are given, each another
+        place = words.index("--part")
+        del words[place : place + 2]
+    return " ".join([*chosen, shlex.join(words)])
 
 
 def _append_step_summary(lines: list[str]) -> None:

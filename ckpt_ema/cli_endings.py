@@ -38,16 +38,26 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def say_signal(error: SignalError) -> int:
-    """Say that a signal ended the command; returns the exit code that shells expect."""
+def say_signal(error: SignalError, *, kept: bool = False) -> int:
+    """Say that a signal ended the command; returns the exit code that shells expect.
+
+    `kept` says that another run can go on from what is done.
+    """
     how = "interrupted" if error.number == signal.SIGINT else "terminated"
-    say(f"{how}, nothing was written")
+    say(
+        f"{how}, what is done is kept: go on with --resume"
+        if kept
+        else f"{how}, nothing was written"
+    )
     return 128 + error.number
 
 
 @contextlib.contextmanager
-def errors_reported() -> Iterator[None]:
-    """Turn what goes wrong into one line on stderr and the exit code it stands for."""
+def errors_reported(*, kept: bool = False) -> Iterator[None]:
+    """Turn what goes wrong into one line on stderr and the exit code it stands for.
+
+    `kept` says that another run can go on from what is done.
+    """
     try:
         yield
     except CkptEmaError as error:
@@ -60,13 +70,13 @@ def errors_reported() -> Iterator[None]:
         say(f"error: {printable(error)}.")
         raise typer.Exit(1) from error
     except SignalError as error:
-        raise typer.Exit(say_signal(error)) from error
+        raise typer.Exit(say_signal(error, kept=kept)) from error
     except RuntimeError as error:
         # A signal that comes while threading hands over a lock leaves it saying that the lock is
         # not held; what it was raised on top of is what happened.
         if not isinstance(error.__context__, SignalError):
             raise
-        raise typer.Exit(say_signal(error.__context__)) from error
+        raise typer.Exit(say_signal(error.__context__, kept=kept)) from error
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ckpt_ema.errors import printable
-from ckpt_ema.output.result import Result
+from ckpt_ema.output.result import Finished, Result
 from ckpt_ema.planning.plan import Plan
 
 
@@ -17,10 +17,12 @@ def remark_lines(plan: Plan) -> list[str]:
     ]
 
 
-def result_line(result: Result) -> str:
+def result_line(result: Result | Finished) -> str:
     """What was read and written, how fast, and where it is."""
+    output = printable(result.output)
+    if isinstance(result, Finished):
+        return f"all parts are done: {output}"
     plan = result.plan
-    output = printable(plan.output)
     if result.is_up_to_date:
         return f"{output} is up to date: the same checkpoints, weights and options."
     speed = size(plan.bytes_read / max(result.seconds, 1e-9))
@@ -28,6 +30,12 @@ def result_line(result: Result) -> str:
         f"read {size(plan.bytes_read)} and wrote {size(plan.bytes_written)} in"
         f" {result.seconds:.1f} s ({speed}/s) on {result.manifests[0]['device']}: {output}"
     )
+
+
+def part_line(plan: Plan, share: str) -> str:
+    """What to do after a part is made."""
+    output = printable(plan.output)
+    return f"part {share} of {output} is done; when all are: ckpt-ema finish {output}"
 
 
 def size(size_bytes: float) -> str:

@@ -1,0 +1,234 @@
+"""One output in several parts, made by as many processes, on one machine or on many.
+
+Each part folds its share of the tiles into the same hidden files and leaves a record; when all are
+there, one process publishes the output. What it needs to know, the parts have written down, so they
+need not run at the same time: `finish` may come a week later. Ranks of one launch wait instead.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ckpt_ema.averaging import (
+    Progress,
+    add_side_files,
+    create_files,
+    fold,
+    folders_of,
+    records_of,
+    resolve_device,
+    seal,
+    up_to_date,
+)
+from ckpt_ema.discovery.same import same_values
+from ckpt_ema.errors import FailedError, RefusedError, printable
+from ckpt_ema.folding.tiles import Share, share_from
+from ckpt_ema.options import PathLike
+from ckpt_ema.output.manifest import read_manifest
+from ckpt_ema.output.result import Finished
+from ckpt_ema.output.vacancy import averages_in, check_vacant
+from ckpt_ema.output.work import PART, WorkFolder, existing_work, remove
+from ckpt_ema.output.write import StagedOutput
+from ckpt_ema.planning.outputs import is_single_file
+from ckpt_ema.planning.plan import Plan, plan
+from ckpt_ema.ranks import Ranks
+from ckpt_ema.report.figure import Picture
+
+_WORK = "work"  # the record of what is made
+_RANK = "rank-"  # the kind of records that say that a rank is done, which another run need not keep
+
+
+def average_part(
+    run: PathLike | Sequence[PathLike],
+    part: str,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    resume: bool = False,
+    **options: Any,
+) -> None:
+    """Make one part, such as "3/64", of averages that `finish` then publishes.
+
+    All parts are given the same run and options, which are those of `ckpt_ema.average`. A part that
+    is made twice does no harm. Raises what `ckpt_ema.average` raises.
+    """
+    share, decided = share_from(part), plan(run, **options)
+    if not up_to_date(decided, overwrite=overwrite):
+        carry_out_part(decided, share, progress=progress, resume=resume)
+
+
+def carry_out_part(
+    plan: Plan,
+    share: Share,
+    *,
+    picture: Picture | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+    resume: bool = False,
+    kind: str = PART,
+    adds_side_files: bool = True,
+) -> None:
+    """Do a share of what `plan` says, once `up_to_date` has no objection."""
+    device = resolve_device(plan)
+    single = is_single_file(plan.output)
+    with (
+        WorkFolder(plan.output, plan.key, is_shared=True) as work,
+        StagedOutput(work, is_single_file=single, overwrite=False) as staged,
+    ):
+        work.kept = True
+        create_files(plan, staged)
+        if adds_side_files:
+            add_side_files(plan, staged, picture, command)
+        made = fold(plan, work, staged, device, share, progress=progress, resume=resume)
+        staged.make_durable()
+        folders = folders_of(plan)
+        description = {
+            "files": [
+                os.path.join(folder, file.name)
+                for folder, candidate in zip(folders, plan.candidates, strict=True)
+                for file in candidate.output.files
+            ],
+            "manifests": dict(zip(folders, records_of(plan, command), strict=True)),
+            "checkpoints": [checkpoint.name for checkpoint in plan.checkpoints],
+            "allow_duplicates": plan.options.allow_duplicates,
+        }
+        work.record(_WORK, description)
+        work.record(
+            f"{kind}{share.part}-of-{share.of}", {"alike": made.alike, **made.facts(device)}
+        )
+
+
+def carry_out_together(
+    plan: Plan,
+    ranks: Ranks,
+    *,
+    overwrite: bool = False,
+    picture: Picture | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+    resume: bool = False,
+) -> Finished | None:
+    """Do what `plan` says, each of the ranks a share; what the first of them publishes.
+
+    If one fails, all do, and nothing is left but what `resume` keeps.
+    """
+
+    def tick(read: int, total: int) -> None:
+        ranks.check()
+        if progress:
+            progress(read, total)
+
+    is_first = ranks.rank == 0
+    try:
+        carry_out_part(
+            plan,
+            Share(ranks.rank + 1, ranks.size),
+            picture=picture,
+            progress=tick,
+            command=command,
+            resume=resume,
+            kind=_RANK,
+            adds_side_files=is_first,
+        )
+        ranks.wait("parts")
+        finished = _publish(plan.output, plan.key, _RANK, overwrite) if is_first else None
+        ranks.wait("publication")
+    except BaseException:
+        if not resume:
+            remove(WorkFolder(plan.output, plan.key).path)
+        raise
+    return finished
+
+
+def finish(output: PathLike, *, overwrite: bool = False) -> Finished:
+    """Publish the output at `output`, all of whose parts are made.
+
+    An output that is there already is not made again. Raises `FailedError` if parts are missing,
+    with which; `RefusedError` if nothing or several things are to be finished, or if something else
+    is at the path and `overwrite` is False.
+    """
+    final = Path(output)
+    keys = existing_work(final, PART)
+    if not keys:
+        return _finished_before(final)
+    if len(keys) > 1:
+        folders = [printable(WorkFolder(final, key).path) for key in keys]
+        raise RefusedError(
+            f"There are parts of {len(keys)} different averages for {printable(final)}:"
+            f" {', '.join(folders)}.",
+            "Remove those that are not wanted.",
+        )
+    check_vacant(final, overwrite)
+    return _publish(final, keys[0], PART, overwrite)
+
+
+def _publish(final: Path, key: str, kind: str, overwrite: bool) -> Finished:
+    """Give an output all of whose parts are made its final name."""
+    single = is_single_file(final)
+    with (
+        WorkFolder(final, key) as work,
+        StagedOutput(work, is_single_file=single, overwrite=overwrite) as staged,
+    ):
+        work.kept = True
+        described = work.records(_WORK)[_WORK]
+        made = _whole_set(final, {n.removeprefix(kind): r for n, r in work.records(kind).items()})
+        alike = set.intersection(*({tuple(pair) for pair in part["alike"]} for part in made))
+        if alike and not described["allow_duplicates"]:
+            raise same_values(*(described["checkpoints"][number] for number in min(alike)))
+        staged.adopt(described["files"])
+        facts = {
+            "device": ", ".join(sorted({part["device"] for part in made})),
+            "seconds": round(sum(part["seconds"] for part in made), 3),
+            "peak_memory_bytes": max(part["peak_memory_bytes"] for part in made),
+        }
+        manifests = {
+            folder: {**record, **facts} for folder, record in described["manifests"].items()
+        }
+        seal(staged, {} if single else manifests)
+        work.kept = False
+    outputs = tuple(final / folder if folder else final for folder in manifests)
+    return Finished(final, outputs, tuple(manifests.values()))
+
+
+def _finished_before(final: Path) -> Finished:
+    """What an earlier `finish` published, if it is there."""
+    outputs = [final] if final.is_file() else sorted(averages_in(final))
+    manifests = [read_manifest(path) for path in outputs]
+    if not outputs or not all(manifests):
+        raise RefusedError(
+            f"{printable(final)} has no parts that could be finished.",
+            "Make them with ckpt-ema average --part 1/N, ... and the same --output.",
+        )
+    return Finished(final, tuple(outputs), tuple(manifests))
+
+
+def _whole_set(final: Path, parts: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of all parts of a division that is complete."""
+    by_division: dict[int, dict[int, dict[str, Any]]] = {}
+    for name, record in parts.items():
+        part, of = map(int, name.split("-of-"))
+        by_division.setdefault(of, {})[part] = record
+    of, made = min(by_division.items(), key=lambda division: division[0] - len(division[1]))
+    missing = [part for part in range(1, of + 1) if part not in made]
+    if missing:
+        which = "part {} of {} is" if len(missing) == 1 else "parts {} of {} are"
+        raise FailedError(
+            f"{printable(final)} cannot be finished yet: {which.format(_listed(missing), of)}"
+            " missing."
+        )
+    return list(made.values())
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """Numbers with ranges: 1-3, 7.
+
+    >>> _listed([1, 2, 3, 7])
+    '1-3, 7'
+    """
+    ranges = []
+    for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        found = [number for _, number in group]
+        ranges.append(str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}")
+    return ", ".join(ranges)

@@ -1,0 +1,190 @@
+"""Parts of one output, made one by one and finished: the same bytes, or what is missing."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ckpt_ema
+from ckpt_ema.errors import FailedError, OptionError, RefusedError
+from ckpt_ema.output.work import WorkFolder
+from tests.conftest import MakeRun, noise, series
+
+OPTIONS: dict[str, Any] = {"device": "cpu", "tile_elements": 64, "threads": 2}
+
+
+@pytest.fixture
+def run(make_run: MakeRun) -> Path:
+    """A run of four checkpoints with shards and a companion."""
+    states = series(4, a=noise(4, 300), b=noise(4, 33, 3, dtype=torch.bfloat16), n=torch.arange(99))
+    return make_run(states, shards=2)
+
+
+def make_parts(run: Path, output: Path, parts: list[str], **options: Any) -> None:
+    """Make these parts in this order."""
+    for part in parts:
+        ckpt_ema.average_part(run, part, output=output, **{**OPTIONS, **options})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of an output but for what tells how it was made."""
+    return {
+        os.path.relpath(path, folder): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("ckpt_ema.json", "README.md")
+    }
+
+
+@pytest.mark.parametrize(
+    "parts", [["1/1"], ["2/2", "1/2"], [f"{n}/7" for n in (3, 1, 7, 2, 5, 6, 4)]]
+)
+@pytest.mark.parametrize("decay", [0.2, "0.1,0.2"])
+def test_parts_are_byte_for_byte_the_whole(
+    run: Path, tmp_path: Path, parts: list[str], decay: Any
+) -> None:
+    whole = ckpt_ema.average(run, output=tmp_path / "whole", decay=decay, **OPTIONS)
+    make_parts(run, tmp_path / "parts", parts, decay=decay)
+    assert not (tmp_path / "parts").exists()
+    finished = ckpt_ema.finish(tmp_path / "parts")
+    assert contents(finished.output) == contents(whole.output)
+    assert [path.name for path in finished.outputs] == [
+        path.name.replace("whole", "parts") for path in whole.outputs
+    ]
+    for made, record in zip(finished.manifests, whole.manifests, strict=True):
+        for key in ("checkpoints", "statistics", "files", "device"):
+            assert made[key] == record[key]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "run", "whole"]
+    assert ckpt_ema.average(run, output=finished.output, decay=decay, **OPTIONS).is_up_to_date
+
+
+def test_one_file_can_be_made_in_parts(run: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole/out.safetensors", tmp_path / "parts/out.safetensors"
+    whole.parent.mkdir()
+    parts.parent.mkdir()
+    ckpt_ema.average(run, output=whole, **OPTIONS)
+    make_parts(run, parts, ["1/3", "2/3", "3/3"])
+    finished = ckpt_ema.finish(parts)
+    assert finished.output.read_bytes() == whole.read_bytes()
+    again = ckpt_ema.finish(parts)
+    assert again.outputs == finished.outputs
+    assert again.manifests[0]["fingerprint"] == finished.manifests[0]["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (["1/3", "3/3"], "part 2 of 3 is missing"),
+        (["2/9", "5/9", "6/9"], "parts 1, 3-4, 7-9 of 9 are missing"),
+        (["1/2", "1/5", "2/5", "3/5", "5/5"], "4 of 5 is|2 of 2 is"),
+    ],
+)
+def test_missing_parts_are_named_and_nothing_is_published(
+    run: Path, tmp_path: Path, made: list[str], message: str
+) -> None:
+    make_parts(run, tmp_path / "out", made)
+    with pytest.raises(FailedError, match=message):
+        ckpt_ema.finish(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_division_that_is_complete_is_enough_and_twice_does_no_harm(
+    run: Path, tmp_path: Path
+) -> None:
+    whole = ckpt_ema.average(run, output=tmp_path / "whole", **OPTIONS)
+    make_parts(run, tmp_path / "out", ["2/3", "1/2", "2/3", "2/2", "1/2"])
+    assert contents(ckpt_ema.finish(tmp_path / "out").output) == contents(whole.output)
+    make_parts(run, tmp_path / "out", ["1/2"])  # late: it is up to date
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run", "whole"]
+
+
+def test_parts_of_different_averages_are_told_apart(run: Path, tmp_path: Path) -> None:
+    make_parts(run, tmp_path / "out", ["1/2"], decay=0.1)
+    make_parts(run, tmp_path / "out", ["2/2"], decay=0.2)
+    with pytest.raises(RefusedError, match="There are parts of 2 different averages"):
+        ckpt_ema.finish(tmp_path / "out")
+
+
+def test_another_run_to_the_same_output_leaves_parts_alone(run: Path, tmp_path: Path) -> None:
+    make_parts(run, tmp_path / "out", ["1/2"], decay=0.1)
+    ckpt_ema.average(run, output=tmp_path / "out", decay=0.2, **OPTIONS)
+    make_parts(run, tmp_path / "out", ["2/2"], decay=0.1, overwrite=True)
+    with pytest.raises(RefusedError, match="exists already and is not this average"):
+        ckpt_ema.finish(tmp_path / "out")
+    assert ckpt_ema.finish(tmp_path / "out", overwrite=True).manifests[0]["decay"] == 0.1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_where_there_is_nothing_to_finish_that_is_said(run: Path, tmp_path: Path) -> None:
+    for path in (tmp_path / "out", tmp_path / "no/where", run):
+        with pytest.raises(RefusedError, match="has no parts that could be finished"):
+            ckpt_ema.finish(path)
+
+
+def test_a_part_that_is_being_made_is_waited_for(run: Path, tmp_path: Path) -> None:
+    make_parts(run, tmp_path / "out", ["1/1"])
+    [folder] = tmp_path.glob(".out*")
+    key = folder.name.rpartition("-")[2]
+    with WorkFolder(tmp_path / "out", key, is_shared=True) as work:
+        work.kept = True
+        with pytest.raises(RefusedError, match="Another process is at work"):
+            ckpt_ema.finish(tmp_path / "out")
+        make_parts(run, tmp_path / "out", ["1/1"])  # parts are at work side by side
+    assert ckpt_ema.finish(tmp_path / "out").output.is_dir()
+
+
+def test_two_steps_with_one_state_are_seen_across_parts(make_run: MakeRun, tmp_path: Path) -> None:
+    """Frozen halves are alike in one part; only what is alike in all is a copy."""
+    moving = noise(3, 200)
+    frozen = make_run(series(3, a=torch.ones(200), b=moving), name="frozen")
+    make_parts(frozen, tmp_path / "out", ["1/2", "2/2"])
+    assert ckpt_ema.finish(tmp_path / "out").output.is_dir()
+    copied = make_run(series(3, a=torch.ones(200), b=[moving[0], moving[0], moving[1]]))
+    make_parts(copied, tmp_path / "other", ["1/2", "2/2"])
+    with pytest.raises(RefusedError, match="checkpoint-1 and checkpoint-2 hold the same weights"):
+        ckpt_ema.finish(tmp_path / "other")
+    make_parts(copied, tmp_path / "wanted", ["1/2", "2/2"], allow_duplicates=True)
+    assert ckpt_ema.finish(tmp_path / "wanted").output.is_dir()
+
+
+def test_a_part_that_fails_leaves_the_others(make_run: MakeRun, tmp_path: Path) -> None:
+    weights = noise(3, 200)
+    weights[1][150] = math.nan
+    run = make_run(series(3, w=weights))
+    make_parts(run, tmp_path / "out", ["1/2"])
+    with pytest.raises(RefusedError, match="tensor w holds 1 NaN"):
+        make_parts(run, tmp_path / "out", ["2/2"])
+    with pytest.raises(FailedError, match="part 2 of 2 is missing"):
+        ckpt_ema.finish(tmp_path / "out")
+
+
+def test_by_command(run: Path, tmp_path: Path) -> None:
+    def command(*words: Any) -> subprocess.CompletedProcess[str]:
+        call = [sys.executable, "-m", "ckpt_ema", *map(str, words)]
+        return subprocess.run(call, capture_output=True, text=True, timeout=60)
+
+    output = tmp_path / "out"
+    made = command("average", run, "-o", output, "--device", "cpu", "--part", "1/2")
+    assert (made.returncode, made.stdout) == (0, "")
+    assert made.stderr.splitlines()[-1] == (
+        f"part 1/2 of {output} is done; when all are: ckpt-ema finish {output}"
+    )
+    early = command("finish", output)
+    assert (early.returncode, early.stdout) == (1, "")
+    assert early.stderr == f"error: {output} cannot be finished yet: part 2 of 2 is missing.\n"
+    assert command("average", run, "-o", output, "-q", "--part", "2/2").stderr == ""
+    done = command("finish", output)
+    assert (done.returncode, done.stdout) == (0, f"{output}\n")
+    assert "--part" not in (output / "README.md").read_text()
+    assert command("finish", output, "--json").stdout.startswith("{")
+    wrong = command("average", run, "-o", tmp_path / "new", "--part", "0/2")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+
+
+def test_a_part_is_checked_before_anything_is_read(run: Path) -> None:
+    with pytest.raises(OptionError):
+        ckpt_ema.average_part(run, "3/2")

@@ -1,0 +1,216 @@
+"""Ranks of one launch: real processes that make one output together, or fail together."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ckpt_ema
+from ckpt_ema.errors import OptionError
+from ckpt_ema.ranks import Place, first_host, place_from
+from tests.conftest import MakeRun, noise, series
+
+MODULE = ("-m", "ckpt_ema", "average")
+Ended = list[tuple[int, str, str]]  # exit code, stdout and stderr of each rank
+
+
+@pytest.fixture
+def run(make_run: MakeRun) -> Path:
+    """A run of three checkpoints with shards."""
+    states = series(3, a=noise(3, 2000), b=noise(3, 50, 4, dtype=torch.bfloat16))
+    return make_run(states, shards=2)
+
+
+def start(size: int, rank: int, port: int, *words: Any) -> subprocess.Popen[str]:
+    """Start one rank as torchrun would."""
+    place = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return subprocess.Popen(
+        [sys.executable, *map(str, words), "--device", "cpu", "--threads", "1"],
+        env={**os.environ, **{name: str(value) for name, value in place.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def launch(size: int, *words: Any) -> Ended:
+    """Start all ranks of a launch and wait for them."""
+    port = free_port()
+    return ended([start(size, rank, port, *words) for rank in range(size)])
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> Ended:
+    found = [process.communicate(timeout=90) for process in processes]
+    return [(p.returncode, *texts) for p, texts in zip(processes, found, strict=True)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The model files of an output."""
+    return {
+        os.path.relpath(path, folder): path.read_bytes() for path in folder.rglob("*.safetensors")
+    }
+
+
+@pytest.mark.parametrize(("size", "decay"), [(2, "0.2"), (3, "0.1,0.2")])
+def test_ranks_make_the_bytes_of_one(run: Path, tmp_path: Path, size: int, decay: str) -> None:
+    whole = ckpt_ema.average(run, output=tmp_path / "whole", decay=decay, device="cpu").output
+    output = tmp_path / "out"
+    words = ("-o", output, "--decay", decay, "--tile-elements", "64")
+    first, *others = launch(size, *MODULE, run, *words)
+    assert first[0] == 0, first
+    assert "all parts are done" in first[2]
+    lines = [str(path) for path in sorted(output.glob("dynamic*"))] or [str(output)]
+    assert first[1].splitlines() == lines
+    assert others == [(0, "", "")] * (size - 1)
+    assert contents(output) == contents(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run", "whole"]
+    again = launch(size, *MODULE, run, *words)
+    assert [code for code, _, _ in again] == [0] * size
+    assert "is up to date" in again[0][2]
+
+
+def test_torchrun_launches_it(run: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *("--master-port", str(free_port()), *MODULE, run, "-o", tmp_path / "out", "-q"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n"), done.stderr
+    assert (tmp_path / "out/ckpt_ema.json").is_file()
+
+
+def test_if_one_fails_all_do_and_nothing_is_left(make_run: MakeRun, tmp_path: Path) -> None:
+    weights = noise(3, 2000)
+    weights[1][1990] = float("nan")
+    run = make_run(series(3, w=weights))
+    begun = time.monotonic()
+    first, last = launch(2, *MODULE, run, "-o", tmp_path / "out", "--tile-elements", "64")
+    assert time.monotonic() - begun < 30
+    assert last[0] == 3
+    assert "tensor w holds 1 NaN values" in last[2]
+    assert (first[0], first[1]) == (1, "")
+    assert "error: Rank 1 failed: " in first[2]
+    assert "tensor w holds 1 NaN values" in first[2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_ranks_that_see_different_things_stop(run: Path, tmp_path: Path) -> None:
+    port = free_port()
+    words = (*MODULE, run, "-q", "-o", tmp_path / "out")
+    processes = [start(2, 0, port, *words), start(2, 1, port, *words, "--decay", "0.1")]
+    for code, stdout, stderr in ended(processes):
+        assert (code, stdout) == (1, "")
+        assert "do not see the same plan" in stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_rank_that_is_killed_ends_the_others(run: Path, tmp_path: Path) -> None:
+    """Whichever it is: the one that has the store, or the other."""
+    slow = (
+        "import time; from ckpt_ema import ranks; from ckpt_ema.output import write;"
+        "ranks._MOST_SILENT_SECONDS = 3.0; real = write.StagedOutput.write;"
+        "write.StagedOutput.write = lambda *a: (time.sleep(0.5), real(*a));"
+        "from ckpt_ema.cli import main; main()"
+    )
+    for victim in (0, 1):
+        port, output = free_port(), tmp_path / "out"
+        words = ("-c", slow, "average", run, "-o", output, "-q", "--tile-elements", "64")
+        processes = [start(2, rank, port, *words) for rank in range(2)]
+        until = time.monotonic() + 60
+        while not list(tmp_path.glob(".out*/output/model*")) and time.monotonic() < until:
+            time.sleep(0.05)
+        processes[victim].kill()
+        begun = time.monotonic()
+        code, stdout, stderr = ended(processes)[1 - victim]
+        assert time.monotonic() - begun < 15
+        assert (code, stdout) == (1, "")
+        assert "rank is gone" in stderr or f"Rank {victim} gives no sign of life" in stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_ranks_that_never_come_are_not_waited_for_forever(run: Path, tmp_path: Path) -> None:
+    code = (
+        "from ckpt_ema import ranks; ranks._SECONDS_TO_MEET = 2.0;"
+        "from ckpt_ema.cli import main; main()"
+    )
+    [(status, stdout, stderr)] = ended(
+        [start(2, 1, free_port(), "-c", code, "average", run, "-o", tmp_path / "out")]
+    )
+    assert (status, stdout) == (1, "")
+    assert "Rank 1 of 2 cannot meet the others at 127.0.0.1:" in stderr
+    assert "unset WORLD_SIZE" in stderr
+
+
+def test_parts_and_ranks_do_not_mix(run: Path, tmp_path: Path) -> None:
+    for code, _, stderr in launch(2, *MODULE, run, "-q", "-o", tmp_path / "out", "--part", "1/2"):
+        assert code in (1, 2)
+        assert "--part is for jobs that run apart" in stderr
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "2",
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "gpu[08-09]",
+}
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, None),
+        (TORCHRUN, Place(1, 2, "h", 29500, False)),
+        ({**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True"}, Place(1, 2, "h", 29500, True)),
+        ({**TORCHRUN, "WORLD_SIZE": "1"}, None),
+        (SLURM, Place(3, 4, "gpu08", 20219, False)),
+        ({**SLURM, "MASTER_PORT": "5"}, Place(3, 4, "gpu08", 5, False)),
+        ({**SLURM, **TORCHRUN}, Place(1, 2, "h", 29500, False)),  # torchrun under srun
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),
+        # A batch script is one process, however many tasks its job may start.
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),
+    ],
+)
+def test_launchers_tell_the_place(environment: dict[str, str], place: Place | None) -> None:
+    assert place_from(environment) == place
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {**TORCHRUN, "RANK": "x"},
+        {**TORCHRUN, "MASTER_PORT": ""},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"SLURM_STEP_NUM_TASKS": "2"},
+        {**SLURM, "SLURM_STEP_NODELIST": ""},
+    ],
+)
+def test_variables_that_make_no_sense_are_a_usage_error(environment: dict[str, str]) -> None:
+    with pytest.raises(OptionError, match="The launcher's variables make no sense"):
+        place_from(environment)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a", "a"), ("a,b", "a"), ("n[1-3]", "n1"), ("n[03,7]", "n03"), ("n[1-2]-ib,x", "n1-ib")],
+)
+def test_the_first_node_has_the_store(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
