@@ -35,7 +35,12 @@ def _end(number: int, _frame: FrameType | None) -> None:
 def ignore_signals() -> None:
     """Have signals do nothing from now on."""
     for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        # With SIG_IGN, Python complains on stderr of a signal that is on its way already.
+        signal.signal(number, _do_nothing)
+
+
+def _do_nothing(_number: int, _frame: FrameType | None) -> None:
+    pass
 
 
 def say_signal(error: SignalError, *, kept: bool = False) -> int:

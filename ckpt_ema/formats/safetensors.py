@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
 from ckpt_ema.files import open_regular, read_exactly
@@ -29,16 +29,37 @@ def read_specs(path: str) -> Specs:
     """
     with open_regular(path) as file:
         raw = _header_bytes(path, file.fd, file.size_bytes)
-        header = _parse(path, raw)
-        metadata = header.pop("__metadata__", {})
-        _check_metadata(path, metadata)
-        start = 8 + len(raw)
-        tensors = {name: _tensor(path, name, entry) for name, entry in header.items()}
-        ordered = _covering(path, tensors, file.size_bytes - start)
         digest = hashlib.sha256(raw).hexdigest()
         spec = FileSpec(path, file.size_bytes, file.mtime_ns, digest)
-    specs = {name: t._replace(offset=start + t.offset) for name, t in ordered}
-    return Specs(specs, (spec,), (metadata,), claims=_claims(metadata))
+    content = _known.get((digest, file.size_bytes))
+    if content is None:
+        content = _content(path, raw, file.size_bytes)
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[digest, file.size_bytes] = content
+    return Specs(content.tensors, (spec,), (content.metadata,), claims=_claims(content.metadata))
+
+
+class _Content(NamedTuple):
+    """What a header says; offsets count from the start of the file."""
+
+    tensors: Mapping[str, TensorSpec]
+    metadata: Mapping[str, str]
+
+
+# By digest of the header and size of the file: checkpoints of a run mostly have the same headers.
+_known: dict[tuple[str, int], _Content] = {}
+_MOST_KNOWN = 256  # the shards of one checkpoint, and some
+
+
+def _content(path: str, raw: bytes, size_bytes: int) -> _Content:
+    header = _parse(path, raw)
+    metadata = header.pop("__metadata__", {})
+    _check_metadata(path, metadata)
+    start = 8 + len(raw)
+    tensors = {name: _tensor(path, name, entry) for name, entry in header.items()}
+    ordered = _covering(path, tensors, size_bytes - start)
+    return _Content({name: t._replace(offset=start + t.offset) for name, t in ordered}, metadata)
 
 
 def _claims(metadata: Mapping[str, str]) -> dict[str, int]:
@@ -119,7 +140,8 @@ def _parse(path: str, raw: bytes) -> dict[str, Any]:
             parse_constant=_no_constant,
             parse_int=_no_sign,
         )
-        json.dumps(header, ensure_ascii=False).encode("utf-8")  # lone surrogates end here
+        if b"\\ud" in raw or b"\\uD" in raw:  # lone surrogates end here
+            json.dumps(header, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         reason = "it nests too deep" if isinstance(error, RecursionError) else str(error)
         raise RefusedError(

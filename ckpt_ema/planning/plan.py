@@ -3,10 +3,12 @@
 All checks of the inputs happen here, from headers alone; what follows only carries the plan out.
 """
 
+import contextlib
 import functools
+import gc
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -108,7 +110,20 @@ def plan(run: PathLike | Sequence[PathLike], **options: Any) -> Plan:
     Raises `OptionError` for an impossible option and `RefusedError` for inputs that cannot be
     averaged, or an output path that would touch them.
     """
-    return _plan(run, Options(**options))
+    with _collector_paused():
+        return _plan(run, Options(**options))
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Plans are large and without cycles; collecting while one grows takes as long as all else."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
