@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
 
@@ -34,13 +35,10 @@ def _end(number: int, _frame: FrameType | None) -> None:
 
 def ignore_signals() -> None:
     """Have signals do nothing from now on."""
+    # By which Python complains of a signal that is on its way already.
+    sys.unraisablehook = lambda _: None
     for number in _SIGNALS:
-        # With SIG_IGN, Python complains on stderr of a signal that is on its way already.
-        signal.signal(number, _do_nothing)
-
-
-def _do_nothing(_number: int, _frame: FrameType | None) -> None:
-    pass
+        signal.signal(number, signal.SIG_IGN)
 
 
 def say_signal(error: SignalError, *, kept: bool = False) -> int:
