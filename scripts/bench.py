@@ -37,7 +37,9 @@ from contenders import (
     LOOP,
     MIB,
     OF_MANY,
+    OF_RANKS,
     ONE,
+    RANKS,
     READ,
     TORCHS,
     WRITE,
@@ -46,6 +48,8 @@ from contenders import (
     Settings,
     decay_of,
     make_run,
+    make_sparse_run,
+    make_uniform_run,
     weights_files,
 )
 
@@ -58,6 +62,9 @@ PROMISED_ANONYMOUS_MIB = 120
 SAME_ANONYMOUS_MIB = 16  # between two runs of one setting: thread stacks and allocator arenas
 PROMISED_TIMES_ONE = 2.5  # eight averages in one pass, in bfloat16
 TILE_BYTES = (1 << 18) * 8  # of one accumulator at its largest
+PROMISED_TIMES_THREADS = 1.2  # two ranks against two threads
+PROMISED_TIMES_FEW = 4.0  # the same bytes in a thousand times as many tensors
+PROMISED_PLAN_SECONDS, PROMISED_PLAN_MIB = 10, 200  # of 50 checkpoints of a 70B model
 PROMISED_STARTUP = 1 / 3  # of the time of `import torch`
 
 
@@ -379,6 +386,79 @@ def measure_many(settings: Settings, workdir: Path, repeat: int) -> Iterator[str
     )
 
 
+def measure_ranks(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
+    """Two ranks of one thread beside two threads of one process."""
+    run = make_run(settings, workdir)
+    measure_contender(READ, Job(run, workdir, 2))  # fills the page cache
+    output = workdir / "out-ranks"
+    rounds: dict[str, list[Measured]] = {}
+    for _, contender in itertools.product(range(repeat), OF_RANKS):
+        remove(output)
+        rounds.setdefault(contender, []).append(measure_contender(contender, Job(run, output, 2)))
+    remove(output)
+    yield f"## Ranks: {settings.name}\n"
+    yield from ratio_table(rounds, ((RANKS, AVERAGE),))
+    times = statistics.median(ratios(rounds, RANKS, AVERAGE))
+    busy = max(value.others_cores for value in rounds[AVERAGE])
+    text = f"two ranks take at most {PROMISED_TIMES_THREADS:g} times the time of two threads"
+    held = times <= PROMISED_TIMES_THREADS
+    yield from promise_table([timing_promise(text, f"{times:.2f}", held, busy)])
+
+
+def measure_small(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
+    """100 000 tensors of 1 kB in 10 checkpoints, beside the same bytes in 100 tensors."""
+    rounds: dict[str, list[Measured]] = {}
+    kinds = {"100 000 tensors": (100_000, 1000), "100 tensors": (100, 1_000_000)}
+    for tensors, size_bytes in kinds.values():
+        run = workdir / f"uniform-{tensors}"
+        remove(run)
+        make_uniform_run(run, 10, tensors, size_bytes)
+    output = workdir / "out-small"
+    for _, (name, (tensors, _)) in itertools.product(range(repeat), kinds.items()):
+        remove(output)
+        job = Job(workdir / f"uniform-{tensors}", output, settings.threads)
+        rounds.setdefault(name, []).append(measure_contender(AVERAGE, job))
+    for tensors, _ in kinds.values():
+        remove(workdir / f"uniform-{tensors}")
+    remove(output)
+    yield "## Many small tensors: 10 checkpoints of 100 MB\n"
+    many, few = kinds
+    yield from ratio_table(rounds, ((many, few),))
+    times = statistics.median(ratios(rounds, many, few))
+    busy = max(value.others_cores for values in rounds.values() for value in values)
+    text = f"{many} take at most {PROMISED_TIMES_FEW:g} times the time of {few}"
+    held = times <= PROMISED_TIMES_FEW
+    yield from promise_table([timing_promise(text, f"{times:.2f}", held, busy)])
+
+
+def measure_huge(_: Settings, workdir: Path, repeat: int) -> Iterator[str]:
+    """A plan of 50 checkpoints of a 70B model, of which all but the headers are holes."""
+    run = workdir / "sparse"
+    remove(run)
+    shards = make_sparse_run(run, 50, 70 * 10**9)
+    command: list[str | Path] = ["-m", "ckpt_ema", "plan", run, "-q", "-o", workdir / "out-huge"]
+    found = [measure([*command, "--half-life", "2000"])[0] for _ in range(repeat)]
+    few = [measure([*command, "--last", "2"])[0] for _ in range(repeat)]
+    remove(run)
+    yield f"## Huge: `plan` of 50 checkpoints of 70 billion parameters in {shards} shards each\n"
+    seconds = median_of(found, "wall_seconds")
+    most, least = (max(one.resident_bytes for one in runs) / MIB for runs in (found, few))
+    yield from promise_table(
+        [
+            Promise(
+                f"in at most {PROMISED_PLAN_SECONDS} s",
+                f"{seconds:.1f} s",
+                seconds <= PROMISED_PLAN_SECONDS,
+            ),
+            Promise(
+                f"in at most {PROMISED_PLAN_MIB} MiB",
+                f"{most:.0f} MiB; of 2 of them {least:.0f}",
+                most <= PROMISED_PLAN_MIB,
+            ),
+        ]
+    )
+
+
 def measure_scaling(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
     """Peak anonymous memory of ckpt-ema for a short run, a long run and a large model."""
     yield f"## Memory: {settings.dtype}, {settings.threads} threads\n"
@@ -498,6 +578,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--record", action="store_true", help="write to benchmarks/")
     parser.add_argument("--speed", action="store_true", help="the default where no part is named")
     parser.add_argument("--many", action="store_true", help="eight averages in one pass")
+    parser.add_argument("--ranks", action="store_true", help="two processes against two threads")
+    parser.add_argument("--small", action="store_true", help="a hundred thousand small tensors")
+    parser.add_argument("--huge", action="store_true", help="the plan of a 70B model")
     parser.add_argument("--scaling", action="store_true", help="memory for other lengths and sizes")
     parser.add_argument("--startup", action="store_true", help="--help and plan")
     return parser.parse_args()
@@ -514,6 +597,9 @@ def main() -> None:
     measures = {
         "speed": measure_speed,
         "many": measure_many,
+        "ranks": measure_ranks,
+        "small": measure_small,
+        "huge": measure_huge,
         "scaling": measure_scaling,
         "startup": measure_startup,
     }

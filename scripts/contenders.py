@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ MIB = 1024**2
 DECAY = 0.999
 HALF_LIVES = (100, 150, 200, 300, 400, 600, 800, 1000)  # steps; checkpoints are 100 apart
 CHUNK_ELEMENTS = 4 * MIB
+SHARD_BYTES = 5 * 10**9  # as transformers cuts them
 READ_BYTES = MIB // 2  # of 256 KiB to 2 MiB the fastest in a fresh process: the strictest baseline
 ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32"}
@@ -144,6 +146,49 @@ def weights_files(run: Path) -> list[Path]:
     return [folder / "model.safetensors" for folder in folders]
 
 
+def make_uniform_run(run: Path, checkpoints: int, tensors: int, size_bytes: int) -> None:
+    """A run in float32, all of whose tensors are equally large."""
+    import torch
+
+    header = encode_header(
+        {f"layer.{n}.weight": [size_bytes // 4] for n in range(tensors)}, "float32"
+    )
+    random = torch.Generator().manual_seed(0)
+    buffer = bytearray(tensors * size_bytes)
+    for step in range(100, 100 * checkpoints + 1, 100):
+        folder = run / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        torch.frombuffer(buffer, dtype=torch.uint8).random_(0, 100, generator=random)
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(header)
+            file.write(buffer)
+
+
+def make_sparse_run(run: Path, checkpoints: int, elements: int) -> int:
+    """A run in bfloat16 in shards whose headers are real and whose data are holes; its shards."""
+    shards: list[dict[str, list[int]]] = [{}]
+    for name, shape in llama_shapes(elements).items():
+        size_bytes = sum(2 * math.prod(other) for other in shards[-1].values())
+        if shards[-1] and size_bytes + 2 * math.prod(shape) > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = shape
+    names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    weight_map = {tensor: name for name, held in zip(names, shards, strict=True) for tensor in held}
+    for step in range(500, 500 * checkpoints + 1, 500):
+        folder = run / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        index = {"metadata": {"total_size": 2 * elements}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        for name, held in zip(names, shards, strict=True):
+            header = encode_header(held, "bfloat16")
+            with (folder / name).open("wb") as file:
+                file.write(header)
+                file.truncate(len(header) + sum(2 * math.prod(shape) for shape in held.values()))
+    return len(shards)
+
+
 # The contenders, each in a process of its own
 
 
@@ -249,6 +294,30 @@ def run_average(job: Job) -> None:
     ckpt_ema.average(job.run, decay=DECAY, output=job.output, threads=job.threads, overwrite=True)
 
 
+def run_ranks(job: Job) -> None:
+    """The same by two processes of one thread, as a launcher starts them but for the imports."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    import ckpt_ema
+    from ckpt_ema.parts import carry_out_together
+    from ckpt_ema.ranks import joined
+
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if not child:
+            place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            with joined({name: str(value) for name, value in place.items()}) as ranks:
+                assert ranks
+                plan = ckpt_ema.plan(job.run, decay=DECAY, output=job.output, threads=1)
+                carry_out_together(plan, ranks)
+            os._exit(0)
+        children.append(child)
+    if any(os.waitpid(child, 0)[1] for child in children):
+        sys.exit("a rank failed")
+
+
 def run_half_life(job: Job) -> None:
     """One average, by a half-life in steps."""
     import ckpt_ema
@@ -277,6 +346,7 @@ def import_only(_: Job) -> None:
 IMPORT, READ, LOOP = "import torch", "read the bytes", "load_file + lerp_"
 TORCHS = "AveragedModel"
 AVERAGE, WRITE = "ckpt_ema.average", "write + fsync"
+RANKS = "two ranks"
 ONE, EIGHT, WRITE_EIGHT = "one average", "eight averages", "write + fsync, eight"
 CONTENDERS: dict[str, Callable[[Job], float | None]] = {
     IMPORT: import_only,
@@ -296,12 +366,18 @@ OF_MANY: dict[str, Callable[[Job], float | None]] = {
 }
 
 
+# Those of the part on ranks.
+OF_RANKS: dict[str, Callable[[Job], float | None]] = {AVERAGE: run_average, RANKS: run_ranks}
+
+
 def run_child(contender: str, run: str, output: str, threads: str) -> None:
     """Run one contender in this process and print its seconds, from after `import torch` on."""
     import torch  # noqa: F401 - its memory and its seconds are what all contenders start from
 
     start = time.perf_counter()
-    fsync_seconds = {**CONTENDERS, **OF_MANY}[contender](Job(Path(run), Path(output), int(threads)))
+    fsync_seconds = {**CONTENDERS, **OF_MANY, **OF_RANKS}[contender](
+        Job(Path(run), Path(output), int(threads))
+    )
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "fsync_seconds": fsync_seconds or 0.0}))
 
