@@ -138,7 +138,7 @@ def _parse(path: str, raw: bytes) -> dict[str, Any]:
             raw.decode("utf-8"),
             object_pairs_hook=_unique,
             parse_constant=_no_constant,
-            parse_int=_no_sign,
+            parse_int=_no_sign if re.search(rb"-[0-9]", raw) else int,
         )
         if b"\\ud" in raw or b"\\uD" in raw:  # lone surrogates end here
             json.dumps(header, ensure_ascii=False).encode("utf-8")
@@ -166,7 +166,7 @@ def _no_constant(name: str) -> None:
 
 
 def _no_sign(digits: str) -> int:
-    if digits.startswith("-"):  # int() makes -0 a size; the library refuses it
+    if digits.startswith("-"):  # int() makes a size of -0; the library refuses it
         raise ValueError(f"{digits} is not a size")
     return int(digits)
 

@@ -97,10 +97,12 @@ def output_files(
             "Choose one with --component, or write a folder.",
         )
     groups: dict[tuple[int, str], list[tuple[str, TensorSpec]]] = {}
+    places = [
+        (0, single_name) if single_name else (file.part, _output_name(file.name))
+        for file in newest.files
+    ]
     for key, tensor in newest.tensors.items():
-        file = newest.files[tensor.file]
-        place = (0, single_name) if single_name else (file.part, _output_name(file.name))
-        groups.setdefault(place, []).append((key, tensor))
+        groups.setdefault(places[tensor.file], []).append((key, tensor))
     files = []
     for (part, name), tensors in sorted(groups.items(), key=lambda group: group[1][0][1].file):
         metadata = {

@@ -125,18 +125,16 @@ def _tensors(
 
 def _follows(span: Span, other: Span) -> bool:
     """Whether `other` begins where `span` ends, in every checkpoint and in every output."""
-    if span.kept_from != other.kept_from or span.in_pieces or other.in_pieces:
+    if span.kept_from != other.kept_from or len(span.targets) != len(other.targets):
         return False
-    if len(span.targets) != len(other.targets) or _has_ties(span) or _has_ties(other):
-        return False
-    before: list[Target | TensorSpec] = [*span.targets, *span.sources]
-    after: list[Target | TensorSpec] = [*other.targets, *other.sources]
-    return all(
-        one.file == next_one.file
-        and one.offset + _bytes(span, one.dtype) == next_one.offset
-        and (one.dtype == next_one.dtype or not span.averaged)
-        for one, next_one in zip(before, after, strict=True)
-    )
+    before: tuple[Target | TensorSpec, ...] = span.targets + span.sources
+    after: tuple[Target | TensorSpec, ...] = other.targets + other.sources
+    for one, next_one in zip(before, after, strict=True):
+        if one.file != next_one.file or one.offset + _bytes(span, one.dtype) != next_one.offset:
+            return False
+        if one.dtype != next_one.dtype and span.averaged:
+            return False
+    return not (span.in_pieces or other.in_pieces or _has_ties(span) or _has_ties(other))
 
 
 def _has_ties(span: Span) -> bool:
