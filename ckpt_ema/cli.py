@@ -320,8 +320,9 @@ def _command() -> str:
         for name, value in sorted(os.environ.items())
         if name.startswith("CKPT_EMA_")
     ]
-    words = [*called, *sys.argv[1:]]
-    if "--part" in words:  # which all parts are given, each another
+    # Each part is given another one.
+    words = [*called, *(word for word in sys.argv[1:] if not word.startswith("--part="))]
+    if "--part" in words:
         place = words.index("--part")
         del words[place : place + 2]
     return " ".join([*chosen, shlex.join(words)])

@@ -137,7 +137,7 @@ class Ranks:
         """Give a sign of life; look whether a rank has failed or the next one is silent."""
         following = (self.rank + 1) % self.size
         seen, since = 0, time.monotonic()
-        while not self._left.wait(_SECONDS_BETWEEN_SIGNS):
+        while not self._left.is_set():
             try:
                 self._store.add(f"sign/{self.rank}", 1)
                 signs = self._store.add(f"sign/{following}", 0)
@@ -149,10 +149,11 @@ class Ranks:
                 return
             if signs != seen or has_left:
                 seen, since = signs, time.monotonic()
-            elif time.monotonic() - since > _MOST_SILENT_SECONDS:
+            elif time.monotonic() - since > (_MOST_SILENT_SECONDS if signs else _SECONDS_TO_MEET):
                 self._problem = f"Rank {following} gives no sign of life."
                 with contextlib.suppress(RuntimeError):
                     self._store.set("failed", self._problem)
+            self._left.wait(_SECONDS_BETWEEN_SIGNS)
 
 
 @contextlib.contextmanager

@@ -180,9 +180,6 @@ def test_by_command(run: Path, tmp_path: Path) -> None:
     done = command("finish", output)
     assert (done.returncode, done.stdout) == (0, f"{output}\n")
     assert "--part" not in (output / "README.md").read_text()
-    assert command("finish", output, "--json").stdout.startswith("{")
-    wrong = command("average", run, "-o", tmp_path / "new", "--part", "0/2")
-    assert (wrong.returncode, wrong.stdout) == (2, "")
 
 
 def test_a_part_is_checked_before_anything_is_read(run: Path) -> None:
