@@ -21,7 +21,7 @@ from ckpt_ema.output.result import Result
 from ckpt_ema.output.vacancy import check_vacant
 from ckpt_ema.output.work import WorkFolder
 from ckpt_ema.output.write import StagedOutput
-from ckpt_ema.planning.outputs import is_single_file
+from ckpt_ema.planning.outputs import OutputFile, is_single_file
 from ckpt_ema.planning.plan import Plan, plan
 from ckpt_ema.report.card import card
 from ckpt_ema.report.figure import Picture
@@ -100,7 +100,7 @@ def carry_out(
         StagedOutput(work, is_single_file=single, overwrite=overwrite) as staged,
     ):
         work.kept = resume
-        create_files(plan, staged)
+        staged.create(files_of(plan))
         add_side_files(plan, staged, picture, command)
         try:
             made = fold(plan, work, staged, device, progress=progress, resume=resume)
@@ -130,15 +130,13 @@ class Made(NamedTuple):
         }
 
 
-def create_files(plan: Plan, staged: StagedOutput) -> None:
-    """Reserve the model files and write their headers."""
-    staged.create(
-        [
-            (os.path.join(folder, file.name), file)
-            for folder, candidate in zip(folders_of(plan), plan.candidates, strict=True)
-            for file in candidate.output.files
-        ]
-    )
+def files_of(plan: Plan) -> list[tuple[str, OutputFile]]:
+    """The model files of all averages, with their names in the plan's output."""
+    return [
+        (os.path.join(folder, file.name), file)
+        for folder, candidate in zip(folders_of(plan), plan.candidates, strict=True)
+        for file in candidate.output.files
+    ]
 
 
 def add_side_files(
@@ -189,8 +187,8 @@ def fold(
             journal.write_if_due(twins)
 
     try:
-        finished = {"finished": journal.finish} if journal else {}
-        engine.run(plan, todo(), staged, device, twins, tick=tick, **finished)
+        finished = journal.finish if journal else None
+        engine.run(plan, todo(), staged, device, twins, tick=tick, finished=finished)
     finally:
         if journal:
             journal.write(twins)

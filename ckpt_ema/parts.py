@@ -5,16 +5,14 @@ there, one process publishes the output. What it needs to know, the parts have w
 need not run at the same time: `finish` may come a week later. Ranks of one launch wait instead.
 """
 
-import os
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ckpt_ema.averaging import (
     Progress,
     add_side_files,
-    create_files,
+    files_of,
     fold,
     folders_of,
     records_of,
@@ -26,6 +24,7 @@ from ckpt_ema.discovery.same import same_values
 from ckpt_ema.errors import FailedError, RefusedError, printable
 from ckpt_ema.folding.tiles import Share, share_from
 from ckpt_ema.options import PathLike
+from ckpt_ema.output.journal import ranges
 from ckpt_ema.output.manifest import read_manifest
 from ckpt_ema.output.result import Finished
 from ckpt_ema.output.vacancy import averages_in, check_vacant
@@ -78,19 +77,14 @@ def carry_out_part(
         StagedOutput(work, is_single_file=single, overwrite=False) as staged,
     ):
         work.kept = True
-        create_files(plan, staged)
+        staged.create(files_of(plan))
         if adds_side_files:
             add_side_files(plan, staged, picture, command)
         made = fold(plan, work, staged, device, share, progress=progress, resume=resume)
         staged.make_durable()
-        folders = folders_of(plan)
         description = {
-            "files": [
-                os.path.join(folder, file.name)
-                for folder, candidate in zip(folders, plan.candidates, strict=True)
-                for file in candidate.output.files
-            ],
-            "manifests": dict(zip(folders, records_of(plan, command), strict=True)),
+            "files": [name for name, _ in files_of(plan)],
+            "manifests": dict(zip(folders_of(plan), records_of(plan, command), strict=True)),
             "checkpoints": [checkpoint.name for checkpoint in plan.checkpoints],
             "allow_duplicates": plan.options.allow_duplicates,
         }
@@ -227,8 +221,5 @@ def _listed(numbers: Sequence[int]) -> str:
     >>> _listed([1, 2, 3, 7])
     '1-3, 7'
     """
-    ranges = []
-    for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
-        found = [number for _, number in group]
-        ranges.append(str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}")
-    return ", ".join(ranges)
+    found = ranges(numbers)
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)

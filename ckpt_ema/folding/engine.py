@@ -40,13 +40,13 @@ def run(
     device: torch.device,
     twins: Twins,
     *,
-    finished: Callable[[int], None] = lambda _: None,
-    tick: Callable[[int], None] = lambda _: None,
+    tick: Callable[[int], None],
+    finished: Callable[[int], None] | None = None,
 ) -> None:
     """Fold tiles of `plan` into `destination`, on `device`; `twins` learns which pairs differ.
 
-    `finished` is called with the number of each tile that is written, from any thread; `tick` in
-    this thread, ten times a second, with the bytes read so far. What they raise ends the work.
+    `tick` is called in this thread, ten times a second, with the bytes read so far; `finished` from
+    any thread, with the number of each tile that is written. What they raise ends the work.
 
     Raises `RefusedError` for values that are not finite, `FailedError` if a file changes or cannot
     be read, and whatever `destination` raises; by then every thread has ended.
@@ -96,7 +96,7 @@ class _Job:
     tiles: Iterator[Tile]
     holds_float64: bool
     twins: Twins
-    finished: Callable[[int], None]
+    finished: Callable[[int], None] | None
     bytes_read: int = 0
     stopped: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -143,7 +143,8 @@ class _Worker:
                     self._average(tile, fold)
                 else:
                     self._keep(tile)
-                self._job.finished(tile.number)
+                if self._job.finished:
+                    self._job.finished(tile.number)
         except RuntimeError as error:
             # On the CPU torch has no class of its own for it.
             if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):

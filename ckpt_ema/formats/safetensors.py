@@ -49,7 +49,7 @@ class _Content(NamedTuple):
 
 # By digest of the header and size of the file: checkpoints of a run mostly have the same headers.
 _known: dict[tuple[str, int], _Content] = {}
-_MOST_KNOWN = 256  # the shards of one checkpoint, and some
+_MOST_KNOWN = 4096  # more than one checkpoint has shards, or no second one would find its own
 
 
 def _content(path: str, raw: bytes, size_bytes: int) -> _Content:

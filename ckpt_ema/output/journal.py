@@ -54,7 +54,7 @@ class Journal:
             tiles, self._new = self._new, []
         if tiles:
             self._make_durable()
-            line = {"tiles": list(_ranges(tiles)), "different": twins.different}
+            line = {"tiles": list(ranges(tiles)), "different": twins.different}
             with as_failure(self._path), self._path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
                 stream.flush()
@@ -72,10 +72,10 @@ def _lines(work: WorkFolder) -> Iterator[dict[str, Any]]:
                 continue
 
 
-def _ranges(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+def ranges(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Numbers as ranges, first and last.
 
-    >>> list(_ranges([3, 1, 2, 7]))
+    >>> list(ranges([3, 1, 2, 7]))
     [(1, 3), (7, 7)]
     """
     for _, group in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0]):
