@@ -3,8 +3,9 @@
 #
 #     MODEL=$(scripts/post_training.sh runs/my-run --decay 0.9) && evaluate "$MODEL"
 #
-# stdout carries the path of the averaged model and nothing else; of several, a line each. Whatever goes wrong, the exit code
-# is not 0, stdout is empty and no half-made model is left. Running it again costs nothing: an
+# stdout carries the path of the averaged model and nothing else; of several, a line each. Whatever
+# goes wrong, the exit code is not 0, stdout is empty and no half-made model is left. Running it
+# again costs nothing: an
 # average that is there already is up to date. PYTHON names the interpreter that has ckpt-ema.
 set -eu
 
