@@ -1,7 +1,9 @@
 """Reading regular files at positions: opened without hanging, noticed when they change.
 
 A file that is cut short while it is read gives an ordinary error here, where a memory map would
-end the process with SIGBUS.
+end the process with SIGBUS. Where the bytes have to come from a disk, the kernel is asked for the
+next ones before they are wanted: many files are read in turn, which its own read-ahead, of 128 KiB
+on most systems, is not made for.
 """
 
 import os
@@ -15,6 +17,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ckpt_ema.errors import FailedError, IncompleteError, RefusedError, printable
+
+_CAN_ASK_AHEAD = hasattr(os, "RWF_NOWAIT") and hasattr(os, "posix_fadvise")  # Linux can
+_AHEAD_BYTES = 1 << 22  # asked for before they are wanted, of each file that is not in the cache
+_MOST_AHEAD_BYTES = 1 << 28  # of all files that are read in turn
+_ASKED_BYTES = 1 << 19  # at a time: the kernel cuts larger wishes down to one request of the disk
+_COLD_BYTES = 1 << 26  # beyond a place that was not in the cache, taken for not in it either
 
 
 class OpenFile(NamedTuple):
@@ -73,6 +81,14 @@ def read_into(path: str, fd: int, view: memoryview, offset: int) -> None:
         done += count
 
 
+def _read_cached(fd: int, view: memoryview, offset: int) -> int:
+    """Read what is in the page cache from `offset` on; how many bytes that were."""
+    try:
+        return os.preadv(fd, [view], offset, os.RWF_NOWAIT)
+    except OSError:  # nothing is, or the file system cannot tell; what is wrong will show again
+        return 0
+
+
 def _open(path: str) -> int:
     try:
         # Without O_NONBLOCK, opening a FIFO that nobody writes to would hang.
@@ -96,6 +112,8 @@ def _checked(path: str, fd: int) -> OpenFile:
 class _Entry:
     fd: int
     readers: int = 0
+    cold_until: int = 0
+    asked_until: int = 0
 
 
 @dataclass(slots=True)
@@ -103,10 +121,12 @@ class FilePool:
     """Files read by many threads through a bounded number of descriptors.
 
     `expected` maps each path to the size in bytes and mtime in ns that the plan saw: a file that
-    differs when it is opened, or at `verify`, raises `FailedError`.
+    differs when it is opened, or at `verify`, raises `FailedError`. So many as `read_in_turn` share
+    what is asked for ahead.
     """
 
     expected: dict[str, tuple[int, int]]
+    read_in_turn: int = 1
     limit: int = field(default_factory=lambda: _descriptor_limit())
     _entries: OrderedDict[str, _Entry] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -115,7 +135,14 @@ class FilePool:
         """Fill `view` from `offset` of the file at `path`."""
         entry = self._acquire(path)
         try:
-            read_into(path, entry.fd, view, offset)
+            done = 0
+            if _CAN_ASK_AHEAD:
+                done = _read_cached(entry.fd, view, offset)
+                if done < len(view):
+                    entry.cold_until = offset + _COLD_BYTES
+                if offset < entry.cold_until:
+                    self._ask_ahead(entry, offset + done, offset + len(view))
+            read_into(path, entry.fd, view[done:], offset + done)
         finally:
             with self._lock:
                 entry.readers -= 1
@@ -136,6 +163,16 @@ class FilePool:
             for entry in self._entries.values():
                 os.close(entry.fd)
             self._entries.clear()
+
+    def _ask_ahead(self, entry: _Entry, start: int, end: int) -> None:
+        """Have the kernel fetch a file from `start` to some way beyond `end`, without waiting."""
+        ahead = min(_AHEAD_BYTES, _MOST_AHEAD_BYTES // self.read_in_turn)
+        # Threads read a little out of order; what is further away was asked for by another pass.
+        asked_until = entry.asked_until if entry.asked_until <= end + 2 * ahead else 0
+        if asked_until < end + ahead // 2:
+            entry.asked_until = end + ahead
+            for offset in range(max(start, asked_until), end + ahead, _ASKED_BYTES):
+                os.posix_fadvise(entry.fd, offset, _ASKED_BYTES, os.POSIX_FADV_WILLNEED)
 
     def _acquire(self, path: str) -> _Entry:
         with self._lock:

@@ -26,7 +26,8 @@ class Sources:
                 path: (file.size_bytes, file.mtime_ns)
                 for checkpoint, paths in zip(plan.checkpoints, self._paths, strict=True)
                 for path, file in zip(paths, checkpoint.specs.files, strict=True)
-            }
+            },
+            read_in_turn=len(plan.checkpoints),
         )
 
     def values(
