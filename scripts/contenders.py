@@ -345,6 +345,7 @@ def import_only(_: Job) -> None:
 
 IMPORT, READ, LOOP = "import torch", "read the bytes", "load_file + lerp_"
 TORCHS = "AveragedModel"
+COMMAND = "ckpt-ema average"
 AVERAGE, WRITE = "ckpt_ema.average", "write + fsync"
 RANKS = "two ranks"
 ONE, EIGHT, WRITE_EIGHT = "one average", "eight averages", "write + fsync, eight"
@@ -371,7 +372,7 @@ OF_RANKS: dict[str, Callable[[Job], float | None]] = {AVERAGE: run_average, RANK
 
 
 def run_child(contender: str, run: str, output: str, threads: str) -> None:
-    """Run one contender in this process and print its seconds, from after `import torch` on."""
+    """Run one contender in this process and print its seconds, from after its imports on."""
     import torch  # noqa: F401 - its memory and its seconds are what all contenders start from
 
     start = time.perf_counter()
