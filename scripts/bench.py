@@ -1,4 +1,4 @@
-"""Measure ckpt-ema against reading the bytes and the loop that everybody writes.
+"""Measure ckpt-ema against reading the bytes, the loop that everybody writes, and other tools.
 
 It is long because each part of the report has a function of its own.
 
@@ -22,6 +22,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+import environment
 from contenders import (
     AVERAGE,
     COMMAND,
@@ -62,6 +63,7 @@ from measuring import (
     take_turns,
     timing_promise,
 )
+from peers import ENVIRONMENT, measure_peers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROMISED_SPEEDUP = {"bfloat16": 3.0, "float32": 4.5}
@@ -363,6 +365,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--record", action="store_true", help="write to benchmarks/")
     parser.add_argument("--speed", action="store_true", help="the default where no part is named")
+    parser.add_argument("--peers", action="store_true", help="what others have (.venv-peers)")
     parser.add_argument("--many", action="store_true", help="eight averages in one pass")
     parser.add_argument("--ranks", action="store_true", help="two processes against two threads")
     parser.add_argument("--small", action="store_true", help="a hundred thousand small tensors")
@@ -375,6 +378,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure what was asked for, print it as it comes and record it."""
     options = parse_arguments()
+    if options.peers:
+        environment.enter(ENVIRONMENT)
     settings = Settings(options.dtype, options.checkpoints, options.size, options.threads)
     workdir = (options.workdir or REPOSITORY / ".bench").resolve()
     workdir.mkdir(parents=True, exist_ok=True)
@@ -382,6 +387,7 @@ def main() -> None:
         (workdir / ".gitignore").write_text("*\n")
     measures = {
         "speed": measure_speed,
+        "peers": measure_peers,
         "many": measure_many,
         "ranks": measure_ranks,
         "small": measure_small,

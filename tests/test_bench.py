@@ -1,19 +1,21 @@
-"""The benchmark judges rightly."""
+"""The benchmark judges rightly, and gives its peers the same work."""
 
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from tests.conftest import noise, read_safetensors, series, write_safetensors, write_shards
 
 # Behind all else: one of the scripts is called test.py.
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
-from contenders import weights_files
-from exactness import Errors, errors, folded
+from contenders import Job, decay_of, run_uniform_mean, weights_files
+from exactness import Errors, errors, folded, mean
 from measuring import measure
+from peers import linear_merge, write_merge
 
 
 @pytest.fixture
@@ -74,6 +76,37 @@ def test_errors_in_multiples_of_rounding_by_hand() -> None:
     exactly = torch.tensor([1 + 0.25 / 128], dtype=torch.float64)
     found.add(torch.tensor([1 + 1 / 128], dtype=torch.bfloat16), exactly)
     assert (found.wrong, found.times_rounding) == (1, 3)
+
+
+def test_timms_loop_gives_the_mean_in_float32(run: Path, tmp_path: Path) -> None:
+    run_uniform_mean(Job(run, tmp_path / "out", torch.get_num_threads()))
+    found = errors(weights_files(run), {"mean": tmp_path / "out"}, mean)["mean"]
+    assert (found.elements, found.wrong) == (197, 0)
+
+
+def test_mergekit_gets_the_weights_of_the_average(run: Path) -> None:
+    write_merge(run, "bfloat16")
+    merge = yaml.safe_load((run.parent / "run-mergekit.yaml").read_text())
+    assert [Path(model["model"]) for model in merge["models"]] == weights_files(run)
+    first, second = decay_of(1), decay_of(2)
+    by_hand = [first * second, (1 - first) * second, 1 - second]
+    weights = [model["parameters"]["weight"] for model in merge["models"]]
+    assert weights == pytest.approx(by_hand, rel=1e-15)
+    del merge["models"]
+    assert merge == {
+        "merge_method": "linear",
+        "parameters": {"normalize": False},
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+    }
+
+
+def test_mergekit_reads_any_path_and_any_weight() -> None:
+    weights = {Path('/a run: "the 1st" #1'): 1e-06, Path("/café"): 0.1 + 0.2, Path("/c"): 1.0}
+    merge = yaml.safe_load(linear_merge(weights, "float32"))
+    read = {Path(m["model"]): m["parameters"]["weight"] for m in merge["models"]}
+    assert read == weights
+    assert all(type(weight) is float for weight in read.values())
 
 
 def test_processor_seconds_are_those_of_the_process_and_its_children() -> None:
