@@ -7,6 +7,7 @@ only ratios within one run can be compared. It runs on Linux.
 """
 
 import argparse
+import compileall
 import filecmp
 import itertools
 import os
@@ -383,6 +384,8 @@ def main() -> None:
     settings = Settings(options.dtype, options.checkpoints, options.size, options.threads)
     workdir = (options.workdir or REPOSITORY / ".bench").resolve()
     workdir.mkdir(parents=True, exist_ok=True)
+    # As pip does with what it installs: else each process compiles, or the first.
+    compileall.compile_dir(REPOSITORY / "ckpt_ema", quiet=1)
     if not options.workdir:
         (workdir / ".gitignore").write_text("*\n")
     measures = {

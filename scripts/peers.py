@@ -59,7 +59,8 @@ error: root mean square of the error, in multiples of that of rounding once.
 timm's loop: its avg_checkpoints.py is in no package, so this is its loop and not the script. It
 averages uniformly and writes float32, so it is judged by the float64 mean and compared with
 ckpt_ema.average(..., schedule="uniform", dtype="float32").
-ckpt-ema makes its outputs durable (fsync); all others do without.
+ckpt_ema.average: its net seconds include its own imports (see import ckpt_ema); those of
+mergekit-pytorch do not.
 """
 
 
