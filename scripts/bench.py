@@ -1,34 +1,32 @@
-"""Measure ckpt-ema against reading the bytes and against the loop that everybody writes; long,
-because it measures speed, memory and start-up, checks the answers and reports them by itself.
+"""Measure ckpt-ema against reading the bytes, the loop that everybody writes, and other tools.
+
+It is long because each part of the report has a function of its own.
 
 Each contender is a process of its own, so that its memory is its own; they take turns, because
 only ratios within one run can be compared. It runs on Linux.
 """
 
 import argparse
+import compileall
 import filecmp
 import itertools
-import json
 import os
 import platform
 import re
-import resource
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+import environment
 from contenders import (
     AVERAGE,
-    CHUNK_ELEMENTS,
+    COMMAND,
     CONTENDERS,
     EIGHT,
     HALF_LIVES,
@@ -42,20 +40,33 @@ from contenders import (
     RANKS,
     READ,
     TORCHS,
-    WRITE,
     WRITE_EIGHT,
     Job,
     Settings,
-    decay_of,
     make_run,
     make_sparse_run,
     make_uniform_run,
     weights_files,
 )
+from exactness import Errors, errors, folded
+from measuring import (
+    Measured,
+    Promise,
+    contender_table,
+    measure,
+    measure_contender,
+    median_of,
+    promise_table,
+    ratio_table,
+    ratios,
+    remove,
+    take_off_imports,
+    take_turns,
+    timing_promise,
+)
+from peers import ENVIRONMENT, measure_peers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SAMPLE_SECONDS = 0.005
-QUIET_CORES = 0.2  # OpenMP spins: one busy neighbour made the loop 50 times slower
 PROMISED_SPEEDUP = {"bfloat16": 3.0, "float32": 4.5}
 PROMISED_TIMES_READING = 3.2
 PROMISED_ANONYMOUS_MIB = 120
@@ -68,208 +79,25 @@ PROMISED_PLAN_SECONDS, PROMISED_PLAN_MIB = 10, 200  # of 50 checkpoints of a 70B
 PROMISED_STARTUP = 1 / 3  # of the time of `import torch`
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One process: seconds after `import torch`, seconds of all of it, peaks of its memory."""
-
-    seconds: float
-    wall_seconds: float
-    anonymous_bytes: int
-    resident_bytes: int
-    others_cores: float  # that processes other than ours kept busy meanwhile
-    fsync_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Promise:
-    """One line of the table of promises; `held` is None where there is nothing to judge."""
-
-    text: str
-    measured: str
-    held: bool | None
-
-    def row(self) -> list[str]:
-        """Cells of the line."""
-        return [self.text, self.measured, {True: "held", False: "MISSED", None: "-"}[self.held]]
-
-
-COMMAND = "ckpt-ema average"
-
-
-# Measuring
-
-
-def busy_seconds() -> tuple[float, float]:
-    """Processor seconds of the whole machine so far, and of this process and those it ran."""
-    ticks = list(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]))
-    everybody = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # idle, iowait
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return everybody, sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def measure(arguments: Sequence[str | Path]) -> tuple[Measured, str]:
-    """Run Python with these arguments: its figures, without net seconds, and what it printed.
-
-    Memory is sampled from outside. Linux keeps no peak of anonymous memory, and `ru_maxrss` of a
-    child starts from its parent's peak.
-    """
-    peaks = {"RssAnon": 0, "VmHWM": 0}
-    with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryFile("w+") as printed:
-        everybody, ours = busy_seconds()
-        start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *arguments], stdout=printed, stderr=errors)
-        while process.poll() is None:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            for key, kibibytes in re.findall(r"(RssAnon|VmHWM):\s+(\d+)", status):
-                peaks[key] = max(peaks[key], int(kibibytes) * 1024)
-            time.sleep(SAMPLE_SECONDS)
-        wall_seconds = time.perf_counter() - start
-        others = [now - then for now, then in zip(busy_seconds(), (everybody, ours), strict=True)]
-        others_cores = max(0.0, others[0] - others[1]) / wall_seconds
-        errors.seek(0)
-        printed.seek(0)
-        if process.returncode:
-            sys.exit(f"{shlex.join(map(str, arguments))} failed:\n{errors.read()}")
-        figures = Measured(0.0, wall_seconds, peaks["RssAnon"], peaks["VmHWM"], others_cores)
-        return figures, printed.read()
-
-
-def measure_contender(contender: str, job: Job) -> Measured:
-    """Run one contender in a fresh process; the command itself has only a wall time."""
-    places: list[str | Path] = [job.run, job.output, str(job.threads)]
-    if contender != COMMAND:
-        measured, printed = measure([Path(__file__).with_name("contenders.py"), contender, *places])
-        return replace(measured, **json.loads(printed))
-    command: list[str | Path] = [
-        "-m",
-        "ckpt_ema",
-        "average",
-        job.run,
-        "-o",
-        job.output,
-        "--overwrite",
-        "-q",
-    ]
-    return measure([*command, "--threads", str(job.threads)])[0]
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def median_of(values: Sequence[Measured], field: str) -> float:
-    """Median of one field over the rounds."""
-    return float(statistics.median(getattr(value, field) for value in values))
-
-
-# Checking the outputs against a float64 fold
-
-
-def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
-    """First and last byte in the file of each tensor."""
-    with path.open("rb") as file:
-        size_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size_bytes))
-    header.pop("__metadata__", None)
-    offsets = {name: entry["data_offsets"] for name, entry in header.items()}
-    return {name: (8 + size_bytes + a, 8 + size_bytes + b) for name, (a, b) in offsets.items()}
-
-
-def count_differences(settings: Settings, run: Path, outputs: dict[str, Path]) -> dict[str, int]:
-    """Elements of each output that are not the float64 fold rounded once."""
-    import torch
-
-    dtype = getattr(torch, settings.dtype)
-    step_bytes = CHUNK_ELEMENTS * ITEM_BYTES[settings.dtype]
-    inputs = [(path, tensor_ranges(path)) for path in weights_files(run)]
-    averaged = {name: (path, tensor_ranges(path)) for name, path in outputs.items()}
-    differences = dict.fromkeys(outputs, 0)
-
-    def read(path: Path, begin: int, size_bytes: int) -> torch.Tensor:
-        with path.open("rb") as file:
-            file.seek(begin)
-            return torch.frombuffer(bytearray(file.read(size_bytes)), dtype=dtype)
-
-    for tensor, (begin, end) in inputs[0][1].items():
-        for skipped in range(0, end - begin, step_bytes):
-            size_bytes = min(step_bytes, end - begin - skipped)
-            parts = (read(path, at[tensor][0] + skipped, size_bytes) for path, at in inputs)
-            shadow = next(parts).double()
-            for fold, part in enumerate(parts, start=1):
-                shadow.lerp_(part.double(), 1 - decay_of(fold))
-            expected = shadow.to(dtype)
-            for name, (path, at) in averaged.items():
-                found = read(path, at[tensor][0] + skipped, size_bytes)
-                differences[name] += int(torch.ne(found, expected).sum())
-    return differences
-
-
 # The parts of the report
 
 
 def measure_speed(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
     """Seconds, memory and answers of every contender, taking turns."""
     run = make_run(settings, workdir)
-    measure_contender(READ, Job(run, workdir, settings.threads))  # fills the page cache
-    rounds: dict[str, list[Measured]] = {}
-    outputs: dict[str, Path] = {}
-    for number, contender in itertools.product(range(repeat), (*CONTENDERS, COMMAND)):
-        # A finished output is not made again: each round has its own.
-        output = workdir / f"out-{number}-{contender.replace(' ', '-')}"
-        remove(output)
-        measured = measure_contender(contender, Job(run, output, settings.threads))
-        rounds.setdefault(contender, []).append(measured)
-        if number == 0 and output.is_dir():
-            outputs[contender] = output / "model.safetensors"
-        else:
-            remove(output)
-    differences = count_differences(settings, run, outputs)
+    job = Job(run, workdir, settings.threads)
+    rounds, outputs = take_turns((*CONTENDERS, COMMAND), job, repeat)
+    take_off_imports(rounds)
+    found = errors(weights_files(run), outputs, folded)
     for path in outputs.values():
-        remove(path.parent)
-    imported = median_of(rounds[IMPORT], "wall_seconds")
-    rounds[COMMAND] = [replace(m, seconds=m.wall_seconds - imported) for m in rounds[COMMAND]]
+        remove(path)
     yield (
         f"## Speed: {settings.dtype}, {settings.checkpoints} checkpoints of "
         f"{settings.size_bytes // MIB} MiB, {settings.threads} threads\n"
     )
     yield from contender_table(rounds)
     yield from ratio_table(rounds, OF_SPEED)
-    yield from promise_table(speed_promises(settings, rounds, differences))
-
-
-def contender_table(rounds: dict[str, list[Measured]]) -> Iterator[str]:
-    """Medians of each contender, and the net seconds of each round."""
-    anonymous, resident = (
-        median_of(rounds[IMPORT], field) for field in ("anonymous_bytes", "resident_bytes")
-    )
-    rows = [
-        [
-            contender,
-            f"{median_of(values, 'seconds'):.3f}",
-            f"{median_of(values, 'wall_seconds'):.2f}",
-            f"{(median_of(values, 'anonymous_bytes') - anonymous) / MIB:+.0f}",
-            f"{(median_of(values, 'resident_bytes') - resident) / MIB:+.0f}",
-            f"{max(value.others_cores for value in values):.1f}",
-            " ".join(f"{value.seconds:.2f}" for value in values),
-        ]
-        for contender, values in rounds.items()
-    ]
-    yield from table(
-        ["contender", "net s", "wall s", "anon MiB", "RSS MiB", "others", "rounds, net s"], rows
-    )
-    yield "net: after `import torch` (the command: wall less the import's). others: cores that"
-    yield f"other processes kept busy; above {QUIET_CORES} no figure here should be quoted."
-    yield "anon, RSS: peaks of memory above those of `import torch`, which are"
-    yield f"{anonymous / MIB:.0f} MiB anonymous and {resident / MIB:.0f} MiB resident."
-    for name in (WRITE, WRITE_EIGHT):
-        if name in rounds:
-            fsync = median_of(rounds[name], "fsync_seconds")
-            yield f"Of `{name}`, fsync took {fsync:.3f} s. ckpt-ema makes its outputs durable,"
-            yield "writing them out while it folds; all others do without.\n"
+    yield from promise_table(speed_promises(settings, rounds, found))
 
 
 OF_SPEED = (
@@ -281,25 +109,8 @@ OF_SPEED = (
 )
 
 
-def ratio_table(
-    rounds: dict[str, list[Measured]], pairs: Sequence[tuple[str, str]]
-) -> Iterator[str]:
-    """Ratios of each round."""
-    rows = []
-    for above, below in pairs:
-        found = ratios(rounds, above, below)
-        rounded = " ".join(f"{ratio:.2f}" for ratio in found)
-        rows.append([f"{above} / {below}", f"{statistics.median(found):.2f}", rounded])
-    yield from table(["ratio of net s", "median", "rounds"], rows)
-
-
-def ratios(rounds: dict[str, list[Measured]], above: str, below: str) -> list[float]:
-    """Ratio of two contenders in each round."""
-    return [a.seconds / b.seconds for a, b in zip(rounds[above], rounds[below], strict=True)]
-
-
 def speed_promises(
-    settings: Settings, rounds: dict[str, list[Measured]], differences: dict[str, int]
+    settings: Settings, rounds: dict[str, list[Measured]], found: dict[str, Errors]
 ) -> Iterator[Promise]:
     """What was promised for a run in the page cache, beside what was measured."""
     busy = max(value.others_cores for values in rounds.values() for value in values)
@@ -313,19 +124,11 @@ def speed_promises(
     imported = median_of(rounds[IMPORT], "anonymous_bytes")
     peak = max(value.anonymous_bytes for value in rounds[AVERAGE]) - imported
     yield anonymous_promise("", peak)
-    elements = settings.size_bytes // ITEM_BYTES[settings.dtype]
-    for contender, count in differences.items():
+    for contender, error in found.items():
         # float64, rounded to a narrower type, is rounded twice in about 1 element of 2**29.
-        held = None if contender in (LOOP, TORCHS) else count <= elements >> 27
+        held = None if contender in (LOOP, TORCHS) else error.wrong <= error.elements >> 27
         text = f"{contender}: elements that differ from a float64 fold"
-        yield Promise(text, f"{count} of {elements}", held)
-
-
-def timing_promise(text: str, measured: str, held: bool, busy_cores: float) -> Promise:
-    """A promise on seconds, which a busy machine can neither hold nor miss."""
-    if busy_cores > QUIET_CORES:
-        return Promise(text, f"{measured}, others took {busy_cores:.1f} cores", None)
-    return Promise(text, measured, held)
+        yield Promise(text, f"{error.wrong} of {error.elements}", held)
 
 
 def anonymous_promise(which: str, peak_bytes: float) -> Promise:
@@ -510,20 +313,6 @@ def measure_startup(settings: Settings, workdir: Path, repeat: int) -> Iterator[
     )
 
 
-def promise_table(promises: Iterable[Promise]) -> Iterator[str]:
-    """Promise, measured, held or missed."""
-    return table(["promise", "measured", ""], [promise.row() for promise in promises])
-
-
-def table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
-    """Lines of a Markdown table that is aligned for who reads it as text."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in [header, ["-" * width for width in widths], *rows]:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        yield f"| {' | '.join(cells)} |"
-    yield ""
-
-
 def describe(_: Settings, workdir: Path, repeat: int) -> Iterator[str]:
     """Machine, versions and command: a figure without them says nothing."""
     cpu_info = Path("/proc/cpuinfo").read_text()
@@ -577,6 +366,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--record", action="store_true", help="write to benchmarks/")
     parser.add_argument("--speed", action="store_true", help="the default where no part is named")
+    parser.add_argument("--peers", action="store_true", help="what others have (.venv-peers)")
     parser.add_argument("--many", action="store_true", help="eight averages in one pass")
     parser.add_argument("--ranks", action="store_true", help="two processes against two threads")
     parser.add_argument("--small", action="store_true", help="a hundred thousand small tensors")
@@ -589,13 +379,18 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure what was asked for, print it as it comes and record it."""
     options = parse_arguments()
+    if options.peers:
+        environment.enter(ENVIRONMENT)
     settings = Settings(options.dtype, options.checkpoints, options.size, options.threads)
     workdir = (options.workdir or REPOSITORY / ".bench").resolve()
     workdir.mkdir(parents=True, exist_ok=True)
+    # As pip does with what it installs: else each process compiles, or the first.
+    compileall.compile_dir(REPOSITORY / "ckpt_ema", quiet=1)
     if not options.workdir:
         (workdir / ".gitignore").write_text("*\n")
     measures = {
         "speed": measure_speed,
+        "peers": measure_peers,
         "many": measure_many,
         "ranks": measure_ranks,
         "small": measure_small,

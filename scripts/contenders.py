@@ -5,6 +5,7 @@
 runs one of them in this process, after `import torch`, and prints its seconds as JSON.
 """
 
+import importlib
 import itertools
 import json
 import math
@@ -270,6 +271,45 @@ def run_averaged_model(job: Job) -> None:
     save(dict(zip(names, values, strict=True)), job.output)
 
 
+def merge_file(run: Path) -> Path:
+    """Where the YAML lies that tells mergekit what to do with this run."""
+    return run.with_name(f"{run.name}-mergekit.yaml")
+
+
+def run_mergekit(job: Job) -> None:
+    """Call what the command `mergekit-pytorch` calls."""
+    module = importlib.import_module(IMPORTS[MERGEKIT])
+    options = ["--num-threads", str(job.threads), "--quiet"]
+    module.main([str(merge_file(job.run)), str(job.output), *options], standalone_mode=False)
+
+
+def run_uniform_mean(job: Job) -> None:
+    """Average as the loop of timm's avg_checkpoints.py does, in words of our own.
+
+    That script is in timm's repository but in no package. It sums every tensor in float64, divides
+    by the count, and writes float32 within its limits, whatever the dtype was: bfloat16 comes out
+    twice as large, and an integer above 2**24 may come out as another. Left out here: its choice
+    of checkpoints, its counting of tensors that some lack, the SHA256 of what it wrote.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    torch.set_num_threads(job.threads)
+    paths = weights_files(job.run)
+    sums: dict[str, torch.Tensor] = {}
+    for path in paths:
+        for name, value in load_file(path).items():
+            if name in sums:
+                sums[name] += value.double()
+            else:
+                sums[name] = value.to(torch.float64, copy=True)
+    limits = torch.finfo(torch.float32)
+    averaged = {}
+    for name, total in sums.items():
+        averaged[name] = total.div_(len(paths)).clamp(limits.min, limits.max).float()
+    save(averaged, job.output)
+
+
 def save(averaged: dict[str, Any], output: Path) -> None:
     """Do what safetensors.torch.save_file does, which cannot do it where numpy is missing."""
     from safetensors import TensorSpec, serialize_file
@@ -292,6 +332,14 @@ def run_average(job: Job) -> None:
     import ckpt_ema
 
     ckpt_ema.average(job.run, decay=DECAY, output=job.output, threads=job.threads, overwrite=True)
+
+
+def run_uniform(job: Job) -> None:
+    """What `run_uniform_mean` makes, with the library's one call."""
+    import ckpt_ema
+
+    options: dict[str, Any] = {"schedule": "uniform", "dtype": "float32", "threads": job.threads}
+    ckpt_ema.average(job.run, output=job.output, **options)
 
 
 def run_ranks(job: Job) -> None:
@@ -343,8 +391,17 @@ def import_only(_: Job) -> None:
     """Do nothing: the memory that `import torch` itself takes."""
 
 
+def import_ours(_: Job) -> None:
+    """Import what `run_average` and the command import, which their seconds include."""
+    from ckpt_ema import average  # noqa: F401
+
+
+IMPORT_OURS = "import ckpt_ema"
 IMPORT, READ, LOOP = "import torch", "read the bytes", "load_file + lerp_"
 TORCHS = "AveragedModel"
+MERGEKIT = "mergekit-pytorch"
+COMMAND = "ckpt-ema average"
+UNIFORM_MEAN, UNIFORM = "timm's loop, uniform", "ckpt_ema.average, uniform"
 AVERAGE, WRITE = "ckpt_ema.average", "write + fsync"
 RANKS = "two ranks"
 ONE, EIGHT, WRITE_EIGHT = "one average", "eight averages", "write + fsync, eight"
@@ -355,6 +412,19 @@ CONTENDERS: dict[str, Callable[[Job], float | None]] = {
     TORCHS: run_averaged_model,
     AVERAGE: run_average,
     WRITE: write_bytes,
+}
+# Those of the part on peers.
+OF_PEERS: dict[str, Callable[[Job], float | None]] = {
+    IMPORT: import_only,
+    IMPORT_OURS: import_ours,
+    READ: read_bytes,
+    WRITE: write_bytes,
+    LOOP: run_loop,
+    TORCHS: run_averaged_model,
+    MERGEKIT: run_mergekit,
+    AVERAGE: run_average,
+    UNIFORM_MEAN: run_uniform_mean,
+    UNIFORM: run_uniform,
 }
 # Those of the part on several averages.
 OF_MANY: dict[str, Callable[[Job], float | None]] = {
@@ -368,14 +438,18 @@ OF_MANY: dict[str, Callable[[Job], float | None]] = {
 
 # Those of the part on ranks.
 OF_RANKS: dict[str, Callable[[Job], float | None]] = {AVERAGE: run_average, RANKS: run_ranks}
+# What a contender imports, besides torch, before its seconds begin.
+IMPORTS = {MERGEKIT: "mergekit.scripts.merge_raw_pytorch"}
 
 
 def run_child(contender: str, run: str, output: str, threads: str) -> None:
-    """Run one contender in this process and print its seconds, from after `import torch` on."""
+    """Run one contender in this process and print its seconds, from after its imports on."""
     import torch  # noqa: F401 - its memory and its seconds are what all contenders start from
 
+    if contender in IMPORTS:
+        importlib.import_module(IMPORTS[contender])
     start = time.perf_counter()
-    fsync_seconds = {**CONTENDERS, **OF_MANY, **OF_RANKS}[contender](
+    fsync_seconds = {**CONTENDERS, **OF_PEERS, **OF_MANY, **OF_RANKS}[contender](
         Job(Path(run), Path(output), int(threads))
     )
     seconds = time.perf_counter() - start

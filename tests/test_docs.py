@@ -46,6 +46,7 @@ def test_every_path_and_option_that_the_readme_names_is_there() -> None:
     options = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README)) - {
         "--help",
         "--nproc-per-node",
+        "--peers",
         "--size",
         "--workdir",
     }
