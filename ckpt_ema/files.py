@@ -81,14 +81,6 @@ def read_into(path: str, fd: int, view: memoryview, offset: int) -> None:
         done += count
 
 
-def _read_cached(fd: int, view: memoryview, offset: int) -> int:
-    """Read what is in the page cache from `offset` on; how many bytes that were."""
-    try:
-        return os.preadv(fd, [view], offset, os.RWF_NOWAIT)
-    except OSError:  # nothing is, or the file system cannot tell; what is wrong will show again
-        return 0
-
-
 def _open(path: str) -> int:
     try:
         # Without O_NONBLOCK, opening a FIFO that nobody writes to would hang.
@@ -112,8 +104,21 @@ def _checked(path: str, fd: int) -> OpenFile:
 class _Entry:
     fd: int
     readers: int = 0
+    tells_cached: bool = True  # whether the file system says what is in the page cache
     cold_until: int = 0
     asked_until: int = 0
+
+
+def _read_cached(entry: _Entry, view: memoryview, offset: int) -> int:
+    """Read what is in the page cache from `offset` on; how many bytes that were."""
+    if entry.tells_cached:
+        try:
+            return os.preadv(entry.fd, [view], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            pass
+        except OSError:  # if it is anything else, it will show when the read may wait
+            entry.tells_cached = False
+    return 0
 
 
 @dataclass(slots=True)
@@ -131,21 +136,25 @@ class FilePool:
     _entries: OrderedDict[str, _Entry] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def _all_stay_open(self) -> bool:
+        return len(self.expected) <= self.limit
+
     def read_into(self, path: str, view: memoryview, offset: int) -> None:
         """Fill `view` from `offset` of the file at `path`."""
         entry = self._acquire(path)
         try:
-            done = 0
-            if _CAN_ASK_AHEAD:
-                done = _read_cached(entry.fd, view, offset)
-                if done < len(view):
-                    entry.cold_until = offset + _COLD_BYTES
-                if offset < entry.cold_until:
-                    self._ask_ahead(entry, offset + done, offset + len(view))
-            read_into(path, entry.fd, view[done:], offset + done)
+            done = _read_cached(entry, view, offset) if _CAN_ASK_AHEAD else 0
+            if done < len(view):
+                entry.cold_until = offset + _COLD_BYTES
+            if offset < entry.cold_until and _CAN_ASK_AHEAD:
+                self._ask_ahead(entry, offset + done, offset + len(view))
+            if done < len(view):
+                read_into(path, entry.fd, view[done:], offset + done)
         finally:
-            with self._lock:
-                entry.readers -= 1
+            if not self._all_stay_open:
+                with self._lock:
+                    entry.readers -= 1
 
     def verify(self) -> None:
         """Check that no file has changed since the plan was made."""
@@ -175,6 +184,8 @@ class FilePool:
                 os.posix_fadvise(entry.fd, offset, _ASKED_BYTES, os.POSIX_FADV_WILLNEED)
 
     def _acquire(self, path: str) -> _Entry:
+        if self._all_stay_open and (entry := self._entries.get(path)):
+            return entry  # it is not closed under its readers, so nobody counts them
         with self._lock:
             entry = self._entries.get(path)
             if entry is None:

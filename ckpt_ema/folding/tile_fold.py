@@ -75,6 +75,7 @@ class _Shadows:
     """The shadows of a tile, one for each average, and what each checkpoint does to them."""
 
     def __init__(self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device) -> None:
+        self._capacity = capacity
         self._tiles = torch.empty(_averages(uses), capacity, dtype=wide, device=device)
         self._rows = [list(_rows(of_checkpoint)) for of_checkpoint in uses]
         # Where short rows stay in a cache, a call costs more than what it computes.
@@ -86,8 +87,8 @@ class _Shadows:
 
     def fold(self, value: torch.Tensor, index: int, *, keeping_infinities: bool) -> None:
         """Fold the values of checkpoint number `index`, of shape (count,), into its averages."""
-        whole = len(value) == self._tiles.shape[1]
-        views = self._whole if whole else self._views(len(value))
+        count = value.shape[0]
+        views = self._whole if count == self._capacity else self._views(count)
         for shadows, (_, decays, weights, above_half) in zip(
             views[index], self._rows[index], strict=True
         ):
