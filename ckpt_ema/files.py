@@ -101,24 +101,45 @@ def _checked(path: str, fd: int) -> OpenFile:
 
 
 @dataclass(slots=True)
-class _Entry:
+class _Pooled:
+    """An open file of a pool, and what is known of it in the page cache."""
+
+    path: str
     fd: int
     readers: int = 0
     tells_cached: bool = True  # whether the file system says what is in the page cache
     cold_until: int = 0
     asked_until: int = 0
 
+    def read_into(self, view: memoryview, offset: int, ahead_bytes: int) -> None:
+        """Fill `view`; if the file is cold there, the next `ahead_bytes` are asked for as well."""
+        done = self._read_cached(view, offset)
+        if done < len(view):
+            self.cold_until = offset + _COLD_BYTES
+        if _CAN_ASK_AHEAD and offset < self.cold_until:
+            self._ask_ahead(offset + done, offset + len(view), ahead_bytes)
+        if done < len(view):
+            read_into(self.path, self.fd, view[done:], offset + done)
 
-def _read_cached(entry: _Entry, view: memoryview, offset: int) -> int:
-    """Read what is in the page cache from `offset` on; how many bytes that were."""
-    if entry.tells_cached:
-        try:
-            return os.preadv(entry.fd, [view], offset, os.RWF_NOWAIT)
-        except BlockingIOError:
-            pass
-        except OSError:  # if it is anything else, it will show when the read may wait
-            entry.tells_cached = False
-    return 0
+    def _read_cached(self, view: memoryview, offset: int) -> int:
+        """Read what is in the page cache from `offset` on; how many bytes that were."""
+        if _CAN_ASK_AHEAD and self.tells_cached:
+            try:
+                return os.preadv(self.fd, [view], offset, os.RWF_NOWAIT)
+            except BlockingIOError:
+                pass
+            except OSError:  # if it is anything else, it will show when the read may wait
+                self.tells_cached = False
+        return 0
+
+    def _ask_ahead(self, start: int, end: int, ahead_bytes: int) -> None:
+        """Have the kernel fetch from `start` to some way beyond `end`, without waiting for it."""
+        # Threads read a little out of order; what is further away was asked for by another pass.
+        asked_until = self.asked_until if self.asked_until <= end + 2 * ahead_bytes else 0
+        if asked_until < end + ahead_bytes // 2:
+            self.asked_until = end + ahead_bytes
+            for offset in range(max(start, asked_until), end + ahead_bytes, _ASKED_BYTES):
+                os.posix_fadvise(self.fd, offset, _ASKED_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 @dataclass(slots=True)
@@ -133,28 +154,24 @@ class FilePool:
     expected: dict[str, tuple[int, int]]
     read_in_turn: int = 1
     limit: int = field(default_factory=lambda: _descriptor_limit())
-    _entries: OrderedDict[str, _Entry] = field(default_factory=OrderedDict)
+    _files: OrderedDict[str, _Pooled] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def _all_stay_open(self) -> bool:
+        """Whether no file is ever closed to make room, so that nobody need count its readers."""
         return len(self.expected) <= self.limit
 
     def read_into(self, path: str, view: memoryview, offset: int) -> None:
         """Fill `view` from `offset` of the file at `path`."""
-        entry = self._acquire(path)
+        file = self._acquire(path)
         try:
-            done = _read_cached(entry, view, offset) if _CAN_ASK_AHEAD else 0
-            if done < len(view):
-                entry.cold_until = offset + _COLD_BYTES
-            if offset < entry.cold_until and _CAN_ASK_AHEAD:
-                self._ask_ahead(entry, offset + done, offset + len(view))
-            if done < len(view):
-                read_into(path, entry.fd, view[done:], offset + done)
+            ahead_bytes = min(_AHEAD_BYTES, _MOST_AHEAD_BYTES // self.read_in_turn)
+            file.read_into(view, offset, ahead_bytes)
         finally:
             if not self._all_stay_open:
                 with self._lock:
-                    entry.readers -= 1
+                    file.readers -= 1
 
     def verify(self) -> None:
         """Check that no file has changed since the plan was made."""
@@ -169,38 +186,28 @@ class FilePool:
     def close(self) -> None:
         """Close every descriptor; no reader may be active."""
         with self._lock:
-            for entry in self._entries.values():
-                os.close(entry.fd)
-            self._entries.clear()
+            for file in self._files.values():
+                os.close(file.fd)
+            self._files.clear()
 
-    def _ask_ahead(self, entry: _Entry, start: int, end: int) -> None:
-        """Have the kernel fetch a file from `start` to some way beyond `end`, without waiting."""
-        ahead = min(_AHEAD_BYTES, _MOST_AHEAD_BYTES // self.read_in_turn)
-        # Threads read a little out of order; what is further away was asked for by another pass.
-        asked_until = entry.asked_until if entry.asked_until <= end + 2 * ahead else 0
-        if asked_until < end + ahead // 2:
-            entry.asked_until = end + ahead
-            for offset in range(max(start, asked_until), end + ahead, _ASKED_BYTES):
-                os.posix_fadvise(entry.fd, offset, _ASKED_BYTES, os.POSIX_FADV_WILLNEED)
-
-    def _acquire(self, path: str) -> _Entry:
-        if self._all_stay_open and (entry := self._entries.get(path)):
-            return entry  # it is not closed under its readers, so nobody counts them
+    def _acquire(self, path: str) -> _Pooled:
+        if self._all_stay_open and (file := self._files.get(path)):
+            return file
         with self._lock:
-            entry = self._entries.get(path)
-            if entry is None:
+            file = self._files.get(path)
+            if file is None:
                 self._make_room()
-                entry = self._entries[path] = _Entry(self._open_expected(path))
-            self._entries.move_to_end(path)
-            entry.readers += 1
-            return entry
+                file = self._files[path] = _Pooled(path, self._open_expected(path))
+            self._files.move_to_end(path)
+            file.readers += 1
+            return file
 
     def _make_room(self) -> None:
-        while len(self._entries) >= self.limit:
-            idle = next((p for p, entry in self._entries.items() if not entry.readers), None)
+        while len(self._files) >= self.limit:
+            idle = next((path for path, file in self._files.items() if not file.readers), None)
             if idle is None:
                 return  # more threads than descriptors: each holds one, none more
-            os.close(self._entries.pop(idle).fd)
+            os.close(self._files.pop(idle).fd)
 
     def _open_expected(self, path: str) -> int:
         try:

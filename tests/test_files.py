@@ -23,7 +23,7 @@ class Cache:
         self.asked: list[range] = []
         self.misses = 0
         self.warm = warm
-        self.refusal = BlockingIOError(errno.EAGAIN, "not in the cache")
+        self.tells = True
         self._read = os.preadv
         monkeypatch.setattr(os, "preadv", self.preadv)
         monkeypatch.setattr(os, "posix_fadvise", self.advise)
@@ -31,9 +31,10 @@ class Cache:
     def preadv(self, fd: int, views: list[memoryview], offset: int, flags: int = 0) -> int:
         """Read, if it is in the cache or may wait."""
         held = self.warm or any(offset in asked for asked in self.asked)
-        if flags & os.RWF_NOWAIT and not held:
+        if flags & os.RWF_NOWAIT and not (held and self.tells):
             self.misses += 1
-            raise self.refusal
+            number = errno.EAGAIN if self.tells else errno.EOPNOTSUPP
+            raise OSError(number, os.strerror(number))
         return self._read(fd, views, offset)
 
     def advise(self, _: int, offset: int, size_bytes: int, advice: int) -> None:
@@ -100,6 +101,7 @@ def test_a_file_that_is_cold_in_the_middle_is_asked_for_from_there_until_it_is_w
         _read(pool, path, number)
     pool.close()
     assert cache.asked[0].start == 10 * BLOCK
+    assert cache.asked[-1].stop > 11 * BLOCK + (4 << 20) + (1 << 19)  # not only the once
     assert cache.asked[-1].stop <= 15 * BLOCK + (4 << 20) + (1 << 19)
 
 
@@ -107,12 +109,13 @@ def test_a_file_system_that_cannot_tell_is_asked_throughout(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Cache(monkeypatch)
-    cache.refusal = OSError(errno.EOPNOTSUPP, "no such thing here")  # type: ignore[assignment]
+    cache.tells = False
     pool = _pool(path)
     for number in range(SIZE // BLOCK):
         _read(pool, path, number)
     pool.close()
     assert cache.asked[-1].stop >= SIZE
+    assert cache.misses == 1  # having refused once, it is not tried again
 
 
 def test_another_pass_over_a_file_asks_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +135,24 @@ def test_many_files_that_are_read_in_turn_share_what_is_asked_for(
     _read(pool, path, 0)
     pool.close()
     assert cache.asked[-1].stop <= BLOCK + (1 << 28) // 1024 + (1 << 19)
+
+
+def test_what_the_cache_holds_of_a_block_is_not_read_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[tuple[int, int]] = []
+    read = os.preadv
+
+    def half(fd: int, views: list[memoryview], offset: int, flags: int = 0) -> int:
+        wanted = len(views[0]) // (2 if flags & os.RWF_NOWAIT else 1)
+        reads.append((offset, wanted))
+        return read(fd, [views[0][:wanted]], offset)
+
+    monkeypatch.setattr(os, "preadv", half)
+    pool = _pool(path)
+    _read(pool, path, 3)
+    pool.close()
+    assert reads == [(3 * BLOCK, BLOCK // 2), (3 * BLOCK + BLOCK // 2, BLOCK // 2)]
 
 
 def test_a_file_that_ends_too_soon_is_named_though_it_was_asked_for(
