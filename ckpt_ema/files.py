@@ -157,11 +157,6 @@ class FilePool:
     _files: OrderedDict[str, _Pooled] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @property
-    def _all_stay_open(self) -> bool:
-        """Whether no file is ever closed to make room, so that nobody need count its readers."""
-        return len(self.expected) <= self.limit
-
     def read_into(self, path: str, view: memoryview, offset: int) -> None:
         """Fill `view` from `offset` of the file at `path`."""
         file = self._acquire(path)
@@ -169,9 +164,8 @@ class FilePool:
             ahead_bytes = min(_AHEAD_BYTES, _MOST_AHEAD_BYTES // self.read_in_turn)
             file.read_into(view, offset, ahead_bytes)
         finally:
-            if not self._all_stay_open:
-                with self._lock:
-                    file.readers -= 1
+            with self._lock:
+                file.readers -= 1
 
     def verify(self) -> None:
         """Check that no file has changed since the plan was made."""
@@ -191,8 +185,6 @@ class FilePool:
             self._files.clear()
 
     def _acquire(self, path: str) -> _Pooled:
-        if self._all_stay_open and (file := self._files.get(path)):
-            return file
         with self._lock:
             file = self._files.get(path)
             if file is None:
