@@ -5,8 +5,8 @@
 #
 # stdout carries the path of the averaged model and nothing else; of several, a line each. Whatever
 # goes wrong, the exit code is not 0, stdout is empty and no half-made model is left. Running it
-# again costs nothing: an
-# average that is there already is up to date. PYTHON names the interpreter that has ckpt-ema.
+# again costs nothing: an average that is there already is up to date. PYTHON names the interpreter
+# that has ckpt-ema.
 set -eu
 
 if [ $# -lt 1 ]; then

@@ -1,5 +1,6 @@
 """Parts of one output, made one by one and finished: the same bytes, or what is missing."""
 
+import json
 import math
 import os
 import subprocess
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import ckpt_ema
+from ckpt_ema import cli
 from ckpt_ema.errors import FailedError, OptionError, RefusedError
 from ckpt_ema.output.work import WorkFolder
 from tests.conftest import MakeRun, noise, series
@@ -180,6 +183,28 @@ def test_by_command(run: Path, tmp_path: Path) -> None:
     done = command("finish", output)
     assert (done.returncode, done.stdout) == (0, f"{output}\n")
     assert "--part" not in (output / "README.md").read_text()
+
+
+def test_finish_tells_programs_what_it_published(run: Path, tmp_path: Path) -> None:
+    make_parts(run, tmp_path / "out", ["1/1"])
+    done = CliRunner().invoke(cli.app, ["finish", str(tmp_path / "out"), "--json"])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "out")
+
+
+def test_no_such_part_is_wrong_usage(run: Path, tmp_path: Path) -> None:
+    words = ["average", str(run), "-o", str(tmp_path / "out"), "--part", "0/2"]
+    wrong = CliRunner().invoke(cli.app, words)
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert "--part is '0/2'" in wrong.stderr
+
+
+@pytest.mark.parametrize("part", [["--part", "3/64"], ["--part=3/64"]])
+def test_the_command_that_is_noted_is_that_of_all_parts(
+    monkeypatch: pytest.MonkeyPatch, part: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/bin/ckpt-ema", "average", "runs", *part, "-q"])
+    assert cli._command() == "ckpt-ema average runs -q"
 
 
 def test_a_part_is_checked_before_anything_is_read(run: Path) -> None:
