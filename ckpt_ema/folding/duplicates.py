@@ -42,14 +42,18 @@ class TileTwins:
 
     def __init__(self, twins: Twins) -> None:
         self._twins = twins
-        self._open = twins.found
+        self._wanted: set[int] = set()
+        self._earlier: dict[int, list[int]] = {}  # of a checkpoint, those it may be alike
+        for one, other in twins.found:
+            self._wanted |= {one, other}
+            self._earlier.setdefault(other, []).append(one)
         self._digests: dict[int, bytes] = {}
 
     def see(self, number: int, values: memoryview) -> None:
         """Compare the bytes of checkpoint `number` with those of the ones before it."""
-        if not self._open or not any(number in pair for pair in self._open):
+        if number not in self._wanted:
             return
         digest = self._digests[number] = hashlib.blake2b(values).digest()
-        for pair in self._open:
-            if pair[1] == number and self._digests.get(pair[0], digest) != digest:
-                self._twins.differ(pair)
+        for earlier in self._earlier.get(number, ()):
+            if self._digests.get(earlier, digest) != digest:
+                self._twins.differ((earlier, number))

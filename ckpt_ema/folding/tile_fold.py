@@ -80,18 +80,18 @@ class _Shadows:
         self._rows = [list(_rows(of_checkpoint)) for of_checkpoint in uses]
         # Where short rows stay in a cache, a call costs more than what it computes.
         self._in_rows = device.type == "cpu" and wide == torch.float64
-        self._whole = self._views(capacity)  # nearly all tiles are whole
+        # Nearly all tiles are whole.
+        self._whole = [self._views(index, capacity) for index in range(len(uses))]
 
-    def _views(self, count: int) -> list[list[torch.Tensor]]:
-        return [[self._tiles[r.averages, :count] for r in rows] for rows in self._rows]
+    def _views(self, index: int, count: int) -> list[torch.Tensor]:
+        return [self._tiles[rows.averages, :count] for rows in self._rows[index]]
 
     def fold(self, value: torch.Tensor, index: int, *, keeping_infinities: bool) -> None:
         """Fold the values of checkpoint number `index`, of shape (count,), into its averages."""
         count = value.shape[0]
-        views = self._whole if count == self._capacity else self._views(count)
-        for shadows, (_, decays, weights, above_half) in zip(
-            views[index], self._rows[index], strict=True
-        ):
+        whole = count == self._capacity
+        views = self._whole[index] if whole else self._views(index, count)
+        for shadows, (_, decays, weights, above_half) in zip(views, self._rows[index], strict=True):
             if decays[0] is None:
                 shadows.copy_(value)
             elif self._in_rows and not keeping_infinities:
