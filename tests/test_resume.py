@@ -190,7 +190,7 @@ def test_a_killed_process_is_taken_up_by_the_next(
     slow = (
         "import time; from ckpt_ema.output import journal, write; journal._SECONDS = 0.0;"
         "real = write.StagedOutput.write;"
-        "write.StagedOutput.write = lambda *a: (time.sleep(0.1), real(*a));"
+        "write.StagedOutput.write = lambda *a: (time.sleep(0.02), real(*a));"
         "from ckpt_ema.cli import main; main()"
     )
     words = ["average", run, "-o", tmp_path / "out", "--resume", "-q", "--tile-elements", "16384"]
