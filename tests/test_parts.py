@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import ckpt_ema
 from ckpt_ema import cli
@@ -183,19 +182,10 @@ def test_by_command(run: Path, tmp_path: Path) -> None:
     done = command("finish", output)
     assert (done.returncode, done.stdout) == (0, f"{output}\n")
     assert "--part" not in (output / "README.md").read_text()
-
-
-def test_finish_tells_programs_what_it_published(run: Path, tmp_path: Path) -> None:
-    make_parts(run, tmp_path / "out", ["1/1"])
-    done = CliRunner().invoke(cli.app, ["finish", str(tmp_path / "out"), "--json"])
-    assert done.exit_code == 0
-    assert json.loads(done.stdout)["output"] == str(tmp_path / "out")
-
-
-def test_no_such_part_is_wrong_usage(run: Path, tmp_path: Path) -> None:
-    words = ["average", str(run), "-o", str(tmp_path / "out"), "--part", "0/2"]
-    wrong = CliRunner().invoke(cli.app, words)
-    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    told = command("finish", output, "--json")
+    assert (told.returncode, json.loads(told.stdout)["output"]) == (0, str(output))
+    wrong = command("average", run, "-o", tmp_path / "new", "--part", "0/2")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "--part is '0/2'" in wrong.stderr
 
 
