@@ -108,7 +108,7 @@ def carry_out(
         except RefusedError:
             work.kept = False  # what is refused now will be refused again
             raise
-        facts = made.facts(device)
+        facts = made.facts()
         records = [{**record, **facts} for record in records_of(plan, command)]
         seal(staged, {} if single else dict(zip(folders_of(plan), records, strict=True)))
         work.kept = False
@@ -120,11 +120,12 @@ class Made(NamedTuple):
 
     alike: list[tuple[int, int]]  # neighbours that no tile has told apart
     seconds: float
+    device: str
 
-    def facts(self, device: "torch.device") -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What manifests say of it."""
         return {
-            "device": str(device),
+            "device": self.device,
             "seconds": round(self.seconds, 3),
             "peak_memory_bytes": _peak_memory_bytes(),
         }
@@ -176,7 +177,7 @@ def fold(
     twins = Twins(plan.neighbours, journal.different if journal else ())
 
     def todo() -> Iterator[Tile]:
-        return (tile for tile in tiles(plan, share) if tile.number not in done)
+        return (tile for tile in tiles(plan, share) if tile.numbers.start not in done)
 
     total = sum(tile.span.bytes_read(plan.work.layout_of, tile.length) for tile in todo())
 
@@ -188,12 +189,13 @@ def fold(
 
     try:
         finished = journal.finish if journal else None
-        engine.run(plan, todo(), staged, device, twins, tick=tick, finished=finished)
+        sufficed = engine.run(plan, todo(), staged, device, twins, tick=tick, finished=finished)
     finally:
         if journal:
             journal.write(twins)
     averages = any(span.averaged for span in plan.work.spans)
-    return Made(twins.found if averages else [], time.monotonic() - start)
+    where = str(device) if sufficed else f"{device}, which ran out of memory, and cpu"
+    return Made(twins.found if averages else [], time.monotonic() - start, where)
 
 
 def check_different(plan: Plan, alike: Sequence[tuple[int, int]]) -> None:
@@ -225,13 +227,16 @@ def folders_of(plan: Plan) -> list[str]:
     return [os.fspath(folder).removeprefix(".") for folder in inside]
 
 
-def resolve_device(plan: Plan) -> "torch.device":
-    """The device to fold on; torch is imported only now, when it is needed."""
+def resolve_device(plan: Plan, place: int = 0) -> "torch.device":
+    """The device to fold on; torch is imported only now, when it is needed.
+
+    `place` is the number of this process among those of a launch on this machine.
+    """
     try:
-        from ckpt_ema.folding import engine
+        from ckpt_ema.folding import devices
     except (ImportError, OSError) as error:
         raise FailedError(f"torch cannot be imported: {printable(error)}.") from error
-    return engine.resolve_device(plan.options.device)
+    return devices.resolve_device(plan.options.device, place)
 
 
 def _peak_memory_bytes() -> int:

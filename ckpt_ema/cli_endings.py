@@ -67,7 +67,7 @@ def errors_reported(*, kept: bool = False) -> Iterator[None]:
         say(f"error: {error}")
         raise typer.Exit(error.exit_code) from error
     except MemoryError as error:
-        say("error: The machine ran out of memory; nothing was written. Try fewer --threads.")
+        say("error: The machine ran out of memory; nothing was written. Try --max-memory 64MiB.")
         raise typer.Exit(1) from error
     except OSError as error:
         say(f"error: {printable(error)}.")

@@ -233,10 +233,17 @@ _OPTIONS: dict[str, _Option] = {
     "accumulate": _Option(
         ENGINE_PANEL, "What to fold in. float32 is a little faster and not exact."
     ),
-    "tile_elements": _Option(
+    "tile_size": _Option(
         ENGINE_PANEL,
-        "Elements folded at a time by one thread; the result does not depend on it.",
-        int,
+        "How much of a checkpoint a thread reads at a time, such as 4MiB; the result does not"
+        " depend on it.",
+        metavar="SIZE",
+    ),
+    "max_memory": _Option(
+        ENGINE_PANEL,
+        "How much memory the fold may take beside torch itself, and how much of an accelerator's,"
+        " such as 64MiB; the result does not depend on it.",
+        metavar="SIZE",
     ),
 }
 

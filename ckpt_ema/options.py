@@ -28,7 +28,8 @@ CHOICES = {
 
 # Extensions of models in other formats, which a folder would hardly be called by.
 _NOT_WRITTEN = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".gguf")
-_MOST = {"threads": 1024, "tile_elements": 1 << 28}
+_MOST = {"threads": 1024, "tile_size": 1 << 31}
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(?:([kmgt])(i?b)?|b)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,8 @@ class Options:
     device: str = "auto"
     threads: int | None = None  # None: one for each core
     accumulate: str = "float64"
-    tile_elements: int | None = None  # None: as many as stay in a core's share of the cache
+    tile_size: int | None = None  # in bytes, or as "4MiB"; None: what a core's cache holds
+    max_memory: int | None = None  # of the fold, and as much of an accelerator's; as `tile_size`
 
     def __post_init__(self) -> None:
         """Bring lists to one form and check every value by itself."""
@@ -94,8 +96,10 @@ class Options:
             self._set(name, _number(name, getattr(self, name), float))
         for name in ("last", "best"):
             self._set(name, _several(name, getattr(self, name), int))
-        for name in ("from_step", "to_step", "every", "min_gap", "threads", "tile_elements"):
+        for name in ("from_step", "to_step", "every", "min_gap", "threads"):
             self._set(name, _number(name, getattr(self, name), int))
+        for name in ("tile_size", "max_memory"):
+            self._set(name, _size(name, getattr(self, name)))
         self._set("steps", _ranges(self.steps))
         for name in ("append", "include", "exclude"):
             self._set(name, _names(name, getattr(self, name)))
@@ -104,6 +108,7 @@ class Options:
                 _check_choice(name, getattr(self, name), choices)
         for name, most in _MOST.items():
             _check_count(name, getattr(self, name), most)
+        _check_count("max_memory", self.max_memory)
         self.rules()
         self._check_selection()
         self._check_paths()
@@ -184,6 +189,22 @@ def _number(name: str, given: Any, kind: type[int] | type[float]) -> Any:
     except (TypeError, ValueError, OverflowError) as error:
         what = "a number" if kind is float else "a whole number"
         raise OptionError(f"{flag(name)} is {printable(given)!r}; it must be {what}.") from error
+
+
+def _size(name: str, given: Any) -> int | None:
+    """A number of bytes, from a number or a text.
+
+    >>> _size("max_memory", "64MiB"), _size("max_memory", "1.5 MB"), _size("max_memory", "2k")
+    (67108864, 1500000, 2048)
+    """
+    if not isinstance(given, str):
+        return _number(name, given, int)  # type: ignore[no-any-return]
+    match = _SIZE.fullmatch(given.strip())
+    if not match:
+        raise OptionError(f"{flag(name)} is {printable(given)!r}; it must be a size, as 64MiB is.")
+    number, letter, rest = match.groups(default="")
+    base = 1000 if rest.lower() == "b" else 1024
+    return int(float(number) * base ** " kmgt".index(letter.lower() or " "))
 
 
 def _several(name: str, given: Any, kind: type[int] | type[float]) -> tuple[Any, ...] | None:

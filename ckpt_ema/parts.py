@@ -68,9 +68,10 @@ def carry_out_part(
     resume: bool = False,
     kind: str = PART,
     adds_side_files: bool = True,
+    place: int = 0,
 ) -> None:
     """Do a share of what `plan` says, once `up_to_date` has no objection."""
-    device = resolve_device(plan)
+    device = resolve_device(plan, place)
     single = is_single_file(plan.output)
     with (
         WorkFolder(plan.output, plan.key, is_shared=True) as work,
@@ -89,9 +90,7 @@ def carry_out_part(
             "allow_duplicates": plan.options.allow_duplicates,
         }
         work.record(_WORK, description)
-        work.record(
-            f"{kind}{share.part}-of-{share.of}", {"alike": made.alike, **made.facts(device)}
-        )
+        work.record(f"{kind}{share.part}-of-{share.of}", {"alike": made.alike, **made.facts()})
 
 
 def carry_out_together(
@@ -125,6 +124,7 @@ def carry_out_together(
             resume=resume,
             kind=_RANK,
             adds_side_files=is_first,
+            place=ranks.local_rank,
         )
         ranks.wait("parts")
         finished = _publish(plan.output, plan.key, _RANK, overwrite) if is_first else None

@@ -28,6 +28,7 @@ class Place(NamedTuple):
     address: str
     port: int
     is_hosted: bool  # the launcher has the store; otherwise the first process has
+    local_rank: int  # among those on its machine
 
 
 def place_from(environment: Mapping[str, str]) -> Place | None:
@@ -43,6 +44,7 @@ def place_from(environment: Mapping[str, str]) -> Place | None:
                 environment["MASTER_ADDR"],
                 int(environment["MASTER_PORT"]),
                 environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+                int(environment.get("LOCAL_RANK") or 0),
             )
         # Those of a step are set by srun alone: a batch script has SLURM_NTASKS without tasks.
         if int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
@@ -53,6 +55,7 @@ def place_from(environment: Mapping[str, str]) -> Place | None:
                 first_host(environment["SLURM_STEP_NODELIST"]),
                 int(environment.get("MASTER_PORT") or 20000 + (job * 31 + step) % 20000),
                 False,
+                int(environment.get("SLURM_LOCALID") or 0),
             )
     except (KeyError, ValueError) as error:
         raise OptionError(
@@ -77,7 +80,7 @@ class Ranks:
     """This process among the others of a launch."""
 
     def __init__(self, place: Place, store: Any) -> None:
-        self.rank, self.size = place.rank, place.size
+        self.rank, self.size, self.local_rank = place.rank, place.size, place.local_rank
         self._store = store
         self._problem = ""
         self._left = threading.Event()

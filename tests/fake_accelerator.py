@@ -173,7 +173,7 @@ class FakeAccelerator:
     def reset(self, available: bool) -> None:
         """Forget all work and counts, and be found by `torch.accelerator` or not."""
         with _lock:
-            self.available, self.has_float64, self.memory_bytes = available, True, 1 << 30
+            self.available, self.has_float64, self.memory_bytes = available, True, 1 << 24
             self.record = Record()
             self.streams = self.streams[:1]  # the default stream
             for stream in self.streams:
@@ -196,6 +196,10 @@ class FakeAccelerator:
         """Carry out everything."""
         for stream in list(self.streams):
             stream.synchronize()
+
+    def mem_get_info(self, _device: object = None) -> tuple[int, int]:
+        """The bytes of memory that are free, and all of them."""
+        return self.memory_bytes - self.record.live_bytes, self.memory_bytes
 
     def is_available(self) -> bool:
         """Whether `torch.accelerator`, and so `--device auto`, takes this device."""

@@ -126,7 +126,7 @@ def test_views_in_torch_files_are_read_in_their_logical_order(tmp_path: Path, le
             {"t": base.t(), "slice": base[1:4, ::2], "row": base[2], "n": base.long().t()}
         )
         torch.save(states[-1], run / f"{step}.pt", _use_new_zipfile_serialization=not legacy)
-    output = ckpt_ema.average(run, device="cpu", tile_elements=5).output
+    output = ckpt_ema.average(run, device="cpu", tile_size=20).output
     shadow = ckpt_ema.Shadow(0.999)
     for state in states:
         shadow.apply(state)
@@ -190,7 +190,7 @@ def test_nan_or_infinity_in_a_checkpoint_is_named_and_nothing_is_left(
     values[2][[7, 200]] = bad
     run = make_run(series(4, fine=noise(4, 90), w=values))
     with pytest.raises(RefusedError) as caught:
-        ckpt_ema.average(run, device="cpu", tile_elements=100)
+        ckpt_ema.average(run, device="cpu", tile_size=400)
     kind = "2 NaN" if math.isnan(bad) else "2 infinite"
     assert "checkpoint-3: tensor w holds " + kind + " values (of 300)" in str(caught.value)
     assert "--allow-nonfinite" in caught.value.hint
@@ -316,7 +316,7 @@ def test_a_failure_while_writing_leaves_nothing(
     monkeypatch.setattr(os, "pwrite", pwrite)
     expected = FailedError if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as caught:
-        ckpt_ema.average(run, device="cpu", tile_elements=100)
+        ckpt_ema.average(run, device="cpu", tile_size=400)
     if expected is FailedError:
         assert "No space left on device" in str(caught.value)
     assert entries(run.parent) == {"run"}
@@ -398,7 +398,7 @@ def test_more_checkpoints_than_descriptors(make_run: MakeRun) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
     try:
         few = ckpt_ema.average(
-            run, device="cpu", tile_elements=1, threads=4, output=run.parent / "few"
+            run, device="cpu", tile_size=4, threads=4, output=run.parent / "few"
         ).output
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

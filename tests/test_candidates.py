@@ -90,7 +90,7 @@ def test_each_average_is_what_it_is_alone_byte_for_byte(
     run = make_run(mixed(6), shards=shards)
     for number, loss in enumerate([3.0, 1.0, 2.0, 1.0, 5.0, 4.0], start=1):
         (run / f"checkpoint-{number}/metrics.json").write_text(json.dumps({"loss": loss}))
-    made = ckpt_ema.average(run, device="cpu", tile_elements=16, threads=3, **together)
+    made = ckpt_ema.average(run, device="cpu", tile_size=64, threads=3, **together)
     check_alone(run, made, alone)
 
 
@@ -109,7 +109,7 @@ def test_averages_that_end_at_other_dtypes_and_shards_are_what_they_are_alone(
         state = {"w": values[number - 1], "x": noise(4, 3)[number - 1]}
         write_safetensors(folder / "model.safetensors", state)
     stated: dict[str, Any] = {"weights": {"1": 0.5, "2": 0.5}}
-    made = ckpt_ema.average(run, device="cpu", decay=0.2, tile_elements=7, **stated)
+    made = ckpt_ema.average(run, device="cpu", decay=0.2, tile_size=28, **stated)
     check_alone(run, made, [{"decay": 0.2}, stated])
 
 
@@ -128,9 +128,9 @@ def test_any_averages_are_what_they_are_alone(make_run: MakeRun, data: st.DataOb
     lasts = data.draw(st.lists(st.integers(1, count), min_size=1, max_size=3, unique=True))
     decays = data.draw(st.lists(st.floats(0, 1), min_size=1, max_size=4, unique=True))
     options: dict[str, Any] = {"schedule": data.draw(st.sampled_from(["dynamic", "constant"]))}
-    tile = data.draw(st.sampled_from([3, 16, 1000]))
+    tile = data.draw(st.sampled_from([20, 100, 8000]))
     made = ckpt_ema.average(
-        run, device="cpu", last=lasts, decay=decays, tile_elements=tile, threads=2, **options
+        run, device="cpu", last=lasts, decay=decays, tile_size=tile, threads=2, **options
     )
     alone = [{"last": n, "decay": d, **options} for n in lasts for d in decays]
     check_alone(run, made, alone)
@@ -165,7 +165,7 @@ def test_every_byte_is_read_once_whatever_the_number_of_averages(
     assert len(plan.candidates) == 6
     assert len(plan.checkpoints) == 4  # the oldest two are in none of them
     assert plan.bytes_read == 4 * 500 * 4 + 3 * 8
-    ckpt_ema.average(run, device="cpu", last="2,4", half_life="1,2,3", tile_elements=64)
+    ckpt_ema.average(run, device="cpu", last="2,4", half_life="1,2,3", tile_size=256)
     assert len(set(reads)) == len(reads)
     assert sum(size for _, _, size in reads) == plan.bytes_read
 

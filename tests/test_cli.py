@@ -317,7 +317,7 @@ def test_a_signal_ends_it_with_one_line_and_nothing_left(
 ) -> None:
     run = make_run(series(20, w=noise(20, 1_000_000)))
     process = subprocess.Popen(
-        [*COMMAND, "average", run, "-q", "--tile-elements", "100", "--device", "cpu"],
+        [*COMMAND, "average", run, "-q", "--tile-size", "400", "--device", "cpu"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -441,13 +441,13 @@ class TestSharded:
         self, sharded: Path, ranks: int, tmp_path: Path
     ) -> None:
         outputs = set()
-        for tile, threads in product((7, 1 << 18), (1, 3)):
+        for tile, threads in product((28, 1 << 20), (1, 3)):
             output = tmp_path / f"{tile}-{threads}"
             file = average_of(
                 sharded / f"of-{ranks}",
                 output=output,
                 device="cpu",
-                tile_elements=tile,
+                tile_size=tile,
                 threads=threads,
             )
             outputs.add(file.read_bytes())
@@ -467,7 +467,7 @@ def test_tiles_of_one_element(sharded: Path, tmp_path: Path, threads: int) -> No
     for step in (1, 2):
         pieces = {f"w{i}": torch.randn(5, 3, generator=seeded(step + i)).t() for i in range(3)}
         save(run / f"step-{step}", {"model": {**pieces, "v": torch.full((4,), float(step))}})
-    one = {"device": "cpu", "tile_elements": 1, "threads": threads}
+    one = {"device": "cpu", "tile_size": 4, "threads": threads}
     first = average_of(run, output=tmp_path / "one", **one).read_bytes()
     assert first == average_of(run, output=tmp_path / "all", device="cpu").read_bytes()
 

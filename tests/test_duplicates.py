@@ -35,7 +35,7 @@ def test_a_mislabelled_copy_is_refused_and_leaves_nothing(make_run: MakeRun) -> 
     run = make_run(series(3, w=[tensors[0], tensors[1], tensors[1]], frozen=torch.ones(5)))
     message = "checkpoint-2 and checkpoint-3 hold the same weights.*--allow-duplicates"
     with pytest.raises(RefusedError, match=message):
-        ckpt_ema.average(run, device="cpu", tile_elements=64, threads=3)
+        ckpt_ema.average(run, device="cpu", tile_size=256, threads=3)
     assert not Path(f"{run}-ema").exists()
     output = ckpt_ema.average(run, device="cpu", allow_duplicates=True).output
     assert read_safetensors(output / "model.safetensors")["frozen"].tolist() == [1.0] * 5
@@ -43,7 +43,7 @@ def test_a_mislabelled_copy_is_refused_and_leaves_nothing(make_run: MakeRun) -> 
 
 def test_frozen_tensors_are_no_reason(make_run: MakeRun) -> None:
     run = make_run(series(4, frozen=noise(1, 4000)[0], w=noise(4, 3)))
-    ckpt_ema.average(run, device="cpu", tile_elements=100)
+    ckpt_ema.average(run, device="cpu", tile_size=400)
 
 
 def test_where_nothing_is_averaged_nothing_is_a_copy(make_run: MakeRun) -> None:

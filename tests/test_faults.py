@@ -316,7 +316,7 @@ def test_weights_files_given_one_by_one_are_known_by_their_folders(make_run: Mak
 def test_options_without_sense_are_refused(make_run: MakeRun) -> None:
     run = make_run(series(2, w=noise(2, 4)))
     with pytest.raises(OptionError, match="must lie between 1 and"):
-        ckpt_ema.plan(run, tile_elements=10**12)
+        ckpt_ema.plan(run, tile_size=10**12)
     with pytest.raises(OptionError, match="No run and no checkpoints"):
         ckpt_ema.plan([])
     for device in ("meta", "opengl"):
@@ -391,7 +391,7 @@ def test_a_closed_or_full_stderr_changes_no_result(make_run: MakeRun, redirectio
 def test_signals_one_after_the_other_leave_nothing(make_run: MakeRun) -> None:
     run = make_run(series(20, w=noise(20, 1_000_000)))
     process = subprocess.Popen(
-        [*COMMAND, run, "-q", "--tile-elements", "100", "--device", "cpu"],
+        [*COMMAND, run, "-q", "--tile-size", "400", "--device", "cpu"],
         stderr=subprocess.PIPE,
         text=True,
     )

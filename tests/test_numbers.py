@@ -77,7 +77,7 @@ def test_the_output_is_the_exact_average_rounded_once(
     make_run: MakeRun, dtype: torch.dtype
 ) -> None:
     values = noise(9, 400, dtype=dtype)
-    result = averaged(make_run(series(9, w=values)), tile_elements=64)["w"]
+    result = averaged(make_run(series(9, w=values)), tile_size=256)["w"]
     assert result.dtype == dtype
     for index in range(400):
         column = [value[index].item() for value in values]
@@ -182,9 +182,9 @@ def test_neither_tiles_nor_threads_change_a_byte(make_run: MakeRun, torch_files:
     )
     run = make_run(states, torch_files=torch_files)
     outputs = set()
-    for tile_elements, threads in ((1, 1), (7, 3), (64, 2), (1000, 1), (1 << 18, 5)):
+    for tile_size, threads in ((1, 1), (28, 3), (256, 2), (4000, 1), (1 << 20, 5)):
         result = ckpt_ema.average(
-            run, device="cpu", overwrite=True, tile_elements=tile_elements, threads=threads
+            run, device="cpu", overwrite=True, tile_size=tile_size, threads=threads
         )
         outputs.add((result.output / "model.safetensors").read_bytes())
         (result.output / "ckpt_ema.json").unlink()  # else the second is up to date

@@ -17,7 +17,7 @@ from ckpt_ema.errors import FailedError, OptionError, RefusedError
 from ckpt_ema.output.work import WorkFolder
 from tests.conftest import MakeRun, noise, series
 
-OPTIONS: dict[str, Any] = {"device": "cpu", "tile_elements": 64, "threads": 2}
+OPTIONS: dict[str, Any] = {"device": "cpu", "tile_size": 256, "threads": 2}
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_one_average_on_80_columns(run: Path) -> None:
         "  as old as a half-life of                 1000 steps",
         "  as old as a power function of sigma_rel  0.209",
         "",
-        "averages 1 tensor: reads 100 B, writes 508 B, in 18.0 MiB of memory beside torch's own",
+        "averages 1 tensor: reads 100 B, writes 508 B, in 22.0 MiB of memory beside torch's own",
         "copies 1 file: config.json",
     ]
 

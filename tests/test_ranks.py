@@ -68,7 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_ranks_make_the_bytes_of_one(run: Path, tmp_path: Path) -> None:
     decay, output = "0.1,0.2", tmp_path / "out"
     whole = ckpt_ema.average(run, output=tmp_path / "whole", decay=decay, device="cpu").output
-    words = ("-o", output, "--decay", decay, "--tile-elements", "64")
+    words = ("-o", output, "--decay", decay, "--tile-size", "256")
     first, *others = launch(3, *MODULE, run, *words)
     assert first[0] == 0, first
     assert "all parts are done" in first[2]
@@ -107,7 +107,7 @@ def test_if_one_fails_all_do_and_nothing_is_left(make_run: MakeRun, tmp_path: Pa
     weights[1][1990] = float("nan")
     run = make_run(series(3, w=weights))
     begun = time.monotonic()
-    first, last = launch(2, *MODULE, run, "-o", tmp_path / "out", "--tile-elements", "64")
+    first, last = launch(2, *MODULE, run, "-o", tmp_path / "out", "--tile-size", "256")
     assert time.monotonic() - begun < 30
     assert last[0] == 3
     assert "tensor w holds 1 NaN values" in last[2]
@@ -137,7 +137,7 @@ def test_a_rank_that_is_killed_ends_the_others(run: Path, tmp_path: Path) -> Non
     )
     for victim in (0, 1):
         port, output = free_port(), tmp_path / "out"
-        words = ("-c", slow, "average", run, "-o", output, "-q", "--tile-elements", "64")
+        words = ("-c", slow, "average", run, "-o", output, "-q", "--tile-size", "256")
         processes = [start(2, rank, port, *words) for rank in range(2)]
         until = time.monotonic() + 60
         while not list(tmp_path.glob(".out*/output/model*")) and time.monotonic() < until:
@@ -184,12 +184,14 @@ TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "
     ("environment", "place"),
     [
         ({}, None),
-        (TORCHRUN, Place(1, 2, "h", 29500, False)),
-        ({**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True"}, Place(1, 2, "h", 29500, True)),
+        (TORCHRUN, Place(1, 2, "h", 29500, False, 0)),
+        ({**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True"}, Place(1, 2, "h", 29500, True, 0)),
         ({**TORCHRUN, "WORLD_SIZE": "1"}, None),
-        (SLURM, Place(3, 4, "gpu08", 20219, False)),
-        ({**SLURM, "MASTER_PORT": "5"}, Place(3, 4, "gpu08", 5, False)),
-        ({**SLURM, **TORCHRUN}, Place(1, 2, "h", 29500, False)),  # torchrun under srun
+        (SLURM, Place(3, 4, "gpu08", 20219, False, 0)),
+        ({**TORCHRUN, "LOCAL_RANK": "3"}, Place(1, 2, "h", 29500, False, 3)),
+        ({**SLURM, "SLURM_LOCALID": "1"}, Place(3, 4, "gpu08", 20219, False, 1)),
+        ({**SLURM, "MASTER_PORT": "5"}, Place(3, 4, "gpu08", 5, False, 0)),
+        ({**SLURM, **TORCHRUN}, Place(1, 2, "h", 29500, False, 0)),  # torchrun under srun
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),
         # A batch script is one process, however many tasks its job may start.
         ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),

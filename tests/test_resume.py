@@ -18,7 +18,7 @@ from ckpt_ema.folding import engine
 from ckpt_ema.output import journal, write
 from tests.conftest import MakeRun, noise, series
 
-OPTIONS: dict[str, Any] = {"device": "cpu", "tile_elements": 64, "resume": True}
+OPTIONS: dict[str, Any] = {"device": "cpu", "tile_size": 256, "resume": True}
 
 
 @pytest.fixture
@@ -47,10 +47,10 @@ def folded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     numbers: list[int] = []
     real = engine.run
 
-    def run(plan: Any, tiles: Any, *arguments: Any, **options: Any) -> None:
+    def run(plan: Any, tiles: Any, *arguments: Any, **options: Any) -> bool:
         given = list(tiles)
-        numbers.extend(tile.number for tile in given)
-        real(plan, given, *arguments, **options)
+        numbers.extend(number for tile in given for number in tile.numbers)
+        return real(plan, given, *arguments, **options)
 
     monkeypatch.setattr(engine, "run", run)
     return numbers
@@ -97,7 +97,7 @@ def test_without_resume_nothing_is_kept_and_nothing_taken_up(
 ) -> None:
     mend = fail_after(5, monkeypatch)
     with pytest.raises(FailedError):
-        ckpt_ema.average(run, output=tmp_path / "out", device="cpu", tile_elements=64)
+        ckpt_ema.average(run, output=tmp_path / "out", device="cpu", tile_size=256)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     mend()
     mend = fail_after(5, monkeypatch)
@@ -106,12 +106,12 @@ def test_without_resume_nothing_is_kept_and_nothing_taken_up(
     assert len(list(tmp_path.iterdir())) == 2
     mend()
     numbers = folded(monkeypatch)
-    ckpt_ema.average(run, output=tmp_path / "out", device="cpu", tile_elements=64)
+    ckpt_ema.average(run, output=tmp_path / "out", device="cpu", tile_size=256)
     assert len(numbers) == 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
-@pytest.mark.parametrize("change", [{"decay": 0.2}, {"tile_elements": 32}, {"dtype": "float32"}])
+@pytest.mark.parametrize("change", [{"decay": 0.2}, {"tile_size": 128}, {"dtype": "float32"}])
 def test_another_average_starts_anew(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
@@ -193,7 +193,7 @@ def test_a_killed_process_is_taken_up_by_the_next(
         "write.StagedOutput.write = lambda *a: (time.sleep(0.02), real(*a));"
         "from ckpt_ema.cli import main; main()"
     )
-    words = ["average", run, "-o", tmp_path / "out", "--resume", "-q", "--tile-elements", "16384"]
+    words = ["average", run, "-o", tmp_path / "out", "--resume", "-q", "--tile-size", "65536"]
     process = subprocess.Popen(
         [sys.executable, "-c", slow, *map(str, words)], stderr=subprocess.PIPE, text=True
     )
@@ -215,7 +215,7 @@ def test_a_killed_process_is_taken_up_by_the_next(
 
 
 def test_two_processes_do_not_take_up_one_work(run: Path, tmp_path: Path) -> None:
-    plan = ckpt_ema.plan(run, output=tmp_path / "out", device="cpu", tile_elements=64)
+    plan = ckpt_ema.plan(run, output=tmp_path / "out", device="cpu", tile_size=256)
     from ckpt_ema.output.work import WorkFolder
 
     with (

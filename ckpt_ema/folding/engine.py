@@ -10,17 +10,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from ckpt_ema.errors import FailedError, OptionError, printable
+from ckpt_ema.errors import FailedError
+from ckpt_ema.folding.devices import CPU, accumulator, elements_at_a_time, is_out_of_memory
 from ckpt_ema.folding.duplicates import TileTwins, Twins
 from ckpt_ema.folding.nonfinite import check_nonfinite
-from ckpt_ema.folding.shadow import is_finite, widest_float
+from ckpt_ema.folding.shadow import is_finite
 from ckpt_ema.folding.sources import TORCH_DTYPES, Sources
 from ckpt_ema.folding.tile_fold import Staging, TileFold, Use, make_fold
-from ckpt_ema.folding.tiles import Tile
+from ckpt_ema.folding.tiles import Tile, cut, joined
 from ckpt_ema.planning.plan import Plan
 
 _POLL_SECONDS = 0.1  # how long the main thread is deaf to signals, at most
@@ -41,48 +42,36 @@ def run(
     twins: Twins,
     *,
     tick: Callable[[int], None],
-    finished: Callable[[int], None] | None = None,
-) -> None:
+    finished: Callable[[range], None] | None = None,
+) -> bool:
     """Fold tiles of `plan` into `destination`, on `device`; `twins` learns which pairs differ.
 
     `tick` is called in this thread, ten times a second, with the bytes read so far; `finished` from
-    any thread, with the number of each tile that is written. What they raise ends the work.
+    any thread, with the numbers of tiles that are written. What they raise ends the work. A thread
+    that finds the memory of an accelerator full goes on without it: False if one did.
 
     Raises `RefusedError` for values that are not finite, `FailedError` if a file changes or cannot
     be read, and whatever `destination` raises; by then every thread has ended.
     """
     sources = Sources(plan)
     try:
-        holds_float64 = "F64" in plan.work.dtypes()
-        job = _Job(plan, sources, destination, device, iter(tiles), holds_float64, twins, finished)
+        elements = elements_at_a_time(plan, device)
+        job = _Job(
+            plan,
+            sources,
+            destination,
+            device,
+            elements,
+            joined(tiles, elements),
+            plan.work.widest_bytes,
+            twins,
+            finished,
+        )
         _run_threads(job, tick)
         sources.verify()
+        return job.device_sufficed
     finally:
         sources.close()
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that `name` asks for; "auto" is the accelerator if there is one, else the CPU.
-
-    Raises `OptionError` for a device that this machine, or this build of torch, does not have.
-    """
-    if name.partition(":")[0] == "cpu":
-        return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if name == "auto":
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", accelerator and accelerator.type):
-            raise RuntimeError("not here")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        here = f"cpu and {accelerator.type}" if accelerator else "cpu only"
-        raise OptionError(
-            f"--device {printable(name)} cannot be used: this machine with this build of torch has"
-            f" {here}."
-        ) from error
-    return device
 
 
 @dataclass(slots=True)
@@ -93,10 +82,12 @@ class _Job:
     sources: Sources
     destination: Destination
     device: torch.device
+    elements: int  # that a thread has on the device at a time
     tiles: Iterator[Tile]
-    holds_float64: bool
+    widest_bytes: int  # of a dtype that is averaged
     twins: Twins
-    finished: Callable[[int], None] | None
+    finished: Callable[[range], None] | None
+    device_sufficed: bool = True
     bytes_read: int = 0
     stopped: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -130,34 +121,56 @@ class _Worker:
     def __init__(self, job: _Job) -> None:
         self._job = job
         self._plan = job.plan
-        self._staging = Staging(0)  # for kept tensors, made when the first one comes
+        self._device = job.device
+        self._elements = job.elements
+        self._fold: TileFold | None = None  # made when the first tensor comes that is averaged
+        self._staging = Staging(0)  # for kept tensors, likewise
 
     def work(self) -> None:
         """Take tiles until there are none."""
         # There is one thread per core already; without this each would start a team of its own.
         torch.set_num_threads(1)
+        while (tile := self._job.next_tile()) is not None:
+            if tile.span.averaged:
+                self._average(tile)
+            else:
+                self._keep(tile)
+            if self._job.finished:
+                self._job.finished(tile.numbers)
+
+    def _average(self, tile: Tile) -> None:
+        """Fold a tile of every checkpoint and hand on each average; without a device that fails."""
+        for part in cut(tile, self._elements):
+            if not self._fits(part):
+                self._leave_device()
+                self._average(part)
+
+    def _fits(self, tile: Tile) -> bool:
+        """Fold what there is room for on the device; False if its memory is full."""
         try:
-            fold = self._make_fold()
-            while (tile := self._job.next_tile()) is not None:
-                if tile.span.averaged:
-                    self._average(tile, fold)
-                else:
-                    self._keep(tile)
-                if self._job.finished:
-                    self._job.finished(tile.number)
+            self._fold = self._fold or self._make_fold()
+            self._fold_tile(tile, self._fold)
         except RuntimeError as error:
-            # On the CPU torch has no class of its own for it.
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            if not is_out_of_memory(error):
+                raise
+            if self._device == CPU:
                 raise FailedError(
-                    f"The device {self._job.device} ran out of memory.",
-                    "Try fewer --threads or --device cpu.",
+                    "The machine ran out of memory.", "Try --max-memory 64MiB."
                 ) from error
-            raise
+            return False
+        return True
+
+    def _leave_device(self) -> None:
+        """Go on without the device; what was folded of a tile is folded again."""
+        module: Any = torch.get_device_module(self._device)
+        module.synchronize(self._device)  # copies that are under way may still use its memory
+        self._device, self._elements, self._fold = CPU, self._plan.tile_elements, None
+        self._job.device_sufficed = False
 
     def _make_fold(self) -> TileFold:
-        device, capacity = self._job.device, self._plan.tile_elements
-        wide = torch.float32 if self._plan.options.accumulate == "float32" else widest_float(device)
-        return make_fold(uses(self._plan), capacity, wide, device, self._job.holds_float64)
+        wide = accumulator(self._plan, self._device)
+        of_checkpoints, widest_bytes = uses(self._plan), self._job.widest_bytes
+        return make_fold(of_checkpoints, self._elements, wide, self._device, widest_bytes)
 
     def _keep(self, tile: Tile) -> None:
         """Hand on the bytes of the newest checkpoint."""
@@ -172,8 +185,7 @@ class _Worker:
         for target in span.targets:
             self._job.destination.write(target.file, data, target.offset + tile.start)
 
-    def _average(self, tile: Tile, fold: TileFold) -> None:
-        """Fold a tile of every checkpoint and hand on each average."""
+    def _fold_tile(self, tile: Tile, fold: TileFold) -> None:
         span = tile.span
         twins = TileTwins(self._job.twins)
 

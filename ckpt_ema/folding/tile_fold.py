@@ -130,10 +130,12 @@ def _rows(uses: Sequence[Use]) -> Iterator[_Rows]:
 class PlainFold:
     """Folds with everything in one order on one device: the CPU, or a device without streams."""
 
-    def __init__(self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device, widest_bytes: int
+    ) -> None:
         self._checkpoints = len(uses)
-        self._staging = Staging(capacity * 8)
-        self._rounded = Staging(capacity * 8 * _averages(uses))
+        self._staging = Staging(capacity * widest_bytes)
+        self._rounded = Staging(capacity * widest_bytes * _averages(uses))
         self._shadows = _Shadows(uses, capacity, wide, device)
         self._wide = torch.empty(capacity, dtype=wide, device=device)
         self._half = torch.empty(capacity, dtype=torch.float32, device=device)
@@ -165,19 +167,22 @@ class StreamedFold:
     until the copy into its landing buffer is done; nothing else waits.
     """
 
-    def __init__(self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device, widest_bytes: int
+    ) -> None:
         module: Any = torch.get_device_module(device)
         self._checkpoints = len(uses)
         self._module = module
         self._folding, self._copying = module.Stream(device=device), module.Stream(device=device)
         self._copied = [module.Event(), module.Event()]
         self._consumed = [module.Event(), module.Event()]
-        self._staging = [Staging(capacity * 8, pinned=True) for _ in range(2)]
-        result_bytes = capacity * 8 * _averages(uses)
+        self._staging = [Staging(capacity * widest_bytes, pinned=True) for _ in range(2)]
+        result_bytes = capacity * widest_bytes * _averages(uses)
         self._result = Staging(result_bytes, pinned=True)
         with module.stream(self._folding):
             self._landed = [
-                torch.empty(capacity * 8, dtype=torch.uint8, device=device) for _ in range(2)
+                torch.empty(capacity * widest_bytes, dtype=torch.uint8, device=device)
+                for _ in range(2)
             ]
             self._shadows = _Shadows(uses, capacity, wide, device)
             self._wide = torch.empty(capacity, dtype=wide, device=device)
@@ -219,6 +224,14 @@ class StreamedFold:
         return landed
 
 
+def device_element_bytes(averages: int, wide: torch.dtype, widest_bytes: int) -> int:
+    """What an accelerator needs for each element that is folded at a time."""
+    # Two landing buffers, what is widened, each shadow, and that rounded; for infinities that stay,
+    # one shadow and masks.
+    landing, shadow = 2 * widest_bytes, wide.itemsize
+    return landing + shadow + (shadow + widest_bytes) * averages + (shadow + 4)
+
+
 def _averages(uses: Uses) -> int:
     return 1 + max(use.average for of_checkpoint in uses for use in of_checkpoint)
 
@@ -228,14 +241,15 @@ def make_fold(
     capacity: int,
     wide: torch.dtype,
     device: torch.device,
-    holds_float64: bool,
+    widest_bytes: int,
 ) -> TileFold:
     """The fold for a device, streamed where it has streams.
 
-    A device without float64 cannot hold float64 values as they are (`holds_float64`: there are
-    some): those are narrowed on the host, which the plain fold does.
+    `widest_bytes` are those of an element of any dtype that is read or written. A device without
+    float64 cannot hold such values as they are: they are narrowed on the host, which the plain fold
+    does.
     """
     streamed = device.type != "cpu" and hasattr(torch.get_device_module(device), "Stream")
-    if holds_float64 and widest_float(device) != torch.float64:
+    if widest_bytes > widest_float(device).itemsize:
         streamed = False
-    return (StreamedFold if streamed else PlainFold)(uses, capacity, wide, device)
+    return (StreamedFold if streamed else PlainFold)(uses, capacity, wide, device, widest_bytes)

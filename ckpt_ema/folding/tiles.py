@@ -5,18 +5,19 @@ file. The result does not depend on how the work is cut or shared out.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ckpt_ema.errors import OptionError, printable
 from ckpt_ema.planning.plan import Plan
+from ckpt_ema.planning.sizing import KEPT_BYTES
 from ckpt_ema.planning.spans import Span
 
 
 class Tile(NamedTuple):
     """A range of a span: elements if it is averaged, bytes if it is kept."""
 
-    number: int
+    numbers: range  # one, or those of the neighbours that it joins
     span: Span
     start: int
     length: int
@@ -58,13 +59,35 @@ def tiles(plan: Plan, share: Share = WHOLE) -> Iterator[Tile]:
     total = sum(cost * span.length for cost, span in zip(costs, plan.work.spans, strict=True))
     number, before = 0, 0
     for span, cost in zip(plan.work.spans, costs, strict=True):
-        limit = plan.tile_elements * (1 if span.averaged else 8)
+        limit = plan.tile_elements * (1 if span.averaged else KEPT_BYTES)
         for start in range(0, span.length, limit):
             length = min(limit, span.length - start)
             if before * share.of // total == share.part - 1:
-                yield Tile(number, span, start, length)
+                yield Tile(range(number, number + 1), span, start, length)
             number += 1
             before += cost * length
+
+
+def joined(tiles: Iterable[Tile], most: int) -> Iterator[Tile]:
+    """The tiles, neighbours that are averaged together as one of at most `most` elements."""
+    wide: Tile | None = None
+    for tile in tiles:
+        follows = wide and wide.span is tile.span and wide.start + wide.length == tile.start
+        if wide and follows and tile.span.averaged and wide.length + tile.length <= most:
+            numbers = range(wide.numbers.start, tile.numbers.stop)
+            wide = Tile(numbers, tile.span, wide.start, wide.length + tile.length)
+            continue
+        if wide:
+            yield wide
+        wide = tile
+    if wide:
+        yield wide
+
+
+def cut(tile: Tile, most: int) -> Iterator[Tile]:
+    """The ranges of a tile, each of at most `most` elements or bytes."""
+    for start in range(0, tile.length, most):
+        yield tile._replace(start=tile.start + start, length=min(most, tile.length - start))
 
 
 def _bits(span: Span, layout_of: Sequence[int]) -> int:

@@ -38,10 +38,10 @@ class Journal:
         self._lock = threading.Lock()
         self._last = time.monotonic()
 
-    def finish(self, tile: int) -> None:
-        """Note that a tile has been written."""
+    def finish(self, tiles: Iterable[int]) -> None:
+        """Note that tiles have been written."""
         with self._lock:
-            self._new.append(tile)
+            self._new.extend(tiles)
 
     def write_if_due(self, twins: Twins) -> None:
         """`write`, if it was not done in the last seconds."""

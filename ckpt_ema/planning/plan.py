@@ -22,7 +22,7 @@ from ckpt_ema.discovery.patterns import UNWANTED
 from ckpt_ema.discovery.selection import select
 from ckpt_ema.errors import OptionError, RefusedError, printable, some
 from ckpt_ema.formats import read_specs
-from ckpt_ema.formats.specs import MOST_READ_PER_WANTED, Specs, Weights
+from ckpt_ema.formats.specs import Specs, Weights
 from ckpt_ema.options import Options, PathLike
 from ckpt_ema.planning.advice import advice
 from ckpt_ema.planning.candidates import Candidate, Weighting, make_candidate, weigh
@@ -33,10 +33,8 @@ from ckpt_ema.planning.layout import Layout, lay_out
 from ckpt_ema.planning.outputs import is_single_file
 from ckpt_ema.planning.remarks import run_notes, run_warnings
 from ckpt_ema.planning.renaming import unified, without_prefix
+from ckpt_ema.planning.sizing import element_bytes, make_sizes
 from ckpt_ema.planning.spans import Work, make_work
-
-# Of dev/LOG.md: below, calls cost more than what they compute; above, the cache is too small.
-_LEAST_TILE, _MOST_TILE = 1 << 14, 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +90,8 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """What the fold allocates beyond torch itself, whatever the size of the model."""
-        wide = 4 if self.options.accumulate == "float32" else 8
-        gathered = 8 * MOST_READ_PER_WANTED if any(s.in_pieces for s in self.work.spans) else 0
-        # What is read, widened (float16 in two steps), each shadow, and that rounded.
-        element = gathered + 8 + 4 + wide + (wide + 8) * len(self.candidates)
-        return self.threads * self.tile_elements * element
+        each = element_bytes(self.options, self.work, len(self.candidates))
+        return self.threads * self.tile_elements * each
 
 
 def plan(run: PathLike | Sequence[PathLike], **options: Any) -> Plan:
@@ -145,6 +140,8 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
         make_candidate(weighting, numbers, layout.output)
         for weighting, layout in zip(weightings, layouts, strict=True)
     )
+    work = make_work(specs, [(c.newest, c.output.files) for c in candidates])
+    sizes = make_sizes(options, work, len(candidates))
     return Plan(
         run=os.fspath(found.root),
         checkpoints=tuple(
@@ -154,9 +151,9 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
         candidates=candidates,
         options=options,
         output=destination,
-        work=make_work(specs, [(c.newest, c.output.files) for c in candidates]),
-        threads=options.threads or _cores(),
-        tile_elements=options.tile_elements or _tile_elements(len(candidates)),
+        work=work,
+        threads=sizes.threads,
+        tile_elements=sizes.tile_elements,
         left_out=found.left_out,
         notes=(*chosen.notes, *run_notes(checkpoints, specs), *_left_behind(layouts)),
         warnings=(
@@ -295,14 +292,3 @@ def _sibling(root: Path) -> Path:
     if not named.name:
         raise OptionError("The checkpoints share no folder; say where to write with --output.")
     return named.parent / f"{named.name.removesuffix('.safetensors')}-ema"
-
-
-def _tile_elements(averages: int) -> int:
-    """Elements of a tile whose shadows, and what is folded into them, stay in a core's cache."""
-    return max(_LEAST_TILE, min(_MOST_TILE, 2 * _MOST_TILE // averages))
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -72,6 +72,11 @@ class Work(NamedTuple):
         read = {source.dtype for span in spans for source in span.sources}
         return read | {target.dtype for span in spans for target in span.targets}
 
+    @property
+    def widest_bytes(self) -> int:
+        """The bytes of an element of the widest dtype that is averaged."""
+        return max((DTYPE_BITS[dtype] // 8 for dtype in self.dtypes()), default=8)
+
     def bytes_read(self) -> int:
         """Bytes of tensor data that are read, each once."""
         return sum(span.bytes_read(self.layout_of) for span in self.spans)

@@ -21,7 +21,8 @@ def result_line(result: Result | Finished) -> str:
     """What was read and written, how fast, and where it is."""
     output = printable(result.output)
     if isinstance(result, Finished):
-        return f"all parts are done: {output}"
+        device = result.manifests[0].get("device")  # the header of a single file has no room for it
+        return f"all parts are done{f', on {device}' if device else ''}: {output}"
     plan = result.plan
     if result.is_up_to_date:
         return f"{output} is up to date: the same checkpoints, weights and options."

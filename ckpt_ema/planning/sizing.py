@@ -1,0 +1,61 @@
+"""How much is folded at a time: the elements of a tile, and threads, within a limit of memory."""
+
+import os
+from typing import NamedTuple
+
+from ckpt_ema.errors import OptionError
+from ckpt_ema.formats.specs import MOST_READ_PER_WANTED
+from ckpt_ema.options import Options
+from ckpt_ema.planning.spans import Work
+
+# Of dev/LOG.md: below, calls cost more than what they compute; above, the cache is too small.
+_LEAST_TILE, _MOST_TILE = 1 << 14, 1 << 18
+KEPT_BYTES = 8  # of a kept tensor for each element of a tile: whole elements of any dtype
+_FEWEST_ELEMENTS = 1 << 10  # a limit that leaves no room for so many is refused
+_THREADS_TO_FIT = 4
+
+
+class Sizes(NamedTuple):
+    """What bounds the memory of a fold, whatever the size of the model."""
+
+    tile_elements: int  # elements that a thread folds at a time
+    threads: int
+
+
+def make_sizes(options: Options, work: Work, averages: int) -> Sizes:
+    """What is asked for, or else what suits a core; less where `--max-memory` says so."""
+    threads = options.threads or _cores()
+    if options.tile_size is None:
+        # The shadows, and what is folded into them, stay in a core's cache.
+        tile_elements = max(_LEAST_TILE, min(_MOST_TILE, 2 * _MOST_TILE // averages))
+    else:
+        tile_elements = max(1, options.tile_size // work.widest_bytes)
+    if options.max_memory is None:
+        return Sizes(tile_elements, threads)
+    each = element_bytes(options, work, averages)
+    room = options.max_memory // each
+    if room < _FEWEST_ELEMENTS:
+        raise OptionError(
+            f"--max-memory is {options.max_memory} bytes; the fold needs at least"
+            f" {_FEWEST_ELEMENTS * each}."
+        )
+    # The cores here have no say in it: parts that are made on other machines have the same tiles.
+    tile_elements = min(tile_elements, room, max(_LEAST_TILE, room // _THREADS_TO_FIT))
+    return Sizes(tile_elements, min(threads, room // tile_elements))
+
+
+def element_bytes(options: Options, work: Work, averages: int) -> int:
+    """What a thread allocates for each element that it folds at a time."""
+    widest, wide = work.widest_bytes, 4 if options.accumulate == "float32" else 8
+    gathered = KEPT_BYTES * MOST_READ_PER_WANTED if any(s.in_pieces for s in work.spans) else 0
+    halves = 4 if "F16" in work.dtypes() else 0  # on their way to float64
+    # What is kept; what is read, then widened; each shadow, and that rounded; for infinities that
+    # stay, one shadow and masks.
+    folded = gathered + widest + halves + wide + (wide + widest) * averages + (wide + 4)
+    return KEPT_BYTES + folded
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
