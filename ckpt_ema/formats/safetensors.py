@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
 from ckpt_ema.files import open_regular, read_exactly
-from ckpt_ema.formats.specs import DTYPE_BITS, FileSpec, Specs, TensorSpec
+from ckpt_ema.formats.specs import DTYPE_BITS, FileSpec, Specs, TensorSpec, packed_bytes
 
 MAX_HEADER_BYTES = 100_000_000
 _LARGEST = 2**64 - 1  # sizes are 64-bit in the format
@@ -57,9 +57,12 @@ def _content(path: str, raw: bytes, size_bytes: int) -> _Content:
     metadata = header.pop("__metadata__", {})
     _check_metadata(path, metadata)
     start = 8 + len(raw)
-    tensors = {name: _tensor(path, name, entry) for name, entry in header.items()}
-    ordered = _covering(path, tensors, size_bytes - start)
-    return _Content({name: t._replace(offset=start + t.offset) for name, t in ordered}, metadata)
+    tensors = {name: _tensor(path, name, entry, start) for name, entry in header.items()}
+    ordered = sorted(header, key=lambda name: header[name]["data_offsets"])
+    _check_cover(
+        path, [(name, *header[name]["data_offsets"]) for name in ordered], size_bytes - start
+    )
+    return _Content({name: tensors[name] for name in ordered}, metadata)
 
 
 def _claims(metadata: Mapping[str, str]) -> dict[str, int]:
@@ -92,7 +95,7 @@ def make_header(
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, dtype, shape in tensors:
-        begin, end = end, end + TensorSpec(dtype, shape, 0, 0).size_bytes
+        begin, end = end, end + packed_bytes(dtype, shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -178,8 +181,8 @@ def _check_metadata(path: str, metadata: object) -> None:
         )
 
 
-def _tensor(path: str, name: str, entry: object) -> TensorSpec:
-    """One entry of the header; its offset still counts from the start of the data."""
+def _tensor(path: str, name: str, entry: object, start: int) -> TensorSpec:
+    """One entry of the header of a file whose data starts at byte `start`."""
 
     def refuse(reason: str) -> RefusedError:
         return RefusedError(f"{printable(path)}: tensor {printable(name)} {reason}.")
@@ -201,26 +204,23 @@ def _tensor(path: str, name: str, entry: object) -> TensorSpec:
             f"spans {offsets[1] - offsets[0]} bytes, but its shape {printable(shape)} in {dtype}"
             f" takes {bits / 8:g}"
         )
-    return TensorSpec(dtype, tuple(shape), 0, offsets[0])
+    return TensorSpec(dtype, tuple(shape), 0, start + offsets[0])
 
 
 def _sizes(values: object) -> bool:
-    return isinstance(values, list) and all(
-        type(value) is int and 0 <= value <= _LARGEST for value in values
-    )
+    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
+        return False
+    return not values or (min(values) >= 0 and max(values) <= _LARGEST)
 
 
-def _covering(
-    path: str, tensors: dict[str, TensorSpec], data_bytes: int
-) -> list[tuple[str, TensorSpec]]:
-    """The tensors by offset, checked to cover the data exactly."""
-    ordered = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size_bytes))
+def _check_cover(path: str, ranges: Iterable[tuple[str, int, int]], data_bytes: int) -> None:
+    """Check that tensors (name, first byte, the one after the last) cover the data exactly."""
     end = 0
-    for name, tensor in ordered:
-        if tensor.offset != end:
-            gap = "overlaps another" if tensor.offset < end else "leaves a gap before it"
+    for name, start, following in ranges:
+        if start != end:
+            gap = "overlaps another" if start < end else "leaves a gap before it"
             raise RefusedError(f"{printable(path)}: tensor {printable(name)} {gap}.")
-        end += tensor.size_bytes
+        end = following
     if end > data_bytes:
         raise IncompleteError(
             f"{printable(path)} is cut short: its header promises {end} bytes of data, the file has"
@@ -232,4 +232,3 @@ def _covering(
             f"{printable(path)} has {data_bytes - end} bytes after its last tensor.",
             "Damaged, or two files in one? Fetch or save it again.",
         )
-    return ordered

@@ -43,6 +43,15 @@ AVERAGED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloa
 MOST_READ_PER_WANTED = 4
 
 
+def packed_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of the elements of a tensor, packed.
+
+    >>> packed_bytes("BF16", (2, 3))
+    12
+    """
+    return math.prod(shape) * DTYPE_BITS[dtype] // 8
+
+
 class Piece(NamedTuple):
     """A box of one tensor and where its elements are: a view's, or one chunk of a sharded tensor's.
 
@@ -68,7 +77,7 @@ class TensorSpec(NamedTuple):
     @property
     def size_bytes(self) -> int:
         """Bytes of its elements, packed."""
-        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+        return packed_bytes(self.dtype, self.shape)
 
 
 def spanned(sizes: Sequence[int], strides: Sequence[int]) -> int:

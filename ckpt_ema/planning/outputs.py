@@ -12,11 +12,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ckpt_ema.errors import RefusedError, printable, some
 from ckpt_ema.formats import is_safetensors
 from ckpt_ema.formats.safetensors import MAX_HEADER_BYTES, make_header
-from ckpt_ema.formats.specs import AVERAGED, DTYPE_BITS, Specs, TensorSpec
+from ckpt_ema.formats.specs import AVERAGED, DTYPE_BITS, Specs, TensorSpec, packed_bytes
 from ckpt_ema.layouts import DCP_METADATA, PROVENANCE_KEY, SHARD_NUMBER, WEIGHTS_EXTENSION
 from ckpt_ema.planning.companions import Companion
 
@@ -29,8 +30,7 @@ _KEEPS_ITS_NAME = re.compile(
 _STALE_HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
+class OutputTensor(NamedTuple):
     """One tensor of the output and where its bytes go."""
 
     key: str  # in the specs of the checkpoints
@@ -43,7 +43,7 @@ class OutputTensor:
     @property
     def size_bytes(self) -> int:
         """Bytes of its elements."""
-        return TensorSpec(self.dtype, self.shape, 0, 0).size_bytes
+        return packed_bytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,7 +215,11 @@ def _compared(
         own = without_prefix(own, options.strip_prefix)
     specs, name_warnings = unified(names, _shared(own))
     rows = zip(checkpoints, own, specs, strict=True)
-    renamed = {c for c, before, after in rows if before.tensors.keys() != after.tensors.keys()}
+    renamed = {
+        checkpoint
+        for checkpoint, before, after in rows
+        if before.tensors is not after.tensors and before.tensors.keys() != after.tensors.keys()
+    }
     folders = [checkpoint.weights.folder for checkpoint in checkpoints]
     config_warnings = check_configs(names, folders, specs)
     return specs, [*name_warnings, *check_alike(names, specs), *config_warnings], renamed
@@ -225,8 +229,9 @@ def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
     """One layout for the whole run: memory does not grow with the number of checkpoints."""
     shared: list[Specs] = []
     for specs in checkpoints:
-        same = shared and specs.tensors == shared[-1].tensors
-        shared.append(replace(specs, tensors=shared[-1].tensors) if same else specs)
+        earlier = shared[-1].tensors if shared else None
+        same = specs.tensors is earlier or specs.tensors == earlier
+        shared.append(replace(specs, tensors=earlier) if same and earlier else specs)
     return shared
 
 

@@ -6,7 +6,7 @@ what one large tensor costs.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ckpt_ema.formats.specs import DTYPE_BITS, Specs, TensorSpec
@@ -107,13 +107,8 @@ def make_work(
         elif math.prod(tensor.shape):
             length = math.prod(tensor.shape) if tensor.averaged else sources[0].size_bytes
             untied[place] = Span(length, kept_from, (target,), sources)
-    spans: list[Span] = []
-    for span in untied.values():
-        if spans and _follows(spans[-1], span):
-            spans[-1] = spans[-1]._replace(length=spans[-1].length + span.length)
-        else:
-            spans.append(span)
-    return Work(tuple(spans), tuple(number_of[id(specs.tensors)] for specs in checkpoints))
+    spans = tuple(_joined(untied.values()))
+    return Work(spans, tuple(number_of[id(specs.tensors)] for specs in checkpoints))
 
 
 def _tensors(
@@ -126,6 +121,18 @@ def _tensors(
             for tensor in sorted(file.tensors, key=lambda tensor: tensor.offset):
                 yield tensor, Target(candidate, number, tensor.offset, tensor.dtype), newest
             number += 1
+
+
+def _joined(spans: Iterable[Span]) -> Iterator[Span]:
+    """The spans, those that follow each other as one."""
+    group: list[Span] = []
+    for span in spans:
+        if group and not _follows(group[-1], span):
+            yield group[0]._replace(length=sum(one.length for one in group))
+            group = []
+        group.append(span)
+    if group:
+        yield group[0]._replace(length=sum(one.length for one in group))
 
 
 def _follows(span: Span, other: Span) -> bool:
@@ -143,7 +150,8 @@ def _follows(span: Span, other: Span) -> bool:
 
 
 def _has_ties(span: Span) -> bool:
-    return len({target.candidate for target in span.targets}) < len(span.targets)
+    targets = span.targets
+    return len(targets) > 1 and len({target.candidate for target in targets}) < len(targets)
 
 
 def _bytes(span: Span, dtype: str) -> int:
