@@ -372,6 +372,25 @@ def test_another_error_of_the_device_is_not_taken_for_the_end_of_its_memory(
     assert not (tmp_path / "out").exists()
 
 
+def test_no_copy_is_under_way_when_a_fold_has_failed(
+    npu: FakeAccelerator, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory may be given to somebody else."""
+    values = Sources.values
+
+    def failing(sources: Sources, checkpoint: int, *rest: Any) -> torch.Tensor:
+        if checkpoint == 2:
+            raise FailedError("The disk is gone.")
+        return values(sources, checkpoint, *rest)
+
+    monkeypatch.setattr(Sources, "values", failing)
+    with pytest.raises(FailedError, match="The disk is gone"):
+        _bytes(make_run(_mixed(4)), "npu", device="npu", threads=2)
+    copying = [stream for stream in npu.streams if stream.has_copied_to_device]
+    assert copying
+    assert all(stream.query() for stream in copying)
+
+
 def test_a_part_on_the_device_fits_one_on_the_cpu(npu: FakeAccelerator, make_run: MakeRun) -> None:
     """How much the device folds at a time does not show in how the work is shared out."""
     run = make_run(series(3, a=noise(3, 5000), b=noise(3, 3000, dtype=torch.float64)))

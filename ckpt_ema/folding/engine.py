@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -143,7 +143,9 @@ class _Worker:
         for part in cut(tile, self._elements):
             if not self._fits(part):
                 self._leave_device()
-                self._average(part)
+                rest = tile.length - (part.start - tile.start)
+                self._average(tile._replace(start=part.start, length=rest))
+                return
 
     def _fits(self, tile: Tile) -> bool:
         """Fold what there is room for on the device; False if its memory is full."""
@@ -161,9 +163,7 @@ class _Worker:
         return True
 
     def _leave_device(self) -> None:
-        """Go on without the device; what was folded of a tile is folded again."""
-        module: Any = torch.get_device_module(self._device)
-        module.synchronize(self._device)  # copies that are under way may still use its memory
+        """Go on without the device."""
         self._device, self._elements, self._fold = CPU, self._plan.tile_elements, None
         self._job.device_sufficed = False
 
@@ -199,10 +199,10 @@ class _Worker:
             return values
 
         fold.fold(tile.length, read_and_compare)
-        self._job.count_read(span.bytes_read(self._plan.work.layout_of, tile.length))
         if not self._hand_on(tile, fold, only_finite=True):
             fold.fold(tile.length, read, keeping_infinities=True)
             self._hand_on(tile, fold, only_finite=False)
+        self._job.count_read(span.bytes_read(self._plan.work.layout_of, tile.length))
 
     def _hand_on(self, tile: Tile, fold: TileFold, *, only_finite: bool) -> bool:
         """Write the averages of a tile where they belong; False if some are not finite.

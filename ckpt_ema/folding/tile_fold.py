@@ -191,15 +191,19 @@ class StreamedFold:
 
     def fold(self, count: int, read: ReadValues, *, keeping_infinities: bool = False) -> None:
         """See `TileFold.fold`."""
-        with self._module.stream(self._folding):
-            wide = self._wide[:count]
-            for index in range(self._checkpoints):
-                slot = index % 2
-                landed = self._land(slot, read, index)
-                self._copied[slot].wait()
-                wide.copy_(landed)
-                self._consumed[slot].record()
-                self._shadows.fold(wide, index, keeping_infinities=keeping_infinities)
+        try:
+            with self._module.stream(self._folding):
+                wide = self._wide[:count]
+                for index in range(self._checkpoints):
+                    slot = index % 2
+                    landed = self._land(slot, read, index)
+                    self._copied[slot].wait()
+                    wide.copy_(landed)
+                    self._consumed[slot].record()
+                    self._shadows.fold(wide, index, keeping_infinities=keeping_infinities)
+        except BaseException:
+            self._copying.synchronize()  # or it writes to memory that others have been given
+            raise
 
     def rounded(self, averages: slice, count: int, dtype: torch.dtype) -> memoryview:
         """See `TileFold.rounded`."""
