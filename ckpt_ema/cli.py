@@ -18,6 +18,7 @@ import typer
 from ckpt_ema import __version__
 from ckpt_ema.cli_endings import (
     SignalError,
+    check_signals,
     errors_reported,
     ignore_signals,
     say,
@@ -30,6 +31,7 @@ from ckpt_ema.errors import OptionError, printable
 from ckpt_ema.ranks import joined
 
 if TYPE_CHECKING:
+    from ckpt_ema.averaging import Progress
     from ckpt_ema.folding.tiles import Share
     from ckpt_ema.output.result import Finished, Result
     from ckpt_ema.planning.plan import Plan
@@ -174,7 +176,7 @@ def average(
                     ranks,
                     overwrite,
                     picture=picture,
-                    progress=progress,
+                    progress=_watched(progress),
                     command=_command(),
                     resume=resume,
                 )
@@ -189,6 +191,16 @@ def average(
             say(lines.result_line(made))
         _append_step_summary(plan_view.summary_lines(decided))
         _print_outputs(made, as_json)
+
+
+def _watched(progress: "Progress") -> "Progress":
+    """The same, and no signal is lost while it is called again and again."""
+
+    def tick(done_bytes: int, total_bytes: int) -> None:
+        check_signals()
+        progress(done_bytes, total_bytes)
+
+    return tick
 
 
 def _carry_out(

@@ -19,6 +19,7 @@ class SignalError(BaseException):
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_noted: list[int] = []  # the signal that has come, if one has
 
 
 def take_signals() -> None:
@@ -30,7 +31,17 @@ def take_signals() -> None:
 
 def _end(number: int, _frame: FrameType | None) -> None:
     ignore_signals()  # what a second one would interrupt is the tidying up
+    _noted.append(number)
     raise SignalError(number)
+
+
+def check_signals() -> None:
+    """Raise `SignalError` for a signal that has come and whose own error was swallowed.
+
+    Python does that where one arrives while it runs a destructor, which may be at any time.
+    """
+    if _noted:
+        raise SignalError(_noted[0])
 
 
 def ignore_signals() -> None:

@@ -6,6 +6,7 @@ next ones before they are wanted: many files are read in turn, which its own rea
 on most systems, is not made for.
 """
 
+import errno
 import os
 import resource
 import stat
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 from ckpt_ema.errors import FailedError, IncompleteError, RefusedError, printable
 
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _CAN_ASK_AHEAD = hasattr(os, "RWF_NOWAIT") and hasattr(os, "posix_fadvise")  # Linux can
 _AHEAD_BYTES = 1 << 22  # asked for before they are wanted, of each file that is not in the cache
 _MOST_AHEAD_BYTES = 1 << 28  # of all files that are read in turn
@@ -46,6 +48,27 @@ def real_paths(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
             folders[folder] = os.path.realpath(folder)
         found.append(os.path.join(folders[folder], name))
     return found
+
+
+def mode_of(path: str | os.PathLike[str]) -> int:
+    """The mode of what a path leads to; 0 where nothing is.
+
+    Unlike `os.path.exists` it does not take for absent what cannot be looked at, for which it
+    raises `RefusedError`: a disk that fails for a moment must not make another average.
+    """
+    try:
+        return os.stat(path).st_mode
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return 0
+        raise RefusedError(f"{printable(path)} cannot be looked at: {error.strerror}.") from error
+    except ValueError:  # a NUL in the name
+        return 0
+
+
+def leads_to_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a path leads to a folder; raises what `mode_of` raises."""
+    return stat.S_ISDIR(mode_of(path))
 
 
 @contextmanager

@@ -309,7 +309,9 @@ def test_control_characters_in_names_do_not_reach_the_terminal(
     ("number", "code", "line"),
     [
         (signal.SIGINT, 130, "interrupted, nothing was written\n"),
-        (signal.SIGTERM, 143, "terminated, nothing was written\n"),
+        pytest.param(
+            *(signal.SIGTERM, 143, "terminated, nothing was written\n"), marks=pytest.mark.sweep
+        ),
     ],
 )
 def test_a_signal_ends_it_with_one_line_and_nothing_left(
@@ -331,6 +333,43 @@ def test_a_signal_ends_it_with_one_line_and_nothing_left(
     stdout, stderr = process.communicate(timeout=30)
     assert (process.returncode, stdout, stderr) == (code, "", line)
     assert {path.name for path in run.parent.iterdir()} == {"run"}
+
+
+def test_a_signal_in_a_destructor_which_swallows_it_ends_the_run(run: Path) -> None:
+    code = """
+import os, signal, time
+from ckpt_ema.folding import engine
+from ckpt_ema.folding.sources import Sources
+from ckpt_ema.report.progress import ByteProgress
+from ckpt_ema.cli import main
+
+class Ending:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+
+real = ByteProgress.__call__
+def call(self, *numbers):
+    Ending()
+    real(self, *numbers)
+
+def slow(*arguments, read=Sources.values):
+    time.sleep(0.01)
+    return read(*arguments)
+
+ByteProgress.__call__, Sources.values, engine._POLL_SECONDS = call, slow, 0.01
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "average", run, "-q", "--tile-size", "8", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert (done.returncode, done.stdout) == (143, "")
+    assert done.stderr == "terminated, nothing was written\n"
+    assert {path.name for path in run.parent.iterdir()} == {run.name}
 
 
 def test_a_limit_on_descriptors_is_respected(make_run: MakeRun) -> None:

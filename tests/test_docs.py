@@ -100,6 +100,7 @@ def test_the_pipeline_step_hands_on_a_path_that_loads(make_run: MakeRun) -> None
     assert {name for shard in shards for name in read_safetensors(shard)} == {"a", "b"}
 
 
+@pytest.mark.sweep
 def test_the_pipeline_step_hands_on_every_one_of_several(make_run: MakeRun) -> None:
     run = make_run(series(3, a=noise(3, 4)))
     done = post_training(run, "--last", "2,3", "--device", "cpu")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import ckpt_ema
 from ckpt_ema import cli
 from ckpt_ema.errors import FailedError, OptionError, RefusedError
+from ckpt_ema.output import work
 from ckpt_ema.output.work import WorkFolder
 from tests.conftest import MakeRun, noise, series
 
@@ -200,3 +202,22 @@ def test_the_command_that_is_noted_is_that_of_all_parts(
 def test_a_part_is_checked_before_anything_is_read(run: Path) -> None:
     with pytest.raises(OptionError):
         ckpt_ema.average_part(run, "3/2")
+
+
+def test_parts_of_an_output_that_is_published_are_parts_of_no_other(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`finish` was killed after it had published, and somebody has moved the output away."""
+    output = tmp_path / "out"
+    for part in ("1/2", "2/2"):
+        ckpt_ema.average_part(run, part, output=output, **OPTIONS)
+    with monkeypatch.context() as killed:
+        killed.setattr(work, "remove", lambda _: None)
+        ckpt_ema.finish(output)
+    assert list(tmp_path.glob(".out.ckpt-ema-*/part-2-of-2.json"))
+    shutil.rmtree(output)
+    with pytest.raises(RefusedError, match="has no parts that could be finished"):
+        ckpt_ema.finish(output)
+    ckpt_ema.average_part(run, "1/2", output=output, **OPTIONS)
+    with pytest.raises(FailedError, match="part 2 of 2 is missing"):
+        ckpt_ema.finish(output)

@@ -78,6 +78,7 @@ def test_ranks_make_the_bytes_of_one(run: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run", "whole"]
 
 
+@pytest.mark.sweep
 def test_ranks_find_an_output_that_is_up_to_date(run: Path, tmp_path: Path) -> None:
     output = ckpt_ema.average(run, output=tmp_path / "out", device="cpu").output
     first, last = launch(2, *MODULE, run, "-o", output)
@@ -117,6 +118,7 @@ def test_if_one_fails_all_do_and_nothing_is_left(make_run: MakeRun, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+@pytest.mark.sweep
 def test_ranks_that_see_different_things_stop(run: Path, tmp_path: Path) -> None:
     port = free_port()
     words = (*MODULE, run, "-q", "-o", tmp_path / "out")
@@ -127,6 +129,7 @@ def test_ranks_that_see_different_things_stop(run: Path, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+@pytest.mark.sweep
 def test_a_rank_that_is_killed_ends_the_others(run: Path, tmp_path: Path) -> None:
     """Whichever it is: the one that has the store, or the other."""
     slow = (
@@ -151,6 +154,7 @@ def test_a_rank_that_is_killed_ends_the_others(run: Path, tmp_path: Path) -> Non
         assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+@pytest.mark.sweep
 def test_ranks_that_never_come_are_not_waited_for_forever(run: Path, tmp_path: Path) -> None:
     code = (
         "from ckpt_ema import ranks; ranks._SECONDS_TO_MEET = 2.0;"

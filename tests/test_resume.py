@@ -1,6 +1,7 @@
 """An interrupted run goes on where it stopped, and its bytes are those of one that was not."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 import ckpt_ema
 from ckpt_ema.errors import FailedError, RefusedError
 from ckpt_ema.folding import engine
-from ckpt_ema.output import journal, write
+from ckpt_ema.output import journal, work, write
 from tests.conftest import MakeRun, noise, series
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "tile_size": 256, "resume": True}
@@ -181,7 +182,9 @@ def test_bytes_are_on_disk_before_they_count_as_done(
     assert first.index(".safetensors") < first.index(".jsonl")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.sweep)]
+)
 def test_a_killed_process_is_taken_up_by_the_next(
     make_run: MakeRun, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -223,3 +226,19 @@ def test_two_processes_do_not_take_up_one_work(run: Path, tmp_path: Path) -> Non
         pytest.raises(RefusedError, match="Another process is at work on"),
     ):
         ckpt_ema.average(run, output=tmp_path / "out", **OPTIONS)
+
+
+def test_what_is_written_down_of_an_output_that_is_published_is_void(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run was killed after it had published, and somebody has moved the output away."""
+    output = tmp_path / "out"
+    with monkeypatch.context() as killed:
+        killed.setattr(work, "remove", lambda _: None)
+        ckpt_ema.average(run, output=output, **OPTIONS)
+    expected = (output / "model.safetensors").read_bytes()
+    assert list(tmp_path.glob(".out.ckpt-ema-*/tiles-*.jsonl"))
+    shutil.rmtree(output)
+    ckpt_ema.average(run, output=output, **OPTIONS)
+    assert (output / "model.safetensors").read_bytes() == expected
+    assert not list(tmp_path.glob(".out.ckpt-ema-*"))

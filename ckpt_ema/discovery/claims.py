@@ -1,12 +1,12 @@
 """What a checkpoint says of its own place in the run, in the small files beside its weights."""
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ckpt_ema.files import leads_to_folder
 from ckpt_ema.layouts import TRAINER_STATE
 
 _HEAD_BYTES = 4096
@@ -80,7 +80,7 @@ def claims_beside(path: Path, stem: str) -> Claims:
 
     `path` is the checkpoint's folder or file and `stem` its name without extension.
     """
-    is_folder = os.path.isdir(path)
+    is_folder = leads_to_folder(path)
     for source in _IN_FOLDER if is_folder else _BESIDE_FILE:
         file = (path if is_folder else path.parent) / source.name.format(stem=stem)
         try:

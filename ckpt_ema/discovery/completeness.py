@@ -5,7 +5,6 @@ warning. One in the middle is a loss that somebody should know of: it is refused
 """
 
 import functools
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from ckpt_ema.discovery.locate import names_in
 from ckpt_ema.discovery.names import stem_of
 from ckpt_ema.discovery.order import Checkpoint, Read
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
+from ckpt_ema.files import leads_to_folder, mode_of
 from ckpt_ema.options import Options
 
 ProblemOf = Callable[[Checkpoint], str | None]
@@ -110,13 +110,13 @@ def _tracked(run: Path) -> int | None:
 
 def _markers(path: Path) -> set[str]:
     """The markers of trainers, of whole or unfinished checkpoints, that a folder holds."""
-    if not os.path.isdir(path):
+    if not leads_to_folder(path):
         return set()
     names = names_in(path)
     return {
         marker
         for marker in (*layouts.DONE, *layouts.UNDONE)
-        if marker.split("/")[0] in names and os.path.lexists(os.path.join(path, marker))
+        if marker in names or (marker.split("/")[0] in names and mode_of(path / marker))
     }
 
 
@@ -134,7 +134,7 @@ def _marked_unfinished(
     for name in layouts.UNDONE:
         if name in present:
             return f"it holds {name}."
-    for name in layouts.DONE if os.path.isdir(path) else ():
+    for name in layouts.DONE if leads_to_folder(path) else ():
         if name in used and name not in present:
             return f"it lacks {name}, which other checkpoints of the run have."
     return None

@@ -26,6 +26,7 @@ from ckpt_ema.discovery.series import (
     without_copies,
 )
 from ckpt_ema.errors import OptionError, RefusedError, printable, some
+from ckpt_ema.files import leads_to_folder, mode_of
 from ckpt_ema.formats.specs import Weights
 from ckpt_ema.options import Options
 
@@ -44,7 +45,7 @@ def discover(paths: Sequence[Path], options: Options, read: Read) -> Found:
             raise RefusedError(f"{printable(path)} does not exist.", "Check the path.") from error
         except OSError as error:
             raise RefusedError(f"{printable(path)} is out of reach: {error.strerror}.") from error
-    if len(paths) == 1 and os.path.isdir(paths[0]):
+    if len(paths) == 1 and leads_to_folder(paths[0]):
         return _in_run(paths[0], options, read)
     return listed(paths, options)
 
@@ -75,7 +76,7 @@ def _in_run(
     if not entries:
         raise RefusedError(_nothing_found(run, scanned))
     forms = {form_of(entry.stem) for entry in entries}
-    _check_blocked(scanned, forms, os.path.isdir(entries[0].path), options)
+    _check_blocked(scanned, forms, leads_to_folder(entries[0].path), options)
     members = ordered(without_copies(entries, options, scanned.left_out), options, read)
     aliases = _candidates_for_alias(scanned, forms)
     checkpoints, remarks = resolve_aliases(members, aliases, options, read, scanned.left_out)
@@ -83,7 +84,7 @@ def _in_run(
         places = [run / name, (given or run) / name, Path(name)]
         path = next((place for place in places if os.path.lexists(place)), run / name)
         checkpoints.append(_appended(path, checkpoints, options))
-    folders = os.path.isdir(members[-1].path)
+    folders = leads_to_folder(members[-1].path)
     unfinished = [
         path for path in scanned.without_weights if folders and form_of(path.name) in forms
     ]
@@ -212,7 +213,7 @@ def _candidates_for_alias(scanned: Scan, forms: set[str]) -> list[Path]:
 def _check_blocked(scanned: Scan, forms: set[str], is_folder: bool, options: Options) -> None:
     """Refuse steps of the series in a form that is not read; those of other names are left out."""
     for path, blocked in scanned.blocked.items():
-        same_kind = os.path.isdir(path) == is_folder
+        same_kind = leads_to_folder(path) == is_folder
         if same_kind and form_of(stem_of(path.name)) in forms and not options.skip_incomplete:
             raise RefusedError(
                 f"{printable(path)} is {blocked.what}, while other steps of the run can be read.",
@@ -224,7 +225,7 @@ def _check_blocked(scanned: Scan, forms: set[str], is_folder: bool, options: Opt
 def _appended(path: Path, members: Sequence[Checkpoint], options: Options) -> Checkpoint:
     if any(matches(path.name, pattern) for pattern in options.exclude):
         raise OptionError(f"--append {printable(path.name)} is also left out by --exclude.")
-    if not os.path.exists(path):
+    if not mode_of(path):
         raise RefusedError(f"--append {printable(path.name)}: {printable(path)} does not exist.")
     for member in members:
         if os.path.samefile(path, member.path):

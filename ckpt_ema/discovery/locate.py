@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ckpt_ema import layouts
 from ckpt_ema.errors import RefusedError, printable, some
+from ckpt_ema.files import leads_to_folder, mode_of
 from ckpt_ema.formats.specs import Part, Weights
 from ckpt_ema.options import Options
 
@@ -38,7 +39,7 @@ def locate(path: Path, options: Options, *, depth: int = _MOST_DEPTH) -> Weights
     `depth` is how many folders deep to look for the sign of a form that is not read.
     Raises `RefusedError` if it holds two forms of its weights and nothing says which.
     """
-    if not os.path.isdir(path):
+    if not leads_to_folder(path):
         blocked = _sign_of_another_form([path.name])
         if blocked or not layouts.WEIGHTS_EXTENSION.search(path.name) or options.component:
             return blocked  # a file has no components; --key looks inside
@@ -67,10 +68,7 @@ def names_in(folder: Path) -> set[str]:
 
 def kind_of(path: Path) -> str | None:
     """Whether a path leads to a folder or a regular file; None for a broken link, a FIFO, ..."""
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return None
+    mode = mode_of(path)
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else None
 
 
@@ -145,7 +143,7 @@ def _component(path: Path, component: str, options: Options) -> Weights | Blocke
     if layouts.COMPONENT.search(component.removesuffix("_ema")):
         return _pipeline(path, component)
     inside = path / component
-    if os.path.isdir(inside):
+    if leads_to_folder(inside):
         return (
             _in_folder(inside, options)
             or _in_model_folder(inside, options)
@@ -167,7 +165,7 @@ def _pipeline(path: Path, component: str | None = None) -> Weights | None:
     chosen = [n for n in names if n == component or (not component and layouts.COMPONENT.search(n))]
     parts = []
     for name in chosen:
-        if os.path.isdir(path / name):
+        if leads_to_folder(path / name):
             file = _model_file(path / name, names_in(path / name), Options())
             if file:
                 parts.append(Part(f"{name}/{file}", f"{name}/"))
@@ -184,7 +182,7 @@ def _pipeline(path: Path, component: str | None = None) -> Weights | None:
 
 def _in_model_folder(path: Path, options: Options) -> Weights | None:
     for name in layouts.MODEL_FOLDERS:
-        if os.path.isdir(path / name):
+        if leads_to_folder(path / name):
             found = _in_folder(path / name, options)
             if found:
                 return found
@@ -195,10 +193,10 @@ def _distributed(path: Path) -> Weights | Blocked | None:
     """What torch.distributed.checkpoint wrote, in the checkpoint or a folder of it."""
     for name in layouts.DCP_FOLDERS:
         metadata = os.path.join(name, layouts.DCP_METADATA)
-        names = names_in(path / name) if os.path.isdir(path / name) else set()
+        names = names_in(path / name) if leads_to_folder(path / name) else set()
         # Without metadata, which is written last, it is an unfinished save of the same kind.
         if layouts.DCP_METADATA in names or any(file.endswith(".distcp") for file in names):
-            if "common.pt" in names or os.path.isdir(path / "context"):
+            if "common.pt" in names or leads_to_folder(path / "context"):
                 return _sign_of_another_form(["common.pt", "context/"])
             if name in layouts.MODEL_FOLDERS:
                 return Weights(path / name, (Part(layouts.DCP_METADATA),))

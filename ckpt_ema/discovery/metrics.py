@@ -7,7 +7,6 @@ results beside the weights, the name of the checkpoint, or plain numbers in a to
 import contextlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from ckpt_ema import layouts
 from ckpt_ema.discovery.names import stem_of
 from ckpt_ema.discovery.order import STEP_UNITS, Checkpoint, Read
 from ckpt_ema.errors import IncompleteError, OptionError, RefusedError, printable, some
+from ckpt_ema.files import leads_to_folder
 
 _LOWER_IS_BETTER = re.compile(
     r"(loss|perplexity|ppl|wer|cer|ter|eer|error|err|mae|mse|rmse|nll|fid|kid|bpb|bpc)\d*$"
@@ -90,7 +90,7 @@ def _metrics(checkpoint: Checkpoint, read: Read) -> Metrics:
     """What one checkpoint tells by itself; what is told closest to the weights wins."""
     path = checkpoint.path
     found: dict[str, float] = {}
-    if os.path.isdir(path):
+    if leads_to_folder(path):
         for file in sorted(path.iterdir()):
             if layouts.METRIC_FILES.search(file.name):
                 found.update(_numbers(_json(file)))

@@ -4,7 +4,6 @@ What a trainer wrote inside a checkpoint comes first, then the words in its name
 the one number that varies from name to name. Text order and modification times never order.
 """
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from ckpt_ema import layouts
 from ckpt_ema.discovery.claims import claims_beside
 from ckpt_ema.discovery.names import numbers_in, slots_in, stem_of
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
+from ckpt_ema.files import leads_to_folder
 from ckpt_ema.formats import is_safetensors
 from ckpt_ema.formats.specs import Specs, Weights
 from ckpt_ema.options import Options
@@ -68,7 +68,7 @@ def claims_of(entry: Entry, read: Read, *, inside: bool) -> dict[str, int]:
     An incomplete file says nothing.
     """
     found = claims_beside(entry.path, stem_of(entry.path.name)).numbers
-    if found or os.path.isdir(entry.path):
+    if found or leads_to_folder(entry.path):
         return found
     if inside or is_safetensors(entry.path.name):
         try:
@@ -144,7 +144,7 @@ def _count_saves(entries: Sequence[Entry], keys: Sequence[int]) -> bool:
     """Whether the numbers are accelerate's, which count saves and say nothing of distances."""
     consecutive = sorted(keys) == list(range(min(keys), min(keys) + len(keys)))
     return consecutive and all(
-        layouts.SAVE_INDEX.search(entry.stem) and os.path.isdir(entry.path) for entry in entries
+        layouts.SAVE_INDEX.search(entry.stem) and leads_to_folder(entry.path) for entry in entries
     )
 
 
@@ -201,7 +201,9 @@ def _check_rises(entries: Sequence[Entry], unit: str, keys: Sequence[int], read:
     """Refuse names whose order is not that of the epochs in them, or of the steps in the files."""
     rows = [entry for _, entry in sorted(zip(keys, entries, strict=True), key=lambda row: row[0])]
     named = [{u: n for u, n in numbers_in(row.stem).items() if u == "epoch"} for row in rows]
-    inside = [{} if os.path.isdir(row.path) else claims_of(row, read, inside=True) for row in rows]
+    inside = [
+        {} if leads_to_folder(row.path) else claims_of(row, read, inside=True) for row in rows
+    ]
     for claims in (named, inside):
         for (earlier, first), (later, second) in pairwise(zip(rows, claims, strict=True)):
             what = deciding_unit(first, second)

@@ -22,6 +22,7 @@ from ckpt_ema.discovery.names import (
 from ckpt_ema.discovery.order import Entry
 from ckpt_ema.discovery.patterns import why_unwanted
 from ckpt_ema.errors import RefusedError, printable, some
+from ckpt_ema.files import leads_to_folder
 from ckpt_ema.formats.specs import Weights
 from ckpt_ema.options import Options
 
@@ -49,7 +50,7 @@ def scan(run: Path, options: Options) -> Scan:
 
 def is_hub_cache(folder: Path) -> bool:
     """Whether it is the cache of the Hugging Face Hub for one model: revisions and snapshots."""
-    return os.path.isdir(folder / "refs") and os.path.isdir(folder / "snapshots")
+    return leads_to_folder(folder / "refs") and leads_to_folder(folder / "snapshots")
 
 
 def container(run: Path, options: Options) -> tuple[Path, Scan] | None:

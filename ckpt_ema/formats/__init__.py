@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
-from ckpt_ema.files import open_regular, read_exactly
+from ckpt_ema.files import mode_of, open_regular, read_exactly
 from ckpt_ema.formats import dcp, safetensors, torch_file
 from ckpt_ema.formats.specs import FileSpec, Part, Specs, TensorSpec, Weights
 from ckpt_ema.layouts import DCP_METADATA, INDEX_SUFFIX
@@ -139,7 +139,7 @@ def _check_shard_names(index: Path, shards: list[str]) -> None:
                 f"{printable(index)} names the shard {printable(shard)!r}, which is not a plain"
                 " file name: a checkpoint may not reach outside its folder."
             )
-        if not os.path.exists(index.parent / shard):  # Path.exists raises for long names
+        if not mode_of(index.parent / shard):
             raise IncompleteError(
                 f"{printable(index.parent)} is incomplete: {printable(index.name)} names"
                 f" {printable(shard)}, and that file is missing.",

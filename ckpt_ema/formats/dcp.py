@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import IO, Any, NamedTuple, TypeGuard
 
 from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
-from ckpt_ema.files import open_regular, read_exactly
+from ckpt_ema.files import mode_of, open_regular, read_exactly
 from ckpt_ema.formats.model_key import find_model
 from ckpt_ema.formats.specs import FileSpec, Piece, Specs, TensorSpec, packed_strides
 from ckpt_ema.formats.torch_file import Region, read_tensor
@@ -315,7 +315,7 @@ def _located(
     places: dict[_Chunk, list[Piece]] = {}
     for number, (name, members) in enumerate(sorted(by_file.items()), start=1):
         path = os.path.join(folder, name)
-        if not os.path.exists(path):
+        if not mode_of(path):
             raise IncompleteError(
                 f"{printable(folder)} is incomplete: its metadata names {printable(name)}, and that"
                 " file is missing.",

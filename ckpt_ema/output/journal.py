@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from ckpt_ema.folding.duplicates import Twins
-from ckpt_ema.output.work import WorkFolder, as_failure
+from ckpt_ema.output.work import JOURNAL, WorkFolder, as_failure, durable_file, write_all
 
 _SECONDS = 10.0  # of work that is lost at most, but for what takes longer to write
 
@@ -32,7 +32,7 @@ class Journal:
             for tile in range(first, last + 1)
         }
         self.different = {(one, other) for line in lines for one, other in line["different"]}
-        self._path = work.path / f"tiles-{secrets.token_hex(4)}.jsonl"
+        self._path = work.path / f"tiles-{secrets.token_hex(4)}{JOURNAL}"
         self._make_durable = make_durable
         self._new: list[int] = []
         self._lock = threading.Lock()
@@ -55,16 +55,14 @@ class Journal:
         if tiles:
             self._make_durable()
             line = {"tiles": list(ranges(tiles)), "different": twins.different}
-            with as_failure(self._path), self._path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
+            with as_failure(self._path), durable_file(self._path) as fd:
+                write_all(fd, json.dumps(line).encode() + b"\n", os.fstat(fd).st_size)
         self._last = time.monotonic()
 
 
 def _lines(work: WorkFolder) -> Iterator[dict[str, Any]]:
     """What is written down; the last line of a killed run may be half there."""
-    for path in sorted(work.path.glob("tiles-*.jsonl")):
+    for path in sorted(work.path.glob(f"tiles-*{JOURNAL}")):
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 yield json.loads(line)

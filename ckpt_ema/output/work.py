@@ -17,11 +17,13 @@ from types import TracebackType
 from typing import Any
 
 from ckpt_ema.errors import FailedError, RefusedError, printable
+from ckpt_ema.files import mode_of
 from ckpt_ema.output.vacancy import averages_in
 
 _MARK = ".ckpt-ema-"
 _OUTPUT = "output"
 _RECORD = ".json"
+JOURNAL = ".jsonl"
 PART = "part-"  # records of this kind say that a part is done
 
 
@@ -63,36 +65,48 @@ class WorkFolder:
     ) -> None:
         if not self.kept:
             remove(self.path)
-        os.close(self._fd)
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
 
     def _claim(self) -> bool:
         """Make the folder and lock it; False if another run took it for a leftover meanwhile."""
         self.path.mkdir(exist_ok=bool(self._key))
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        if _lock(self._fd, is_shared=self._is_shared) is False and self._key:
-            os.close(self._fd)
-            raise RefusedError(
-                f"Another process is at work on {printable(self.final)}, in"
-                f" {printable(self.path)}.",
-                "Wait for it, or stop it.",
-            )
-        try:
-            if os.path.samestat(os.fstat(self._fd), self.path.stat()):
-                return True
-        except FileNotFoundError:
-            pass
-        os.close(self._fd)
-        return False
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        with contextlib.ExitStack() as unless_claimed:
+            unless_claimed.callback(os.close, fd)
+            if _lock(fd, is_shared=self._is_shared) is False and self._key:
+                raise RefusedError(
+                    f"Another process is at work on {printable(self.final)}, in"
+                    f" {printable(self.path)}.",
+                    "Wait for it, or stop it.",
+                )
+            try:
+                is_there = os.path.samestat(os.fstat(fd), self.path.stat())
+            except FileNotFoundError:
+                is_there = False
+            if is_there:
+                self._forget_what_is_gone()
+                self._fd = fd
+                unless_claimed.pop_all()
+            return is_there
+
+    def _forget_what_is_gone(self) -> None:
+        """Drop what is written down of an output that is not here.
+
+        A run was killed after it had published that, or could not tidy up.
+        """
+        told = [*_records(self.path, ""), *self.path.glob(f"*{JOURNAL}")]
+        if not mode_of(self.output):
+            for path in told:
+                path.unlink()
 
     def record(self, name: str, content: dict[str, Any]) -> None:
         """Write down a fact about the work under a name, durably and all at once."""
         path = self.path / f"{name}{_RECORD}"
         temporary = self.path / f"{secrets.token_hex(4)}.tmp"
         with as_failure(path):
-            with temporary.open("x", encoding="utf-8") as stream:
-                json.dump(content, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
+            with durable_file(temporary) as fd:
+                write_all(fd, json.dumps(content).encode())
             os.replace(temporary, path)
             fsync_folder(self.path)
 
@@ -109,7 +123,7 @@ def existing_work(final: Path, prefix: str) -> list[str]:
         return sorted(
             path.name[len(stem) :]
             for path in final.parent.iterdir()
-            if path.name.startswith(stem) and _records(path, prefix)
+            if path.name.startswith(stem) and _waits(path, prefix)
         )
     return []
 
@@ -122,6 +136,11 @@ def hidden_sibling(final: Path, key: str = "") -> Path:
 def _hidden_stem(final: Path) -> str:
     name = os.fsencode(final.name)[:200]  # a name has room for 255 bytes
     return f".{os.fsdecode(name)}{_MARK}"
+
+
+def _waits(folder: Path, prefix: str) -> bool:
+    """Whether it holds an output and records of this kind."""
+    return bool(_records(folder, prefix)) and mode_of(folder / _OUTPUT) != 0
 
 
 def _records(folder: Path, prefix: str) -> list[Path]:
@@ -137,9 +156,10 @@ def _remove_leftovers(final: Path, spared: Path) -> None:
     stem = _hidden_stem(final)
     for name in os.listdir(final.parent):
         path = final.parent / name
-        if not name.startswith(stem) or path == spared or _records(path, PART):
+        if not name.startswith(stem) or path == spared or _waits(path, PART):
             continue
-        if not os.path.lexists(final) and averages_in(path):
+        is_work = mode_of(path / _OUTPUT) != 0
+        if not is_work and not os.path.lexists(final) and averages_in(path):
             continue
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -161,6 +181,24 @@ def _lock(fd: int, *, is_shared: bool) -> bool | None:
     return True
 
 
+@contextlib.contextmanager
+def durable_file(path: Path) -> Iterator[int]:
+    """A descriptor of a file, which is made if it is not there; on the disk when the block ends."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        yield fd
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int = 0) -> None:
+    """Put all of `data` (bytes) at `offset` of an open file."""
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)
+
+
 def fsync_folder(path: str | Path) -> None:
     """Make the names in a folder durable."""
     fd = os.open(path, os.O_RDONLY)
@@ -175,10 +213,10 @@ def fsync_folder(path: str | Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it is there and can be removed."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink()
 
 

@@ -8,17 +8,25 @@ import contextlib
 import ctypes
 import errno
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from ckpt_ema.errors import FailedError, printable
-from ckpt_ema.files import open_regular
-from ckpt_ema.output.work import WorkFolder, as_failure, fsync_folder, hidden_sibling, remove
+from ckpt_ema.files import open_regular, read_exactly
+from ckpt_ema.output.work import (
+    WorkFolder,
+    as_failure,
+    durable_file,
+    fsync_folder,
+    hidden_sibling,
+    remove,
+    write_all,
+)
 from ckpt_ema.planning.outputs import OutputFile
 
 _MOST_OPEN_FILES = 16
+_COPIED_BYTES = 1 << 20  # at a time
 
 
 class StagedOutput:
@@ -71,9 +79,7 @@ class StagedOutput:
     def write(self, file: int, data: memoryview, offset: int) -> None:
         """Put `data` at `offset` of model file number `file`; from any thread."""
         with as_failure(self._final), self._opened(file) as fd:
-            done = 0
-            while done < len(data):
-                done += os.pwrite(fd, data[done:], offset + done)
+            write_all(fd, data, offset)
             _start_writeback(fd, offset, len(data))
 
     @contextlib.contextmanager
@@ -93,20 +99,20 @@ class StagedOutput:
         path = self._staging / name
         with as_failure(self._final / name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
+            with durable_file(path) as fd:
+                write_all(fd, content)
+                os.ftruncate(fd, len(content))  # what a part before this one wrote may be longer
 
     def copy(self, source: Path, name: str) -> None:
         """Copy one file that travels with the weights, byte for byte."""
         path = self._staging / name
         with open_regular(os.fspath(source)) as file, as_failure(self._final / name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(file.fd, "rb", closefd=False) as original, path.open("wb") as stream:
-                shutil.copyfileobj(original, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
+            with durable_file(path) as fd:
+                for offset in range(0, file.size_bytes, _COPIED_BYTES):
+                    count = min(_COPIED_BYTES, file.size_bytes - offset)
+                    write_all(fd, read_exactly(os.fspath(source), file.fd, count, offset), offset)
+                os.ftruncate(fd, file.size_bytes)
 
     def check_loads(self) -> None:
         """Have the safetensors library itself accept every model file; it reads headers only."""

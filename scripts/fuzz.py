@@ -1,0 +1,191 @@
+"""Feed broken checkpoints to the readers for a while: refused in one sentence, or read.
+
+Each round takes a good file of some format, breaks it in a few places and reads its headers. What
+counts as a find: an exception of another class, more than a second, more memory than the file has
+any business with, or a safetensors file that the safetensors library itself refuses and we do not.
+A find is kept, with the number of the round; the same --seed makes the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import environment
+
+MOST_SECONDS = 1.0  # for one file of a few kilobytes
+MOST_GROWTH_BYTES = 64 << 20  # of the process, over all rounds
+
+# Bytes that mean something in one of the formats.
+TOKENS = [
+    *(b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b"0", b"-0", b"1e9", b"NaN", b"null", b"\0"),
+    *(b"__metadata__", b"data_offsets", b"shape", b"dtype", b'"F64"', b"weight_map", b"../x"),
+    *(
+        b"PK\x03\x04",
+        b"PK\x01\x02",
+        b"PK\x05\x06",
+        b"\x80\x02",
+        b"\x80\x04",
+        b".",
+        b"(",
+        b")",
+        b"t",
+    ),
+    *(b"R", b"c", b"os\nsystem\n", b"\x93", b"\x8c\x02os", b"Q", b"\x85", b"b", b"h\x00", b"q\xff"),
+    *(b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"\0" * 8, b"\x8a\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf"),
+]
+
+
+def make_seeds(folder: Path) -> dict[str, tuple[Path, str, bytes]]:
+    """A good checkpoint of each format: its folder, the name of the file to break, its content."""
+    import torch
+    from safetensors.torch import save_file
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    state = {
+        "layer.weight": torch.arange(12.0).reshape(3, 4),
+        "layer.bias": torch.arange(4).bfloat16(),
+        "steps": torch.tensor([1, 2, 3]),
+    }
+    folders = {name: folder / name for name in ("safetensors", "index", "zip", "legacy", "dcp")}
+    for each in folders.values():
+        each.mkdir()
+    save_file(state, folders["safetensors"] / "model.safetensors", {"format": "pt"})
+    save_file(state, folders["index"] / "model-00001-of-00001.safetensors")
+    weight_map = dict.fromkeys(state, "model-00001-of-00001.safetensors")
+    index = folders["index"] / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 80}, "weight_map": weight_map}))
+    torch.save({"model": state, "step": 3}, folders["zip"] / "pytorch_model.bin")
+    torch.save(
+        {"model": state, "step": 3},
+        folders["legacy"] / "pytorch_model.bin",
+        _use_new_zipfile_serialization=False,
+    )
+    save({"model": state}, checkpoint_id=str(folders["dcp"]), no_dist=True)
+    files = {
+        "safetensors": "model.safetensors",
+        "index": index.name,
+        "zip": "pytorch_model.bin",
+        "legacy": "pytorch_model.bin",
+        "dcp": ".metadata",
+    }
+    return {
+        name: (folders[name], file, (folders[name] / file).read_bytes())
+        for name, file in files.items()
+    }
+
+
+def broken(content: bytes, chance: random.Random) -> bytes:
+    """`content` with one to four changes: bits, tokens, numbers, what is cut, moved or repeated."""
+    data = bytearray(content)
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(data) + 1)
+        end = min(len(data), at + chance.choice([0, 1, 2, 8, 64]))
+        kind = chance.randrange(6)
+        if kind == 0 and at < len(data):
+            data[at] ^= 1 << chance.randrange(8)
+        elif kind == 1:
+            data[at:end] = chance.choice(TOKENS)
+        elif kind == 2:
+            data[at:end] = chance.randrange(1 << 64).to_bytes(8, chance.choice(["little", "big"]))
+        elif kind == 3:
+            del data[at:end]
+        elif kind == 4:
+            data[at:at] = data[chance.randrange(len(data) + 1) :][: chance.choice([1, 9, 99])]
+        else:
+            del data[at:]
+    return bytes(data)
+
+
+def library_refuses(path: Path) -> bool:
+    """Whether the safetensors library does not open a file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            file.keys()
+    except (SafetensorError, OSError):
+        return True
+    return False
+
+
+def tried(read: Callable[[], Any]) -> str:
+    """What came of reading: "read" or "refused", or what nobody should ever see."""
+    from ckpt_ema.errors import CkptEmaError
+
+    start = time.monotonic()
+    try:
+        read()
+        outcome = "read"
+    except CkptEmaError as error:
+        outcome = "refused" if "\n" not in str(error) else f"said in two lines: {error}"
+    except Exception as error:  # that none comes is what is tested here
+        outcome = f"{type(error).__name__}: {error}"
+    took = time.monotonic() - start
+    return outcome if took <= MOST_SECONDS else f"took {took:.1f} s and was {outcome}"
+
+
+def one_round(
+    seeds: dict[str, tuple[Path, str, bytes]], chance: random.Random
+) -> tuple[str, bytes, str]:
+    """Break a file and read it: which format, what was read, and what came of it."""
+    from ckpt_ema.formats import read_specs
+    from ckpt_ema.formats.specs import Part, Weights
+
+    name = chance.choice(sorted(seeds))
+    folder, file, good = seeds[name]
+    content = broken(good, chance)
+    (folder / file).write_bytes(content)
+    outcome = tried(lambda: read_specs(Weights(folder, (Part(file),))))
+    if outcome == "read" and name == "safetensors" and library_refuses(folder / file):
+        outcome = "read, and the library refuses it"
+    return name, content, outcome
+
+
+def fuzz(seconds: float, seed: int, finds: Path) -> int:
+    """Break and read for so many seconds; returns the number of finds."""
+    outcomes: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as place:
+        seeds = make_seeds(Path(place))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            number = outcomes.total() + 1
+            name, content, outcome = one_round(seeds, random.Random(f"{seed}/{number}"))
+            if outcome not in ("read", "refused"):
+                finds.mkdir(parents=True, exist_ok=True)
+                (finds / f"{name}-{seed}-{number}").write_bytes(content)
+                print(f"{finds}/{name}-{seed}-{number}: {outcome}")
+                outcome = "FOUND"
+            outcomes[f"{name} {outcome}"] += 1
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    told = ", ".join(f"{kind} {count}" for kind, count in sorted(outcomes.items()))
+    print(f"{outcomes.total()} files in {seconds:g} s: {told}; memory grew by {grown >> 20} MiB")
+    found = sum(count for kind, count in outcomes.items() if kind.endswith("FOUND"))
+    return found + (grown > MOST_GROWTH_BYTES)
+
+
+def main() -> int:
+    """Parse the arguments; exit code 1 says that something was found."""
+    parser = argparse.ArgumentParser(description="Feed broken checkpoints to the readers.")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--finds", type=Path, default=Path("finds"), help="where finds are kept")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    return 1 if fuzz(options.seconds, options.seed, options.finds) else 0
+
+
+if __name__ == "__main__":
+    environment.enter()
+    sys.exit(main())

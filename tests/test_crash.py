@@ -1,0 +1,239 @@
+"""The output is whole or absent, whatever fails and whenever: faults injected, processes killed."""
+
+import errno
+import itertools
+import json
+import multiprocessing
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import ckpt_ema
+from ckpt_ema import CkptEmaError
+from tests.conftest import MakeRun, noise, series
+from tests.faulty_os import KINDS, faulty
+
+Job = Callable[[Path, Path], None]  # run, output
+
+
+def one(run: Path, output: Path) -> None:
+    """One average into a folder."""
+    ckpt_ema.average(run, output=output, device="cpu", threads=1, tile_size=64)
+
+
+def replacing(run: Path, output: Path) -> None:
+    """The same in the place of what is there."""
+    ckpt_ema.average(
+        run, output=output, device="cpu", threads=1, tile_size=64, decay=0.1, overwrite=True
+    )
+
+
+def several(run: Path, output: Path) -> None:
+    """Two averages in one pass."""
+    ckpt_ema.average(run, output=output, device="cpu", threads=1, tile_size=64, decay=[0.1, 0.2])
+
+
+def single(run: Path, output: Path) -> None:
+    """One file."""
+    ckpt_ema.average(
+        run, output=output.with_suffix(".safetensors"), device="cpu", threads=1, tile_size=64
+    )
+
+
+def resumed(run: Path, output: Path) -> None:
+    """With a journal of what is done."""
+    ckpt_ema.average(run, output=output, device="cpu", threads=1, tile_size=64, resume=True)
+
+
+def in_parts(run: Path, output: Path) -> None:
+    """Two parts and their publication."""
+    for part in ("1/2", "2/2"):
+        ckpt_ema.average_part(run, part, output=output, device="cpu", threads=1, tile_size=64)
+    ckpt_ema.finish(output)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, or a file alone."""
+    paths = [folder] if folder.is_file() else sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
+
+
+def models(output: Path) -> dict[str, bytes]:
+    """The files of an output that are the same each time it is made; not the manifest, the card."""
+    told = ("ckpt_ema.json", "README.md")
+    return {name: data for name, data in contents(output).items() if not name.endswith(told)}
+
+
+class Scene:
+    """A run, an output beside it, and what has to come of them."""
+
+    def __init__(self, run: Path, job: Job) -> None:
+        self.run, self.job = run, job
+        name = "out.safetensors" if job is single else "out"
+        self.output = run.parent / name
+        self.inputs = contents(run)
+        (run.parent / "expected").mkdir()
+        job(run, run.parent / "expected" / "out")
+        self.expected = models(run.parent / "expected" / name)
+        self.before: dict[str, bytes] = {}
+        if job is replacing:
+            self.restore()
+
+    def restore(self) -> None:
+        """Bring back what was at the output path before."""
+        for path in self.leftovers():
+            ckpt_ema.output.work.remove(path)
+        ckpt_ema.output.work.remove(self.output)
+        if self.job is replacing:
+            one(self.run, self.output)
+            self.before = models(self.output)
+
+    def leftovers(self) -> list[Path]:
+        """What lies beside the run and the outputs."""
+        names = {self.run.name, self.output.name, "expected"}
+        return [path for path in self.run.parent.iterdir() if path.name not in names]
+
+    def check(self, *, has_failed: bool) -> bool:
+        """Check what is at the output path; whether anything is left beside it."""
+        assert contents(self.run) == self.inputs
+        found = models(self.output)
+        if found != self.expected:
+            assert has_failed
+            assert found == self.before
+        left = self.leftovers()
+        assert all(path.name.startswith(f".{self.output.name}.ckpt-ema-") for path in left)
+        return bool(left)
+
+    def repeat(self) -> None:
+        """Do it again without a fault: all is well, and the next that is made removes leftovers."""
+        self.job(self.run, self.output.parent / "out")
+        assert models(self.output) == self.expected
+        ckpt_ema.average(self.run, output=self.output, device="cpu", decay=0.3, overwrite=True)
+        assert self.leftovers() == []
+
+
+def small_run(make_run: MakeRun, name: str = "run") -> Path:
+    """Three checkpoints in two shards, with integers, and the steps that the trainer wrote."""
+    states = series(3, a=noise(3, 5, 7), b=noise(3, 40, dtype=torch.bfloat16), n=torch.arange(9))
+    run = make_run(states, name=name, shards=2)
+    for folder in run.iterdir():
+        state = {"global_step": int(folder.name.removeprefix("checkpoint-"))}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    return run
+
+
+JOBS: list[Job] = [one, replacing, several, single, resumed, in_parts]
+
+
+@pytest.fixture(params=JOBS, ids=lambda job: job.__name__)
+def scene(request: pytest.FixtureRequest, make_run: MakeRun) -> Scene:
+    """Each way to make an output."""
+    return Scene(small_run(make_run), request.param)
+
+
+def sweep(scene: Scene, kind: str, error: int, *, ever_after: bool) -> int:
+    """Fail the first call of a kind, the second ..., until the run passes; how many there were."""
+    for k in itertools.count(1):
+        failure: BaseException | None = None
+        with faulty(kind, k, error, ever_after=ever_after) as faults:
+            try:
+                scene.job(scene.run, scene.output.parent / "out")
+            except (CkptEmaError, OSError) as caught:
+                failure = caught
+        scene.check(has_failed=failure is not None)
+        assert failure is None or str(failure).count("\n") == 0
+        if scene.leftovers():  # if not, all is as it was before, or as it shall be
+            scene.repeat()
+        scene.restore()
+        if not faults.injected:
+            assert failure is None
+            return k - 1
+    raise AssertionError
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whichever_call_fails_the_output_is_whole_or_absent(make_run: MakeRun, kind: str) -> None:
+    sweep(Scene(small_run(make_run), one), kind, errno.EIO, ever_after=False)
+
+
+@pytest.mark.parametrize("kind", ["preadv", "pwrite"])
+def test_a_short_transfer_is_gone_on_with(scene: Scene, kind: str) -> None:
+    for k in itertools.count(1):
+        with faulty(kind, k, 0) as faults:
+            scene.job(scene.run, scene.output.parent / "out")
+        assert scene.check(has_failed=False) is False
+        scene.restore()
+        if not faults.injected:
+            break
+    assert k > 5
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("ever_after", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_of_every_call_in_every_way_to_make_an_output(
+    scene: Scene, kind: str, ever_after: bool
+) -> None:
+    sweep(scene, kind, errno.ENOSPC if ever_after else errno.EIO, ever_after=ever_after)
+
+
+def test_no_kind_of_call_is_never_made(make_run: MakeRun) -> None:
+    """A sweep over such a one would prove nothing."""
+    made: set[str] = set()
+    for job in JOBS:
+        run = small_run(make_run, f"{job.__name__}/run")
+        scene = Scene(run, job)
+        with faulty() as faults:
+            job(run, run.parent / "out")
+        scene.check(has_failed=False)
+        made |= faults.calls.keys()
+    assert made == set(KINDS)
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "ckpt_ema.parts", "ckpt_ema.folding.engine", __name__])
+
+
+def killed_after(seconds: float, job: Job, run: Path, output: Path) -> float:
+    """Do a job in a process of its own that is killed after a while, and tell how long it lived."""
+    process = PROCESSES.Process(target=job, args=(run, output))
+    start = time.monotonic()
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return time.monotonic() - start
+
+
+def kill_at_random(make_run: MakeRun, job: Job, times: int) -> None:
+    """Kill it at random moments: the output is whole or absent, and what is left does no harm."""
+    scene = Scene(small_run(make_run, f"{job.__name__}/run"), job)
+    whole_seconds = 0.0
+    for _ in range(2):  # the first one waits for what all processes are forked from
+        whole_seconds = killed_after(60.0, job, scene.run, scene.output.parent / "out")
+        scene.check(has_failed=False)
+        scene.restore()
+    random_seconds, left = random.Random(job.__name__), 0
+    for _ in range(times):
+        seconds = random_seconds.uniform(0, 1.1 * whole_seconds)
+        killed_after(seconds, job, scene.run, scene.output.parent / "out")
+        if scene.check(has_failed=True):
+            left += 1
+            scene.repeat()
+        scene.restore()
+    assert left > 0  # or none was killed while it worked
+
+
+@pytest.mark.parametrize("job", [one, resumed])
+def test_a_run_that_is_killed_leaves_a_whole_output_or_none(make_run: MakeRun, job: Job) -> None:
+    kill_at_random(make_run, job, 25)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("job", JOBS)
+def test_killed_whatever_it_makes(make_run: MakeRun, job: Job) -> None:
+    kill_at_random(make_run, job, 100)
