@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import ckpt_ema
 from ckpt_ema import CkptEmaError
@@ -179,6 +180,24 @@ def test_every_way_of_every_call_in_every_way_to_make_an_output(
     scene: Scene, kind: str, ever_after: bool
 ) -> None:
     sweep(scene, kind, errno.ENOSPC if ever_after else errno.EIO, ever_after=ever_after)
+
+
+@pytest.mark.sweep
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("form", ["zip", "legacy", "dcp"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_call_while_other_formats_are_read(tmp_path: Path, form: str, kind: str) -> None:
+    run = tmp_path / "run"
+    for step, state in enumerate(series(3, a=noise(3, 5, 7), n=torch.arange(9)), start=1):
+        folder = run / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if form == "dcp":
+            save(dict(state), checkpoint_id=folder, no_dist=True)
+        else:
+            as_zip = form == "zip"
+            path = folder / "pytorch_model.bin"
+            torch.save(state, path, _use_new_zipfile_serialization=as_zip)
+    sweep(Scene(run, one), kind, errno.EIO, ever_after=False)
 
 
 def test_no_kind_of_call_is_never_made(make_run: MakeRun) -> None:

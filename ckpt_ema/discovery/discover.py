@@ -82,7 +82,7 @@ def _in_run(
     checkpoints, remarks = resolve_aliases(members, aliases, options, read, scanned.left_out)
     for name in options.append:
         places = [run / name, (given or run) / name, Path(name)]
-        path = next((place for place in places if os.path.lexists(place)), run / name)
+        path = next((place for place in places if mode_of(place)), run / name)
         checkpoints.append(_appended(path, checkpoints, options))
     folders = leads_to_folder(members[-1].path)
     unfinished = [

@@ -22,7 +22,7 @@ from ckpt_ema.discovery.names import (
 from ckpt_ema.discovery.order import Entry
 from ckpt_ema.discovery.patterns import why_unwanted
 from ckpt_ema.errors import RefusedError, printable, some
-from ckpt_ema.files import leads_to_folder
+from ckpt_ema.files import leads_to_folder, mode_of
 from ckpt_ema.formats.specs import Weights
 from ckpt_ema.options import Options
 
@@ -194,7 +194,7 @@ def _holds_model(path: Path, options: Options) -> bool:
 
 
 def _why_not(path: Path, stem: str, is_folder: bool) -> str | None:
-    if is_folder and os.path.lexists(os.path.join(path, layouts.MANIFEST_NAME)):
+    if is_folder and mode_of(path / layouts.MANIFEST_NAME):
         return "an output of ckpt-ema"
     return why_not_a_step(path.name, stem)
 

@@ -120,7 +120,7 @@ def read_specs(path: str, key: str | None = None) -> Specs:
     Raises `IncompleteError` if a data file is missing or cut, `RefusedError` for metadata that is
     damaged, hostile or inconsistent.
     """
-    if not os.path.lexists(path):
+    if not mode_of(path):
         raise IncompleteError(
             f"{printable(os.path.dirname(path))} has data files but no .metadata, which is written"
             " last."
