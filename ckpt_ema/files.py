@@ -81,6 +81,23 @@ def open_regular(path: str) -> Iterator[OpenFile]:
         os.close(fd)
 
 
+def hole_warnings(path: str, file: OpenFile) -> list[str]:
+    """A warning if a part of an open file has no place on the disk, where that can be told.
+
+    So it is after a save that set the size first and was interrupted; and in a sparse copy.
+    """
+    try:
+        hole = os.lseek(file.fd, 0, os.SEEK_HOLE)
+    except (OSError, AttributeError):  # a file system, or a system, that does not know
+        return []
+    if hole >= file.size_bytes:
+        return []
+    return [
+        f"{printable(path)} has a hole at byte {hole}, which reads as zeros: an interrupted save,"
+        " or a sparse copy."
+    ]
+
+
 def read_exactly(path: str, fd: int, count: int, offset: int) -> bytes:
     """`count` bytes from `offset`; raises `FailedError` if the file ends before."""
     buffer = bytearray(count)

@@ -385,6 +385,27 @@ def test_a_limit_on_descriptors_is_respected(make_run: MakeRun) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--tile-size", "512MiB"], 1, "error: The machine ran out of memory. Try --max-memory"),
+        (["--tile-size", "512MiB", "--max-memory", "64MiB"], 0, ""),
+    ],
+)
+def test_a_limit_on_memory_is_survived(
+    run: Path, options: list[str], code: int, message: str
+) -> None:
+    done = ckpt_ema(
+        *("average", run, "-q", "--device", "cpu", "--threads", "2", *options),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 32, 1 << 32)),
+    )
+    assert done.returncode == code
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == code
+    left = {path.name for path in run.parent.iterdir()} - {run.name}
+    assert left == (set() if code else {f"{run.name}-ema"})
+
+
 def test_formats_shows_every_trainer_and_what_to_do_instead() -> None:
     done = ckpt_ema("formats")
     assert (done.returncode, done.stderr) == (0, "")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import ckpt_ema
 from ckpt_ema import FailedError, OptionError, RefusedError
@@ -411,3 +412,29 @@ def test_shards_of_a_list_and_a_stale_one_are_told(make_run: MakeRun) -> None:
     write_shards(run / "checkpoint-2", {"w": torch.ones(4)}, 1)
     with pytest.raises(RefusedError, match="one of them is stale"):
         ckpt_ema.plan(run)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("form", ["safetensors", "zip", "legacy", "dcp"])
+def test_a_file_that_is_not_all_on_the_disk_is_warned_of(tmp_path: Path, form: str) -> None:
+    """Its length and its header are right, and its end was never written."""
+    run = tmp_path / "run"
+    for step, weight in enumerate(noise(3, 1_000_000), start=1):
+        folder = run / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if form == "safetensors":
+            write_safetensors(folder / "model.safetensors", {"w": weight})
+        elif form == "dcp":
+            save({"w": weight}, checkpoint_id=folder, no_dist=True)
+        else:
+            path = folder / "pytorch_model.bin"
+            torch.save({"w": weight}, path, _use_new_zipfile_serialization=form == "zip")
+    assert not any("hole" in warning for warning in ckpt_ema.plan(run).warnings)
+    newest = max(run.glob("checkpoint-3/*"), key=lambda path: path.stat().st_size)
+    content = newest.read_bytes()
+    with newest.open("wb") as file:
+        file.write(content[:2_000_000])
+        file.seek(3_900_000)
+        file.write(content[3_900_000:])  # where a zip has its directory
+    [warning] = [w for w in ckpt_ema.plan(run).warnings if "hole" in w]
+    assert warning.startswith(f"{newest} has a hole at byte 20")
