@@ -10,6 +10,7 @@ import errno
 import os
 import resource
 import stat
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -79,6 +80,21 @@ def open_regular(path: str) -> Iterator[OpenFile]:
         yield _checked(path, fd)
     finally:
         os.close(fd)
+
+
+def read_if_there(path: str | os.PathLike[str], most_bytes: int = sys.maxsize) -> bytes | None:
+    """The content of a regular file, or its beginning; None if there is none at `path`.
+
+    Raises `RefusedError` if there is one and it cannot be read.
+    """
+    if not stat.S_ISREG(mode_of(path)):
+        return None
+    try:
+        with open_regular(os.fspath(path)) as file:
+            count = min(file.size_bytes, most_bytes)
+            return read_exactly(os.fspath(path), file.fd, count, 0)
+    except FailedError as error:
+        raise RefusedError(error.message) from error
 
 
 def hole_warnings(path: str, file: OpenFile) -> list[str]:

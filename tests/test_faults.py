@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -438,3 +439,39 @@ def test_a_file_that_is_not_all_on_the_disk_is_warned_of(tmp_path: Path, form: s
         file.write(content[3_900_000:])  # where a zip has its directory
     [warning] = [w for w in ckpt_ema.plan(run).warnings if "hole" in w]
     assert warning.startswith(f"{newest} has a hole at byte 20")
+
+
+@pytest.fixture
+def in_time() -> Iterator[None]:
+    """What hangs is interrupted."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("trainer_state.json", "config.json", "adapter_config.json", "README.md"),
+        *("training_state/training_step.json", "CKPT.yaml", "all_results.json", "tokenizer.json"),
+        *("model_index.json", "../latest_checkpointed_iteration.txt", "../config.json"),
+        *("../README.md", "../model_index.json", "../checkpoint-4", "../model.safetensors"),
+    ],
+)
+def test_a_fifo_beside_the_weights_is_not_waited_for(
+    make_run: MakeRun, in_time: None, name: str
+) -> None:
+    run = make_run(series(3, w=noise(3, 4)))
+    fifo = run / "checkpoint-3" / name
+    fifo.parent.mkdir(exist_ok=True)
+    fifo.unlink(missing_ok=True)
+    os.mkfifo(fifo)
+    plan = ckpt_ema.plan(run)
+    assert [checkpoint.step for checkpoint in plan.checkpoints] == [1, 2, 3]
+    assert fifo not in [companion.source for companion in plan.candidates[0].output.companions]

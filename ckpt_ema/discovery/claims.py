@@ -2,11 +2,12 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ckpt_ema.files import leads_to_folder
+from ckpt_ema.files import leads_to_folder, read_if_there
 from ckpt_ema.layouts import TRAINER_STATE
 
 _HEAD_BYTES = 4096
@@ -83,17 +84,12 @@ def claims_beside(path: Path, stem: str) -> Claims:
     is_folder = leads_to_folder(path)
     for source in _IN_FOLDER if is_folder else _BESIDE_FILE:
         file = (path if is_folder else path.parent) / source.name.format(stem=stem)
-        try:
-            with file.open(encoding="utf-8", errors="replace") as stream:
-                # What the trainer logged follows after the step and can be megabytes.
-                found = source.read(stream.read(_HEAD_BYTES)) or source.read(_whole(stream))
-        except OSError:
-            continue
-        if found:
-            return Claims(dict(found), file.name)
+        # What the trainer logged follows after the step and can be megabytes.
+        for most_bytes in (_HEAD_BYTES, sys.maxsize):
+            content = read_if_there(file, most_bytes) or b""
+            found = source.read(content.decode("utf-8", "replace"))
+            if found:
+                return Claims(dict(found), file.name)
+            if len(content) < _HEAD_BYTES:
+                break
     return Claims({}, "")
-
-
-def _whole(stream: Any) -> str:
-    stream.seek(0)
-    return str(stream.read())

@@ -16,7 +16,7 @@ from ckpt_ema.discovery.locate import names_in
 from ckpt_ema.discovery.names import stem_of
 from ckpt_ema.discovery.order import Checkpoint, Read
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
-from ckpt_ema.files import leads_to_folder, mode_of
+from ckpt_ema.files import leads_to_folder, mode_of, read_if_there
 from ckpt_ema.options import Options
 
 ProblemOf = Callable[[Checkpoint], str | None]
@@ -101,10 +101,7 @@ def check_whole(checkpoints: Sequence[Checkpoint], problem_of: ProblemOf) -> Non
 
 def _tracked(run: Path) -> int | None:
     """The last step that a run says it has saved."""
-    try:
-        text = (run / layouts.TRACKER_NAME).read_text(errors="replace").strip()
-    except OSError:
-        return None
+    text = (read_if_there(run / layouts.TRACKER_NAME) or b"").decode("utf-8", "replace").strip()
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ckpt_ema import layouts
 from ckpt_ema.errors import RefusedError, printable, some
-from ckpt_ema.files import leads_to_folder, mode_of
+from ckpt_ema.files import leads_to_folder, mode_of, read_if_there
 from ckpt_ema.formats.specs import Part, Weights
 from ckpt_ema.options import Options
 
@@ -123,8 +123,8 @@ def _further_models(names: set[str]) -> list[Part]:
 def _modules(folder: Path, options: Options) -> list[Part]:
     """The modules of a model that have weights and a folder of their own, in the list's order."""
     try:
-        listed = json.loads((folder / layouts.MODULES_LIST).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        listed = json.loads(read_if_there(folder / layouts.MODULES_LIST) or b"")
+    except (ValueError, RecursionError) as error:
         raise RefusedError(f"{printable(folder / layouts.MODULES_LIST)} is no list.") from error
     parts = []
     for module in listed if isinstance(listed, list) else []:

@@ -16,7 +16,7 @@ from ckpt_ema import layouts
 from ckpt_ema.discovery.names import stem_of
 from ckpt_ema.discovery.order import STEP_UNITS, Checkpoint, Read
 from ckpt_ema.errors import IncompleteError, OptionError, RefusedError, printable, some
-from ckpt_ema.files import leads_to_folder
+from ckpt_ema.files import leads_to_folder, read_if_there
 
 _LOWER_IS_BETTER = re.compile(
     r"(loss|perplexity|ppl|wer|cer|ter|eer|error|err|mae|mse|rmse|nll|fid|kid|bpb|bpc)\d*$"
@@ -137,19 +137,15 @@ def _numbers(content: Mapping[str, Any]) -> Metrics:
 def _json(path: Path) -> Mapping[str, Any]:
     """The object in a JSON file, empty if there is none."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(read_if_there(path) or b"")
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def _yaml(path: Path) -> Mapping[str, Any]:
     """The numbers at the top of a YAML file, empty if there is none."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
-    return dict(_yaml_numbers(text))
+    return dict(_yaml_numbers((read_if_there(path) or b"").decode("utf-8", "replace")))
 
 
 def _yaml_numbers(text: str) -> Iterator[tuple[str, float]]:

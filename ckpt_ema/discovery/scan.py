@@ -22,7 +22,7 @@ from ckpt_ema.discovery.names import (
 from ckpt_ema.discovery.order import Entry
 from ckpt_ema.discovery.patterns import why_unwanted
 from ckpt_ema.errors import RefusedError, printable, some
-from ckpt_ema.files import leads_to_folder, mode_of
+from ckpt_ema.files import leads_to_folder, mode_of, read_if_there
 from ckpt_ema.formats.specs import Weights
 from ckpt_ema.options import Options
 
@@ -206,7 +206,7 @@ def _scan_hub(run: Path, options: Options) -> Scan:
     files = [Path(root) / file for root, _, names in os.walk(refs) for file in names]
     for ref in sorted(files):
         name = os.path.relpath(ref, refs)
-        commit = ref.read_text(errors="replace").strip() if kind_of(ref) == "file" else ""
+        commit = (read_if_there(ref) or b"").decode("utf-8", "replace").strip()
         snapshot = run / "snapshots" / (commit if layouts.COMMIT.search(commit) else "-")
         weights = locate(snapshot, options) if snapshot.is_dir() else None
         if unwanted := why_unwanted(name, options.include, options.exclude):

@@ -14,6 +14,7 @@ from re import Pattern
 from typing import NamedTuple
 
 from ckpt_ema.errors import RefusedError, printable
+from ckpt_ema.files import read_if_there
 from ckpt_ema.layouts import (
     COMPONENT,
     CONFIG_FILES,
@@ -129,7 +130,7 @@ def _is_pipeline(averaged: Collection[str]) -> bool:
 def _add_pipeline(pipeline: Path, found: dict[str, Path], averaged: Collection[str]) -> None:
     """A pipeline of diffusers: what its list names, weights included, but for what is averaged."""
     try:
-        listed = json.loads((pipeline / PIPELINE_LIST).read_bytes())
+        listed = json.loads(read_if_there(pipeline / PIPELINE_LIST) or b"")
     except (ValueError, RecursionError) as error:
         raise RefusedError(f"{printable(pipeline / PIPELINE_LIST)} is not JSON.") from error
     if not isinstance(listed, dict):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.errors import RefusedError, printable, some
+from ckpt_ema.files import read_if_there
 from ckpt_ema.formats.specs import Specs
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -90,10 +91,7 @@ def _is_text(value: object) -> bool:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
+    return read_if_there(path) or b""
 
 
 def _content(raw: bytes) -> Mapping[str, Any]:
