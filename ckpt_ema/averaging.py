@@ -119,12 +119,14 @@ class Made(NamedTuple):
     """What came of folding a share of the work."""
 
     alike: list[tuple[int, int]]  # neighbours that no tile has told apart
+    warnings: list[str]  # of what only reading shows
     seconds: float
     device: str
 
     def facts(self) -> dict[str, Any]:
         """What manifests say of it."""
         return {
+            "warnings_of_reading": self.warnings,
             "device": self.device,
             "seconds": round(self.seconds, 3),
             "peak_memory_bytes": _peak_memory_bytes(),
@@ -189,13 +191,14 @@ def fold(
 
     try:
         finished = journal.finish if journal else None
-        sufficed = engine.run(plan, todo(), staged, device, twins, tick=tick, finished=finished)
+        seen = engine.run(plan, todo(), staged, device, twins, tick=tick, finished=finished)
     finally:
         if journal:
             journal.write(twins)
     averages = any(span.averaged for span in plan.work.spans)
-    where = str(device) if sufficed else f"{device}, which ran out of memory, and cpu"
-    return Made(twins.found if averages else [], time.monotonic() - start, where)
+    where = str(device) if seen.device_sufficed else f"{device}, which ran out of memory, and cpu"
+    alike = twins.found if averages else []
+    return Made(alike, seen.warnings, time.monotonic() - start, where)
 
 
 def check_different(plan: Plan, alike: Sequence[tuple[int, int]]) -> None:

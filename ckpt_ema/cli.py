@@ -188,7 +188,7 @@ def average(
             return
         ignore_signals()  # the output is there: from here on this is a success
         if not quiet:
-            say(lines.result_line(made))
+            say(*lines.reading_lines(made), lines.result_line(made))
         _append_step_summary(plan_view.summary_lines(decided))
         _print_outputs(made, as_json)
 
@@ -263,7 +263,7 @@ def finish(
         finished = publish(output, overwrite=overwrite)
         ignore_signals()
         if not quiet:
-            say(lines.result_line(finished))
+            say(*lines.reading_lines(finished), lines.result_line(finished))
         _print_outputs(finished, as_json)
 
 

@@ -173,6 +173,9 @@ def _publish(final: Path, key: str, kind: str, overwrite: bool) -> Finished:
             raise same_values(*(described["checkpoints"][number] for number in min(alike)))
         staged.adopt(described["files"])
         facts = {
+            "warnings_of_reading": sorted(
+                {w for part in made for w in part["warnings_of_reading"]}
+            ),
             "device": ", ".join(sorted({part["device"] for part in made})),
             "seconds": round(sum(part["seconds"] for part in made), 3),
             "peak_memory_bytes": max(part["peak_memory_bytes"] for part in made),

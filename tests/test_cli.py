@@ -308,6 +308,9 @@ def test_control_characters_in_names_do_not_reach_the_terminal(
 @pytest.mark.parametrize(
     ("number", "code", "line"),
     [
+        pytest.param(
+            *(signal.SIGHUP, 129, "terminated, nothing was written\n"), marks=pytest.mark.sweep
+        ),
         (signal.SIGINT, 130, "interrupted, nothing was written\n"),
         pytest.param(
             *(signal.SIGTERM, 143, "terminated, nothing was written\n"), marks=pytest.mark.sweep

@@ -48,7 +48,7 @@ def folded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     numbers: list[int] = []
     real = engine.run
 
-    def run(plan: Any, tiles: Any, *arguments: Any, **options: Any) -> bool:
+    def run(plan: Any, tiles: Any, *arguments: Any, **options: Any) -> Any:
         given = list(tiles)
         numbers.extend(number for tile in given for number in tile.numbers)
         return real(plan, given, *arguments, **options)

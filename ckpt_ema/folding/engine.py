@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -22,6 +22,7 @@ from ckpt_ema.folding.shadow import is_finite
 from ckpt_ema.folding.sources import TORCH_DTYPES, Sources
 from ckpt_ema.folding.tile_fold import Staging, TileFold, Use, make_fold
 from ckpt_ema.folding.tiles import Tile, cut, joined
+from ckpt_ema.folding.zeroed import Place, TileZeros, Zeroed
 from ckpt_ema.planning.plan import Plan
 
 _POLL_SECONDS = 0.1  # how long the main thread is deaf to signals, at most
@@ -34,6 +35,13 @@ class Destination(Protocol):
         """Put `data` at `offset` of the output file with this number."""
 
 
+class Seen(NamedTuple):
+    """What showed while the tiles were folded."""
+
+    device_sufficed: bool  # no thread found its memory full
+    warnings: list[str]
+
+
 def run(
     plan: Plan,
     tiles: Iterable[Tile],
@@ -43,12 +51,12 @@ def run(
     *,
     tick: Callable[[int], None],
     finished: Callable[[range], None] | None = None,
-) -> bool:
+) -> Seen:
     """Fold tiles of `plan` into `destination`, on `device`; `twins` learns which pairs differ.
 
     `tick` is called in this thread, ten times a second, with the bytes read so far; `finished` from
     any thread, with the numbers of tiles that are written. What they raise ends the work. A thread
-    that finds the memory of an accelerator full goes on without it: False if one did.
+    that finds the memory of an accelerator full goes on without it.
 
     Raises `RefusedError` for values that are not finite, `FailedError` if a file changes or cannot
     be read, and whatever `destination` raises; by then every thread has ended.
@@ -69,7 +77,7 @@ def run(
         )
         _run_threads(job, tick)
         sources.verify()
-        return job.device_sufficed
+        return Seen(job.device_sufficed, job.zeroed.warnings(plan))
     finally:
         sources.close()
 
@@ -87,6 +95,7 @@ class _Job:
     widest_bytes: int  # of a dtype that is averaged
     twins: Twins
     finished: Callable[[range], None] | None
+    zeroed: Zeroed = field(default_factory=Zeroed)
     device_sufficed: bool = True
     bytes_read: int = 0
     stopped: bool = False
@@ -187,7 +196,7 @@ class _Worker:
 
     def _fold_tile(self, tile: Tile, fold: TileFold) -> None:
         span = tile.span
-        twins = TileTwins(self._job.twins)
+        twins, zeros = TileTwins(self._job.twins), TileZeros()
 
         def read(index: int, staging: Staging) -> torch.Tensor:
             source = span.sources[self._plan.work.layout_of[index]]
@@ -195,7 +204,10 @@ class _Worker:
 
         def read_and_compare(index: int, staging: Staging) -> torch.Tensor:
             values = read(index, staging)
-            twins.see(index, staging.bytes[: values.nbytes])
+            content = staging.bytes[: values.nbytes]
+            twins.see(index, content)
+            if zeros.turns(content):
+                self._job.zeroed.note(index, tile.numbers.start, Place(span, tile.start))
             return values
 
         fold.fold(tile.length, read_and_compare)

@@ -40,12 +40,13 @@ def check_nonfinite(
     for index in indices:
         guilty = problem & ~values(index).isfinite()
         if bool(guilty.any()):
-            tensor = _tensor_at(plan, span, number, start + int(guilty.int().argmax()))
+            tensor = tensor_at(plan, span, number, start + int(guilty.int().argmax()))
             raise _nonfinite(plan, sources, index, tensor)
-    raise _overflow(_tensor_at(plan, span, number, start + int(problem.int().argmax())))
+    raise _overflow(tensor_at(plan, span, number, start + int(problem.int().argmax())))
 
 
-def _tensor_at(plan: Plan, span: Span, candidate: int, element: int) -> OutputTensor:
+def tensor_at(plan: Plan, span: Span, candidate: int, element: int) -> OutputTensor:
+    """The tensor of a candidate's output that an element of a span belongs to."""
     target = next(target for target in span.targets if target.candidate == candidate)
     position = target.offset + element * DTYPE_BITS[target.dtype] // 8
     files = [file for one in plan.candidates for file in one.output.files]

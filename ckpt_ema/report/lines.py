@@ -17,6 +17,12 @@ def remark_lines(plan: Plan) -> list[str]:
     ]
 
 
+def reading_lines(result: Result | Finished) -> list[str]:
+    """What a person should know of what only reading has shown."""
+    told = result.manifests[0].get("warnings_of_reading", ())
+    return [f"warning: {warning}" for warning in told]
+
+
 def result_line(result: Result | Finished) -> str:
     """What was read and written, how fast, and where it is."""
     output = printable(result.output)

@@ -1,0 +1,68 @@
+"""Telling weights that turn to zeros, as a save leaves them that was interrupted with its size set.
+
+A header says nothing of it. Tensors that are zero from the start, such as masks and fresh adapters,
+are no matter.
+"""
+
+import threading
+from typing import NamedTuple
+
+from ckpt_ema.errors import printable
+from ckpt_ema.folding.nonfinite import tensor_at
+from ckpt_ema.planning.plan import Plan
+from ckpt_ema.planning.spans import Span
+
+_PROBE = bytes(16)
+
+
+class Place(NamedTuple):
+    """Where zeros begin: an element of a span."""
+
+    span: Span
+    start: int
+
+
+class Zeroed:
+    """Where each checkpoint, by number, first turns to zeros; for many threads."""
+
+    def __init__(self) -> None:
+        self._first: dict[int, tuple[int, Place]] = {}
+        self._lock = threading.Lock()
+
+    def note(self, checkpoint: int, tile: int, place: Place) -> None:
+        """Note that a checkpoint turns to zeros in the tile of this number."""
+        with self._lock:
+            if checkpoint not in self._first or tile < self._first[checkpoint][0]:
+                self._first[checkpoint] = tile, place
+
+    def warnings(self, plan: Plan) -> list[str]:
+        """A sentence for each checkpoint."""
+        found = []
+        for number, (_, (span, start)) in sorted(self._first.items()):
+            tensor = tensor_at(plan, span, span.targets[0].candidate, start)
+            found.append(
+                f"{printable(plan.checkpoints[number].name)} turns to zeros in tensor"
+                f" {printable(tensor.name)}, which were none in the checkpoint before: was its save"
+                " interrupted?"
+            )
+        return found
+
+
+class TileZeros:
+    """The comparison within one tile, whose values come checkpoint after checkpoint."""
+
+    def __init__(self) -> None:
+        self._earlier_is_zero = True
+
+    def turns(self, values: memoryview) -> bool:
+        """Whether these bytes are all zero and those of the checkpoint before were not."""
+        is_zero = _is_zero(values)
+        turns = is_zero and not self._earlier_is_zero
+        self._earlier_is_zero = is_zero
+        return turns
+
+
+def _is_zero(values: memoryview) -> bool:
+    # A look at the end nearly always answers it.
+    end = values[-len(_PROBE) :]
+    return end.tobytes() == _PROBE[: len(end)] and values.tobytes().count(0) == len(values)
