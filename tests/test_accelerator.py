@@ -18,6 +18,7 @@ import torch
 from ckpt_ema import FailedError, RefusedError, average, average_part, finish
 from ckpt_ema import plan as make_plan
 from ckpt_ema.folding.devices import resolve_device
+from ckpt_ema.folding.shadow import widest_float
 from ckpt_ema.folding.sources import Sources
 from ckpt_ema.folding.tile_fold import PlainFold, StreamedFold, Use, device_element_bytes, make_fold
 from ckpt_ema.formats.specs import TensorSpec
@@ -345,6 +346,12 @@ def test_a_device_that_runs_out_of_memory_is_done_without(
         "npu" if memory_bytes == 20_000 else "npu, which ran out of memory, and cpu"
     )
     assert f" on {made.manifests[0]['device']}: " in result_line(made)
+
+
+def test_a_full_device_is_not_taken_for_one_without_float64(npu: FakeAccelerator) -> None:
+    """It may have room again a moment later, and would fold in float32 without a word."""
+    npu.memory_bytes = 0
+    assert widest_float(torch.device("npu")) == torch.float64
 
 
 def test_the_end_of_memory_on_the_cpu_is_the_end(

@@ -75,6 +75,8 @@ def widest_float(device: torch.device) -> torch.dtype:
     """float64, or float32 on a device that has no float64 (Apple's mps, some xpu)."""
     try:
         torch.ones(1, dtype=torch.float64, device=device).add_(1)  # allocating alone proves nothing
+    except torch.OutOfMemoryError:
+        return torch.float64  # a full device says nothing about what it has
     except (TypeError, RuntimeError):
         return torch.float32
     return torch.float64
