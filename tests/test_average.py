@@ -5,6 +5,7 @@ import json
 import math
 import os
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 import ckpt_ema
 from ckpt_ema import FailedError, OptionError, RefusedError
+from ckpt_ema.files import FilePool
 from ckpt_ema.folding import engine
 from tests.conftest import (
     MakeRun,
@@ -320,6 +322,26 @@ def test_a_failure_while_writing_leaves_nothing(
     if expected is FailedError:
         assert "No space left on device" in str(caught.value)
     assert entries(run.parent) == {"run"}
+
+
+def test_threads_stop_within_a_tile(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading 100 checkpoints takes 5 s here; the error comes in the first tenth of a second."""
+    run = make_run(series(100, w=noise(100, 10)))
+    read_into = FilePool.read_into
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.05)
+        read_into(*arguments)
+
+    def fail(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FilePool, "read_into", slow)
+    before = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        ckpt_ema.average(run, device="cpu", threads=2, tile_size=20, progress=fail)
+    assert time.monotonic() - before < 2.5
+    assert {path.name for path in run.parent.iterdir()} == {"run"}
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(

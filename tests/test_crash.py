@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import random
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -171,6 +172,20 @@ def test_a_short_transfer_is_gone_on_with(scene: Scene, kind: str) -> None:
         if not faults.injected:
             break
     assert k > 5
+
+
+def test_signals_that_somebody_else_handles_interrupt_nothing(scene: Scene) -> None:
+    """Real ones, a thousand a second: system calls end with EINTR and are made again."""
+    came = []
+    before = signal.signal(signal.SIGALRM, lambda *_: came.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        scene.job(scene.run, scene.output.parent / "out")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert came
+    assert scene.check(has_failed=False) is False
 
 
 @pytest.mark.sweep

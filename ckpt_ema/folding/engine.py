@@ -5,6 +5,7 @@ where it belongs. Threads share nothing but the list of tiles, so the bytes do n
 many there are.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -124,6 +125,10 @@ def _run_threads(job: _Job, tick: Callable[[int], None]) -> None:
             job.stopped = True
 
 
+class _StoppedError(Exception):
+    """Another thread has failed, or the process is asked to end."""
+
+
 class _Worker:
     """One thread's part, with memory of its own."""
 
@@ -139,13 +144,14 @@ class _Worker:
         """Take tiles until there are none."""
         # There is one thread per core already; without this each would start a team of its own.
         torch.set_num_threads(1)
-        while (tile := self._job.next_tile()) is not None:
-            if tile.span.averaged:
-                self._average(tile)
-            else:
-                self._keep(tile)
-            if self._job.finished:
-                self._job.finished(tile.numbers)
+        with contextlib.suppress(_StoppedError):
+            while (tile := self._job.next_tile()) is not None:
+                if tile.span.averaged:
+                    self._average(tile)
+                else:
+                    self._keep(tile)
+                if self._job.finished:
+                    self._job.finished(tile.numbers)
 
     def _average(self, tile: Tile) -> None:
         """Fold a tile of every checkpoint and hand on each average; without a device that fails."""
@@ -199,6 +205,8 @@ class _Worker:
         twins, zeros = TileTwins(self._job.twins), TileZeros()
 
         def read(index: int, staging: Staging) -> torch.Tensor:
+            if self._job.stopped:  # a tile of a thousand checkpoints takes its time
+                raise _StoppedError
             source = span.sources[self._plan.work.layout_of[index]]
             return self._job.sources.values(index, source, tile.start, tile.length, staging)
 
