@@ -143,7 +143,7 @@ def check(folder: Path, state: Mapping[str, torch.Tensor], specs: Specs | None =
 def refusal(folder: Path, kind: type[CkptEmaError] = RefusedError) -> str:
     """The message with which it is refused, quickly and with little memory."""
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.process_time()
     try:
         with pytest.raises(kind) as caught:
             read(folder)
@@ -152,7 +152,7 @@ def refusal(folder: Path, kind: type[CkptEmaError] = RefusedError) -> str:
         tracemalloc.stop()
     metadata = folder / ".metadata"
     size_bytes = metadata.stat().st_size if metadata.is_file() else 0
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert peak_bytes < 8_000_000 + 40 * size_bytes
     assert str(folder) in caught.value.message
     assert str(caught.value).isprintable()
@@ -875,14 +875,14 @@ class TestOddObjects:
         else:
             edit(good, lambda metadata: PLACES[where](metadata, "PLACEHOLDER"))
         splice(good, pushed(b"PLACEHOLDER"), opcodes)
-        start = time.monotonic()
+        start = time.process_time()
         tracemalloc.start()
         try:
             refused_or_sound(good)
             _, peak_bytes = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        assert time.monotonic() - start < 2
+        assert time.process_time() - start < 2
         assert peak_bytes < 8_000_000 + 200 * (good / ".metadata").stat().st_size
 
 
@@ -960,9 +960,9 @@ class TestBombs:
             metadata.state_dict_metadata.pop("model.w")
 
         edit(good, change)
-        start = time.monotonic()
+        start = time.process_time()
         refused_or_sound(good)
-        assert time.monotonic() - start < 2
+        assert time.process_time() - start < 2
 
     def test_of_chunks(self, good: Path) -> None:
         """Boxes of which no axis alone tells any two apart."""

@@ -437,14 +437,14 @@ class TestBounds:
         assert library_refuses(content)
         path = tmp_path / "a.safetensors"
         tracemalloc.start()
-        start = time.monotonic()
+        start = time.process_time()
         try:
             assert we_refuse(path, content)
             _, peak_bytes = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
         assert peak_bytes < 8_000_000
-        assert time.monotonic() - start < 2
+        assert time.process_time() - start < 2
 
     def test_a_legal_10_megabyte_header_is_read(self, tmp_path: Path) -> None:
         header, _ = make_header([("a", "F32", ())], {"long": "x" * 10_000_000})

@@ -103,14 +103,14 @@ def check(path: str, state: dict[str, torch.Tensor], specs: Specs | None = None)
 def refusal(path: str) -> str:
     """The message with which it is refused, quickly and with little memory."""
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.process_time()
     try:
         with pytest.raises(RefusedError) as caught:
             torch_file.read_specs(path)
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert peak_bytes < 8_000_000 + 40 * Path(path).stat().st_size
     assert path in caught.value.message
     assert str(caught.value).isprintable()
@@ -672,7 +672,7 @@ class TestKeysThatCannotBeHashed:
     )
     def test_they_are_refused(self, tmp_path: Path, key: bytes, use: bytes) -> None:
         path = archive(tmp_path / "a.pt", b"\x80\x04" + use % key)
-        start = time.monotonic()
+        start = time.process_time()
         with pytest.raises(RefusedError):
             torch_file.read_specs(path)
-        assert time.monotonic() - start < 20
+        assert time.process_time() - start < 20
