@@ -380,6 +380,9 @@ def _save_sharded(folder: Path) -> None:
     sys.exit(max(abs(process.exitcode or 0) for process in teams))
 
 
+ON_ONE_WORKER = pytest.mark.xdist_group("sharded")  # or each would save all those runs
+
+
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a run of-2, of-3 and of-4, each saved by so many ranks at STEPS."""
@@ -394,6 +397,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
+@ON_ONE_WORKER
 @pytest.mark.parametrize("ranks", RANKS)
 class TestSharded:
     def test_every_rank_has_a_file(self, sharded: Path, ranks: int) -> None:
@@ -460,6 +464,7 @@ def average_of(run: Path, **options: Any) -> Path:
     return file
 
 
+@ON_ONE_WORKER
 @pytest.mark.parametrize("threads", [1, 3])
 def test_tiles_of_one_element(sharded: Path, tmp_path: Path, threads: int) -> None:
     """Of tensors in pieces and in place, the same bytes as in one tile."""
@@ -1139,6 +1144,7 @@ def test_a_plan_does_not_import_torch(run: Path) -> None:
     assert not {name for name in imported if name.split(".")[0] in ("torch", "numpy")}
 
 
+@ON_ONE_WORKER
 def test_a_plan_opens_every_file_once(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, opened = os.open, list[str]()
 
