@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 import ckpt_ema
 from ckpt_ema import FailedError, OptionError, RefusedError
 from ckpt_ema.output import write
+from ckpt_ema.report import lines
 from tests.conftest import (
     MakeRun,
     noise,
@@ -367,12 +369,18 @@ def test_float32_accumulators_weigh_as_they_should(decay: float) -> None:
     assert raw(frozen) == raw(zero)
 
 
+def _let_others_in(run: Path) -> None:
+    """Let other users read a run; pytest's folders are for their owner alone."""
+    for folder in (run, *run.parents):
+        if not folder.stat().st_mode & stat.S_IXOTH:
+            folder.chmod(0o755)
+
+
 @pytest.mark.skipif(shutil.which("setpriv") is None or os.geteuid() != 0, reason="needs setpriv")
 @pytest.mark.parametrize("locked", ["", "checkpoint-2", "checkpoint-2/model.safetensors"])
 def test_what_may_not_be_read_is_one_sentence(make_run: MakeRun, locked: str) -> None:
     run = make_run(series(2, w=noise(2, 4)))
-    for parent in (run, *run.parents[:3]):
-        parent.chmod(0o755)
+    _let_others_in(run)
     (run / locked).chmod(0)
     drop = ["setpriv", "--reuid", "65534", "--clear-groups"]
     done = subprocess.run([*drop, *COMMAND, run, "-q"], capture_output=True, text=True, cwd="/")
@@ -475,3 +483,29 @@ def test_a_fifo_beside_the_weights_is_not_waited_for(
     plan = ckpt_ema.plan(run)
     assert [checkpoint.step for checkpoint in plan.checkpoints] == [1, 2, 3]
     assert fifo not in [companion.source for companion in plan.candidates[0].output.companions]
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None or os.geteuid() != 0, reason="needs setpriv")
+def test_what_somebody_else_has_left_beside_the_output_is_no_obstacle(make_run: MakeRun) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    _let_others_in(run)
+    run.parent.chmod(0o777)
+    theirs = run.parent / ".out.ckpt-ema-00112233"
+    theirs.mkdir(mode=0o700)
+    drop = ["setpriv", "--reuid", "65534", "--clear-groups"]
+    words = [*COMMAND, str(run), "-o", str(run.parent / "out"), "-q", "--device", "cpu"]
+    done = subprocess.run([*drop, *words], capture_output=True, text=True, cwd="/")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert theirs.is_dir()
+
+
+@pytest.mark.parametrize("told", [5, None, "abc", {"a": 1}, ["\x1b[31mred", 7]])
+def test_a_manifest_that_somebody_has_changed_does_no_harm(make_run: MakeRun, told: Any) -> None:
+    result = ckpt_ema.average(make_run(series(2, w=noise(2, 4))), device="cpu")
+    path = result.output / "ckpt_ema.json"
+    changed = {**json.loads(path.read_bytes()), "warnings_of_reading": told, "device": "\x1b[2J"}
+    path.write_text(json.dumps(changed))
+    finished = ckpt_ema.finish(result.output)
+    said = "\n".join([*lines.reading_lines(finished), lines.result_line(finished)])
+    assert "\x1b" not in said
+    assert said.count("\n") == (len(told) if isinstance(told, list) else 0)

@@ -148,26 +148,32 @@ def _records(folder: Path, prefix: str) -> list[Path]:
 
 
 def _remove_leftovers(final: Path, spared: Path) -> None:
-    """Remove what killed runs to the same output left; one that still runs holds its lock.
-
-    Parts that are done wait for the others without a lock; they stay. So does the last output
-    where there is none, if a run was killed between two names.
-    """
+    """Remove what killed runs to the same output left; one that still runs holds its lock."""
     stem = _hidden_stem(final)
     for name in os.listdir(final.parent):
         path = final.parent / name
-        if not name.startswith(stem) or path == spared or _waits(path, PART):
+        if not name.startswith(stem) or path == spared:
             continue
-        is_work = mode_of(path / _OUTPUT) != 0
-        if not is_work and not os.path.lexists(final) and averages_in(path):
-            continue
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RefusedError):  # what cannot be looked at stays
+            if _is_wanted(path, final):
+                continue
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 if _lock(fd, is_shared=False):
                     remove(path)
             finally:
                 os.close(fd)
+
+
+def _is_wanted(path: Path, final: Path) -> bool:
+    """Whether a hidden sibling of an output is more than a leftover.
+
+    Parts that are done wait for the others without a lock; the last output is there if a run was
+    killed between two names.
+    """
+    if mode_of(path / _OUTPUT):
+        return _waits(path, PART)
+    return not os.path.lexists(final) and bool(averages_in(path))
 
 
 def _lock(fd: int, *, is_shared: bool) -> bool | None:

@@ -19,8 +19,8 @@ def remark_lines(plan: Plan) -> list[str]:
 
 def reading_lines(result: Result | Finished) -> list[str]:
     """What a person should know of what only reading has shown."""
-    told = result.manifests[0].get("warnings_of_reading", ())
-    return [f"warning: {warning}" for warning in told]
+    told = result.manifests[0].get("warnings_of_reading")
+    return [f"warning: {printable(one)}" for one in told] if isinstance(told, list) else []
 
 
 def result_line(result: Result | Finished) -> str:
@@ -28,7 +28,7 @@ def result_line(result: Result | Finished) -> str:
     output = printable(result.output)
     if isinstance(result, Finished):
         device = result.manifests[0].get("device")  # the header of a single file has no room for it
-        return f"all parts are done{f', on {device}' if device else ''}: {output}"
+        return f"all parts are done{f', on {printable(device)}' if device else ''}: {output}"
     plan = result.plan
     if result.is_up_to_date:
         return f"{output} is up to date: the same checkpoints, weights and options."
