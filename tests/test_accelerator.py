@@ -24,6 +24,7 @@ from ckpt_ema.folding.tile_fold import PlainFold, StreamedFold, Use, device_elem
 from ckpt_ema.formats.specs import TensorSpec
 from ckpt_ema.output.write import StagedOutput
 from ckpt_ema.report.lines import result_line
+from tests import fake_accelerator
 from tests.conftest import MakeRun, noise, series
 from tests.fake_accelerator import FAKE, FakeAccelerator, FakeEvent, FakeStream, Record, install
 
@@ -352,6 +353,25 @@ def test_a_full_device_is_not_taken_for_one_without_float64(npu: FakeAccelerator
     """It may have room again a moment later, and would fold in float32 without a word."""
     npu.memory_bytes = 0
     assert widest_float(torch.device("npu")) == torch.float64
+
+
+@pytest.mark.parametrize("place", ["probe", "mem_get_info"])
+def test_a_device_whose_memory_is_full_from_the_start_is_done_without(
+    npu: FakeAccelerator, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """As CUDA says it where not even a context fits in."""
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    npu.memory_bytes = 0
+    if place == "mem_get_info":
+        monkeypatch.setattr(npu, "mem_get_info", full)
+    else:
+        monkeypatch.setattr(fake_accelerator, "_Block", full)
+    run = make_run(_mixed(2))
+    made = average(run, output=run.parent / "npu", device="auto")
+    assert made.manifests[0]["device"] == "npu, which ran out of memory, and cpu"
 
 
 def test_the_end_of_memory_on_the_cpu_is_the_end(

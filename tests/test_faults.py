@@ -1,5 +1,6 @@
 """What once went wrong, or nearly: each test is a fault that a review or a user found."""
 
+import errno
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 import ckpt_ema
 from ckpt_ema import FailedError, OptionError, RefusedError
-from ckpt_ema.output import write
+from ckpt_ema.output import work, write
 from ckpt_ema.report import lines
 from tests.conftest import (
     MakeRun,
@@ -256,22 +257,31 @@ def test_everything_is_durable_before_it_has_its_name(
 ) -> None:
     run = make_run(series(2, w=noise(2, 4)))
     events: list[str] = []
-    real_fsync, real_rename = os.fsync, os.rename
+    real_fsync, real_rename, real_replace = os.fsync, os.rename, os.replace
 
     def fsync(fd: int) -> None:
         events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
         real_fsync(fd)
 
     def rename(source: Any, target: Any) -> None:
-        events.append("rename")
+        events.append(f"rename to {Path(target).name}")
         real_rename(source, target)
+
+    def replace(source: Any, target: Any) -> None:
+        assert events[-1] == Path(source).name
+        events[-1] = Path(target).name  # what was made durable is called so now
+        real_replace(source, target)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "replace", replace)
     ckpt_ema.average(run, device="cpu")
-    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    named = events.index("rename to run-ema")
+    before, after = events[:named], events[named + 1 :]
     assert {"model.safetensors", "config.json", "ckpt_ema.json"} < set(before)
     assert "output" in before  # the folder in the work folder
+    assert before[-2] == "rename to published"
+    assert before[-1].startswith(".run-ema.ckpt-ema-")
     assert after == [run.parent.name]
 
 
@@ -509,3 +519,33 @@ def test_a_manifest_that_somebody_has_changed_does_no_harm(make_run: MakeRun, to
     said = "\n".join([*lines.reading_lines(finished), lines.result_line(finished)])
     assert "\x1b" not in said
     assert said.count("\n") == (len(told) if isinstance(told, list) else 0)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None or os.geteuid() != 0, reason="needs setpriv")
+def test_a_folder_without_a_number_that_may_not_be_read_is_no_obstacle(make_run: MakeRun) -> None:
+    """As lost+found is, where a run has a disk of its own."""
+    run = make_run(series(2, w=noise(2, 4)))
+    _let_others_in(run)
+    (run / "lost+found").mkdir(mode=0o700)
+    (run / "lost+found").chmod(0)
+    drop = ["setpriv", "--reuid", "65534", "--clear-groups"]
+    words = [*COMMAND[:-1], "plan", str(run), "-q"]
+    done = subprocess.run([*drop, *words], capture_output=True, text=True, cwd="/")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_output_that_is_named_and_not_yet_durable_is_said_to_be_published(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    fsync_folder = work.fsync_folder
+
+    def failing(path: Any) -> None:
+        if Path(path) == run.parent:
+            raise OSError(errno.EIO, "Input/output error")
+        fsync_folder(path)
+
+    monkeypatch.setattr(write, "fsync_folder", failing)
+    with pytest.raises(FailedError, match="run-ema is published, and may not survive a loss of"):
+        ckpt_ema.average(run, device="cpu")
+    assert (run.parent / "run-ema" / "model.safetensors").is_file()

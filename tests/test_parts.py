@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,66 @@ def test_parts_of_an_output_that_is_published_are_parts_of_no_other(
     ckpt_ema.average_part(run, "1/2", output=output, **OPTIONS)
     with pytest.raises(FailedError, match="part 2 of 2 is missing"):
         ckpt_ema.finish(output)
+
+
+@pytest.mark.parametrize("then", ["finish", "part", "resume"])
+def test_an_output_that_was_exchanged_for_the_new_one_never_comes_back(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    """Killed after the exchange, the work folder holds the old average beside what is done."""
+    output, new = tmp_path / "out", {"decay": 0.1, **OPTIONS}
+    ckpt_ema.average(run, output=output, decay=0.9, schedule="constant", **OPTIONS)
+    with monkeypatch.context() as killed:
+        killed.setattr(work, "remove", lambda _: None)
+        if then == "resume":
+            ckpt_ema.average(run, output=output, overwrite=True, resume=True, **new)
+        else:
+            for part in ("1/2", "2/2"):
+                ckpt_ema.average_part(run, part, output=output, overwrite=True, **new)
+            ckpt_ema.finish(output, overwrite=True)
+    expected = contents(output)
+    if then == "finish":
+        ckpt_ema.finish(output, overwrite=True)
+        assert contents(output) == expected
+        return
+    output.rename(tmp_path / "best")
+    if then == "part":
+        ckpt_ema.average_part(run, "1/2", output=output, **new)
+        with pytest.raises(FailedError, match="part 2 of 2 is missing"):
+            ckpt_ema.finish(output)
+        ckpt_ema.average_part(run, "2/2", output=output, **new)
+        ckpt_ema.finish(output)
+    else:
+        ckpt_ema.average(run, output=output, resume=True, **new)
+    assert contents(output) == expected
+
+
+def test_parts_that_start_together_after_a_published_run(run: Path, tmp_path: Path) -> None:
+    """Each finds records of an output that is gone, and drops them."""
+    for _ in range(30):
+        folder = WorkFolder(tmp_path / "out", "key", is_shared=True)
+        folder.path.mkdir(exist_ok=True)
+        for number in range(50):
+            (folder.path / f"part-{number}-of-50.json").write_text("{}")
+        with ThreadPoolExecutor(4) as pool:
+            for claim in [pool.submit(_claim, tmp_path / "out") for _ in range(4)]:
+                claim.result()
+
+
+def _claim(output: Path) -> None:
+    with WorkFolder(output, "key", is_shared=True) as folder:
+        folder.kept = True
+
+
+def test_small_files_that_parts_write_at_the_same_time_are_whole(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    texts = [b"a" * 120, b"b" * 110]
+
+    def write(text: bytes) -> None:
+        for _ in range(100):
+            work.replace_file(tmp_path / "README.md", text, tmp_path / "work")
+            assert (tmp_path / "README.md").read_bytes() in texts
+
+    with ThreadPoolExecutor(2) as pool:
+        for written in [pool.submit(write, text) for text in texts]:
+            written.result()

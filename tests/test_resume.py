@@ -16,6 +16,7 @@ import torch
 import ckpt_ema
 from ckpt_ema.errors import FailedError, RefusedError
 from ckpt_ema.folding import engine
+from ckpt_ema.folding.duplicates import Twins
 from ckpt_ema.output import journal, work, write
 from tests.conftest import MakeRun, noise, series
 
@@ -242,3 +243,21 @@ def test_what_is_written_down_of_an_output_that_is_published_is_void(
     ckpt_ema.average(run, output=output, **OPTIONS)
     assert (output / "model.safetensors").read_bytes() == expected
     assert not list(tmp_path.glob(".out.ckpt-ema-*"))
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"\xff\xfe\n", b"\0" * 99, b"7\n", b"{}\n", b'{"tiles": [[0']
+)
+def test_a_journal_has_all_its_lines_and_passes_over_what_is_none(
+    tmp_path: Path, junk: bytes
+) -> None:
+    twins = Twins([(0, 1)])
+    with work.WorkFolder(tmp_path / "out", "key") as folder:
+        folder.output.mkdir()
+        log = journal.Journal(folder, lambda: None)
+        for tiles in (range(3), [7], range(20, 22)):
+            log.finish(tiles)
+            log.write(twins)
+        [path] = folder.path.glob("*.jsonl")
+        path.write_bytes(path.read_bytes() + junk)
+        assert journal.Journal(folder, lambda: None).done == {0, 1, 2, 7, 20, 21}

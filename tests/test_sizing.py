@@ -87,6 +87,7 @@ def test_no_limit_is_passed_and_the_tiles_do_not_depend_on_the_threads(
         assert ckpt_ema.plan(run, max_memory=least, **options).memory_bytes <= least
         return
     assert held.memory_bytes <= max_memory
+    assert held.threads >= 1
     assert held.tile_elements <= free.tile_elements
     assert held.threads <= free.threads
     if free.memory_bytes // free.threads * 4 <= max_memory and free.threads <= 4:

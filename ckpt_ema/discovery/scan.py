@@ -194,9 +194,14 @@ def _holds_model(path: Path, options: Options) -> bool:
 
 
 def _why_not(path: Path, stem: str, is_folder: bool) -> str | None:
-    if is_folder and mode_of(path / layouts.MANIFEST_NAME):
-        return "an output of ckpt-ema"
-    return why_not_a_step(path.name, stem)
+    why = why_not_a_step(path.name, stem)
+    try:
+        if is_folder and mode_of(path / layouts.MANIFEST_NAME):
+            return "an output of ckpt-ema"
+    except RefusedError:
+        if why is None and numbers_in(stem):
+            raise
+    return why
 
 
 def _scan_hub(run: Path, options: Options) -> Scan:

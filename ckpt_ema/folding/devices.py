@@ -34,9 +34,9 @@ def resolve_device(name: str, place: int = 0) -> torch.device:
         if device.index is None and count > 1:
             device = torch.device(device.type, place % count)
         torch.empty(1, device=device)
-    except torch.OutOfMemoryError:
-        return device  # it is there
     except (RuntimeError, AssertionError) as error:
+        if is_out_of_memory(error):
+            return device  # it is there
         here = f"cpu and {accelerator.type}" if accelerator else "cpu only"
         raise OptionError(
             f"--device {printable(name)} cannot be used: this machine with this build of torch has"
@@ -68,10 +68,15 @@ def elements_at_a_time(plan: Plan, device: torch.device) -> int:
 def _free_bytes(device: torch.device) -> int:
     """The memory of an accelerator that nobody has taken; much where it does not tell."""
     module = torch.get_device_module(device)
-    return int(module.mem_get_info(device)[0]) if hasattr(module, "mem_get_info") else 1 << 33
+    try:
+        return int(module.mem_get_info(device)[0]) if hasattr(module, "mem_get_info") else 1 << 33
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return 0
+        raise
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether torch says that a device has no memory left; only some have a class for that."""
     told = str(error)
     is_told = "out of memory" in told or "allocate memory" in told

@@ -63,11 +63,13 @@ class Journal:
 def _lines(work: WorkFolder) -> Iterator[dict[str, Any]]:
     """What is written down; the last line of a killed run may be half there."""
     for path in sorted(work.path.glob(f"tiles-*{JOURNAL}")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                yield json.loads(line)
+                line = json.loads(text)
             except ValueError:
                 continue
+            if isinstance(line, dict) and line.keys() >= {"tiles", "different"}:
+                yield line
 
 
 def ranges(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:

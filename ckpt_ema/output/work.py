@@ -22,6 +22,7 @@ from ckpt_ema.output.vacancy import averages_in
 
 _MARK = ".ckpt-ema-"
 _OUTPUT = "output"
+PUBLISHED = "published"  # what the output is called while it gets its final name
 _RECORD = ".json"
 JOURNAL = ".jsonl"
 PART = "part-"  # records of this kind say that a part is done
@@ -98,16 +99,13 @@ class WorkFolder:
         told = [*_records(self.path, ""), *self.path.glob(f"*{JOURNAL}")]
         if not mode_of(self.output):
             for path in told:
-                path.unlink()
+                path.unlink(missing_ok=True)  # others may have come at the same time
 
     def record(self, name: str, content: dict[str, Any]) -> None:
         """Write down a fact about the work under a name, durably and all at once."""
         path = self.path / f"{name}{_RECORD}"
-        temporary = self.path / f"{secrets.token_hex(4)}.tmp"
         with as_failure(path):
-            with durable_file(temporary) as fd:
-                write_all(fd, json.dumps(content).encode())
-            os.replace(temporary, path)
+            replace_file(path, json.dumps(content).encode(), self.path)
             fsync_folder(self.path)
 
     def records(self, prefix: str) -> dict[str, dict[str, Any]]:
@@ -171,7 +169,7 @@ def _is_wanted(path: Path, final: Path) -> bool:
     Parts that are done wait for the others without a lock; the last output is there if a run was
     killed between two names.
     """
-    if mode_of(path / _OUTPUT):
+    if mode_of(path / _OUTPUT) or mode_of(path / PUBLISHED):
         return _waits(path, PART)
     return not os.path.lexists(final) and bool(averages_in(path))
 
@@ -196,6 +194,14 @@ def durable_file(path: Path) -> Iterator[int]:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def replace_file(path: Path, content: bytes, folder: Path) -> None:
+    """Write a small file, durably and all at once; `folder` has room for it until it is whole."""
+    temporary = folder / f"{secrets.token_hex(4)}.tmp"
+    with durable_file(temporary) as fd:
+        write_all(fd, content)
+    os.replace(temporary, path)
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int = 0) -> None:

@@ -15,12 +15,14 @@ from types import TracebackType
 from ckpt_ema.errors import FailedError, printable
 from ckpt_ema.files import open_regular, read_exactly
 from ckpt_ema.output.work import (
+    PUBLISHED,
     WorkFolder,
     as_failure,
     durable_file,
     fsync_folder,
     hidden_sibling,
     remove,
+    replace_file,
     write_all,
 )
 from ckpt_ema.planning.outputs import OutputFile
@@ -99,9 +101,7 @@ class StagedOutput:
         path = self._staging / name
         with as_failure(self._final / name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with durable_file(path) as fd:
-                write_all(fd, content)
-                os.ftruncate(fd, len(content))  # what a part before this one wrote may be longer
+            replace_file(path, content, self._staging.parent)  # parts write it at the same time
 
     def copy(self, source: Path, name: str) -> None:
         """Copy one file that travels with the weights, byte for byte."""
@@ -143,24 +143,43 @@ class StagedOutput:
     def publish(self) -> None:
         """Give the output, made durable, its final name, replacing what may be there."""
         self.make_durable()
+        ready = self._staging.with_name(PUBLISHED)
         with as_failure(self._final):
-            if self._overwrite and os.path.lexists(self._final):
-                self._replace()
-            elif self._single:
-                _link_or_rename(self._staging, self._final)
-            else:
-                os.rename(self._staging, self._final)  # replaces nothing but an empty folder
+            # From here on what is written down of it is void: after an exchange the old output is
+            # in its place.
+            remove(ready)  # of a run that was killed here
+            os.rename(self._staging, ready)
+            fsync_folder(ready.parent)
+            try:
+                self._give_name(ready)
+            except OSError:
+                os.rename(ready, self._staging)
+                raise
+        try:
             fsync_folder(self._final.parent)
+        except OSError as error:
+            raise FailedError(
+                f"{printable(self._final)} is published, and may not survive a loss of power:"
+                f" {error.strerror}."
+            ) from error
 
-    def _replace(self) -> None:
+    def _give_name(self, ready: Path) -> None:
+        if self._overwrite and os.path.lexists(self._final):
+            self._replace(ready)
+        elif self._single:
+            _link_or_rename(ready, self._final)
+        else:
+            os.rename(ready, self._final)  # replaces nothing but an empty folder
+
+    def _replace(self, ready: Path) -> None:
         """Put the new in the place of the old, and that into the work folder or away."""
         if self._single:
-            os.replace(self._staging, self._final)
-        elif not _exchange(self._staging, self._final):
+            os.replace(ready, self._final)
+        elif not _exchange(ready, self._final):
             old = hidden_sibling(self._final)
             os.rename(self._final, old)
             try:
-                os.rename(self._staging, self._final)
+                os.rename(ready, self._final)
             except BaseException:
                 os.rename(old, self._final)
                 raise
