@@ -21,6 +21,7 @@ from typing import NamedTuple
 from ckpt_ema.errors import FailedError, IncompleteError, RefusedError, printable
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_MOST_BESIDE_BYTES = 1 << 28  # of a file of settings or of a log; those of trainers are megabytes
 _CAN_ASK_AHEAD = hasattr(os, "RWF_NOWAIT") and hasattr(os, "posix_fadvise")  # Linux can
 _AHEAD_BYTES = 1 << 22  # asked for before they are wanted, of each file that is not in the cache
 _MOST_AHEAD_BYTES = 1 << 28  # of all files that are read in turn
@@ -85,13 +86,15 @@ def open_regular(path: str) -> Iterator[OpenFile]:
 def read_if_there(path: str | os.PathLike[str], most_bytes: int = sys.maxsize) -> bytes | None:
     """The content of a regular file, or its beginning; None if there is none at `path`.
 
-    Raises `RefusedError` if there is one and it cannot be read.
+    Raises `RefusedError` if there is one and it cannot be read, or is larger than any such file.
     """
     if not stat.S_ISREG(mode_of(path)):
         return None
     try:
         with open_regular(os.fspath(path)) as file:
             count = min(file.size_bytes, most_bytes)
+            if count > _MOST_BESIDE_BYTES:
+                raise RefusedError(f"{printable(path)} has {count} bytes, too many to be text.")
             return read_exactly(os.fspath(path), file.fd, count, 0)
     except FailedError as error:
         raise RefusedError(error.message) from error

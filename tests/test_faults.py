@@ -549,3 +549,13 @@ def test_an_output_that_is_named_and_not_yet_durable_is_said_to_be_published(
     with pytest.raises(FailedError, match="run-ema is published, and may not survive a loss of"):
         ckpt_ema.average(run, device="cpu")
     assert (run.parent / "run-ema" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "config.json"])
+def test_a_sparse_file_beside_the_weights_costs_nothing(make_run: MakeRun, name: str) -> None:
+    """It claims a terabyte."""
+    run = make_run(series(2, w=noise(2, 4)))
+    with (run / "checkpoint-2" / name).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(RefusedError, match=f"{name} has 1099511627776 bytes, too many"):
+        ckpt_ema.plan(run)
