@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 import ckpt_ema
 from ckpt_ema import CkptEmaError
+from ckpt_ema.averaging import up_to_date
 from tests.conftest import MakeRun, noise, series
 from tests.faulty_os import KINDS, faulty
 
@@ -58,6 +60,15 @@ def in_parts(run: Path, output: Path) -> None:
     ckpt_ema.finish(output)
 
 
+def replacing_in_parts(run: Path, output: Path) -> None:
+    """Two parts, and their publication in the place of what is there, taken up where it stopped."""
+    options: dict[str, Any] = {"decay": 0.1, "overwrite": True, "resume": True, "tile_size": 64}
+    for part in ("1/2", "2/2"):
+        ckpt_ema.average_part(run, part, output=output, device="cpu", threads=1, **options)
+    if not up_to_date(ckpt_ema.plan(run, output=output, decay=0.1, tile_size=64), overwrite=True):
+        ckpt_ema.finish(output, overwrite=True)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, or a file alone."""
     paths = [folder] if folder.is_file() else sorted(folder.rglob("*"))
@@ -68,6 +79,9 @@ def models(output: Path) -> dict[str, bytes]:
     """The files of an output that are the same each time it is made; not the manifest, the card."""
     told = ("ckpt_ema.json", "README.md")
     return {name: data for name, data in contents(output).items() if not name.endswith(told)}
+
+
+REPLACING: tuple[Job, ...] = (replacing, replacing_in_parts)
 
 
 class Scene:
@@ -82,7 +96,7 @@ class Scene:
         job(run, run.parent / "expected" / "out")
         self.expected = models(run.parent / "expected" / name)
         self.before: dict[str, bytes] = {}
-        if job is replacing:
+        if job in REPLACING:
             self.restore()
 
     def restore(self) -> None:
@@ -90,7 +104,7 @@ class Scene:
         for path in self.leftovers():
             ckpt_ema.output.work.remove(path)
         ckpt_ema.output.work.remove(self.output)
-        if self.job is replacing:
+        if self.job in REPLACING:
             one(self.run, self.output)
             self.before = models(self.output)
 
@@ -128,7 +142,7 @@ def small_run(make_run: MakeRun, name: str = "run") -> Path:
     return run
 
 
-JOBS: list[Job] = [one, replacing, several, single, resumed, in_parts]
+JOBS: list[Job] = [one, replacing, several, single, resumed, in_parts, replacing_in_parts]
 
 
 @pytest.fixture(params=JOBS, ids=lambda job: job.__name__)
