@@ -142,7 +142,7 @@ def small_run(make_run: MakeRun, name: str = "run") -> Path:
     return run
 
 
-JOBS: list[Job] = [one, replacing, several, single, resumed, in_parts, replacing_in_parts]
+JOBS: list[Job] = [one, replacing, several, single, resumed, in_parts]
 
 
 @pytest.fixture(params=JOBS, ids=lambda job: job.__name__)
@@ -209,6 +209,13 @@ def test_every_way_of_every_call_in_every_way_to_make_an_output(
     scene: Scene, kind: str, ever_after: bool
 ) -> None:
     sweep(scene, kind, errno.ENOSPC if ever_after else errno.EIO, ever_after=ever_after)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_call_while_parts_replace_an_output(make_run: MakeRun, kind: str) -> None:
+    scene = Scene(small_run(make_run), replacing_in_parts)
+    sweep(scene, kind, errno.EIO, ever_after=False)
 
 
 @pytest.mark.sweep
@@ -282,6 +289,6 @@ def test_a_run_that_is_killed_leaves_a_whole_output_or_none(make_run: MakeRun, j
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", [*JOBS, replacing_in_parts])
 def test_killed_whatever_it_makes(make_run: MakeRun, job: Job) -> None:
     kill_at_random(make_run, job, 100)

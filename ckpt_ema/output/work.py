@@ -114,16 +114,24 @@ class WorkFolder:
 
 
 def existing_work(final: Path, prefix: str) -> list[str]:
-    """The keys of the work folders of an output that hold records of this kind."""
+    """The keys of the work folders of an output that hold records of this kind.
+
+    Raises `RefusedError` if it cannot be seen whether there are any.
+    """
     final = Path(os.path.realpath(final))
     stem = _hidden_stem(final)
-    with contextlib.suppress(OSError):
+    try:
         return sorted(
             path.name[len(stem) :]
             for path in final.parent.iterdir()
             if path.name.startswith(stem) and _waits(path, prefix)
         )
-    return []
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise RefusedError(
+            f"{printable(final.parent)} cannot be searched for parts: {error.strerror}."
+        ) from error
 
 
 def hidden_sibling(final: Path, key: str = "") -> Path:
