@@ -166,7 +166,11 @@ def _publish(final: Path, key: str, kind: str, overwrite: bool) -> Finished:
         StagedOutput(work, is_single_file=single, overwrite=overwrite) as staged,
     ):
         work.kept = True
-        described = work.records(_WORK)[_WORK]
+        described = work.records(_WORK).get(_WORK)
+        if described is None:
+            raise FailedError(
+                f"{printable(work.path)} does not say what its parts are of.", "Make one again."
+            )
         made = _whole_set(final, {n.removeprefix(kind): r for n, r in work.records(kind).items()})
         alike = set.intersection(*({tuple(pair) for pair in part["alike"]} for part in made))
         if alike and not described["allow_duplicates"]:

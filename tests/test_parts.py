@@ -285,3 +285,18 @@ def test_small_files_that_parts_write_at_the_same_time_are_whole(tmp_path: Path)
     with ThreadPoolExecutor(2) as pool:
         for written in [pool.submit(write, text) for text in texts]:
             written.result()
+
+
+@pytest.mark.parametrize("name", ["part-1-of-2.json", "work.json"])
+@pytest.mark.parametrize("content", [None, b"", b"\xff", b'{"alike": ['])
+def test_a_damaged_record_is_named(
+    run: Path, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    output = tmp_path / "out"
+    make_parts(run, output, ["1/2", "2/2"])
+    [record] = tmp_path.glob(f".out.ckpt-ema-*/{name}")
+    record.unlink() if content is None else record.write_bytes(content)
+    with pytest.raises(FailedError, match=r"is damaged|part 1 of 2 is missing|does not say what"):
+        ckpt_ema.finish(output)
+    make_parts(run, output, ["1/2"])
+    assert ckpt_ema.finish(output).output.is_dir()

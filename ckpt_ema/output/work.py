@@ -109,8 +109,19 @@ class WorkFolder:
             fsync_folder(self.path)
 
     def records(self, prefix: str) -> dict[str, dict[str, Any]]:
-        """The facts that are written down under names that begin so."""
-        return {path.stem: json.loads(path.read_bytes()) for path in _records(self.path, prefix)}
+        """The facts that are written down under names that begin so.
+
+        Raises `FailedError` if what is there is no record.
+        """
+        found = {}
+        for path in _records(self.path, prefix):
+            try:
+                found[path.stem] = json.loads(path.read_bytes())
+            except (OSError, ValueError) as error:
+                raise FailedError(
+                    f"{printable(path)} is damaged.", "Remove it, and make that part again."
+                ) from error
+        return found
 
 
 def existing_work(final: Path, prefix: str) -> list[str]:
