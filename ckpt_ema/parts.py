@@ -129,9 +129,13 @@ def carry_out_together(
         ranks.wait("parts")
         finished = _publish(plan.output, plan.key, _RANK, overwrite) if is_first else None
         ranks.wait("publication")
-    except BaseException:
-        if not resume:
-            remove(WorkFolder(plan.output, plan.key).path)
+    except BaseException as error:
+        try:
+            ranks.check_at_once()  # if another has failed, that is why
+            ranks.fail(error)
+        finally:
+            if not resume:
+                remove(WorkFolder(plan.output, plan.key).path)
         raise
     return finished
 
