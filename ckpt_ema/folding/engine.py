@@ -23,7 +23,7 @@ from ckpt_ema.folding.shadow import is_finite
 from ckpt_ema.folding.sources import TORCH_DTYPES, Sources
 from ckpt_ema.folding.tile_fold import Staging, TileFold, Use, make_fold
 from ckpt_ema.folding.tiles import Tile, cut, joined
-from ckpt_ema.folding.zeroed import Place, TileZeros, Zeroed
+from ckpt_ema.folding.zeroed import TileZeros, Zeroed
 from ckpt_ema.planning.plan import Plan
 
 _POLL_SECONDS = 0.1  # how long the main thread is deaf to signals, at most
@@ -72,7 +72,6 @@ def run(
             device,
             elements,
             joined(tiles, elements),
-            plan.work.widest_bytes,
             twins,
             finished,
         )
@@ -93,7 +92,6 @@ class _Job:
     device: torch.device
     elements: int  # that a thread has on the device at a time
     tiles: Iterator[Tile]
-    widest_bytes: int  # of a dtype that is averaged
     twins: Twins
     finished: Callable[[range], None] | None
     zeroed: Zeroed = field(default_factory=Zeroed)
@@ -184,7 +182,7 @@ class _Worker:
 
     def _make_fold(self) -> TileFold:
         wide = accumulator(self._plan, self._device)
-        of_checkpoints, widest_bytes = uses(self._plan), self._job.widest_bytes
+        of_checkpoints, widest_bytes = uses(self._plan), self._plan.work.widest_bytes
         return make_fold(of_checkpoints, self._elements, wide, self._device, widest_bytes)
 
     def _keep(self, tile: Tile) -> None:
@@ -215,7 +213,7 @@ class _Worker:
             content = staging.bytes[: values.nbytes]
             twins.see(index, content)
             if zeros.turns(content):
-                self._job.zeroed.note(index, tile.numbers.start, Place(span, tile.start))
+                self._job.zeroed.note(index, tile)
             return values
 
         fold.fold(tile.length, read_and_compare)

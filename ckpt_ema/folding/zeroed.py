@@ -5,41 +5,33 @@ are no matter.
 """
 
 import threading
-from typing import NamedTuple
 
 from ckpt_ema.errors import printable
 from ckpt_ema.folding.nonfinite import tensor_at
+from ckpt_ema.folding.tiles import Tile
 from ckpt_ema.planning.plan import Plan
-from ckpt_ema.planning.spans import Span
 
 _PROBE = bytes(16)
-
-
-class Place(NamedTuple):
-    """Where zeros begin: an element of a span."""
-
-    span: Span
-    start: int
 
 
 class Zeroed:
     """Where each checkpoint, by number, first turns to zeros; for many threads."""
 
     def __init__(self) -> None:
-        self._first: dict[int, tuple[int, Place]] = {}
+        self._first: dict[int, Tile] = {}
         self._lock = threading.Lock()
 
-    def note(self, checkpoint: int, tile: int, place: Place) -> None:
-        """Note that a checkpoint turns to zeros in the tile of this number."""
+    def note(self, checkpoint: int, tile: Tile) -> None:
+        """Note that a checkpoint turns to zeros in a tile."""
         with self._lock:
-            if checkpoint not in self._first or tile < self._first[checkpoint][0]:
-                self._first[checkpoint] = tile, place
+            first = self._first.get(checkpoint, tile)
+            self._first[checkpoint] = min(first, tile, key=lambda one: (one.numbers[0], one.start))
 
     def warnings(self, plan: Plan) -> list[str]:
         """A sentence for each checkpoint."""
         found = []
-        for number, (_, (span, start)) in sorted(self._first.items()):
-            tensor = tensor_at(plan, span, span.targets[0].candidate, start)
+        for number, tile in sorted(self._first.items()):
+            tensor = tensor_at(plan, tile.span, tile.span.targets[0].candidate, tile.start)
             found.append(
                 f"{printable(plan.checkpoints[number].name)} turns to zeros in tensor"
                 f" {printable(tensor.name)}, which were none in the checkpoint before: was its save"

@@ -229,9 +229,9 @@ def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
     """One layout for the whole run: memory does not grow with the number of checkpoints."""
     shared: list[Specs] = []
     for specs in checkpoints:
-        earlier = shared[-1].tensors if shared else None
-        same = specs.tensors is earlier or specs.tensors == earlier
-        shared.append(replace(specs, tensors=earlier) if same and earlier else specs)
+        earlier = shared[-1].tensors if shared else specs.tensors
+        same = specs.tensors is not earlier and specs.tensors == earlier
+        shared.append(replace(specs, tensors=earlier) if same else specs)
     return shared
 
 
