@@ -131,8 +131,9 @@ def carry_out_together(
         ranks.wait("publication")
     except BaseException as error:
         try:
-            ranks.check_at_once()  # if another has failed, that is why
-            ranks.fail(error)
+            if isinstance(error, FailedError):
+                ranks.check_at_once()  # if another has failed, that is why
+            ranks.fail(error)  # before what the others work in is gone
         finally:
             if not resume:
                 remove(WorkFolder(plan.output, plan.key).path)
