@@ -11,7 +11,7 @@ _STEPS = {
     "format": ["ruff", "format", "--check", "."],
     "lint": ["ruff", "check", "."],
     "types": ["mypy"],
-    "tests": ["pytest", "-n", "auto", "--dist", "loadgroup"],
+    "tests": ["pytest", "-n", "auto"],
 }
 
 

@@ -9,28 +9,31 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ckpt_ema.folding import engine
+from ckpt_ema.folding.sources import Sources
+from ckpt_ema.report.progress import ByteProgress
+from tests.command import ENVIRONMENT, Command, ckpt_ema, wait_for
 from tests.conftest import MakeRun, noise, series
 
-COMMAND = [sys.executable, "-m", "ckpt_ema"]
-ENVIRONMENT = {**os.environ, "TYPER_USE_RICH": "0", "COLUMNS": "80", "GITHUB_STEP_SUMMARY": ""}
 
-
-def ckpt_ema(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command and capture both streams."""
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
+def imported_by(*words: Any) -> tuple[str, set[str]]:
+    """Run the command in a fresh interpreter: its stdout, and the modules that it imported."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "ckpt_ema", *words],
         capture_output=True,
         text=True,
-        timeout=60,
-        env={**ENVIRONMENT, **options.pop("env", {})},
-        **options,
+        env={**os.environ, **ENVIRONMENT},
+        check=True,
     )
+    lines = done.stderr.splitlines()
+    return done.stdout, {line.split("|")[-1].strip() for line in lines if "|" in line}
 
 
 @pytest.fixture
@@ -53,16 +56,11 @@ def test_average_prints_the_output_path_and_nothing_else_on_stdout(run: Path) ->
 
 def test_the_second_time_it_is_up_to_date_without_torch(run: Path) -> None:
     assert ckpt_ema("average", run, "-q", "--device", "cpu").returncode == 0
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "ckpt_ema", "average", run],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        check=True,
-    )
-    assert done.stdout == f"{run}-ema\n"
-    assert "is up to date" in done.stderr
-    assert "| torch" not in done.stderr
+    assert "is up to date" in ckpt_ema("average", run).stderr
+    stdout, imported = imported_by("average", run)
+    assert stdout == f"{run}-ema\n"
+    assert "ckpt_ema.averaging" in imported
+    assert "torch" not in imported
 
 
 @pytest.mark.parametrize(
@@ -71,14 +69,7 @@ def test_the_second_time_it_is_up_to_date_without_torch(run: Path) -> None:
 )
 def test_help_and_plan_never_import_torch(run: Path, arguments: list[str]) -> None:
     words = [str(run) if word == "RUN" else word for word in arguments]
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "ckpt_ema", *words],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        check=True,
-    )
-    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    _, imported = imported_by(*words)
     assert "ckpt_ema.cli" in imported
     assert not {name for name in imported if name.split(".")[0] in ("torch", "numpy")}
 
@@ -254,8 +245,7 @@ def test_the_command_in_the_output_tells_what_the_environment_said(run: Path) ->
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
 def test_a_stdout_that_is_full_is_said_beside_what_was_done(run: Path) -> None:
-    line = f"'{sys.executable}' -m ckpt_ema average '{run}' --device cpu -q >/dev/full"
-    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60)
+    done = ckpt_ema("average", run, "--device", "cpu", "-q", stdout="/dev/full")
     assert done.returncode == 1
     assert done.stderr == (
         f"error: stdout cannot be written: No space left on device; {run}-ema is complete.\n"
@@ -321,54 +311,45 @@ def test_a_signal_ends_it_with_one_line_and_nothing_left(
     make_run: MakeRun, number: int, code: int, line: str
 ) -> None:
     run = make_run(series(20, w=noise(20, 1_000_000)))
-    process = subprocess.Popen(
-        [*COMMAND, "average", run, "-q", "--tile-size", "400", "--device", "cpu"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    deadline = time.monotonic() + 50
-    while not list(run.parent.glob(".run-ema.*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    command = Command("average", run, "-q", "--tile-size", "400", "--device", "cpu")
+    wait_for(lambda: list(run.parent.glob(".run-ema.*")))
     time.sleep(0.3)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=30)
-    assert (process.returncode, stdout, stderr) == (code, "", line)
+    command.send_signal(number)
+    done = command.wait()
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", line)
     assert {path.name for path in run.parent.iterdir()} == {"run"}
 
 
-def test_a_signal_in_a_destructor_which_swallows_it_ends_the_run(run: Path) -> None:
-    code = """
-import os, signal, time
-from ckpt_ema.folding import engine
-from ckpt_ema.folding.sources import Sources
-from ckpt_ema.report.progress import ByteProgress
-from ckpt_ema.cli import main
-
 class Ending:
-    def __del__(self):
+    """Its destructor is where a signal arrives, and Python swallows what that raises."""
+
+    def __del__(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         for _ in range(1000):
             pass
 
-real = ByteProgress.__call__
-def call(self, *numbers):
-    Ending()
-    real(self, *numbers)
 
-def slow(*arguments, read=Sources.values):
-    time.sleep(0.01)
-    return read(*arguments)
+def end_in_a_destructor() -> None:
+    """Have it happen each time that progress is told, and the reading take its time."""
+    real, read = ByteProgress.__call__, Sources.values
 
-ByteProgress.__call__, Sources.values, engine._POLL_SECONDS = call, slow, 0.01
-main()
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, "average", run, "-q", "--tile-size", "8", "--device", "cpu"],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
+    def call(*arguments: Any) -> None:
+        Ending()
+        real(*arguments)
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.01)
+        return read(*arguments)
+
+    patched = pytest.MonkeyPatch()
+    patched.setattr(ByteProgress, "__call__", call)
+    patched.setattr(Sources, "values", slow)
+    patched.setattr(engine, "_POLL_SECONDS", 0.01)
+
+
+def test_a_signal_in_a_destructor_which_swallows_it_ends_the_run(run: Path) -> None:
+    done = ckpt_ema(
+        *("average", run, "-q", "--tile-size", "8", "--device", "cpu"), before=end_in_a_destructor
     )
     assert (done.returncode, done.stdout) == (143, "")
     assert done.stderr == "terminated, nothing was written\n"
@@ -383,7 +364,7 @@ def test_a_limit_on_descriptors_is_respected(make_run: MakeRun) -> None:
         "-q",
         "--device",
         "cpu",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)),
+        before=partial(resource.setrlimit, resource.RLIMIT_NOFILE, (40, 40)),
     )
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -400,7 +381,7 @@ def test_a_limit_on_memory_is_survived(
 ) -> None:
     done = ckpt_ema(
         *("average", run, "-q", "--device", "cpu", "--threads", "2", *options),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 32, 1 << 32)),
+        before=partial(resource.setrlimit, resource.RLIMIT_AS, (1 << 32, 1 << 32)),
     )
     assert done.returncode == code
     assert done.stderr.startswith(message)

@@ -3,7 +3,6 @@
 import errno
 import itertools
 import json
-import multiprocessing
 import random
 import signal
 import time
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 import ckpt_ema
 from ckpt_ema import CkptEmaError
 from ckpt_ema.averaging import up_to_date
+from tests.command import processes
 from tests.conftest import MakeRun, noise, series
 from tests.faulty_os import KINDS, faulty
 
@@ -249,13 +249,9 @@ def test_no_kind_of_call_is_never_made(make_run: MakeRun) -> None:
     assert made == set(KINDS)
 
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "ckpt_ema.parts", "ckpt_ema.folding.engine", __name__])
-
-
 def killed_after(seconds: float, job: Job, run: Path, output: Path) -> float:
     """Do a job in a process of its own that is killed after a while, and tell how long it lived."""
-    process = PROCESSES.Process(target=job, args=(run, output))
+    process = processes().Process(target=job, args=(run, output))
     start = time.monotonic()
     process.start()
     process.join(seconds)

@@ -4,7 +4,7 @@ Checkpoints are torch's own, saved by one process or by several; what is broken 
 unpickling, editing and pickling the metadata with torch's own classes.
 """
 
-import multiprocessing
+import fcntl
 import os
 import pickle
 import random
@@ -15,7 +15,7 @@ import time
 import tracemalloc
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from ckpt_ema.errors import CkptEmaError, IncompleteError, RefusedError
 from ckpt_ema.folding.pieces import gather
 from ckpt_ema.formats import dcp, read_specs
 from ckpt_ema.formats.specs import DTYPE_BITS, Part, Piece, Specs, TensorSpec, Weights, spanned
+from tests.command import processes
 from tests.conftest import MakeRun, raw, read_safetensors
 from tests.test_torch_file import DTYPES, filled, hostile_pickles, number, pushed, tensor_pickle
 
@@ -363,41 +364,36 @@ def _save_as_rank(run: Path, rank: int, ranks: int) -> None:
 
 
 def _save_sharded(folder: Path) -> None:
-    """Runs by 2, 3 and 4 ranks, which are forks of a process that has imported torch."""
-    import torch.distributed.checkpoint
-    import torch.distributed.tensor  # noqa: F401
-
-    forks = multiprocessing.get_context("fork")
+    folder.mkdir()
     teams = [
-        forks.Process(target=_save_as_rank, args=(folder / f"of-{ranks}", rank, ranks))
+        processes().Process(target=_save_as_rank, args=(folder / f"of-{ranks}", rank, ranks))
         for ranks in RANKS
         for rank in range(ranks)
     ]
     for process in teams:
         process.start()
+    deadline = time.monotonic() + 60
     for process in teams:
+        process.join(max(0, deadline - time.monotonic()))
+        process.kill()
         process.join()
-    sys.exit(max(abs(process.exitcode or 0) for process in teams))
+    assert [process.exitcode for process in teams] == [0] * len(teams)
 
 
-ON_ONE_WORKER = pytest.mark.xdist_group("sharded")  # or each would save all those runs
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of-2, of-3 and of-4, each saved by so many ranks at STEPS."""
-    folder = tmp_path_factory.mktemp("sharded")
-    # A fresh process: forks of this one would inherit threads of torch in the midst of something.
-    process = multiprocessing.get_context("spawn").Process(target=_save_sharded, args=(folder,))
-    process.start()
-    process.join(120)
-    if process.is_alive():
-        process.terminate()
-    assert process.exitcode == 0
-    yield folder
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # which all workers have
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when it is closed
+        if not (shared / "sharded").exists():
+            _save_sharded(shared / "unfinished")
+            (shared / "unfinished").rename(shared / "sharded")
+    return shared / "sharded"
 
 
-@ON_ONE_WORKER
 @pytest.mark.parametrize("ranks", RANKS)
 class TestSharded:
     def test_every_rank_has_a_file(self, sharded: Path, ranks: int) -> None:
@@ -464,7 +460,6 @@ def average_of(run: Path, **options: Any) -> Path:
     return file
 
 
-@ON_ONE_WORKER
 @pytest.mark.parametrize("threads", [1, 3])
 def test_tiles_of_one_element(sharded: Path, tmp_path: Path, threads: int) -> None:
     """Of tensors in pieces and in place, the same bytes as in one tile."""
@@ -1144,7 +1139,6 @@ def test_a_plan_does_not_import_torch(run: Path) -> None:
     assert not {name for name in imported if name.split(".")[0] in ("torch", "numpy")}
 
 
-@ON_ONE_WORKER
 def test_a_plan_opens_every_file_once(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, opened = os.open, list[str]()
 

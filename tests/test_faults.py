@@ -5,13 +5,13 @@ import json
 import math
 import os
 import resource
-import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ import ckpt_ema
 from ckpt_ema import FailedError, OptionError, RefusedError
 from ckpt_ema.output import work, write
 from ckpt_ema.report import lines
+from tests.command import Command, wait_for
+from tests.command import ckpt_ema as command
 from tests.conftest import (
     MakeRun,
     noise,
@@ -32,8 +34,6 @@ from tests.conftest import (
     write_safetensors,
     write_shards,
 )
-
-COMMAND = [sys.executable, "-m", "ckpt_ema", "average"]
 
 
 def test_nan_is_not_blamed_on_a_mask_that_never_changes(make_run: MakeRun) -> None:
@@ -206,15 +206,10 @@ def test_a_changed_companion_is_another_average(make_run: MakeRun) -> None:
 
 
 def test_more_shards_than_descriptors(make_run: MakeRun) -> None:
-    """In a process of its own: what other tests have left open does not count."""
     states = series(2, **{f"w{i:03}": noise(2, 3) for i in range(120)})
     run = make_run(states, shards=120)
-    done = subprocess.run(
-        [sys.executable, "-m", "ckpt_ema", "average", run, "-q", "--device", "cpu"],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
-    )
+    few = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (64, 64))
+    done = command("average", run, "-q", "--device", "cpu", before=few)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(list(Path(done.stdout.strip()).glob("*.safetensors"))) == 120
 
@@ -344,8 +339,8 @@ def test_a_run_whose_name_is_not_utf8_is_averaged(tmp_path: Path) -> None:
         (run / f"checkpoint-{step}").mkdir(parents=True)
         state = {"w": torch.ones(2) * step}
         write_safetensors(run / f"checkpoint-{step}/model.safetensors", state)
-    done = subprocess.run([*COMMAND, run, "-q", "--device", "cpu"], capture_output=True)
-    assert (done.returncode, done.stdout) == (0, os.fsencode(run) + b"-ema\n"), done.stderr
+    done = command("average", run, "-q", "--device", "cpu")
+    assert (done.returncode, done.stdout) == (0, f"{run}-ema\n"), done.stderr
 
 
 def test_the_second_json_of_a_single_file_has_the_same_fields(
@@ -379,6 +374,15 @@ def test_float32_accumulators_weigh_as_they_should(decay: float) -> None:
     assert raw(frozen) == raw(zero)
 
 
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+
+
+def be_nobody() -> None:
+    """Be the user nobody from now on."""
+    os.setgroups([])
+    os.setreuid(65534, 65534)
+
+
 def _let_others_in(run: Path) -> None:
     """Let other users read a run; pytest's folders are for their owner alone."""
     for folder in (run, *run.parents):
@@ -386,43 +390,41 @@ def _let_others_in(run: Path) -> None:
             folder.chmod(0o755)
 
 
-@pytest.mark.skipif(shutil.which("setpriv") is None or os.geteuid() != 0, reason="needs setpriv")
+@AS_ROOT
 @pytest.mark.parametrize("locked", ["", "checkpoint-2", "checkpoint-2/model.safetensors"])
 def test_what_may_not_be_read_is_one_sentence(make_run: MakeRun, locked: str) -> None:
     run = make_run(series(2, w=noise(2, 4)))
     _let_others_in(run)
     (run / locked).chmod(0)
-    drop = ["setpriv", "--reuid", "65534", "--clear-groups"]
-    done = subprocess.run([*drop, *COMMAND, run, "-q"], capture_output=True, text=True, cwd="/")
+    done = command("average", run, "-q", before=be_nobody)
     (run / locked).chmod(0o755)
     assert done.returncode == 3, done.stderr
     assert done.stderr.count("\n") == 1
     assert "Permission denied" in done.stderr
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
-def test_a_closed_or_full_stderr_changes_no_result(make_run: MakeRun, redirection: str) -> None:
+def test_a_full_stderr_changes_no_result(make_run: MakeRun) -> None:
     run = make_run(series(2, w=noise(2, 4)))
-    line = f"'{sys.executable}' -m ckpt_ema average '{run}' --device cpu {redirection}"
+    done = command("average", run, "--device", "cpu", stderr="/dev/full")
+    assert (done.returncode, done.stdout) == (0, f"{run}-ema\n")
+
+
+def test_a_closed_stderr_changes_no_result(make_run: MakeRun) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    line = f"'{sys.executable}' -m ckpt_ema average '{run}' --device cpu 2>&-"
     done = subprocess.run(["sh", "-c", line], stdout=subprocess.PIPE, text=True)
     assert (done.returncode, done.stdout) == (0, f"{run}-ema\n")
 
 
 def test_signals_one_after_the_other_leave_nothing(make_run: MakeRun) -> None:
     run = make_run(series(20, w=noise(20, 1_000_000)))
-    process = subprocess.Popen(
-        [*COMMAND, run, "-q", "--tile-size", "400", "--device", "cpu"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 50
-    while not list(run.parent.glob(".run-ema.*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process = Command("average", run, "-q", "--tile-size", "400", "--device", "cpu")
+    wait_for(lambda: list(run.parent.glob(".run-ema.*")))
     for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
         process.send_signal(number)
         time.sleep(0.02)
-    _, stderr = process.communicate(timeout=30)
-    assert (process.returncode, stderr) == (130, "interrupted, nothing was written\n")
+    done = process.wait()
+    assert (done.returncode, done.stderr) == (130, "interrupted, nothing was written\n")
     assert {path.name for path in run.parent.iterdir()} == {"run"}
 
 
@@ -495,16 +497,15 @@ def test_a_fifo_beside_the_weights_is_not_waited_for(
     assert fifo not in [companion.source for companion in plan.candidates[0].output.companions]
 
 
-@pytest.mark.skipif(shutil.which("setpriv") is None or os.geteuid() != 0, reason="needs setpriv")
+@AS_ROOT
 def test_what_somebody_else_has_left_beside_the_output_is_no_obstacle(make_run: MakeRun) -> None:
     run = make_run(series(2, w=noise(2, 4)))
     _let_others_in(run)
     run.parent.chmod(0o777)
     theirs = run.parent / ".out.ckpt-ema-00112233"
     theirs.mkdir(mode=0o700)
-    drop = ["setpriv", "--reuid", "65534", "--clear-groups"]
-    words = [*COMMAND, str(run), "-o", str(run.parent / "out"), "-q", "--device", "cpu"]
-    done = subprocess.run([*drop, *words], capture_output=True, text=True, cwd="/")
+    words = ("average", run, "-o", run.parent / "out", "-q", "--device", "cpu")
+    done = command(*words, before=be_nobody)
     assert (done.returncode, done.stderr) == (0, "")
     assert theirs.is_dir()
 
@@ -521,16 +522,14 @@ def test_a_manifest_that_somebody_has_changed_does_no_harm(make_run: MakeRun, to
     assert said.count("\n") == (len(told) if isinstance(told, list) else 0)
 
 
-@pytest.mark.skipif(shutil.which("setpriv") is None or os.geteuid() != 0, reason="needs setpriv")
+@AS_ROOT
 def test_a_folder_without_a_number_that_may_not_be_read_is_no_obstacle(make_run: MakeRun) -> None:
     """As lost+found is, where a run has a disk of its own."""
     run = make_run(series(2, w=noise(2, 4)))
     _let_others_in(run)
     (run / "lost+found").mkdir(mode=0o700)
     (run / "lost+found").chmod(0)
-    drop = ["setpriv", "--reuid", "65534", "--clear-groups"]
-    words = [*COMMAND[:-1], "plan", str(run), "-q"]
-    done = subprocess.run([*drop, *words], capture_output=True, text=True, cwd="/")
+    done = command("plan", run, "-q", before=be_nobody)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from ckpt_ema import cli
 from ckpt_ema.errors import FailedError, OptionError, RefusedError
 from ckpt_ema.output import work
 from ckpt_ema.output.work import WorkFolder
+from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, series
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "tile_size": 256, "threads": 2}
@@ -168,10 +168,6 @@ def test_a_part_that_fails_leaves_the_others(make_run: MakeRun, tmp_path: Path) 
 
 
 def test_by_command(run: Path, tmp_path: Path) -> None:
-    def command(*words: Any) -> subprocess.CompletedProcess[str]:
-        call = [sys.executable, "-m", "ckpt_ema", *map(str, words)]
-        return subprocess.run(call, capture_output=True, text=True, timeout=60)
-
     output = tmp_path / "out"
     made = command("average", run, "-o", output, "--device", "cpu", "--part", "1/2")
     assert (made.returncode, made.stdout) == (0, "")

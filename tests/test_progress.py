@@ -36,7 +36,7 @@ def test_a_terminal_gets_a_bar_unless_it_is_switched_off(
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     command = [sys.executable, "-m", "ckpt_ema", "average", str(run), "--device", "cpu"]
-    environment = {**os.environ, **variables}
+    environment = {**os.environ, **variables}  # tqdm asks when it is imported
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, env=environment)
     os.close(theirs)
     text = os.read(ours, 1 << 16).decode()

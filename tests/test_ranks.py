@@ -1,6 +1,7 @@
 """Ranks of one launch: real processes that make one output together, or fail together."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,13 +13,14 @@ import pytest
 import torch
 
 import ckpt_ema
-from ckpt_ema import cli
+from ckpt_ema import cli, ranks
 from ckpt_ema.errors import OptionError
 from ckpt_ema.folding.tiles import Share
+from ckpt_ema.output import write
 from ckpt_ema.ranks import Place, first_host, place_from
+from tests.command import Command, wait_for
 from tests.conftest import MakeRun, noise, series
 
-MODULE = ("-m", "ckpt_ema", "average")
 Ended = list[tuple[int, str, str]]  # exit code, stdout and stderr of each rank
 
 
@@ -29,16 +31,11 @@ def run(make_run: MakeRun) -> Path:
     return make_run(states, shards=2)
 
 
-def start(size: int, rank: int, port: int, *words: Any) -> subprocess.Popen[str]:
+def start(size: int, rank: int, port: int, *words: Any, **options: Any) -> Command:
     """Start one rank as torchrun would."""
     place = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return subprocess.Popen(
-        [sys.executable, *map(str, words), "--device", "cpu", "--threads", "1"],
-        env={**os.environ, **{name: str(value) for name, value in place.items()}},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ("average", *words, "--device", "cpu", "--threads", "1")
+    return Command(*words, env=place, **options)
 
 
 def free_port() -> int:
@@ -53,9 +50,9 @@ def launch(size: int, *words: Any) -> Ended:
     return ended([start(size, rank, port, *words) for rank in range(size)])
 
 
-def ended(processes: list[subprocess.Popen[str]]) -> Ended:
-    found = [process.communicate(timeout=90) for process in processes]
-    return [(p.returncode, *texts) for p, texts in zip(processes, found, strict=True)]
+def ended(launched: list[Command]) -> Ended:
+    all_done = [command.wait(90) for command in launched]
+    return [(done.returncode, done.stdout, done.stderr) for done in all_done]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -69,7 +66,7 @@ def test_ranks_make_the_bytes_of_one(run: Path, tmp_path: Path) -> None:
     decay, output = "0.1,0.2", tmp_path / "out"
     whole = ckpt_ema.average(run, output=tmp_path / "whole", decay=decay, device="cpu").output
     words = ("-o", output, "--decay", decay, "--tile-size", "256")
-    first, *others = launch(3, *MODULE, run, *words)
+    first, *others = launch(3, run, *words)
     assert first[0] == 0, first
     assert "all parts are done" in first[2]
     assert first[1].splitlines() == [str(path) for path in sorted(output.glob("dynamic*"))]
@@ -81,17 +78,19 @@ def test_ranks_make_the_bytes_of_one(run: Path, tmp_path: Path) -> None:
 @pytest.mark.sweep
 def test_ranks_find_an_output_that_is_up_to_date(run: Path, tmp_path: Path) -> None:
     output = ckpt_ema.average(run, output=tmp_path / "out", device="cpu").output
-    first, last = launch(2, *MODULE, run, "-o", output)
+    first, last = launch(2, run, "-o", output)
     assert first[:2] == (0, f"{output}\n")
     assert "is up to date" in first[2]
     assert last == (0, "", "")
 
 
+@pytest.mark.sweep
 def test_torchrun_launches_it(run: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("--master-port", str(free_port()), *MODULE, run, "-o", tmp_path / "out", "-q"),
+            *("--master-port", str(free_port()), "-m", "ckpt_ema", "average"),
+            *(run, "-o", tmp_path / "out", "-q"),
         ],
         capture_output=True,
         text=True,
@@ -108,7 +107,7 @@ def test_if_one_fails_all_do_and_nothing_is_left(make_run: MakeRun, tmp_path: Pa
     weights[1][1990] = float("nan")
     run = make_run(series(3, w=weights))
     begun = time.monotonic()
-    first, last = launch(2, *MODULE, run, "-o", tmp_path / "out", "--tile-size", "256")
+    first, last = launch(2, run, "-o", tmp_path / "out", "--tile-size", "256")
     assert time.monotonic() - begun < 30
     assert last[0] == 3
     assert "tensor w holds 1 NaN values" in last[2]
@@ -121,7 +120,7 @@ def test_if_one_fails_all_do_and_nothing_is_left(make_run: MakeRun, tmp_path: Pa
 @pytest.mark.sweep
 def test_ranks_that_see_different_things_stop(run: Path, tmp_path: Path) -> None:
     port = free_port()
-    words = (*MODULE, run, "-q", "-o", tmp_path / "out")
+    words = (run, "-q", "-o", tmp_path / "out")
     processes = [start(2, 0, port, *words), start(2, 1, port, *words, "--decay", "0.1")]
     for code, stdout, stderr in ended(processes):
         assert (code, stdout) == (1, "")
@@ -129,23 +128,27 @@ def test_ranks_that_see_different_things_stop(run: Path, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+def write_slowly() -> None:
+    """Take a while for each tile, and do not wait long for ranks that are silent."""
+    real, patched = write.StagedOutput.write, pytest.MonkeyPatch()
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.5)
+        real(*arguments)
+
+    patched.setattr(ranks, "_MOST_SILENT_SECONDS", 3.0)
+    patched.setattr(write.StagedOutput, "write", slow)
+
+
 @pytest.mark.sweep
 def test_a_rank_that_is_killed_ends_the_others(run: Path, tmp_path: Path) -> None:
     """Whichever it is: the one that has the store, or the other."""
-    slow = (
-        "import time; from ckpt_ema import ranks; from ckpt_ema.output import write;"
-        "ranks._MOST_SILENT_SECONDS = 3.0; real = write.StagedOutput.write;"
-        "write.StagedOutput.write = lambda *a: (time.sleep(0.5), real(*a));"
-        "from ckpt_ema.cli import main; main()"
-    )
     for victim in (0, 1):
         port, output = free_port(), tmp_path / "out"
-        words = ("-c", slow, "average", run, "-o", output, "-q", "--tile-size", "256")
-        processes = [start(2, rank, port, *words) for rank in range(2)]
-        until = time.monotonic() + 60
-        while not list(tmp_path.glob(".out*/output/model*")) and time.monotonic() < until:
-            time.sleep(0.05)
-        processes[victim].kill()
+        words = (run, "-o", output, "-q", "--tile-size", "256")
+        processes = [start(2, rank, port, *words, before=write_slowly) for rank in range(2)]
+        wait_for(lambda: list(tmp_path.glob(".out*/output/model*")))
+        processes[victim].send_signal(signal.SIGKILL)
         begun = time.monotonic()
         code, stdout, stderr = ended(processes)[1 - victim]
         assert time.monotonic() - begun < 15
@@ -154,24 +157,24 @@ def test_a_rank_that_is_killed_ends_the_others(run: Path, tmp_path: Path) -> Non
         assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+def meet_quickly() -> None:
+    """Do not wait long for the others."""
+    pytest.MonkeyPatch().setattr(ranks, "_SECONDS_TO_MEET", 2.0)
+
+
 @pytest.mark.sweep
 def test_ranks_that_never_come_are_not_waited_for_forever(run: Path, tmp_path: Path) -> None:
-    code = (
-        "from ckpt_ema import ranks; ranks._SECONDS_TO_MEET = 2.0;"
-        "from ckpt_ema.cli import main; main()"
-    )
-    [(status, stdout, stderr)] = ended(
-        [start(2, 1, free_port(), "-c", code, "average", run, "-o", tmp_path / "out")]
-    )
+    alone = start(2, 1, free_port(), run, "-o", tmp_path / "out", before=meet_quickly)
+    [(status, stdout, stderr)] = ended([alone])
     assert (status, stdout) == (1, "")
     assert "Rank 1 of 2 cannot meet the others at 127.0.0.1:" in stderr
     assert "unset WORLD_SIZE" in stderr
 
 
 def test_parts_and_ranks_do_not_mix(run: Path) -> None:
-    ranks: Any = object()
+    some: Any = object()
     with pytest.raises(OptionError, match="--part is for jobs that run apart"):
-        cli._carry_out(ckpt_ema.plan(run), Share(1, 2), ranks, False)
+        cli._carry_out(ckpt_ema.plan(run), Share(1, 2), some, False)
 
 
 SLURM = {

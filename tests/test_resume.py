@@ -3,8 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,8 @@ from ckpt_ema.errors import FailedError, RefusedError
 from ckpt_ema.folding import engine
 from ckpt_ema.folding.duplicates import Twins
 from ckpt_ema.output import journal, work, write
+from tests.command import Command, wait_for
+from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, series
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "tile_size": 256, "resume": True}
@@ -183,6 +183,18 @@ def test_bytes_are_on_disk_before_they_count_as_done(
     assert first.index(".safetensors") < first.index(".jsonl")
 
 
+def write_slowly() -> None:
+    """Take a while for each tile, and note each in the journal."""
+    real, patched = write.StagedOutput.write, pytest.MonkeyPatch()
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.02)
+        real(*arguments)
+
+    patched.setattr(journal, "_SECONDS", 0.0)
+    patched.setattr(write.StagedOutput, "write", slow)
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.sweep)]
 )
@@ -191,28 +203,17 @@ def test_a_killed_process_is_taken_up_by_the_next(
 ) -> None:
     run = make_run(series(4, w=noise(4, 3_000_000)))
     whole = ckpt_ema.average(run, output=tmp_path / "whole", device="cpu").output
-    slow = (
-        "import time; from ckpt_ema.output import journal, write; journal._SECONDS = 0.0;"
-        "real = write.StagedOutput.write;"
-        "write.StagedOutput.write = lambda *a: (time.sleep(0.02), real(*a));"
-        "from ckpt_ema.cli import main; main()"
-    )
-    words = ["average", run, "-o", tmp_path / "out", "--resume", "-q", "--tile-size", "65536"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, *map(str, words)], stderr=subprocess.PIPE, text=True
-    )
-    until = time.monotonic() + 60
-    while not list(tmp_path.glob(".out*/tiles-*.jsonl")) and time.monotonic() < until:
-        time.sleep(0.01)
+    words = ("average", run, "-o", tmp_path / "out", "--resume", "-q", "--tile-size", "65536")
+    process = Command(*words, before=write_slowly)
+    wait_for(lambda: list(tmp_path.glob(".out*/tiles-*.jsonl")))
     process.send_signal(number)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == (-9 if number == signal.SIGKILL else 143)
+    done = process.wait()
+    assert done.returncode == (-9 if number == signal.SIGKILL else 143)
     if number == signal.SIGTERM:
-        assert said == "terminated, what is done is kept: go on with --resume\n"
+        assert done.stderr == "terminated, what is done is kept: go on with --resume\n"
     [lines] = tmp_path.glob(".out*/tiles-*.jsonl")
     assert lines.stat().st_size > 0
-    again = [sys.executable, "-m", "ckpt_ema", *map(str, words)]
-    subprocess.run(again, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    assert command(*words).returncode == 0
     made = tmp_path / "out/model.safetensors"
     assert made.read_bytes() == (whole / "model.safetensors").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run", "whole"]

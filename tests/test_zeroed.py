@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import ckpt_ema
 from ckpt_ema.folding.zeroed import TileZeros
 from ckpt_ema.output.result import Result
+from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, series
-from tests.test_cli import ckpt_ema as command
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "tile_size": 400}
 
