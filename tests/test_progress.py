@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 
 import pytest
@@ -43,3 +44,11 @@ def test_a_terminal_gets_a_bar_unless_it_is_switched_off(
     os.close(ours)
     assert done.returncode == 0
     assert ("averaging:" in text) == shown
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_no_thread_is_started_for_it(quiet: bool) -> None:
+    before = threading.active_count()
+    with progress.ByteProgress(quiet) as show:
+        show(1024, 4096)
+        assert threading.active_count() == before

@@ -78,6 +78,5 @@ def _free_bytes(device: torch.device) -> int:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether torch says that a device has no memory left; only some have a class for that."""
-    told = str(error)
-    is_told = "out of memory" in told or "allocate memory" in told
-    return isinstance(error, torch.OutOfMemoryError) or is_told
+    words = ("out of memory", "allocate memory", "bad_alloc")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

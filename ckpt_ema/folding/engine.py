@@ -8,7 +8,7 @@ many there are.
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple, Protocol
@@ -27,6 +27,9 @@ from ckpt_ema.folding.zeroed import TileZeros, Zeroed
 from ckpt_ema.planning.plan import Plan
 
 _POLL_SECONDS = 0.1  # how long the main thread is deaf to signals, at most
+
+
+_ROOM_TO_START = 16 << 20  # a thread's stack, and what it takes before it does anything
 
 
 class Destination(Protocol):
@@ -112,8 +115,9 @@ class _Job:
 def _run_threads(job: _Job, tick: Callable[[int], None]) -> None:
     threads = job.plan.threads
     with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-ema") as pool:
-        pending = {pool.submit(_Worker(job).work) for _ in range(threads)}
         try:
+            with job.lock:  # so that no thread takes memory before all have started
+                pending = {_started(pool, job) for _ in range(threads)}
             while pending:
                 done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
                 for future in done:
@@ -121,6 +125,17 @@ def _run_threads(job: _Job, tick: Callable[[int], None]) -> None:
                 tick(job.bytes_read)
         finally:
             job.stopped = True
+
+
+def _started(pool: ThreadPoolExecutor, job: _Job) -> Future[None]:
+    # Python waits forever for a thread that finds no memory to say that it has started.
+    bytearray(_ROOM_TO_START)
+    try:
+        return pool.submit(_Worker(job).work)
+    except RuntimeError as error:
+        raise FailedError(
+            "The machine can start no more threads.", "Try --threads 1 and --max-memory 64MiB."
+        ) from error
 
 
 class _StoppedError(Exception):

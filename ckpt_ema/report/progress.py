@@ -50,12 +50,15 @@ class ByteProgress:
     def _make_bar(self, total_bytes: int) -> Any:
         from tqdm import tqdm
 
+        class Bar(tqdm):  # type: ignore[type-arg]
+            monitor_interval = 0  # it is told often enough, and a thread may find no memory
+
         options: dict[str, Any] = {}
         if "TQDM_DISABLE" not in os.environ:  # an explicit argument would beat the user's variable
             on_terminal = sys.stderr is not None and sys.stderr.isatty()
             shown = on_terminal or os.environ.get("TQDM_POSITION") == "-1"
             options["disable"] = self._quiet or not shown
-        return tqdm(
+        return Bar(
             total=total_bytes,
             unit="B",
             unit_scale=True,
