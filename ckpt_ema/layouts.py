@@ -20,6 +20,7 @@ WEIGHTS_EXTENSION = re.compile(
 # How a file says that it is one of several.
 SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
 INDEX_SUFFIX = ".index.json"
+SHARD_OF_SEVERAL = re.compile(r"-\d{5}-of-(?!00001)\d{5}")
 
 # What a checkpoint folder calls its whole model, in the order in which loaders look; each of these
 # also with an index over shards.

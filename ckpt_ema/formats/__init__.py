@@ -11,7 +11,7 @@ from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
 from ckpt_ema.files import mode_of, open_regular, read_exactly
 from ckpt_ema.formats import dcp, safetensors, torch_file
 from ckpt_ema.formats.specs import FileSpec, Part, Specs, TensorSpec, Weights
-from ckpt_ema.layouts import DCP_METADATA, INDEX_SUFFIX
+from ckpt_ema.layouts import DCP_METADATA, INDEX_SUFFIX, SHARD_OF_SEVERAL
 
 _MAX_INDEX_BYTES = 1 << 28
 
@@ -99,6 +99,7 @@ def _read_indexed(index: Path, key: str | None) -> Specs:
                     f" {printable(weight_map.get(name, 'no shard'))}."
                 )
             tensors[name] = _moved(tensor, number)
+    warnings = [*_strays(index, shards), *(text for part in parts for text in part.warnings)]
     missing = sorted(weight_map.keys() - tensors.keys())
     if missing:
         raise RefusedError(
@@ -110,12 +111,30 @@ def _read_indexed(index: Path, key: str | None) -> Specs:
         tuple(part.files[0] for part in parts),
         tuple(part.metadata[0] for part in parts),
         tuple(note for part in parts for note in part.notes),
-        tuple(warning for part in parts for warning in part.warnings),
+        tuple(warnings),
     )
+
+
+def _strays(index: Path, shards: list[str]) -> list[str]:
+    """A warning of shards beside an index that it does not name."""
+    found = [
+        name
+        for name in sorted(set(os.listdir(index.parent)) - set(shards))
+        if name + INDEX_SUFFIX != index.name
+        and SHARD_OF_SEVERAL.sub("", name) + INDEX_SUFFIX == index.name
+    ]
+    if not found:
+        return []
+    return [f"{printable(index)} does not name {some(found)}; what it holds is left out."]
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
     content: Any
+    if not mode_of(index):
+        raise IncompleteError(
+            f"{printable(index.parent)} has shards but no {printable(index.name)}, which is"
+            " written last."
+        )
     with open_regular(str(index)) as file:
         if file.size_bytes > _MAX_INDEX_BYTES:
             raise RefusedError(f"{printable(index)} is too large to be an index of shards.")
