@@ -286,6 +286,7 @@ def _parameter(name: str, option: _Option) -> inspect.Parameter:
         show_default=default not in (None, [], False, True),
         metavar=option.metavar,
         readable=option.kind is not Path,
+        path_type=str if option.kind is Path else None,  # a Path would make "." of an empty one
     )
     annotation = Annotated[kind, declared]
     return inspect.Parameter(

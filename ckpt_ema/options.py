@@ -153,6 +153,8 @@ class Options:
             value = getattr(self, option)
             if value is not None and not isinstance(value, (str, os.PathLike, *others)):
                 raise OptionError(f"{flag(option)} is {printable(value)!r}; it must be a path.")
+            if value == "":
+                raise OptionError(f"{flag(option)} is empty; it must be a path.")
 
     def _check_texts(self) -> None:
         for option in ("device", "pattern", "component", "key", "strip_prefix", "metric"):

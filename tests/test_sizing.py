@@ -82,7 +82,7 @@ def test_no_limit_is_passed_and_the_tiles_do_not_depend_on_the_threads(
     try:
         held = ckpt_ema.plan(run, threads=threads, max_memory=max_memory, **options)
     except OptionError as error:
-        least = int(str(error).split("at least ")[1].split(".")[0])
+        least = 1024 * int(str(error).split("at least ")[1].removesuffix("KiB."))
         assert least > max_memory
         assert ckpt_ema.plan(run, max_memory=least, **options).memory_bytes <= least
         return

@@ -25,6 +25,7 @@ from ckpt_ema.formats.unpickle import (
     Inert,
     TensorUnpickler,
     check_claims,
+    what_broke,
 )
 
 _MAX_METADATA_BYTES = 1 << 30
@@ -166,7 +167,7 @@ def _unpickled(path: str, raw: bytes) -> _Record:
         ) from error
     except BROKEN_PICKLE as error:
         raise IncompleteError(
-            f"{printable(path)} is cut short or damaged ({printable(error)})."
+            f"{printable(path)} is cut short or damaged ({what_broke(error)})."
         ) from error
     if not isinstance(root, _Record) or not root.name.endswith(".Metadata"):
         raise RefusedError(f"{printable(path)} is not the metadata of a checkpoint.")

@@ -32,6 +32,7 @@ from ckpt_ema.formats.unpickle import (
     UnfitTensorError,
     UnreadTensor,
     check_claims,
+    what_broke,
 )
 
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
@@ -282,7 +283,7 @@ def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, TensorUnpickler]:
         is_cut = isinstance(error, EOFError) or "truncated" in str(error)
         raise (IncompleteError if is_cut else RefusedError)(
             f"{printable(path)} is cut short or damaged: its structure cannot be read"
-            f" ({printable(error) or 'it ends too soon'})."
+            f" ({what_broke(error)})."
         ) from error
 
 

@@ -10,6 +10,8 @@ import struct
 from collections.abc import Callable, Iterable
 from typing import IO, Any, ClassVar, NamedTuple
 
+from ckpt_ema.errors import printable
+
 # What torch calls a storage's or a tensor's dtype, and what safetensors calls it.
 _STORAGE_DTYPES = {
     "DoubleStorage": "F64",
@@ -162,6 +164,13 @@ BROKEN_PICKLE = (
     AssertionError,
     struct.error,
 )
+
+
+def what_broke(error: BaseException) -> str:
+    """What is wrong with a pickle, of an error that it raised."""
+    if isinstance(error, KeyError):
+        return "it is no pickle"  # of which the unpickler says but the number of a byte
+    return printable(error) or "it ends too soon"
 
 
 def check_claims(stream: IO[bytes]) -> None:

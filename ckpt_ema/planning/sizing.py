@@ -37,7 +37,7 @@ def make_sizes(options: Options, work: Work, averages: int) -> Sizes:
     if room < _FEWEST_ELEMENTS:
         raise OptionError(
             f"--max-memory is {options.max_memory} bytes; the fold needs at least"
-            f" {_FEWEST_ELEMENTS * each}."
+            f" {_FEWEST_ELEMENTS * each // 1024}KiB."
         )
     # The cores here have no say in it: parts that are made on other machines have the same tiles.
     tile_elements = min(tile_elements, room, max(_LEAST_TILE, room // _THREADS_TO_FIT))
