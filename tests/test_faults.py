@@ -383,7 +383,7 @@ def be_nobody() -> None:
     os.setreuid(65534, 65534)
 
 
-def _let_others_in(run: Path) -> None:
+def let_others_in(run: Path) -> None:
     """Let other users read a run; pytest's folders are for their owner alone."""
     for folder in (run, *run.parents):
         if not folder.stat().st_mode & stat.S_IXOTH:
@@ -394,7 +394,7 @@ def _let_others_in(run: Path) -> None:
 @pytest.mark.parametrize("locked", ["", "checkpoint-2", "checkpoint-2/model.safetensors"])
 def test_what_may_not_be_read_is_one_sentence(make_run: MakeRun, locked: str) -> None:
     run = make_run(series(2, w=noise(2, 4)))
-    _let_others_in(run)
+    let_others_in(run)
     (run / locked).chmod(0)
     done = command("average", run, "-q", before=be_nobody)
     (run / locked).chmod(0o755)
@@ -500,7 +500,7 @@ def test_a_fifo_beside_the_weights_is_not_waited_for(
 @AS_ROOT
 def test_what_somebody_else_has_left_beside_the_output_is_no_obstacle(make_run: MakeRun) -> None:
     run = make_run(series(2, w=noise(2, 4)))
-    _let_others_in(run)
+    let_others_in(run)
     run.parent.chmod(0o777)
     theirs = run.parent / ".out.ckpt-ema-00112233"
     theirs.mkdir(mode=0o700)
@@ -526,7 +526,7 @@ def test_a_manifest_that_somebody_has_changed_does_no_harm(make_run: MakeRun, to
 def test_a_folder_without_a_number_that_may_not_be_read_is_no_obstacle(make_run: MakeRun) -> None:
     """As lost+found is, where a run has a disk of its own."""
     run = make_run(series(2, w=noise(2, 4)))
-    _let_others_in(run)
+    let_others_in(run)
     (run / "lost+found").mkdir(mode=0o700)
     (run / "lost+found").chmod(0)
     done = command("plan", run, "-q", before=be_nobody)

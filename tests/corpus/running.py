@@ -1,0 +1,232 @@
+"""What happens while the command runs."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt_ema.folding.sources import Sources
+from tests.corpus.case import MIDDLE, Case, Make
+from tests.faulty_os import faulty
+
+_lasting: list[AbstractContextManager[object]] = []  # until the process ends
+
+
+def nothing(_run: Path) -> None:
+    """The run is a good one."""
+
+
+def broken(kind: str, k: int, error: int) -> None:
+    """The k-th call of a kind and all later ones fail, for the rest of the process."""
+    _lasting.append(faulty(kind, k, error, ever_after=True))
+    _lasting[-1].__enter__()
+
+
+def signalled(number: int, _run: Path) -> None:
+    """The process gets a signal."""
+    os.kill(os.getpid(), number)
+
+
+def raised(error: BaseException, _run: Path) -> None:
+    """A thread at work fails so."""
+    raise error
+
+
+def forget_home() -> None:
+    """There is no HOME."""
+    os.environ.pop("HOME", None)
+
+
+def has_little_memory(size_bytes: int) -> None:
+    """Of the address space, so much is left."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + size_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def rotated(run: Path) -> None:
+    """The oldest makes room."""
+    shutil.rmtree(run / "checkpoint-1")
+
+
+def moved(run: Path) -> None:
+    """A checkpoint gets another name."""
+    (run / MIDDLE).rename(run / "best")
+
+
+def truncated(run: Path) -> None:
+    """A file that is read is cut."""
+    os.truncate(run / MIDDLE / "model.safetensors", 50)
+
+
+def replaced(run: Path) -> None:
+    """A file is another one of the same size."""
+    path = run / MIDDLE / "model.safetensors"
+    content = path.read_bytes()
+    path.with_name("new").write_bytes(content)
+    path.with_name("new").rename(path)
+
+
+def written_again(run: Path) -> None:
+    """A file has the same size and other content."""
+    with (run / MIDDLE / "model.safetensors").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\1\2\3\4")
+
+
+def overtaken(run: Path) -> None:
+    """Another run has written the output."""
+    shutil.copytree(run / MIDDLE, run.parent / "out")
+
+
+def prepare(before: Callable[[], object] | None, during: Make | None, run: Path) -> None:
+    """What is done in the process before the command."""
+    if during:
+        pytest.MonkeyPatch().setattr(Sources, "values", _once(during, run, Sources.values))
+    if before:
+        before()
+
+
+def _once(during: Make, run: Path, real: Any) -> Any:
+    todo = [during]
+
+    def values(*arguments: Any) -> Any:
+        while todo:
+            todo.pop()(run)
+        return real(*arguments)
+
+    return values
+
+
+CHANGED = "changed or vanished since the plan"
+Running = partial(Case, make=nothing, code=1, names="")
+Output = partial(Case, make=nothing, names="")
+
+
+CASES = [
+    Running("a checkpoint is rotated away", says=CHANGED, during=rotated),
+    Running("a checkpoint is renamed", says=CHANGED, during=moved),
+    Running("a file is truncated", says=CHANGED, during=truncated),
+    Running("a file is replaced", says=CHANGED, during=replaced),
+    Running("a file is written again", says=CHANGED, during=written_again),
+    Running(
+        "reading fails", says="Input/output error", before=partial(broken, "preadv", 5, errno.EIO)
+    ),
+    Running(
+        "opening fails",
+        says="Input/output error",
+        before=partial(broken, "open", 3, errno.EIO),
+        code=3,
+    ),
+    *(
+        Running(f"{label} in {kind}, call {k}", says=text, before=partial(broken, kind, k, number))
+        for label, text, number in (
+            ("no space", "No space left on device", errno.ENOSPC),
+            ("over quota", "Disk quota exceeded", errno.EDQUOT),
+            ("an error of the disk", "Input/output error", errno.EIO),
+            ("read-only", "Read-only file system", errno.EROFS),
+        )
+        for kind, k in (
+            ("mkdir", 1),
+            ("posix_fallocate", 1),
+            ("pwrite", 1),
+            ("pwrite", 2),
+            ("fsync", 1),
+            ("fsync", 3),
+            ("rename", 1),
+            ("rename", 2),
+        )
+    ),
+    Running(
+        "SIGINT",
+        says="^interrupted, nothing was written$",
+        during=partial(signalled, signal.SIGINT),
+        code=130,
+    ),
+    Running(
+        "SIGTERM",
+        says="^terminated, nothing was written$",
+        during=partial(signalled, signal.SIGTERM),
+        code=143,
+    ),
+    Running(
+        "SIGHUP",
+        says="^terminated, nothing was written$",
+        during=partial(signalled, signal.SIGHUP),
+        code=129,
+    ),
+    Running(
+        "out of memory in a thread", says="ran out of memory", during=partial(raised, MemoryError())
+    ),
+    Running(
+        "out of memory in torch's own library",
+        says="ran out of memory",
+        during=partial(raised, RuntimeError("std::bad_alloc")),
+    ),
+    Running(
+        "out of memory in torch",
+        says="ran out of memory",
+        during=partial(
+            raised, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+        ),
+    ),
+    *(
+        Running(
+            f"{size_bytes >> 20} MiB of address space left",
+            says="ran out of memory|can start no more threads",
+            before=partial(has_little_memory, size_bytes),
+        )
+        for size_bytes in (0, 1 << 20, 4 << 20, 10 << 20, 16 << 20)
+    ),
+    Running("no HOME", says="", before=forget_home, code=0),
+    Running(
+        "a closed stdout",
+        says="stdout cannot be written",
+        before=partial(os.close, 1),
+        fails_after=True,
+    ),
+    Output("the output's parent is missing", says="Create it first", words=["-o", "OUT/in"]),
+    Output(
+        "the output's parent is a file",
+        make=lambda run: (run.parent / "file").touch(),
+        says="does not exist or is no folder",
+        words=["-o", "RUN/../file/out"],
+    ),
+    Output("the output is the run", says="is, holds or lies inside the input", words=["-o", "RUN"]),
+    Output(
+        "the output is an input", says="is, holds or lies inside", words=["-o", f"RUN/{MIDDLE}"]
+    ),
+    Output("the output is in the run", says="lies inside the input", words=["-o", "RUN/in"]),
+    Output(
+        "the output is a FIFO",
+        make=lambda run: os.mkfifo(run.parent / "fifo"),
+        says="fifo",
+        words=["-o", "RUN/../fifo"],
+    ),
+    Output(
+        "the output is a dangling link",
+        make=lambda run: (run.parent / "link").symlink_to("nowhere"),
+        says="link",
+        words=["-o", "RUN/../link"],
+    ),
+    Output("the output is in /proc", says="/proc", words=["-o", "/proc/out"], code=1),
+    Output(
+        "the output's name is too long",
+        says="File name too long",
+        words=["-o", "OUT" + "x" * 300],
+        code=1,
+    ),
+    Output(
+        "another run writes the same output",
+        says="another run wrote it",
+        during=overtaken,
+    ),
+]
