@@ -13,6 +13,7 @@ from ckpt_ema.discovery.same import same_values
 from ckpt_ema.errors import FailedError, RefusedError, printable
 from ckpt_ema.folding.duplicates import Twins
 from ckpt_ema.folding.tiles import WHOLE, Share, Tile, tiles
+from ckpt_ema.folding.zeroed import Zeroed
 from ckpt_ema.layouts import CARD_NAME, MANIFEST_NAME
 from ckpt_ema.options import PathLike
 from ckpt_ema.output import manifest
@@ -177,6 +178,7 @@ def fold(
     journal = Journal(work, staged.make_durable) if resume else None
     done = journal.done if journal else ()
     twins = Twins(plan.neighbours, journal.different if journal else ())
+    zeroed = Zeroed(plan, journal.zeroed if journal else ())
 
     def todo() -> Iterator[Tile]:
         return (tile for tile in tiles(plan, share) if tile.numbers.start not in done)
@@ -187,18 +189,20 @@ def fold(
         if progress:
             progress(bytes_read, total)
         if journal:
-            journal.write_if_due(twins)
+            journal.write_if_due(twins, zeroed)
 
     try:
         finished = journal.finish if journal else None
-        seen = engine.run(plan, todo(), staged, device, twins, tick=tick, finished=finished)
+        device_sufficed = engine.run(
+            plan, todo(), staged, device, twins, zeroed, tick=tick, finished=finished
+        )
     finally:
         if journal:
-            journal.write(twins)
+            journal.write(twins, zeroed)
     averages = any(span.averaged for span in plan.work.spans)
-    where = str(device) if seen.device_sufficed else f"{device}, which ran out of memory, and cpu"
+    where = str(device) if device_sufficed else f"{device}, which ran out of memory, and cpu"
     alike = twins.found if averages else []
-    return Made(alike, seen.warnings, time.monotonic() - start, where)
+    return Made(alike, zeroed.warnings(), time.monotonic() - start, where)
 
 
 def check_different(plan: Plan, alike: Sequence[tuple[int, int]]) -> None:

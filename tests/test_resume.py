@@ -15,6 +15,7 @@ import ckpt_ema
 from ckpt_ema.errors import FailedError, RefusedError
 from ckpt_ema.folding import engine
 from ckpt_ema.folding.duplicates import Twins
+from ckpt_ema.folding.zeroed import Turn, Zeroed
 from ckpt_ema.output import journal, work, write
 from tests.command import Command, wait_for
 from tests.command import ckpt_ema as command
@@ -171,9 +172,9 @@ def test_bytes_are_on_disk_before_they_count_as_done(
         events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).suffix)
         real_fsync(fd)
 
-    def written(self: Any, twins: Any) -> None:
+    def written(*arguments: Any) -> None:
         events.append("write")
-        real_write(self, twins)
+        real_write(*arguments)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(journal.Journal, "write", written)
@@ -250,15 +251,17 @@ def test_what_is_written_down_of_an_output_that_is_published_is_void(
     "junk", [b"", b"\xff\xfe\n", b"\0" * 99, b"7\n", b"{}\n", b'{"tiles": [[0']
 )
 def test_a_journal_has_all_its_lines_and_passes_over_what_is_none(
-    tmp_path: Path, junk: bytes
+    run: Path, tmp_path: Path, junk: bytes
 ) -> None:
-    twins = Twins([(0, 1)])
+    twins, zeroed = Twins([(0, 1)]), Zeroed(ckpt_ema.plan(run), [Turn(1, 7, 9, "w")])
     with work.WorkFolder(tmp_path / "out", "key") as folder:
         folder.output.mkdir()
         log = journal.Journal(folder, lambda: None)
         for tiles in (range(3), [7], range(20, 22)):
             log.finish(tiles)
-            log.write(twins)
+            log.write(twins, zeroed)
         [path] = folder.path.glob("*.jsonl")
         path.write_bytes(path.read_bytes() + junk)
-        assert journal.Journal(folder, lambda: None).done == {0, 1, 2, 7, 20, 21}
+        again = journal.Journal(folder, lambda: None)
+        assert again.done == {0, 1, 2, 7, 20, 21}
+        assert set(again.zeroed) == {Turn(1, 7, 9, "w")}

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckpt_ema
+from ckpt_ema.errors import FailedError
 from ckpt_ema.folding.zeroed import TileZeros
+from ckpt_ema.output import write
 from ckpt_ema.output.result import Result
 from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, series
@@ -25,18 +27,30 @@ def told(result: Result) -> list[str]:
 
 def test_by_hand() -> None:
     zeros = TileZeros()
-    contents = [bytes(40), b"\1" + bytes(39), bytes(40), bytes(40), b"\1" * 40, bytes(40)]
-    turned = [zeros.turns(memoryview(content)) for content in contents]
-    assert turned == [False, False, True, False, False, True]
+    contents = [bytes(40), b"\1" + bytes(39), bytes(40), bytes(40), b"\1" * 20 + bytes(20)]
+    contents += [b"\1" * 8 + bytes(32), b"\1" * 40, bytes(40)]
+    newly = [zeros.newly(memoryview(content), 4) for content in contents]
+    assert newly[:5] == [range(0), range(1, 0), range(1), range(0), range(5, 0)]
+    assert newly[5:] == [range(2, 5), range(10, 2), range(10)]
 
 
-@given(st.lists(st.binary(min_size=1, max_size=40) | st.just(bytes(20)), max_size=8))
-def test_of_any_contents_those_turn_whose_bytes_are_all_zero_after_some_that_are_not(
-    contents: list[bytes],
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=12, max_size=12), max_size=8),
+    st.sampled_from([2, 4, 8]),
+)
+def test_of_any_contents_the_end_is_new_that_is_zero_and_was_not(
+    contents: list[list[int]], element_bytes: int
 ) -> None:
-    zeros = TileZeros()
-    for before, content in zip([b"\0", *contents], contents, strict=False):
-        assert zeros.turns(memoryview(content)) == (not any(content) and any(before))
+    zeros, before = TileZeros(), None
+    for content in contents:
+        elements = [number.to_bytes(element_bytes, "little") for number in content]
+        found = zeros.newly(memoryview(b"".join(elements)), element_bytes)
+        text = "".join(map(str, content))
+        end = len(text) - len(text.rstrip("0"))
+        if end * element_bytes < 16:
+            end = 0  # too little to look at
+        assert list(found) == list(range(12 - end, 12 - (end if before is None else before)))
+        before = end
 
 
 @pytest.fixture
@@ -72,6 +86,36 @@ def test_the_end_of_a_file_that_was_never_written_is_told(
         f"checkpoint-{number + 1} turns to zeros in tensor b, which were none in the checkpoint"
         " before: was its save interrupted?"
     ]
+
+
+def test_a_tensor_that_shares_its_tile_is_told(make_run: MakeRun) -> None:
+    """All of it must have turned, not half, as that of checkpoint-2."""
+    states = series(4, a=noise(4, 500), b=noise(4, 60), c=noise(4, 70))
+    states[1]["c"][35:] = 0
+    states[2]["b"][30:] = 0
+    states[2]["c"].zero_()
+    [warning] = told(ckpt_ema.average(make_run(states), device="cpu"))
+    assert warning.startswith("checkpoint-3 turns to zeros in tensor c, ")
+
+
+def test_a_run_that_is_taken_up_remembers_it(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, states: list[dict[str, torch.Tensor]]
+) -> None:
+    states[3]["a"].zero_()
+    run, options = make_run(states), {**OPTIONS, "threads": 1, "resume": True}
+    real = write.StagedOutput.write
+
+    def failing(staged: Any, file: int, data: memoryview, offset: int) -> None:
+        if offset > 2500:
+            raise FailedError("The disk is gone.")
+        real(staged, file, data, offset)
+
+    monkeypatch.setattr(write.StagedOutput, "write", failing)
+    with pytest.raises(FailedError):
+        ckpt_ema.average(run, **options)
+    monkeypatch.setattr(write.StagedOutput, "write", real)
+    [warning] = told(ckpt_ema.average(run, **options))
+    assert warning.startswith("checkpoint-4 turns to zeros in tensor a, ")
 
 
 def test_parts_and_the_command_tell_it(

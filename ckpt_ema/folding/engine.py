@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
@@ -39,28 +39,23 @@ class Destination(Protocol):
         """Put `data` at `offset` of the output file with this number."""
 
 
-class Seen(NamedTuple):
-    """What showed while the tiles were folded."""
-
-    device_sufficed: bool  # no thread found its memory full
-    warnings: list[str]
-
-
 def run(
     plan: Plan,
     tiles: Iterable[Tile],
     destination: Destination,
     device: torch.device,
     twins: Twins,
+    zeroed: Zeroed,
     *,
     tick: Callable[[int], None],
     finished: Callable[[range], None] | None = None,
-) -> Seen:
-    """Fold tiles of `plan` into `destination`, on `device`; `twins` learns which pairs differ.
+) -> bool:
+    """Fold tiles of `plan` into `destination`, on `device`.
 
+    `twins` learns which pairs differ, `zeroed` which checkpoints turn to zeros.
     `tick` is called in this thread, ten times a second, with the bytes read so far; `finished` from
     any thread, with the numbers of tiles that are written. What they raise ends the work. A thread
-    that finds the memory of an accelerator full goes on without it.
+    that finds the memory of an accelerator full goes on without it; if none does, it returns True.
 
     Raises `RefusedError` for values that are not finite, `FailedError` if a file changes or cannot
     be read, and whatever `destination` raises; by then every thread has ended.
@@ -76,11 +71,12 @@ def run(
             elements,
             joined(tiles, elements),
             twins,
+            zeroed,
             finished,
         )
         _run_threads(job, tick)
         sources.verify()
-        return Seen(job.device_sufficed, job.zeroed.warnings(plan))
+        return job.device_sufficed
     finally:
         sources.close()
 
@@ -96,8 +92,8 @@ class _Job:
     elements: int  # that a thread has on the device at a time
     tiles: Iterator[Tile]
     twins: Twins
+    zeroed: Zeroed
     finished: Callable[[range], None] | None
-    zeroed: Zeroed = field(default_factory=Zeroed)
     device_sufficed: bool = True
     bytes_read: int = 0
     stopped: bool = False
@@ -227,8 +223,9 @@ class _Worker:
             values = read(index, staging)
             content = staging.bytes[: values.nbytes]
             twins.see(index, content)
-            if zeros.turns(content):
-                self._job.zeroed.note(index, tile)
+            turned = zeros.newly(content, values.itemsize)
+            if turned:
+                self._job.zeroed.note(index, tile, turned)
             return values
 
         fold.fold(tile.length, read_and_compare)

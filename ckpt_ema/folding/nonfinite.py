@@ -8,7 +8,7 @@ import torch
 from ckpt_ema.errors import RefusedError, printable
 from ckpt_ema.folding.sources import Sources
 from ckpt_ema.folding.tile_fold import Staging
-from ckpt_ema.formats.specs import DTYPE_BITS
+from ckpt_ema.folding.tiles import tensor_at
 from ckpt_ema.planning.outputs import OutputTensor
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.planning.spans import Span
@@ -43,17 +43,6 @@ def check_nonfinite(
             tensor = tensor_at(plan, span, number, start + int(guilty.int().argmax()))
             raise _nonfinite(plan, sources, index, tensor)
     raise _overflow(tensor_at(plan, span, number, start + int(problem.int().argmax())))
-
-
-def tensor_at(plan: Plan, span: Span, candidate: int, element: int) -> OutputTensor:
-    """The tensor of a candidate's output that an element of a span belongs to."""
-    target = next(target for target in span.targets if target.candidate == candidate)
-    position = target.offset + element * DTYPE_BITS[target.dtype] // 8
-    files = [file for one in plan.candidates for file in one.output.files]
-    for tensor in files[target.file].tensors:
-        if tensor.offset <= position < tensor.offset + tensor.size_bytes:
-            return tensor
-    raise AssertionError("a span covers tensors of the output only")
 
 
 def _numel(tensor: OutputTensor) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ckpt_ema.errors import OptionError, printable
+from ckpt_ema.formats.specs import DTYPE_BITS
+from ckpt_ema.planning.outputs import OutputTensor
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.planning.sizing import KEPT_BYTES
 from ckpt_ema.planning.spans import Span
@@ -88,6 +90,17 @@ def cut(tile: Tile, most: int) -> Iterator[Tile]:
     """The ranges of a tile, each of at most `most` elements or bytes."""
     for start in range(0, tile.length, most):
         yield tile._replace(start=tile.start + start, length=min(most, tile.length - start))
+
+
+def tensor_at(plan: Plan, span: Span, candidate: int, element: int) -> OutputTensor:
+    """The tensor of a candidate's output that an element of a span belongs to."""
+    target = next(target for target in span.targets if target.candidate == candidate)
+    position = target.offset + element * DTYPE_BITS[target.dtype] // 8
+    files = [file for one in plan.candidates for file in one.output.files]
+    for tensor in files[target.file].tensors:
+        if tensor.offset <= position < tensor.offset + tensor.size_bytes:
+            return tensor
+    raise AssertionError("a span covers tensors of the output only")
 
 
 def _bits(span: Span, layout_of: Sequence[int]) -> int:

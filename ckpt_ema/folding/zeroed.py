@@ -5,56 +5,88 @@ are no matter.
 """
 
 import threading
+from collections.abc import Collection
+from typing import NamedTuple
 
 from ckpt_ema.errors import printable
-from ckpt_ema.folding.nonfinite import tensor_at
-from ckpt_ema.folding.tiles import Tile
+from ckpt_ema.folding.tiles import Tile, tensor_at
+from ckpt_ema.formats.specs import DTYPE_BITS
 from ckpt_ema.planning.plan import Plan
 
 _PROBE = bytes(16)
 
 
+class Turn(NamedTuple):
+    """A checkpoint, by number, turns to zeros in a tensor."""
+
+    checkpoint: int
+    tile: int
+    element: int  # of the tile's span, where that becomes sure
+    tensor: str
+
+
 class Zeroed:
-    """Where each checkpoint, by number, first turns to zeros; for many threads."""
+    """Where each checkpoint first turns to zeros; for many threads."""
 
-    def __init__(self) -> None:
-        self._first: dict[int, Tile] = {}
+    def __init__(self, plan: Plan, known: Collection[Turn] = ()) -> None:
+        """`known` is what an interrupted run has found."""
+        self._plan = plan
+        self._first: dict[int, Turn] = {}
         self._lock = threading.Lock()
+        for turn in known:
+            self._note(turn)
 
-    def note(self, checkpoint: int, tile: Tile) -> None:
-        """Note that a checkpoint turns to zeros in a tile."""
+    @property
+    def found(self) -> list[Turn]:
+        """The first of each checkpoint."""
         with self._lock:
-            first = self._first.get(checkpoint, tile)
-            self._first[checkpoint] = min(first, tile, key=lambda one: (one.numbers[0], one.start))
+            return sorted(self._first.values())
 
-    def warnings(self, plan: Plan) -> list[str]:
+    def note(self, checkpoint: int, tile: Tile, zeros: range) -> None:
+        """Note it if these elements of a tile, zeros now, hold all that it has of a tensor.
+
+        The last of them is the last in the tile that was no zero in the checkpoint before.
+        """
+        target = tile.span.targets[0]
+        last = tile.start + zeros[-1]
+        tensor = tensor_at(self._plan, tile.span, target.candidate, last)
+        first = (tensor.offset - target.offset) * 8 // DTYPE_BITS[target.dtype]
+        if max(0, first - tile.start) >= zeros[0]:
+            self._note(Turn(checkpoint, tile.numbers[0], last, tensor.name))
+
+    def _note(self, turn: Turn) -> None:
+        with self._lock:
+            first = self._first.get(turn.checkpoint, turn)
+            self._first[turn.checkpoint] = min(first, turn)
+
+    def warnings(self) -> list[str]:
         """A sentence for each checkpoint."""
-        found = []
-        for number, tile in sorted(self._first.items()):
-            tensor = tensor_at(plan, tile.span, tile.span.targets[0].candidate, tile.start)
-            found.append(
-                f"{printable(plan.checkpoints[number].name)} turns to zeros in tensor"
-                f" {printable(tensor.name)}, which were none in the checkpoint before: was its save"
-                " interrupted?"
-            )
-        return found
+        return [
+            f"{printable(self._plan.checkpoints[turn.checkpoint].name)} turns to zeros in tensor"
+            f" {printable(turn.tensor)}, which were none in the checkpoint before: was its save"
+            " interrupted?"
+            for turn in self.found
+        ]
 
 
 class TileZeros:
     """The comparison within one tile, whose values come checkpoint after checkpoint."""
 
     def __init__(self) -> None:
-        self._earlier_is_zero = True
+        self._before: int | None = None  # zeros at the end, in elements; None of the first
 
-    def turns(self, values: memoryview) -> bool:
-        """Whether these bytes are all zero and those of the checkpoint before were not."""
-        is_zero = _is_zero(values)
-        turns = is_zero and not self._earlier_is_zero
-        self._earlier_is_zero = is_zero
-        return turns
+    def newly(self, values: memoryview, element_bytes: int) -> range:
+        """The elements that are zeros to the end now, up to the last that was none before."""
+        count = len(values) // element_bytes
+        zeros = _zero_bytes_at_end(values) // element_bytes
+        before = zeros if self._before is None else self._before
+        self._before = zeros
+        return range(count - zeros, count - before)
 
 
-def _is_zero(values: memoryview) -> bool:
-    # A look at the end nearly always answers it.
+def _zero_bytes_at_end(values: memoryview) -> int:
+    # A look at the very end nearly always answers it.
     end = values[-len(_PROBE) :]
-    return end.tobytes() == _PROBE[: len(end)] and values.tobytes().count(0) == len(values)
+    if end.tobytes() != _PROBE[: len(end)]:
+        return 0
+    return len(values) - len(values.tobytes().rstrip(b"\0"))

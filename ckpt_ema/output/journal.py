@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from ckpt_ema.folding.duplicates import Twins
+from ckpt_ema.folding.zeroed import Turn, Zeroed
 from ckpt_ema.output.work import JOURNAL, WorkFolder, as_failure, durable_file, write_all
 
 _SECONDS = 10.0  # of work that is lost at most, but for what takes longer to write
@@ -32,6 +33,7 @@ class Journal:
             for tile in range(first, last + 1)
         }
         self.different = {(one, other) for line in lines for one, other in line["different"]}
+        self.zeroed = [Turn(*turn) for line in lines for turn in line["zeroed"]]
         self._path = work.path / f"tiles-{secrets.token_hex(4)}{JOURNAL}"
         self._make_durable = make_durable
         self._new: list[int] = []
@@ -43,18 +45,22 @@ class Journal:
         with self._lock:
             self._new.extend(tiles)
 
-    def write_if_due(self, twins: Twins) -> None:
+    def write_if_due(self, twins: Twins, zeroed: Zeroed) -> None:
         """`write`, if it was not done in the last seconds."""
         if time.monotonic() - self._last >= _SECONDS:
-            self.write(twins)
+            self.write(twins, zeroed)
 
-    def write(self, twins: Twins) -> None:
-        """Write down what is done, and the pairs of checkpoints that are known to differ."""
+    def write(self, twins: Twins, zeroed: Zeroed) -> None:
+        """Write down what is done and what was learnt: pairs that differ, turns to zeros."""
         with self._lock:
             tiles, self._new = self._new, []
         if tiles:
             self._make_durable()
-            line = {"tiles": list(ranges(tiles)), "different": twins.different}
+            line = {
+                "tiles": list(ranges(tiles)),
+                "different": twins.different,
+                "zeroed": zeroed.found,
+            }
             with as_failure(self._path), durable_file(self._path) as fd:
                 write_all(fd, json.dumps(line).encode() + b"\n", os.fstat(fd).st_size)
         self._last = time.monotonic()
@@ -68,7 +74,7 @@ def _lines(work: WorkFolder) -> Iterator[dict[str, Any]]:
                 line = json.loads(text)
             except ValueError:
                 continue
-            if isinstance(line, dict) and line.keys() >= {"tiles", "different"}:
+            if isinstance(line, dict) and line.keys() >= {"tiles", "different", "zeroed"}:
                 yield line
 
 

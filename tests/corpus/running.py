@@ -114,7 +114,7 @@ Output = partial(Case, make=nothing, names="")
 CASES = [
     Running("a checkpoint is rotated away", says=CHANGED, during=rotated),
     Running("a checkpoint is renamed", says=CHANGED, during=moved),
-    Running("a file is truncated", says=CHANGED, during=truncated),
+    Running("a file is truncated", says=f"{CHANGED}|ended at byte", during=truncated),
     Running("a file is replaced", says=CHANGED, during=replaced),
     Running("a file is written again", says=CHANGED, during=written_again),
     Running(
