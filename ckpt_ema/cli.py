@@ -211,7 +211,8 @@ def _carry_out(
     **how: Any,
 ) -> "Result | Finished | None":
     """All of it, a share of it (None: others do the rest), or that of this rank."""
-    from ckpt_ema.averaging import carry_out
+    from ckpt_ema.averaging import carry_out, up_to_date
+    from ckpt_ema.output.manifest import is_up_to_date
     from ckpt_ema.parts import carry_out_part, carry_out_together
 
     if ranks and share:
@@ -221,7 +222,12 @@ def _carry_out(
     if share:
         carry_out_part(decided, share, **how)
         return None
-    return carry_out(decided, overwrite=overwrite, **how)
+    try:
+        return carry_out(decided, overwrite=overwrite, **how)
+    except SignalError:
+        if not is_up_to_date(decided):
+            raise
+        return up_to_date(decided)  # it came when the output had its name already
 
 
 def _print_outputs(result: "Result | Finished", as_json: bool) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from ckpt_ema.folding import engine
 from ckpt_ema.folding.sources import Sources
+from ckpt_ema.output import work, write
 from ckpt_ema.report.progress import ByteProgress
 from tests.command import ENVIRONMENT, Command, ckpt_ema, wait_for
 from tests.conftest import MakeRun, noise, series
@@ -318,6 +319,30 @@ def test_a_signal_ends_it_with_one_line_and_nothing_left(
     done = command.wait()
     assert (done.returncode, done.stdout, done.stderr) == (code, "", line)
     assert {path.name for path in run.parent.iterdir()} == {"run"}
+
+
+def end_once_it_is_named() -> None:
+    """Have a signal come when the output has its name, and its folder is synced."""
+    real = work.fsync_folder
+
+    def synced(path: Path | str) -> None:
+        real(path)
+        if Path(path, "run-ema").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    pytest.MonkeyPatch().setattr(write, "fsync_folder", synced)
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_a_signal_that_comes_when_all_is_done_does_not_deny_it(
+    run: Path, options: list[str]
+) -> None:
+    if options:
+        assert ckpt_ema("average", run, "--decay", "0.1", "--device", "cpu").returncode == 0
+    words = ("average", run, "-q", "--decay", "0.2", "--device", "cpu", *options)
+    done = ckpt_ema(*words, before=end_once_it_is_named)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{run}-ema\n", "")
+    assert {path.name for path in run.parent.iterdir()} == {"run", "run-ema"}
 
 
 class Ending:
