@@ -28,7 +28,7 @@ _PRELOADED = [
     *("torch.distributed.checkpoint", "torch.distributed.tensor"),
     *("typer._adapters", "safetensors.torch", "tqdm.auto"),
     *("ckpt_ema.cli", "ckpt_ema.parts", "ckpt_ema.folding.engine", "ckpt_ema.report.plan_view"),
-    *("tests.command", "tests.conftest", "tests.faulty_os"),
+    *("tests.command", "tests.conftest", "tests.corpus"),
 ]
 
 

@@ -5,6 +5,7 @@ file systems of SQLite's tests do: fail the first call, the second, and so on, u
 """
 
 import builtins
+import contextlib
 import errno
 import io
 import os
@@ -26,10 +27,13 @@ KINDS = (*_OF_OS, "open file")  # the latter is Python's own `open`
 class Faults:
     """Which call fails, and how; how many of each kind there were."""
 
-    def __init__(self, kind: str, k: int, error: int, ever_after: bool) -> None:
+    def __init__(
+        self, kind: str, k: int, error: int | type[BaseException], ever_after: bool
+    ) -> None:
         """Fail call number `k` of a kind, from 1, and with `ever_after` all that follow.
 
-        `error` is an errno, or 0 for transferring less than was asked for.
+        `error` is an errno, or 0 for transferring less than was asked for, or what the handler of a
+        signal raises that arrives while the call is made.
         """
         self.calls: Counter[str] = Counter()
         self.injected = 0
@@ -47,11 +51,23 @@ class Faults:
             self.injected += fails
         if not fails:
             return real(*arguments, **options)
+        if isinstance(self._error, type):
+            with contextlib.suppress(OSError):
+                _dropped(kind, real(*arguments, **options))
+            raise self._error
         if self._error:
             if kind == "close":
                 real(*arguments)  # as Linux does it: the descriptor is gone all the same
             raise OSError(self._error, os.strerror(self._error))
         return _short(kind, real, arguments)
+
+
+def _dropped(kind: str, made: Any) -> None:
+    """Close what a call has made, which nobody gets."""
+    if kind == "open":
+        os.closerange(made, made + 1)
+    elif kind in ("scandir", "open file"):
+        made.close()
 
 
 def _short(kind: str, real: Any, arguments: Sequence[Any]) -> Any:
@@ -65,7 +81,11 @@ def _short(kind: str, real: Any, arguments: Sequence[Any]) -> Any:
 
 @contextmanager
 def faulty(
-    kind: str = "", k: int = 0, error: int = errno.EIO, *, ever_after: bool = False
+    kind: str = "",
+    k: int = 0,
+    error: int | type[BaseException] = errno.EIO,
+    *,
+    ever_after: bool = False,
 ) -> Iterator[Faults]:
     """Have calls fail inside of the block; without a kind they are only counted."""
     faults = Faults(kind, k, error, ever_after)

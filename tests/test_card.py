@@ -16,6 +16,7 @@ import ckpt_ema
 from ckpt_ema import FailedError, OptionError, RefusedError
 from ckpt_ema.report import figure
 from ckpt_ema.report.card import TAGS, front_matter
+from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, series
 
 
@@ -252,25 +253,26 @@ def test_a_picture_that_cannot_be_written_is_one_sentence(run: Path, tmp_path: P
         ckpt_ema.plot(ckpt_ema.plan(run), tmp_path / "weights.png")
 
 
-def without(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command where a module is not installed."""
-    code = f"import sys; sys.modules[{module!r}] = None; from ckpt_ema.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
-    )
+def hide_matplotlib() -> None:
+    """Be where it is not installed."""
+    pytest.MonkeyPatch().setitem(sys.modules, "matplotlib", None)
 
 
 def test_without_matplotlib_all_works_but_pictures(run: Path, tmp_path: Path) -> None:
-    done = without("matplotlib", "average", str(run), "--plot", str(tmp_path / "weights.png"))
+    words = ("average", run, "--plot", tmp_path / "weights.png", "--device", "cpu")
+    done = command(*words, before=hide_matplotlib)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "error: --plot needs matplotlib, which is not installed. pip install 'ckpt-ema[plot]'\n"
     )
-    assert without("matplotlib", "average", str(run), "-q").returncode == 0
+    assert command("average", run, "-q", before=hide_matplotlib).returncode == 0
 
 
 def test_without_numpy_all_works_but_pictures(run: Path) -> None:
-    done = without("numpy", "average", str(run), "-q", "--device", "cpu")
+    """In a fresh interpreter, since torch imports it if it is there."""
+    code = "import sys; sys.modules['numpy'] = None; from ckpt_ema.cli import main; main()"
+    words = [sys.executable, "-c", code, "average", str(run), "-q", "--device", "cpu"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
 
 

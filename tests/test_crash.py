@@ -236,6 +236,24 @@ def test_every_call_while_other_formats_are_read(tmp_path: Path, form: str, kind
     sweep(Scene(run, one), kind, errno.EIO, ever_after=False)
 
 
+@pytest.mark.sweep
+@pytest.mark.parametrize("job", [one, replacing, single])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_at_any_call_leaves_nothing(make_run: MakeRun, job: Job, kind: str) -> None:
+    scene = Scene(small_run(make_run), job)
+    for k in itertools.count(1):
+        interrupted = False
+        with faulty(kind, k, KeyboardInterrupt) as faults:
+            try:
+                scene.job(scene.run, scene.output.parent / "out")
+            except KeyboardInterrupt:
+                interrupted = True
+        assert scene.check(has_failed=interrupted) is False, k
+        scene.restore()
+        if not faults.injected:
+            break
+
+
 def test_no_kind_of_call_is_never_made(make_run: MakeRun) -> None:
     """A sweep over such a one would prove nothing."""
     made: set[str] = set()

@@ -9,10 +9,12 @@ import sys
 import termios
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from ckpt_ema.report import progress
+from tests.command import ckpt_ema
 from tests.conftest import MakeRun, noise, series
 
 
@@ -29,21 +31,33 @@ def test_a_log_gets_a_plain_line_now_and_then(
     assert capsys.readouterr().err == expected * lines
 
 
-@pytest.mark.parametrize(("variables", "shown"), [({}, True), ({"TQDM_DISABLE": "1"}, False)])
-def test_a_terminal_gets_a_bar_unless_it_is_switched_off(
-    make_run: MakeRun, variables: dict[str, str], shown: bool
-) -> None:
-    run = make_run(series(2, w=noise(2, 1000)))
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, int]]:
+    """Our end of a terminal of 80 columns, and that of a command."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    command = [sys.executable, "-m", "ckpt_ema", "average", str(run), "--device", "cpu"]
-    environment = {**os.environ, **variables}  # tqdm asks when it is imported
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, env=environment)
-    os.close(theirs)
-    text = os.read(ours, 1 << 16).decode()
+    yield ours, theirs
     os.close(ours)
+    os.close(theirs)
+
+
+def test_a_terminal_gets_a_bar(make_run: MakeRun, terminal: tuple[int, int]) -> None:
+    run, (ours, theirs) = make_run(series(2, w=noise(2, 1000))), terminal
+    done = ckpt_ema("average", run, "--device", "cpu", stderr=os.ttyname(theirs))
     assert done.returncode == 0
-    assert ("averaging:" in text) == shown
+    assert b"averaging:" in os.read(ours, 1 << 16)
+
+
+def test_a_bar_can_be_switched_off(make_run: MakeRun, terminal: tuple[int, int]) -> None:
+    """In a fresh interpreter, since tqdm asks when it is imported."""
+    run, (ours, theirs) = make_run(series(2, w=noise(2, 1000))), terminal
+    words = [sys.executable, "-m", "ckpt_ema", "average", str(run), "--device", "cpu"]
+    without = {**os.environ, "TQDM_DISABLE": "1"}
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=theirs, env=without)
+    assert done.returncode == 0
+    text = os.read(ours, 1 << 16)
+    assert b"run-ema" in text
+    assert b"averaging:" not in text
 
 
 @pytest.mark.parametrize("quiet", [True, False])

@@ -53,9 +53,14 @@ class WorkFolder:
 
     def __enter__(self) -> "WorkFolder":
         _remove_leftovers(self.final, spared=self.path)
-        with as_failure(self.final):
-            while not self._claim():
-                self.path = hidden_sibling(self.final, self._key)
+        try:
+            with as_failure(self.final):
+                while not self._claim():
+                    self.path = hidden_sibling(self.final, self._key)
+        except BaseException:
+            if not self._key:  # else others may work in it, or go on from it
+                remove(self.path)
+            raise
         return self
 
     def __exit__(
@@ -65,7 +70,10 @@ class WorkFolder:
         traceback: TracebackType | None,
     ) -> None:
         if not self.kept:
-            remove(self.path)
+            try:
+                remove(self.path)
+            finally:  # a signal may have stopped it; there is but one
+                remove(self.path)
         with contextlib.suppress(OSError):
             os.close(self._fd)
 
