@@ -157,7 +157,8 @@ def finish(output: PathLike, *, overwrite: bool = False) -> Finished:
         raise RefusedError(
             f"There are parts of {len(keys)} different averages for {printable(final)}:"
             f" {', '.join(folders)}.",
-            "Remove those that are not wanted.",
+            "Parts go together whose checkpoints and options are the same, --tile-size and"
+            " --max-memory among them; remove those that are not wanted.",
         )
     check_vacant(final, overwrite)
     return _publish(final, keys[0], PART, overwrite)
