@@ -100,21 +100,17 @@ def read_if_there(path: str | os.PathLike[str], most_bytes: int = sys.maxsize) -
         raise RefusedError(error.message) from error
 
 
-def hole_warnings(path: str, file: OpenFile) -> list[str]:
-    """A warning if a part of an open file has no place on the disk, where that can be told.
+def first_hole(file: OpenFile) -> int | None:
+    """Where the first part of an open file is that has no place on the disk, and reads as zeros.
 
-    So it is after a save that set the size first and was interrupted; and in a sparse copy.
+    A save leaves it that set the size first and was interrupted; and a sparse copy has them. None
+    if there is none, or where that cannot be told.
     """
     try:
         hole = os.lseek(file.fd, 0, os.SEEK_HOLE)
     except (OSError, AttributeError):  # a file system, or a system, that does not know
-        return []
-    if hole >= file.size_bytes:
-        return []
-    return [
-        f"{printable(path)} has a hole at byte {hole}, which reads as zeros: an interrupted save,"
-        " or a sparse copy."
-    ]
+        return None
+    return hole if hole < file.size_bytes else None
 
 
 def read_exactly(path: str, fd: int, count: int, offset: int) -> bytes:

@@ -27,8 +27,6 @@ from ckpt_ema.folding.zeroed import TileZeros, Zeroed
 from ckpt_ema.planning.plan import Plan
 
 _POLL_SECONDS = 0.1  # how long the main thread is deaf to signals, at most
-
-
 _ROOM_TO_START = 16 << 20  # a thread's stack, and what it takes before it does anything
 
 
@@ -125,7 +123,7 @@ def _run_threads(job: _Job, tick: Callable[[int], None]) -> None:
 
 def _started(pool: ThreadPoolExecutor, job: _Job) -> Future[None]:
     # Python waits forever for a thread that finds no memory to say that it has started.
-    bytearray(_ROOM_TO_START)
+    bytes(_ROOM_TO_START)
     try:
         return pool.submit(_Worker(job).work)
     except RuntimeError as error:

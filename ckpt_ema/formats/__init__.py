@@ -44,6 +44,7 @@ def read_specs(weights: Weights, key: str | None = None) -> Specs:
         tuple(metadata for specs in parts for metadata in specs.metadata),
         weights.notes + tuple(note for specs in parts for note in specs.notes),
         tuple(warning for specs in parts for warning in specs.warnings),
+        {path: hole for specs in parts for path, hole in specs.holes.items()},
         parts[0].claims,
         tuple(part.prefix for part in weights.parts),
     )
@@ -112,6 +113,7 @@ def _read_indexed(index: Path, key: str | None) -> Specs:
         tuple(part.metadata[0] for part in parts),
         tuple(note for part in parts for note in part.notes),
         tuple(warnings),
+        {path: hole for part in parts for path, hole in part.holes.items()},
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import IO, Any, NamedTuple, TypeGuard
 
 from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
-from ckpt_ema.files import hole_warnings, mode_of, open_regular, read_exactly
+from ckpt_ema.files import first_hole, mode_of, open_regular, read_exactly
 from ckpt_ema.formats.model_key import find_model
 from ckpt_ema.formats.specs import FileSpec, Piece, Specs, TensorSpec, packed_strides
 from ckpt_ema.formats.torch_file import Region, read_tensor
@@ -152,7 +152,7 @@ def read_specs(path: str, key: str | None = None) -> Specs:
         pieces = [piece for chunk in tensor.chunks for piece in places[chunk]]
         specs[name] = _joined(tensor, pieces)
     headers: tuple[Mapping[str, str], ...] = ({},) * (1 + len(files))
-    return Specs(specs, (metadata, *files), headers, tuple(notes), (*model.warnings, *holes))
+    return Specs(specs, (metadata, *files), headers, tuple(notes), tuple(model.warnings), holes)
 
 
 def _unpickled(path: str, raw: bytes) -> _Record:
@@ -306,15 +306,15 @@ def _meet(one: Any, other: Any) -> bool:
 
 def _located(
     folder: str, tensors: Mapping[str, _Declared]
-) -> tuple[list[FileSpec], dict[_Chunk, list[Piece]], list[str]]:
-    """Where in which file each chunk's elements are, and warnings; every file is opened once."""
+) -> tuple[list[FileSpec], dict[_Chunk, list[Piece]], dict[str, int]]:
+    """Where in which file each chunk's elements are, and holes; every file is opened once."""
     declared = {tensor.fqn: tensor for tensor in tensors.values()}
     by_file: dict[str, list[_Chunk]] = {}
     for chunk in (chunk for tensor in tensors.values() for chunk in tensor.chunks):
         by_file.setdefault(chunk.file, []).append(chunk)
     files: list[FileSpec] = []
     places: dict[_Chunk, list[Piece]] = {}
-    holes: list[str] = []
+    holes: dict[str, int] = {}
     for number, (name, members) in enumerate(sorted(by_file.items()), start=1):
         path = os.path.join(folder, name)
         if not mode_of(path):
@@ -325,7 +325,9 @@ def _located(
             )
         with open_regular(path) as file:
             files.append(FileSpec(path, file.size_bytes, file.mtime_ns, ""))
-            holes += hole_warnings(path, file)
+            hole = first_hole(file)
+            if hole is not None:
+                holes[path] = hole
             for chunk in members:
                 if chunk.offset + chunk.size_bytes > file.size_bytes:
                     raise IncompleteError(

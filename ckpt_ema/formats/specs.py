@@ -152,6 +152,7 @@ class Specs:
     metadata: tuple[Mapping[str, str], ...]  # of each file: its header's own string-to-string map
     notes: tuple[str, ...] = ()  # what was ignored while reading, for the report
     warnings: tuple[str, ...] = ()
+    holes: Mapping[str, int] = field(default_factory=dict)  # of each file that has any, the first
     claims: Mapping[str, int] = field(default_factory=dict)  # "step", "epoch": what it says it is
     prefixes: tuple[str, ...] = ("",)
     numbers: Mapping[str, float] = field(default_factory=dict)  # beside the model, by dotted path

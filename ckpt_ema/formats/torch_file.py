@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import IO, Any, NamedTuple
 
 from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
-from ckpt_ema.files import OpenFile, hole_warnings, open_regular, read_exactly
+from ckpt_ema.files import OpenFile, first_hole, open_regular, read_exactly
 from ckpt_ema.formats.model_key import claims, find_model, numbers
 from ckpt_ema.formats.specs import (
     DTYPE_BITS,
@@ -64,7 +64,7 @@ def read_specs(path: str, key: str | None = None) -> Specs:
             if _is_tensor(path, name, tensor)
         }
         spec = FileSpec(path, file.size_bytes, file.mtime_ns, digest)
-        holes = hole_warnings(path, file)
+        hole = first_hole(file)
     others = [str(name) for name, value in model.values.items() if name not in tensors]
     notes = [*model.notes]
     if others:
@@ -77,7 +77,8 @@ def read_specs(path: str, key: str | None = None) -> Specs:
         (spec,),
         ({},),
         tuple(notes),
-        (*model.warnings, *holes),
+        tuple(model.warnings),
+        {} if hole is None else {path: hole},
         claims(root),
         numbers=numbers(root),
     )

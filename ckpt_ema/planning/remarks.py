@@ -1,6 +1,6 @@
 """What a person should know of a run before it is averaged: warnings and notes, as sentences."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from ckpt_ema import layouts
@@ -30,6 +30,7 @@ def run_warnings(
         *_adapters(specs[-1]),
         *_averaged(checkpoints, specs),
         *dict.fromkeys(warning for one in specs for warning in one.warnings),
+        *_holes({path: hole for one in specs for path, hole in one.holes.items()}),
     ]
 
 
@@ -51,6 +52,16 @@ def run_notes(checkpoints: Sequence[Checkpoint], specs: Sequence[Specs]) -> list
             f" {printable(checkpoints[-1].name)}: {some(names)}."
         )
     return [*notes, *(f"{note}." for note in sorted({n for one in specs for n in one.notes}))]
+
+
+def _holes(holes: Mapping[str, int]) -> list[str]:
+    if not holes:
+        return []
+    path, offset = next(iter(holes.items()))
+    first = f"{printable(path)} has a hole at byte {offset}, which reads as zeros"
+    if len(holes) == 1:
+        return [f"{first}: an interrupted save, or a sparse copy."]
+    return [f"{first}; so have {len(holes) - 1} more files: interrupted saves, or sparse copies."]
 
 
 def _few(count: int) -> list[str]:

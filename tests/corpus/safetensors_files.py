@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,17 +37,29 @@ def tensor(**changed: Any) -> Make:
     return header(json.dumps({"w": {k: v for k, v in fields.items() if v is not None}}))
 
 
-def long_metadata(run: Any) -> None:
+def long_metadata(run: Path) -> None:
     """The header of each file is 10 MB long."""
     for step, weight in enumerate(noise(3, 4), start=1):
         start, _ = make_header([("w", "F32", (4,))], {"notes": "x" * 10_000_000})
         (run / f"checkpoint-{step}/model.safetensors").write_bytes(start + raw(weight))
 
 
-def never_written(run: Any) -> None:
+def never_written(run: Path) -> None:
     """The newest is preallocated, and its end was never written."""
     path = run / "checkpoint-3/model.safetensors"
     path.write_bytes(path.read_bytes()[:-160] + bytes(160))  # all of n and all of b
+
+
+def sparse(run: Path) -> None:
+    """The zeros of a mask are holes, as a tool that copies sparsely leaves them."""
+    states_are(mask=torch.zeros(1 << 20), w=noise(3, 4))(run)
+    for path in run.glob("*/*"):
+        content = path.read_bytes()
+        start, end = 1 << 12, 1 << 21  # within the mask
+        with path.open("wb") as file:
+            file.write(content[:start])
+            file.seek(end)
+            file.write(content[end:])
 
 
 ONCE = json.dumps({"w": entry()})
@@ -143,6 +156,7 @@ CASES = [
         "checkpoint-3 turns to zeros in tensor b",
         0,
     ),
+    Case("a run that was copied sparsely", sparse, "has a hole at byte .* so have 2 more files", 0),
     Case(
         "an end that was never written", never_written, "checkpoint-3 turns to zeros in tensor b", 0
     ),
