@@ -110,7 +110,7 @@ def test_a_division_that_is_complete_is_enough_and_twice_does_no_harm(
 def test_parts_of_different_averages_are_told_apart(run: Path, tmp_path: Path) -> None:
     make_parts(run, tmp_path / "out", ["1/2"], decay=0.1)
     make_parts(run, tmp_path / "out", ["2/2"], decay=0.2)
-    with pytest.raises(RefusedError, match="There are parts of 2 different averages.*--tile-size"):
+    with pytest.raises(RefusedError, match=r"There are parts of 2 different averages.*--tile-size"):
         ckpt_ema.finish(tmp_path / "out")
 
 
