@@ -305,4 +305,4 @@ def test_a_run_that_is_killed_leaves_a_whole_output_or_none(make_run: MakeRun, j
 @pytest.mark.sweep
 @pytest.mark.parametrize("job", [*JOBS, replacing_in_parts])
 def test_killed_whatever_it_makes(make_run: MakeRun, job: Job) -> None:
-    kill_at_random(make_run, job, 100)
+    kill_at_random(make_run, job, 50)
