@@ -1,7 +1,7 @@
 """The command as a process of its own, forked from one that has imported torch.
 
 Importing torch is nine tenths of the time of a small average. What is left out by that, how the
-interpreter starts and ends, the smoke test, the pipeline step and the tests of streams cover.
+interpreter starts and ends, the smoke test and the pipeline step cover.
 """
 
 import contextlib

@@ -299,7 +299,7 @@ def kill_at_random(make_run: MakeRun, job: Job, times: int) -> None:
 
 @pytest.mark.parametrize("job", [one, resumed])
 def test_a_run_that_is_killed_leaves_a_whole_output_or_none(make_run: MakeRun, job: Job) -> None:
-    kill_at_random(make_run, job, 25)
+    kill_at_random(make_run, job, 10)
 
 
 @pytest.mark.sweep
