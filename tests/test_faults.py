@@ -245,6 +245,21 @@ def test_a_finished_file_that_the_library_refuses_is_not_published(
     assert {path.name for path in run.parent.iterdir()} == {"run"}
 
 
+def test_a_finished_file_that_cannot_be_read_again_is_not_published(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library has torch open it, whose error is no OSError."""
+    run = make_run(series(2, w=noise(2, 4)))
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError("unable to open file </dev/fd/10>: Input/output error (5)")
+
+    monkeypatch.setattr("safetensors.safe_open", failing)
+    with pytest.raises(FailedError, match=r"run-ema cannot be read again: .*Input/output error"):
+        ckpt_ema.average(run, device="cpu")
+    assert {path.name for path in run.parent.iterdir()} == {"run"}
+
+
 def test_everything_is_durable_before_it_has_its_name(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,7 +123,12 @@ class StagedOutput:
                 # By descriptor, since the library takes no path that is not UTF-8.
                 with self._opened(number) as fd, safe_open(f"/dev/fd/{fd}", "pt") as model:
                     model.keys()
-            except (SafetensorError, OSError) as error:
+            except (OSError, RuntimeError) as error:  # the latter of torch, which maps the file
+                raise FailedError(
+                    f"{printable(self._final)} cannot be read again: {printable(error)}.",
+                    "Nothing was published.",
+                ) from error
+            except SafetensorError as error:
                 raise FailedError(
                     f"{printable(self._final)}: the safetensors library refuses what was written"
                     f" ({printable(error)}).",
