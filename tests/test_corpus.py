@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from ckpt_ema.layouts import MANIFEST_NAME
 from tests.command import Command, Done, ckpt_ema
 from tests.conftest import read_safetensors
 from tests.corpus import CASES
@@ -86,8 +87,9 @@ def test_what_the_user_sees_and_what_is_left(case: Case, tmp_path: Path) -> None
         files = sorted(output.glob("*.safetensors"))
         assert all(read_safetensors(file) for file in files)
         assert files
-    elif case.during is None:
-        assert not output.exists()
+    else:  # but for what another run has written meanwhile
+        assert not (output / MANIFEST_NAME).exists()
+        assert case.during or not output.exists()
     assert done.stdout == (f"{output}\n" if case.code == 0 else "")
 
 

@@ -2,14 +2,9 @@
 
 from functools import partial
 
-from tests.corpus.case import Case
+from tests.corpus.case import Case, nothing
 
-
-def _nothing(_run: object) -> None:
-    """The run is a good one."""
-
-
-Argument = partial(Case, make=_nothing, code=2, names="")
+Argument = partial(Case, make=nothing, code=2, names="")
 
 CASES = [
     *(
@@ -30,7 +25,7 @@ CASES = [
     Argument("a dtype that is none", says="--dtype", words=["--dtype", "int4"]),
     Argument("tiles of no bytes", says="--tile-size", words=["--tile-size", "0"]),
     Argument("too little memory", says="the fold needs at least", words=["--max-memory", "10"]),
-    Argument("an empty output", says="output", words=["-o", ""]),
+    Argument("an empty output", says="--output is empty", words=["-o", ""]),
     Argument("a path that is an option by accident", says="No such option: -r", words=["-runs"]),
     Argument("a run without a name", says="No run and no checkpoints", run=""),
 ]

@@ -31,18 +31,42 @@ def same_step(run: Path) -> None:
 
 
 CASES = [
-    Case("another shape", in_all(lambda s: s.update(w=torch.ones(5, 8)), 2), "tensor w"),
-    Case("a shape that would broadcast", in_all(lambda s: s.update(w=torch.ones(1, 7)), 2), "w"),
-    Case("a name that is missing", in_all(lambda s: s.pop("w"), 2), "w"),
-    Case("a name that is added", in_all(lambda s: s.update(x=torch.ones(1)), 2), "x"),
-    Case("a name that is another", in_all(lambda s: s.update(x=s.pop("w")), 2), "w"),
+    Case(
+        "another shape",
+        in_all(lambda s: s.update(w=torch.ones(5, 8)), 2),
+        r"tensor w has shape \[5, 8\] in",
+    ),
+    Case(
+        "a shape that would broadcast",
+        in_all(lambda s: s.update(w=torch.ones(1, 7)), 2),
+        r"tensor w has shape \[1, 7\] in",
+    ),
+    Case(
+        "a name that is missing",
+        in_all(lambda s: s.pop("w"), 2),
+        r"lacks tensors of checkpoint-3 \(w\)",
+    ),
+    Case(
+        "a name that is added",
+        in_all(lambda s: s.update(x=torch.ones(1)), 2),
+        r"that checkpoint-3 lacks \(x\)",
+    ),
+    Case(
+        "a name that is another",
+        in_all(lambda s: s.update(x=s.pop("w")), 2),
+        r"lacks \(x\) and lacks .* \(w\)",
+    ),
     Case(
         "a wider dtype",
         in_all(lambda s: s.update(b=s["b"].float()), 2),
         "checkpoint-2 holds 1 tensors in another dtype than",
         0,
     ),
-    Case("a float that is an integer", in_all(lambda s: s.update(w=s["w"].long()), 2), "w"),
+    Case(
+        "a float that is an integer",
+        in_all(lambda s: s.update(w=s["w"].long()), 2),
+        "Tensor w is I64 in checkpoint-2 and F32",
+    ),
     Case("the same step twice", same_step, "are both checkpoint 2", names="checkpoint-002"),
     Case(
         "identical files under two steps",
@@ -52,10 +76,26 @@ CASES = [
         "checkpoint-1 and checkpoint-2 hold the same weights",
         names="checkpoint-1",
     ),
-    Case("the newest is cut", cut(-5, f"{NEWEST}/model.safetensors"), NEWEST, 0),
-    Case("the newest is empty", cut(0, f"{NEWEST}/model.safetensors"), NEWEST, 0),
+    Case(
+        "the newest is cut",
+        cut(-5, f"{NEWEST}/model.safetensors"),
+        f"{NEWEST} is incomplete and left out",
+        0,
+    ),
+    Case(
+        "the newest is empty",
+        cut(0, f"{NEWEST}/model.safetensors"),
+        f"{NEWEST} is incomplete and left out",
+        0,
+    ),
     Case("the middle one is cut", cut(-5), "--skip-incomplete"),
-    Case("the middle one is skipped", cut(-5), MIDDLE, 0, words=["--skip-incomplete"]),
+    Case(
+        "the middle one is skipped",
+        cut(-5),
+        f"{MIDDLE} is incomplete and left out",
+        0,
+        words=["--skip-incomplete"],
+    ),
     Case("mixed formats", mixed, "", 0),
     Case("one checkpoint only", only_one, "There is one checkpoint only", 0),
     Case(

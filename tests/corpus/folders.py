@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tests.conftest import write_safetensors, write_shards
-from tests.corpus.case import Case, fifo, links_to, rewrite, several
+from tests.corpus.case import Case, fifo, links_to, nothing, rewrite, several
 from tests.test_faults import be_nobody, let_others_in
 
 
@@ -134,14 +134,14 @@ CASES = [
     ),
     Case(
         "/proc is the run",
-        lambda _: None,
+        nothing,
         "No checkpoints found|cannot be",
         run="/proc",
         names="/proc",
     ),
     Case(
         "a device is the run",
-        lambda _: None,
+        nothing,
         "is no checkpoint",
         run="/dev/zero",
         names="/dev/zero",

@@ -108,7 +108,11 @@ CASES = [
         lambda run: os.truncate(run / INDEX, 1 << 40),
         "is too large to be an index",
     ),
-    Shards("a name that its shard lacks", mapped(lambda n: n.update(x=n["w"])), "x"),
+    Shards(
+        "a name that its shard lacks",
+        mapped(lambda n: n.update(x=n["w"])),
+        "1 tensors that its shards lack: x",
+    ),
     Shards(
         "a name in two shards",
         in_both,

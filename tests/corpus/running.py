@@ -14,14 +14,10 @@ from typing import Any
 import pytest
 
 from ckpt_ema.folding.sources import Sources
-from tests.corpus.case import MIDDLE, Case, Make
+from tests.corpus.case import MIDDLE, Case, Make, nothing
 from tests.faulty_os import faulty
 
 _lasting: list[AbstractContextManager[object]] = []  # until the process ends
-
-
-def nothing(_run: Path) -> None:
-    """The run is a good one."""
 
 
 def broken(kind: str, k: int, error: int) -> None:
@@ -145,23 +141,18 @@ CASES = [
             ("rename", 2),
         )
     ),
-    Running(
-        "SIGINT",
-        says="^interrupted, nothing was written$",
-        during=partial(signalled, signal.SIGINT),
-        code=130,
-    ),
-    Running(
-        "SIGTERM",
-        says="^terminated, nothing was written$",
-        during=partial(signalled, signal.SIGTERM),
-        code=143,
-    ),
-    Running(
-        "SIGHUP",
-        says="^terminated, nothing was written$",
-        during=partial(signalled, signal.SIGHUP),
-        code=129,
+    *(
+        Running(
+            number.name,
+            says=f"^{how}, nothing was written$",
+            during=partial(signalled, number),
+            code=128 + number,
+        )
+        for number, how in (
+            (signal.SIGINT, "interrupted"),
+            (signal.SIGTERM, "terminated"),
+            (signal.SIGHUP, "terminated"),
+        )
     ),
     Running(
         "out of memory in a thread", says="ran out of memory", during=partial(raised, MemoryError())
@@ -208,16 +199,21 @@ CASES = [
     Output(
         "the output is a FIFO",
         make=lambda run: os.mkfifo(run.parent / "fifo"),
-        says="fifo",
+        says="exists and is neither a file nor a folder",
         words=["-o", "RUN/../fifo"],
     ),
     Output(
         "the output is a dangling link",
         make=lambda run: (run.parent / "link").symlink_to("nowhere"),
-        says="link",
+        says="exists and is neither a file nor a folder",
         words=["-o", "RUN/../link"],
     ),
-    Output("the output is in /proc", says="/proc", words=["-o", "/proc/out"], code=1),
+    Output(
+        "the output is in /proc",
+        says="/proc/out cannot be written",
+        words=["-o", "/proc/out"],
+        code=1,
+    ),
     Output(
         "the output's name is too long",
         says="File name too long",

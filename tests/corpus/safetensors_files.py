@@ -129,12 +129,12 @@ CASES = [
     Case("a zip", lambda run: archive(run / FILE, tensor_pickle(), _0=bytes(24)), "a torch file"),
     Case(
         "a polyglot, safetensors at its start and a zip at its end",
-        lambda run: goes_on_with(b"PK\x05\x06" + bytes(18))(run),
+        goes_on_with(b"PK\x05\x06" + bytes(18)),
         "has 22 bytes after its last tensor",
     ),
     Case("blanks before the header", header("  " + ONCE), NOT_ONE),
     Case("a FIFO", becomes(fifo), "is not a regular file"),
-    Case("a folder", becomes(lambda path: path.mkdir()), "is not a regular file"),
+    Case("a folder", becomes(Path.mkdir), "is not a regular file"),
     Case("a device", becomes(links_to("/dev/zero")), "is not a regular file"),
     Case(
         "a file of /proc",

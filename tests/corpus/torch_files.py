@@ -30,14 +30,13 @@ Torch = partial(Case, form="zip")
 DATA = bytes(24)
 
 
-def saved(make: Callable[[], Any], form: str = "zip") -> Make:
+def saved(make: Callable[[], Any]) -> Make:
     """The file is what torch saves of this."""
-    as_zip = form == "zip"
 
     def write(run: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that quantised tensors are deprecated
-            torch.save(make(), run / FILE, _use_new_zipfile_serialization=as_zip)
+            torch.save(make(), run / FILE)
 
     return write
 
