@@ -100,17 +100,17 @@ def read_if_there(path: str | os.PathLike[str], most_bytes: int = sys.maxsize) -
         raise RefusedError(error.message) from error
 
 
-def first_hole(file: OpenFile) -> int | None:
-    """Where the first part of an open file is that has no place on the disk, and reads as zeros.
+def holes_in(path: str, file: OpenFile) -> dict[str, int]:
+    """The path, and where the first part of it is that has no place on the disk, if there is one.
 
-    A save leaves it that set the size first and was interrupted; and a sparse copy has them. None
-    if there is none, or where that cannot be told.
+    It reads as zeros. A save leaves it that set the size first and was interrupted; and a sparse
+    copy has them.
     """
     try:
         hole = os.lseek(file.fd, 0, os.SEEK_HOLE)
     except (OSError, AttributeError):  # a file system, or a system, that does not know
-        return None
-    return hole if hole < file.size_bytes else None
+        return {}
+    return {path: hole} if hole < file.size_bytes else {}
 
 
 def read_exactly(path: str, fd: int, count: int, offset: int) -> bytes:

@@ -54,7 +54,6 @@ def locate(path: Path, options: Options, *, depth: int = _MOST_DEPTH) -> Weights
         or _pipeline(path)
         or _in_model_folder(path, options)
         or _distributed(path)
-        or _without_index(path, names)
         or _unusual(path, depth)
     )
 
@@ -94,6 +93,10 @@ def _model_file(folder: Path, names: set[str], options: Options) -> str | None:
         if len(forms) == 2:
             forms = [forms[wanted == "sharded"]]
         models = forms + models
+    if not models and not adapters:
+        # Shards whose index, which is written last, is missing: an unfinished save.
+        sharded = {layouts.SHARD_OF_SEVERAL.sub("", name) for name in names}
+        models = [one + layouts.INDEX_SUFFIX for one in layouts.MODEL_FILES if one in sharded]
     if wanted == "adapter" or not models:
         return adapters[0] if adapters else None
     if adapters and wanted == "auto":
@@ -202,15 +205,6 @@ def _distributed(path: Path) -> Weights | Blocked | None:
             if name in layouts.MODEL_FOLDERS:
                 return Weights(path / name, (Part(layouts.DCP_METADATA),))
             return Weights(path, (Part(metadata),))
-    return None
-
-
-def _without_index(path: Path, names: set[str]) -> Weights | None:
-    """Shards whose index, which is written last, is missing: an unfinished save."""
-    whole = {layouts.SHARD_OF_SEVERAL.sub("", name) for name in names} - names
-    for single in layouts.MODEL_FILES:
-        if single in whole:
-            return Weights(path, (Part(single + layouts.INDEX_SUFFIX),))
     return None
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import IO, Any, NamedTuple, TypeGuard
 
 from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
-from ckpt_ema.files import first_hole, mode_of, open_regular, read_exactly
+from ckpt_ema.files import holes_in, mode_of, open_regular, read_exactly
 from ckpt_ema.formats.model_key import find_model
 from ckpt_ema.formats.specs import FileSpec, Piece, Specs, TensorSpec, packed_strides
 from ckpt_ema.formats.torch_file import Region, read_tensor
@@ -325,9 +325,7 @@ def _located(
             )
         with open_regular(path) as file:
             files.append(FileSpec(path, file.size_bytes, file.mtime_ns, ""))
-            hole = first_hole(file)
-            if hole is not None:
-                holes[path] = hole
+            holes |= holes_in(path, file)
             for chunk in members:
                 if chunk.offset + chunk.size_bytes > file.size_bytes:
                     raise IncompleteError(

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
-from ckpt_ema.files import first_hole, open_regular, read_exactly
+from ckpt_ema.files import holes_in, open_regular, read_exactly
 from ckpt_ema.formats.specs import DTYPE_BITS, FileSpec, Specs, TensorSpec, packed_bytes
 
 MAX_HEADER_BYTES = 100_000_000
@@ -31,7 +31,7 @@ def read_specs(path: str) -> Specs:
         raw = _header_bytes(path, file.fd, file.size_bytes)
         digest = hashlib.sha256(raw).hexdigest()
         spec = FileSpec(path, file.size_bytes, file.mtime_ns, digest)
-        hole = first_hole(file)
+        holes = holes_in(path, file)
     content = _known.get((digest, file.size_bytes))
     if content is None:
         content = _content(path, raw, file.size_bytes)
@@ -39,7 +39,6 @@ def read_specs(path: str) -> Specs:
             _known.clear()
         _known[digest, file.size_bytes] = content
     claims = _claims(content.metadata)
-    holes = {} if hole is None else {path: hole}
     return Specs(content.tensors, (spec,), (content.metadata,), holes=holes, claims=claims)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import IO, Any, NamedTuple
 
 from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
-from ckpt_ema.files import OpenFile, first_hole, open_regular, read_exactly
+from ckpt_ema.files import OpenFile, holes_in, open_regular, read_exactly
 from ckpt_ema.formats.model_key import claims, find_model, numbers
 from ckpt_ema.formats.specs import (
     DTYPE_BITS,
@@ -64,7 +64,7 @@ def read_specs(path: str, key: str | None = None) -> Specs:
             if _is_tensor(path, name, tensor)
         }
         spec = FileSpec(path, file.size_bytes, file.mtime_ns, digest)
-        hole = first_hole(file)
+        holes = holes_in(path, file)
     others = [str(name) for name, value in model.values.items() if name not in tensors]
     notes = [*model.notes]
     if others:
@@ -78,7 +78,7 @@ def read_specs(path: str, key: str | None = None) -> Specs:
         ({},),
         tuple(notes),
         tuple(model.warnings),
-        {} if hole is None else {path: hole},
+        holes,
         claims(root),
         numbers=numbers(root),
     )

@@ -10,7 +10,18 @@ from typing import Any
 import torch
 
 from tests.conftest import write_safetensors
-from tests.corpus.case import MIDDLE, Case, Make, becomes, fifo, holds, is_gone, json_is, links_to
+from tests.corpus.case import (
+    MIDDLE,
+    Case,
+    Make,
+    becomes,
+    fifo,
+    holds,
+    is_gone,
+    json_is,
+    links_to,
+    several,
+)
 
 INDEX = f"{MIDDLE}/model.safetensors.index.json"
 FIRST, SECOND = (f"{MIDDLE}/model-0000{i}-of-00002.safetensors" for i in (1, 2))
@@ -52,6 +63,19 @@ def linked_farm(run: Path) -> None:
         blob = store / path.relative_to(run).as_posix().replace("/", "-")
         path.rename(blob)
         path.symlink_to(blob)
+
+
+def in_folders(name: str) -> Make:
+    """The model of each checkpoint is in a folder of it."""
+
+    def make(run: Path) -> None:
+        for folder in sorted(run.iterdir()):
+            files = list(folder.iterdir())
+            (folder / name).mkdir()
+            for path in files:
+                path.rename(folder / name / path.name)
+
+    return make
 
 
 def extra_shard(run: Path) -> None:
@@ -125,6 +149,11 @@ CASES = [
     ),
     Shards(
         "shards without an index", is_gone(INDEX), "has shards but no model.safetensors.index.json"
+    ),
+    Shards(
+        "shards without an index in a folder of the checkpoint",
+        several(is_gone(INDEX), in_folders("huggingface")),
+        "has shards but no model.safetensors.index.json",
     ),
     Shards("a shard that is a FIFO", becomes(fifo, FIRST), "is not a regular file"),
     Shards("a shard that is a device", becomes(links_to("/dev/zero"), FIRST), "regular file"),
