@@ -9,7 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.averaging import (
+from ckpt_ema.containers.compare import same_values
+from ckpt_ema.errors import FailedError, RefusedError, printable
+from ckpt_ema.fold.tiles import Share, share_from
+from ckpt_ema.options import PathLike
+from ckpt_ema.output.destination import averages_in, check_vacant
+from ckpt_ema.output.ledger import ranges
+from ckpt_ema.output.manifest import read_manifest
+from ckpt_ema.output.publish import StagedOutput
+from ckpt_ema.output.result import Finished
+from ckpt_ema.output.workspace import PART, WorkFolder, existing_work, remove
+from ckpt_ema.planning.plan import Plan, plan
+from ckpt_ema.ranks import Ranks
+from ckpt_ema.report.figure import Picture
+from ckpt_ema.run import (
     Progress,
     add_side_files,
     files_of,
@@ -20,20 +33,7 @@ from ckpt_ema.averaging import (
     seal,
     up_to_date,
 )
-from ckpt_ema.discovery.same import same_values
-from ckpt_ema.errors import FailedError, RefusedError, printable
-from ckpt_ema.folding.tiles import Share, share_from
-from ckpt_ema.options import PathLike
-from ckpt_ema.output.journal import ranges
-from ckpt_ema.output.manifest import read_manifest
-from ckpt_ema.output.result import Finished
-from ckpt_ema.output.vacancy import averages_in, check_vacant
-from ckpt_ema.output.work import PART, WorkFolder, existing_work, remove
-from ckpt_ema.output.write import StagedOutput
-from ckpt_ema.planning.outputs import is_single_file
-from ckpt_ema.planning.plan import Plan, plan
-from ckpt_ema.ranks import Ranks
-from ckpt_ema.report.figure import Picture
+from ckpt_ema.targets.safetensors_folder import is_single_file
 
 _WORK = "work"  # the record of what is made
 _RANK = "rank-"  # the kind of records that say that a rank is done, which another run need not keep

@@ -139,14 +139,14 @@ def one_round(
     seeds: dict[str, tuple[Path, str, bytes]], chance: random.Random
 ) -> tuple[str, bytes, str]:
     """Break a file and read it: which format, what was read, and what came of it."""
-    from ckpt_ema.formats import read_specs
-    from ckpt_ema.formats.specs import Part, Weights
+    from ckpt_ema.containers.read import read_specs
+    from ckpt_ema.containers.specs import Member, ModelFiles
 
     name = chance.choice(sorted(seeds))
     folder, file, good = seeds[name]
     content = broken(good, chance)
     (folder / file).write_bytes(content)
-    outcome = tried(lambda: read_specs(Weights(folder, (Part(file),))))
+    outcome = tried(lambda: read_specs(ModelFiles(folder, (Member(file),))))
     if outcome == "read" and name == "safetensors" and library_refuses(folder / file):
         outcome = "read, and the library refuses it"
     return name, content, outcome

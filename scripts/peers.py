@@ -88,7 +88,7 @@ def write_merge(run: Path, dtype: str) -> None:
     """Write the YAML for the average that ckpt-ema makes of this run."""
     import ckpt_ema
 
-    weights = ckpt_ema.plan(run, decay=DECAY).candidates[0].weights
+    weights = ckpt_ema.plan(run, decay=DECAY).averages[0].weights
     files = dict(zip(weights_files(run), weights, strict=True))
     merge_file(run).write_text(linear_merge(files, dtype))
 

@@ -27,7 +27,7 @@ ENVIRONMENT = {"TYPER_USE_RICH": "0", "COLUMNS": "80", "GITHUB_STEP_SUMMARY": ""
 _PRELOADED = [
     *("torch.distributed.checkpoint", "torch.distributed.tensor"),
     *("typer._adapters", "safetensors.torch", "tqdm.auto"),
-    *("ckpt_ema.cli", "ckpt_ema.parts", "ckpt_ema.folding.engine", "ckpt_ema.report.plan_view"),
+    *("ckpt_ema.cli.app", "ckpt_ema.parts", "ckpt_ema.fold.engine", "ckpt_ema.report.table"),
     *("tests.command", "tests.conftest", "tests.corpus"),
 ]
 
@@ -131,7 +131,7 @@ class _Task:
 
 def _carry_out(task: _Task) -> None:
     from ckpt_ema import __main__ as module
-    from ckpt_ema import cli
+    from ckpt_ema.cli import app
 
     files = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOCTTY) for path in task.paths]
     os.dup2(files[0], 1)
@@ -145,7 +145,7 @@ def _carry_out(task: _Task) -> None:
     try:
         if task.before:
             task.before()
-        cli.main()
+        app.main()
     finally:
         used = resource.getrusage(resource.RUSAGE_SELF)
         seconds = used.ru_utime + used.ru_stime

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ckpt_ema.formats.safetensors import make_header
+from ckpt_ema.containers.safetensors import make_header
 
 StateDict = Mapping[str, torch.Tensor]
 MakeRun = Callable[..., Path]

@@ -17,12 +17,12 @@ import torch
 
 from ckpt_ema import FailedError, RefusedError, average, average_part, finish
 from ckpt_ema import plan as make_plan
-from ckpt_ema.folding.devices import resolve_device
-from ckpt_ema.folding.shadow import widest_float
-from ckpt_ema.folding.sources import Sources
-from ckpt_ema.folding.tile_fold import PlainFold, StreamedFold, Use, device_element_bytes, make_fold
-from ckpt_ema.formats.specs import TensorSpec
-from ckpt_ema.output.write import StagedOutput
+from ckpt_ema.containers.specs import TensorSpec
+from ckpt_ema.fold.devices import resolve_device
+from ckpt_ema.fold.shadow import widest_float
+from ckpt_ema.fold.sources import Sources
+from ckpt_ema.fold.tile_fold import PlainFold, StreamedFold, Use, device_element_bytes, make_fold
+from ckpt_ema.output.publish import StagedOutput
 from ckpt_ema.report.lines import result_line
 from tests import fake_accelerator
 from tests.conftest import MakeRun, noise, series

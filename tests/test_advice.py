@@ -151,7 +151,7 @@ def test_epochs_are_told_as_epochs(make_run: MakeRun) -> None:
 
 def test_the_decay_that_is_said_to_matter_matters(run: Path) -> None:
     def weights(decay: float) -> tuple[float, ...]:
-        return ckpt_ema.plan(run, decay=decay).candidates[0].weights
+        return ckpt_ema.plan(run, decay=decay).averages[0].weights
 
     assert weights(0.5264) == weights(0.999) == weights(1.0)
     assert weights(0.526) != weights(0.999)
@@ -163,9 +163,9 @@ def test_irregular_gaps_are_said_with_the_half_life_that_counts_steps(make_run: 
     [message] = [w for w in warnings(run) if w.startswith("The gaps")]
     assert "600 from checkpoint-300 to checkpoint-900, half of them at most 100;" in message
     half_life = float(message.split("--half-life ")[1].split()[0])
-    age = ckpt_ema.plan(run).candidates[0].statistics.mean_age
+    age = ckpt_ema.plan(run).averages[0].statistics.mean_age
     same = ckpt_ema.plan(run, half_life=half_life)
-    assert same.candidates[0].statistics.mean_age == pytest.approx(age, rel=0.01)
+    assert same.averages[0].statistics.mean_age == pytest.approx(age, rel=0.01)
     assert not any("gaps" in warning for warning in same.warnings)  # which counts steps
 
 

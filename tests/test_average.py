@@ -14,8 +14,8 @@ import torch
 
 import ckpt_ema
 from ckpt_ema import FailedError, OptionError, RefusedError
-from ckpt_ema.files import FilePool
-from ckpt_ema.folding import engine
+from ckpt_ema.fold import engine
+from ckpt_ema.storage.local import FilePool
 from tests.conftest import (
     MakeRun,
     noise,

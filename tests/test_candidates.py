@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import ckpt_ema
 from ckpt_ema import OptionError, RefusedError
-from ckpt_ema.files import FilePool
 from ckpt_ema.output.result import Result
+from ckpt_ema.storage.local import FilePool
 from tests.conftest import MakeRun, noise, read_safetensors, series, write_safetensors
 
 NUMBERS = itertools.count()
@@ -162,7 +162,7 @@ def test_every_byte_is_read_once_whatever_the_number_of_averages(
 
     monkeypatch.setattr(FilePool, "read_into", counted)
     plan = ckpt_ema.plan(run, last="2,4", half_life="1,2,3")
-    assert len(plan.candidates) == 6
+    assert len(plan.averages) == 6
     assert len(plan.checkpoints) == 4  # the oldest two are in none of them
     assert plan.bytes_read == 4 * 500 * 4 + 3 * 8
     ckpt_ema.average(run, device="cpu", last="2,4", half_life="1,2,3", tile_size=256)
@@ -262,7 +262,7 @@ def test_averages_whose_tensors_would_have_other_names_are_made_one_at_a_time(
     options: dict[str, Any] = {"weights": {"1": 0.5, "2": 0.5}, "decay": 0.2}
     with pytest.raises(RefusedError, match="name their tensors in different ways"):
         ckpt_ema.plan(run, **options)
-    assert len(ckpt_ema.plan(run, strip_prefix="_orig_mod.", **options).candidates) == 2
+    assert len(ckpt_ema.plan(run, strip_prefix="_orig_mod.", **options).averages) == 2
 
 
 def test_a_weighted_mean_by_hand(make_run: MakeRun) -> None:

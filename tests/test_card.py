@@ -180,8 +180,8 @@ def test_a_plan_is_drawn(run: Path, tmp_path: Path, options: dict[str, Any]) -> 
         "".join(element.itertext()) for element in drawn.iter("{http://www.w3.org/2000/svg}text")
     }
     assert {"weight", "learning rate imitated", "training step"} <= texts
-    if len(plan.candidates) > 1:
-        assert {candidate.name for candidate in plan.candidates} <= texts
+    if len(plan.averages) > 1:
+        assert {average.name for average in plan.averages} <= texts
 
 
 def test_the_same_plan_gives_the_same_picture(run: Path, tmp_path: Path) -> None:
@@ -203,8 +203,8 @@ def test_averages_in_different_units_share_an_axis_of_checkpoints(
 ) -> None:
     (run / "checkpoint-1000").rename(run / "final")
     plan = ckpt_ema.plan(run, append=["final"], last="2,3")
-    newer = ckpt_ema.plan(run, last=4, aliases=False).candidates
-    mixed = replace(plan, candidates=(*plan.candidates, *newer))
+    newer = ckpt_ema.plan(run, last=4, aliases=False).averages
+    mixed = replace(plan, averages=(*plan.averages, *newer))
     ckpt_ema.plot(mixed, tmp_path / "weights.svg")
     assert "training step" not in (tmp_path / "weights.svg").read_text()
 
@@ -270,7 +270,7 @@ def test_without_matplotlib_all_works_but_pictures(run: Path, tmp_path: Path) ->
 
 def test_without_numpy_all_works_but_pictures(run: Path) -> None:
     """In a fresh interpreter, since torch imports it if it is there."""
-    code = "import sys; sys.modules['numpy'] = None; from ckpt_ema.cli import main; main()"
+    code = "import sys; sys.modules['numpy'] = None; from ckpt_ema.cli.app import main; main()"
     words = [sys.executable, "-c", code, "average", str(run), "-q", "--device", "cpu"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_ema.folding import engine
-from ckpt_ema.folding.sources import Sources
-from ckpt_ema.output import work, write
+from ckpt_ema.fold import engine
+from ckpt_ema.fold.sources import Sources
+from ckpt_ema.output import publish, workspace
 from ckpt_ema.report.progress import ByteProgress
 from tests.command import ENVIRONMENT, Command, ckpt_ema, wait_for
 from tests.conftest import MakeRun, noise, series
@@ -60,7 +60,7 @@ def test_the_second_time_it_is_up_to_date_without_torch(run: Path) -> None:
     assert "is up to date" in ckpt_ema("average", run).stderr
     stdout, imported = imported_by("average", run)
     assert stdout == f"{run}-ema\n"
-    assert "ckpt_ema.averaging" in imported
+    assert "ckpt_ema.run" in imported
     assert "torch" not in imported
 
 
@@ -71,19 +71,19 @@ def test_the_second_time_it_is_up_to_date_without_torch(run: Path) -> None:
 def test_help_and_plan_never_import_torch(run: Path, arguments: list[str]) -> None:
     words = [str(run) if word == "RUN" else word for word in arguments]
     _, imported = imported_by(*words)
-    assert "ckpt_ema.cli" in imported
+    assert "ckpt_ema.cli.app" in imported
     assert not {name for name in imported if name.split(".")[0] in ("torch", "numpy")}
 
 
-def candidates(stdout: str) -> list[dict[str, Any]]:
+def averages(stdout: str) -> list[dict[str, Any]]:
     """The averages of a plan that was printed as JSON."""
-    found: list[dict[str, Any]] = json.loads(stdout)["candidates"]
+    found: list[dict[str, Any]] = json.loads(stdout)["averages"]
     return found
 
 
 def test_plan_as_json_has_the_promised_fields(run: Path) -> None:
     done = ckpt_ema("plan", run, "--json")
-    [average] = candidates(done.stdout)
+    [average] = averages(done.stdout)
     rows = average["checkpoints"]
     assert [list(row)[:7] for row in rows] == [
         ["path", "name", "step", "unit", "gap", "decay", "weight"]
@@ -139,7 +139,7 @@ def test_every_option_of_the_weights_and_the_selection_reaches_the_plan(run: Pat
     ):
         done = ckpt_ema("plan", run, "--json", *arguments)
         assert done.returncode == 0, done.stderr
-        [average] = candidates(done.stdout)
+        [average] = averages(done.stdout)
         assert average["schedule"] == schedule
         assert [row["step"] for row in average["checkpoints"]] == taken
 
@@ -148,7 +148,7 @@ def test_the_best_are_taken_by_command(run: Path) -> None:
     for step, accuracy in ((9, 0.1), (10, 0.9), (100, 0.9), (1000, 0.2)):
         (run / f"checkpoint-{step}/eval_results.json").write_text(f'{{"acc": {accuracy}}}')
     done = ckpt_ema("plan", run, "--json", "--best", "1", "--metric", "acc")
-    assert [row["step"] for row in candidates(done.stdout)[0]["checkpoints"]] == [100]
+    assert [row["step"] for row in averages(done.stdout)[0]["checkpoints"]] == [100]
     for arguments, code in ((["--best", "1"], 2), (["--best", "1", "--metric", "los"], 3)):
         wrong = ckpt_ema("plan", run, *arguments)
         assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (code, "", 1)
@@ -229,7 +229,7 @@ def test_environment_variables_set_options(run: Path) -> None:
     done = ckpt_ema(
         "plan", run, "--json", env={"CKPT_EMA_DECAY": "0.25", "CKPT_EMA_DTYPE": "float16"}
     )
-    [average] = candidates(done.stdout)
+    [average] = averages(done.stdout)
     assert (average["decay"], average["dtype"]) == (0.25, "float16")
 
 
@@ -323,14 +323,14 @@ def test_a_signal_ends_it_with_one_line_and_nothing_left(
 
 def end_once_it_is_named() -> None:
     """Have a signal come when the output has its name, and its folder is synced."""
-    real = work.fsync_folder
+    real = workspace.fsync_folder
 
     def synced(path: Path | str) -> None:
         real(path)
         if Path(path, "run-ema").exists():
             os.kill(os.getpid(), signal.SIGTERM)
 
-    pytest.MonkeyPatch().setattr(write, "fsync_folder", synced)
+    pytest.MonkeyPatch().setattr(publish, "fsync_folder", synced)
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
@@ -436,7 +436,7 @@ def test_options_that_decide_between_two_readings_reach_the_plan(run: Path) -> N
     by_option = ckpt_ema("plan", run, "--pattern", pattern, "--json")
     by_variable = ckpt_ema("plan", run, "--json", env={"CKPT_EMA_PATTERN": pattern})
     for done in (by_option, by_variable):
-        assert [row["step"] for row in candidates(done.stdout)[0]["checkpoints"]] == [1, 2]
+        assert [row["step"] for row in averages(done.stdout)[0]["checkpoints"]] == [1, 2]
     wrong = ckpt_ema("plan", run, "--pattern", "(")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "--pattern is no regular expression" in wrong.stderr
@@ -444,9 +444,9 @@ def test_options_that_decide_between_two_readings_reach_the_plan(run: Path) -> N
 
 def test_a_list_of_checkpoints_and_a_single_file(run: Path) -> None:
     listed = ckpt_ema("plan", run / "checkpoint-9", run / "checkpoint-100", "--json")
-    assert [row["step"] for row in candidates(listed.stdout)[0]["checkpoints"]] == [9, 100]
+    assert [row["step"] for row in averages(listed.stdout)[0]["checkpoints"]] == [9, 100]
     alone = ckpt_ema("plan", run / "checkpoint-9/model.safetensors", "--json")
-    assert [row["step"] for row in candidates(alone.stdout)[0]["checkpoints"]] == [9]
+    assert [row["step"] for row in averages(alone.stdout)[0]["checkpoints"]] == [9]
     wrong = ckpt_ema("plan", run, "--append", "")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
 
@@ -456,14 +456,14 @@ def test_a_signal_in_the_middle_of_a_lock_is_still_a_signal(
 ) -> None:
     import typer
 
-    from ckpt_ema import cli_endings as cli
+    from ckpt_ema.cli import exits
 
-    with pytest.raises(typer.Exit) as caught, cli.errors_reported():
+    with pytest.raises(typer.Exit) as caught, exits.errors_reported():
         try:
-            raise cli.SignalError(signal.SIGTERM)
+            raise exits.SignalError(signal.SIGTERM)
         finally:
             raise RuntimeError("release unlocked lock")
     assert caught.value.exit_code == 143
     assert capsys.readouterr().err == "terminated, nothing was written\n"
-    with pytest.raises(RuntimeError, match="something else"), cli.errors_reported():
+    with pytest.raises(RuntimeError, match="something else"), exits.errors_reported():
         raise RuntimeError("something else")

@@ -22,7 +22,7 @@ def write(folder: Path, **texts: str) -> Path:
 
 def travelling(plan: Plan) -> dict[str, str]:
     """Each file that travels, and the folder that it comes from."""
-    companions = plan.candidates[0].output.companions
+    companions = plan.averages[0].output.companions
     return {companion.name: companion.source.parent.name for companion in companions}
 
 
@@ -164,7 +164,7 @@ def test_a_component_comes_out_inside_its_pipeline(
 def test_a_component_without_its_pipeline_comes_out_alone(tmp_path: Path) -> None:
     checkpoints_of_a_unet(tmp_path / "run")
     plan = ckpt_ema.plan(tmp_path / "run")
-    assert [file.name for file in plan.candidates[0].output.files] == [
+    assert [file.name for file in plan.averages[0].output.files] == [
         "unet/diffusion_pytorch_model.safetensors"
     ]
     assert travelling(plan) == {"unet/config.json": "unet"}

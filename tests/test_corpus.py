@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ckpt_ema.layouts import MANIFEST_NAME
+from ckpt_ema.trainers.conventions import MANIFEST_NAME
 from tests.command import Command, Done, ckpt_ema
 from tests.conftest import read_safetensors
 from tests.corpus import CASES

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 import ckpt_ema
 from ckpt_ema import CkptEmaError
-from ckpt_ema.averaging import up_to_date
+from ckpt_ema.run import up_to_date
 from tests.command import processes
 from tests.conftest import MakeRun, noise, series
 from tests.faulty_os import KINDS, faulty
@@ -102,8 +102,8 @@ class Scene:
     def restore(self) -> None:
         """Bring back what was at the output path before."""
         for path in self.leftovers():
-            ckpt_ema.output.work.remove(path)
-        ckpt_ema.output.work.remove(self.output)
+            ckpt_ema.output.workspace.remove(path)
+        ckpt_ema.output.workspace.remove(self.output)
         if self.job in REPLACING:
             one(self.run, self.output)
             self.before = models(self.output)

@@ -34,10 +34,19 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 import ckpt_ema
+from ckpt_ema.containers import dcp
+from ckpt_ema.containers.read import read_specs
+from ckpt_ema.containers.specs import (
+    DTYPE_BITS,
+    Member,
+    ModelFiles,
+    Piece,
+    Specs,
+    TensorSpec,
+    spanned,
+)
 from ckpt_ema.errors import CkptEmaError, IncompleteError, RefusedError
-from ckpt_ema.folding.pieces import gather
-from ckpt_ema.formats import dcp, read_specs
-from ckpt_ema.formats.specs import DTYPE_BITS, Part, Piece, Specs, TensorSpec, Weights, spanned
+from ckpt_ema.fold.gather import gather
 from tests.command import processes
 from tests.conftest import MakeRun, raw, read_safetensors
 from tests.test_torch_file import DTYPES, filled, hostile_pickles, number, pushed, tensor_pickle
@@ -57,7 +66,7 @@ def save(folder: Path, content: Mapping[str, Any]) -> Path:
 
 def read(folder: Path, key: str | None = None) -> Specs:
     """What our reader says of the model."""
-    return read_specs(Weights(folder, (Part(".metadata"),)), key)
+    return read_specs(ModelFiles(folder, (Member(".metadata"),)), key)
 
 
 def metadata_of(folder: Path) -> Metadata:
@@ -422,7 +431,7 @@ class TestSharded:
         """By the weights of the plan, and bit for bit as of the same run in one file a step."""
         run, states = sharded / f"of-{ranks}", [full_state(step) for step in STEPS]
         options: dict[str, Any] = {"decay": 0.9, "device": "cpu", "output": tmp_path / "out"}
-        weights = ckpt_ema.plan(run, **options).candidates[0].weights
+        weights = ckpt_ema.plan(run, **options).averages[0].weights
         averaged = read_safetensors(average_of(run, **options))
         assert set(averaged) == set(states[0])
         for name, tensor in averaged.items():
@@ -1135,7 +1144,7 @@ def test_a_plan_does_not_import_torch(run: Path) -> None:
         check=True,
     )
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
-    assert "ckpt_ema.formats.dcp" in imported
+    assert "ckpt_ema.containers.dcp" in imported
     assert not {name for name in imported if name.split(".")[0] in ("torch", "numpy")}
 
 

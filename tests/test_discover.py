@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_ema.discovery.discover import discover as discover_with
-from ckpt_ema.discovery.found import Found
+from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import RefusedError
-from ckpt_ema.formats.specs import Specs
+from ckpt_ema.find.found import Found
+from ckpt_ema.find.run import discover as discover_with
 from ckpt_ema.options import Options
 
 
@@ -56,7 +56,7 @@ def test_numbered_folders_are_ordered_by_number_not_as_text(
     found = discover([tmp_path])
     assert [checkpoint.step for checkpoint in found.checkpoints] == steps
     assert names(found) == [pattern.format(step) for step in steps]
-    assert {checkpoint.weights.path.name for checkpoint in found.checkpoints} == {inside}
+    assert {checkpoint.model.path.name for checkpoint in found.checkpoints} == {inside}
 
 
 @pytest.mark.parametrize("extension", [".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pth.tar"])

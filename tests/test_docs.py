@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_ema.report import understood
-from ckpt_ema.trainers import TRAINERS
+from ckpt_ema.report import trainers
+from ckpt_ema.trainers.table import TRAINERS
 from tests.conftest import MakeRun, noise, read_safetensors, series
 from tests.trainer_runs import RUNS
 
@@ -56,7 +56,7 @@ def test_every_path_and_option_that_the_readme_names_is_there() -> None:
 
 def test_the_table_of_trainers_is_the_one_that_the_command_prints() -> None:
     table = README.split("--markdown` -->\n")[1].split("\n<!-- end -->")[0]
-    assert table.splitlines() == understood.markdown()
+    assert table.splitlines() == trainers.markdown()
 
 
 def test_every_trainer_of_the_table_has_a_tiny_run_in_the_tests() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import ckpt_ema
 from ckpt_ema.errors import RefusedError
-from ckpt_ema.folding.duplicates import TileTwins, Twins
+from ckpt_ema.fold.monitors.twins import TileTwins, Twins
 from tests.conftest import MakeRun, noise, read_safetensors, series
 
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 import ckpt_ema
 from ckpt_ema import FailedError, OptionError, RefusedError
-from ckpt_ema.output import work, write
+from ckpt_ema.output import publish, workspace
 from ckpt_ema.report import lines
 from tests.command import Command, wait_for
 from tests.command import ckpt_ema as command
@@ -51,7 +51,7 @@ def test_shards_that_would_share_an_output_name_come_out_in_one_file(tmp_path: P
             torch.save({name: torch.ones(3)}, folder / shard)
         index = json.dumps({"weight_map": shards})
         (folder / "pytorch_model.bin.index.json").write_text(index)
-    [file] = ckpt_ema.plan(tmp_path / "run").candidates[0].output.files
+    [file] = ckpt_ema.plan(tmp_path / "run").averages[0].output.files
     assert file.name == "model.safetensors"
     assert {tensor.name for tensor in file.tensors} == {"a", "b"}
 
@@ -134,7 +134,7 @@ def test_what_is_replaced_is_gone_and_what_fails_leaves_the_old(
     output = ckpt_ema.average(run, device="cpu", decay=0.1).output
     old = (output / "model.safetensors").read_bytes()
     if not can_exchange:
-        monkeypatch.setattr(write, "_exchange", lambda *_: False)
+        monkeypatch.setattr(publish, "_exchange", lambda *_: False)
         real, moves = os.rename, []
 
         def rename(*paths: Any) -> None:
@@ -233,13 +233,13 @@ def test_a_finished_file_that_the_library_refuses_is_not_published(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(series(2, w=noise(2, 4)))
-    real = write.StagedOutput.create
+    real = publish.StagedOutput.create
 
-    def create(staged: write.StagedOutput, files: Any) -> None:
+    def create(staged: publish.StagedOutput, files: Any) -> None:
         real(staged, files)
         staged.write(0, memoryview(b"\0" * 8), 0)
 
-    monkeypatch.setattr(write.StagedOutput, "create", create)
+    monkeypatch.setattr(publish.StagedOutput, "create", create)
     with pytest.raises(FailedError, match="the safetensors library refuses what was written"):
         ckpt_ema.average(run, device="cpu")
     assert {path.name for path in run.parent.iterdir()} == {"run"}
@@ -298,13 +298,13 @@ def test_a_single_file_keeps_the_race_winner(
 ) -> None:
     run = make_run(series(2, w=noise(2, 4)))
     target = tmp_path / "out.safetensors"
-    real = write.StagedOutput.check_loads
+    real = publish.StagedOutput.check_loads
 
-    def overtaken(staged: write.StagedOutput) -> None:
+    def overtaken(staged: publish.StagedOutput) -> None:
         real(staged)
         target.write_bytes(b"the winner")
 
-    monkeypatch.setattr(write.StagedOutput, "check_loads", overtaken)
+    monkeypatch.setattr(publish.StagedOutput, "check_loads", overtaken)
     with pytest.raises(RefusedError, match="another run wrote it"):
         ckpt_ema.average(run, output=target, device="cpu")
     assert target.read_bytes() == b"the winner"
@@ -376,7 +376,7 @@ def test_a_shadow_keeps_the_dtype_of_the_last_integers() -> None:
 
 @pytest.mark.parametrize("decay", [0.999, 0.99999, 0.3])
 def test_float32_accumulators_weigh_as_they_should(decay: float) -> None:
-    from ckpt_ema.folding.shadow import fold_
+    from ckpt_ema.fold.shadow import fold_
 
     shadow, value = torch.zeros(5), torch.ones(5)
     fold_(shadow, value, decay)
@@ -506,7 +506,7 @@ def test_a_fifo_beside_the_weights_is_not_waited_for(
     os.mkfifo(fifo)
     plan = ckpt_ema.plan(run)
     assert [checkpoint.step for checkpoint in plan.checkpoints] == [1, 2, 3]
-    assert fifo not in [companion.source for companion in plan.candidates[0].output.companions]
+    assert fifo not in [companion.source for companion in plan.averages[0].output.companions]
 
 
 @AS_ROOT
@@ -549,14 +549,14 @@ def test_an_output_that_is_named_and_not_yet_durable_is_said_to_be_published(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(series(2, w=noise(2, 4)))
-    fsync_folder = work.fsync_folder
+    fsync_folder = workspace.fsync_folder
 
     def failing(path: Any) -> None:
         if Path(path) == run.parent:
             raise OSError(errno.EIO, "Input/output error")
         fsync_folder(path)
 
-    monkeypatch.setattr(write, "fsync_folder", failing)
+    monkeypatch.setattr(publish, "fsync_folder", failing)
     with pytest.raises(FailedError, match="run-ema is published, and may not survive a loss of"):
         ckpt_ema.average(run, device="cpu")
     assert (run.parent / "run-ema" / "model.safetensors").is_file()

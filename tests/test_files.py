@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_ema import FailedError, files
-from ckpt_ema.files import FilePool
+from ckpt_ema import FailedError
+from ckpt_ema.storage import local
+from ckpt_ema.storage.local import FilePool
 
 SIZE = 40_000_000
 BLOCK = 1_000_000
@@ -93,7 +94,7 @@ def test_nothing_is_asked_for_where_all_is_in_the_cache(
 def test_a_file_that_is_cold_in_the_middle_is_asked_for_from_there_until_it_is_warm_again(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_COLD_BYTES", 5 * BLOCK)
+    monkeypatch.setattr(local, "_COLD_BYTES", 5 * BLOCK)
     cache = Cache(monkeypatch)
     pool = _pool(path)
     for number in range(SIZE // BLOCK):
@@ -168,7 +169,7 @@ def test_a_file_that_ends_too_soon_is_named_though_it_was_asked_for(
 def test_a_system_that_cannot_ask_reads_all_the_same(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_CAN_ASK_AHEAD", False)
+    monkeypatch.setattr(local, "_CAN_ASK_AHEAD", False)
     cache = Cache(monkeypatch)
     pool = _pool(path)
     _read(pool, path, 7)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_ema import formats
+from ckpt_ema.containers import read
+from ckpt_ema.containers.specs import DTYPE_BITS, Member, ModelFiles, Specs
 from ckpt_ema.errors import RefusedError
-from ckpt_ema.formats.specs import DTYPE_BITS, Part, Specs, Weights
 from tests.conftest import NAMES, raw, write_safetensors
 
 STATE = {
@@ -78,7 +78,7 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
 
 def read_specs(path: Path) -> Specs:
     """The specs of a checkpoint of one part."""
-    return formats.read_specs(Weights(path.parent, (Part(path.name),)))
+    return read.read_specs(ModelFiles(path.parent, (Member(path.name),)))
 
 
 @pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)

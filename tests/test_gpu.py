@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ckpt_ema import RefusedError, average
-from ckpt_ema.folding import engine, tile_fold
-from ckpt_ema.folding.shadow import widest_float
-from ckpt_ema.folding.tile_fold import TileFold, Uses
+from ckpt_ema.fold import engine, tile_fold
+from ckpt_ema.fold.shadow import widest_float
+from ckpt_ema.fold.tile_fold import TileFold, Uses
 from tests.conftest import MakeRun, noise, read_safetensors, series
 
 pytestmark = [

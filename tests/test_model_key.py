@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from ckpt_ema.containers.model_key import MODEL_KEYS, Model, find_model, recorded
 from ckpt_ema.errors import RefusedError
-from ckpt_ema.formats.model_key import MODEL_KEYS, Model, claims, find_model
 
 
 class Tensor:
@@ -124,9 +124,11 @@ def test_a_key_is_a_path_and_may_have_dots_of_its_own() -> None:
 
 
 def test_what_a_file_says_of_its_place() -> None:
-    assert claims({"global_step": 7, "epoch": 2}) == {"step": 7, "epoch": 2}
-    assert claims({"meta": {"iter": 90, "epoch": 3}}) == {"step": 90, "epoch": 3}
-    assert claims({"optimizer_history": [{"num_updates": 5}, {"num_updates": 40}]}) == {"step": 40}
-    assert claims({"iteration": 4999}) == {"step": 4999}
-    assert claims({"global_step": True, "epoch": 2.0}) == {}
-    assert claims([1]) == {}
+    assert recorded({"global_step": 7, "epoch": 2}) == {"step": 7, "epoch": 2}
+    assert recorded({"meta": {"iter": 90, "epoch": 3}}) == {"step": 90, "epoch": 3}
+    assert recorded({"optimizer_history": [{"num_updates": 5}, {"num_updates": 40}]}) == {
+        "step": 40
+    }
+    assert recorded({"iteration": 4999}) == {"step": 4999}
+    assert recorded({"global_step": True, "epoch": 2.0}) == {}
+    assert recorded([1]) == {}

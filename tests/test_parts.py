@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import ckpt_ema
-from ckpt_ema import cli
+from ckpt_ema.cli import app
 from ckpt_ema.errors import FailedError, OptionError, RefusedError
-from ckpt_ema.output import work
-from ckpt_ema.output.work import WorkFolder
+from ckpt_ema.output import workspace
+from ckpt_ema.output.workspace import WorkFolder
 from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, series
 
@@ -193,7 +193,7 @@ def test_the_command_that_is_noted_is_that_of_all_parts(
     monkeypatch: pytest.MonkeyPatch, part: list[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/bin/ckpt-ema", "average", "runs", *part, "-q"])
-    assert cli._command() == "ckpt-ema average runs -q"
+    assert app._command() == "ckpt-ema average runs -q"
 
 
 def test_a_part_is_checked_before_anything_is_read(run: Path) -> None:
@@ -209,7 +209,7 @@ def test_parts_of_an_output_that_is_published_are_parts_of_no_other(
     for part in ("1/2", "2/2"):
         ckpt_ema.average_part(run, part, output=output, **OPTIONS)
     with monkeypatch.context() as killed:
-        killed.setattr(work, "remove", lambda _: None)
+        killed.setattr(workspace, "remove", lambda _: None)
         ckpt_ema.finish(output)
     assert list(tmp_path.glob(".out.ckpt-ema-*/part-2-of-2.json"))
     shutil.rmtree(output)
@@ -228,7 +228,7 @@ def test_an_output_that_was_exchanged_for_the_new_one_never_comes_back(
     output, new = tmp_path / "out", {"decay": 0.1, **OPTIONS}
     ckpt_ema.average(run, output=output, decay=0.9, schedule="constant", **OPTIONS)
     with monkeypatch.context() as killed:
-        killed.setattr(work, "remove", lambda _: None)
+        killed.setattr(workspace, "remove", lambda _: None)
         if then == "resume":
             ckpt_ema.average(run, output=output, overwrite=True, resume=True, **new)
         else:
@@ -275,7 +275,7 @@ def test_small_files_that_parts_write_at_the_same_time_are_whole(tmp_path: Path)
 
     def write(text: bytes) -> None:
         for _ in range(100):
-            work.replace_file(tmp_path / "README.md", text, tmp_path / "work")
+            workspace.replace_file(tmp_path / "README.md", text, tmp_path / "work")
             assert (tmp_path / "README.md").read_bytes() in texts
 
     with ThreadPoolExecutor(2) as pool:

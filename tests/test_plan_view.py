@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import ckpt_ema
-from ckpt_ema.report.plan_view import plan_text
-from ckpt_ema.report.weight_rows import markdown_lines
+from ckpt_ema.report.rows import markdown_lines
+from ckpt_ema.report.table import plan_text
 from tests.conftest import MakeRun, noise, series
 
 
@@ -151,12 +151,12 @@ def test_steps_that_are_unknown_are_counted_in_checkpoints(make_run: MakeRun) ->
 
 def test_the_same_as_markdown(run: Path) -> None:
     plan = ckpt_ema.plan(run, half_life="1000,2000")
-    assert markdown_lines(plan, plan.candidates)[:3] == [
+    assert markdown_lines(plan, plan.averages)[:3] == [
         "| checkpoint | step | half-life-1000 | half-life-2000 |",
         "| :--- | ---: | ---: | ---: |",
         "| checkpoint-1000 | 1000 | 6.25% | 25.00% |",
     ]
-    one = markdown_lines(plan, plan.candidates[:1])
+    one = markdown_lines(plan, plan.averages[:1])
     assert one[0] == "| checkpoint | step | gap | decay | weight |"
     assert one[-1] == "| checkpoint-5000 | 5000 | 1000 | 0.5000 | 50.00% |"
 
@@ -171,7 +171,7 @@ def test_no_number_is_ever_cut(
     text = plan_text(plan, None, 24)
     assert "…" not in text
     words = text.split()
-    for candidate in plan.candidates:
-        assert {f"{weight:.2%}" for weight in candidate.weights} <= set(words)
-        assert f"{candidate.statistics.effective_number:.1f}" in words
+    for average in plan.averages:
+        assert {f"{weight:.2%}" for weight in average.weights} <= set(words)
+        assert f"{average.statistics.effective_number:.1f}" in words
     assert {"1000", "2000", "3000", "4000", "5000"} <= set(words)

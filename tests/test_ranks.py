@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import ckpt_ema
-from ckpt_ema import cli, ranks
+from ckpt_ema import ranks
+from ckpt_ema.cli import app
 from ckpt_ema.errors import OptionError
-from ckpt_ema.folding.tiles import Share
-from ckpt_ema.output import write
+from ckpt_ema.fold.tiles import Share
+from ckpt_ema.output import publish
 from ckpt_ema.ranks import Place, first_host, place_from
 from tests.command import Command, wait_for
 from tests.conftest import MakeRun, noise, series
@@ -130,14 +131,14 @@ def test_ranks_that_see_different_things_stop(run: Path, tmp_path: Path) -> None
 
 def write_slowly() -> None:
     """Take a while for each tile, and do not wait long for ranks that are silent."""
-    real, patched = write.StagedOutput.write, pytest.MonkeyPatch()
+    real, patched = publish.StagedOutput.write, pytest.MonkeyPatch()
 
     def slow(*arguments: Any) -> None:
         time.sleep(0.5)
         real(*arguments)
 
     patched.setattr(ranks, "_MOST_SILENT_SECONDS", 3.0)
-    patched.setattr(write.StagedOutput, "write", slow)
+    patched.setattr(publish.StagedOutput, "write", slow)
 
 
 @pytest.mark.sweep
@@ -174,7 +175,7 @@ def test_ranks_that_never_come_are_not_waited_for_forever(run: Path, tmp_path: P
 def test_parts_and_ranks_do_not_mix(run: Path) -> None:
     some: Any = object()
     with pytest.raises(OptionError, match="--part is for jobs that run apart"):
-        cli._carry_out(ckpt_ema.plan(run), Share(1, 2), some, False)
+        app._carry_out(ckpt_ema.plan(run), Share(1, 2), some, False)
 
 
 SLURM = {

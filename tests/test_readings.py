@@ -181,7 +181,7 @@ def test_an_alias_in_another_unit_has_no_step(tmp_path: Path) -> None:
         torch.save({"model": state(epoch), "epoch": epoch}, run / f"{name}.pt")
     plan = ckpt_ema.plan(run)
     assert steps(plan) == [100, 200, None]
-    assert plan.candidates[0].gaps == (None, 100, None)
+    assert plan.averages[0].gaps == (None, 100, None)
 
 
 def test_steps_that_start_again_in_each_epoch_do_not_order(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_loss_beside_the_model_is_not_the_model(tmp_path: Path) -> None:
     for epoch in (1, 2):
         content = {"epoch": epoch, "net_g": state(epoch), "loss": torch.tensor(0.1), "opt": {}}
         torch.save(content, run / f"epoch_{epoch}.pt")
-    [file] = ckpt_ema.plan(run).candidates[0].output.files
+    [file] = ckpt_ema.plan(run).averages[0].output.files
     assert {tensor.name for tensor in file.tensors} == {"w", "b"}
 
 
@@ -284,7 +284,7 @@ def test_dicts_of_tensors_inside_the_model_are_not_dropped(tmp_path: Path) -> No
     for epoch in (1, 2):
         torch.save({"model": model}, run / f"epoch_{epoch}.pt")
     assert "model.enc (2 entries), model.dec (2 entries)" in refused(run)
-    [file] = ckpt_ema.plan(run, key="model.dec").candidates[0].output.files
+    [file] = ckpt_ema.plan(run, key="model.dec").averages[0].output.files
     assert {tensor.name for tensor in file.tensors} == {"w", "b"}
 
 
@@ -296,7 +296,7 @@ def test_several_models_cannot_share_the_names_of_one_file(tmp_path: Path) -> No
         write_safetensors(folder / "model_1.safetensors", state(step + 5))
     run = tmp_path / "run"
     assert "hold 2 models" in refused(run, output=tmp_path / "one.safetensors")
-    assert [file.name for file in ckpt_ema.plan(run).candidates[0].output.files] == [
+    assert [file.name for file in ckpt_ema.plan(run).averages[0].output.files] == [
         "model.safetensors",
         "model_1.safetensors",
     ]
@@ -310,9 +310,7 @@ def test_a_part_of_a_checkpoint_by_its_name(tmp_path: Path) -> None:
     files = [tmp_path / f"step_{step}/critic.pt" for step in (1, 2)]
     assert "holds no model weights for --component critic" in refused(files, component="critic")
     [file] = (
-        ckpt_ema.plan(tmp_path, component="critic", allow_duplicates=True)
-        .candidates[0]
-        .output.files
+        ckpt_ema.plan(tmp_path, component="critic", allow_duplicates=True).averages[0].output.files
     )
     assert file.name == "model.safetensors"
 

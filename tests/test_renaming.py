@@ -2,8 +2,8 @@
 
 import pytest
 
+from ckpt_ema.containers.specs import Specs, TensorSpec
 from ckpt_ema.errors import RefusedError
-from ckpt_ema.formats.specs import Specs, TensorSpec
 from ckpt_ema.planning.renaming import unified, without_prefix
 
 

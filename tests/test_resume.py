@@ -13,10 +13,10 @@ import torch
 
 import ckpt_ema
 from ckpt_ema.errors import FailedError, RefusedError
-from ckpt_ema.folding import engine
-from ckpt_ema.folding.duplicates import Twins
-from ckpt_ema.folding.zeroed import Turn, Zeroed
-from ckpt_ema.output import journal, work, write
+from ckpt_ema.fold import engine
+from ckpt_ema.fold.monitors.twins import Twins
+from ckpt_ema.fold.monitors.zeros import Turn, Zeroed
+from ckpt_ema.output import ledger, publish, workspace
 from tests.command import Command, wait_for
 from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, series
@@ -32,7 +32,7 @@ def run(make_run: MakeRun) -> Path:
 
 def fail_after(count: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Have the write after `count` tiles fail; returns what mends it."""
-    real, done = write.StagedOutput.write, []
+    real, done = publish.StagedOutput.write, []
 
     def failing(staged: Any, file: int, data: memoryview, offset: int) -> None:
         if offset > 0 or file > 0:
@@ -41,8 +41,8 @@ def fail_after(count: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None
                 raise FailedError("The disk is gone.")
         real(staged, file, data, offset)
 
-    monkeypatch.setattr(write.StagedOutput, "write", failing)
-    return lambda: monkeypatch.setattr(write.StagedOutput, "write", real)
+    monkeypatch.setattr(publish.StagedOutput, "write", failing)
+    return lambda: monkeypatch.setattr(publish.StagedOutput, "write", real)
 
 
 def folded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -166,7 +166,7 @@ def test_bytes_are_on_disk_before_they_count_as_done(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    real_fsync, real_write = os.fsync, journal.Journal.write
+    real_fsync, real_write = os.fsync, ledger.Journal.write
 
     def fsync(fd: int) -> None:
         events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).suffix)
@@ -177,8 +177,8 @@ def test_bytes_are_on_disk_before_they_count_as_done(
         real_write(*arguments)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(journal.Journal, "write", written)
-    monkeypatch.setattr(journal, "_SECONDS", 0.0)
+    monkeypatch.setattr(ledger.Journal, "write", written)
+    monkeypatch.setattr(ledger, "_SECONDS", 0.0)
     ckpt_ema.average(run, output=tmp_path / "out", **OPTIONS)
     first = events[events.index("write") :]
     assert first.index(".safetensors") < first.index(".jsonl")
@@ -186,14 +186,14 @@ def test_bytes_are_on_disk_before_they_count_as_done(
 
 def write_slowly() -> None:
     """Take a while for each tile, and note each in the journal."""
-    real, patched = write.StagedOutput.write, pytest.MonkeyPatch()
+    real, patched = publish.StagedOutput.write, pytest.MonkeyPatch()
 
     def slow(*arguments: Any) -> None:
         time.sleep(0.02)
         real(*arguments)
 
-    patched.setattr(journal, "_SECONDS", 0.0)
-    patched.setattr(write.StagedOutput, "write", slow)
+    patched.setattr(ledger, "_SECONDS", 0.0)
+    patched.setattr(publish.StagedOutput, "write", slow)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_killed_process_is_taken_up_by_the_next(
 
 def test_two_processes_do_not_take_up_one_work(run: Path, tmp_path: Path) -> None:
     plan = ckpt_ema.plan(run, output=tmp_path / "out", device="cpu", tile_size=256)
-    from ckpt_ema.output.work import WorkFolder
+    from ckpt_ema.output.workspace import WorkFolder
 
     with (
         WorkFolder(plan.output, plan.key),
@@ -237,7 +237,7 @@ def test_what_is_written_down_of_an_output_that_is_published_is_void(
     """A run was killed after it had published, and somebody has moved the output away."""
     output = tmp_path / "out"
     with monkeypatch.context() as killed:
-        killed.setattr(work, "remove", lambda _: None)
+        killed.setattr(workspace, "remove", lambda _: None)
         ckpt_ema.average(run, output=output, **OPTIONS)
     expected = (output / "model.safetensors").read_bytes()
     assert list(tmp_path.glob(".out.ckpt-ema-*/tiles-*.jsonl"))
@@ -254,14 +254,14 @@ def test_a_journal_has_all_its_lines_and_passes_over_what_is_none(
     run: Path, tmp_path: Path, junk: bytes
 ) -> None:
     twins, zeroed = Twins([(0, 1)]), Zeroed(ckpt_ema.plan(run), [Turn(1, 7, 9, "w")])
-    with work.WorkFolder(tmp_path / "out", "key") as folder:
+    with workspace.WorkFolder(tmp_path / "out", "key") as folder:
         folder.output.mkdir()
-        log = journal.Journal(folder, lambda: None)
+        log = ledger.Journal(folder, lambda: None)
         for tiles in (range(3), [7], range(20, 22)):
             log.finish(tiles)
             log.write(twins, zeroed)
         [path] = folder.path.glob("*.jsonl")
         path.write_bytes(path.read_bytes() + junk)
-        again = journal.Journal(folder, lambda: None)
+        again = ledger.Journal(folder, lambda: None)
         assert again.done == {0, 1, 2, 7, 20, 21}
         assert set(again.zeroed) == {Turn(1, 7, 9, "w")}

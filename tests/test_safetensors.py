@@ -17,9 +17,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ckpt_ema.containers.safetensors import MAX_HEADER_BYTES, make_header, read_specs
+from ckpt_ema.containers.specs import DTYPE_BITS
 from ckpt_ema.errors import RefusedError
-from ckpt_ema.formats.safetensors import MAX_HEADER_BYTES, make_header, read_specs
-from ckpt_ema.formats.specs import DTYPE_BITS
 
 # What the library's writer calls the dtypes; it takes bytes, so no element is ever made.
 WRITTEN = {

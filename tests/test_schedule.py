@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ckpt_ema.errors import OptionError, RefusedError
 from ckpt_ema.schedules import formulas as f
 from ckpt_ema.schedules.rules import make_rules
-from ckpt_ema.schedules.shares import decays_of, weights
+from ckpt_ema.schedules.weights import decays_of, weights_of
 
 EVEN = [1000, 2000, 3000, 4000, 5000]
 UNEVEN = [1000, 1500, 3000, 4000, 4100]
@@ -109,7 +109,7 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_five_checkpoints_get_the_golden_weights(name: str) -> None:
     decays, expected, value = GOLDEN[name]
-    shares = weights(decays)
+    shares = weights_of(decays)
     assert shares == pytest.approx(expected, abs=5e-7)
     found = sum(share * theta for share, theta in zip(shares, range(1, 6), strict=True))
     assert found == pytest.approx(value, abs=5e-11)
@@ -147,7 +147,7 @@ BY_HAND: list[tuple[str, list[float], list[Fraction]]] = [
     ("decays", "expected"), [row[1:] for row in BY_HAND], ids=[r[0] for r in BY_HAND]
 )
 def test_three_checkpoints_by_hand(decays: list[float], expected: list[Fraction]) -> None:
-    assert weights(decays) == pytest.approx([float(share) for share in expected], abs=1e-15)
+    assert weights_of(decays) == pytest.approx([float(share) for share in expected], abs=1e-15)
 
 
 def test_the_power_function_by_hand() -> None:
@@ -223,7 +223,7 @@ def test_debiased_is_a_shadow_of_zeros_divided_by_its_mass(count: int, decay: fl
     moment = 0.0
     for value in values:
         moment = decay * moment + (1 - decay) * value
-    shares = weights(f.constant_debiased(range(count), decay))
+    shares = weights_of(f.constant_debiased(range(count), decay))
     found = sum(share * value for share, value in zip(shares, values, strict=True))
     assert found == pytest.approx(moment / (1 - decay**count), rel=1e-9)
 
@@ -233,7 +233,7 @@ def test_wsm_is_a_learning_rate_that_decays(count: int, shape: Callable[[float],
     """Merging states that are sums of updates is the same as scaling the updates themselves."""
     updates = [math.sin(n) for n in range(count)]
     states = [sum(updates[: n + 1]) for n in range(count)]
-    shares = weights(f.wsm(range(count), shape))
+    shares = weights_of(f.wsm(range(count), shape))
     merged = sum(share * state for share, state in zip(shares, states, strict=True))
     decayed = sum(shape(n / count) * update for n, update in enumerate(updates))
     assert merged == pytest.approx(decayed, abs=1e-12)
@@ -244,7 +244,7 @@ def test_below_the_cap_the_dynamic_weights_have_a_closed_form(count: int) -> Non
     """The p-th of M folds weighs 9 * (p+2)...(p+9) / ((M+2)...(M+10))."""
     folds = count - 1
     whole = Fraction(math.prod(range(folds + 2, folds + 11)))
-    shares = weights(f.dynamic(range(count), 1.0))
+    shares = weights_of(f.dynamic(range(count), 1.0))
     for p in range(1, count):
         assert shares[p] == pytest.approx(float(9 * math.prod(range(p + 2, p + 10)) / whole))
     assert shares[-1] == pytest.approx(9 / (folds + 10))
@@ -280,7 +280,7 @@ def test_weights_sum_to_one_and_none_is_negative(data: st.DataObject) -> None:
     (rule,) = make_rules(named, given_options)
     count = data.draw(st.integers(1, 3000))
     gap = data.draw(st.integers(1, 10_000))
-    shares = weights(rule.decays(range(gap, gap * (count + 1), gap)))
+    shares = weights_of(rule.decays(range(gap, gap * (count + 1), gap)))
     assert len(shares) == count
     assert abs(math.fsum(shares) - 1) <= 1e-12
     assert min(shares) >= 0
@@ -291,7 +291,7 @@ def test_decays_and_weights_are_each_others_inverse(shares: list[float]) -> None
     total = math.fsum(shares)
     assume(total > 0)
     expected = [share / total for share in shares]
-    assert weights(decays_of(shares)) == pytest.approx(expected, abs=1e-12)
+    assert weights_of(decays_of(shares)) == pytest.approx(expected, abs=1e-12)
 
 
 @given(steps=steps_of_a_run, factor=st.integers(2, 1000), sigma_rel=st.floats(0.02, 0.28))

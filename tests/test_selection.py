@@ -10,7 +10,7 @@ import torch
 
 import ckpt_ema
 from ckpt_ema import OptionError, RefusedError
-from ckpt_ema.discovery.metrics import higher_is_better
+from ckpt_ema.find.metrics import higher_is_better
 from tests.conftest import MakeRun, noise, series, write_safetensors
 
 STEPS = [100, 200, 300, 400, 1000, 1100, 2000]
@@ -25,7 +25,7 @@ def run(make_run: MakeRun) -> Path:
 def chosen(run: Path | list[Path], **options: Any) -> list[list[int | None]]:
     """The steps of each average's checkpoints."""
     plan = ckpt_ema.plan(run, schedule=options.pop("schedule", "uniform"), **options)
-    return [[plan.checkpoints[n].step for n in c.members] for c in plan.candidates]
+    return [[plan.checkpoints[n].step for n in c.members] for c in plan.averages]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_list_of_checkpoints_is_selected_from_in_the_same_way(run: Path) -> No
 
 def test_more_than_there_are_is_all_there_are_and_said(run: Path) -> None:
     plan = ckpt_ema.plan(run, last="3,50")
-    assert [len(candidate.members) for candidate in plan.candidates] == [3, 7]
+    assert [len(average.members) for average in plan.averages] == [3, 7]
     assert "--last 50 takes all there are: 7 checkpoints." in plan.warnings
 
 
@@ -185,9 +185,9 @@ def test_a_list_without_steps_or_in_another_order_has_no_distances(
 
 def test_epochs_are_a_unit_and_said_to_be_it(make_run: MakeRun) -> None:
     run = make_run(series(3, w=noise(3, 5)), pattern="epoch_{}")
-    [candidate] = ckpt_ema.plan(run, half_life=1).candidates
-    assert (candidate.unit, candidate.decays) == ("epochs", (0.5, 0.5))
-    assert candidate.text == "half-life 1 epochs"
+    [average] = ckpt_ema.plan(run, half_life=1).averages
+    assert (average.unit, average.decays) == ("epochs", (0.5, 0.5))
+    assert average.text == "half-life 1 epochs"
 
 
 def test_a_checkpoint_at_step_0_is_no_part_of_a_power_function(make_run: MakeRun) -> None:
@@ -220,7 +220,7 @@ def test_the_best_by_the_trainers_log_ties_to_the_later(run: Path) -> None:
     assert chosen(run, best=2, metric="eval_loss", metric_mode="max") == [[100, 1000]]
     assert chosen(run, best=2, metric="eval_loss", last=3) == [[1100, 2000]]
     plan = ckpt_ema.plan(run, best="2,50", metric="eval_loss")
-    assert [candidate.name for candidate in plan.candidates] == [
+    assert [average.name for average in plan.averages] == [
         *("dynamic-0.999-best-2", "dynamic-0.999-best-50")
     ]
     assert "--best 50 takes all there are: 7 checkpoints." in plan.warnings

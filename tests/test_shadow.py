@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ckpt_ema import RefusedError, Shadow
-from ckpt_ema.folding.shadow import fold_, fold_keeping_infinities_, is_finite
+from ckpt_ema.fold.shadow import fold_, fold_keeping_infinities_, is_finite
 
 
 def test_tensorflow_gives_the_same_numbers() -> None:

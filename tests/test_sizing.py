@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import ckpt_ema
 from ckpt_ema.errors import OptionError
-from ckpt_ema.folding.engine import uses
-from ckpt_ema.folding.tile_fold import make_fold
+from ckpt_ema.fold.engine import uses
+from ckpt_ema.fold.tile_fold import make_fold
 from ckpt_ema.options import Options
 from tests.conftest import MakeRun, noise, series
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import ckpt_ema
 from ckpt_ema import OptionError, RefusedError
-from ckpt_ema.schedules.stated import matched, read_weights
+from ckpt_ema.schedules.explicit import matched, read_weights
 from tests.conftest import MakeRun, noise, series
 
 
@@ -118,9 +118,9 @@ def test_weights_that_are_not_those_of_the_run_are_refused_before_a_tensor_is_re
 
 def test_a_sum_is_corrected_on_request(make_run: MakeRun) -> None:
     run = make_run(series(3, w=noise(3, 5)))
-    [candidate] = ckpt_ema.plan(run, weights={"1": 1, "3": 3}, normalize=True).candidates
-    assert candidate.weights == (0.25, 0.75)
-    assert candidate.members == (0, 1)  # the second checkpoint is not read
+    [average] = ckpt_ema.plan(run, weights={"1": 1, "3": 3}, normalize=True).averages
+    assert average.weights == (0.25, 0.75)
+    assert average.members == (0, 1)  # the second checkpoint is not read
 
 
 def test_weights_go_with_the_checkpoints_that_are_selected(make_run: MakeRun) -> None:

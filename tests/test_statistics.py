@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_ema.schedules import formulas as f
-from ckpt_ema.schedules.shares import learning_rate, weights
 from ckpt_ema.schedules.statistics import mean_age, statistics
+from ckpt_ema.schedules.weights import learning_rate, weights_of
 
 EVEN = list(range(1000, 21_000, 1000))
 rising = st.lists(st.integers(1, 10**6), min_size=3, max_size=30, unique=True).map(sorted)
@@ -67,7 +67,7 @@ def test_the_mean_age_is_the_sum_of_weights_and_ages(
     steps: list[int], decays: st.DataObject
 ) -> None:
     drawn = decays.draw(st.lists(st.floats(0, 1), min_size=len(steps) - 1, max_size=len(steps) - 1))
-    shares = weights(drawn)
+    shares = weights_of(drawn)
     expected = math.fsum(w * (steps[-1] - t) for w, t in zip(shares, steps, strict=True))
     assert mean_age(steps, drawn) == pytest.approx(expected, rel=1e-9, abs=1e-6)
     found = statistics(steps, drawn)
@@ -92,7 +92,7 @@ def test_the_uniform_mean_is_the_widest_power_function() -> None:
 
 @given(st.lists(st.floats(0, 1), max_size=30))
 def test_the_learning_rate_falls_from_one_to_the_newest_weight(decays: list[float]) -> None:
-    shares = weights(decays)
+    shares = weights_of(decays)
     rates = learning_rate(shares)
     assert rates[0] == pytest.approx(1)
     assert rates[-1] == shares[-1]
@@ -100,5 +100,5 @@ def test_the_learning_rate_falls_from_one_to_the_newest_weight(decays: list[floa
 
 
 def test_the_shape_of_a_learning_rate_decay_comes_back_from_its_weights() -> None:
-    shares = weights(f.wsm(range(10), f.cosine))
+    shares = weights_of(f.wsm(range(10), f.cosine))
     assert learning_rate(shares) == pytest.approx([f.cosine(n / 10) for n in range(10)])

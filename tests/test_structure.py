@@ -47,9 +47,8 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 
 # The way that data goes: each imports from itself and from what stands before it.
 LAYERS = (
-    *("errors", "trainers", "layouts", "files", "schedules", "options", "formats", "discovery"),
-    *("planning", "folding", "output", "report", "averaging", "ranks", "parts"),
-    *("cli_options", "cli_endings", "cli", "__main__"),
+    *("errors", "trainers", "storage", "schedules", "options", "containers", "find", "targets"),
+    *("planning", "fold", "output", "report", "run", "ranks", "parts", "cli", "__main__"),
 )
 
 
@@ -66,13 +65,13 @@ def test_data_goes_one_way(module: str) -> None:
     ("module", "allowed"),
     [
         ("errors", set()),
-        ("schedules.formulas", {"errors", "schedules.shares"}),
-        ("schedules.shares", set()),
-        ("formats.specs", set()),
-        ("discovery.names", {"layouts"}),
-        ("planning.spans", {"formats.specs", "planning.outputs"}),
-        ("folding.shadow", {"errors", "schedules.formulas"}),
-        ("folding.tile_fold", {"folding.shadow"}),
+        ("schedules.formulas", {"errors", "schedules.weights"}),
+        ("schedules.weights", set()),
+        ("containers.specs", set()),
+        ("find.names", {"trainers.conventions"}),
+        ("planning.work", {"containers.specs", "targets.safetensors_folder"}),
+        ("fold.shadow", {"errors", "schedules.formulas"}),
+        ("fold.tile_fold", {"fold.shadow"}),
     ],
 )
 def test_the_cores_know_only_what_they_compute_with(module: str, allowed: set[str]) -> None:
@@ -100,7 +99,7 @@ def test_examples_in_docstrings_are_true(module: str) -> None:
 def test_the_command_line_offers_what_the_library_takes() -> None:
     from dataclasses import fields
 
-    from ckpt_ema.cli_options import _OPTIONS
+    from ckpt_ema.cli.options import _OPTIONS
     from ckpt_ema.options import Options
 
     assert list(_OPTIONS) == [field.name for field in fields(Options)]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import ckpt_ema
 from ckpt_ema.errors import OptionError
-from ckpt_ema.folding.tiles import Share, Tile, cut, joined, share_from, tiles
+from ckpt_ema.fold.tiles import Share, Tile, cut, joined, share_from, tiles
 from ckpt_ema.planning.plan import Plan
 from tests.conftest import MakeRun, noise, series
 
@@ -52,7 +52,7 @@ def test_the_tiles_are_all_bytes_of_the_plan(plan: Plan) -> None:
     assert read == plan.bytes_read == 3 * (41 * 7 * 4 + 2000 + 20) + 999 * 8
     written = sum(tile.span.bytes_written(tile.length) for tile in tiles(plan))
     assert written == 3 * (41 * 7 * 4 + 2000 + 20 + 999 * 8)
-    headers = sum(len(f.header) for c in plan.candidates for f in c.output.files)
+    headers = sum(len(f.header) for c in plan.averages for f in c.output.files)
     assert written + headers == plan.bytes_written
 
 

@@ -23,9 +23,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ckpt_ema.containers import model_key, pickles, torch_file
+from ckpt_ema.containers.read import read_specs
+from ckpt_ema.containers.specs import DTYPE_BITS, Member, ModelFiles, Specs, TensorSpec, spanned
 from ckpt_ema.errors import RefusedError
-from ckpt_ema.formats import model_key, read_specs, torch_file, unpickle
-from ckpt_ema.formats.specs import DTYPE_BITS, Part, Specs, TensorSpec, Weights, spanned
 
 MANY = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -376,7 +377,7 @@ class TestNothingRuns:
             path = tmp_path / f"a{suffix}"
             container(path, hostile_pickles(mark)[label], **extra.get(container, {}))
             try:
-                specs = read_specs(Weights(path.parent, (Part(path.name),)))
+                specs = read_specs(ModelFiles(path.parent, (Member(path.name),)))
             except RefusedError as error:
                 assert str(path) in str(error)
             else:
@@ -385,14 +386,14 @@ class TestNothingRuns:
 
     def test_a_pickle_cannot_change_the_reader(self, tmp_path: Path) -> None:
         """Setting attributes on what a pickle names must not reach the next file."""
-        before = dict(vars(unpickle._rebuild_tensor))
+        before = dict(vars(pickles._rebuild_tensor))
         state = b"N}X\x0c\x00\x00\x00__defaults__(NNNNt" + b"s\x86b"
-        for target in unpickle._KNOWN:
+        for target in pickles._KNOWN:
             name = f"c{target[0]}\n{target[1]}\n".encode()
             with pytest.raises(RefusedError):
                 torch_file.read_specs(archive(tmp_path / "a.pt", b"\x80\x02" + name + state + b"."))
-        assert unpickle._rebuild_tensor.__defaults__ is None
-        assert vars(unpickle._rebuild_tensor) == before
+        assert pickles._rebuild_tensor.__defaults__ is None
+        assert vars(pickles._rebuild_tensor) == before
 
     def test_a_dict_cannot_lose_its_methods(self, tmp_path: Path) -> None:
         """A state dict whose attribute `items` is set is still read by the real one."""
@@ -639,14 +640,14 @@ class TestMemory:
             length = opcode.arg.n if opcode.arg else 0
             counted = {-2: 1, -3: 4, -4: 4, -5: 8}.get(length, 0)
             pair = opcode.arg is not None and opcode.arg.name.endswith("pair")
-            assert unpickle._FIXED.get(code, 0) == max(length, 0), opcode.name
-            assert unpickle._COUNTED.get(code, 0) == counted, opcode.name
-            assert unpickle._LINES.get(code, 0) == (length == -1) * (1 + pair), opcode.name
+            assert pickles._FIXED.get(code, 0) == max(length, 0), opcode.name
+            assert pickles._COUNTED.get(code, 0) == counted, opcode.name
+            assert pickles._LINES.get(code, 0) == (length == -1) * (1 + pair), opcode.name
 
     def test_the_scan_leaves_the_stream_where_it_was(self) -> None:
         stream = io.BytesIO(b"before" + pickle.dumps(["x" * 100_000, {1: (2, 3)}], 2) + b"after")
         stream.seek(6)
-        unpickle.check_claims(stream)
+        pickles.check_lengths(stream)
         assert stream.tell() == 6
 
 

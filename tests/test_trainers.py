@@ -85,7 +85,7 @@ def offered(message: str) -> list[str]:
 
 def fold(plan: Plan, models: Sequence[Tensors]) -> Tensors:
     """The average by hand: float64, the plan's weights; what is no float is the newest's."""
-    shares = plan.candidates[0].weights
+    shares = plan.averages[0].weights
     return {
         name: sum(
             (share * model[name].double() for share, model in zip(shares, models, strict=True)),
@@ -142,10 +142,10 @@ def test_the_steps_of_a_run_are_found_in_order(run: Path, case: TrainerRun) -> N
     assert len(plan.checkpoints) == len(expected)
     if case.steps is not None:
         assert tuple(steps(plan)) == case.steps
-    assert {file.name for file in plan.candidates[0].output.files} == set(case.files)
-    for file in plan.candidates[0].output.files:
+    assert {file.name for file in plan.averages[0].output.files} == set(case.files)
+    for file in plan.averages[0].output.files:
         assert len(file.tensors) == len(expected[-1][file.name])
-    travelling = {companion.name for companion in plan.candidates[0].output.companions}
+    travelling = {companion.name for companion in plan.averages[0].output.companions}
     assert set(case.travels) <= travelling
     assert {name for name in travelling if STATE.search(name)} == set()
 
@@ -253,7 +253,7 @@ def test_a_run_that_cannot_be_read_is_refused_with_what_helps(run: Path, case: T
 )
 def test_the_numbers_that_a_name_says(name: str, numbers: dict[str, int]) -> None:
     """Whole numbers with the unit that stands before them; decimals are metrics."""
-    from ckpt_ema.discovery.names import numbers_in
+    from ckpt_ema.find.names import numbers_in
 
     assert numbers_in(name) == numbers
 
@@ -473,7 +473,7 @@ def test_a_stale_file_beside_the_weights_is_never_chosen_by_itself(
     output = tmp_path / "out"
     result = ckpt_ema.average(run, output=output, device="cpu", form=choice)
     actual: Tensors = {}
-    for file in result.plan.candidates[0].output.files:
+    for file in result.plan.averages[0].output.files:
         actual |= read_safetensors(output / file.name)
     check(actual, fold(result.plan, single if choice == "single" else sharded))
     assert sorted(path.name for path in output.glob("*.safetensors*")) == (
@@ -493,7 +493,7 @@ def test_merged_weights_and_an_adapter_in_one_folder_are_two_models(run: Path, c
     assert "--form" in message
     plan = ckpt_ema.plan(run, form=choice)
     names = runs.ADAPTER if choice == "adapter" else runs.SHARDS
-    assert sorted(file.name for file in plan.candidates[0].output.files) == list(names)
+    assert sorted(file.name for file in plan.averages[0].output.files) == list(names)
 
 
 def test_a_checkpoint_that_was_renamed_is_ordered_only_when_told_how(run: Path) -> None:
@@ -622,7 +622,7 @@ def test_a_text_encoder_that_was_trained_too_is_averaged_too(run: Path, tmp_path
 def test_a_number_that_counts_saves_gives_no_distance(run: Path) -> None:
     runs.accelerate(run)
     plan = ckpt_ema.plan(run)
-    assert plan.candidates[0].gaps == (None, None, None)
+    assert plan.averages[0].gaps == (None, None, None)
     assert said(plan, "index|counts? .*saves?|number of saves|how far apart")
 
 
@@ -637,7 +637,7 @@ def test_a_configuration_can_come_from_elsewhere(run: Path, tmp_path: Path) -> N
 def test_gaps_are_the_distances_between_steps(run: Path) -> None:
     runs.hugging_face(run, (5, 10, 12))
     plan = ckpt_ema.plan(run)
-    assert plan.candidates[0].gaps == (None, 5, 2)
+    assert plan.averages[0].gaps == (None, 5, 2)
 
 
 GAPS = r"[Gg]ap|uneven|irregular|evenly|apart"
@@ -1123,7 +1123,7 @@ def test_a_prefix_is_taken_off_on_request(run: Path, tmp_path: Path) -> None:
     check_average(run, runs.in_file(models), tmp_path / "out", **options)
     kept = ckpt_ema.plan(run)
     assert all(
-        tensor.name.startswith("net.") for tensor in kept.candidates[0].output.files[0].tensors
+        tensor.name.startswith("net.") for tensor in kept.averages[0].output.files[0].tensors
     )
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import ckpt_ema
 from ckpt_ema.errors import FailedError
-from ckpt_ema.folding.zeroed import TileZeros
-from ckpt_ema.output import write
+from ckpt_ema.fold.monitors.zeros import TileZeros
+from ckpt_ema.output import publish
 from ckpt_ema.output.result import Result
 from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, series
@@ -103,17 +103,17 @@ def test_a_run_that_is_taken_up_remembers_it(
 ) -> None:
     states[3]["a"].zero_()
     run, options = make_run(states), {**OPTIONS, "threads": 1, "resume": True}
-    real = write.StagedOutput.write
+    real = publish.StagedOutput.write
 
     def failing(staged: Any, file: int, data: memoryview, offset: int) -> None:
         if offset > 2500:
             raise FailedError("The disk is gone.")
         real(staged, file, data, offset)
 
-    monkeypatch.setattr(write.StagedOutput, "write", failing)
+    monkeypatch.setattr(publish.StagedOutput, "write", failing)
     with pytest.raises(FailedError):
         ckpt_ema.average(run, **options)
-    monkeypatch.setattr(write.StagedOutput, "write", real)
+    monkeypatch.setattr(publish.StagedOutput, "write", real)
     [warning] = told(ckpt_ema.average(run, **options))
     assert warning.startswith("checkpoint-4 turns to zeros in tensor a, ")
 

@@ -9,41 +9,41 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ckpt_ema.containers.safetensors import read_specs
 from ckpt_ema.errors import CkptEmaError
-from ckpt_ema.files import open_regular, read_exactly
-from ckpt_ema.formats.safetensors import read_specs
-from ckpt_ema.layouts import MANIFEST_NAME, PROVENANCE_KEY
-from ckpt_ema.planning.candidates import Candidate
-from ckpt_ema.planning.outputs import Output, OutputFile
+from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan, PlannedCheckpoint
+from ckpt_ema.storage.local import open_regular, read_exactly
+from ckpt_ema.targets.safetensors_folder import Output, OutputFile
+from ckpt_ema.trainers.conventions import MANIFEST_NAME, PROVENANCE_KEY
 
 _CONVENTION = (
     "the first checkpoint initialises the shadow; the j-th is folded as num_updates = j - 1"
 )
 
 
-def describe(plan: Plan, candidate: Candidate) -> dict[str, Any]:
+def describe(plan: Plan, average: Average) -> dict[str, Any]:
     """One average of a plan as plain values, ready for JSON; sizes are in bytes.
 
     `checkpoints` is oldest first; `bytes_read` counts what is read for all averages of the plan.
     """
-    return {**_describe_run(plan), **_describe_average(plan, candidate)}
+    return {**_describe_run(plan), **_describe_average(plan, average)}
 
 
-def _describe_average(plan: Plan, candidate: Candidate) -> dict[str, Any]:
+def _describe_average(plan: Plan, average: Average) -> dict[str, Any]:
     """What is an average's own: its weights and its output."""
     return {
-        "name": candidate.name,
-        "output": os.fspath(candidate.output.path),
-        **_describe_weights(plan, candidate),
+        "name": average.name,
+        "output": os.fspath(average.output.path),
+        **_describe_weights(plan, average),
         "files": [
             {"name": file.name, "bytes": file.size_bytes, "tensors": len(file.tensors)}
-            for file in candidate.output.files
+            for file in average.output.files
         ],
-        "companions": [companion.name for companion in candidate.output.companions],
+        "companions": [companion.name for companion in average.output.companions],
         "dtype": plan.options.dtype,
-        "bytes_written": sum(file.size_bytes for file in candidate.output.files),
-        "fingerprint": candidate.output.fingerprint,
+        "bytes_written": sum(file.size_bytes for file in average.output.files),
+        "fingerprint": average.output.fingerprint,
     }
 
 
@@ -53,9 +53,9 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         **_describe_run(plan),
         "output": os.fspath(plan.output),
         "bytes_written": plan.bytes_written,
-        "candidates": [
-            {**_describe_average(plan, candidate), "tensors": _describe_tensors(candidate)}
-            for candidate in plan.candidates
+        "averages": [
+            {**_describe_average(plan, average), "tensors": _describe_tensors(average)}
+            for average in plan.averages
         ],
     }
 
@@ -76,28 +76,28 @@ def _describe_run(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _describe_weights(plan: Plan, candidate: Candidate) -> dict[str, Any]:
+def _describe_weights(plan: Plan, average: Average) -> dict[str, Any]:
     """The schedule of an average, its checkpoints with their weights, and what they come to."""
     rows = zip(
-        candidate.members,
-        candidate.gaps,
-        (None, *candidate.decays),
-        candidate.weights,
+        average.members,
+        average.gaps,
+        (None, *average.decays),
+        average.weights,
         strict=True,
     )
     return {
-        "schedule": candidate.rule.schedule,
-        **candidate.rule.numbers,
+        "schedule": average.rule.schedule,
+        **average.rule.numbers,
         "convention": _CONVENTION,
         "checkpoints": [
             _describe_checkpoint(plan.checkpoints[number], gap, decay, weight)
             for number, gap, decay, weight in rows
         ],
-        "statistics": {"unit": candidate.unit, **candidate.statistics._asdict()},
+        "statistics": {"unit": average.unit, **average.statistics._asdict()},
     }
 
 
-def _describe_tensors(candidate: Candidate) -> list[dict[str, Any]]:
+def _describe_tensors(average: Average) -> list[dict[str, Any]]:
     """The output's tensors: name, file, dtype, shape, and whether it is averaged."""
     return [
         {
@@ -107,16 +107,16 @@ def _describe_tensors(candidate: Candidate) -> list[dict[str, Any]]:
             "shape": list(tensor.shape),
             "averaged": tensor.averaged,
         }
-        for file in candidate.output.files
+        for file in average.output.files
         for tensor in file.tensors
     ]
 
 
 def is_up_to_date(plan: Plan) -> bool:
     """Whether these very averages are at the output path already, every file whole."""
-    if not all(_is_up_to_date(candidate.output) for candidate in plan.candidates):
+    if not all(_is_up_to_date(average.output) for average in plan.averages):
         return False
-    folders = {candidate.output.path for candidate in plan.candidates} - {plan.output}
+    folders = {average.output.path for average in plan.averages} - {plan.output}
     return not folders or {path.name for path in folders} == set(os.listdir(plan.output))
 
 

@@ -14,7 +14,7 @@ class Result:
     plan: Plan
     is_up_to_date: bool  # these very averages were there already, and nothing was read
     seconds: float  # of reading, folding and writing
-    manifests: tuple[dict[str, Any], ...]  # of each candidate of the plan
+    manifests: tuple[dict[str, Any], ...]  # of each average of the plan
 
     @property
     def output(self) -> Path:
@@ -23,8 +23,8 @@ class Result:
 
     @property
     def outputs(self) -> tuple[Path, ...]:
-        """Where each average is, in the order of the plan's candidates."""
-        return tuple(candidate.output.path for candidate in self.plan.candidates)
+        """Where each average is, in the order of the plan's averages."""
+        return tuple(average.output.path for average in self.plan.averages)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""From checkpoints and options to a `Plan`: every choice made and every check passed."""
+"""Everything decided before a tensor is read."""

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import RefusedError, printable, some
-from ckpt_ema.files import read_if_there
-from ckpt_ema.formats.specs import Specs
+from ckpt_ema.storage.local import read_if_there
+from ckpt_ema.trainers.conventions import ADAPTER_CONFIG
 
-ADAPTER_CONFIG = "adapter_config.json"
 _MODEL_CONFIG = "config.json"
 
 # Fields of PEFT's configuration that say what the adapter's tensors mean.

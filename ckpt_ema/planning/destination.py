@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt_ema.errors import RefusedError, printable
-from ckpt_ema.files import real_paths
+from ckpt_ema.storage.local import real_paths
 
 
 def check_destination(output: Path, inputs: Sequence[Path]) -> None:

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpt_ema.discovery.found import Found
-from ckpt_ema.discovery.order import Checkpoint
-from ckpt_ema.files import real_paths
-from ckpt_ema.formats.specs import Specs
+from ckpt_ema.containers.specs import Specs
+from ckpt_ema.find.found import Found
+from ckpt_ema.find.order import Checkpoint
 from ckpt_ema.options import DTYPES, Options
-from ckpt_ema.planning.candidates import Weighting
-from ckpt_ema.planning.companions import Companion, Companions, companions
-from ckpt_ema.planning.outputs import Output, is_single_file, make_indexes, output_files
-from ckpt_ema.schedules.shares import weights
+from ckpt_ema.planning.average import Weighting
+from ckpt_ema.schedules.weights import weights_of
+from ckpt_ema.storage.local import real_paths
+from ckpt_ema.targets.companions import Companion, Companions, companions
+from ckpt_ema.targets.safetensors_folder import Output, is_single_file, make_indexes, output_files
 
 
 class Layout(NamedTuple):
@@ -44,7 +44,7 @@ def lay_out(
     if single_name:  # a folder has it in its manifest
         provenance["fingerprint"] = fingerprint
     files = output_files(specs_of[newest], DTYPES[options.dtype], single_name, provenance)
-    part_names = [part.name for part in newest.weights.parts]
+    part_names = [part.name for part in newest.model.members]
     indexes = () if single_name else tuple(make_indexes(files, part_names))
     output = Output(path, files, indexes, travelling.files, fingerprint)
     return Layout(output, travelling.models)
@@ -56,7 +56,7 @@ def _travelling(
     if single_name:
         return Companions((), ())
     return companions(
-        newest.weights.folder,
+        newest.model.folder,
         [file.name for file in specs.files],
         _shared_folder(found),
         Path(options.config_from) if options.config_from is not None else None,
@@ -72,7 +72,7 @@ def _shared_folder(found: Found) -> Path | None:
 
 def _provenance(weighting: Weighting) -> dict[str, object]:
     """What the header of the output says of its making; the same wherever and whenever it runs."""
-    rows = zip(weighting.checkpoints, weights(weighting.decays), strict=True)
+    rows = zip(weighting.checkpoints, weights_of(weighting.decays), strict=True)
     return {
         "schedule": weighting.rule.schedule,
         **weighting.rule.numbers,
@@ -88,8 +88,8 @@ def _fingerprint(
     single_name: str | None,
 ) -> str:
     """A digest of inputs (path, size, mtime, header of each file), weights and choices."""
-    folders = real_paths(checkpoint.weights.folder for checkpoint in weighting.checkpoints)
-    rows = zip(folders, weights(weighting.decays), weighting.checkpoints, strict=True)
+    folders = real_paths(checkpoint.model.folder for checkpoint in weighting.checkpoints)
+    rows = zip(folders, weights_of(weighting.decays), weighting.checkpoints, strict=True)
     inputs = [(folder, share, *specs_of[c].files) for folder, share, c in rows]
     stats = [(file.name, file.source.stat()) for file in travelling]
     side_files = [(name, status.st_size, status.st_mtime_ns) for name, status in stats]

@@ -14,27 +14,27 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ckpt_ema.discovery.completeness import check_whole, problems, without_unfinished
-from ckpt_ema.discovery.discover import discover
-from ckpt_ema.discovery.found import Found
-from ckpt_ema.discovery.order import Checkpoint, Read
-from ckpt_ema.discovery.patterns import UNWANTED
-from ckpt_ema.discovery.selection import select
+from ckpt_ema.containers.read import read_specs
+from ckpt_ema.containers.specs import ModelFiles, Specs
 from ckpt_ema.errors import OptionError, RefusedError, printable, some
-from ckpt_ema.formats import read_specs
-from ckpt_ema.formats.specs import Specs, Weights
+from ckpt_ema.find.complete import check_whole, problems, without_unfinished
+from ckpt_ema.find.found import Found
+from ckpt_ema.find.globs import UNWANTED
+from ckpt_ema.find.order import Checkpoint, Read
+from ckpt_ema.find.run import discover
+from ckpt_ema.find.select import select
 from ckpt_ema.options import Options, PathLike
 from ckpt_ema.planning.advice import advice
-from ckpt_ema.planning.candidates import Candidate, Weighting, make_candidate, weigh
-from ckpt_ema.planning.compare import check_alike
+from ckpt_ema.planning.average import Average, Weighting, make_average, weigh
 from ckpt_ema.planning.configs import check_configs
 from ckpt_ema.planning.destination import check_destination
 from ckpt_ema.planning.layout import Layout, lay_out
-from ckpt_ema.planning.outputs import is_single_file
-from ckpt_ema.planning.remarks import run_notes, run_warnings
+from ckpt_ema.planning.notices import run_notes, run_warnings
 from ckpt_ema.planning.renaming import unified, without_prefix
+from ckpt_ema.planning.same_model import check_alike
 from ckpt_ema.planning.sizing import element_bytes, make_sizes
-from ckpt_ema.planning.spans import Work, make_work
+from ckpt_ema.planning.work import Work, make_work
+from ckpt_ema.targets.safetensors_folder import is_single_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,10 @@ class Plan:
     """One or several averages, decided. Checkpoints are oldest first; sizes are in bytes."""
 
     run: str
-    checkpoints: tuple[PlannedCheckpoint, ...]  # all that some candidate reads
-    candidates: tuple[Candidate, ...]
+    checkpoints: tuple[PlannedCheckpoint, ...]  # all that some average reads
+    averages: tuple[Average, ...]
     options: Options
-    output: Path  # of the one candidate, or the folder of all: they come into being together
+    output: Path  # of the one average, or the folder of all: they come into being together
     work: Work
     threads: int
     tile_elements: int  # elements that a thread folds at a time
@@ -73,24 +73,24 @@ class Plan:
     @property
     def bytes_written(self) -> int:
         """Bytes of the model files to write."""
-        return sum(file.size_bytes for c in self.candidates for file in c.output.files)
+        return sum(file.size_bytes for c in self.averages for file in c.output.files)
 
     @property
     def neighbours(self) -> list[tuple[int, int]]:
         """The pairs of checkpoints that follow each other in some average, by their numbers."""
-        return sorted({pair for c in self.candidates for pair in pairwise(c.members)})
+        return sorted({pair for c in self.averages for pair in pairwise(c.members)})
 
     @property
     def key(self) -> str:
         """What the output's bytes and the numbers of the tiles depend on, as a short digest."""
-        parts = [f"{c.output.path.name}:{c.output.fingerprint}" for c in self.candidates]
+        parts = [f"{c.output.path.name}:{c.output.fingerprint}" for c in self.averages]
         text = "\n".join([*parts, str(self.tile_elements)])
         return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
     @property
     def memory_bytes(self) -> int:
         """What the fold allocates beyond torch itself, whatever the size of the model."""
-        each = element_bytes(self.options, self.work, len(self.candidates))
+        each = element_bytes(self.options, self.work, len(self.averages))
         return self.threads * self.tile_elements * each
 
 
@@ -100,7 +100,7 @@ def plan(run: PathLike | Sequence[PathLike], **options: Any) -> Plan:
     The options are the fields of `ckpt_ema.options.Options`: `decay`, `half_life`, `last`, `output`
     (a folder, or a path that ends in .safetensors for one file; by default a sibling of the run,
     `RUN-ema`), `dtype` (what averaged tensors are written in), and so on. Where an option has
-    several values, each makes a candidate. Reads headers only and does not import torch.
+    several values, each makes a average. Reads headers only and does not import torch.
 
     Raises `OptionError` for an impossible option and `RefusedError` for inputs that cannot be
     averaged, or an output path that would touch them.
@@ -136,19 +136,19 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
     specs_of = dict(zip(checkpoints, specs, strict=True))
     layouts = _layouts(weightings, specs_of, found, destination, options)
     numbers = {checkpoint: number for number, checkpoint in enumerate(checkpoints)}
-    candidates = tuple(
-        make_candidate(weighting, numbers, layout.output)
+    averages = tuple(
+        make_average(weighting, numbers, layout.output)
         for weighting, layout in zip(weightings, layouts, strict=True)
     )
-    work = make_work(specs, [(c.newest, c.output.files) for c in candidates])
-    sizes = make_sizes(options, work, len(candidates))
+    work = make_work(specs, [(c.newest, c.output.files) for c in averages])
+    sizes = make_sizes(options, work, len(averages))
     return Plan(
         run=os.fspath(found.root),
         checkpoints=tuple(
-            PlannedCheckpoint(c.path, c.name, c.step, c.unit, c.weights.folder, specs_of[c])
+            PlannedCheckpoint(c.path, c.name, c.step, c.unit, c.model.folder, specs_of[c])
             for c in checkpoints
         ),
-        candidates=candidates,
+        averages=averages,
         options=options,
         output=destination,
         work=work,
@@ -159,7 +159,7 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
         warnings=(
             *found.warnings,
             *chosen.warnings,
-            *advice(candidates, [checkpoint.name for checkpoint in checkpoints]),
+            *advice(averages, [checkpoint.name for checkpoint in checkpoints]),
             *run_warnings(checkpoints, specs, found_in_all=_found_in_all(found)),
             *warnings,
         ),
@@ -170,10 +170,10 @@ def _reader(options: Options) -> Read:
     """What reads the headers of a checkpoint, each once."""
 
     @functools.cache
-    def read(weights: Weights) -> Specs:
-        specs = read_specs(weights, options.key)
+    def read(model: ModelFiles) -> Specs:
+        specs = read_specs(model, options.key)
         if not specs.tensors:
-            raise RefusedError(f"{printable(weights.path)} holds no tensors.")
+            raise RefusedError(f"{printable(model.path)} holds no tensors.")
         return specs
 
     return read
@@ -210,7 +210,7 @@ def _compared(
     Also those checkpoints whose own names are others.
     """
     names = [checkpoint.name for checkpoint in checkpoints]
-    own = [read(checkpoint.weights) for checkpoint in checkpoints]
+    own = [read(checkpoint.model) for checkpoint in checkpoints]
     if options.strip_prefix:
         own = without_prefix(own, options.strip_prefix)
     specs, name_warnings = unified(names, _shared(own))
@@ -220,7 +220,7 @@ def _compared(
         for checkpoint, before, after in rows
         if before.tensors is not after.tensors and before.tensors.keys() != after.tensors.keys()
     }
-    folders = [checkpoint.weights.folder for checkpoint in checkpoints]
+    folders = [checkpoint.model.folder for checkpoint in checkpoints]
     config_warnings = check_configs(names, folders, specs)
     return specs, [*name_warnings, *check_alike(names, specs), *config_warnings], renamed
 
@@ -282,7 +282,7 @@ def _found_in_all(found: Found) -> int:
 
 def _inputs(found: Found) -> list[Path]:
     """The checkpoints, and what lies elsewhere behind their links."""
-    links = [c.weights.path for c in found.checkpoints if c.weights.path.is_symlink()]
+    links = [c.model.path for c in found.checkpoints if c.model.path.is_symlink()]
     return [*(checkpoint.path for checkpoint in found.checkpoints), *links]
 
 

@@ -7,8 +7,8 @@ every name; one that changed its file format drops or gains the second name of a
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from ckpt_ema.containers.specs import Specs, TensorSpec
 from ckpt_ema.errors import RefusedError, printable, some
-from ckpt_ema.formats.specs import Specs, TensorSpec
 
 # What wrappers put in front of every name: torch.compile, DistributedDataParallel, FSDP.
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")

@@ -3,10 +3,10 @@
 import os
 from typing import NamedTuple
 
+from ckpt_ema.containers.specs import MOST_READ_PER_WANTED
 from ckpt_ema.errors import OptionError
-from ckpt_ema.formats.specs import MOST_READ_PER_WANTED
 from ckpt_ema.options import Options
-from ckpt_ema.planning.spans import Work
+from ckpt_ema.planning.work import Work
 
 # Of dev/LOG.md: below, calls cost more than what they compute; above, the cache is too small.
 _LEAST_TILE, _MOST_TILE = 1 << 14, 1 << 18

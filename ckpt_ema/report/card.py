@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 
 from ckpt_ema.errors import one_line, printable
-from ckpt_ema.layouts import CARD_NAME
-from ckpt_ema.planning.candidates import Candidate
+from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
-from ckpt_ema.report.weight_rows import markdown_lines
+from ckpt_ema.report.rows import markdown_lines
+from ckpt_ema.trainers.conventions import CARD_NAME
 
 TAGS = ("weight-averaging", "ckpt-ema")
 
@@ -25,29 +25,29 @@ _TAGS = re.compile(
 )
 
 
-def card(plan: Plan, candidate: Candidate, command: str | None, picture: str | None) -> str:
+def card(plan: Plan, average: Average, command: str | None, picture: str | None) -> str:
     """The card of one average, in Markdown.
 
     `command` is what made it, if it was a command; `picture` is the name of a file beside the card.
     """
-    statistics, unit = candidate.statistics, candidate.unit
+    statistics, unit = average.statistics, average.unit
     run = Path(plan.run).name or plan.run
     return "\n".join(
         [
             "---",
-            f"{front_matter(_own_card(plan, candidate))}---",
+            f"{front_matter(_own_card(plan, average))}---",
             "",
-            f"# {_escaped(candidate.output.path.name)}",
+            f"# {_escaped(average.output.path.name)}",
             "",
-            f"The weighted average of {len(candidate.members)} checkpoints of `{printable(run)}`,"
+            f"The weighted average of {len(average.members)} checkpoints of `{printable(run)}`,"
             " made by ckpt-ema; nothing was trained.",
             "",
-            f"- weights: {candidate.text}",
+            f"- weights: {average.text}",
             f"- effective number of checkpoints: {statistics.effective_number:.1f}",
             f"- mean age of the checkpoints, before the newest: {statistics.mean_age:.4g} {unit}",
             "",
             *([f"![The weight of each checkpoint]({picture})", ""] if picture else []),
-            *markdown_lines(plan, [candidate]),
+            *markdown_lines(plan, [average]),
             "",
             *(["```console", f"$ {one_line(command)}", "```", ""] if command else []),
             "The whole record is in `ckpt_ema.json`.",
@@ -92,9 +92,9 @@ def _in_lines(yaml: str) -> str:
     return "".join(f"{json.dumps(key)}: {json.dumps(value)}\n" for key, value in content.items())
 
 
-def _own_card(plan: Plan, candidate: Candidate) -> str:
+def _own_card(plan: Plan, average: Average) -> str:
     """The text of the newest checkpoint's card, or of the run's."""
-    for folder in (plan.checkpoints[candidate.newest].folder, Path(plan.run)):
+    for folder in (plan.checkpoints[average.newest].folder, Path(plan.run)):
         path = folder / CARD_NAME
         try:
             if path.is_file() and path.stat().st_size <= _LARGEST_BYTES:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckpt_ema.errors import FailedError, OptionError, printable
-from ckpt_ema.files import real_paths
-from ckpt_ema.layouts import PICTURE_STEM
 from ckpt_ema.options import PathLike
-from ckpt_ema.planning.candidates import Candidate
+from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
-from ckpt_ema.schedules.shares import learning_rate
+from ckpt_ema.schedules.weights import learning_rate
+from ckpt_ema.storage.local import real_paths
+from ckpt_ema.trainers.conventions import PICTURE_STEM
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,7 @@ class Picture(NamedTuple):
 def plot(plan: Plan, path: PathLike) -> Picture:
     """Draw a plan as a .png or .svg file, which is replaced if it exists; no tensor is read.
 
-    Above the weight of each checkpoint for all candidates, below the learning-rate decay that each
+    Above the weight of each checkpoint for all averages, below the learning-rate decay that each
     average imitates. Raises `OptionError` for another kind of file, `FailedError` without
     matplotlib or if the file cannot be written.
     """
@@ -99,25 +99,25 @@ def _draw(plan: Plan, kind: str) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    candidates, content = plan.candidates, io.BytesIO()
-    several = len(candidates) > 1
-    columns = 2 if len(candidates) > 3 else 1
-    legend_inches = _LEGEND_INCHES * -(-len(candidates) // columns) if several else 0.0
+    averages, content = plan.averages, io.BytesIO()
+    several = len(averages) > 1
+    columns = 2 if len(averages) > 3 else 1
+    legend_inches = _LEGEND_INCHES * -(-len(averages) // columns) if several else 0.0
     with matplotlib.rc_context(_STYLE):
         width, height = _INCHES
         figure = Figure(figsize=(width, height + legend_inches), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
-        units = {candidate.unit for candidate in candidates}
+        units = {average.unit for average in averages}
         unit = units.pop() if len(units) == 1 else "checkpoints"
-        lines = [(_along(candidate, unit), candidate.weights) for candidate in candidates]
+        lines = [(_along(average, unit), average.weights) for average in averages]
         start = min(_start(steps) for steps, _ in lines)
         for number, (steps, weights) in enumerate(lines):
-            look = _look(number, candidates)
+            look = _look(number, averages)
             above.plot(steps, weights, **look)
             below.plot(*_learning_rate(steps, weights, start), **{**look, "marker": ""})
         _label(above, below, unit)
         if not several:
-            above.set_title(candidates[0].text)
+            above.set_title(averages[0].text)
         else:
             figure.legend(
                 *above.get_legend_handles_labels(),
@@ -131,19 +131,19 @@ def _draw(plan: Plan, kind: str) -> bytes:
     return content.getvalue()
 
 
-def _along(candidate: Candidate, unit: str) -> Sequence[int]:
+def _along(average: Average, unit: str) -> Sequence[int]:
     """Where along the run the checkpoints of an average are, in a unit that all have."""
-    if unit == candidate.unit:
-        return candidate.steps
-    return [number + 1 for number in candidate.members]
+    if unit == average.unit:
+        return average.steps
+    return [number + 1 for number in average.members]
 
 
-def _look(number: int, candidates: Sequence[Candidate]) -> dict[str, Any]:
+def _look(number: int, averages: Sequence[Average]) -> dict[str, Any]:
     """How one average is drawn: the thicker the more are drawn above it, so that none is hidden.
 
     There is no room for thick lines where there are more than colours.
     """
-    later = len(candidates) - 1 - number if len(candidates) <= len(_COLOURS) else 0
+    later = len(averages) - 1 - number if len(averages) <= len(_COLOURS) else 0
     group, colour = divmod(number, len(_COLOURS))
     return {
         "color": _COLOURS[colour],
@@ -151,8 +151,8 @@ def _look(number: int, candidates: Sequence[Candidate]) -> dict[str, Any]:
         "linestyle": _DASHES[group % len(_DASHES)],
         "linewidth": min(1.1 + 0.3 * later, 2.6),
         "markersize": min(3.0 + 0.3 * later, 4.5),
-        "markevery": max(1, len(candidates[number].members) // _MOST_MARKS),
-        "label": candidates[number].name,
+        "markevery": max(1, len(averages[number].members) // _MOST_MARKS),
+        "label": averages[number].name,
     }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from ckpt_ema.errors import OptionError, RefusedError
-from ckpt_ema.schedules.shares import decays_of
+from ckpt_ema.schedules.weights import decays_of
 
 Steps = Sequence[int]
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from ckpt_ema.schedules.formulas import MOST_SIGMA_REL, Steps, half_life, power
-from ckpt_ema.schedules.shares import weights
+from ckpt_ema.schedules.weights import weights_of
 
 _NOTHING = 1e-18  # a share below it changes no sum
 _LEAST_SIGMA_REL = 1e-4
@@ -32,7 +32,7 @@ def statistics(steps: Steps, decays: Sequence[float]) -> Statistics:
     >>> round(found.effective_number, 2), found.mean_age, found.last_tenth, round(found.half_life)
     (2.67, 750.0, 0.5, 1000)
     """
-    shares = weights(decays)
+    shares = weights_of(decays)
     age = mean_age(steps, decays)
     newest = steps[-1]
     late = [step == newest or 10 * step > 9 * newest for step in steps]

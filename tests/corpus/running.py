@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ckpt_ema.folding.sources import Sources
+from ckpt_ema.fold.sources import Sources
 from tests.corpus.case import MIDDLE, Case, Make, nothing
 from tests.faulty_os import faulty
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ckpt_ema.formats.safetensors import make_header
+from ckpt_ema.containers.safetensors import make_header
 from tests.conftest import noise, raw
 from tests.corpus.case import (
     FILE,

@@ -1,0 +1,362 @@
+"""Folders of torch.distributed.checkpoint: one .metadata, and .distcp files with chunks of tensors.
+
+`.metadata` is a pickle, which torch itself executes; here it is read by an unpickler with an
+allow-list that runs nothing. Chunks are put together by position, whatever ranks wrote them, so no
+tensor is ever whole in memory. What is no tensor is not looked at.
+"""
+
+import hashlib
+import io
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import IO, Any, NamedTuple, TypeGuard
+
+from ckpt_ema.containers.model_key import find_model
+from ckpt_ema.containers.pickles import (
+    BROKEN_PICKLE,
+    MAX_DIMENSIONS,
+    Dtype,
+    Inert,
+    TensorUnpickler,
+    check_lengths,
+    what_broke,
+)
+from ckpt_ema.containers.specs import FileSpec, Piece, Specs, TensorSpec, packed_strides
+from ckpt_ema.containers.torch_file import Region, read_tensor
+from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
+from ckpt_ema.storage.local import holes_in, mode_of, open_regular, read_exactly
+
+_MAX_METADATA_BYTES = 1 << 30
+# Modules whose classes may stand in a .metadata; they become `_Record`s, which hold and do nothing.
+_ALLOWED = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+    "torch.distributed.checkpoint.planner",
+    "torch.distributed._shard.sharded_tensor.metadata",  # where older releases had some of them
+    "torch.serialization",
+    "pathlib",
+    "pathlib._local",  # Python 3.13
+)
+# Dtypes, layouts and memory formats that safetensors has no name for.
+_TORCH_NAMES = re.compile(r"^(complex|u?int|float|bits|q|sparse_|strided|jagged|\w+_format)\w*$")
+# By which early releases of Python 3.11 pickle the members of an enumeration.
+_GETATTR = (("builtins", "getattr"), ("__builtin__", "getattr"))
+_MOST_COMPARISONS = 200_000
+# Top-level names of what trainers save beside a model that is not in a dict of its own.
+_BESIDE_MODEL = ("optimizer.", "optim.", "lr_scheduler.", "train_state.", "dataloader.", "rng.")
+
+
+class _Record(Inert):
+    """An object of the metadata: its state as it was pickled."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def get(self, name: str) -> Any:
+        """An attribute of the object, None if it has none such."""
+        return self.state.get(name) if isinstance(self.state, dict) else None
+
+
+class _MetadataUnpickler(TensorUnpickler):
+    """Unpickles to dicts, lists and records of the classes that metadata is made of."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self._records: dict[str, type[_Record]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A record for a class of the allow-list; anything else is refused."""
+        if (module, name) == ("collections", "OrderedDict"):
+            raise _ForbiddenError(f"{module}.{name}")
+        known = super().find_class(module, name)
+        if not (isinstance(known, type) and issubclass(known, Inert)):
+            return known
+        is_allowed = module in _ALLOWED or (module, name) in _GETATTR
+        if not is_allowed and not (module == "torch" and _TORCH_NAMES.search(name)):
+            raise _ForbiddenError(f"{module}.{name}")
+        full_name = f"{module}.{name}"
+        if full_name not in self._records:
+            self._records[full_name] = type("Record", (_Record,), {"name": full_name})
+        return self._records[full_name]
+
+
+class _ForbiddenError(Exception):
+    """The metadata names something that no metadata needs."""
+
+
+class _Chunk(NamedTuple):
+    """One box of one tensor, and where it was saved."""
+
+    tensor: str
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    offset: int
+    size_bytes: int
+
+
+class _Announced(NamedTuple):
+    """One tensor as it stands in the metadata, not looked into."""
+
+    fqn: str
+    entry: _Record
+
+
+class _Declared(NamedTuple):
+    """One tensor as the metadata announces it, checked."""
+
+    fqn: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[_Chunk, ...]
+
+
+def read_specs(path: str, key: str | None = None) -> Specs:
+    """The tensors of the model in the folder whose .metadata is at `path`.
+
+    Raises `IncompleteError` if a data file is missing or cut, `RefusedError` for metadata that is
+    damaged, hostile or inconsistent.
+    """
+    if not mode_of(path):
+        raise IncompleteError(
+            f"{printable(os.path.dirname(path))} has data files but no .metadata, which is written"
+            " last."
+        )
+    with open_regular(path) as file:
+        if file.size_bytes > _MAX_METADATA_BYTES:
+            raise RefusedError(
+                f"{printable(path)} is too large to be the metadata of a checkpoint."
+            )
+        raw = read_exactly(path, file.fd, file.size_bytes, 0)
+        digest = hashlib.sha256(raw).hexdigest()
+        metadata = FileSpec(path, file.size_bytes, file.mtime_ns, digest)
+    root = _unpickled(path, raw)
+    tree, storage = _tree(path, root)
+    model = find_model(path, tree, key, _Announced)
+    tensors = {
+        name: _declared(path, announced, storage)
+        for name, announced in model.values.items()
+        if isinstance(announced, _Announced)
+    }
+    others = [n for n, value in model.values.items() if n not in tensors and value is None]
+    notes = [*model.notes]
+    if others:
+        notes.append(f"left out of the model, being no tensors: {some(others)}")
+    files, places, holes = _located(os.path.dirname(path), tensors)
+    specs = {}
+    for name, tensor in tensors.items():
+        pieces = [piece for chunk in tensor.chunks for piece in places[chunk]]
+        specs[name] = _joined(tensor, pieces)
+    headers: tuple[Mapping[str, str], ...] = ({},) * (1 + len(files))
+    return Specs(specs, (metadata, *files), headers, tuple(notes), tuple(model.warnings), holes)
+
+
+def _unpickled(path: str, raw: bytes) -> _Record:
+    stream = io.BytesIO(raw)
+    try:
+        check_lengths(stream)
+        root = _MetadataUnpickler(stream).load()
+    except _ForbiddenError as error:
+        raise RefusedError(
+            f"{printable(path)} names {printable(error)}, which no metadata of a checkpoint needs;"
+            " torch would run it, ckpt-ema does not."
+        ) from error
+    except BROKEN_PICKLE as error:
+        raise IncompleteError(
+            f"{printable(path)} is cut short or damaged ({what_broke(error)})."
+        ) from error
+    if not isinstance(root, _Record) or not root.name.endswith(".Metadata"):
+        raise RefusedError(f"{printable(path)} is not the metadata of a checkpoint.")
+    return root
+
+
+_Storage = Mapping[tuple[Any, Any], Any]  # where each chunk was saved, by name and offsets
+
+
+def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Storage]:
+    """What was saved, nested as it was (None for what is no tensor), and where."""
+    entries, stored = root.get("state_dict_metadata"), root.get("storage_data")
+    if not isinstance(entries, dict) or not isinstance(stored, dict):
+        raise RefusedError(f"{printable(path)} lists no tensors.")
+    storage = {_index(index): info for index, info in stored.items()}
+    paths = root.get("planner_data")
+    tree: dict[str, Any] = {}
+    for fqn, entry in entries.items():
+        if not isinstance(fqn, str):
+            raise RefusedError(f"{printable(path)} has a tensor without a name.")
+        steps = paths.get(fqn) if isinstance(paths, dict) else None
+        if not _is_path(steps):
+            steps = (fqn,)
+        if len(steps) == 1 and fqn.startswith(_BESIDE_MODEL):
+            continue
+        branch: Any = tree
+        for step in steps[:-1]:
+            branch = branch.setdefault(str(step), {}) if isinstance(branch, dict) else None
+        if not isinstance(branch, dict) or str(steps[-1]) in branch:
+            raise RefusedError(f"{printable(path)} has two entries where {printable(fqn)} belongs.")
+        is_tensor = isinstance(entry, _Record) and entry.name.endswith(".TensorStorageMetadata")
+        branch[str(steps[-1])] = _Announced(fqn, entry) if is_tensor else None
+    return tree, storage
+
+
+def _is_path(steps: Any) -> TypeGuard[tuple[str | int, ...]]:
+    """Whether it leads through dicts and lists, by keys of a sensible size."""
+    return (
+        isinstance(steps, tuple)
+        and 0 < len(steps) <= MAX_DIMENSIONS
+        and all(type(s) is str or (type(s) is int and 0 <= s < 2**63) for s in steps)
+    )
+
+
+def _index(index: Any) -> tuple[Any, Any]:
+    if not isinstance(index, _Record) or not isinstance(index.get("fqn"), str):
+        return None, None
+    offset = index.get("offset")
+    return index.get("fqn"), offset if _sizes(offset) else None
+
+
+def _declared(path: str, announced: _Announced, storage: _Storage) -> _Declared:
+    """The announcement of one tensor, checked as far as it goes."""
+    fqn, entry = announced
+
+    def refuse(reason: str) -> RefusedError:
+        return RefusedError(f"{printable(path)}: tensor {printable(fqn)} {reason}.")
+
+    properties, shape, boxes = entry.get("properties"), entry.get("size"), entry.get("chunks")
+    state = properties.state if isinstance(properties, _Record) else None
+    dtype = state[0] if isinstance(state, tuple) and state else None
+    if isinstance(state, dict):
+        dtype = state.get("dtype")
+    if not isinstance(dtype, Dtype):
+        raise refuse("has a dtype that safetensors cannot hold")
+    if not _sizes(shape) or not isinstance(boxes, list) or not boxes:
+        raise refuse("has no shape or no chunks")
+    chunks = []
+    for box in boxes:
+        starts = box.get("offsets") if isinstance(box, _Record) else None
+        sizes = box.get("sizes") if isinstance(box, _Record) else None
+        if not _sizes(starts) or not _sizes(sizes) or not len(starts) == len(sizes) == len(shape):
+            raise refuse("has a chunk without a place")
+        if any(a + n > whole for a, n, whole in zip(starts, sizes, shape, strict=True)):
+            raise refuse(f"has a chunk beyond its shape {list(shape)}")
+        info = storage.get((fqn, starts)) or storage.get((fqn, None))
+        chunks.append(_chunk(fqn, starts, sizes, info, refuse))
+    if not _cover(shape, chunks):
+        raise refuse(f"has chunks that do not cover its shape {list(shape)} exactly once")
+    return _Declared(fqn, dtype.name, shape, tuple(chunks))
+
+
+def _chunk(fqn: str, starts: Any, sizes: Any, info: Any, refuse: Any) -> _Chunk:
+    if not isinstance(info, _Record):
+        raise refuse("has a chunk that was never saved")
+    file, offset, length = info.get("relative_path"), info.get("offset"), info.get("length")
+    if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\0" in file:
+        name = printable(file) if isinstance(file, str) else "something"
+        raise refuse(f"lies in {name!r}, which is not a plain file name")
+    if not _sizes((offset, length)):
+        raise refuse("has a chunk at an impossible position")
+    if info.get("transform_descriptors"):
+        raise refuse("was compressed when it was saved, and only stored chunks are read")
+    return _Chunk(fqn, starts, sizes, file, offset, length)
+
+
+def _sizes(values: Any) -> TypeGuard[tuple[int, ...]]:
+    return (
+        isinstance(values, tuple)
+        and len(values) <= MAX_DIMENSIONS
+        and all(type(n) is int and 0 <= n < 2**63 for n in values)
+    )
+
+
+def _cover(shape: tuple[int, ...], chunks: list[_Chunk]) -> bool:
+    """Whether boxes inside a shape have all its elements, each once."""
+    boxes = [(chunk.starts, chunk.sizes) for chunk in chunks if 0 not in chunk.sizes]
+    if sum(math.prod(sizes) for _, sizes in boxes) != math.prod(shape):
+        return False
+    return not _overlap(sorted(boxes), 0)
+
+
+def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], axis: int) -> bool:
+    """Whether two boxes share an element; those apart along `axis` are told apart at once."""
+    groups: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = []
+    end = -1
+    for box in sorted(boxes, key=lambda box: box[0][axis : axis + 1]):
+        start, size = (box[0][axis], box[1][axis]) if box[0] else (0, 1)
+        if start >= end:
+            groups.append([])
+        groups[-1].append(box)
+        end = max(end, start + size)
+    crowded = [group for group in groups if len(group) > 1]
+    if crowded and axis + 1 >= len(boxes[0][0]):
+        # Along no axis alone are these apart; they may still be, two by two.
+        if sum(len(group) ** 2 for group in crowded) > _MOST_COMPARISONS:
+            return True  # no ranks lay chunks out like that
+        return any(_meet(a, b) for group in crowded for i, a in enumerate(group) for b in group[:i])
+    return any(_overlap(group, axis + 1) for group in crowded)
+
+
+def _meet(one: Any, other: Any) -> bool:
+    sides = zip(*one, *other, strict=True)
+    return all(a < b + m and b < a + n for a, n, b, m in sides)
+
+
+def _located(
+    folder: str, tensors: Mapping[str, _Declared]
+) -> tuple[list[FileSpec], dict[_Chunk, list[Piece]], dict[str, int]]:
+    """Where in which file each chunk's elements are, and holes; every file is opened once."""
+    declared = {tensor.fqn: tensor for tensor in tensors.values()}
+    by_file: dict[str, list[_Chunk]] = {}
+    for chunk in (chunk for tensor in tensors.values() for chunk in tensor.chunks):
+        by_file.setdefault(chunk.file, []).append(chunk)
+    files: list[FileSpec] = []
+    places: dict[_Chunk, list[Piece]] = {}
+    holes: dict[str, int] = {}
+    for number, (name, members) in enumerate(sorted(by_file.items()), start=1):
+        path = os.path.join(folder, name)
+        if not mode_of(path):
+            raise IncompleteError(
+                f"{printable(folder)} is incomplete: its metadata names {printable(name)}, and that"
+                " file is missing.",
+                "An interrupted save? Restore it or leave the checkpoint out.",
+            )
+        with open_regular(path) as file:
+            files.append(FileSpec(path, file.size_bytes, file.mtime_ns, ""))
+            holes |= holes_in(path, file)
+            for chunk in members:
+                if chunk.offset + chunk.size_bytes > file.size_bytes:
+                    raise IncompleteError(
+                        f"{printable(path)} is cut short: tensor {printable(chunk.tensor)} would"
+                        f" end at byte {chunk.offset + chunk.size_bytes}, and the file has"
+                        f" {file.size_bytes}.",
+                        "An interrupted save? Leave it out.",
+                    )
+                if 0 in chunk.sizes:
+                    places[chunk] = []
+                    continue
+                spec = read_tensor(path, Region(file.fd, chunk.offset, chunk.size_bytes))
+                places[chunk] = [_piece(path, number, chunk, spec, declared[chunk.tensor].dtype)]
+    return files, places, holes
+
+
+def _piece(path: str, file: int, chunk: _Chunk, spec: TensorSpec, dtype: str) -> Piece:
+    if (spec.dtype, spec.shape) != (dtype, chunk.sizes):
+        raise RefusedError(
+            f"{printable(path)}: a chunk of tensor {printable(chunk.tensor)} is {spec.dtype}"
+            f" {list(spec.shape)}, and the metadata says {dtype} {list(chunk.sizes)}."
+        )
+    strides = spec.pieces[0].strides if spec.pieces else packed_strides(chunk.sizes)
+    return Piece(file, spec.offset, chunk.starts, chunk.sizes, strides)
+
+
+def _joined(tensor: _Declared, pieces: list[Piece]) -> TensorSpec:
+    """A tensor of these pieces; one that is whole in one place is said so."""
+    if not pieces:
+        return TensorSpec(tensor.dtype, tensor.shape, 0, 0)
+    first = pieces[0]
+    if len(pieces) == 1 and first.strides == packed_strides(tensor.shape):
+        return TensorSpec(tensor.dtype, tensor.shape, first.file, first.offset)
+    return TensorSpec(tensor.dtype, tensor.shape, first.file, first.offset, tuple(pieces))

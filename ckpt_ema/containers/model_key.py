@@ -1,0 +1,297 @@
+"""Which part of what a training script saved is the model: the dict of tensors to average.
+
+Scripts save the model at the top, or under a key beside optimizer state, counters and perhaps an
+average of their own. Raw weights are preferred to averaged ones, since an average of averages is
+smoothed twice. Values are looked at by kind only; nothing here reads a tensor.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from ckpt_ema.errors import RefusedError, printable, some
+
+# Where the model is, in the order in which it is looked for; dots lead into dicts.
+MODEL_KEYS = (
+    "state_dict",
+    "model_state_dict",
+    "state.model",
+    "app.model",
+    "model",
+    "module",
+    "net",
+    "network",
+)
+# Where averaged weights are.
+AVERAGED_KEYS = (
+    "state_dict_ema",
+    "ema_state_dict",
+    "model_ema",
+    "ema_model",
+    "model_avg",
+    "ema",
+    "state.ema",
+)
+# Keys whose dicts of tensors are no model.
+_STATE_WORDS = (
+    *("optim", "sched", "scaler", "rng", "sampler", "callback", "loop", "averaging_state"),
+    *("train_state", "dataloader"),
+)
+
+_STEP_KEYS = (
+    "global_step",
+    "iteration",
+    "batch_idx_train",
+    "num_updates",
+    "iter_num",
+    "meta.iter",
+    "step",
+    "steps",
+    "iter",
+)
+_EPOCH_KEYS = ("epoch", "meta.epoch", "cur_epoch")
+
+ALREADY_AVERAGED = (
+    "are averaged already (their decay is unknown); averaging them again smooths twice"
+)
+
+
+_Kind = type | tuple[type, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The dict of tensors that was chosen; values that are no tensors are still in it."""
+
+    values: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def find_model(path: str, root: Any, key: str | None, tensor: _Kind) -> Model:
+    """The model in `root`, the content of the file at `path`; tensors are instances of `tensor`.
+
+    `key` is a dotted path that a person gave, None to look for it. Raises `RefusedError` if there
+    is none, if it is a pickled object, or if there are several.
+    """
+    if not isinstance(root, dict):
+        raise _no_model(path, root)
+    if key is not None:
+        value = _at(root, key)
+        if not _is_model(value, tensor):
+            raise RefusedError(
+                f"{printable(path)} has no dict of tensors under {printable(key)}; it has"
+                f" {_listed(_models_in(root, tensor)) or 'none at all'}."
+            )
+        return Model(value, (), _averaged(key) if _is_averaged(root, key) else ())
+    return (
+        _raw_beside_average(path, root, tensor)
+        or _under_known_key(path, root, tensor)
+        or _at_the_top(root, tensor)
+        or _under_any_key(path, root, tensor)
+    )
+
+
+def recorded(root: Any) -> dict[str, int]:
+    """What a file says of its own place in the run: "step" and "epoch", where it says so.
+
+    >>> recorded({"global_step": 100, "meta": {"epoch": 3}, "model": {}})
+    {'step': 100, 'epoch': 3}
+    """
+    found = {}
+    history = _at(root, "optimizer_history")
+    last = history[-1] if isinstance(history, list) and history else None
+    for unit, keys in (("step", _STEP_KEYS), ("epoch", _EPOCH_KEYS)):
+        values = [_at(root, key) for key in keys] + [_at(last, key) for key in keys]
+        numbers = [value for value in values if type(value) is int and value >= 0]
+        if numbers:
+            found[unit] = numbers[0]
+    return found
+
+
+def numbers(root: Any) -> dict[str, float]:
+    """The plain numbers that a file holds at its top and one level below, by dotted path.
+
+    >>> numbers({"metric": 93.5, "epoch": 3, "extra_state": {"val_loss": 0.25}, "model": {}})
+    {'metric': 93.5, 'epoch': 3.0, 'extra_state.val_loss': 0.25}
+    """
+    found = {}
+    for name, value in root.items() if isinstance(root, dict) else ():
+        inner = value.items() if isinstance(value, dict) else [(None, value)]
+        for key, number in inner:
+            if type(number) is float or (type(number) is int and abs(number) < 1 << 63):
+                found[str(name) if key is None else f"{name}.{key}"] = float(number)
+    return found
+
+
+def _at(root: Any, key: str) -> Any:
+    """What a dotted path leads to; names with dots of their own are found too."""
+    if not isinstance(root, dict):
+        return None
+    if key in root:
+        return root[key]
+    first, _, rest = key.partition(".")
+    return _at(root.get(first), rest) if rest else None
+
+
+def _is_model(value: Any, tensor: _Kind) -> TypeGuard[dict[str, Any]]:
+    """Whether it is a dict of tensors and not of models, which a lone tensor may lie beside."""
+    return (
+        isinstance(value, dict)
+        and any(isinstance(item, tensor) for item in value.values())
+        and all(isinstance(name, str) and _is_text(name) for name in value)
+        and not any(_holds_tensors(item, tensor) for key, item in value.items() if _may_be(key))
+    )
+
+
+def _holds_tensors(value: Any, tensor: _Kind, depth: int = 4) -> bool:
+    """Whether there are tensors in a dict or list, not too deep."""
+    if not depth or not isinstance(value, dict | list):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return any(isinstance(i, tensor) or _holds_tensors(i, tensor, depth - 1) for i in items)
+
+
+def _may_be(key: Any) -> bool:
+    """Whether what is under a key may be a model and no state of the training."""
+    return isinstance(key, str) and not any(word in key.lower() for word in _STATE_WORDS)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written: pickles can hold half a surrogate pair."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _models_in(root: Mapping[Any, Any], tensor: _Kind) -> dict[str, Any]:
+    """Every dict of tensors at the first two levels that is not state of the training."""
+    found = {}
+    for key, value in root.items():
+        if not _may_be(key):
+            continue
+        if _is_model(value, tensor):
+            found[key] = value
+        elif isinstance(value, dict):
+            found.update(
+                {
+                    f"{key}.{inner}": item
+                    for inner, item in value.items()
+                    if _may_be(inner) and _is_model(item, tensor)
+                }
+            )
+    return found
+
+
+def _listed(models: Mapping[str, Any]) -> str:
+    return some([f"{key} ({len(value)} entries)" for key, value in models.items()])
+
+
+def _is_averaged(root: Mapping[Any, Any], key: str) -> bool:
+    """Whether trainers put an average under this key."""
+    if key == "state_dict":
+        return "current_model_state" in root or "message_hub" in root
+    return key in AVERAGED_KEYS and "message_hub" not in root
+
+
+def _averaged(key: str) -> tuple[str, ...]:
+    return (f"The weights under {printable(key)} {ALREADY_AVERAGED}.",)
+
+
+def _raw_beside_average(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model | None:
+    """The raw weights of trainers that put an average where the model is looked for."""
+    raw = root.get("current_model_state")
+    if _is_model(raw, tensor):
+        note = "state_dict holds weights that Lightning averaged; the raw ones are taken, from"
+        return Model(raw, (f"{note} current_model_state",))
+    swapped = root.get("ema_state_dict")
+    if not (_is_model(swapped, tensor) and _is_model(root.get("state_dict"), tensor)):
+        return None
+    if "message_hub" not in root:
+        raise RefusedError(
+            f"{printable(path)} holds both state_dict and ema_state_dict, and either may be the"
+            " average: mmengine's EMAHook swaps them, others do not.",
+            "Choose the raw weights with --key state_dict or --key ema_state_dict.",
+        )
+    names = {name.removeprefix("module."): value for name, value in swapped.items()}
+    kept = {name: value for name, value in names.items() if name in root["state_dict"]}
+    note = "state_dict holds weights that mmengine averaged; the raw ones are taken, from"
+    return Model(kept, (f"{note} ema_state_dict",))
+
+
+def _under_known_key(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model | None:
+    found = {key: _at(root, key) for key in MODEL_KEYS if _is_model(_at(root, key), tensor)}
+    if len(found) > 1:
+        raise RefusedError(
+            f"{printable(path)} holds {len(found)} dicts of tensors, {_listed(found)}; which one is"
+            " the model cannot be told.",
+            f"Choose with --key {printable(next(iter(found)))}.",
+        )
+    if not found:
+        pickled = [key for key in ("ema", *MODEL_KEYS) if _class_name(_at(root, key))]
+        if pickled:
+            raise _pickled(path, _class_name(_at(root, pickled[0])) or "object")
+        return None
+    [(key, values)] = found.items()
+    generator = root.get("generator")
+    if key == "model" and _is_model(generator, tensor) and ("opt" in root or "vocab" in root):
+        # OpenNMT-py saves its output layer beside the model; its safetensors name it like this.
+        values = {**values, **{f"generator.{name}": value for name, value in generator.items()}}
+    averaged = [name for name in AVERAGED_KEYS if _is_model(_at(root, name), tensor)]
+    notes = (
+        [f"{some(averaged)} holds averaged weights; the raw ones are taken, from {key}"]
+        if averaged
+        else []
+    )
+    return Model(values, tuple(notes))
+
+
+def _at_the_top(root: Mapping[str, Any], tensor: _Kind) -> Model | None:
+    if not _is_model(root, tensor):
+        return None
+    if "n_averaged" in root and all(n.startswith("module.") or n == "n_averaged" for n in root):
+        return Model(root, (), (f"The weights of an AveragedModel {ALREADY_AVERAGED}.",))
+    return Model(root)
+
+
+def _under_any_key(path: str, root: Mapping[Any, Any], tensor: _Kind) -> Model:
+    found = _models_in(root, tensor)
+    raw = {key: value for key, value in found.items() if key not in AVERAGED_KEYS}
+    if len(raw) > 1 or (not raw and len(found) > 1):
+        raise RefusedError(
+            f"{printable(path)} holds {len(found)} dicts of tensors, {_listed(found)}; which one is"
+            " the model cannot be told.",
+            f"Choose with --key {printable(next(iter(found)))}.",
+        )
+    if not found:
+        raise _no_model(path, root)
+    [(key, values)] = (raw or found).items()
+    if raw:
+        return Model(values, (f"the model is what is under {printable(key)}",))
+    return Model(values, (), _averaged(key))
+
+
+def _class_name(value: Any) -> str | None:
+    """The class of a pickled object that was stood in for."""
+    name = getattr(value, "name", None)
+    return name if isinstance(name, str) and not isinstance(value, dict) else None
+
+
+def _pickled(path: str, name: str) -> RefusedError:
+    return RefusedError(
+        f"{printable(path)} stores the model as a pickled {printable(name)}, not as tensors;"
+        " reading it would run code from the file.",
+        "Export its state_dict() instead.",
+    )
+
+
+def _no_model(path: str, root: Any) -> RefusedError:
+    name = _class_name(root)
+    if name:
+        return _pickled(path, name)
+    return RefusedError(
+        f"{printable(path)} holds no dict of tensors, at the top or under {', '.join(MODEL_KEYS)}.",
+        "If it is elsewhere, name it with --key.",
+    )

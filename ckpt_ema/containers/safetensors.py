@@ -1,0 +1,236 @@
+"""The header of a safetensors file: read as strictly as the format is written, and made.
+
+The format: 8 bytes, the header's length N as an unsigned little-endian integer; N bytes of JSON,
+an object of name -> {dtype, shape, data_offsets} and perhaps __metadata__, string to string; then
+the data, covered by the tensors without gap or overlap. Whatever the safetensors library refuses
+is refused here as well, and so is what it tolerates against the format: one name twice, blanks
+before the object, unknown fields.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from ckpt_ema.containers.specs import DTYPE_BITS, FileSpec, Specs, TensorSpec, packed_bytes
+from ckpt_ema.errors import IncompleteError, RefusedError, printable
+from ckpt_ema.storage.local import holes_in, open_regular, read_exactly
+
+MAX_HEADER_BYTES = 100_000_000
+_LARGEST = 2**64 - 1  # sizes are 64-bit in the format
+
+
+def read_specs(path: str) -> Specs:
+    """The tensors of one safetensors file, in the order of their bytes.
+
+    Raises `RefusedError` if the file is not exactly what the format allows.
+    """
+    with open_regular(path) as file:
+        raw = _header_bytes(path, file.fd, file.size_bytes)
+        digest = hashlib.sha256(raw).hexdigest()
+        spec = FileSpec(path, file.size_bytes, file.mtime_ns, digest)
+        holes = holes_in(path, file)
+    content = _known.get((digest, file.size_bytes))
+    if content is None:
+        content = _content(path, raw, file.size_bytes)
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[digest, file.size_bytes] = content
+    recorded = _recorded(content.metadata)
+    return Specs(content.tensors, (spec,), (content.metadata,), holes=holes, recorded=recorded)
+
+
+class _Content(NamedTuple):
+    """What a header says; offsets count from the start of the file."""
+
+    tensors: Mapping[str, TensorSpec]
+    metadata: Mapping[str, str]
+
+
+# By digest of the header and size of the file: checkpoints of a run mostly have the same headers.
+_known: dict[tuple[str, int], _Content] = {}
+_MOST_KNOWN = 4096  # more than one checkpoint has shards, or no second one would find its own
+
+
+def _content(path: str, raw: bytes, size_bytes: int) -> _Content:
+    header = _parse(path, raw)
+    metadata = header.pop("__metadata__", {})
+    _check_metadata(path, metadata)
+    start = 8 + len(raw)
+    tensors = {name: _tensor(path, name, entry, start) for name, entry in header.items()}
+    ordered = sorted(header, key=lambda name: header[name]["data_offsets"])
+    _check_cover(
+        path, [(name, *header[name]["data_offsets"]) for name in ordered], size_bytes - start
+    )
+    return _Content({name: tensors[name] for name in ordered}, metadata)
+
+
+def _recorded(metadata: Mapping[str, str]) -> dict[str, int]:
+    """What trainers write of a file's place in the run: kohya's ss_steps, ai-toolkit's step."""
+    if not {"ss_steps", "ss_epoch", "training_info"} & metadata.keys():
+        return {}
+    values: dict[str, object] = {
+        "step": metadata.get("ss_steps"),
+        "epoch": metadata.get("ss_epoch"),
+    }
+    with contextlib.suppress(ValueError, RecursionError):
+        training = json.loads(metadata.get("training_info", "null"))
+        if isinstance(training, dict):
+            values = {"step": training.get("step"), "epoch": training.get("epoch")}
+    return {
+        unit: int(str(value))
+        for unit, value in values.items()
+        if re.fullmatch(r"[0-9]{1,18}", str(value))
+    }
+
+
+def make_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the data of a file with these (name, dtype, shape), and where each starts.
+
+    The data lies in the order given; offsets count from the start of the file. The header is
+    padded with spaces to a multiple of 8 bytes, as the library does, so that data is aligned.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + packed_bytes(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    offsets = {
+        name: start + entry["data_offsets"][0]
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
+def _header_bytes(path: str, fd: int, size_bytes: int) -> bytes:
+    if size_bytes == 0:
+        raise IncompleteError(f"{printable(path)} is empty.", "An interrupted save? Leave it out.")
+    start = read_exactly(path, fd, min(size_bytes, 64), 0)
+    if start.startswith(b"version https://git-lfs"):
+        raise RefusedError(f"{printable(path)} is a Git LFS pointer.", "Run `git lfs pull`.")
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        raise RefusedError(
+            f"{printable(path)} is a torch file under a safetensors name.", "Rename it to .bin."
+        )
+    if not any(start):
+        raise IncompleteError(f"{printable(path)} begins with zeros.", "An interrupted save?")
+    length = int.from_bytes(start[:8], "little")
+    if size_bytes < 8 or length > MAX_HEADER_BYTES or start[8:9] not in (b"{", b""):
+        raise RefusedError(
+            f"{printable(path)} is not a safetensors file: it does not start with a header.",
+            "Fetch or save it again.",
+        )
+    if 8 + length > size_bytes:
+        raise IncompleteError(
+            f"{printable(path)} is cut short: its header alone takes {8 + length} bytes, the file"
+            f" has {size_bytes}.",
+            "An interrupted save? Leave it out.",
+        )
+    return read_exactly(path, fd, length, 8)
+
+
+def _parse(path: str, raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=_no_sign if re.search(rb"-[0-9]", raw) else int,
+        )
+        if b"\\ud" in raw or b"\\uD" in raw:  # lone surrogates end here
+            json.dumps(header, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        reason = "it nests too deep" if isinstance(error, RecursionError) else str(error)
+        raise RefusedError(
+            f"{printable(path)} has a broken header: {printable(reason)}."
+        ) from error
+    if not isinstance(header, dict):
+        raise RefusedError(f"{printable(path)} has a broken header: it is not a JSON object.")
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r} occurs twice")
+    return result
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _no_sign(digits: str) -> int:
+    if digits.startswith("-"):  # int() makes a size of -0; the library refuses it
+        raise ValueError(f"{digits} is not a size")
+    return int(digits)
+
+
+def _check_metadata(path: str, metadata: object) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise RefusedError(
+            f"{printable(path)} has a broken header: __metadata__ must map strings to strings."
+        )
+
+
+def _tensor(path: str, name: str, entry: object, start: int) -> TensorSpec:
+    """One entry of the header of a file whose data starts at byte `start`."""
+
+    def refuse(reason: str) -> RefusedError:
+        return RefusedError(f"{printable(path)}: tensor {printable(name)} {reason}.")
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise refuse("must have dtype, shape and data_offsets, and nothing else")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise refuse(f"has an unknown dtype, {printable(dtype)}")
+    if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+        raise refuse("has a shape or data_offsets that are not lists of sizes")
+    bits = 1
+    for factor in (*shape, DTYPE_BITS[dtype]):  # as the library multiplies: no step may overflow
+        bits *= factor
+        if bits > _LARGEST:
+            raise refuse(f"has a shape too large for 64 bits, {printable(shape)}")
+    if bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        raise refuse(
+            f"spans {offsets[1] - offsets[0]} bytes, but its shape {printable(shape)} in {dtype}"
+            f" takes {bits / 8:g}"
+        )
+    return TensorSpec(dtype, tuple(shape), 0, start + offsets[0])
+
+
+def _sizes(values: object) -> bool:
+    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
+        return False
+    return not values or (min(values) >= 0 and max(values) <= _LARGEST)
+
+
+def _check_cover(path: str, ranges: Iterable[tuple[str, int, int]], data_bytes: int) -> None:
+    """Check that tensors (name, first byte, the one after the last) cover the data exactly."""
+    end = 0
+    for name, start, following in ranges:
+        if start != end:
+            gap = "overlaps another" if start < end else "leaves a gap before it"
+            raise RefusedError(f"{printable(path)}: tensor {printable(name)} {gap}.")
+        end = following
+    if end > data_bytes:
+        raise IncompleteError(
+            f"{printable(path)} is cut short: its header promises {end} bytes of data, the file has"
+            f" {data_bytes}.",
+            "An interrupted save? Leave it out.",
+        )
+    if end < data_bytes:
+        raise RefusedError(
+            f"{printable(path)} has {data_bytes - end} bytes after its last tensor.",
+            "Damaged, or two files in one? Fetch or save it again.",
+        )

@@ -1,1 +1,0 @@
-"""From a folder or a list of paths to checkpoints in training order; no tensor is averaged here."""

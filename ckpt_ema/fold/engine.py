@@ -1,0 +1,273 @@
+"""The one loop: which tile, which thread, which device. Sources and destination meet here alone.
+
+A thread takes the next tile, reads its range from every checkpoint, folds, rounds and writes it
+where it belongs. Threads share nothing but the list of tiles, so the bytes do not depend on how
+many there are.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Protocol
+
+import torch
+
+from ckpt_ema.errors import FailedError
+from ckpt_ema.fold.devices import CPU, accumulator, elements_at_a_time, is_out_of_memory
+from ckpt_ema.fold.monitors.nonfinite import check_nonfinite
+from ckpt_ema.fold.monitors.twins import TileTwins, Twins
+from ckpt_ema.fold.monitors.zeros import TileZeros, Zeroed
+from ckpt_ema.fold.shadow import is_finite
+from ckpt_ema.fold.sources import TORCH_DTYPES, Sources
+from ckpt_ema.fold.tile_fold import Staging, TileFold, Use, make_fold
+from ckpt_ema.fold.tiles import Tile, cut, joined
+from ckpt_ema.planning.plan import Plan
+
+_POLL_SECONDS = 0.1  # how long the main thread is deaf to signals, at most
+_ROOM_TO_START = 16 << 20  # a thread's stack, and what it takes before it does anything
+
+
+class Destination(Protocol):
+    """Where finished bytes go; called from many threads."""
+
+    def write(self, file: int, data: memoryview, offset: int) -> None:
+        """Put `data` at `offset` of the output file with this number."""
+
+
+def run(
+    plan: Plan,
+    tiles: Iterable[Tile],
+    destination: Destination,
+    device: torch.device,
+    twins: Twins,
+    zeroed: Zeroed,
+    *,
+    tick: Callable[[int], None],
+    finished: Callable[[range], None] | None = None,
+) -> bool:
+    """Fold tiles of `plan` into `destination`, on `device`.
+
+    `twins` learns which pairs differ, `zeroed` which checkpoints turn to zeros.
+    `tick` is called in this thread, ten times a second, with the bytes read so far; `finished` from
+    any thread, with the numbers of tiles that are written. What they raise ends the work. A thread
+    that finds the memory of an accelerator full goes on without it; if none does, it returns True.
+
+    Raises `RefusedError` for values that are not finite, `FailedError` if a file changes or cannot
+    be read, and whatever `destination` raises; by then every thread has ended.
+    """
+    sources = Sources(plan)
+    try:
+        elements = elements_at_a_time(plan, device)
+        job = _Job(
+            plan,
+            sources,
+            destination,
+            device,
+            elements,
+            joined(tiles, elements),
+            twins,
+            zeroed,
+            finished,
+        )
+        _run_threads(job, tick)
+        sources.verify()
+        return job.device_sufficed
+    finally:
+        sources.close()
+
+
+@dataclass(slots=True)
+class _Job:
+    """What the threads share."""
+
+    plan: Plan
+    sources: Sources
+    destination: Destination
+    device: torch.device
+    elements: int  # that a thread has on the device at a time
+    tiles: Iterator[Tile]
+    twins: Twins
+    zeroed: Zeroed
+    finished: Callable[[range], None] | None
+    device_sufficed: bool = True
+    bytes_read: int = 0
+    stopped: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def next_tile(self) -> Tile | None:
+        with self.lock:
+            return None if self.stopped else next(self.tiles, None)
+
+    def count_read(self, size_bytes: int) -> None:
+        with self.lock:
+            self.bytes_read += size_bytes
+
+
+def _run_threads(job: _Job, tick: Callable[[int], None]) -> None:
+    threads = job.plan.threads
+    with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-ema") as pool:
+        try:
+            with job.lock:  # so that no thread takes memory before all have started
+                pending = {_started(pool, job) for _ in range(threads)}
+            while pending:
+                done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                tick(job.bytes_read)
+        finally:
+            job.stopped = True
+
+
+def _started(pool: ThreadPoolExecutor, job: _Job) -> Future[None]:
+    # Python waits forever for a thread that finds no memory to say that it has started.
+    bytes(_ROOM_TO_START)
+    try:
+        return pool.submit(_Worker(job).work)
+    except RuntimeError as error:
+        raise FailedError(
+            "The machine can start no more threads.", "Try --threads 1 and --max-memory 64MiB."
+        ) from error
+
+
+class _StoppedError(Exception):
+    """Another thread has failed, or the process is asked to end."""
+
+
+class _Worker:
+    """One thread's part, with memory of its own."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self._plan = job.plan
+        self._device = job.device
+        self._elements = job.elements
+        self._fold: TileFold | None = None  # made when the first tensor comes that is averaged
+        self._staging = Staging(0)  # for kept tensors, likewise
+
+    def work(self) -> None:
+        """Take tiles until there are none."""
+        # There is one thread per core already; without this each would start a team of its own.
+        torch.set_num_threads(1)
+        with contextlib.suppress(_StoppedError):
+            while (tile := self._job.next_tile()) is not None:
+                if tile.span.averaged:
+                    self._average(tile)
+                else:
+                    self._keep(tile)
+                if self._job.finished:
+                    self._job.finished(tile.numbers)
+
+    def _average(self, tile: Tile) -> None:
+        """Fold a tile of every checkpoint and hand on each average; without a device that fails."""
+        for part in cut(tile, self._elements):
+            if not self._fits(part):
+                self._leave_device()
+                rest = tile.length - (part.start - tile.start)
+                self._average(tile._replace(start=part.start, length=rest))
+                return
+
+    def _fits(self, tile: Tile) -> bool:
+        """Fold what there is room for on the device; False if its memory is full."""
+        try:
+            self._fold = self._fold or self._make_fold()
+            self._fold_tile(tile, self._fold)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if self._device == CPU:
+                raise FailedError(
+                    "The machine ran out of memory.", "Try --max-memory 64MiB."
+                ) from error
+            return False
+        return True
+
+    def _leave_device(self) -> None:
+        """Go on without the device."""
+        self._device, self._elements, self._fold = CPU, self._plan.tile_elements, None
+        self._job.device_sufficed = False
+
+    def _make_fold(self) -> TileFold:
+        wide = accumulator(self._plan, self._device)
+        of_checkpoints, widest_bytes = uses(self._plan), self._plan.work.widest_bytes
+        return make_fold(of_checkpoints, self._elements, wide, self._device, widest_bytes)
+
+    def _keep(self, tile: Tile) -> None:
+        """Hand on the bytes of the newest checkpoint."""
+        span = tile.span
+        assert span.kept_from is not None
+        if tile.length > len(self._staging.bytes):
+            self._staging = Staging(tile.length)
+        data = self._job.sources.read(
+            span.kept_from, span.sources[0], tile.start, tile.length, self._staging
+        )
+        self._job.count_read(tile.length)
+        for target in span.targets:
+            self._job.destination.write(target.file, data, target.offset + tile.start)
+
+    def _fold_tile(self, tile: Tile, fold: TileFold) -> None:
+        span = tile.span
+        twins, zeros = TileTwins(self._job.twins), TileZeros()
+
+        def read(index: int, staging: Staging) -> torch.Tensor:
+            if self._job.stopped:  # a tile of a thousand checkpoints takes its time
+                raise _StoppedError
+            source = span.sources[self._plan.work.layout_of[index]]
+            return self._job.sources.values(index, source, tile.start, tile.length, staging)
+
+        def read_and_compare(index: int, staging: Staging) -> torch.Tensor:
+            values = read(index, staging)
+            content = staging.bytes[: values.nbytes]
+            twins.see(index, content)
+            turned = zeros.newly(content, values.itemsize)
+            if turned:
+                self._job.zeroed.note(index, tile, turned)
+            return values
+
+        fold.fold(tile.length, read_and_compare)
+        if not self._hand_on(tile, fold, only_finite=True):
+            fold.fold(tile.length, read, keeping_infinities=True)
+            self._hand_on(tile, fold, only_finite=False)
+        self._job.count_read(span.bytes_read(self._plan.work.layout_of, tile.length))
+
+    def _hand_on(self, tile: Tile, fold: TileFold, *, only_finite: bool) -> bool:
+        """Write the averages of a tile where they belong; False if some are not finite.
+
+        Those are not written, or else (`only_finite` False) searched for what made them so.
+        """
+        dtypes = tile.span.dtypes
+        all_finite = True
+        for name, same in groupby(sorted(dtypes), dtypes.__getitem__):
+            dtype, numbers = TORCH_DTYPES[name], list(same)
+            data = fold.rounded(slice(numbers[0], numbers[-1] + 1), tile.length, dtype)
+            if not is_finite(torch.frombuffer(data, dtype=dtype)):
+                if only_finite:
+                    all_finite = False
+                    continue
+                self._check(tile, numbers, torch.frombuffer(data, dtype=dtype))
+            size_bytes = tile.length * dtype.itemsize
+            for target in tile.span.targets:
+                if target.average in numbers:
+                    row = numbers.index(target.average) * size_bytes
+                    offset = target.offset + tile.start * dtype.itemsize
+                    write = self._job.destination.write
+                    write(target.file, data[row : row + size_bytes], offset)
+        return all_finite
+
+    def _check(self, tile: Tile, averages: Sequence[int], rounded: torch.Tensor) -> None:
+        """Refuse values that are not finite, unless they are wanted."""
+        if self._plan.options.allow_nonfinite:
+            return
+        for average, values in zip(averages, rounded.view(len(averages), tile.length), strict=True):
+            check_nonfinite(self._plan, self._job.sources, tile.span, tile.start, average, values)
+
+
+def uses(plan: Plan) -> list[list[Use]]:
+    """What each checkpoint of a plan is to each of its averages."""
+    found: list[list[Use]] = [[] for _ in plan.checkpoints]
+    for number_of_average, average in enumerate(plan.averages):
+        for checkpoint, decay in zip(average.members, (None, *average.decays), strict=True):
+            found[checkpoint].append(Use(number_of_average, decay))
+    return found

@@ -1,0 +1,118 @@
+"""Reading a range of a tensor that lies in pieces: strided views, and chunks in several files.
+
+A range of elements is cut into boxes, each box into what every piece has of it, and that into reads
+that hold little else. So a tile costs the memory of a tile, however the tensor is laid out.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from operator import add
+from typing import NamedTuple
+
+import torch
+
+from ckpt_ema.containers.specs import (
+    DTYPE_BITS,
+    MOST_READ_PER_WANTED,
+    Piece,
+    TensorSpec,
+    is_packed,
+    packed_strides,
+    spanned,
+)
+
+_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # starts, sizes
+ReadInto = Callable[[int, memoryview, int], None]  # file, where to, offset in bytes
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """Cut the elements from `start` to `stop` of a tensor into boxes, in the order of the elements.
+
+    >>> list(boxes((4, 3), 2, 10))
+    [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
+    """
+    if start >= stop:
+        return
+    if len(shape) < 2:
+        yield ((start,), (stop - start,)) if shape else ((), ())
+        return
+    row = packed_strides(shape)[0]
+    first, last = -(-start // row), stop // row  # the rows that are whole
+    if first > last:  # all of it lies inside one row
+        yield from _in_row(shape, last, start - last * row, stop - last * row)
+        return
+    yield from _in_row(shape, first - 1, start - (first - 1) * row, row if start % row else 0)
+    if first < last:
+        yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
+    yield from _in_row(shape, last, 0, stop - last * row)
+
+
+def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[Box]:
+    for starts, sizes in boxes(shape[1:], start, stop):
+        yield (row, *starts), (1, *sizes)
+
+
+def gather(spec: TensorSpec, start: int, values: memoryview, read_into: ReadInto) -> None:
+    """Fill `values` (bytes) with the elements of `spec` from element `start` on."""
+    width = DTYPE_BITS[spec.dtype] // 8
+    gatherer = _Gatherer(values, torch.frombuffer(values, dtype=_OF_WIDTH[width]), read_into)
+    at = 0
+    for starts, sizes in boxes(spec.shape, start, start + len(values) // width):
+        strides = packed_strides(sizes)
+        for piece in spec.pieces:
+            begins, part = _overlap(piece, starts, sizes)
+            if 0 not in part:
+                source = piece.offset + width * _distance(piece.starts, begins, piece.strides)
+                target = at + _distance(starts, begins, strides)
+                gatherer.copy(piece, source, part, target, strides)
+        at += math.prod(sizes)
+
+
+def _overlap(piece: Piece, starts: Sequence[int], sizes: Sequence[int]) -> Box:
+    """The part of a box that a piece has; a size is 0 where it has none."""
+    begins = tuple(map(max, starts, piece.starts))
+    ends = map(min, map(add, starts, sizes), map(add, piece.starts, piece.sizes))
+    return begins, tuple(max(0, end - begin) for begin, end in zip(begins, ends, strict=True))
+
+
+def _distance(start: Sequence[int], end: Sequence[int], strides: Sequence[int]) -> int:
+    return sum((e - s) * stride for s, e, stride in zip(start, end, strides, strict=True))
+
+
+class _Gatherer(NamedTuple):
+    """Where the elements go: the same memory as bytes and as elements."""
+
+    values: memoryview
+    elements: torch.Tensor
+    read_into: ReadInto
+
+    def copy(
+        self, piece: Piece, source: int, sizes: tuple[int, ...], target: int, strides: Sequence[int]
+    ) -> None:
+        """Read a box of `piece` that begins at byte `source` to element `target`."""
+        width, count = self.elements.itemsize, math.prod(sizes)
+        span = spanned(sizes, piece.strides)
+        if is_packed(sizes, piece.strides) and is_packed(sizes, strides):
+            # The common case, a chunk of whole rows: straight to where it belongs.
+            self.read_into(
+                piece.file, self.values[target * width : (target + count) * width], source
+            )
+        elif span <= MOST_READ_PER_WANTED * count:
+            raw = bytearray(span * width)
+            self.read_into(piece.file, memoryview(raw), source)
+            box = torch.frombuffer(raw, dtype=self.elements.dtype)
+            view = box.as_strided(sizes, piece.strides)
+            self.elements.as_strided(sizes, tuple(strides), target).copy_(view)
+        else:
+            axis = max(range(len(sizes)), key=lambda axis: (sizes[axis] > 1) * piece.strides[axis])
+            half = sizes[axis] // 2
+            for begin, size in ((0, half), (half, sizes[axis] - half)):
+                self.copy(
+                    piece,
+                    source + begin * piece.strides[axis] * width,
+                    (*sizes[:axis], size, *sizes[axis + 1 :]),
+                    target + begin * strides[axis],
+                    strides,
+                )

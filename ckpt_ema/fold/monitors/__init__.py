@@ -1,0 +1,1 @@
+"""What looks at values while they pass."""

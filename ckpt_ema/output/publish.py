@@ -1,0 +1,231 @@
+"""The output, which appears whole or not at all.
+
+Everything is written in a hidden folder beside the final path, made durable, and published by one
+rename.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from ckpt_ema.errors import FailedError, printable
+from ckpt_ema.output.workspace import (
+    PUBLISHED,
+    WorkFolder,
+    as_failure,
+    durable_file,
+    fsync_folder,
+    hidden_sibling,
+    remove,
+    replace_file,
+    write_all,
+)
+from ckpt_ema.storage.local import open_regular, read_exactly
+from ckpt_ema.targets.safetensors_folder import OutputFile
+
+_MOST_OPEN_FILES = 16
+_COPIED_BYTES = 1 << 20  # at a time
+
+
+class StagedOutput:
+    """An output in its work folder; a context manager, which closes its files."""
+
+    def __init__(self, work: WorkFolder, *, is_single_file: bool, overwrite: bool) -> None:
+        self._final, self._staging = work.final, work.output
+        self._single = is_single_file
+        self._overwrite = overwrite
+        self._fds: list[int] = []  # of the first model files; there may be more files than that
+        self._paths: list[Path] = []
+
+    def __enter__(self) -> "StagedOutput":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for fd in self._fds:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def create(self, files: Sequence[tuple[str, OutputFile]]) -> None:
+        """Reserve the space of the model files, by their names in the folder; write the headers.
+
+        What has been written to them already stays.
+        """
+        for number, (name, file) in enumerate(files):
+            path = self._staging if self._single else self._staging / name
+            self._paths.append(path)
+            with as_failure(self._final):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_CREAT, 0o666)
+                try:
+                    _reserve(fd, file.size_bytes)
+                finally:
+                    if number < _MOST_OPEN_FILES:
+                        self._fds.append(fd)
+                    else:
+                        os.close(fd)
+            self.write(number, memoryview(file.header), 0)
+
+    def adopt(self, names: Sequence[str]) -> None:
+        """Take the model files that others have written, by their names in the folder."""
+        self._paths = [self._staging if self._single else self._staging / name for name in names]
+
+    def write(self, file: int, data: memoryview, offset: int) -> None:
+        """Put `data` at `offset` of model file number `file`; from any thread."""
+        with as_failure(self._final), self._opened(file) as fd:
+            write_all(fd, data, offset)
+            _start_writeback(fd, offset, len(data))
+
+    @contextlib.contextmanager
+    def _opened(self, file: int) -> Iterator[int]:
+        """The descriptor of a model file; of the last of many files, one for the moment."""
+        if file < len(self._fds):
+            yield self._fds[file]
+            return
+        fd = os.open(self._paths[file], os.O_RDWR | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def add(self, name: str, content: bytes) -> None:
+        """Write one small file of the output folder."""
+        path = self._staging / name
+        with as_failure(self._final / name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, content, self._staging.parent)  # parts write it at the same time
+
+    def copy(self, source: Path, name: str) -> None:
+        """Copy one file that travels with the weights, byte for byte."""
+        path = self._staging / name
+        with open_regular(os.fspath(source)) as file, as_failure(self._final / name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with durable_file(path) as fd:
+                for offset in range(0, file.size_bytes, _COPIED_BYTES):
+                    count = min(_COPIED_BYTES, file.size_bytes - offset)
+                    write_all(fd, read_exactly(os.fspath(source), file.fd, count, offset), offset)
+                os.ftruncate(fd, file.size_bytes)
+
+    def check_loads(self) -> None:
+        """Have the safetensors library itself accept every model file; it reads headers only."""
+        from safetensors import SafetensorError, safe_open
+
+        for number in range(len(self._paths)):
+            try:
+                # By descriptor, since the library takes no path that is not UTF-8.
+                with self._opened(number) as fd, safe_open(f"/dev/fd/{fd}", "pt") as model:
+                    model.keys()
+            except (OSError, RuntimeError) as error:  # the latter of torch, which maps the file
+                raise FailedError(
+                    f"{printable(self._final)} cannot be read again: {printable(error)}.",
+                    "Nothing was published.",
+                ) from error
+            except SafetensorError as error:
+                raise FailedError(
+                    f"{printable(self._final)}: the safetensors library refuses what was written"
+                    f" ({printable(error)}).",
+                    "Nothing was published; please report it.",
+                ) from error
+
+    def make_durable(self) -> None:
+        """Have everything written so far survive a loss of power."""
+        with as_failure(self._final):
+            for number in range(len(self._paths)):
+                with self._opened(number) as fd:
+                    os.fsync(fd)
+            if not self._single:
+                for folder, _, _ in os.walk(self._staging):
+                    fsync_folder(folder)
+
+    def publish(self) -> None:
+        """Give the output, made durable, its final name, replacing what may be there."""
+        self.make_durable()
+        ready = self._staging.with_name(PUBLISHED)
+        with as_failure(self._final):
+            # From here on what is written down of it is void: after an exchange the old output is
+            # in its place.
+            remove(ready)  # of a run that was killed here
+            os.rename(self._staging, ready)
+            fsync_folder(ready.parent)
+            try:
+                self._give_name(ready)
+            except OSError:
+                os.rename(ready, self._staging)
+                raise
+        try:
+            fsync_folder(self._final.parent)
+        except OSError as error:
+            raise FailedError(
+                f"{printable(self._final)} is published, and may not survive a loss of power:"
+                f" {error.strerror}."
+            ) from error
+
+    def _give_name(self, ready: Path) -> None:
+        if self._overwrite and os.path.lexists(self._final):
+            self._replace(ready)
+        elif self._single:
+            _link_or_rename(ready, self._final)
+        else:
+            os.rename(ready, self._final)  # replaces nothing but an empty folder
+
+    def _replace(self, ready: Path) -> None:
+        """Put the new in the place of the old, and that into the work folder or away."""
+        if self._single:
+            os.replace(ready, self._final)
+        elif not _exchange(ready, self._final):
+            old = hidden_sibling(self._final)
+            os.rename(self._final, old)
+            try:
+                os.rename(ready, self._final)
+            except BaseException:
+                os.rename(old, self._final)
+                raise
+            remove(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step, so that there is no moment without an output; Linux can."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+
+
+def _link_or_rename(staging: Path, final: Path) -> None:
+    """Give a file its final name, but never one that is taken."""
+    try:
+        os.link(staging, final)  # unlike a rename, it never replaces
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP) or os.path.lexists(final):
+            raise
+        os.rename(staging, final)  # a file system without hard links
+
+
+def _reserve(fd: int, size_bytes: int) -> None:
+    """Allocate the file's space now, so that a full disk shows before the work is done."""
+    try:
+        os.posix_fallocate(fd, 0, size_bytes)
+    except AttributeError:  # macOS
+        os.ftruncate(fd, size_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(fd, size_bytes)
+
+
+def _start_writeback(fd: int, offset: int, size_bytes: int) -> None:
+    """Have the kernel begin to write these bytes out, so that fsync has nothing left to wait for.
+
+    On Linux that is what the advice does to dirty pages; it drops clean ones only.
+    """
+    if hasattr(os, "posix_fadvise"):  # macOS has none
+        os.posix_fadvise(fd, offset, size_bytes, os.POSIX_FADV_DONTNEED)

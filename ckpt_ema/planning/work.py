@@ -1,0 +1,158 @@
+"""The work as spans: runs of elements that lie one after the other in every checkpoint and output.
+
+The fold is elementwise, so where one tensor ends and the next begins does not matter to it.
+Neighbours that are neighbours in every file are one span, and a hundred thousand small tensors cost
+what one large tensor costs.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from ckpt_ema.containers.specs import DTYPE_BITS, Specs, TensorSpec
+from ckpt_ema.targets.safetensors_folder import OutputFile, OutputTensor
+
+
+class Target(NamedTuple):
+    """Where a span goes in one output; tied tensors give it several."""
+
+    average: int
+    file: int  # counted through the files of all averages
+    offset: int  # in bytes
+    dtype: str
+
+
+class Span(NamedTuple):
+    """A run of elements of one dtype in each file that takes part."""
+
+    length: int  # elements if averaged, bytes if kept
+    kept_from: int | None  # the checkpoint whose bytes are kept; None if it is averaged
+    targets: tuple[Target, ...]
+    sources: tuple[TensorSpec, ...]  # of the first tensor, for each layout; that of `kept_from`
+
+    @property
+    def averaged(self) -> bool:
+        """Whether all checkpoints are read and folded."""
+        return self.kept_from is None
+
+    @property
+    def dtypes(self) -> dict[int, str]:
+        """The dtype of each average's output."""
+        return {target.average: target.dtype for target in self.targets}
+
+    def bytes_read(self, layout_of: Sequence[int], length: int | None = None) -> int:
+        """Bytes that are read for it, or for `length` of it; `layout_of` as in `Work`."""
+        length = self.length if length is None else length
+        if not self.averaged:
+            return length
+        bits = [DTYPE_BITS[source.dtype] for source in self.sources]
+        return length * sum(bits[layout] for layout in layout_of) // 8
+
+    def bytes_written(self, length: int) -> int:
+        """Bytes that are written for `length` of it."""
+        if not self.averaged:
+            return length * len(self.targets)
+        return length * sum(DTYPE_BITS[target.dtype] for target in self.targets) // 8
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether some checkpoint has it in pieces; such a span is one tensor."""
+        return any(source.pieces for source in self.sources)
+
+
+class Work(NamedTuple):
+    """All spans of a plan; checkpoint j has its tensors where layout `layout_of[j]` says."""
+
+    spans: tuple[Span, ...]
+    layout_of: tuple[int, ...]
+
+    def dtypes(self) -> set[str]:
+        """Every dtype that is averaged, in a checkpoint or in an output."""
+        spans = [span for span in self.spans if span.averaged]
+        read = {source.dtype for span in spans for source in span.sources}
+        return read | {target.dtype for span in spans for target in span.targets}
+
+    @property
+    def widest_bytes(self) -> int:
+        """The bytes of an element of the widest dtype that is averaged."""
+        return max((DTYPE_BITS[dtype] // 8 for dtype in self.dtypes()), default=8)
+
+    def bytes_read(self) -> int:
+        """Bytes of tensor data that are read, each once."""
+        return sum(span.bytes_read(self.layout_of) for span in self.spans)
+
+
+def make_work(
+    checkpoints: Sequence[Specs], outputs: Sequence[tuple[int, Sequence[OutputFile]]]
+) -> Work:
+    """Join the tensors of the outputs to spans, in the order of the first output's bytes.
+
+    `outputs` has, for each average, the number of its newest checkpoint and its files.
+    """
+    by_identity = {id(specs.tensors): specs for specs in checkpoints}
+    number_of = {identity: number for number, identity in enumerate(by_identity)}
+    layouts = list(by_identity.values())
+    # Tied tensors share their bytes in every checkpoint: they are one span with several targets.
+    untied: dict[tuple[object, ...], Span] = {}
+    for tensor, target, newest in _tensors(outputs):
+        kept_from = None if tensor.averaged else newest
+        sources = tuple(
+            specs.tensors[tensor.key]
+            for specs in (layouts if tensor.averaged else [checkpoints[newest]])
+        )
+        place = (kept_from, *sources)
+        twin = untied.get(place)
+        if twin:
+            untied[place] = twin._replace(targets=(*twin.targets, target))
+        elif math.prod(tensor.shape):
+            length = math.prod(tensor.shape) if tensor.averaged else sources[0].size_bytes
+            untied[place] = Span(length, kept_from, (target,), sources)
+    spans = tuple(_joined(untied.values()))
+    return Work(spans, tuple(number_of[id(specs.tensors)] for specs in checkpoints))
+
+
+def _tensors(
+    outputs: Sequence[tuple[int, Sequence[OutputFile]]],
+) -> Iterator[tuple[OutputTensor, Target, int]]:
+    """Every tensor of every output, where it goes, and the newest checkpoint of its average."""
+    number = 0
+    for average, (newest, files) in enumerate(outputs):
+        for file in files:
+            for tensor in sorted(file.tensors, key=lambda tensor: tensor.offset):
+                yield tensor, Target(average, number, tensor.offset, tensor.dtype), newest
+            number += 1
+
+
+def _joined(spans: Iterable[Span]) -> Iterator[Span]:
+    """The spans, those that follow each other as one."""
+    group: list[Span] = []
+    for span in spans:
+        if group and not _follows(group[-1], span):
+            yield group[0]._replace(length=sum(one.length for one in group))
+            group = []
+        group.append(span)
+    if group:
+        yield group[0]._replace(length=sum(one.length for one in group))
+
+
+def _follows(span: Span, other: Span) -> bool:
+    """Whether `other` begins where `span` ends, in every checkpoint and in every output."""
+    if span.kept_from != other.kept_from or len(span.targets) != len(other.targets):
+        return False
+    before: tuple[Target | TensorSpec, ...] = span.targets + span.sources
+    after: tuple[Target | TensorSpec, ...] = other.targets + other.sources
+    for one, next_one in zip(before, after, strict=True):
+        if one.file != next_one.file or one.offset + _bytes(span, one.dtype) != next_one.offset:
+            return False
+        if one.dtype != next_one.dtype and span.averaged:
+            return False
+    return not (span.in_pieces or other.in_pieces or _has_ties(span) or _has_ties(other))
+
+
+def _has_ties(span: Span) -> bool:
+    targets = span.targets
+    return len(targets) > 1 and len({target.average for target in targets}) < len(targets)
+
+
+def _bytes(span: Span, dtype: str) -> int:
+    return span.length * DTYPE_BITS[dtype] // 8 if span.averaged else span.length

@@ -1,0 +1,71 @@
+"""The weights of a plan's checkpoints as rows of text, for a terminal or as Markdown."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ckpt_ema.errors import printable
+from ckpt_ema.planning.average import Average
+from ckpt_ema.planning.plan import Plan
+
+UNKNOWN = "-"
+
+
+class Row(NamedTuple):
+    """A checkpoint, or those that are left out of the table."""
+
+    name: str
+    cells: tuple[str, ...]  # under `cell_headings`
+    weights: tuple[float | None, ...]  # of each average; None where it does not take it
+    has_bars: bool = True
+
+    @property
+    def shares(self) -> list[str]:
+        """The weights as percentages."""
+        return [UNKNOWN if weight is None else f"{weight:.2%}" for weight in self.weights]
+
+
+def cell_headings(averages: Sequence[Average]) -> list[str]:
+    """What the rows tell beside names and weights; gaps and decays are those of one average."""
+    return ["step", "gap", "decay"] if len(averages) == 1 else ["step"]
+
+
+def rows_of(plan: Plan, averages: Sequence[Average]) -> list[Row]:
+    """A row for each checkpoint that some of the averages take."""
+    weights = [dict(zip(c.members, c.weights, strict=True)) for c in averages]
+    taken = sorted({number for of_candidate in weights for number in of_candidate})
+    columns: list[Sequence[object]] = [[plan.checkpoints[number].step for number in taken]]
+    if len(averages) == 1:
+        decays = [None, *(f"{decay:.4f}" for decay in averages[0].decays)]
+        columns += [averages[0].gaps, decays]
+    rows: list[Row] = []
+    for number, *values in zip(taken, *columns, strict=True):
+        cells = tuple(UNKNOWN if value is None else str(value) for value in values)
+        found = tuple(of_candidate.get(number) for of_candidate in weights)
+        rows.append(Row(printable(plan.checkpoints[number].name), cells, found))
+    return rows
+
+
+def without_middle(rows: list[Row], most_rows: int) -> list[Row]:
+    """The rows, or the oldest and newest of them with one row for those between."""
+    if len(rows) <= most_rows:
+        return rows
+    newest = most_rows * 2 // 3  # which weigh most
+    oldest = most_rows - newest - 1
+    hidden = rows[oldest : len(rows) - newest]
+    columns = zip(*(row.weights for row in hidden), strict=True)
+    sums = tuple(sum(weight or 0.0 for weight in column) for column in columns)
+    blank = ("",) * len(hidden[0].cells)
+    between = Row(f"... {len(hidden)} more", blank, sums, has_bars=False)
+    return [*rows[:oldest], between, *rows[-newest:]]
+
+
+def markdown_lines(plan: Plan, averages: Sequence[Average]) -> list[str]:
+    """The weights of some averages of a plan as a table in Markdown."""
+    names = ["weight"] if len(averages) == 1 else [average.name for average in averages]
+    headings = ["checkpoint", *cell_headings(averages), *names]
+    rows = [
+        [row.name.replace("|", "&#124;"), *row.cells, *row.shares]
+        for row in rows_of(plan, averages)
+    ]
+    ruler = [":---", *("---:" for _ in headings[1:])]
+    return [f"| {' | '.join(cells)} |" for cells in (headings, ruler, *rows)]

@@ -1,0 +1,1 @@
+"""What an output consists of, laid out before a byte of it exists."""
