@@ -7,12 +7,12 @@ need not run at the same time: `finish` may come a week later. Ranks of one laun
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt_ema.containers.compare import same_values
 from ckpt_ema.errors import FailedError, RefusedError, printable
 from ckpt_ema.fold.tiles import Share, share_from
-from ckpt_ema.options import PathLike
+from ckpt_ema.options import Keywords, PathLike
 from ckpt_ema.output.destination import averages_in, check_vacant
 from ckpt_ema.output.ledger import ranges
 from ckpt_ema.output.manifest import read_manifest
@@ -35,6 +35,9 @@ from ckpt_ema.run import (
 )
 from ckpt_ema.targets.safetensors_folder import is_single_file
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _WORK = "work"  # the record of what is made
 _RANK = "rank-"  # the kind of records that say that a rank is done, which another run need not keep
 
@@ -46,7 +49,7 @@ def average_part(
     overwrite: bool = False,
     progress: Progress | None = None,
     resume: bool = False,
-    **options: Any,
+    **options: "Unpack[Keywords]",
 ) -> None:
     """Make one part, such as "3/64", of averages that `finish` then publishes.
 
@@ -87,7 +90,7 @@ def carry_out_part(
             "files": [name for name, _ in files_of(plan)],
             "manifests": dict(zip(folders_of(plan), records_of(plan, command), strict=True)),
             "checkpoints": [checkpoint.name for checkpoint in plan.checkpoints],
-            "allow_duplicates": plan.options.allow_duplicates,
+            "allow_duplicates": plan.allow_duplicates,
         }
         work.record(_WORK, description)
         work.record(f"{kind}{share.part}-of-{share.of}", {"alike": made.alike, **made.facts()})

@@ -14,7 +14,7 @@ from ckpt_ema.errors import FailedError, RefusedError, printable
 from ckpt_ema.fold.monitors.twins import Twins
 from ckpt_ema.fold.monitors.zeros import Zeroed
 from ckpt_ema.fold.tiles import WHOLE, Share, Tile, tiles
-from ckpt_ema.options import PathLike
+from ckpt_ema.options import Keywords, PathLike
 from ckpt_ema.output import manifest
 from ckpt_ema.output.destination import check_vacant
 from ckpt_ema.output.ledger import Journal
@@ -30,6 +30,7 @@ from ckpt_ema.trainers.conventions import CARD_NAME, MANIFEST_NAME
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Unpack
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read in all
 
@@ -41,7 +42,7 @@ def average(
     plot: PathLike | None = None,
     progress: Progress | None = None,
     resume: bool = False,
-    **options: Any,
+    **options: "Unpack[Keywords]",
 ) -> Result:
     """Average the checkpoints in `run`, a folder or checkpoints oldest first, into an output.
 
@@ -152,13 +153,13 @@ def add_side_files(
             continue
         for name, content in average.output.indexes:
             staged.add(os.path.join(folder, name), content)
-        if plan.options.card:
+        if plan.card:
             text = card(plan, average, command, picture.name if picture else None)
             staged.add(os.path.join(folder, CARD_NAME), text.encode())
             if picture:
                 staged.add(os.path.join(folder, picture.name), picture.content)
         for companion in average.output.companions:
-            staged.copy(companion.source, os.path.join(folder, companion.name))
+            staged.copy(companion.source, os.path.join(folder, companion.name), plan.storage)
 
 
 def fold(
@@ -207,7 +208,7 @@ def fold(
 
 def check_different(plan: Plan, alike: Sequence[tuple[int, int]]) -> None:
     """Refuse two steps with one state, unless they are wanted."""
-    if alike and not plan.options.allow_duplicates:
+    if alike and not plan.allow_duplicates:
         raise same_values(*(plan.checkpoints[number].name for number in alike[0]))
 
 
@@ -243,7 +244,7 @@ def resolve_device(plan: Plan, place: int = 0) -> "torch.device":
         from ckpt_ema.fold import devices
     except (ImportError, OSError) as error:
         raise FailedError(f"torch cannot be imported: {printable(error)}.") from error
-    return devices.resolve_device(plan.options.device, place)
+    return devices.resolve_device(plan.engine.device, place)
 
 
 def _peak_memory_bytes() -> int:

@@ -141,12 +141,13 @@ def one_round(
     """Break a file and read it: which format, what was read, and what came of it."""
     from ckpt_ema.containers.read import read_specs
     from ckpt_ema.containers.specs import Member, ModelFiles
+    from ckpt_ema.storage.local import Local
 
     name = chance.choice(sorted(seeds))
     folder, file, good = seeds[name]
     content = broken(good, chance)
     (folder / file).write_bytes(content)
-    outcome = tried(lambda: read_specs(ModelFiles(folder, (Member(file),))))
+    outcome = tried(lambda: read_specs(ModelFiles(folder, (Member(file),)), Local()))
     if outcome == "read" and name == "safetensors" and library_refuses(folder / file):
         outcome = "read, and the library refuses it"
     return name, content, outcome

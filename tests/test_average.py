@@ -15,7 +15,7 @@ import torch
 import ckpt_ema
 from ckpt_ema import FailedError, OptionError, RefusedError
 from ckpt_ema.fold import engine
-from ckpt_ema.storage.local import FilePool
+from ckpt_ema.storage.pool import LocalPool
 from tests.conftest import (
     MakeRun,
     noise,
@@ -327,7 +327,7 @@ def test_a_failure_while_writing_leaves_nothing(
 def test_threads_stop_within_a_tile(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading 100 checkpoints takes 5 s here; the error comes in the first tenth of a second."""
     run = make_run(series(100, w=noise(100, 10)))
-    read_into = FilePool.read_into
+    read_into = LocalPool.read_into
 
     def slow(*arguments: Any) -> None:
         time.sleep(0.05)
@@ -336,7 +336,7 @@ def test_threads_stop_within_a_tile(make_run: MakeRun, monkeypatch: pytest.Monke
     def fail(*_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(FilePool, "read_into", slow)
+    monkeypatch.setattr(LocalPool, "read_into", slow)
     before = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         ckpt_ema.average(run, device="cpu", threads=2, tile_size=20, progress=fail)

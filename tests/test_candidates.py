@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import ckpt_ema
 from ckpt_ema import OptionError, RefusedError
 from ckpt_ema.output.result import Result
-from ckpt_ema.storage.local import FilePool
+from ckpt_ema.storage.pool import LocalPool
 from tests.conftest import MakeRun, noise, read_safetensors, series, write_safetensors
 
 NUMBERS = itertools.count()
@@ -154,13 +154,13 @@ def test_every_byte_is_read_once_whatever_the_number_of_averages(
 ) -> None:
     run = make_run(series(6, w=noise(6, 500), n=torch.arange(3)))
     reads: list[tuple[str, int, int]] = []
-    read_into = FilePool.read_into
+    read_into = LocalPool.read_into
 
-    def counted(pool: FilePool, path: str, view: memoryview, offset: int) -> None:
+    def counted(pool: LocalPool, path: str, view: memoryview, offset: int) -> None:
         reads.append((path, offset, len(view)))
         read_into(pool, path, view, offset)
 
-    monkeypatch.setattr(FilePool, "read_into", counted)
+    monkeypatch.setattr(LocalPool, "read_into", counted)
     plan = ckpt_ema.plan(run, last="2,4", half_life="1,2,3")
     assert len(plan.averages) == 6
     assert len(plan.checkpoints) == 4  # the oldest two are in none of them

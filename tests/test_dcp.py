@@ -47,6 +47,7 @@ from ckpt_ema.containers.specs import (
 )
 from ckpt_ema.errors import CkptEmaError, IncompleteError, RefusedError
 from ckpt_ema.fold.gather import gather
+from ckpt_ema.storage.local import Local
 from tests.command import processes
 from tests.conftest import MakeRun, raw, read_safetensors
 from tests.test_torch_file import DTYPES, filled, hostile_pickles, number, pushed, tensor_pickle
@@ -66,7 +67,7 @@ def save(folder: Path, content: Mapping[str, Any]) -> Path:
 
 def read(folder: Path, key: str | None = None) -> Specs:
     """What our reader says of the model."""
-    return read_specs(ModelFiles(folder, (Member(".metadata"),)), key)
+    return read_specs(ModelFiles(folder, (Member(".metadata"),)), Local(), key)
 
 
 def metadata_of(folder: Path) -> Metadata:

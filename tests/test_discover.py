@@ -5,16 +5,27 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_ema.containers.specs import Specs
+from ckpt_ema.containers.source import Source
+from ckpt_ema.containers.specs import ModelFiles, Specs
 from ckpt_ema.errors import RefusedError
 from ckpt_ema.find.found import Found
 from ckpt_ema.find.run import discover as discover_with
-from ckpt_ema.options import Options
+from ckpt_ema.options import Reading, Selection
+from ckpt_ema.storage.local import Local
+
+
+class Mute(Source):
+    """No file can tell its step."""
+
+    def read(self, model: ModelFiles) -> Specs:
+        """Return nothing."""
+        return Specs({}, (), ())
 
 
 def discover(paths: list[Path]) -> Found:
     """Discover without options, where no file can tell its step."""
-    return discover_with(paths, Options(), lambda _: Specs({}, (), ()))
+    source = Mute(Local(), Reading())
+    return discover_with(paths, Selection(), source)
 
 
 def touch(root: Path, *names: str) -> Path:

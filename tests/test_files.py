@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from ckpt_ema import FailedError
-from ckpt_ema.storage import local
-from ckpt_ema.storage.local import FilePool
+from ckpt_ema.storage import pool as local
+from ckpt_ema.storage.pool import LocalPool
+from ckpt_ema.storage.protocol import Identity
 
 SIZE = 40_000_000
 BLOCK = 1_000_000
@@ -52,12 +53,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def _pool(path: Path, read_in_turn: int = 1) -> FilePool:
+def _pool(path: Path, read_in_turn: int = 1) -> LocalPool:
     status = path.stat()
-    return FilePool({str(path): (status.st_size, status.st_mtime_ns)}, read_in_turn)
+    return LocalPool({str(path): Identity(status.st_size, status.st_mtime_ns)}, read_in_turn)
 
 
-def _read(pool: FilePool, path: Path, number: int) -> None:
+def _read(pool: LocalPool, path: Path, number: int) -> None:
     buffer = bytearray(BLOCK)
     pool.read_into(str(path), memoryview(buffer), number * BLOCK)
     assert buffer == bytes([number]) * BLOCK

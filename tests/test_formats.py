@@ -12,6 +12,7 @@ import torch
 from ckpt_ema.containers import read
 from ckpt_ema.containers.specs import DTYPE_BITS, Member, ModelFiles, Specs
 from ckpt_ema.errors import RefusedError
+from ckpt_ema.storage.local import Local
 from tests.conftest import NAMES, raw, write_safetensors
 
 STATE = {
@@ -78,7 +79,7 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
 
 def read_specs(path: Path) -> Specs:
     """The specs of a checkpoint of one part."""
-    return read.read_specs(ModelFiles(path.parent, (Member(path.name),)))
+    return read.read_specs(ModelFiles(path.parent, (Member(path.name),)), Local())
 
 
 @pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)

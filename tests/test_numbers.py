@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ckpt_ema
-from ckpt_ema.options import Options
+from ckpt_ema.options import make_options
 from tests.conftest import MakeRun, noise, raw, read_safetensors, series, write_safetensors
 
 NO_DEADLINE = settings(
@@ -30,7 +30,7 @@ def averaged(run: Path, **options: Any) -> dict[str, torch.Tensor]:
 
 def decays(count: int, **options: Any) -> list[float]:
     """The decays of so many checkpoints, one step apart."""
-    (rule,) = Options(**options).rules()
+    (rule,) = make_options(options).weighting.rules
     return rule.decays(range(1, count + 1))
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from ckpt_ema.errors import OptionError
-from ckpt_ema.options import Options
+from ckpt_ema.options import make_options
 
 
 def names(**options: Any) -> list[str]:
     """The names of the rules that options mean."""
-    return [rule.name for rule in Options(**options).rules()]
+    return [rule.name for rule in make_options(options).weighting.rules]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_contradictions_and_impossible_values_are_usage_errors(
     options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(OptionError) as caught:
-        Options(**options)
+        make_options(options)
     assert message in str(caught.value)
     assert caught.value.exit_code == 2
 
@@ -147,18 +147,20 @@ def test_contradictions_and_impossible_values_are_usage_errors(
     ],
 )
 def test_people_read_what_a_rule_is(options: dict[str, Any], text: str) -> None:
-    assert [rule.told() for rule in Options(**options).rules()] == [text]
+    assert [rule.told() for rule in make_options(options).weighting.rules] == [text]
 
 
 def test_numbers_may_be_texts_and_one_value_needs_no_list() -> None:
     given: dict[str, Any] = {"every": "2", "threads": 4.0, "from_step": "100", "steps": 100}
-    assert Options(**given) == Options(every=2, threads=4, from_step=100, steps=((100, 100),))
+    assert make_options(given) == make_options(
+        dict(every=2, threads=4, from_step=100, steps=((100, 100),))
+    )
 
 
 def test_what_was_given_is_told_as_plain_values() -> None:
-    assert Options().given() == {}
+    assert make_options({}).given() == {}
     given: dict[str, Any] = {"decay": 0.5, "output": Path("o"), "weights": {1: 1.0}}
-    options = Options(**given, append=[Path("a"), "b"])
+    options = make_options(dict(**given, append=[Path("a"), "b"]))
     assert json.loads(json.dumps(options.given())) == {
         "decay": [0.5],
         "weights": {"1": 1.0},
@@ -170,4 +172,4 @@ def test_what_was_given_is_told_as_plain_values() -> None:
 def test_steps_are_numbers_and_ranges_in_any_form() -> None:
     expected = ((100, 100), (200, 300))
     for given in ("100,200-300", " 100 , 200 - 300 ", [100, (200, 300)], ["100", "200-300"]):
-        assert Options(steps=given).steps == expected  # type: ignore[arg-type]
+        assert make_options(dict(steps=given)).steps == expected  # type: ignore[arg-type]

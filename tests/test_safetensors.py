@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from ckpt_ema.containers.safetensors import MAX_HEADER_BYTES, make_header, read_specs
 from ckpt_ema.containers.specs import DTYPE_BITS
 from ckpt_ema.errors import RefusedError
+from ckpt_ema.storage.local import Local
 
 # What the library's writer calls the dtypes; it takes bytes, so no element is ever made.
 WRITTEN = {
@@ -94,7 +95,7 @@ def we_refuse(path: Path, content: bytes) -> bool:
     """Whether our reader refuses it; any other exception than `RefusedError` fails the test."""
     path.write_bytes(content)
     try:
-        read_specs(str(path))
+        read_specs(str(path), Local())
     except RefusedError as error:
         assert str(path) in str(error)
         assert all(character.isprintable() for character in str(error))
@@ -106,7 +107,7 @@ def refusal(path: Path, content: bytes) -> str:
     """The message with which this file is refused."""
     path.write_bytes(content)
     with pytest.raises(RefusedError) as caught:
-        read_specs(str(path))
+        read_specs(str(path), Local())
     assert str(path) in caught.value.message
     assert str(caught.value).isprintable()
     return str(caught.value).replace(str(path), "FILE")
@@ -223,7 +224,7 @@ class TestAgainstTheLibrary:
             written[name] = (dtype, shape, noise.randbytes(bits // 8))
         path = tmp_path_factory.getbasetemp() / "written.safetensors"
         path.write_bytes(serialize(written, metadata))
-        specs, content = read_specs(str(path)), path.read_bytes()
+        specs, content = read_specs(str(path), Local()), path.read_bytes()
         assert specs.metadata == (metadata or {},)
         assert specs.tensors.keys() == written.keys()
         for name, spec in specs.tensors.items():
@@ -305,7 +306,7 @@ class TestMakeHeader:
             assert bytes(read[name]["data"]) == content[begin : begin + size]
         path = tmp_path_factory.getbasetemp() / "made.safetensors"
         path.write_bytes(content)
-        ours = read_specs(str(path))
+        ours = read_specs(str(path), Local())
         assert {name: spec.offset for name, spec in ours.tensors.items()} == offsets
         assert ours.metadata == (metadata,)
 
@@ -404,7 +405,7 @@ class TestBounds:
         path = tmp_path / "model.safetensors"
         os.mkfifo(path)
         with pytest.raises(RefusedError, match="is not a regular file"):
-            read_specs(str(path))
+            read_specs(str(path), Local())
 
     @pytest.mark.parametrize(
         "content",
@@ -450,12 +451,12 @@ class TestBounds:
         header, _ = make_header([("a", "F32", ())], {"long": "x" * 10_000_000})
         path = tmp_path / "a.safetensors"
         path.write_bytes(header + bytes(4))
-        assert read_specs(str(path)).tensors["a"].shape == ()
+        assert read_specs(str(path), Local()).tensors["a"].shape == ()
 
     def test_a_file_without_tensors_is_read_as_such(self, tmp_path: Path) -> None:
         path = tmp_path / "a.safetensors"
         path.write_bytes(framed("{}"))
-        assert not read_specs(str(path)).tensors
+        assert not read_specs(str(path), Local()).tensors
 
     def test_reading_needs_no_torch(self) -> None:
         code = "import sys, ckpt_ema.formats as f; assert 'torch' not in sys.modules"

@@ -11,7 +11,7 @@ import ckpt_ema
 from ckpt_ema.errors import OptionError
 from ckpt_ema.fold.engine import uses
 from ckpt_ema.fold.tile_fold import make_fold
-from ckpt_ema.options import Options
+from ckpt_ema.options import Engine
 from tests.conftest import MakeRun, noise, series
 
 MIB = 1024**2
@@ -35,7 +35,7 @@ MIB = 1024**2
     ],
 )
 def test_sizes_are_read_as_people_write_them(text: Any, size_bytes: int | None) -> None:
-    assert Options(max_memory=text).max_memory == size_bytes
+    assert Engine(max_memory=text).max_memory == size_bytes
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_sizes_are_read_as_people_write_them(text: Any, size_bytes: int | None) 
 def test_what_is_no_size_is_a_usage_error(text: Any) -> None:
     for name in ("max_memory", "tile_size"):
         with pytest.raises(OptionError, match=r"--(max-memory|tile-size) is .*; it must"):
-            Options(**{name: text})
+            Engine(**{name: text})
 
 
 @pytest.mark.parametrize(

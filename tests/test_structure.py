@@ -94,12 +94,3 @@ def test_the_public_names_are_there_and_stay_what_they_are() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_in_docstrings_are_true(module: str) -> None:
     assert doctest.testmod(importlib.import_module(module)).failed == 0
-
-
-def test_the_command_line_offers_what_the_library_takes() -> None:
-    from dataclasses import fields
-
-    from ckpt_ema.cli.options import _OPTIONS
-    from ckpt_ema.options import Options
-
-    assert list(_OPTIONS) == [field.name for field in fields(Options)]

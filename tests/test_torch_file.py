@@ -27,6 +27,7 @@ from ckpt_ema.containers import model_key, pickles, torch_file
 from ckpt_ema.containers.read import read_specs
 from ckpt_ema.containers.specs import DTYPE_BITS, Member, ModelFiles, Specs, TensorSpec, spanned
 from ckpt_ema.errors import RefusedError
+from ckpt_ema.storage.local import Local
 
 MANY = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -92,7 +93,7 @@ def located(path: str, spec: TensorSpec) -> bytes:
 
 def check(path: str, state: dict[str, torch.Tensor], specs: Specs | None = None) -> Specs:
     """Every tensor of `state` is located, in order, with its dtype, shape and bytes."""
-    specs = torch_file.read_specs(path) if specs is None else specs
+    specs = torch_file.read_specs(path, Local()) if specs is None else specs
     assert list(specs.tensors) == list(state)
     for name, tensor in state.items():
         spec = specs.tensors[name]
@@ -107,7 +108,7 @@ def refusal(path: str) -> str:
     start = time.process_time()
     try:
         with pytest.raises(RefusedError) as caught:
-            torch_file.read_specs(path)
+            torch_file.read_specs(path, Local())
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -400,7 +401,7 @@ class TestNothingRuns:
         start = b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\x00\x00\x00itemsK\x01sb"
         pickled = start + tensor_pickle()[3:]
         path = archive(tmp_path / "a.pt", pickled, _0=bytes(24))
-        assert list(torch_file.read_specs(path).tensors) == ["w"]
+        assert list(torch_file.read_specs(path, Local()).tensors) == ["w"]
 
     @pytest.mark.parametrize("inside", [False, True])
     def test_a_pickled_module_is_refused_by_name(
@@ -442,7 +443,7 @@ class TestDamaged:
                 damaged[noise.randrange(len(damaged))] = noise.randrange(256)
             Path(path).write_bytes(damaged)
             try:
-                specs = torch_file.read_specs(path)
+                specs = torch_file.read_specs(path, Local())
             except RefusedError:
                 continue
             for spec in specs.tensors.values():
@@ -550,7 +551,7 @@ class TestDamaged:
     def test_a_fifo_is_not_waited_for(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "a.bin")
         with pytest.raises(RefusedError, match="is not a regular file"):
-            torch_file.read_specs(str(tmp_path / "a.bin"))
+            torch_file.read_specs(str(tmp_path / "a.bin"), Local(), Local())
 
     @pytest.mark.parametrize("keys", [["0", []], [["0"]], ["1"], {"0": 1}, None, [0]])
     def test_a_legacy_list_of_storages_that_is_none(self, tmp_path: Path, keys: Any) -> None:
@@ -675,5 +676,5 @@ class TestKeysThatCannotBeHashed:
         path = archive(tmp_path / "a.pt", b"\x80\x04" + use % key)
         start = time.process_time()
         with pytest.raises(RefusedError):
-            torch_file.read_specs(path)
+            torch_file.read_specs(path, Local())
         assert time.process_time() - start < 20

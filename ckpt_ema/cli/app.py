@@ -26,8 +26,9 @@ from ckpt_ema.cli.exits import (
     stdout_reported,
     take_signals,
 )
-from ckpt_ema.cli.options import ENGINE_PANEL, OUTPUT_PANEL, takes_options
+from ckpt_ema.cli.options import takes_options
 from ckpt_ema.errors import OptionError, printable
+from ckpt_ema.options import COMMON, ENGINE, OUTPUT
 from ckpt_ema.ranks import joined
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ OverwriteOption = Annotated[
     typer.Option(
         "--overwrite",
         envvar="CKPT_EMA_OVERWRITE",
-        rich_help_panel=OUTPUT_PANEL,
+        show_envvar=False,
+        rich_help_panel=COMMON,
         help="Replace an output that is there already.",
     ),
 ]
@@ -73,10 +75,11 @@ PlotOption = Annotated[
     typer.Option(
         "--plot",
         envvar="CKPT_EMA_PLOT",
+        show_envvar=False,
         metavar="FILE",
         readable=False,
         show_default=False,
-        rich_help_panel=OUTPUT_PANEL,
+        rich_help_panel=OUTPUT,
         help="Draw the weights as a .png or .svg file, and into the model card; needs matplotlib.",
     ),
 ]
@@ -85,9 +88,10 @@ PartOption = Annotated[
     typer.Option(
         "--part",
         envvar="CKPT_EMA_PART",
+        show_envvar=False,
         metavar="I/N",
         show_default=False,
-        rich_help_panel=ENGINE_PANEL,
+        rich_help_panel=ENGINE,
         help="Do the I-th of N parts of the work, for arrays of jobs; `ckpt-ema finish` publishes"
         " the output when all are done.",
     ),
@@ -97,7 +101,8 @@ ResumeOption = Annotated[
     typer.Option(
         "--resume",
         envvar="CKPT_EMA_RESUME",
-        rich_help_panel=ENGINE_PANEL,
+        show_envvar=False,
+        rich_help_panel=ENGINE,
         help="Keep what is done if it is interrupted, and go on from what an interrupted run kept.",
     ),
 ]
@@ -107,12 +112,13 @@ QuietOption = Annotated[
         "--quiet",
         "-q",
         envvar="CKPT_EMA_QUIET",
-        rich_help_panel=OUTPUT_PANEL,
+        show_envvar=False,
+        rich_help_panel=OUTPUT,
         help="Say nothing but errors.",
     ),
 ]
 JsonOption = Annotated[
-    bool, typer.Option("--json", rich_help_panel=OUTPUT_PANEL, help="Print JSON on stdout.")
+    bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print JSON on stdout.")
 ]
 
 
@@ -313,7 +319,7 @@ def formats(
     as_json: JsonOption = False,
     markdown: Annotated[
         bool,
-        typer.Option("--markdown", help="Print a table in Markdown.", rich_help_panel=OUTPUT_PANEL),
+        typer.Option("--markdown", help="Print a table in Markdown.", rich_help_panel=OUTPUT),
     ] = False,
 ) -> None:
     """Show which trainers' checkpoints are understood, and where their weights are."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ckpt_ema.containers.specs import DTYPE_BITS, ModelFiles, Specs, TensorSpec, spanned
 from ckpt_ema.errors import CkptEmaError, RefusedError, printable
-from ckpt_ema.storage.local import FilePool
+from ckpt_ema.storage.protocol import FilePool, Identity, Storage
 
 _CHUNK_BYTES = 1 << 20
 _HEAD_BYTES = 1 << 12
@@ -16,7 +16,9 @@ _HEAD_BYTES = 1 << 12
 _Range = tuple[int, int, int]  # file, offset, bytes
 
 
-def hold_the_same(one: tuple[ModelFiles, Specs], other: tuple[ModelFiles, Specs]) -> bool:
+def hold_the_same(
+    one: tuple[ModelFiles, Specs], other: tuple[ModelFiles, Specs], storage: Storage
+) -> bool:
     """Whether all tensors are equal in name, dtype, shape and bytes.
 
     The first bytes of every tensor are compared before the rest of any, so that two states of one
@@ -36,7 +38,7 @@ def hold_the_same(one: tuple[ModelFiles, Specs], other: tuple[ModelFiles, Specs]
             return False
         pairs += zip(ranges, twins, strict=True)
     paths, other_paths = _paths(model, specs), _paths(other_model, other_specs)
-    pool = FilePool({**paths, **other_paths})
+    pool = storage.pool({**paths, **other_paths})
     mine_at, theirs_at = list(paths), list(other_paths)
     try:
         return all(
@@ -59,10 +61,10 @@ def same_values(earlier: str, later: str) -> RefusedError:
     )
 
 
-def _paths(model: ModelFiles, specs: Specs) -> dict[str, tuple[int, int]]:
+def _paths(model: ModelFiles, specs: Specs) -> dict[str, Identity]:
     """The files of a checkpoint, in their order, and what each was when its header was read."""
     return {
-        os.path.join(model.folder, file.name): (file.size_bytes, file.mtime_ns)
+        os.path.join(model.folder, file.name): Identity(file.size_bytes, file.mtime_ns)
         for file in specs.files
     }
 

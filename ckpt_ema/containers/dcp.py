@@ -26,7 +26,7 @@ from ckpt_ema.containers.pickles import (
 from ckpt_ema.containers.specs import FileSpec, Piece, Specs, TensorSpec, packed_strides
 from ckpt_ema.containers.torch_file import Region, read_tensor
 from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
-from ckpt_ema.storage.local import holes_in, mode_of, open_regular, read_exactly
+from ckpt_ema.storage.protocol import Kind, Storage
 
 _MAX_METADATA_BYTES = 1 << 30
 # Modules whose classes may stand in a .metadata; they become `_Record`s, which hold and do nothing.
@@ -115,30 +115,31 @@ class _Declared(NamedTuple):
     chunks: tuple[_Chunk, ...]
 
 
-def read_specs(path: str, key: str | None = None) -> Specs:
+def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
     """The tensors of the model in the folder whose .metadata is at `path`.
 
     Raises `IncompleteError` if a data file is missing or cut, `RefusedError` for metadata that is
     damaged, hostile or inconsistent.
     """
-    if not mode_of(path):
+    if storage.kind(path) is Kind.ABSENT:
         raise IncompleteError(
             f"{printable(os.path.dirname(path))} has data files but no .metadata, which is written"
             " last."
         )
-    with open_regular(path) as file:
-        if file.size_bytes > _MAX_METADATA_BYTES:
+    with storage.open(path) as file:
+        size_bytes = file.identity.size_bytes
+        if size_bytes > _MAX_METADATA_BYTES:
             raise RefusedError(
                 f"{printable(path)} is too large to be the metadata of a checkpoint."
             )
-        raw = read_exactly(path, file.fd, file.size_bytes, 0)
+        raw = file.read(size_bytes, 0)
         digest = hashlib.sha256(raw).hexdigest()
-        metadata = FileSpec(path, file.size_bytes, file.mtime_ns, digest)
+        metadata = FileSpec(path, *file.identity, digest)
     root = _unpickled(path, raw)
-    tree, storage = _tree(path, root)
+    tree, saved = _tree(path, root)
     model = find_model(path, tree, key, _Announced)
     tensors = {
-        name: _declared(path, announced, storage)
+        name: _declared(path, announced, saved)
         for name, announced in model.values.items()
         if isinstance(announced, _Announced)
     }
@@ -146,7 +147,7 @@ def read_specs(path: str, key: str | None = None) -> Specs:
     notes = [*model.notes]
     if others:
         notes.append(f"left out of the model, being no tensors: {some(others)}")
-    files, places, holes = _located(os.path.dirname(path), tensors)
+    files, places, holes = _located(os.path.dirname(path), tensors, storage)
     specs = {}
     for name, tensor in tensors.items():
         pieces = [piece for chunk in tensor.chunks for piece in places[chunk]]
@@ -174,10 +175,10 @@ def _unpickled(path: str, raw: bytes) -> _Record:
     return root
 
 
-_Storage = Mapping[tuple[Any, Any], Any]  # where each chunk was saved, by name and offsets
+_Saved = Mapping[tuple[Any, Any], Any]  # where each chunk was saved, by name and offsets
 
 
-def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Storage]:
+def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Saved]:
     """What was saved, nested as it was (None for what is no tensor), and where."""
     entries, stored = root.get("state_dict_metadata"), root.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(stored, dict):
@@ -219,7 +220,7 @@ def _index(index: Any) -> tuple[Any, Any]:
     return index.get("fqn"), offset if _sizes(offset) else None
 
 
-def _declared(path: str, announced: _Announced, storage: _Storage) -> _Declared:
+def _declared(path: str, announced: _Announced, storage: _Saved) -> _Declared:
     """The announcement of one tensor, checked as far as it goes."""
     fqn, entry = announced
 
@@ -305,7 +306,7 @@ def _meet(one: Any, other: Any) -> bool:
 
 
 def _located(
-    folder: str, tensors: Mapping[str, _Declared]
+    folder: str, tensors: Mapping[str, _Declared], storage: Storage
 ) -> tuple[list[FileSpec], dict[_Chunk, list[Piece]], dict[str, int]]:
     """Where in which file each chunk's elements are, and holes; every file is opened once."""
     declared = {tensor.fqn: tensor for tensor in tensors.values()}
@@ -317,27 +318,29 @@ def _located(
     holes: dict[str, int] = {}
     for number, (name, members) in enumerate(sorted(by_file.items()), start=1):
         path = os.path.join(folder, name)
-        if not mode_of(path):
+        if storage.kind(path) is Kind.ABSENT:
             raise IncompleteError(
                 f"{printable(folder)} is incomplete: its metadata names {printable(name)}, and that"
                 " file is missing.",
                 "An interrupted save? Restore it or leave the checkpoint out.",
             )
-        with open_regular(path) as file:
-            files.append(FileSpec(path, file.size_bytes, file.mtime_ns, ""))
-            holes |= holes_in(path, file)
+        with storage.open(path) as file:
+            size_bytes = file.identity.size_bytes
+            files.append(FileSpec(path, *file.identity, ""))
+            hole = file.first_hole()
+            holes |= {} if hole is None else {path: hole}
             for chunk in members:
-                if chunk.offset + chunk.size_bytes > file.size_bytes:
+                if chunk.offset + chunk.size_bytes > size_bytes:
                     raise IncompleteError(
                         f"{printable(path)} is cut short: tensor {printable(chunk.tensor)} would"
                         f" end at byte {chunk.offset + chunk.size_bytes}, and the file has"
-                        f" {file.size_bytes}.",
+                        f" {size_bytes}.",
                         "An interrupted save? Leave it out.",
                     )
                 if 0 in chunk.sizes:
                     places[chunk] = []
                     continue
-                spec = read_tensor(path, Region(file.fd, chunk.offset, chunk.size_bytes))
+                spec = read_tensor(path, Region(file, chunk.offset, chunk.size_bytes))
                 places[chunk] = [_piece(path, number, chunk, spec, declared[chunk.tensor].dtype)]
     return files, places, holes
 

@@ -64,7 +64,7 @@ MAX_DIMENSIONS = 64  # torch's own kernels take no more
 _MAX_STAND_INS = 1_000
 
 
-class Storage(NamedTuple):
+class PickledStorage(NamedTuple):
     """A run of bytes elsewhere in the file, as the pickle announces it."""
 
     dtype: str | None  # None: untyped, `length` is in bytes
@@ -75,7 +75,7 @@ class Storage(NamedTuple):
 class PickledTensor(NamedTuple):
     """A view of a storage; as unchecked as everything that a pickle says."""
 
-    storage: Storage
+    storage: PickledStorage
     offset: int  # in elements
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # in elements
@@ -231,7 +231,7 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="utf-8")
-        self.storages: dict[str, Storage] = {}
+        self.storages: dict[str, PickledStorage] = {}
         self._stand_ins: dict[str, type[Inert]] = {}
 
     @property
@@ -304,7 +304,7 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
             raise pickle.UnpicklingError("a storage of an unknown kind")
         if not isinstance(key, str) or type(count) is not int or not 0 <= count < 2**63:
             raise pickle.UnpicklingError("a storage with an impossible key or size")
-        self.storages[key] = Storage(storage_type.dtype, key, count)
+        self.storages[key] = PickledStorage(storage_type.dtype, key, count)
         return self.storages[key]
 
 
@@ -316,14 +316,14 @@ def _size(sizes: Any = ()) -> tuple[Any, ...]:
 
 
 def _rebuild_tensor(
-    storage: Storage, offset: int, shape: Any, strides: Any, *rest: Any
+    storage: PickledStorage, offset: int, shape: Any, strides: Any, *rest: Any
 ) -> PickledTensor:
     _check_lazy(rest[2:])  # after whether it requires a gradient, and the hooks
     return _rebuild_typed(storage, offset, shape, strides, storage.dtype)
 
 
 def _rebuild_tensor_v3(
-    storage: Storage,
+    storage: PickledStorage,
     offset: int,
     shape: Any,
     strides: Any,
@@ -347,10 +347,10 @@ def _check_lazy(metadata: tuple[Any, ...]) -> None:
 
 
 def _rebuild_typed(
-    storage: Storage, offset: int, shape: Any, strides: Any, dtype: str | None
+    storage: PickledStorage, offset: int, shape: Any, strides: Any, dtype: str | None
 ) -> PickledTensor:
     shape, strides = tuple(shape), tuple(strides)
-    if not isinstance(storage, Storage) or dtype is None or len(shape) != len(strides):
+    if not isinstance(storage, PickledStorage) or dtype is None or len(shape) != len(strides):
         raise pickle.UnpicklingError("a tensor without a typed storage")
     if len(shape) > MAX_DIMENSIONS:
         raise pickle.UnpicklingError("a tensor with too many dimensions")

@@ -17,20 +17,20 @@ from ckpt_ema.containers.specs import (
     is_safetensors,
 )
 from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
-from ckpt_ema.storage.local import mode_of, open_regular, read_exactly
+from ckpt_ema.storage.protocol import Kind, Storage
 from ckpt_ema.trainers.conventions import DCP_METADATA, INDEX_SUFFIX, SHARD_OF_SEVERAL
 
 _MAX_INDEX_BYTES = 1 << 28
 
 
-def read_specs(model: ModelFiles, key: str | None = None) -> Specs:
+def read_specs(model: ModelFiles, storage: Storage, key: str | None = None) -> Specs:
     """The tensors of a checkpoint, of all its parts.
 
     `key` is where the model is in a torch file. File names in the result are relative to the folder
     of `weights`. Raises `IncompleteError` for a checkpoint that is not whole, `RefusedError` for a
     file that breaks its format, and for an index and shards that do not agree.
     """
-    parts = [_read_part(model.folder, part, key) for part in model.members]
+    parts = [_read_part(model.folder, part, storage, key) for part in model.members]
     if len(parts) == 1 and model.members[0].prefix == "":
         return replace(parts[0], notes=model.notes + parts[0].notes) if model.notes else parts[0]
     tensors: dict[str, TensorSpec] = {}
@@ -55,28 +55,28 @@ def read_specs(model: ModelFiles, key: str | None = None) -> Specs:
     )
 
 
-def _read_part(folder: Path, part: Member, key: str | None) -> Specs:
+def _read_part(folder: Path, part: Member, storage: Storage, key: str | None) -> Specs:
     path = os.path.join(folder, part.name)
     if part.name.endswith(INDEX_SUFFIX):
-        specs = _read_indexed(Path(path), key)
+        specs = _read_indexed(Path(path), storage, key)
     elif os.path.basename(path) == DCP_METADATA:
-        specs = dcp.read_specs(path, key)
+        specs = dcp.read_specs(path, storage, key)
     else:
-        specs = _read_file(path, key)
+        specs = _read_file(path, storage, key)
     inside = len(os.path.join(folder, ""))
     files = tuple(file._replace(name=file.name[inside:]) for file in specs.files)
     return replace(specs, files=files)
 
 
-def _read_file(path: str, key: str | None) -> Specs:
+def _read_file(path: str, storage: Storage, key: str | None) -> Specs:
     if is_safetensors(os.path.basename(path)):
         if key is not None:
             raise RefusedError(
                 f"--key {printable(key)} names a place in a torch file, and {printable(path)} is a"
                 " safetensors file, which has none."
             )
-        return safetensors.read_specs(path)
-    return torch_file.read_specs(path, key)
+        return safetensors.read_specs(path, storage)
+    return torch_file.read_specs(path, storage, key)
 
 
 def _moved(tensor: TensorSpec, files: int) -> TensorSpec:
@@ -85,12 +85,12 @@ def _moved(tensor: TensorSpec, files: int) -> TensorSpec:
     return tensor._replace(file=tensor.file + files, pieces=pieces)
 
 
-def _read_indexed(index: Path, key: str | None) -> Specs:
-    weight_map = _weight_map(index)
+def _read_indexed(index: Path, storage: Storage, key: str | None) -> Specs:
+    weight_map = _weight_map(index, storage)
     shards = sorted(set(weight_map.values()))
-    _check_shard_names(index, shards)
+    _check_shard_names(index, shards, storage)
     tensors: dict[str, TensorSpec] = {}
-    parts = [_read_file(os.path.join(index.parent, shard), key) for shard in shards]
+    parts = [_read_file(os.path.join(index.parent, shard), storage, key) for shard in shards]
     for number, part in enumerate(parts):
         for name, tensor in part.tensors.items():
             if weight_map.get(name) != shards[number]:
@@ -100,7 +100,10 @@ def _read_indexed(index: Path, key: str | None) -> Specs:
                     f" {printable(weight_map.get(name, 'no shard'))}."
                 )
             tensors[name] = _moved(tensor, number)
-    warnings = [*_strays(index, shards), *(text for part in parts for text in part.warnings)]
+    warnings = [
+        *_strays(index, shards, storage),
+        *(text for part in parts for text in part.warnings),
+    ]
     missing = sorted(weight_map.keys() - tensors.keys())
     if missing:
         raise RefusedError(
@@ -117,11 +120,11 @@ def _read_indexed(index: Path, key: str | None) -> Specs:
     )
 
 
-def _strays(index: Path, shards: list[str]) -> list[str]:
+def _strays(index: Path, shards: list[str], storage: Storage) -> list[str]:
     """A warning of shards beside an index that it does not name."""
     found = [
         name
-        for name in sorted(set(os.listdir(index.parent)) - set(shards))
+        for name in sorted(storage.names(index.parent) - set(shards))
         if name + INDEX_SUFFIX != index.name
         and SHARD_OF_SEVERAL.sub("", name) + INDEX_SUFFIX == index.name
     ]
@@ -130,17 +133,18 @@ def _strays(index: Path, shards: list[str]) -> list[str]:
     return [f"{printable(index)} does not name {some(found)}; what it holds is left out."]
 
 
-def _weight_map(index: Path) -> Mapping[str, str]:
+def _weight_map(index: Path, storage: Storage) -> Mapping[str, str]:
     content: Any
-    if not mode_of(index):
+    if storage.kind(index) is Kind.ABSENT:
         raise IncompleteError(
             f"{printable(index.parent)} has shards but no {printable(index.name)}, which is"
             " written last."
         )
-    with open_regular(str(index)) as file:
-        if file.size_bytes > _MAX_INDEX_BYTES:
+    with storage.open(index) as file:
+        size_bytes = file.identity.size_bytes
+        if size_bytes > _MAX_INDEX_BYTES:
             raise RefusedError(f"{printable(index)} is too large to be an index of shards.")
-        raw = read_exactly(str(index), file.fd, file.size_bytes, 0)
+        raw = file.read(size_bytes, 0)
     try:
         content = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -153,14 +157,14 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def _check_shard_names(index: Path, shards: list[str]) -> None:
+def _check_shard_names(index: Path, shards: list[str], storage: Storage) -> None:
     for shard in shards:
         if shard in ("", ".", "..") or os.path.basename(shard) != shard or "\0" in shard:
             raise RefusedError(
                 f"{printable(index)} names the shard {printable(shard)!r}, which is not a plain"
                 " file name: a checkpoint may not reach outside its folder."
             )
-        if not mode_of(index.parent / shard):
+        if storage.kind(index.parent / shard) is Kind.ABSENT:
             raise IncompleteError(
                 f"{printable(index.parent)} is incomplete: {printable(index.name)} names"
                 f" {printable(shard)}, and that file is missing.",

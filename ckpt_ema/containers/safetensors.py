@@ -16,29 +16,31 @@ from typing import Any, NamedTuple
 
 from ckpt_ema.containers.specs import DTYPE_BITS, FileSpec, Specs, TensorSpec, packed_bytes
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
-from ckpt_ema.storage.local import holes_in, open_regular, read_exactly
+from ckpt_ema.storage.protocol import OpenFile, Storage
 
 MAX_HEADER_BYTES = 100_000_000
 _LARGEST = 2**64 - 1  # sizes are 64-bit in the format
 
 
-def read_specs(path: str) -> Specs:
+def read_specs(path: str, storage: Storage) -> Specs:
     """The tensors of one safetensors file, in the order of their bytes.
 
     Raises `RefusedError` if the file is not exactly what the format allows.
     """
-    with open_regular(path) as file:
-        raw = _header_bytes(path, file.fd, file.size_bytes)
+    with storage.open(path) as file:
+        size_bytes = file.identity.size_bytes
+        raw = _header_bytes(file)
         digest = hashlib.sha256(raw).hexdigest()
-        spec = FileSpec(path, file.size_bytes, file.mtime_ns, digest)
-        holes = holes_in(path, file)
-    content = _known.get((digest, file.size_bytes))
+        spec = FileSpec(path, *file.identity, digest)
+        hole = file.first_hole()
+    content = _known.get((digest, size_bytes))
     if content is None:
-        content = _content(path, raw, file.size_bytes)
+        content = _content(path, raw, size_bytes)
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
-        _known[digest, file.size_bytes] = content
+        _known[digest, size_bytes] = content
     recorded = _recorded(content.metadata)
+    holes = {} if hole is None else {path: hole}
     return Specs(content.tensors, (spec,), (content.metadata,), holes=holes, recorded=recorded)
 
 
@@ -110,10 +112,11 @@ def make_header(
     return len(text).to_bytes(8, "little") + text, offsets
 
 
-def _header_bytes(path: str, fd: int, size_bytes: int) -> bytes:
+def _header_bytes(file: OpenFile) -> bytes:
+    path, size_bytes = file.path, file.identity.size_bytes
     if size_bytes == 0:
         raise IncompleteError(f"{printable(path)} is empty.", "An interrupted save? Leave it out.")
-    start = read_exactly(path, fd, min(size_bytes, 64), 0)
+    start = file.read(min(size_bytes, 64), 0)
     if start.startswith(b"version https://git-lfs"):
         raise RefusedError(f"{printable(path)} is a Git LFS pointer.", "Run `git lfs pull`.")
     if start.startswith((b"PK\x03\x04", b"\x80\x02")):
@@ -134,7 +137,7 @@ def _header_bytes(path: str, fd: int, size_bytes: int) -> bytes:
             f" has {size_bytes}.",
             "An interrupted save? Leave it out.",
         )
-    return read_exactly(path, fd, length, 8)
+    return file.read(length, 8)
 
 
 def _parse(path: str, raw: bytes) -> dict[str, Any]:

@@ -7,16 +7,15 @@ stored uncompressed, and are read by position like those of any other format. To
 import hashlib
 import io
 import math
-import os
 import zipfile
 from collections.abc import Callable
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from ckpt_ema.containers.model_key import find_model, numbers, recorded
 from ckpt_ema.containers.pickles import (
     BROKEN_PICKLE,
+    PickledStorage,
     PickledTensor,
-    Storage,
     TensorUnpickler,
     UnfitTensorError,
     UnreadTensor,
@@ -33,7 +32,7 @@ from ckpt_ema.containers.specs import (
     spanned,
 )
 from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
-from ckpt_ema.storage.local import OpenFile, holes_in, open_regular, read_exactly
+from ckpt_ema.storage.protocol import OpenFile, Storage
 
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 _PLAIN = ("builtins.", "__builtin__.", "typing.")  # not worth a note
@@ -42,15 +41,16 @@ _MAX_PICKLE_BYTES = 1 << 30
 _MAX_EXPANDED_BYTES = 1 << 20  # of a view with stride 0, where that is more than the whole file
 
 
-def read_specs(path: str, key: str | None = None) -> Specs:
+def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
     """The tensors of the model in one torch file, in the order of its state dict.
 
     `key` is where the model is in it, None to look for it. Raises `IncompleteError` for a file that
     is cut, `RefusedError` for one that is no torch file, is inconsistent, or holds no model.
     """
-    with open_regular(path) as file:
-        region = Region(file.fd, 0, file.size_bytes)
-        start = read_exactly(path, file.fd, min(file.size_bytes, _START_BYTES), 0)
+    with storage.open(path) as file:
+        size_bytes = file.identity.size_bytes
+        region = Region(file, 0, size_bytes)
+        start = file.read(min(size_bytes, _START_BYTES), 0)
         if start.startswith(b"PK\x03\x04"):
             root, ignored, digest, locate = _read_zip(path, region)
         elif start.startswith(b"\x80") and _LEGACY_MAGIC in start:
@@ -59,12 +59,12 @@ def read_specs(path: str, key: str | None = None) -> Specs:
             raise _no_torch_file(path, start)
         model = find_model(path, root, key, (PickledTensor, UnreadTensor))
         tensors = {
-            name: _place(path, name, tensor, locate, file.size_bytes)
+            name: _place(path, name, tensor, locate, size_bytes)
             for name, tensor in model.values.items()
             if _is_tensor(path, name, tensor)
         }
-        spec = FileSpec(path, file.size_bytes, file.mtime_ns, digest)
-        holes = holes_in(path, file)
+        spec = FileSpec(path, *file.identity, digest)
+        hole = file.first_hole()
     others = [str(name) for name, value in model.values.items() if name not in tensors]
     notes = [*model.notes]
     if others:
@@ -78,7 +78,7 @@ def read_specs(path: str, key: str | None = None) -> Specs:
         ({},),
         tuple(notes),
         tuple(model.warnings),
-        holes,
+        {} if hole is None else {path: hole},
         recorded(root),
         numbers=numbers(root),
     )
@@ -87,7 +87,7 @@ def read_specs(path: str, key: str | None = None) -> Specs:
 class Region(NamedTuple):
     """A range of an open file that is a zip archive of its own."""
 
-    fd: int
+    file: OpenFile
     start: int
     size_bytes: int
 
@@ -115,7 +115,7 @@ def _is_tensor(path: str, name: str, value: object) -> bool:
     return isinstance(value, PickledTensor)
 
 
-_Locate = Callable[[Storage], int]  # the position in the file of a storage's first byte
+_Locate = Callable[[PickledStorage], int]  # the position in the file of a storage's first byte
 _Structure = tuple[Any, list[str], str, _Locate]
 
 
@@ -142,14 +142,14 @@ def _read_zip(path: str, region: Region) -> _Structure:
         info = records[prefix + name]
         if info.file_size > _MAX_PICKLE_BYTES:
             raise RefusedError(f"{printable(path)}: its {name} is too large to be a structure.")
-        return read_exactly(path, region.fd, info.file_size, _data_start(path, region, info))
+        return region.file.read(info.file_size, _data_start(path, region, info))
 
     if prefix + "byteorder" in records and record("byteorder") != b"little":
         raise RefusedError(f"{printable(path)} was saved on a big-endian machine.")
     pickled = record("data.pkl")
     root, unpickler = _unpickle(path, io.BytesIO(pickled))
 
-    def locate(storage: Storage) -> int:
+    def locate(storage: PickledStorage) -> int:
         info = records.get(f"{prefix}data/{storage.key}")
         if info is None or info.file_size < _storage_bytes(storage):
             raise RefusedError(
@@ -184,11 +184,21 @@ class _RegionStream(io.RawIOBase):
         """Where it is."""
         return self._position
 
+    def readable(self) -> bool:
+        """It can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer, or less of it at the end of the range."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def read(self, count: int = -1) -> bytes:
         """At most `count` bytes, fewer at the end of the range."""
         left = max(0, self._region.size_bytes - self._position)
         count = left if count < 0 else min(count, left)
-        data = os.pread(self._region.fd, count, self._region.start + self._position)
+        data = self._region.file.read(count, self._region.start + self._position)
         self._position += len(data)
         return data
 
@@ -223,7 +233,7 @@ def _data_start(path: str, region: Region, info: zipfile.ZipInfo) -> int:
     """Where in the file a record's bytes begin, after a local header whose own lengths count."""
     offset, end = region.start + info.header_offset, region.start + region.size_bytes
     inside = region.start <= offset <= end - 30
-    header = read_exactly(path, region.fd, 30, offset) if inside else b""
+    header = region.file.read(30, offset) if inside else b""
     name_bytes = int.from_bytes(header[26:28], "little")
     extra_bytes = int.from_bytes(header[28:30], "little")
     start = offset + 30 + name_bytes + extra_bytes
@@ -237,7 +247,9 @@ def _data_start(path: str, region: Region, info: zipfile.ZipInfo) -> int:
 
 def _read_legacy(path: str, file: OpenFile) -> _Structure:
     """The form before torch 1.6: pickles one after the other, then every storage's bytes."""
-    with open(file.fd, "rb", closefd=False) as stream:
+    size_bytes = file.identity.size_bytes
+    whole = _RegionStream(Region(file, 0, size_bytes))
+    with cast(IO[bytes], io.BufferedReader(whole)) as stream:
         _unpickle(path, stream)  # the magic number
         _unpickle(path, stream)  # the protocol's version
         system, _ = _unpickle(path, stream)
@@ -247,7 +259,7 @@ def _read_legacy(path: str, file: OpenFile) -> _Structure:
         root, unpickler = _unpickle(path, stream)
         keys, _ = _unpickle(path, stream)
         position = stream.tell()
-    digest = hashlib.sha256(read_exactly(path, file.fd, position - root_start, root_start))
+    digest = hashlib.sha256(file.read(position - root_start, root_start))
     starts: dict[str, int] = {}
     for key in keys if isinstance(keys, list) else []:
         storage = unpickler.storages.get(key) if isinstance(key, str) else None
@@ -258,8 +270,8 @@ def _read_legacy(path: str, file: OpenFile) -> _Structure:
         starts[storage.key] = position + 8  # a count of elements comes first
         position += 8 + _storage_bytes(storage)
 
-    def locate(storage: Storage) -> int:
-        if starts.get(storage.key, file.size_bytes) + _storage_bytes(storage) > file.size_bytes:
+    def locate(storage: PickledStorage) -> int:
+        if starts.get(storage.key, size_bytes) + _storage_bytes(storage) > size_bytes:
             raise IncompleteError(
                 f"{printable(path)} is cut short: storage {printable(storage.key)} is not whole.",
                 "An interrupted save? Leave it out.",
@@ -311,5 +323,5 @@ def _place(
     return TensorSpec(dtype, shape, 0, offset, (piece,))
 
 
-def _storage_bytes(storage: Storage) -> int:
+def _storage_bytes(storage: PickledStorage) -> int:
     return storage.length * (DTYPE_BITS[storage.dtype] // 8 if storage.dtype else 1)

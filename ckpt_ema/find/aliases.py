@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_ema.containers.compare import hold_the_same
+from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import ModelFiles
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
-from ckpt_ema.find.model_files import kind_of, locate
+from ckpt_ema.find.model_files import locate
 from ckpt_ema.find.names import stem_of
-from ckpt_ema.find.order import STEP_UNITS, Checkpoint, Entry, Read, deciding_unit, recorded_of
-from ckpt_ema.options import Options
+from ckpt_ema.find.order import STEP_UNITS, Checkpoint, Entry, deciding_unit, recorded_of
+from ckpt_ema.options import Selection
+from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 
 
@@ -35,8 +37,8 @@ class _Alias:
 def resolve_aliases(
     members: Sequence[Checkpoint],
     aliases: Sequence[Path],
-    options: Options,
-    read: Read,
+    selection: Selection,
+    source: Source,
     left_out: list[tuple[Path, str]],
 ) -> tuple[list[Checkpoint], list[str]]:
     """The checkpoints with those aliases at the end that are a later step, and remarks on them.
@@ -45,13 +47,13 @@ def resolve_aliases(
     """
     found = []
     for path in aliases:
-        reason = _why_no_step(path, members, options)
+        reason = _why_no_step(path, members, selection, source)
         try:
-            model = None if reason else locate(path, options)
+            model = None if reason else locate(path, source)
             if not isinstance(model, ModelFiles):
                 left_out.append((path, reason or "no model weights in it"))
                 continue
-            found.append(_placed(path, model, members[-1], read))
+            found.append(_placed(path, model, members[-1], source))
         except RefusedError as error:  # a whole pickled module, say, beside state dicts
             left_out.append((path, f"not read: {error.message}"))
     checkpoints, remarks = list(members), []
@@ -59,7 +61,7 @@ def resolve_aliases(
     for alias in sorted(found, key=lambda alias: (alias.place or 0, alias.path.name)):
         if alias.place is None:
             try:
-                left_out.append((alias.path, _why_a_copy(alias, members, read)))
+                left_out.append((alias.path, _why_a_copy(alias, members, source)))
             except IncompleteError as error:
                 left_out.append((alias.path, "incomplete"))
                 remarks.append(f"{printable(alias.path.name)} is left out: {error.message}")
@@ -79,21 +81,23 @@ def resolve_aliases(
     return checkpoints, remarks
 
 
-def _why_no_step(path: Path, members: Sequence[Checkpoint], options: Options) -> str | None:
-    if kind_of(path) is None:
+def _why_no_step(
+    path: Path, members: Sequence[Checkpoint], selection: Selection, source: Source
+) -> str | None:
+    if source.storage.kind(path) in (Kind.ABSENT, Kind.OTHER):
         return "a link that leads nowhere"
     if conventions.ALWAYS_A_COPY.search(stem_of(path.name)):
         return "a copy of the best step"
     for member in members:
         if os.path.samefile(path, member.path):
             return f"the same file as {member.name}"
-    return None if options.aliases else "left out by --no-aliases"
+    return None if selection.aliases else "left out by --no-aliases"
 
 
-def _placed(path: Path, model: ModelFiles, newest: Checkpoint, read: Read) -> _Alias:
+def _placed(path: Path, model: ModelFiles, newest: Checkpoint, source: Source) -> _Alias:
     """An alias with what it and the newest step both say inside."""
-    recorded = recorded_of(Entry(path, model), read, inside=True)
-    others = recorded_of(Entry(newest.path, newest.model), read, inside=True)
+    recorded = recorded_of(Entry(path, model), source, inside=True)
+    others = recorded_of(Entry(newest.path, newest.model), source, inside=True)
     deciding = deciding_unit(recorded, others)
     if deciding:
         place, last = recorded[deciding], others[deciding]
@@ -108,17 +112,17 @@ def _placed(path: Path, model: ModelFiles, newest: Checkpoint, read: Read) -> _A
     return _Alias(path, model, None, unit, 0, None)
 
 
-def _why_a_copy(alias: _Alias, members: Sequence[Checkpoint], read: Read) -> str:
+def _why_a_copy(alias: _Alias, members: Sequence[Checkpoint], source: Source) -> str:
     """Why an alias that says nothing is no step; raises `RefusedError` if it may be one."""
-    mine = (alias.model, read(alias.model))
+    mine = (alias.model, source.read(alias.model))
     newest_first = []
     for member in reversed(members):
         with contextlib.suppress(IncompleteError):  # an unfinished save, of which others will tell
-            newest_first.append((member, (member.model, read(member.model))))
+            newest_first.append((member, (member.model, source.read(member.model))))
     if newest_first and newest_first[0][1][1].tensors.keys() != mine[1].tensors.keys():
         return "another model than the steps'"
     for member, theirs in newest_first:
-        if hold_the_same(mine, theirs):
+        if hold_the_same(mine, theirs, source.storage):
             return f"a copy of {member.name}"
     name = printable(alias.path.name)
     raise RefusedError(

@@ -10,24 +10,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
 from ckpt_ema.find.found import Found
-from ckpt_ema.find.model_files import names_in
 from ckpt_ema.find.names import stem_of
-from ckpt_ema.find.order import Checkpoint, Read
-from ckpt_ema.options import Options
-from ckpt_ema.storage.local import leads_to_folder, mode_of, read_if_there
+from ckpt_ema.find.order import Checkpoint
+from ckpt_ema.options import Selection
+from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 
 ProblemOf = Callable[[Checkpoint], str | None]
 
 
-def problems(checkpoints: Sequence[Checkpoint], read: Read) -> ProblemOf:
+def problems(checkpoints: Sequence[Checkpoint], source: Source) -> ProblemOf:
     """A function that says what a checkpoint of the run lacks, None for one that is whole.
 
     It opens a checkpoint when it is asked about it, not before.
     """
-    markers = {checkpoint.path: _markers(checkpoint.path) for checkpoint in checkpoints}
+    markers = {checkpoint.path: _markers(checkpoint.path, source) for checkpoint in checkpoints}
     # A marker that few have says nothing: somebody may have cleaned up the others.
     used = {
         name
@@ -35,7 +35,7 @@ def problems(checkpoints: Sequence[Checkpoint], read: Read) -> ProblemOf:
         if 2 * sum(name in present for present in markers.values()) > len(markers)
     }
     run = checkpoints[-1].path.parent
-    beside, saved = names_in(run), _tracked(run)
+    beside, saved = source.storage.names(run), _tracked(run, source)
 
     @functools.cache
     def problem_of(checkpoint: Checkpoint) -> str | None:
@@ -43,11 +43,11 @@ def problems(checkpoints: Sequence[Checkpoint], read: Read) -> ProblemOf:
             return f"{conventions.TRACKER_NAME} says that the last whole step is {saved}."
         if not checkpoint.is_given:
             present = markers[checkpoint.path]
-            problem = _marked_unfinished(checkpoint.path, present, used, beside)
+            problem = _marked_unfinished(checkpoint.path, present, used, beside, source)
             if problem:
                 return problem
         try:
-            read(checkpoint.model)
+            source.read(checkpoint.model)
         except IncompleteError as error:
             return error.message
         return None
@@ -55,7 +55,7 @@ def problems(checkpoints: Sequence[Checkpoint], read: Read) -> ProblemOf:
     return problem_of
 
 
-def without_unfinished(found: Found, options: Options, problem_of: ProblemOf) -> Found:
+def without_unfinished(found: Found, selection: Selection, problem_of: ProblemOf) -> Found:
     """What was found without a newest checkpoint that is not whole; a crash leaves such a one.
 
     With `skip_incomplete` none that is not whole stays. Raises `RefusedError` if nothing is left,
@@ -63,7 +63,7 @@ def without_unfinished(found: Found, options: Options, problem_of: ProblemOf) ->
     """
     *older, newest = found.checkpoints
     unfinished: list[Checkpoint] = []
-    if options.skip_incomplete:
+    if selection.skip_incomplete:
         unfinished = [c for c in found.checkpoints if problem_of(c)]
     elif problem_of(newest) and (newest.is_given or not older):
         raise RefusedError(f"{printable(newest.path)} is incomplete: {problem_of(newest)}")
@@ -99,26 +99,31 @@ def check_whole(checkpoints: Sequence[Checkpoint], problem_of: ProblemOf) -> Non
             )
 
 
-def _tracked(run: Path) -> int | None:
+def _tracked(run: Path, source: Source) -> int | None:
     """The last step that a run says it has saved."""
-    text = (read_if_there(run / conventions.TRACKER_NAME) or b"").decode("utf-8", "replace").strip()
+    text = (
+        (source.storage.read(run / conventions.TRACKER_NAME) or b"")
+        .decode("utf-8", "replace")
+        .strip()
+    )
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
-def _markers(path: Path) -> set[str]:
+def _markers(path: Path, source: Source) -> set[str]:
     """The markers of trainers, of whole or unfinished checkpoints, that a folder holds."""
-    if not leads_to_folder(path):
+    if not source.storage.is_folder(path):
         return set()
-    names = names_in(path)
+    names = source.storage.names(path)
     return {
         marker
         for marker in (*conventions.DONE, *conventions.UNDONE)
-        if marker in names or (marker.split("/")[0] in names and mode_of(path / marker))
+        if marker in names
+        or (marker.split("/")[0] in names and source.storage.kind(path / marker) is not Kind.ABSENT)
     }
 
 
 def _marked_unfinished(
-    path: Path, present: set[str], used: set[str], beside: set[str]
+    path: Path, present: set[str], used: set[str], beside: set[str], source: Source
 ) -> str | None:
     """What the trainer's own markers say against a checkpoint.
 
@@ -131,7 +136,7 @@ def _marked_unfinished(
     for name in conventions.UNDONE:
         if name in present:
             return f"it holds {name}."
-    for name in conventions.DONE if leads_to_folder(path) else ():
+    for name in conventions.DONE if source.storage.is_folder(path) else ():
         if name in used and name not in present:
             return f"it lacks {name}, which other checkpoints of the run have."
     return None

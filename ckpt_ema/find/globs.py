@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 from ckpt_ema.errors import RefusedError, printable, some
 from ckpt_ema.find.names import stem_of
-from ckpt_ema.options import Options
+from ckpt_ema.options import Selection
 
 UNWANTED = ("left out by --exclude", "not matched by --include")
 
@@ -33,10 +33,10 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(stem_of(name), pattern)
 
 
-def unmatched(names: Iterable[str], options: Options) -> list[str]:
+def unmatched(names: Iterable[str], selection: Selection) -> list[str]:
     """Warnings of patterns that leave nothing out; refuses one that takes nothing in."""
     known = sorted(names)
-    for pattern in options.include:
+    for pattern in selection.include:
         if not any(matches(name, pattern) for name in known):
             raise RefusedError(
                 f"--include {printable(pattern)} matches nothing; the names are {some(known)}.",
@@ -44,7 +44,7 @@ def unmatched(names: Iterable[str], options: Options) -> list[str]:
             )
     return [
         f"--exclude {printable(pattern)} matches nothing."
-        for pattern in options.exclude
+        for pattern in selection.exclude
         if not any(matches(name, pattern) for name in known)
     ]
 

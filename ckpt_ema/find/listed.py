@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
+from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import ModelFiles
 from ckpt_ema.errors import OptionError, RefusedError, flag, printable, some
 from ckpt_ema.find.found import Found
@@ -13,30 +14,30 @@ from ckpt_ema.find.globs import all_unwanted, unmatched, why_unwanted
 from ckpt_ema.find.model_files import Blocked, locate
 from ckpt_ema.find.names import numbers_in
 from ckpt_ema.find.order import Checkpoint, Entry, named_keys
-from ckpt_ema.options import Options
+from ckpt_ema.options import Selection
 from ckpt_ema.trainers import conventions
 
 
-def listed(given: Sequence[Path], options: Options) -> Found:
+def listed(given: Sequence[Path], selection: Selection, source: Source) -> Found:
     """The checkpoints at these paths, in this order.
 
     Raises `RefusedError` for what is no checkpoint and for one that is given twice.
     """
     for name in ("pattern", "append", "order", "aliases"):
-        if getattr(options, name) != getattr(Options(), name):
+        if getattr(selection, name) != getattr(Selection(), name):
             raise OptionError(f"{flag(name)} goes with a run's folder, not with a list.")
-    everything = [_entry(path, options) for path in given]
+    everything = [_entry(path, source) for path in given]
     labels = _labels([entry.path for entry in everything])
     everything = [replace(e, label=label) for e, label in zip(everything, labels, strict=True)]
     names = [entry.label for entry in everything]
-    reasons = [why_unwanted(name, options.include, options.exclude) for name in names]
+    reasons = [why_unwanted(name, selection.include, selection.exclude) for name in names]
     entries = [entry for entry, why in zip(everything, reasons, strict=True) if why is None]
     left_out = [(e.path, why) for e, why in zip(everything, reasons, strict=True) if why]
-    warnings = unmatched(names, options)
+    warnings = unmatched(names, selection)
     if not entries:
         raise all_unwanted(names)
     _check_different(entries)
-    unit, keys = named_keys(entries) or ("", [])
+    unit, keys = named_keys(entries, source) or ("", [])
     checkpoints = tuple(
         Checkpoint(entry.path, key, entry.model, unit, entry.label, is_given=True)
         if unit
@@ -58,10 +59,10 @@ def _check_different(entries: Sequence[Entry]) -> None:
         seen.add(real)
 
 
-def _entry(path: Path, options: Options) -> Entry:
+def _entry(path: Path, source: Source) -> Entry:
     """A checkpoint that was given by its path."""
     if path.name in conventions.FOLDER_WEIGHTS:
-        whole = locate(path.parent, options)
+        whole = locate(path.parent, source)
         if isinstance(whole, ModelFiles) and whole.path == path:
             path = path.parent  # its name is the folder's
     elif conventions.SHARD_NUMBER.search(path.name):
@@ -69,13 +70,13 @@ def _entry(path: Path, options: Options) -> Entry:
             f"{printable(path)} is one shard of a model.",
             "Pass its folder, or the index of shards.",
         )
-    model = locate(path, options)
+    model = locate(path, source)
     if isinstance(model, Blocked):
         raise model.error(path)
-    if model is None and options.component:
+    if model is None and source.reading.component:
         raise RefusedError(
             f"{printable(path)} holds no model weights for --component"
-            f" {printable(options.component)}.",
+            f" {printable(source.reading.component)}.",
             "Inside one torch file, --key chooses.",
         )
     if model is None:

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import IncompleteError, OptionError, RefusedError, printable, some
 from ckpt_ema.find.names import stem_of
-from ckpt_ema.find.order import STEP_UNITS, Checkpoint, Read
-from ckpt_ema.storage.local import leads_to_folder, read_if_there
+from ckpt_ema.find.order import STEP_UNITS, Checkpoint
 from ckpt_ema.trainers import conventions
 
 _LOWER_IS_BETTER = re.compile(
@@ -32,18 +32,18 @@ Metrics = Mapping[str, float]
 
 
 def metric_values(
-    checkpoints: Sequence[Checkpoint], run: Sequence[Path], metric: str, read: Read
+    checkpoints: Sequence[Checkpoint], run: Sequence[Path], metric: str, source: Source
 ) -> list[float]:
     """The value of `metric` for each checkpoint; the logs in all folders of the run may tell it.
 
     A name without `eval_` also finds the metric that has it, as with transformers. Raises
     `RefusedError` if it is missing or NaN for some, with what was found.
     """
-    logged = _logs(run)
+    logged = _logs(run, source)
     found = []
     for checkpoint in checkpoints:
         log = logged.get(checkpoint.step, {}) if checkpoint.unit in STEP_UNITS else {}
-        found.append({**log, **_metrics(checkpoint, read)})
+        found.append({**log, **_metrics(checkpoint, source)})
     name = next((n for n in (metric, f"eval_{metric}") if any(n in one for one in found)), None)
     if name is None:
         known = sorted(set().union(*found))
@@ -86,27 +86,28 @@ def higher_is_better(metric: str, mode: str) -> bool:
     return higher
 
 
-def _metrics(checkpoint: Checkpoint, read: Read) -> Metrics:
+def _metrics(checkpoint: Checkpoint, source: Source) -> Metrics:
     """What one checkpoint tells by itself; what is told closest to the weights wins."""
     path = checkpoint.path
     found: dict[str, float] = {}
-    if leads_to_folder(path):
-        for file in sorted(path.iterdir()):
-            if conventions.METRIC_FILES.search(file.name):
-                found.update(_numbers(_json(file)))
+    if source.storage.is_folder(path):
+        for name in sorted(source.storage.names(path)):
+            if conventions.METRIC_FILES.search(name):
+                found.update(_numbers(_json(path / name, source)))
     else:
         for extension, content in (("json", _json), ("yaml", _yaml)):
-            found.update(_numbers(content(path.with_name(f"{stem_of(path.name)}.{extension}"))))
+            beside = path.with_name(f"{stem_of(path.name)}.{extension}")
+            found.update(_numbers(content(beside, source)))
         with contextlib.suppress(IncompleteError):  # of which those who are chosen will be asked
-            found.update(read(checkpoint.model).numbers)
+            found.update(source.read(checkpoint.model).numbers)
     return {**found, **_named(checkpoint.name)}
 
 
-def _logs(folders: Sequence[Path]) -> dict[int | None, dict[str, float]]:
+def _logs(folders: Sequence[Path], source: Source) -> dict[int | None, dict[str, float]]:
     """What `trainer_state.json` has logged, by step; that of a later checkpoint has it all."""
     logged: dict[int | None, dict[str, float]] = {}
     for folder in folders:
-        state = _json(folder / conventions.TRAINER_STATE)
+        state = _json(folder / conventions.TRAINER_STATE, source)
         history = state.get("log_history")
         for entry in history if isinstance(history, list) else []:
             if isinstance(entry, dict) and isinstance(entry.get("step"), int):
@@ -134,18 +135,18 @@ def _numbers(content: Mapping[str, Any]) -> Metrics:
     }
 
 
-def _json(path: Path) -> Mapping[str, Any]:
+def _json(path: Path, source: Source) -> Mapping[str, Any]:
     """The object in a JSON file, empty if there is none."""
     try:
-        content = json.loads(read_if_there(path) or b"")
+        content = json.loads(source.storage.read(path) or b"")
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def _yaml(path: Path) -> Mapping[str, Any]:
+def _yaml(path: Path, source: Source) -> Mapping[str, Any]:
     """The numbers at the top of a YAML file, empty if there is none."""
-    return dict(_yaml_numbers((read_if_there(path) or b"").decode("utf-8", "replace")))
+    return dict(_yaml_numbers((source.storage.read(path) or b"").decode("utf-8", "replace")))
 
 
 def _yaml_numbers(text: str) -> Iterator[tuple[str, float]]:

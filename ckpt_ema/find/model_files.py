@@ -6,15 +6,14 @@ model, it stops and says which option chooses.
 
 import json
 import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Member, ModelFiles
 from ckpt_ema.errors import RefusedError, printable, some
-from ckpt_ema.options import Options
-from ckpt_ema.storage.local import leads_to_folder, mode_of, read_if_there
+from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 
 _MOST_NAMES = 1000  # looked at for the sign of a form that is not read
@@ -33,59 +32,47 @@ class Blocked:
         return RefusedError(f"{printable(path)} is {self.what}.", self.instead)
 
 
-def locate(
-    path: Path, options: Options, *, depth: int = _MOST_DEPTH
-) -> ModelFiles | Blocked | None:
+def locate(path: Path, source: Source, *, depth: int = _MOST_DEPTH) -> ModelFiles | Blocked | None:
     """The weights of the checkpoint file or folder at `path`; None if it holds none.
 
     `depth` is how many folders deep to look for the sign of a form that is not read.
     Raises `RefusedError` if it holds two forms of its weights and nothing says which.
     """
-    if not leads_to_folder(path):
+    if not source.storage.is_folder(path):
         blocked = _sign_of_another_form([path.name])
-        if blocked or not conventions.WEIGHTS_EXTENSION.search(path.name) or options.component:
+        if (
+            blocked
+            or not conventions.WEIGHTS_EXTENSION.search(path.name)
+            or source.reading.component
+        ):
             return blocked  # a file has no components; --key looks inside
         return ModelFiles(path.parent, (Member(path.name),))
-    if options.component:
-        return _component(path, options.component, options)
-    names = names_in(path)
+    if source.reading.component:
+        return _component(path, source.reading.component, source)
+    names = source.storage.names(path)
     if conventions.DCP_METADATA in names and "meta.pt" in names:
         return _sign_of_another_form(["meta.pt"])
     return (
-        _in_folder(path, options, names)
-        or _pipeline(path)
-        or _in_model_folder(path, options)
-        or _distributed(path)
-        or _unusual(path, depth)
+        _in_folder(path, source, names)
+        or _pipeline(path, source)
+        or _in_model_folder(path, source)
+        or _distributed(path, source)
+        or _unusual(path, depth, source)
     )
 
 
-def names_in(folder: Path) -> set[str]:
-    """The names in a folder; raises `RefusedError` if it cannot be listed."""
-    try:
-        return set(os.listdir(folder))
-    except OSError as error:
-        raise RefusedError(f"{printable(folder)} cannot be listed: {error.strerror}.") from error
-
-
-def kind_of(path: Path) -> str | None:
-    """Whether a path leads to a folder or a regular file; None for a broken link, a FIFO, ..."""
-    mode = mode_of(path)
-    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else None
-
-
-def _in_folder(folder: Path, options: Options, names: set[str] | None = None) -> ModelFiles | None:
-    names = names_in(folder) if names is None else names
-    main = _model_file(folder, names, options)
+def _in_folder(folder: Path, source: Source, names: set[str] | None = None) -> ModelFiles | None:
+    names = source.storage.names(folder) if names is None else names
+    main = _model_file(folder, names, source)
     parts = [Member(main), *_further_models(names)] if main else []
     if conventions.MODULES_LIST in names:
-        parts += _modules(folder, options)
+        parts += _modules(folder, source)
     return ModelFiles(folder, tuple(parts)) if parts else None
 
 
-def _model_file(folder: Path, names: set[str], options: Options) -> str | None:
+def _model_file(folder: Path, names: set[str], source: Source) -> str | None:
     """The name of the file or index to read in a folder, as its loader would choose."""
-    wanted = options.form
+    wanted = source.reading.form
     adapters = [name for name in conventions.ADAPTER_FILES if name in names]
     models = [name for name in conventions.OTHER_MODEL_FILES if name in names]
     for single in reversed(conventions.MODEL_FILES):
@@ -128,10 +115,10 @@ def _further_models(names: set[str]) -> list[Member]:
     return [Member(name, f"{model}/") for model, name in sorted(found.items())]
 
 
-def _modules(folder: Path, options: Options) -> list[Member]:
+def _modules(folder: Path, source: Source) -> list[Member]:
     """The modules of a model that have weights and a folder of their own, in the list's order."""
     try:
-        listed = json.loads(read_if_there(folder / conventions.MODULES_LIST) or b"")
+        listed = json.loads(source.storage.read(folder / conventions.MODULES_LIST) or b"")
     except (ValueError, RecursionError) as error:
         raise RefusedError(f"{printable(folder / conventions.MODULES_LIST)} is no list.") from error
     parts = []
@@ -139,44 +126,48 @@ def _modules(folder: Path, options: Options) -> list[Member]:
         name = module.get("path") if isinstance(module, dict) else None
         if isinstance(name, str) and name and os.path.basename(name) == name and name != "..":
             inside = folder / name
-            file = _model_file(inside, names_in(inside), options) if inside.is_dir() else None
+            file = (
+                _model_file(inside, source.storage.names(inside), source)
+                if inside.is_dir()
+                else None
+            )
             if file:
                 parts.append(Member(f"{name}/{file}", f"{name}/"))
     return parts
 
 
-def _component(path: Path, component: str, options: Options) -> ModelFiles | Blocked | None:
+def _component(path: Path, component: str, source: Source) -> ModelFiles | Blocked | None:
     if not component or component in (".", "..") or "/" in component:
         raise RefusedError(f"--component {printable(component)!r} is not the name of a folder.")
     if conventions.COMPONENT.search(component.removesuffix("_ema")):
-        return _pipeline(path, component)
+        return _pipeline(path, source, component)
     inside = path / component
-    if leads_to_folder(inside):
+    if source.storage.is_folder(inside):
         return (
-            _in_folder(inside, options)
-            or _in_model_folder(inside, options)
-            or _distributed(inside)
+            _in_folder(inside, source)
+            or _in_model_folder(inside, source)
+            or _distributed(inside, source)
             or _sign_of_another_form(list(_names_below(inside, _MOST_DEPTH)))
         )
     files = [
         name
-        for name in sorted(names_in(path))
+        for name in sorted(source.storage.names(path))
         if conventions.WEIGHTS_EXTENSION.search(name)
         and conventions.WEIGHTS_EXTENSION.sub("", name) == component
     ]
     return ModelFiles(path, (Member(files[0]),)) if len(files) == 1 else None
 
 
-def _pipeline(path: Path, component: str | None = None) -> ModelFiles | None:
+def _pipeline(path: Path, source: Source, component: str | None = None) -> ModelFiles | None:
     """The parts of a diffusers checkpoint: folders with a model each."""
-    names = sorted(names_in(path))
+    names = sorted(source.storage.names(path))
     chosen = [
         n for n in names if n == component or (not component and conventions.COMPONENT.search(n))
     ]
     parts = []
     for name in chosen:
-        if leads_to_folder(path / name):
-            file = _model_file(path / name, names_in(path / name), Options())
+        if source.storage.is_folder(path / name):
+            file = _model_file(path / name, source.storage.names(path / name), source)
             if file:
                 parts.append(Member(f"{name}/{file}", f"{name}/"))
     averaged = [
@@ -190,23 +181,25 @@ def _pipeline(path: Path, component: str | None = None) -> ModelFiles | None:
     return ModelFiles(path, tuple(parts), tuple(notes)) if parts else None
 
 
-def _in_model_folder(path: Path, options: Options) -> ModelFiles | None:
+def _in_model_folder(path: Path, source: Source) -> ModelFiles | None:
     for name in conventions.MODEL_FOLDERS:
-        if leads_to_folder(path / name):
-            found = _in_folder(path / name, options)
+        if source.storage.is_folder(path / name):
+            found = _in_folder(path / name, source)
             if found:
                 return found
     return None
 
 
-def _distributed(path: Path) -> ModelFiles | Blocked | None:
+def _distributed(path: Path, source: Source) -> ModelFiles | Blocked | None:
     """What torch.distributed.checkpoint wrote, in the checkpoint or a folder of it."""
     for name in conventions.DCP_FOLDERS:
         metadata = os.path.join(name, conventions.DCP_METADATA)
-        names = names_in(path / name) if leads_to_folder(path / name) else set()
+        names = (
+            source.storage.names(path / name) if source.storage.is_folder(path / name) else set()
+        )
         # Without metadata, which is written last, it is an unfinished save of the same kind.
         if conventions.DCP_METADATA in names or any(file.endswith(".distcp") for file in names):
-            if "common.pt" in names or leads_to_folder(path / "context"):
+            if "common.pt" in names or source.storage.is_folder(path / "context"):
                 return _sign_of_another_form(["common.pt", "context/"])
             if name in conventions.MODEL_FOLDERS:
                 return ModelFiles(path / name, (Member(conventions.DCP_METADATA),))
@@ -214,26 +207,26 @@ def _distributed(path: Path) -> ModelFiles | Blocked | None:
     return None
 
 
-def _unusual(path: Path, depth: int) -> ModelFiles | Blocked | None:
+def _unusual(path: Path, depth: int, source: Source) -> ModelFiles | Blocked | None:
     """What a folder holds that has none of the usual names, by the names of all files in it."""
     names = list(_names_below(path, depth))
     return (
         _sign_of_another_form(names, certain_only=True)
-        or _only_file(path)
+        or _only_file(path, source)
         or _sign_of_another_form(names)
     )
 
 
-def _only_file(path: Path) -> ModelFiles | None:
+def _only_file(path: Path, source: Source) -> ModelFiles | None:
     """The one weights file of a folder without any of the usual names."""
     files = [
         name
-        for name in names_in(path)
+        for name in source.storage.names(path)
         if conventions.WEIGHTS_EXTENSION.search(name)
         and name not in conventions.FOLDER_WEIGHTS
         and not any(pattern.search(name) for pattern in conventions.NOT_A_STEP.values())
         and not conventions.STAYS_BEHIND.search(name)
-        and kind_of(path / name) == "file"
+        and source.storage.kind(path / name) is Kind.FILE
     ]
     return ModelFiles(path, (Member(files[0]),)) if len(files) == 1 else None
 

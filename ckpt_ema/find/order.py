@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import ModelFiles, Specs, is_safetensors
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
 from ckpt_ema.find.names import numbers_in, slots_in, stem_of
 from ckpt_ema.find.recorded import recorded_beside
-from ckpt_ema.options import Options
-from ckpt_ema.storage.local import leads_to_folder
+from ckpt_ema.options import Selection
 from ckpt_ema.trainers import conventions
 
 Read = Callable[[ModelFiles], Specs]
@@ -61,29 +61,29 @@ class Entry:
         return self.stem != stem_of(self.label)
 
 
-def recorded_of(entry: Entry, read: Read, *, inside: bool) -> dict[str, int]:
+def recorded_of(entry: Entry, source: Source, *, inside: bool) -> dict[str, int]:
     """What an entry says of its place; `inside`: also what torch files say, which have to be read.
 
     An incomplete file says nothing.
     """
-    found = recorded_beside(entry.path, stem_of(entry.path.name)).numbers
-    if found or leads_to_folder(entry.path):
+    found = recorded_beside(entry.path, stem_of(entry.path.name), source).numbers
+    if found or source.storage.is_folder(entry.path):
         return found
     if inside or is_safetensors(entry.path.name):
         try:
-            return dict(read(entry.model).recorded)
+            return dict(source.read(entry.model).recorded)
         except IncompleteError:
             pass
     return {}
 
 
-def ordered(entries: Sequence[Entry], options: Options, read: Read) -> list[Checkpoint]:
+def ordered(entries: Sequence[Entry], selection: Selection, source: Source) -> list[Checkpoint]:
     """The entries of one series as checkpoints, oldest first.
 
     Raises `RefusedError` if nothing orders them, if what they say contradicts their names, or if
     two are the same step.
     """
-    unit, keys = _keys(entries, options, read)
+    unit, keys = _keys(entries, selection, source)
     rows = sorted(zip(keys, entries, strict=True), key=lambda row: (row[0], row[1].label))
     checkpoints = []
     for key, entry in rows:
@@ -95,55 +95,55 @@ def ordered(entries: Sequence[Entry], options: Options, read: Read) -> list[Chec
     return checkpoints
 
 
-def _keys(entries: Sequence[Entry], options: Options, read: Read) -> tuple[str, list[int]]:
+def _keys(entries: Sequence[Entry], selection: Selection, source: Source) -> tuple[str, list[int]]:
     """What is counted, and each entry's number."""
-    matches = [re.search(options.pattern, e.label) for e in entries] if options.pattern else []
+    matches = [re.search(selection.pattern, e.label) for e in entries] if selection.pattern else []
     if matches and all(match and match.groups() for match in matches):
         return "step", [_group(match) for match in matches if match]
     _check_versions(entries)
-    beside = _keys_beside(entries, options, read) if options.order != "name" else None
+    beside = _keys_beside(entries, selection, source) if selection.order != "name" else None
     if beside:
         return beside
-    named = named_keys(entries) if options.order != "metadata" else None
+    named = named_keys(entries, source) if selection.order != "metadata" else None
     if named:
-        if options.order == "auto":
-            _check_rises(entries, *named, read)
+        if selection.order == "auto":
+            _check_rises(entries, *named, source)
         return named
-    return _keys_inside(entries, read)
+    return _keys_inside(entries, source)
 
 
 def _keys_beside(
-    entries: Sequence[Entry], options: Options, read: Read
+    entries: Sequence[Entry], selection: Selection, source: Source
 ) -> tuple[str, list[int]] | None:
     """The numbers that are told beside the weights or in a header, where all entries have them."""
-    recorded = [recorded_of(entry, read, inside=False) for entry in entries]
+    recorded = [recorded_of(entry, source, inside=False) for entry in entries]
     if all(conventions.NAMED_BY_DATE.search(entry.stem) for entry in entries):
         return "time", _by_date(entries, [claim.get("time") for claim in recorded])
     for unit in ("step", "epoch"):
         if all(unit in claim for claim in recorded):
             keys = [claim[unit] for claim in recorded]
-            if options.order == "auto":
-                _check_names(entries, unit, keys)
+            if selection.order == "auto":
+                _check_names(entries, unit, keys, source)
             return unit, keys
     return None
 
 
-def named_keys(entries: Sequence[Entry]) -> tuple[str, list[int]] | None:
+def named_keys(entries: Sequence[Entry], source: Source) -> tuple[str, list[int]] | None:
     """The numbers that names give, with what they count; None if they give no order."""
     names = [numbers_in(entry.stem) for entry in entries]
     for unit in conventions.STEP_NAMES:
         if all(unit in numbers for numbers in names):
             keys = [numbers[unit] for numbers in names]
-            return ("save" if _count_saves(entries, keys) else unit), keys
+            return ("save" if _count_saves(entries, keys, source) else unit), keys
     slots = _varying_slot(entries)
     return ("number", slots) if slots else None
 
 
-def _count_saves(entries: Sequence[Entry], keys: Sequence[int]) -> bool:
+def _count_saves(entries: Sequence[Entry], keys: Sequence[int], source: Source) -> bool:
     """Whether the numbers are accelerate's, which count saves and say nothing of distances."""
     consecutive = sorted(keys) == list(range(min(keys), min(keys) + len(keys)))
     return consecutive and all(
-        conventions.SAVE_INDEX.search(entry.stem) and leads_to_folder(entry.path)
+        conventions.SAVE_INDEX.search(entry.stem) and source.storage.is_folder(entry.path)
         for entry in entries
     )
 
@@ -182,27 +182,28 @@ def _check_versions(entries: Sequence[Entry]) -> None:
     )
 
 
-def _check_names(entries: Sequence[Entry], unit: str, keys: Sequence[int]) -> None:
+def _check_names(entries: Sequence[Entry], unit: str, keys: Sequence[int], source: Source) -> None:
     """Refuse entries that say another step inside than in their names."""
     for entry, key in zip(entries, keys, strict=True):
         numbers = numbers_in(entry.stem)
         units = STEP_UNITS if unit == "step" else (unit,)
         named = next((numbers[word] for word in units if word in numbers), key)
         if named != key:
-            source = recorded_beside(entry.path, stem_of(entry.path.name)).source
+            file = recorded_beside(entry.path, stem_of(entry.path.name), source).source
             raise RefusedError(
-                f"{printable(entry.label)} says {unit} {key} in {source or 'its header'}. Was it"
+                f"{printable(entry.label)} says {unit} {key} in {file or 'its header'}. Was it"
                 " renamed?",
                 "Order by what it holds (--order metadata) or by the name (--order name).",
             )
 
 
-def _check_rises(entries: Sequence[Entry], unit: str, keys: Sequence[int], read: Read) -> None:
+def _check_rises(entries: Sequence[Entry], unit: str, keys: Sequence[int], source: Source) -> None:
     """Refuse names whose order is not that of the epochs in them, or of the steps in the files."""
     rows = [entry for _, entry in sorted(zip(keys, entries, strict=True), key=lambda row: row[0])]
     named = [{u: n for u, n in numbers_in(row.stem).items() if u == "epoch"} for row in rows]
     inside = [
-        {} if leads_to_folder(row.path) else recorded_of(row, read, inside=True) for row in rows
+        {} if source.storage.is_folder(row.path) else recorded_of(row, source, inside=True)
+        for row in rows
     ]
     for recorded in (named, inside):
         for (earlier, first), (later, second) in pairwise(zip(rows, recorded, strict=True)):
@@ -248,8 +249,8 @@ def _varying_slot(entries: Sequence[Entry]) -> list[int] | None:
     return varying[0] if len(varying) == 1 else None
 
 
-def _keys_inside(entries: Sequence[Entry], read: Read) -> tuple[str, list[int]]:
-    recorded = [recorded_of(entry, read, inside=True) for entry in entries]
+def _keys_inside(entries: Sequence[Entry], source: Source) -> tuple[str, list[int]]:
+    recorded = [recorded_of(entry, source, inside=True) for entry in entries]
     for unit in ("step", "epoch"):
         if all(unit in claim for claim in recorded):
             return unit, [claim[unit] for claim in recorded]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ckpt_ema.storage.local import leads_to_folder, read_if_there
+from ckpt_ema.containers.source import Source
 from ckpt_ema.trainers.conventions import TRAINER_STATE
 
 _HEAD_BYTES = 4096
@@ -76,18 +76,18 @@ class Recorded(NamedTuple):
     source: str
 
 
-def recorded_beside(path: Path, stem: str) -> Recorded:
+def recorded_beside(path: Path, stem: str, source: Source) -> Recorded:
     """What the files beside a checkpoint tell; empty if none does.
 
     `path` is the checkpoint's folder or file and `stem` its name without extension.
     """
-    is_folder = leads_to_folder(path)
-    for source in _IN_FOLDER if is_folder else _BESIDE_FILE:
-        file = (path if is_folder else path.parent) / source.name.format(stem=stem)
+    is_folder = source.storage.is_folder(path)
+    for told in _IN_FOLDER if is_folder else _BESIDE_FILE:
+        file = (path if is_folder else path.parent) / told.name.format(stem=stem)
         # What the trainer logged follows after the step and can be megabytes.
         for most_bytes in (_HEAD_BYTES, sys.maxsize):
-            content = read_if_there(file, most_bytes) or b""
-            found = source.read(content.decode("utf-8", "replace"))
+            content = source.storage.read(file, most_bytes) or b""
+            found = told.read(content.decode("utf-8", "replace"))
             if found:
                 return Recorded(dict(found), file.name)
             if len(content) < _HEAD_BYTES:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import ModelFiles
 from ckpt_ema.errors import OptionError, RefusedError, printable, some
 from ckpt_ema.find.aliases import resolve_aliases
@@ -17,21 +18,21 @@ from ckpt_ema.find.entries import Scan, container, is_hub_cache, scan
 from ckpt_ema.find.found import Found
 from ckpt_ema.find.globs import UNWANTED, all_unwanted, matches, unmatched
 from ckpt_ema.find.listed import common_root, listed, single
-from ckpt_ema.find.model_files import Blocked, locate, names_in
+from ckpt_ema.find.model_files import Blocked, locate
 from ckpt_ema.find.names import form_of, is_unnumbered_of, numbers_in, stem_of
-from ckpt_ema.find.order import STEP_UNITS, Checkpoint, Read, ordered
+from ckpt_ema.find.order import STEP_UNITS, Checkpoint, ordered
 from ckpt_ema.find.series import (
     ONLY_ONE,
     one_series,
     without_averages,
     without_copies,
 )
-from ckpt_ema.options import Options
-from ckpt_ema.storage.local import leads_to_folder, mode_of
+from ckpt_ema.options import Selection
+from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 
 
-def discover(paths: Sequence[Path], options: Options, read: Read) -> Found:
+def discover(paths: Sequence[Path], selection: Selection, source: Source) -> Found:
     """Find the checkpoints in one folder, or take the given folders and files in their order.
 
     `read` gives the specs of a checkpoint; only what must be opened to be put in order is.
@@ -45,46 +46,50 @@ def discover(paths: Sequence[Path], options: Options, read: Read) -> Found:
             raise RefusedError(f"{printable(path)} does not exist.", "Check the path.") from error
         except OSError as error:
             raise RefusedError(f"{printable(path)} is out of reach: {error.strerror}.") from error
-    if len(paths) == 1 and leads_to_folder(paths[0]):
-        return _in_run(paths[0], options, read)
-    return listed(paths, options)
+    if len(paths) == 1 and source.storage.is_folder(paths[0]):
+        return _in_run(paths[0], selection, source)
+    return listed(paths, selection, source)
 
 
 def _in_run(
     run: Path,
-    options: Options,
-    read: Read,
+    selection: Selection,
+    source: Source,
     *,
     given: Path | None = None,
     scanned: Scan | None = None,
 ) -> Found:
     """The checkpoints in a folder; `given` is the folder that a person gave, if it is above."""
-    if run.name == "snapshots" and is_hub_cache(run.parent):
+    if run.name == "snapshots" and is_hub_cache(run.parent, source):
         run = run.parent  # revisions have their names there
-    scanned = scanned or scan(run, options)
+    scanned = scanned or scan(run, selection, source)
     if not scanned.series or _are_stray_files(scanned):
-        inner = None if scanned.blocked else container(run, options)
+        inner = None if scanned.blocked else container(run, selection, source)
         if inner:
             folder, inside = inner
-            found = _in_run(folder, options, read, given=run, scanned=inside)
+            found = _in_run(folder, selection, source, given=run, scanned=inside)
             return replace(found, root=run, warnings=(*found.warnings, *_above(run, scanned)))
-        alone = _alone(run, scanned, options)
+        alone = _alone(run, scanned, selection, source)
         if alone:
             return Found(common_root([alone]), (alone,), tuple(scanned.left_out))
-    pattern_warnings = unmatched(_names_seen(run, scanned), options)
-    entries = without_averages(one_series(run, scanned, options, read), read, scanned.left_out)
+    pattern_warnings = unmatched(_names_seen(run, scanned, source), selection)
+    entries = without_averages(
+        one_series(run, scanned, selection, source), source, scanned.left_out
+    )
     if not entries:
         raise RefusedError(_nothing_found(run, scanned))
     forms = {form_of(entry.stem) for entry in entries}
-    _check_blocked(scanned, forms, leads_to_folder(entries[0].path), options)
-    members = ordered(without_copies(entries, options, scanned.left_out), options, read)
+    _check_blocked(scanned, forms, source.storage.is_folder(entries[0].path), selection, source)
+    members = ordered(without_copies(entries, source, scanned.left_out), selection, source)
     aliases = _candidates_for_alias(scanned, forms)
-    checkpoints, remarks = resolve_aliases(members, aliases, options, read, scanned.left_out)
-    for name in options.append:
+    checkpoints, remarks = resolve_aliases(members, aliases, selection, source, scanned.left_out)
+    for name in selection.append:
         places = [run / name, (given or run) / name, Path(name)]
-        path = next((place for place in places if mode_of(place)), run / name)
-        checkpoints.append(_appended(path, checkpoints, options))
-    folders = leads_to_folder(members[-1].path)
+        path = next(
+            (place for place in places if source.storage.kind(place) is not Kind.ABSENT), run / name
+        )
+        checkpoints.append(_appended(path, checkpoints, selection, source))
+    folders = source.storage.is_folder(members[-1].path)
     unfinished = [
         path for path in scanned.without_weights if folders and form_of(path.name) in forms
     ]
@@ -97,16 +102,16 @@ def _in_run(
     warnings += [
         f"--append {printable(appended.name)} puts it after {printable(members[-1].name)}, though"
         " its name has a number of its own."
-        for appended in checkpoints[len(checkpoints) - len(options.append) :]
+        for appended in checkpoints[len(checkpoints) - len(selection.append) :]
         if form_of(stem_of(appended.name)) in forms
     ]
     return Found(run, tuple(checkpoints), tuple(left_out), (*pattern_warnings, *warnings, *remarks))
 
 
-def _names_seen(run: Path, scanned: Scan) -> set[str]:
+def _names_seen(run: Path, scanned: Scan, source: Source) -> set[str]:
     """What a pattern of names can mean: the entries of a folder, the revisions of a cache."""
     labels = {entry.label for members in scanned.series.values() for entry in members}
-    return names_in(run) | labels | {path.name for path, _ in scanned.left_out}
+    return source.storage.names(run) | labels | {path.name for path, _ in scanned.left_out}
 
 
 def _later_ones_left_out(newest: Checkpoint, left_out: list[tuple[Path, str]]) -> list[str]:
@@ -134,22 +139,23 @@ def _above(run: Path, scanned: Scan) -> list[str]:
     ]
 
 
-def _alone(run: Path, scanned: Scan, options: Options) -> Checkpoint | None:
+def _alone(run: Path, scanned: Scan, selection: Selection, source: Source) -> Checkpoint | None:
     """The one checkpoint that the folder itself is; None if there is a series in it after all.
 
     Raises `RefusedError` if there is neither.
     """
-    if options.pattern and not scanned.series and not scanned.blocked:
+    if selection.pattern and not scanned.series and not scanned.blocked:
+        names = some(sorted(source.storage.names(run)))
         raise RefusedError(
             f"{printable(run)} holds no checkpoint that matches --pattern"
-            f" {printable(options.pattern)}; its names are {some(sorted(names_in(run)))}."
+            f" {printable(selection.pattern)}; its names are {names}."
         )
     unwanted = [p.name for p, why in scanned.left_out if why in UNWANTED]
     if unwanted and not scanned.series:
-        unmatched(_names_seen(run, scanned), options)
+        unmatched(_names_seen(run, scanned, source), selection)
         raise all_unwanted(unwanted)
     # What lies deeper than a checkpoint's own folders may belong to several runs.
-    own = None if _is_run_of_others(run, scanned) else locate(run, options, depth=1)
+    own = None if _is_run_of_others(run, scanned) else locate(run, source, depth=1)
     if isinstance(own, ModelFiles) and not (scanned.series and own.path in _paths(scanned)):
         return single(run, own)
     if scanned.series:
@@ -210,11 +216,13 @@ def _candidates_for_alias(scanned: Scan, forms: set[str]) -> list[Path]:
     return averages
 
 
-def _check_blocked(scanned: Scan, forms: set[str], is_folder: bool, options: Options) -> None:
+def _check_blocked(
+    scanned: Scan, forms: set[str], is_folder: bool, selection: Selection, source: Source
+) -> None:
     """Refuse steps of the series in a form that is not read; those of other names are left out."""
     for path, blocked in scanned.blocked.items():
-        same_kind = leads_to_folder(path) == is_folder
-        if same_kind and form_of(stem_of(path.name)) in forms and not options.skip_incomplete:
+        same_kind = source.storage.is_folder(path) == is_folder
+        if same_kind and form_of(stem_of(path.name)) in forms and not selection.skip_incomplete:
             raise RefusedError(
                 f"{printable(path)} is {blocked.what}, while other steps of the run can be read.",
                 f"{blocked.instead} Or leave such steps out with --skip-incomplete.",
@@ -222,10 +230,12 @@ def _check_blocked(scanned: Scan, forms: set[str], is_folder: bool, options: Opt
         scanned.left_out.append((path, blocked.what))
 
 
-def _appended(path: Path, members: Sequence[Checkpoint], options: Options) -> Checkpoint:
-    if any(matches(path.name, pattern) for pattern in options.exclude):
+def _appended(
+    path: Path, members: Sequence[Checkpoint], selection: Selection, source: Source
+) -> Checkpoint:
+    if any(matches(path.name, pattern) for pattern in selection.exclude):
         raise OptionError(f"--append {printable(path.name)} is also left out by --exclude.")
-    if not mode_of(path):
+    if source.storage.kind(path) is Kind.ABSENT:
         raise RefusedError(f"--append {printable(path.name)}: {printable(path)} does not exist.")
     for member in members:
         if os.path.samefile(path, member.path):
@@ -233,7 +243,7 @@ def _appended(path: Path, members: Sequence[Checkpoint], options: Options) -> Ch
                 f"--append {printable(path.name)}: it is {printable(member.name)}, which is there"
                 " already."
             )
-    model = locate(path, options)
+    model = locate(path, source)
     if isinstance(model, Blocked):
         raise model.error(path)
     if model is None:

@@ -47,7 +47,7 @@ def resolve_device(name: str, place: int = 0) -> torch.device:
 
 def accumulator(plan: Plan, device: torch.device) -> torch.dtype:
     """What is folded in there."""
-    return torch.float32 if plan.options.accumulate == "float32" else widest_float(device)
+    return torch.float32 if plan.engine.accumulate == "float32" else widest_float(device)
 
 
 def elements_at_a_time(plan: Plan, device: torch.device) -> int:
@@ -59,7 +59,7 @@ def elements_at_a_time(plan: Plan, device: torch.device) -> int:
         return plan.tile_elements
     longest = max((span.length for span in plan.work.spans if span.averaged), default=1)
     most = min(longest, _MOST_ELEMENTS)
-    budget = plan.options.max_memory or _free_bytes(device) // _SHARE
+    budget = plan.engine.max_memory or _free_bytes(device) // _SHARE
     wide = accumulator(plan, device)
     each = device_element_bytes(len(plan.averages), wide, plan.work.widest_bytes)
     return max(1, min(most, budget // (each * plan.threads)))

@@ -258,7 +258,7 @@ class _Worker:
 
     def _check(self, tile: Tile, averages: Sequence[int], rounded: torch.Tensor) -> None:
         """Refuse values that are not finite, unless they are wanted."""
-        if self._plan.options.allow_nonfinite:
+        if self._plan.allow_nonfinite:
             return
         for average, values in zip(averages, rounded.view(len(averages), tile.length), strict=True):
             check_nonfinite(self._plan, self._job.sources, tile.span, tile.start, average, values)

@@ -6,7 +6,7 @@ from ckpt_ema.containers.specs import AVERAGED, DTYPE_BITS, TensorSpec
 from ckpt_ema.fold.gather import gather
 from ckpt_ema.fold.tile_fold import Staging
 from ckpt_ema.planning.plan import Plan
-from ckpt_ema.storage.local import FilePool
+from ckpt_ema.storage.protocol import Identity
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, torch_name) for name, torch_name in AVERAGED.items()
@@ -21,9 +21,9 @@ class Sources:
             [str(checkpoint.folder / file.name) for file in checkpoint.specs.files]
             for checkpoint in plan.checkpoints
         ]
-        self._pool = FilePool(
+        self._pool = plan.storage.pool(
             {
-                path: (file.size_bytes, file.mtime_ns)
+                path: Identity(file.size_bytes, file.mtime_ns)
                 for checkpoint, paths in zip(plan.checkpoints, self._paths, strict=True)
                 for path, file in zip(paths, checkpoint.specs.files, strict=True)
             },

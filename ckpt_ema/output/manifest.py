@@ -13,7 +13,7 @@ from ckpt_ema.containers.safetensors import read_specs
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan, PlannedCheckpoint
-from ckpt_ema.storage.local import open_regular, read_exactly
+from ckpt_ema.storage.local import Local
 from ckpt_ema.targets.safetensors_folder import Output, OutputFile
 from ckpt_ema.trainers.conventions import MANIFEST_NAME, PROVENANCE_KEY
 
@@ -41,7 +41,7 @@ def _describe_average(plan: Plan, average: Average) -> dict[str, Any]:
             for file in average.output.files
         ],
         "companions": [companion.name for companion in average.output.companions],
-        "dtype": plan.options.dtype,
+        "dtype": plan.dtype,
         "bytes_written": sum(file.size_bytes for file in average.output.files),
         "fingerprint": average.output.fingerprint,
     }
@@ -64,9 +64,9 @@ def _describe_run(plan: Plan) -> dict[str, Any]:
     """What all averages of a plan share, as plain values."""
     return {
         "run": plan.run,
-        "options": plan.options.given(),
-        "accumulate": plan.options.accumulate,
-        "device": plan.options.device,
+        "options": dict(plan.given),
+        "accumulate": plan.engine.accumulate,
+        "device": plan.engine.device,
         "threads": plan.threads,
         "bytes_read": plan.bytes_read,
         "memory_bytes": plan.memory_bytes,
@@ -147,10 +147,9 @@ def read_manifest(output: Path) -> dict[str, Any]:
     try:
         if os.path.isdir(output):
             path = os.fspath(output / MANIFEST_NAME)
-            with open_regular(path) as file:
-                text = read_exactly(path, file.fd, file.size_bytes, 0).decode()
+            text = (Local().read(path) or b"").decode()
         else:
-            text = read_specs(os.fspath(output)).metadata[0].get(PROVENANCE_KEY, "{}")
+            text = read_specs(os.fspath(output), Local()).metadata[0].get(PROVENANCE_KEY, "{}")
         manifest = json.loads(text)
     except (OSError, ValueError, RecursionError, CkptEmaError):
         return {}

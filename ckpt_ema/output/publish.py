@@ -24,7 +24,7 @@ from ckpt_ema.output.workspace import (
     replace_file,
     write_all,
 )
-from ckpt_ema.storage.local import open_regular, read_exactly
+from ckpt_ema.storage import Storage
 from ckpt_ema.targets.safetensors_folder import OutputFile
 
 _MOST_OPEN_FILES = 16
@@ -103,16 +103,17 @@ class StagedOutput:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, content, self._staging.parent)  # parts write it at the same time
 
-    def copy(self, source: Path, name: str) -> None:
+    def copy(self, source: Path, name: str, storage: Storage) -> None:
         """Copy one file that travels with the weights, byte for byte."""
         path = self._staging / name
-        with open_regular(os.fspath(source)) as file, as_failure(self._final / name):
+        with storage.open(source) as file, as_failure(self._final / name):
             path.parent.mkdir(parents=True, exist_ok=True)
             with durable_file(path) as fd:
-                for offset in range(0, file.size_bytes, _COPIED_BYTES):
-                    count = min(_COPIED_BYTES, file.size_bytes - offset)
-                    write_all(fd, read_exactly(os.fspath(source), file.fd, count, offset), offset)
-                os.ftruncate(fd, file.size_bytes)
+                size_bytes = file.identity.size_bytes
+                for offset in range(0, size_bytes, _COPIED_BYTES):
+                    count = min(_COPIED_BYTES, size_bytes - offset)
+                    write_all(fd, file.read(count, offset), offset)
+                os.ftruncate(fd, size_bytes)
 
     def check_loads(self) -> None:
         """Have the safetensors library itself accept every model file; it reads headers only."""

@@ -18,7 +18,8 @@ from typing import Any
 
 from ckpt_ema.errors import FailedError, RefusedError, printable
 from ckpt_ema.output.destination import averages_in
-from ckpt_ema.storage.local import mode_of
+from ckpt_ema.storage.local import Local
+from ckpt_ema.storage.protocol import Kind
 
 _MARK = ".ckpt-ema-"
 _OUTPUT = "output"
@@ -105,7 +106,7 @@ class WorkFolder:
         A run was killed after it had published that, or could not tidy up.
         """
         told = [*_records(self.path, ""), *self.path.glob(f"*{JOURNAL}")]
-        if not mode_of(self.output):
+        if Local().kind(self.output) is Kind.ABSENT:
             for path in told:
                 path.unlink(missing_ok=True)  # others may have come at the same time
 
@@ -165,7 +166,7 @@ def _hidden_stem(final: Path) -> str:
 
 def _waits(folder: Path, prefix: str) -> bool:
     """Whether it holds an output and records of this kind."""
-    return bool(_records(folder, prefix)) and mode_of(folder / _OUTPUT) != 0
+    return bool(_records(folder, prefix)) and Local().kind(folder / _OUTPUT) is not Kind.ABSENT
 
 
 def _records(folder: Path, prefix: str) -> list[Path]:
@@ -196,7 +197,7 @@ def _is_wanted(path: Path, final: Path) -> bool:
     Parts that are done wait for the others without a lock; the last output is there if a run was
     killed between two names.
     """
-    if mode_of(path / _OUTPUT) or mode_of(path / PUBLISHED):
+    if any(Local().kind(path / name) is not Kind.ABSENT for name in (_OUTPUT, PUBLISHED)):
         return _waits(path, PART)
     return not os.path.lexists(final) and bool(averages_in(path))
 

@@ -8,7 +8,7 @@ from ckpt_ema.errors import printable, some
 from ckpt_ema.planning.average import Average
 from ckpt_ema.schedules import formulas
 from ckpt_ema.schedules.rules import short
-from ckpt_ema.schedules.table import WEIGHTS
+from ckpt_ema.schedules.table import EXPLICIT
 
 # How much longer than usual a gap may be.
 _MOST_GAP = 1.5
@@ -93,7 +93,7 @@ def _newest(average: Average, names: Sequence[str]) -> list[str]:
 
 def _is_computed(average: Average) -> bool:
     """Whether a schedule shares the weight out among several checkpoints."""
-    return len(average.members) > 1 and average.rule.schedule != WEIGHTS
+    return len(average.members) > 1 and average.rule.schedule != EXPLICIT
 
 
 def _irregular(average: Average, names: Sequence[str]) -> list[str]:

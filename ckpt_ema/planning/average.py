@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 from ckpt_ema.errors import OptionError
 from ckpt_ema.find.order import Checkpoint
-from ckpt_ema.find.select import Selection
+from ckpt_ema.find.select import Subset
 from ckpt_ema.find.steps import gaps, known_steps, needed_steps
-from ckpt_ema.options import Options
+from ckpt_ema.options import Weighting as WeightingOptions
 from ckpt_ema.schedules.explicit import matched, read_weights
 from ckpt_ema.schedules.rules import Rule
 from ckpt_ema.schedules.statistics import Statistics, statistics
-from ckpt_ema.schedules.table import WEIGHTS
+from ckpt_ema.schedules.table import EXPLICIT
 from ckpt_ema.schedules.weights import decays_of, weights_of
 from ckpt_ema.targets.safetensors_folder import Output
 
@@ -52,17 +52,17 @@ class Average:
         return self.members[-1]
 
 
-def weigh(selections: Sequence[Selection], options: Options) -> list[Weighting]:
+def weigh(subsets: Sequence[Subset], options: WeightingOptions) -> list[Weighting]:
     """Every rule on every selection.
 
     Raises `RefusedError` if a rule counts steps that are not known, or if stated weights are not
     those of the checkpoints.
     """
     found = []
-    for selection in selections:
-        for rule in options.rules():
-            name = "-".join(filter(None, [rule.name, selection.name]))
-            checkpoints, decays = _weighted(rule, selection.checkpoints, options)
+    for subset in subsets:
+        for rule in options.rules:
+            name = "-".join(filter(None, [rule.name, subset.name]))
+            checkpoints, decays = _weighted(rule, subset.checkpoints, options)
             found.append(Weighting(name, rule, checkpoints, tuple(decays)))
     names = [weighting.name for weighting in found]
     for name in names:
@@ -92,10 +92,10 @@ def make_average(
 
 
 def _weighted(
-    rule: Rule, checkpoints: tuple[Checkpoint, ...], options: Options
+    rule: Rule, checkpoints: tuple[Checkpoint, ...], options: WeightingOptions
 ) -> tuple[tuple[Checkpoint, ...], list[float]]:
     """The checkpoints that a rule takes, and the decays to fold them with."""
-    if rule.schedule == WEIGHTS:
+    if rule.schedule == EXPLICIT:
         assert options.weights is not None
         stated = matched(
             read_weights(options.weights),

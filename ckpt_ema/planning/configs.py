@@ -7,7 +7,7 @@ from typing import Any
 
 from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import RefusedError, printable, some
-from ckpt_ema.storage.local import read_if_there
+from ckpt_ema.storage import Storage
 from ckpt_ema.trainers.conventions import ADAPTER_CONFIG
 
 _MODEL_CONFIG = "config.json"
@@ -32,26 +32,29 @@ _HEADER_FIELDS = ("ss_network_module", "ss_network_dim", "ss_network_alpha")
 
 
 def check_configs(
-    names: Sequence[str], folders: Sequence[Path], checkpoints: Sequence[Specs]
+    names: Sequence[str],
+    folders: Sequence[Path],
+    checkpoints: Sequence[Specs],
+    storage: Storage,
 ) -> list[str]:
     """Compare the configurations of all checkpoints with the last one's; returns warnings.
 
     Raises `RefusedError` if those of adapters differ in what their tensors mean.
     """
-    newest_adapter = _read(folders[-1] / ADAPTER_CONFIG)
-    newest_model = _read(folders[-1] / _MODEL_CONFIG)
+    newest_adapter = _read(folders[-1] / ADAPTER_CONFIG, storage)
+    newest_model = _read(folders[-1] / _MODEL_CONFIG, storage)
     different: dict[str, str] = {}
     for name, folder, specs in zip(names, folders, checkpoints, strict=True):
         both = (name, names[-1])
         _check(both, specs.metadata[0], checkpoints[-1].metadata[0], _HEADER_FIELDS)
-        adapter = _read(folder / ADAPTER_CONFIG) if newest_adapter else b""
+        adapter = _read(folder / ADAPTER_CONFIG, storage) if newest_adapter else b""
         if adapter != newest_adapter:
             one, other = _content(adapter), _content(newest_adapter)
             _check(both, one, other, _ADAPTER_FIELDS)
             # The same base model may have been read from another place.
             if one and one.get(_BASE) != other.get(_BASE):
                 different.setdefault(_BASE, name)
-        model = _read(folder / _MODEL_CONFIG) if newest_model else b""
+        model = _read(folder / _MODEL_CONFIG, storage) if newest_model else b""
         if model and model != newest_model:
             one, other = _content(model), _content(newest_model)
             for field in {**one, **other}.keys() - set(_UNIMPORTANT):
@@ -90,8 +93,8 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _read(path: Path) -> bytes:
-    return read_if_there(path) or b""
+def _read(path: Path, storage: Storage) -> bytes:
+    return storage.read(path) or b""
 
 
 def _content(raw: bytes) -> Mapping[str, Any]:

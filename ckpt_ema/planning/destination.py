@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt_ema.errors import RefusedError, printable
-from ckpt_ema.storage.local import real_paths
+from ckpt_ema.storage import Storage
 
 
-def check_destination(output: Path, inputs: Sequence[Path]) -> None:
+def check_destination(output: Path, inputs: Sequence[Path], storage: Storage) -> None:
     """Refuse an output path that would touch an input or could never be written.
 
     Raises `RefusedError`. Whether something is at the path already is not its question but that of
@@ -16,7 +16,7 @@ def check_destination(output: Path, inputs: Sequence[Path]) -> None:
     """
     shown = printable(output)
     real = os.path.realpath(output)
-    for path, source in zip(inputs, real_paths(inputs), strict=True):
+    for path, source in zip(inputs, storage.real_paths(inputs), strict=True):
         if f"{real}/".startswith(f"{source}/") or f"{source}/".startswith(f"{real}/"):
             raise RefusedError(
                 f"The output {shown} is, holds or lies inside the input {printable(path)}.",

@@ -5,15 +5,16 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Specs
 from ckpt_ema.find.found import Found
 from ckpt_ema.find.order import Checkpoint
 from ckpt_ema.options import DTYPES, Options
+from ckpt_ema.options import Output as OutputOptions
 from ckpt_ema.planning.average import Weighting
 from ckpt_ema.schedules.weights import weights_of
-from ckpt_ema.storage.local import real_paths
 from ckpt_ema.targets.companions import Companion, Companions, companions
 from ckpt_ema.targets.safetensors_folder import Output, is_single_file, make_indexes, output_files
 
@@ -31,6 +32,7 @@ def lay_out(
     found: Found,
     path: Path,
     options: Options,
+    source: Source,
 ) -> Layout:
     """The output of one average at `path`, in the form of its newest checkpoint.
 
@@ -38,12 +40,14 @@ def lay_out(
     """
     newest = weighting.checkpoints[-1]
     single_name = path.name if is_single_file(path) else None
-    travelling = _travelling(newest, specs_of[newest], found, options, single_name)
-    fingerprint = _fingerprint(weighting, specs_of, travelling.files, options, single_name)
+    travelling = _travelling(newest, specs_of[newest], found, options.output, single_name, source)
+    fingerprint = _fingerprint(
+        weighting, specs_of, travelling.files, {**options.deciding(), "file": single_name}, source
+    )
     provenance = _provenance(weighting)
     if single_name:  # a folder has it in its manifest
         provenance["fingerprint"] = fingerprint
-    files = output_files(specs_of[newest], DTYPES[options.dtype], single_name, provenance)
+    files = output_files(specs_of[newest], DTYPES[options.output.dtype], single_name, provenance)
     part_names = [part.name for part in newest.model.members]
     indexes = () if single_name else tuple(make_indexes(files, part_names))
     output = Output(path, files, indexes, travelling.files, fingerprint)
@@ -51,7 +55,12 @@ def lay_out(
 
 
 def _travelling(
-    newest: Checkpoint, specs: Specs, found: Found, options: Options, single_name: str | None
+    newest: Checkpoint,
+    specs: Specs,
+    found: Found,
+    options: OutputOptions,
+    single_name: str | None,
+    source: Source,
 ) -> Companions:
     if single_name:
         return Companions((), ())
@@ -60,7 +69,8 @@ def _travelling(
         [file.name for file in specs.files],
         _shared_folder(found),
         Path(options.config_from) if options.config_from is not None else None,
-        is_file=not newest.path.is_dir(),
+        source.storage,
+        is_file=not source.storage.is_folder(newest.path),
     )
 
 
@@ -84,24 +94,16 @@ def _fingerprint(
     weighting: Weighting,
     specs_of: Mapping[Checkpoint, Specs],
     travelling: Sequence[Companion],
-    options: Options,
-    single_name: str | None,
+    deciding: Mapping[str, Any],
+    source: Source,
 ) -> str:
     """A digest of inputs (path, size, mtime, header of each file), weights and choices."""
-    folders = real_paths(checkpoint.model.folder for checkpoint in weighting.checkpoints)
+    folders = source.storage.real_paths(
+        checkpoint.model.folder for checkpoint in weighting.checkpoints
+    )
     rows = zip(folders, weights_of(weighting.decays), weighting.checkpoints, strict=True)
     inputs = [(folder, share, *specs_of[c].files) for folder, share, c in rows]
-    stats = [(file.name, file.source.stat()) for file in travelling]
-    side_files = [(name, status.st_size, status.st_mtime_ns) for name, status in stats]
-    choices = [
-        weighting.rule.schedule,
-        dict(weighting.rule.numbers),
-        options.dtype,
-        options.accumulate,
-        options.allow_nonfinite,
-        options.key,
-        options.strip_prefix,
-        options.card,
-        single_name,
-    ]
+    stats = [(file.name, source.storage.identity(file.source)) for file in travelling]
+    side_files = [(name, *identity) for name, identity in stats]
+    choices = [weighting.rule.schedule, dict(weighting.rule.numbers), deciding]
     return hashlib.sha256(json.dumps([inputs, side_files, choices]).encode()).hexdigest()

@@ -4,26 +4,25 @@ All checks of the inputs happen here, from headers alone; what follows only carr
 """
 
 import contextlib
-import functools
 import gc
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckpt_ema.containers.read import read_specs
-from ckpt_ema.containers.specs import ModelFiles, Specs
+from ckpt_ema.containers.source import Source
+from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import OptionError, RefusedError, printable, some
 from ckpt_ema.find.complete import check_whole, problems, without_unfinished
 from ckpt_ema.find.found import Found
 from ckpt_ema.find.globs import UNWANTED
-from ckpt_ema.find.order import Checkpoint, Read
+from ckpt_ema.find.order import Checkpoint
 from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
-from ckpt_ema.options import Options, PathLike
+from ckpt_ema.options import Engine, Keywords, Options, PathLike, make_options
 from ckpt_ema.planning.advice import advice
 from ckpt_ema.planning.average import Average, Weighting, make_average, weigh
 from ckpt_ema.planning.configs import check_configs
@@ -34,7 +33,11 @@ from ckpt_ema.planning.renaming import unified, without_prefix
 from ckpt_ema.planning.same_model import check_alike
 from ckpt_ema.planning.sizing import element_bytes, make_sizes
 from ckpt_ema.planning.work import Work, make_work
+from ckpt_ema.storage import Storage, storage_for
 from ckpt_ema.targets.safetensors_folder import is_single_file
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,13 @@ class Plan:
     run: str
     checkpoints: tuple[PlannedCheckpoint, ...]  # all that some average reads
     averages: tuple[Average, ...]
-    options: Options
+    storage: Storage
+    engine: Engine
+    given: Mapping[str, Any]  # the options that are not at their defaults
+    dtype: str  # of averaged tensors, "same" for each its own
+    card: bool
+    allow_nonfinite: bool
+    allow_duplicates: bool
     output: Path  # of the one average, or the folder of all: they come into being together
     work: Work
     threads: int
@@ -90,11 +99,11 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """What the fold allocates beyond torch itself, whatever the size of the model."""
-        each = element_bytes(self.options, self.work, len(self.averages))
+        each = element_bytes(self.engine, self.work, len(self.averages))
         return self.threads * self.tile_elements * each
 
 
-def plan(run: PathLike | Sequence[PathLike], **options: Any) -> Plan:
+def plan(run: PathLike | Sequence[PathLike], **options: "Unpack[Keywords]") -> Plan:
     """Decide averages of the checkpoints in `run`: a folder, or checkpoints oldest first.
 
     The options are the fields of `ckpt_ema.options.Options`: `decay`, `half_life`, `last`, `output`
@@ -106,7 +115,7 @@ def plan(run: PathLike | Sequence[PathLike], **options: Any) -> Plan:
     averaged, or an output path that would touch them.
     """
     with _collector_paused():
-        return _plan(run, Options(**options))
+        return _plan(run, make_options(options))
 
 
 @contextlib.contextmanager
@@ -126,22 +135,24 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
     paths = [_named(path) for path in given if os.fspath(path)]
     if not paths or len(paths) < len(given):  # an empty name would mean the current folder
         raise OptionError("No run and no checkpoints were given.")
-    read = _reader(options)
-    chosen = _choose(paths, options, read)
+    source = Source(storage_for(paths[0]), options.reading)
+    chosen = _choose(paths, options, source)
     found, checkpoints, weightings = chosen.found, chosen.checkpoints, chosen.weightings
-    destination = Path(options.output) if options.output is not None else _sibling(found.root)
-    check_destination(destination, [*paths, *_inputs(found)])
-    specs, warnings, renamed = _compared(checkpoints, read, options)
+    destination = (
+        Path(options.output.output) if options.output.output is not None else _sibling(found.root)
+    )
+    check_destination(destination, [*paths, *_inputs(found, source)], source.storage)
+    specs, warnings, renamed = _compared(checkpoints, source)
     _check_names(weightings, checkpoints[-1], renamed)
     specs_of = dict(zip(checkpoints, specs, strict=True))
-    layouts = _layouts(weightings, specs_of, found, destination, options)
+    layouts = _layouts(weightings, specs_of, found, destination, options, source)
     numbers = {checkpoint: number for number, checkpoint in enumerate(checkpoints)}
     averages = tuple(
         make_average(weighting, numbers, layout.output)
         for weighting, layout in zip(weightings, layouts, strict=True)
     )
     work = make_work(specs, [(c.newest, c.output.files) for c in averages])
-    sizes = make_sizes(options, work, len(averages))
+    sizes = make_sizes(options.engine, work, len(averages))
     return Plan(
         run=os.fspath(found.root),
         checkpoints=tuple(
@@ -149,7 +160,13 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
             for c in checkpoints
         ),
         averages=averages,
-        options=options,
+        storage=source.storage,
+        engine=options.engine,
+        given=options.given(),
+        dtype=options.output.dtype,
+        card=options.output.card,
+        allow_nonfinite=options.reading.allow_nonfinite,
+        allow_duplicates=options.reading.allow_duplicates,
         output=destination,
         work=work,
         threads=sizes.threads,
@@ -166,19 +183,6 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
     )
 
 
-def _reader(options: Options) -> Read:
-    """What reads the headers of a checkpoint, each once."""
-
-    @functools.cache
-    def read(model: ModelFiles) -> Specs:
-        specs = read_specs(model, options.key)
-        if not specs.tensors:
-            raise RefusedError(f"{printable(model.path)} holds no tensors.")
-        return specs
-
-    return read
-
-
 class _Chosen(NamedTuple):
     """What takes part, before headers are compared."""
 
@@ -189,13 +193,13 @@ class _Chosen(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def _choose(paths: Sequence[Path], options: Options, read: Read) -> _Chosen:
+def _choose(paths: Sequence[Path], options: Options, source: Source) -> _Chosen:
     """Find the checkpoints, select among them, weigh them, and see that they are whole."""
-    discovered = discover(paths, options, read)
-    problem_of = problems(discovered.checkpoints, read)
-    found = without_unfinished(discovered, options, problem_of)
-    selected = select(found, options, read)
-    weightings = weigh(selected.selections, options)
+    discovered = discover(paths, options.selection, source)
+    problem_of = problems(discovered.checkpoints, source)
+    found = without_unfinished(discovered, options.selection, problem_of)
+    selected = select(found, options.selection, source)
+    weightings = weigh(selected.subsets, options.weighting)
     taken = {checkpoint for weighting in weightings for checkpoint in weighting.checkpoints}
     checkpoints = [checkpoint for checkpoint in found.checkpoints if checkpoint in taken]
     check_whole(checkpoints, problem_of)
@@ -203,16 +207,16 @@ def _choose(paths: Sequence[Path], options: Options, read: Read) -> _Chosen:
 
 
 def _compared(
-    checkpoints: Sequence[Checkpoint], read: Read, options: Options
+    checkpoints: Sequence[Checkpoint], source: Source
 ) -> tuple[list[Specs], list[str], set[Checkpoint]]:
     """The checkpoints' specs under common names, checked to be of one model; and warnings.
 
     Also those checkpoints whose own names are others.
     """
     names = [checkpoint.name for checkpoint in checkpoints]
-    own = [read(checkpoint.model) for checkpoint in checkpoints]
-    if options.strip_prefix:
-        own = without_prefix(own, options.strip_prefix)
+    own = [source.read(checkpoint.model) for checkpoint in checkpoints]
+    if source.reading.strip_prefix:
+        own = without_prefix(own, source.reading.strip_prefix)
     specs, name_warnings = unified(names, _shared(own))
     rows = zip(checkpoints, own, specs, strict=True)
     renamed = {
@@ -221,7 +225,7 @@ def _compared(
         if before.tensors is not after.tensors and before.tensors.keys() != after.tensors.keys()
     }
     folders = [checkpoint.model.folder for checkpoint in checkpoints]
-    config_warnings = check_configs(names, folders, specs)
+    config_warnings = check_configs(names, folders, specs, source.storage)
     return specs, [*name_warnings, *check_alike(names, specs), *config_warnings], renamed
 
 
@@ -258,16 +262,17 @@ def _layouts(
     found: Found,
     destination: Path,
     options: Options,
+    source: Source,
 ) -> list[Layout]:
     """The output of each average: the destination itself, or a folder in it for each of several."""
     if len(weightings) == 1:
-        return [lay_out(weightings[0], specs_of, found, destination, options)]
+        return [lay_out(weightings[0], specs_of, found, destination, options, source)]
     if is_single_file(destination):
         raise OptionError(
             f"--output {printable(destination)} is one file, and {len(weightings)} averages are"
             " asked for; name a folder."
         )
-    return [lay_out(w, specs_of, found, destination / w.name, options) for w in weightings]
+    return [lay_out(w, specs_of, found, destination / w.name, options, source) for w in weightings]
 
 
 def _left_behind(layouts: Sequence[Layout]) -> list[str]:
@@ -280,9 +285,9 @@ def _found_in_all(found: Found) -> int:
     return len(found.checkpoints) + sum(why in UNWANTED for _, why in found.left_out)
 
 
-def _inputs(found: Found) -> list[Path]:
+def _inputs(found: Found, source: Source) -> list[Path]:
     """The checkpoints, and what lies elsewhere behind their links."""
-    links = [c.model.path for c in found.checkpoints if c.model.path.is_symlink()]
+    links = [c.model.path for c in found.checkpoints if source.storage.is_link(c.model.path)]
     return [*(checkpoint.path for checkpoint in found.checkpoints), *links]
 
 

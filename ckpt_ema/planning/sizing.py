@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ckpt_ema.containers.specs import MOST_READ_PER_WANTED
 from ckpt_ema.errors import OptionError
-from ckpt_ema.options import Options
+from ckpt_ema.options import Engine
 from ckpt_ema.planning.work import Work
 
 # Of dev/LOG.md: below, calls cost more than what they compute; above, the cache is too small.
@@ -22,21 +22,21 @@ class Sizes(NamedTuple):
     threads: int
 
 
-def make_sizes(options: Options, work: Work, averages: int) -> Sizes:
+def make_sizes(engine: Engine, work: Work, averages: int) -> Sizes:
     """What is asked for, or else what suits a core; less where `--max-memory` says so."""
-    threads = options.threads or _cores()
-    if options.tile_size is None:
+    threads = engine.threads or _cores()
+    if engine.tile_size is None:
         # The shadows, and what is folded into them, stay in a core's cache.
         tile_elements = max(_LEAST_TILE, min(_MOST_TILE, 2 * _MOST_TILE // averages))
     else:
-        tile_elements = max(1, options.tile_size // work.widest_bytes)
-    if options.max_memory is None:
+        tile_elements = max(1, engine.tile_size // work.widest_bytes)
+    if engine.max_memory is None:
         return Sizes(tile_elements, threads)
-    each = element_bytes(options, work, averages)
-    room = options.max_memory // each
+    each = element_bytes(engine, work, averages)
+    room = engine.max_memory // each
     if room < _FEWEST_ELEMENTS:
         raise OptionError(
-            f"--max-memory is {options.max_memory} bytes; the fold needs at least"
+            f"--max-memory is {engine.max_memory} bytes; the fold needs at least"
             f" {_FEWEST_ELEMENTS * each // 1024}KiB."
         )
     # The cores here have no say in it: parts that are made on other machines have the same tiles.
@@ -44,9 +44,9 @@ def make_sizes(options: Options, work: Work, averages: int) -> Sizes:
     return Sizes(tile_elements, min(threads, room // tile_elements))
 
 
-def element_bytes(options: Options, work: Work, averages: int) -> int:
+def element_bytes(engine: Engine, work: Work, averages: int) -> int:
     """What a thread allocates for each element that it folds at a time."""
-    widest, wide = work.widest_bytes, 4 if options.accumulate == "float32" else 8
+    widest, wide = work.widest_bytes, 4 if engine.accumulate == "float32" else 8
     gathered = KEPT_BYTES * MOST_READ_PER_WANTED if any(s.in_pieces for s in work.spans) else 0
     halves = 4 if "F16" in work.dtypes() else 0  # on their way to float64
     # What is kept; what is read, then widened; each shadow, and that rounded; for infinities that

@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from ckpt_ema.errors import one_line, printable
+from ckpt_ema.errors import escaped, printable
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.report.rows import markdown_lines
@@ -37,7 +37,7 @@ def card(plan: Plan, average: Average, command: str | None, picture: str | None)
             "---",
             f"{front_matter(_own_card(plan, average))}---",
             "",
-            f"# {_escaped(average.output.path.name)}",
+            f"# {_markdown(average.output.path.name)}",
             "",
             f"The weighted average of {len(average.members)} checkpoints of `{printable(run)}`,"
             " made by ckpt-ema; nothing was trained.",
@@ -49,7 +49,7 @@ def card(plan: Plan, average: Average, command: str | None, picture: str | None)
             *([f"![The weight of each checkpoint]({picture})", ""] if picture else []),
             *markdown_lines(plan, [average]),
             "",
-            *(["```console", f"$ {one_line(command)}", "```", ""] if command else []),
+            *(["```console", f"$ {escaped(command)}", "```", ""] if command else []),
             "The whole record is in `ckpt_ema.json`.",
             "",
         ]
@@ -104,5 +104,5 @@ def _own_card(plan: Plan, average: Average) -> str:
     return ""
 
 
-def _escaped(text: str) -> str:
+def _markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", printable(text))

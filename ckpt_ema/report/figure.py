@@ -14,7 +14,6 @@ from ckpt_ema.options import PathLike
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.schedules.weights import learning_rate
-from ckpt_ema.storage.local import real_paths
 from ckpt_ema.trainers.conventions import PICTURE_STEM
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def _check_drawable(path: Path, plan: Plan) -> None:
         raise OptionError(f"--plot {printable(path)}: its folder does not exist.")
     folders = [plan.output, *(checkpoint.path for checkpoint in plan.checkpoints)]
     real = os.path.realpath(path)
-    for folder, inside in zip(folders, real_paths(folders), strict=True):
+    for folder, inside in zip(folders, plan.storage.real_paths(folders), strict=True):
         if f"{real}/".startswith(f"{inside}/"):
             raise OptionError(
                 f"--plot {printable(path)} lies inside {printable(folder)}; draw it elsewhere."

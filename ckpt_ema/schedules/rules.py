@@ -3,35 +3,20 @@
 Each value of an option that takes several is a rule of its own, and several such options add up.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_ema.errors import OptionError, flag, printable
-from ckpt_ema.schedules.formulas import MOST_SIGMA_REL, Steps
+from ckpt_ema.errors import Code, OptionError, flag
+from ckpt_ema.schedules.formulas import Steps
 from ckpt_ema.schedules.table import (
-    ALIASES,
     ALL,
-    DEFAULT_DECAY,
     DEFAULT_SCHEDULE,
+    EXPLICIT,
+    OPTIONS,
     SCHEDULES,
-    WEIGHTS,
+    SYNONYMS,
 )
-
-_LEAST_SIGMA_REL = 1e-6  # far below, its exponent overflows
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "decay": (lambda x: 0 <= x <= 1, "lie between 0 and 1"),
-    "decay_per_step": (lambda x: 0 <= x <= 1, "lie between 0 and 1"),
-    "half_life": (lambda x: 0 < x < math.inf, "be above 0 and finite"),
-    "sigma_rel": (
-        lambda x: _LEAST_SIGMA_REL <= x < MOST_SIGMA_REL,
-        f"lie between {_LEAST_SIGMA_REL:g} and 1 / sqrt(12) = {MOST_SIGMA_REL:.6f}, which is the"
-        " uniform mean",
-    ),
-    "power": (lambda x: 0 < x < math.inf, "be above 0 and finite"),
-    "inv_gamma": (lambda x: 0 < x < math.inf, "be above 0 and finite"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +36,7 @@ class Rule:
         schedule = ALL[self.schedule]
         parts = [schedule.label or self.schedule]
         if schedule.varies:
-            parts.append(short(self.numbers[schedule.varies]))
+            parts.append(short(self.numbers[schedule.varies.name]))
         return "-".join([*parts, *self._settings("-")])
 
     def told(self, units: str = "steps") -> str:
@@ -63,7 +48,7 @@ class Rule:
         'dynamic, decay 0.999, at steps'
         """
         schedule = ALL[self.schedule]
-        value = short(self.numbers[schedule.varies]) if schedule.varies else ""
+        value = short(self.numbers[schedule.varies.name]) if schedule.varies else ""
         text = schedule.text.format(value, units=units, unit=units.removesuffix("s"))
         return ", ".join([text, *self._settings(" ")])
 
@@ -76,8 +61,8 @@ class Rule:
     def asked_by(self) -> str:
         """The option that asks for it, as it is written on the command line."""
         varies = ALL[self.schedule].varies
-        if varies and varies != "decay":
-            return flag(varies)
+        if varies and varies.name != "decay":
+            return flag(varies.name)
         if self.numbers.get("num_updates") == "step":
             return "--num-updates step"
         return f"--schedule {self.schedule}"
@@ -85,20 +70,20 @@ class Rule:
     def decays(self, steps: Steps) -> list[float]:
         """The decays d_2 .. d_N for checkpoints at these steps, oldest first."""
         formula = ALL[self.schedule].formula
-        assert formula is not None, "stated weights are no formula"
+        assert formula is not None, "explicit weights have no formula"
         return formula(steps, **self.numbers)
 
     def _settings(self, blank: str) -> list[str]:
         """The labels of what is not at its default, with `blank` between their words."""
         return [
-            setting.label.replace(" ", blank).format(short(self.numbers[option]))
-            for option, setting in ALL[self.schedule].settings.items()
-            if self.numbers[option] != setting.default
+            setting.label.replace(" ", blank).format(short(self.numbers[setting.name]))
+            for setting in ALL[self.schedule].settings
+            if self.numbers[setting.name] != setting.default
         ]
 
 
 def make_rules(schedule: str | None, given: Mapping[str, Any]) -> tuple[Rule, ...]:
-    """The rules that options mean; `given` are those of RULE_OPTIONS that were given.
+    """Return the rules that options ask for; `given` has the options of schedules that were given.
 
     `schedule` is None unless it was given too. Options of which each value is a rule of its own
     are sequences. Raises `OptionError` for values out of range and for options that contradict
@@ -107,56 +92,68 @@ def make_rules(schedule: str | None, given: Mapping[str, Any]) -> tuple[Rule, ..
     >>> [rule.name for rule in make_rules(None, {"half_life": [500, 1000]})]
     ['half-life-500', 'half-life-1000']
     """
-    for option, value in given.items():
-        _check_range(option, value)
+    for name, value in given.items():
+        _check_range(name, value)
     names = [_chosen(schedule, given)] if schedule is not None else _implied(given)
     rules = [rule for name in names for rule in _rules_of(name, given)]
     for rule in rules:
         if rules.count(rule) > 1:
-            raise OptionError(f"{rule.told()} is asked for twice.")
+            raise OptionError(f"{rule.told()} is asked for twice.", code=Code.CONFLICTING_OPTIONS)
     return tuple(rules)
 
 
 def _chosen(schedule: str, given: Mapping[str, Any]) -> str:
-    name = ALIASES.get(schedule, schedule)
+    """Check a schedule that was named against the options that go with it."""
+    name = SYNONYMS.get(schedule, schedule)
     if name not in SCHEDULES:
-        known = ", ".join([*SCHEDULES, *ALIASES])
-        raise OptionError(f"--schedule is {printable(schedule)!r}; it must be one of {known}.")
+        known = ", ".join([*SCHEDULES, *SYNONYMS])
+        raise OptionError(
+            f"--schedule is {schedule!r}; it must be one of {known}.", code=Code.INVALID_OPTION
+        )
+    own = {option.name for option in SCHEDULES[name].options}
     for option in given:
-        if option not in ALL[name].options:
-            homes = [name for name, other in SCHEDULES.items() if option in other.options]
+        if option not in own:
+            homes = [
+                home
+                for home, other in SCHEDULES.items()
+                if option in {one.name for one in other.options}
+            ]
             belongs = f"belongs to {' and '.join(homes)}" if homes else "is a schedule of its own"
             raise OptionError(
                 f"--schedule {schedule} takes no {flag(option)}, which {belongs}.",
                 "Leave out one of the two.",
+                code=Code.CONFLICTING_OPTIONS,
             )
     varies = SCHEDULES[name].varies
-    if varies is not None and varies != "decay" and varies not in given:
-        raise OptionError(f"--schedule {schedule} needs {flag(varies)}, such as 0.1.")
+    if varies is not None and varies.default is None and varies.name not in given:
+        raise OptionError(
+            f"--schedule {schedule} needs {flag(varies.name)}, such as 0.1.",
+            code=Code.CONFLICTING_OPTIONS,
+        )
     return name
 
 
 def _implied(given: Mapping[str, Any]) -> list[str]:
-    """The schedules that options select where none is named."""
+    """Return the schedules that options select where none is named."""
     # The value of --decay goes to one schedule, which a setting of its own selects.
     of_decay = {
-        name: setting
+        name: setting.name
         for name, schedule in ALL.items()
-        if schedule.varies == "decay"
         for setting in schedule.settings
-        if setting in given
+        if setting.name in given
     }
     if len(of_decay) > 1:
         one, other = ((flag(setting), name) for name, setting in list(of_decay.items())[:2])
         raise OptionError(
-            f"{one[0]} belongs to --schedule {one[1]} and {other[0]} to --schedule {other[1]}."
+            f"{one[0]} belongs to --schedule {one[1]} and {other[0]} to --schedule {other[1]}.",
+            code=Code.CONFLICTING_OPTIONS,
         )
     others = [
         name
         for name, schedule in ALL.items()
-        if schedule.varies != "decay" and schedule.varies in given
+        if schedule.varies and schedule.varies.name != "decay" and schedule.varies.name in given
     ]
-    others += [WEIGHTS] * (WEIGHTS in given)
+    others += [EXPLICIT] * (EXPLICIT in given)
     if not of_decay and ("decay" in given or not others):
         return [DEFAULT_SCHEDULE, *others]
     return [*of_decay, *others]
@@ -164,21 +161,24 @@ def _implied(given: Mapping[str, Any]) -> list[str]:
 
 def _rules_of(name: str, given: Mapping[str, Any]) -> list[Rule]:
     schedule = ALL[name]
-    settings = {
-        option: given.get(option, setting.default) for option, setting in schedule.settings.items()
-    }
-    if schedule.varies is None:
+    settings = {one.name: given.get(one.name, one.default) for one in schedule.settings}
+    varies = schedule.varies
+    if varies is None:
         return [Rule(name, settings)]
-    values: Sequence[float] = given.get(schedule.varies, (DEFAULT_DECAY,))
-    return [Rule(name, {schedule.varies: value, **settings}) for value in values]
+    values: Sequence[float] = given.get(varies.name, (varies.default,))
+    return [Rule(name, {varies.name: value, **settings}) for value in values]
 
 
-def _check_range(option: str, given: Any) -> None:
-    if option in _RANGES:
-        is_within, range_text = _RANGES[option]
-        for value in given if isinstance(given, Sequence) else [given]:
-            if not is_within(value):  # NaN is within none
-                raise OptionError(f"{flag(option)} is {short(value)}; it must {range_text}.")
+def _check_range(name: str, given: Any) -> None:
+    option = OPTIONS.get(name)
+    if option is None:
+        return
+    for value in given if option.several else [given]:
+        if option.kind is float and not option.is_valid(value):  # NaN never is
+            raise OptionError(
+                f"{flag(name)} is {short(value)}; it must {option.limits}.",
+                code=Code.INVALID_OPTION,
+            )
 
 
 def short(value: Any) -> str:

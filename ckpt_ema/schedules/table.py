@@ -1,46 +1,63 @@
 """Every schedule that can be asked for: its formula, its options, and what people call it.
 
-A new schedule is a formula and an entry here.
+A new schedule is a formula in `formulas`, an entry here, and a line in `options.Keywords` for each
+new option, which gives it a type.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
 
 from ckpt_ema.schedules import formulas
-from ckpt_ema.schedules.formulas import Steps
+from ckpt_ema.schedules.formulas import MOST_SIGMA_REL, Steps
+from ckpt_ema.schedules.option import ScheduleOption
 
-DEFAULT_DECAY = 0.999
 DEFAULT_SCHEDULE = "dynamic"
-WEIGHTS = "weights"  # the rule whose weights a file states
+EXPLICIT = "weights"  # the schedule whose weights a file gives
 
 # Other names that people know.
-ALIASES = {"ema": "dynamic", "swa": "uniform", "lawa": "uniform", "karras": "power"}
-
-
-class Setting(NamedTuple):
-    """A further option of a schedule: what it is unless given, and how names tell it."""
-
-    default: Any
-    label: str  # "{}" stands for the value
+SYNONYMS = {"ema": "dynamic", "swa": "uniform", "lawa": "uniform", "karras": "power"}
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """One schedule: its formula and the options that it takes."""
 
-    formula: Callable[..., list[float]] | None  # of steps and its options; None: a file states all
-    text: str  # for people; "{}" stands for the value of `varies`, units for what the run counts
-    varies: str | None = None  # the option of which each value is an average of its own
-    label: str = ""  # of the value of `varies`, in names
-    settings: Mapping[str, Setting] = field(default_factory=dict)
-    counts_steps: bool = False  # and not checkpoints
+    formula: Callable[..., list[float]] | None  # of steps and its options; None: a file has all
+    text: str  # for people; "{}" is the value of `varies`, {unit} and {units} what the run counts
+    varies: ScheduleOption | None = None  # each value makes an average of its own
+    settings: tuple[ScheduleOption, ...] = ()
+    counts_steps: bool = False  # training steps, not checkpoints
+    label: str = ""  # in the names of averages; that of the schedule unless given
 
     @property
-    def options(self) -> tuple[str, ...]:
+    def options(self) -> tuple[ScheduleOption, ...]:
         """All options that it takes."""
-        return (*filter(None, [self.varies]), *self.settings)
+        return (*([self.varies] if self.varies else []), *self.settings)
+
+
+def _is_share(x: float) -> bool:
+    return 0 <= x <= 1
+
+
+def _is_positive(x: float) -> bool:
+    return 0 < x < math.inf
+
+
+_BETWEEN_0_AND_1 = "lie between 0 and 1"
+_POSITIVE = "be above 0 and finite"
+_LEAST_SIGMA_REL = 1e-6  # far below, its exponent overflows
+
+_DECAY = ScheduleOption(
+    "decay",
+    "decay per checkpoint: the cap of the dynamic decay, or the decay itself",
+    several=True,
+    default=0.999,
+    is_valid=_is_share,
+    limits=_BETWEEN_0_AND_1,
+    short="-d",
+)
 
 
 def _dynamic(steps: Steps, decay: float, num_updates: str) -> list[float]:
@@ -57,28 +74,70 @@ SCHEDULES = {
     "dynamic": Schedule(
         _dynamic,
         "dynamic, decay {}",
-        "decay",
-        "dynamic",
-        {"num_updates": Setting("index", "at {}s")},
+        _DECAY,
+        (
+            ScheduleOption(
+                "num_updates",
+                "counter for the dynamic decay: checkpoint index or training step",
+                kind=str,
+                default="index",
+                choices=("index", "step"),
+                label="at {}s",
+            ),
+        ),
     ),
     "constant": Schedule(
         _constant,
         "constant, decay {}",
-        "decay",
-        "constant",
-        {"zero_debias": Setting(False, "debiased")},
+        _DECAY,
+        (
+            ScheduleOption(
+                "zero_debias",
+                "start from zeros and divide by the missing weight, as Adam does",
+                kind=bool,
+                default=False,
+                label="debiased",
+            ),
+        ),
     ),
     "uniform": Schedule(formulas.uniform, "uniform"),
     "linear": Schedule(formulas.linear, "linear"),
     "warmup": Schedule(
         formulas.warmup,
         "warmup, decay at most {}",
-        "decay",
-        "warmup",
-        {"power": Setting(2 / 3, "power {}"), "inv_gamma": Setting(1.0, "inv gamma {}")},
+        _DECAY,
+        (
+            ScheduleOption(
+                "power",
+                "warmup exponent; decay is 1 - (1 + n / inv_gamma)^-power",
+                default=2 / 3,
+                is_valid=_is_positive,
+                limits=_POSITIVE,
+                label="power {}",
+            ),
+            ScheduleOption(
+                "inv_gamma",
+                "warmup scale, see --power",
+                default=1.0,
+                is_valid=_is_positive,
+                limits=_POSITIVE,
+                label="inv gamma {}",
+            ),
+        ),
     ),
     "power": Schedule(
-        formulas.power, "power function, sigma_rel {}", "sigma_rel", "sigma-rel", counts_steps=True
+        formulas.power,
+        "power function, sigma_rel {}",
+        ScheduleOption(
+            "sigma_rel",
+            "width of the power-function average of Karras et al., relative to the run",
+            several=True,
+            is_valid=lambda x: _LEAST_SIGMA_REL <= x < MOST_SIGMA_REL,
+            limits=f"lie between {_LEAST_SIGMA_REL:g} and 1 / sqrt(12) = {MOST_SIGMA_REL:.6f}, the"
+            " uniform mean",
+        ),
+        counts_steps=True,
+        label="sigma-rel",
     ),
     "wsm-minus-sqrt": Schedule(
         partial(formulas.wsm, shape=formulas.minus_sqrt), "learning-rate decay 1 - sqrt(x)"
@@ -90,17 +149,32 @@ SCHEDULES = {
 # What an option of its own selects.
 _IMPLIED = {
     "per-step": Schedule(
-        formulas.per_step, "decay {} per {unit}", "decay_per_step", "per-step", counts_steps=True
+        formulas.per_step,
+        "decay {} per {unit}",
+        ScheduleOption(
+            "decay_per_step",
+            "decay per training step",
+            several=True,
+            is_valid=_is_share,
+            limits=_BETWEEN_0_AND_1,
+        ),
+        counts_steps=True,
     ),
     "half-life": Schedule(
-        formulas.half_life, "half-life {} {units}", "half_life", "half-life", counts_steps=True
+        formulas.half_life,
+        "half-life {} {units}",
+        ScheduleOption(
+            "half_life",
+            "training steps in which a weight halves",
+            several=True,
+            is_valid=_is_positive,
+            limits=_POSITIVE,
+        ),
+        counts_steps=True,
     ),
-    WEIGHTS: Schedule(None, "stated weights"),
+    EXPLICIT: Schedule(None, "explicit weights"),
 }
 ALL = {**SCHEDULES, **_IMPLIED}
 
-# The options of which one may be given, or several that add up.
-RULE_OPTIONS = (
-    *("decay", "num_updates", "zero_debias", "power", "inv_gamma"),
-    *("decay_per_step", "half_life", "sigma_rel", WEIGHTS),
-)
+# Every option of every schedule, by name.
+OPTIONS = {option.name: option for schedule in ALL.values() for option in schedule.options}

@@ -14,7 +14,7 @@ from re import Pattern
 from typing import NamedTuple
 
 from ckpt_ema.errors import RefusedError, printable
-from ckpt_ema.storage.local import read_if_there
+from ckpt_ema.storage import Storage
 from ckpt_ema.trainers.conventions import (
     ADAPTER_CONFIG,
     COMPONENT,
@@ -49,6 +49,7 @@ def companions(
     averaged: Collection[str],
     run: Path | None,
     config_from: Path | None,
+    storage: Storage,
     *,
     is_file: bool,
 ) -> Companions:
@@ -62,13 +63,13 @@ def companions(
     models: list[str] = []
     try:
         if not is_file and (folder / PIPELINE_LIST).is_file():
-            _add_pipeline(folder, own, averaged)
+            _add_pipeline(folder, own, averaged, storage)
         elif not is_file:
             _walk(folder, "", averaged, own, models)
-        found = {**_of_run(run, averaged, own, is_file), **own}
+        found = {**_of_run(run, averaged, own, storage, is_file=is_file), **own}
         if config_from is not None:
             # What was asked for wins, but for the configuration of a component that is averaged.
-            chosen = _chosen(config_from, averaged).items()
+            chosen = _chosen(config_from, averaged, storage).items()
             found.update(
                 {name: path for name, path in chosen if "/" not in name or name not in own}
             )
@@ -81,27 +82,32 @@ def companions(
 
 
 def _of_run(
-    run: Path | None, averaged: Collection[str], own: dict[str, Path], is_file: bool
+    run: Path | None,
+    averaged: Collection[str],
+    own: dict[str, Path],
+    storage: Storage,
+    *,
+    is_file: bool,
 ) -> dict[str, Path]:
     """What the run keeps once for all checkpoints, where the checkpoint lacks it."""
     found: dict[str, Path] = {}
     if run is None or not run.is_dir():
         return found
     if not is_file and (run / PIPELINE_LIST).is_file():
-        _add_pipeline(run, found, averaged)
+        _add_pipeline(run, found, averaged, storage)
         return found
     if is_file or not (own.keys() & {"config.json", ADAPTER_CONFIG} or _is_pipeline(averaged)):
         return _top_level(run, CONFIG_FILES)
     return {} if any(map(TOKENIZER_FILES.search, own)) else _top_level(run, TOKENIZER_FILES)
 
 
-def _chosen(config_from: Path, averaged: Collection[str]) -> dict[str, Path]:
+def _chosen(config_from: Path, averaged: Collection[str], storage: Storage) -> dict[str, Path]:
     """The files of a model or pipeline that a person chose."""
     if not config_from.is_dir():
         raise RefusedError(f"--config-from {printable(config_from)} is no folder.")
     found: dict[str, Path] = {}
     if (config_from / PIPELINE_LIST).is_file():
-        _add_pipeline(config_from, found, averaged)
+        _add_pipeline(config_from, found, averaged, storage)
     else:
         found = {
             name: path
@@ -127,10 +133,12 @@ def _is_pipeline(averaged: Collection[str]) -> bool:
     return all(COMPONENT.search(name.split("/")[0]) for name in averaged)
 
 
-def _add_pipeline(pipeline: Path, found: dict[str, Path], averaged: Collection[str]) -> None:
+def _add_pipeline(
+    pipeline: Path, found: dict[str, Path], averaged: Collection[str], storage: Storage
+) -> None:
     """A pipeline of diffusers: what its list names, weights included, but for what is averaged."""
     try:
-        listed = json.loads(read_if_there(pipeline / PIPELINE_LIST) or b"")
+        listed = json.loads(storage.read(pipeline / PIPELINE_LIST) or b"")
     except (ValueError, RecursionError) as error:
         raise RefusedError(f"{printable(pipeline / PIPELINE_LIST)} is not JSON.") from error
     if not isinstance(listed, dict):

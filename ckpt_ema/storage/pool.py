@@ -1,0 +1,198 @@
+"""Positioned reads of many local files by many threads, through a bounded number of descriptors.
+
+A file that is cut short while it is read gives an ordinary error here, where a memory map would
+end the process with SIGBUS. Where the bytes have to come from a disk, the kernel is asked for the
+next ones before they are needed: many files are read in turn, which its own read-ahead, of 128 KiB
+on most systems, is not made for.
+"""
+
+import os
+import resource
+import stat
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from ckpt_ema.errors import Code, FailedError, IncompleteError, RefusedError
+from ckpt_ema.storage.protocol import Identity, Location
+
+_CAN_ASK_AHEAD = hasattr(os, "RWF_NOWAIT") and hasattr(os, "posix_fadvise")  # Linux
+_AHEAD_BYTES = 1 << 22  # requested ahead, of each file that is not in the cache
+_MOST_AHEAD_BYTES = 1 << 28  # of all files that are read in turn
+_ASKED_BYTES = 1 << 19  # at a time: the kernel cuts larger requests down to one of the disk
+_COLD_BYTES = 1 << 26  # beyond an uncached place, taken to be uncached too
+
+
+def open_fd(path: Location) -> int:
+    """Open a file for reading, following links, without waiting for a FIFO."""
+    try:
+        # Without O_NONBLOCK, opening a FIFO that nobody writes to would hang.
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise IncompleteError(f"{path} does not exist.", code=Code.NOT_FOUND, path=path) from error
+    except OSError as error:
+        raise RefusedError(
+            f"{path} cannot be opened: {error.strerror}.", code=Code.INACCESSIBLE, path=path
+        ) from error
+    except ValueError as error:  # a NUL in the name
+        raise RefusedError(
+            f"{path} cannot be a file name.", code=Code.NOT_A_FILE, path=path
+        ) from error
+
+
+def checked_identity(path: Location, fd: int) -> Identity:
+    """Return what an open file is; raises `RefusedError` unless it is a regular file."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise RefusedError(f"{path} is not a regular file.", code=Code.NOT_A_FILE, path=path)
+    return Identity(status.st_size, status.st_mtime_ns)
+
+
+def read_into(path: str, fd: int, view: memoryview, offset: int) -> None:
+    """Fill `view` (bytes) from `offset` of an open file; raises `FailedError` if it ends before."""
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(fd, [view[done:]], offset + done)
+        except OSError as error:
+            raise FailedError(
+                f"{path} cannot be read: {error.strerror}.", code=Code.READ_FAILED, path=path
+            ) from error
+        if count == 0:
+            raise FailedError(
+                f"{path} ended at byte {offset + done} while it was read.",
+                "It was replaced or truncated meanwhile; nothing was published.",
+                code=Code.CHANGED,
+                path=path,
+            )
+        done += count
+
+
+@dataclass(slots=True)
+class _Pooled:
+    """An open file of a pool, and what is known of it in the page cache."""
+
+    path: str
+    fd: int
+    readers: int = 0
+    tells_cached: bool = True  # whether the file system says what is in the page cache
+    cold_until: int = 0
+    asked_until: int = 0
+
+    def read_into(self, view: memoryview, offset: int, ahead_bytes: int) -> None:
+        """Fill `view`; if the file is cold there, the next `ahead_bytes` are asked for as well."""
+        done = self._read_cached(view, offset)
+        if done < len(view):
+            self.cold_until = offset + _COLD_BYTES
+        if _CAN_ASK_AHEAD and offset < self.cold_until:
+            self._ask_ahead(offset + done, offset + len(view), ahead_bytes)
+        if done < len(view):
+            read_into(self.path, self.fd, view[done:], offset + done)
+
+    def _read_cached(self, view: memoryview, offset: int) -> int:
+        """Read what is in the page cache from `offset` on; how many bytes that were."""
+        if _CAN_ASK_AHEAD and self.tells_cached:
+            try:
+                return os.preadv(self.fd, [view], offset, os.RWF_NOWAIT)
+            except BlockingIOError:
+                pass
+            except OSError:  # if it is anything else, it will show when the read may wait
+                self.tells_cached = False
+        return 0
+
+    def _ask_ahead(self, start: int, end: int, ahead_bytes: int) -> None:
+        """Have the kernel fetch from `start` to some way beyond `end`, without waiting for it."""
+        # Threads read a little out of order; what is further away was asked for by another pass.
+        asked_until = self.asked_until if self.asked_until <= end + 2 * ahead_bytes else 0
+        if asked_until < end + ahead_bytes // 2:
+            self.asked_until = end + ahead_bytes
+            for offset in range(max(start, asked_until), end + ahead_bytes, _ASKED_BYTES):
+                os.posix_fadvise(self.fd, offset, _ASKED_BYTES, os.POSIX_FADV_WILLNEED)
+
+
+@dataclass(slots=True)
+class LocalPool:
+    """A `FilePool` with at most `limit` open files.
+
+    `expected` maps each path to what the plan saw: a file that differs when it is opened, or at
+    `verify`, raises `FailedError`.
+    """
+
+    expected: dict[str, Identity]
+    read_in_turn: int = 1
+    limit: int = field(default_factory=lambda: _descriptor_limit())
+    _files: OrderedDict[str, _Pooled] = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read_into(self, path: str, view: memoryview, offset: int) -> None:
+        """Fill `view` from `offset` of the file at `path`."""
+        file = self._acquire(path)
+        try:
+            ahead_bytes = min(_AHEAD_BYTES, _MOST_AHEAD_BYTES // self.read_in_turn)
+            file.read_into(view, offset, ahead_bytes)
+        finally:
+            with self._lock:
+                file.readers -= 1
+
+    def verify(self) -> None:
+        """Check that no file has changed since the plan was made."""
+        for path, identity in self.expected.items():
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                raise _changed(path) from error
+            if (status.st_size, status.st_mtime_ns) != identity:
+                raise _changed(path)
+
+    def close(self) -> None:
+        """Close every descriptor; no reader may be active."""
+        with self._lock:
+            for file in self._files.values():
+                os.close(file.fd)
+            self._files.clear()
+
+    def _acquire(self, path: str) -> _Pooled:
+        with self._lock:
+            file = self._files.get(path)
+            if file is None:
+                self._make_room()
+                file = self._files[path] = _Pooled(path, self._open_expected(path))
+            self._files.move_to_end(path)
+            file.readers += 1
+            return file
+
+    def _make_room(self) -> None:
+        while len(self._files) >= self.limit:
+            idle = next((path for path, file in self._files.items() if not file.readers), None)
+            if idle is None:
+                return  # more threads than descriptors: each holds one, none more
+            os.close(self._files.pop(idle).fd)
+
+    def _open_expected(self, path: str) -> int:
+        try:
+            fd = open_fd(path)
+        except RefusedError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise _changed(path) from error
+            raise FailedError(error.message, code=error.code, path=path) from error
+        try:
+            if checked_identity(path, fd) != self.expected[path]:
+                raise _changed(path)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+
+def _changed(path: str) -> FailedError:
+    return FailedError(
+        f"{path} changed or vanished since the plan was made.",
+        "Is the run still being saved or rotated? Nothing was published; run it again.",
+        code=Code.CHANGED,
+        path=path,
+    )
+
+
+def _descriptor_limit() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(8, min(1024, soft // 2 if soft != resource.RLIM_INFINITY else 1024))

@@ -1,0 +1,112 @@
+"""What discovery, headers, plans and the fold need of the place where checkpoints are kept."""
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+Location = str | os.PathLike[str]
+
+
+class Kind(Enum):
+    """What a path leads to, links followed."""
+
+    ABSENT = "absent"
+    FILE = "file"
+    FOLDER = "folder"
+    OTHER = "other"  # a FIFO, a socket, a device
+
+
+class Identity(NamedTuple):
+    """What tells a file from a later one at the same path."""
+
+    size_bytes: int
+    mtime_ns: int
+
+
+class OpenFile(Protocol):
+    """A regular file open for positioned reads."""
+
+    @property
+    def path(self) -> str:
+        """Its path, for messages."""
+
+    @property
+    def identity(self) -> Identity:
+        """What it was when it was opened."""
+
+    def read(self, count: int, offset: int) -> bytes:
+        """Return `count` bytes from `offset`; raises `FailedError` if the file ends before."""
+
+    def first_hole(self) -> int | None:
+        """Return the first offset that was never written and reads as zeros, if there is one.
+
+        An interrupted save that set the size first leaves holes; so does a sparse copy.
+        """
+
+
+class FilePool(Protocol):
+    """Many files read by many threads, each checked to be the file that the plan saw."""
+
+    def read_into(self, path: str, view: memoryview, offset: int) -> None:
+        """Fill `view` (bytes) from `offset` of a file; raises `FailedError` if it cannot be read."""
+
+    def verify(self) -> None:
+        """Raise `FailedError` if a file has changed since the plan was made."""
+
+    def close(self) -> None:
+        """Close every file; no reader may be active."""
+
+
+class Storage(Protocol):
+    """A place where checkpoints are kept; it is only ever read.
+
+    Methods raise `RefusedError` for what cannot be accessed: a disk that fails for a moment must
+    not look like an absent file, which would make another average.
+    """
+
+    def kind(self, path: Location) -> Kind:
+        """Return what `path` leads to; a broken link leads to nothing."""
+
+    def is_folder(self, path: Location) -> bool:
+        """Return whether `path` leads to a folder."""
+
+    def names(self, folder: Location) -> set[str]:
+        """List the names in a folder."""
+
+    def can_list(self, folder: Location) -> bool:
+        """Return whether this user may list a folder and enter it."""
+
+    def is_link(self, path: Location) -> bool:
+        """Return whether `path` itself is a symbolic link."""
+
+    def exists(self, path: Location) -> bool:
+        """Return whether something is at `path`, be it a broken link."""
+
+    def files_below(self, folder: Location, most_depth: int) -> Iterable[str]:
+        """Yield the names of files below a folder, relative to it, at most `most_depth` deep.
+
+        Links to folders are not followed.
+        """
+
+    def file_id(self, path: Location) -> object:
+        """Return a value that is equal for two names of one file or folder."""
+
+    def real_paths(self, paths: Iterable[Location]) -> list[str]:
+        """Resolve the links in each path."""
+
+    def identity(self, path: Location) -> Identity:
+        """Return the size and time of what `path` leads to."""
+
+    def read(self, path: Location, most_bytes: int | None = None) -> bytes | None:
+        """Return the content of a small regular file, or its beginning; None if there is none."""
+
+    def open(self, path: Location) -> AbstractContextManager[OpenFile]:
+        """Open a regular file; raises `IncompleteError` if it does not exist."""
+
+    def pool(self, expected: Mapping[str, Identity], read_in_turn: int = 1) -> FilePool:
+        """Return a pool of the files that the plan saw.
+
+        So many as `read_in_turn` share what is read ahead.
+        """
