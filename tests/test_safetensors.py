@@ -21,6 +21,7 @@ from ckpt_ema.containers.safetensors import MAX_HEADER_BYTES, make_header, read_
 from ckpt_ema.containers.specs import DTYPE_BITS
 from ckpt_ema.errors import RefusedError
 from ckpt_ema.storage.local import Local
+from tests.makers.safetensors_files import entry, framed
 
 # What the library's writer calls the dtypes; it takes bytes, so no element is ever made.
 WRITTEN = {
@@ -46,17 +47,6 @@ MANY = settings(max_examples=150, deadline=None, suppress_health_check=list(Heal
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 shapes = st.lists(st.integers(0, 4), max_size=4)
-
-
-def framed(header: str | bytes, data: bytes = b"") -> bytes:
-    """A file with this header, its length before it, and this data."""
-    raw = header if isinstance(header, bytes) else header.encode("utf-8", "surrogatepass")
-    return len(raw).to_bytes(8, "little") + raw + data
-
-
-def entry(dtype: Any = "F32", shape: Any = (1,), offsets: Any = (0, 4)) -> dict[str, Any]:
-    """One tensor's entry, by default a good one of 4 bytes."""
-    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
 def deserialize(content: bytes) -> list[tuple[str, dict[str, Any]]]:

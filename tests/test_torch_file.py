@@ -28,47 +28,25 @@ from ckpt_ema.containers.read import read_specs
 from ckpt_ema.containers.specs import DTYPE_BITS, Member, ModelFiles, Specs, TensorSpec, spanned
 from ckpt_ema.errors import RefusedError
 from ckpt_ema.storage.local import Local
+from tests.makers.tensors import DTYPES, filled, quantised, raw
+from tests.makers.torch_files import (
+    LEGACY_HEAD,
+    archive,
+    bare,
+    hostile_pickles,
+    legacy,
+    number,
+    save,
+    tensor_pickle,
+)
 
 MANY = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
-
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.float8_e8m0fnu: "F8_E8M0",
-}
 
 
 @pytest.fixture(params=["zip", "legacy"])
 def form(request: pytest.FixtureRequest) -> str:
     """Each of the two forms in which torch has written files."""
     return str(request.param)
-
-
-def save(path: Path, value: Any, form: str) -> str:
-    """Save with torch in one of its two forms."""
-    torch.save(value, path, _use_new_zipfile_serialization=form == "zip")
-    return str(path)
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    """A tensor's bytes, row-major, without numpy."""
-    return bytes(tensor.detach().contiguous().clone().untyped_storage())
 
 
 def span_bytes(spec: TensorSpec) -> int:
@@ -117,17 +95,6 @@ def refusal(path: str) -> str:
     assert path in caught.value.message
     assert str(caught.value).isprintable()
     return str(caught.value).replace(path, "FILE")
-
-
-def filled(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """A tensor of this dtype whose bytes all differ from their neighbours'."""
-    count = torch.Size(shape).numel()
-    limit = 2 if dtype == torch.bool else 251
-    item = torch.empty((), dtype=dtype).element_size()
-    values = bytes(i % limit for i in range(1, count * item + 1))
-    if not values:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(values), dtype=torch.uint8).view(dtype).reshape(shape)
 
 
 class TestWhatTorchReads:
@@ -271,96 +238,6 @@ class TestStrangers:
         assert "more kinds of objects than any checkpoint has" in refusal(path)
 
 
-def archive(path: Path, pickled: bytes, **records: bytes) -> str:
-    """A zip file as torch.save lays it out, around this pickle."""
-    with zipfile.ZipFile(path, "w") as target:
-        target.writestr("archive/data.pkl", pickled)
-        target.writestr("archive/byteorder", b"little")
-        for name, content in records.items():
-            target.writestr(f"archive/data/{name.removeprefix('_')}", content)
-        target.writestr("archive/version", b"3\n")
-    return str(path)
-
-
-LEGACY_HEAD = (
-    pickle.dumps(0x1950A86A20F9469CFC6C, 2)
-    + pickle.dumps(1001, 2)
-    + pickle.dumps({"protocol_version": 1001, "little_endian": True, "type_sizes": {}}, 2)
-)
-
-
-def legacy(path: Path, pickled: bytes, keys: Any = (), data: bytes = b"") -> str:
-    """A stream as torch.save wrote it before 1.6, around this pickle."""
-    path.write_bytes(LEGACY_HEAD + pickled + pickle.dumps(list(keys), 2) + data)
-    return str(path)
-
-
-def bare(path: Path, pickled: bytes) -> str:
-    """The pickle alone."""
-    path.write_bytes(pickled)
-    return str(path)
-
-
-def tensor_pickle(
-    shape: bytes = b"(K\x02K\x03t",
-    strides: bytes = b"(K\x03K\x01t",
-    offset: bytes = b"K\x00",
-    count: bytes = b"K\x06",
-) -> bytes:
-    """A dict with one tensor "w", each number as the opcodes that push it."""
-    storage = (
-        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
-    )
-    return (
-        b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n("
-        + (storage + count + b"tQ" + offset + shape + strides)
-        + b"\x89ccollections\nOrderedDict\n)RtRs."
-    )
-
-
-def pushed(text: bytes) -> bytes:
-    """The opcodes that push a string."""
-    return b"X" + struct.pack("<I", len(text)) + text
-
-
-def hostile_pickles(mark: Path) -> dict[str, bytes]:
-    """Pickles that would leave a mark, were anything in them run."""
-    text, line = pushed(bytes(mark)), pushed(b"open(%r, 'w')" % str(mark))
-    command = pushed(b"touch " + bytes(mark))
-    calls = {
-        "os.system": b"cos\nsystem\n(" + command + b"tR",
-        "posix.system": b"cposix\nsystem\n(" + command + b"tR",
-        "subprocess": b"csubprocess\nrun\n((lp0\n" + text + b"atR",
-        "open": b"cbuiltins\nopen\n(" + text + pushed(b"w") + b"tR",
-        "io.open": b"c_io\nopen\n(" + text + pushed(b"w") + b"tR",
-        "py2 open": b"c__builtin__\nopen\n(" + text + pushed(b"w") + b"tR",
-        "exec": b"cbuiltins\nexec\n(" + line + b"tR",
-        "eval": b"cbuiltins\neval\n(" + line + b"tR",
-        "getattr": b"cbuiltins\ngetattr\n(cos\nsystem\nX\x08\x00\x00\x00__call__tR("
-        + command
-        + b"tR",
-        "import": b"cbuiltins\n__import__\n(X\x02\x00\x00\x00ostR",
-        "codecs": b"c_codecs\nencode\n(" + text + b"X\x06\x00\x00\x00latin1tR",
-        "bytearray": b"cbuiltins\nbytearray\n(J\xff\xff\xff\x7ftR",
-        "inst": b"(" + command + b"ios\nsystem\n",
-        "obj": b"(cos\nsystem\n" + command + b"o",
-        "newobj": b"cos\nsystem\n(" + command + b"t\x81",
-        "newobj_ex": b"cos\nsystem\n(" + command + b"t}\x92",
-        "build": b"c__main__\nThing\n)R}X\x0c\x00\x00\x00__setstate__cos\nsystem\nsb",
-        "stack_global": b"X\x02\x00\x00\x00osX\x06\x00\x00\x00system\x93(" + command + b"tR",
-        "dotted": b"X\x02\x00\x00\x00osX\x0b\x00\x00\x00path.os.sys\x93)R",
-        "torch.load": b"ctorch\nload\n(" + text + b"tR",
-        "load_from_bytes": b"ctorch.storage\n_load_from_bytes\n(" + text + b"tR",
-        "from_type": b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\nN(" + command + b"tNtR",
-        "extension": b"\x82\x01",
-        "persistent": b"(X\x06\x00\x00\x00modulecos\nsystem\nNNtQ(" + command + b"tR",
-    }
-    good = tensor_pickle()
-    return {
-        label: good[:-1] + b"X\x01\x00\x00\x00x" + call + b"s." for label, call in calls.items()
-    }
-
-
 HOSTILE = sorted(hostile_pickles(Path("mark")))
 
 
@@ -416,11 +293,6 @@ class TestNothingRuns:
 
 
 NO_TORCH_FILE = "FILE is not a file written by torch.save. Fetch or save it again."
-
-
-def number(value: int) -> bytes:
-    """The opcodes that push an integer of any size."""
-    return pickle.dumps(value, 2)[2:-1]
 
 
 class TestDamaged:
@@ -568,12 +440,6 @@ class TestDamaged:
         state = {"red\x1b[31m": torch.eye(2).to_sparse()}
         path = save(tmp_path / "a.bin", {**state, "w": torch.ones(1)}, "zip")
         assert "tensor red\\x1b[31m is of a kind" in refusal(path)
-
-
-def quantised() -> torch.Tensor:
-    """A quantised tensor, which torch warns about making."""
-    scales, zeros = torch.ones(2), torch.zeros(2, dtype=torch.int64)
-    return torch._make_per_channel_quantized_tensor(torch.ones(2, 2).char(), scales, zeros, 0)
 
 
 class TestUnfitTensors:

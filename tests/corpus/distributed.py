@@ -9,8 +9,8 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from tests.corpus.case import MIDDLE, Case, Make, becomes, cut, fifo, holds, is_gone
-from tests.test_dcp import chunked, edit, place, w
-from tests.test_torch_file import hostile_pickles
+from tests.makers.dcp_folders import chunked, edit, place, w
+from tests.makers.torch_files import hostile_pickles
 
 META, DATA = f"{MIDDLE}/.metadata", f"{MIDDLE}/__0_0.distcp"
 Dcp = partial(Case, form="dcp")

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from tests.corpus.case import MIDDLE, Case, Make, cut, holds
-from tests.test_torch_file import (
+from tests.makers.tensors import quantised
+from tests.makers.torch_files import (
     LEGACY_HEAD,
     archive,
     bare,
     hostile_pickles,
     legacy,
     number,
-    quantised,
     tensor_pickle,
 )
 
