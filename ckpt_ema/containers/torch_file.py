@@ -37,7 +37,7 @@ from ckpt_ema.notices import Notice
 from ckpt_ema.storage.protocol import OpenFile, Storage
 
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
-_PLAIN = ("builtins.", "__builtin__.", "typing.")  # not worth a note
+_PLAIN = ("builtins.", "__builtin__.", "_codecs.", "typing.")  # not worth a note
 _ONE_RANK = ("ShardedTensor", "DTensor")  # classes of which each rank's file holds a part
 _START_BYTES = 64
 _MAX_PICKLE_BYTES = 1 << 30
@@ -315,7 +315,7 @@ def _place(
     size_bytes = math.prod(shape) * item_bytes
     end = start + spanned(shape, strides) * item_bytes
     if end > _storage_bytes(tensor.storage) or size_bytes > max(file_bytes, _MAX_EXPANDED_BYTES):
-        raise broken_tensor(path, name, "reaches beyond its storage", "Is the file damaged?")
+        raise broken_tensor(path, name, "reaches beyond its storage", "Download or save the file again.")
     if not size_bytes:
         return TensorSpec(dtype, shape, 0, 0)
     offset = locate(tensor.storage) + start

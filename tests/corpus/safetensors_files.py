@@ -80,9 +80,9 @@ CASES = [
         "a header that is not JSON", header("{nonsense}"), "has a broken header: Expecting property"
     ),
     Case("a header that is no object", header("[]"), NOT_ONE),
-    Case("a header nested thousands deep", header('{"a":' * 50_000), "it nests too deep"),
-    Case("a name twice", header(TWICE), "'w' occurs twice"),
-    Case("metadata twice", header('{"__metadata__":{},"__metadata__":{}}', 0), "occurs twice"),
+    Case("a header nested thousands deep", header('{"a":' * 50_000), "it is nested too deeply"),
+    Case("a name twice", header(TWICE), "'w' is there twice"),
+    Case("metadata twice", header('{"__metadata__":{},"__metadata__":{}}', 0), "is there twice"),
     Case(
         "tensors that overlap",
         header(json.dumps({"v": entry(), "w": entry(offsets=[2, 6])}), 6),

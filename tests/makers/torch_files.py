@@ -62,6 +62,21 @@ def tensor_pickle(
     )
 
 
+def sharded_pickle(module: str = "torch.distributed._shard.sharded_tensor.api") -> bytes:
+    """Return a dict with one ShardedTensor "w" as torch pickles it: a wrapper, its class, shards.
+
+    Its process group is an object of a class within that class, which `getattr` looks up.
+    """
+    kind = f"c{module}\nShardedTensor\n".encode()
+    group = b"c__builtin__\ngetattr\n" + kind + pushed(b"ProcessGroupState") + b"\x86R)\x81}b"
+    layout = b"ctorch.serialization\n_get_layout\n" + pushed(b"torch.strided") + b"\x85R"
+    device = b"ctorch\ndevice\n" + pushed(b"cpu") + b"\x85R"
+    arguments = b"(" + kind + b"ctorch\nfloat32\n(K\x04K\x03t(K\x03K\x01tK\x00"
+    arguments += layout + device + b"\x89t"
+    rebuild = b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._utils\n_rebuild_wrapper_subclass\n"
+    return b"\x80\x02}X\x01\x00\x00\x00w" + rebuild + kind + arguments + b"](" + group + b"etRs."
+
+
 def pushed(text: bytes) -> bytes:
     """The opcodes that push a string."""
     return b"X" + struct.pack("<I", len(text)) + text
