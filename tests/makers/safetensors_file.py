@@ -52,7 +52,7 @@ def write_safetensors(
 
 
 def shards(state: StateDict, count: int) -> dict[str, StateDict]:
-    """Deal the tensors out to `count` files in turn, each under the name that it has beside an index."""
+    """Deal the tensors out to `count` files in turn, under the names that an index has."""
     return {
         f"model-{number + 1:05}-of-{count:05}.safetensors": {
             name: state[name] for name in list(state)[number::count]

@@ -3,13 +3,14 @@
 Each file in `tests/data/trainers` holds one trainer's runs, each file in `tests/data/layouts` runs
 that any trainer may leave. A run of such a file has these fields:
 
-    about     what is special about it
-    like      another run, or several, that are built first in the same folder
-    each      columns of values, one value for each checkpoint, oldest first
-    model     the names of the model's tensors: a list, or a key of `NAMES`
-    tree      the files; a name that ends in / is a folder
-    expect    what the run is read as (see `tests/test_trainers.py`)
-    incomplete  ways in which a save of one checkpoint can be incomplete
+    about       what is special about it
+    like        another run, or several, that are written first into the same folder
+    each        columns of values, one value for each checkpoint, oldest first
+    model       the names of the model's tensors: a list, or a key of `NAMES`
+    tree        the files; a name that ends in / is a folder
+    expect      how the run is read (see `tests/test_trainers.py`)
+    incomplete  ways in which a save of one checkpoint can be incomplete: `touch`, `remove`,
+                `rename` a file, or `cut` one, `to` a size or by a size
 
 `<column>` in a text stands for the checkpoint's value in that column, `<column:07>` formats it; a
 text that is nothing else becomes the value itself. A path with columns is written once for each
@@ -20,24 +21,18 @@ checkpoint, any other path once, with the values of the newest. Columns that are
 The content of a file: nothing for an empty file; a text; for .json values; for .safetensors
 tensors; for anything else what torch.save is given. In any mapping and any folder, `with` puts in
 blocks (of the file's `blocks` or of `tests/data/blocks.yaml`) or other mappings, and `let` changes
-columns. A `!tag` calls one of the functions below: a writer of a whole file, or a builder of a value.
+columns; in a folder, `empty` lists empty files. A `!tag` calls a writer of a whole file from below,
+or a builder of a value from `trainer_values`.
 """
 
-import argparse
-import collections
-import contextlib
 import functools
 import hashlib
 import json
 import os
-import pathlib
 import pickle
-import random
 import re
 import shutil
-import sys
 import tarfile
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,16 +42,10 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from tests.makers.safetensors_file import shards, write_safetensors, write_shards
+from tests.makers.safetensors_file import write_safetensors, write_shards
+from tests.makers.trainer_values import Row, build, importable
 
-Tensors = dict[str, torch.Tensor]
-Row = Mapping[str, Any]  # the values of one checkpoint, by column
 DATA = Path(__file__).parent.parent / "data"
-
-NAMES = {
-    "plain": ("model.layer.weight", "model.layer.bias", "lm_head.weight"),
-    "lora": ("base_model.model.layer.lora_A.weight", "base_model.model.layer.lora_B.weight"),
-}
 
 
 # --- runs ---
@@ -64,7 +53,7 @@ NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tree of files, with the rows and the blocks that are meant in it."""
+    """One tree of files, with the rows and the blocks that it uses."""
 
     rows: Sequence[Row]
     tree: Mapping[str, Any]
@@ -98,11 +87,20 @@ class Run:
         return _value(data, row, self.parts[-1].blocks)
 
 
-def load(folder: str) -> dict[str, list[str]]:
-    """Return the files of a folder of `tests/data` by stem, each with the names of its runs."""
-    return {
-        path.stem: list(_read(path)["runs"]) for path in sorted((DATA / folder).glob("*.yaml"))
-    }
+def names() -> list[str]:
+    """Return the names of all runs."""
+    return list(_described())
+
+
+def entries() -> set[str]:
+    """Return the entries of the table of trainers that have a data file."""
+    files = (DATA / "trainers").glob("*.yaml")
+    return {entry for file in files for entry in _listed(_read(file)["entry"])}
+
+
+def numbered_names() -> dict[str, dict[str, int]]:
+    """Return names of checkpoints and the numbers in them by unit."""
+    return dict(_read(DATA / "names.yaml"))
 
 
 @functools.cache
@@ -110,13 +108,10 @@ def run(name: str) -> Run:
     """Return the run of that name, whatever file it is in."""
     path, data = _described()[name]
     blocks = {**_read(DATA / "blocks.yaml"), **_read(path).get("blocks", {})}
-    like = data.get("like", [])
-    parts = [part for other in _listed(like) for part in run(other).parts]
+    parts = [part for other in _listed(data.get("like", [])) for part in run(other).parts]
+    rows = _rows(data.get("each", {}), data.get("model", "plain"))
     if parts and "each" not in data:
-        rows = parts[0].rows
-    else:
-        names = data.get("model", "plain")
-        rows = _rows(data.get("each", {}), NAMES.get(names, names) if names == str(names) else names)
+        rows = list(parts[0].rows)
     return Run(
         name=name,
         parts=[*parts, Part(rows, data.get("tree", {}), blocks)],
@@ -125,8 +120,10 @@ def run(name: str) -> Run:
     )
 
 
-def _rows(columns: Mapping[str, Sequence[Any]], names: Sequence[str]) -> list[Row]:
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+def _rows(columns: Mapping[str, Sequence[Any]], names: str | Sequence[str]) -> list[Row]:
+    rows = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
     return [
         {"seed": seed, "names": names, "epoch": row.get("step", 0) / 100, **row}
         for seed, row in enumerate(rows or [{}], start=1)
@@ -189,9 +186,7 @@ def _value(data: Any, row: Row, blocks: Mapping[str, Any]) -> Any:
     if isinstance(data, list):
         return [_value(item, row, blocks) for item in data]
     if isinstance(data, Tag):
-        kind, _, argument = data.kind.partition(":")
-        arguments = (argument,) if argument else ()
-        return BUILDERS[kind](_value(data.value, row, blocks), row, *arguments)
+        return build(data.kind, _value(data.value, row, blocks), row)
     if not isinstance(data, dict):
         return data
     row = _let(data, [row], blocks)[0]
@@ -215,12 +210,13 @@ Files = Iterator[tuple[str, Any, Row]]
 
 
 def _files(tree: Mapping[str, Any], rows: Sequence[Row], blocks: Mapping[str, Any]) -> Files:
-    """Each file's path, its content as it is in the data, and its row."""
+    """Yield each file's path, its content as the data has it, and its row."""
     rows = _let(tree, rows, blocks)
     for block in _listed(tree.get("with", [])):
         yield from _files(blocks[block], rows, blocks)
-    for key, content in tree.items():
-        if key in ("with", "let"):
+    empty = dict.fromkeys(tree.get("empty", []))
+    for key, content in {**tree, **empty}.items():
+        if key in ("with", "let", "empty"):
             continue
         for several in [[row] for row in rows] if "<" in key else [rows]:
             path = fill(key, several[-1])
@@ -248,7 +244,7 @@ def _write(path: Path, data: Any, row: Row, blocks: Mapping[str, Any]) -> None:
     elif path.suffix == ".safetensors":
         write_safetensors(path, content)
     else:
-        with _importable():
+        with importable():
             torch.save(content, path)
 
 
@@ -274,7 +270,7 @@ def _dcp(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _pickle(path: Path, value: Any) -> None:
-    with _importable():
+    with importable():
         path.write_bytes(pickle.dumps(value))
 
 
@@ -288,7 +284,7 @@ def _archive(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _copy(path: Path, value: str) -> None:
-    """Copy a file or a folder that lies beside it."""
+    """Copy a file or a folder beside it."""
     source = path.with_name(value)
     (shutil.copytree if source.is_dir() else shutil.copy)(source, path)
 
@@ -329,168 +325,3 @@ WRITERS: dict[str, Callable[[Path, Any], object]] = {
     "revision": _revision,
     "snapshot": _snapshot,
 }
-
-
-# --- builders of values: what the data file gives, and the row ---
-
-
-def _model(value: Mapping[str, Any] | None, row: Row) -> Tensors:
-    """The model of the row, or of another `seed` and other `names`; then changed as asked."""
-    asked = {**row, **(value or {})}
-    names = NAMES.get(asked["names"], ()) if isinstance(asked["names"], str) else asked["names"]
-    generator = torch.Generator().manual_seed(asked["seed"])
-    model: Tensors = {name: torch.randn(2, 3, generator=generator) for name in names}
-    return _changed(model, value or {})
-
-
-def _changed(model: Tensors, changes: Mapping[str, Any]) -> Tensors:
-    for name, other in changes.get("tied", {}).items():
-        model[name] = model[other]
-    dtype = getattr(torch, changes.get("dtype", "float32"))
-    model = {
-        changes.get("prefix", "") + name + changes.get("suffix", ""): tensor.to(dtype)
-        for name, tensor in model.items()
-    }
-    if "plus" in changes:
-        model = {name: tensor + changes["plus"] for name, tensor in model.items()}
-    if "ranks" in changes:
-        return {name: _RankTensor(tensor[:1], changes["ranks"]) for name, tensor in model.items()}  # type: ignore[misc]
-    if "shards" in changes:
-        return shards(model, changes["shards"])  # type: ignore[return-value]
-    return collections.OrderedDict(model) if changes.get("ordered") else model
-
-
-def _adam(value: Mapping[str, Any] | None, row: Row) -> dict[str, Any]:
-    """The state of an Adam optimizer for a model, as state_dict() gives it."""
-    moments = {
-        index: {"step": torch.tensor(1.0), "exp_avg": tensor + 1, "exp_avg_sq": tensor * tensor}
-        for index, tensor in enumerate(_model(value, row).values())
-    }
-    return {"state": moments, "param_groups": [{"lr": 1e-3, "params": list(moments)}]}
-
-
-def _filled(value: Any, number: float) -> torch.Tensor:
-    """A tensor of one number, of a shape or of a shape and a dtype."""
-    shape, dtype = (value["shape"], value["dtype"]) if isinstance(value, dict) else (value, "float32")
-    return torch.full(shape, number, dtype=getattr(torch, dtype))
-
-
-def _object(value: Any, row: Row, name: str) -> Any:
-    """An object of a class that is not installed here."""
-    return _foreign(name, object)() if value is None else _foreign(name, str)(value)
-
-
-def _module(value: Mapping[str, Sequence[int]] | None, row: Row, name: str) -> Any:
-    """A module of a class that is not installed here, with layers of half precision."""
-    module = _foreign(name, torch.nn.Module)()
-    for layer, sizes in (value or {}).items():
-        setattr(module, layer, torch.nn.Linear(*sizes).half())
-    return module
-
-
-def _magic(value: str, row: Row) -> bytes:
-    """A file of a format that is told by its first bytes."""
-    return value.encode("latin-1") + bytes(64)
-
-
-_RNG: dict[str, Callable[[], Any]] = {"python": random.getstate, "torch": torch.get_rng_state}
-
-BUILDERS: dict[str, Callable[..., Any]] = {
-    "model": _model,
-    "adam": _adam,
-    "tensor": lambda value, row: torch.tensor(value),
-    "zeros": lambda value, row: _filled(value, 0),
-    "ones": lambda value, row: _filled(value, 1),
-    "object": _object,
-    "module": _module,
-    "numpy": lambda value, row: {"scalar": _NumpyScalar, "array": _NumpyArray}[value](),
-    "namespace": lambda value, row: argparse.Namespace(**value),
-    "rng": lambda value, row: _RNG[value](),
-    "tuple": lambda value, row: tuple(value),
-    "path": lambda value, row: pathlib.Path(value),
-    "bytes": lambda value, row: value.encode(),
-    "magic": _magic,
-}
-
-
-# --- objects of packages that are not installed here ---
-
-_FOREIGN: dict[str, Any] = {}
-
-
-def _foreign(name: str, *bases: type) -> Any:
-    """Return a class, or without bases a function, that pickle stores under a dotted name."""
-    if name not in _FOREIGN:
-        module, _, last = name.rpartition(".")
-        made: Any = type(last, bases, {"__module__": module}) if bases else types.FunctionType(
-            (lambda *arguments: None).__code__, {}
-        )
-        made.__module__, made.__qualname__, made.__name__ = module, last, last
-        _FOREIGN[name] = made
-    return _FOREIGN[name]
-
-
-@contextlib.contextmanager
-def _importable() -> Iterator[None]:
-    """For as long as this lasts, what is foreign is found in the modules that it names."""
-    before: dict[str, types.ModuleType | None] = {}
-    for thing in _FOREIGN.values():
-        parts = thing.__module__.split(".")
-        for end in range(1, len(parts) + 1):
-            name = ".".join(parts[:end])
-            if name not in before and (name not in sys.modules or end == len(parts)):
-                before[name] = real = sys.modules.get(name)
-                sys.modules[name] = stand_in = types.ModuleType(name)
-                vars(stand_in).update(vars(real) if real else {})
-        setattr(sys.modules[thing.__module__], thing.__name__, thing)
-    try:
-        yield
-    finally:
-        for name, real in before.items():
-            if real is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = real
-
-
-class _NumpyScalar:
-    """Pickled as a numpy float64 is."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        dtype = _foreign("numpy.dtype", object)
-        return _foreign("numpy._core.multiarray.scalar"), (dtype(), b"\x00" * 8)
-
-
-class _NumpyArray:
-    """Pickled as a numpy array is."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        dtype = _foreign("numpy.dtype", object)
-        state = (1, (3,), dtype(), False, b"\x00" * 24)
-        return _foreign("numpy._core.multiarray._reconstruct"), (dtype, (0,), b"b"), state
-
-
-class _RankTensor:
-    """Pickled as one rank's part of a DTensor is: a global shape around a local tensor."""
-
-    def __init__(self, local: torch.Tensor, ranks: int) -> None:
-        self.local, self.ranks = local, ranks
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        dtensor = _foreign("torch.distributed.tensor.DTensor", object)
-        spec = _foreign("torch.distributed.tensor._dtensor_spec.DTensorSpec", object)
-        shape = (self.local.shape[0] * self.ranks, *self.local.shape[1:])
-        strides = self.local.stride()
-        layout = (dtensor, torch.float32, shape, strides, 0, None, torch.device("cpu"), False)
-        parts = {"_local_tensor": self.local, "_spec": spec()}
-        rebuild = vars(torch._utils)["_rebuild_wrapper_subclass"]
-        return vars(torch._tensor)["_rebuild_from_type_v2"], (rebuild, dtensor, layout, parts)
-
-
-# Known before the first file is written, since what reduces to them is pickled inside it.
-for _name in ("dtype",):
-    _foreign(f"numpy.{_name}", object)
-_foreign("numpy._core.multiarray.scalar")
-_foreign("numpy._core.multiarray._reconstruct")
-_foreign("torch.distributed.tensor.DTensor", object)
-_foreign("torch.distributed.tensor._dtensor_spec.DTensorSpec", object)
