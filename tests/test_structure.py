@@ -67,7 +67,7 @@ def test_data_goes_one_way(module: str) -> None:
         ("errors", set()),
         ("schedules.formulas", {"errors", "schedules.weights"}),
         ("schedules.weights", set()),
-        ("containers.specs", set()),
+        ("containers.specs", {"notices", "storage.protocol"}),
         ("find.names", {"trainers.conventions"}),
         ("planning.work", {"containers.specs", "targets.safetensors_folder"}),
         ("fold.shadow", {"errors", "schedules.formulas"}),

@@ -29,7 +29,7 @@ def run_warnings(
         *_times(checkpoints, specs),
         *_adapters(specs[-1]),
         *_averaged(checkpoints, specs),
-        *dict.fromkeys(warning for one in specs for warning in one.warnings),
+        *dict.fromkeys(str(warning) for one in specs for warning in one.warnings),
         *_holes({path: hole for one in specs for path, hole in one.holes.items()}),
     ]
 
@@ -51,7 +51,7 @@ def run_notes(checkpoints: Sequence[Checkpoint], specs: Sequence[Specs]) -> list
             f"{dtype} tensors are not averaged but keep the value of"
             f" {printable(checkpoints[-1].name)}: {some(names)}."
         )
-    return [*notes, *(f"{note}." for note in sorted({n for one in specs for n in one.notes}))]
+    return [*notes, *sorted({str(note) for one in specs for note in one.notes})]
 
 
 def _holes(holes: Mapping[str, int]) -> list[str]:

@@ -109,7 +109,7 @@ def output_files(
         )
     groups: dict[tuple[int, str], list[tuple[str, TensorSpec]]] = {}
     places = [
-        (0, single_name) if single_name else (file.part, _output_name(file.name))
+        (0, single_name) if single_name else (file.member, _output_name(file.name))
         for file in newest.files
     ]
     for key, tensor in newest.tensors.items():

@@ -1,15 +1,13 @@
 """Reading a range of a tensor that lies in pieces: strided views, and chunks in several files.
 
-A range of elements is cut into boxes, each box into what every piece has of it, and that into reads
-that hold little else. So a tile costs the memory of a tile, however the tensor is laid out.
+A range of elements is cut into boxes, each box into its overlaps with the pieces, and those into
+reads that fetch little else. So a tile costs the memory of a tile, however the tensor is laid out.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from operator import add
 from typing import NamedTuple
-
-import torch
 
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
@@ -21,14 +19,14 @@ from ckpt_ema.containers.specs import (
     spanned,
 )
 
-_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}  # by their width in bytes
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # starts, sizes
 ReadInto = Callable[[int, memoryview, int], None]  # file, where to, offset in bytes
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Cut the elements from `start` to `stop` of a tensor into boxes, in the order of the elements.
+    """Cut the elements from `start` to `stop` of a tensor into boxes, in order.
 
     >>> list(boxes((4, 3), 2, 10))
     [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
@@ -39,7 +37,7 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
         yield ((start,), (stop - start,)) if shape else ((), ())
         return
     row = packed_strides(shape)[0]
-    first, last = -(-start // row), stop // row  # the rows that are whole
+    first, last = -(-start // row), stop // row  # the complete rows
     if first > last:  # all of it lies inside one row
         yield from _in_row(shape, last, start - last * row, stop - last * row)
         return
@@ -54,14 +52,14 @@ def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[B
         yield (row, *starts), (1, *sizes)
 
 
-def gather(spec: TensorSpec, start: int, values: memoryview, read_into: ReadInto) -> None:
-    """Fill `values` (bytes) with the elements of `spec` from element `start` on."""
-    width = DTYPE_BITS[spec.dtype] // 8
-    gatherer = _Gatherer(values, torch.frombuffer(values, dtype=_OF_WIDTH[width]), read_into)
+def gather(tensor: TensorSpec, start: int, values: memoryview, read_into: ReadInto) -> None:
+    """Fill `values` (bytes) with the elements of a tensor in pieces from element `start` on."""
+    width = DTYPE_BITS[tensor.dtype] // 8
+    gatherer = _Gatherer(values, width, read_into)
     at = 0
-    for starts, sizes in boxes(spec.shape, start, start + len(values) // width):
+    for starts, sizes in boxes(tensor.shape, start, start + len(values) // width):
         strides = packed_strides(sizes)
-        for piece in spec.pieces:
+        for piece in tensor.pieces:
             begins, part = _overlap(piece, starts, sizes)
             if 0 not in part:
                 source = piece.offset + width * _distance(piece.starts, begins, piece.strides)
@@ -71,7 +69,7 @@ def gather(spec: TensorSpec, start: int, values: memoryview, read_into: ReadInto
 
 
 def _overlap(piece: Piece, starts: Sequence[int], sizes: Sequence[int]) -> Box:
-    """The part of a box that a piece has; a size is 0 where it has none."""
+    """Return the part of a box that a piece has; a size of it is 0 if it has none."""
     begins = tuple(map(max, starts, piece.starts))
     ends = map(min, map(add, starts, sizes), map(add, piece.starts, piece.sizes))
     return begins, tuple(max(0, end - begin) for begin, end in zip(begins, ends, strict=True))
@@ -82,29 +80,26 @@ def _distance(start: Sequence[int], end: Sequence[int], strides: Sequence[int]) 
 
 
 class _Gatherer(NamedTuple):
-    """Where the elements go: the same memory as bytes and as elements."""
+    """Where the elements go, and how they are read."""
 
     values: memoryview
-    elements: torch.Tensor
+    width: int  # of an element, in bytes
     read_into: ReadInto
 
     def copy(
         self, piece: Piece, source: int, sizes: tuple[int, ...], target: int, strides: Sequence[int]
     ) -> None:
         """Read a box of `piece` that begins at byte `source` to element `target`."""
-        width, count = self.elements.itemsize, math.prod(sizes)
+        width, count = self.width, math.prod(sizes)
         span = spanned(sizes, piece.strides)
         if is_packed(sizes, piece.strides) and is_packed(sizes, strides):
             # The common case, a chunk of whole rows: straight to where it belongs.
-            self.read_into(
-                piece.file, self.values[target * width : (target + count) * width], source
-            )
+            view = self.values[target * width : (target + count) * width]
+            self.read_into(piece.file, view, source)
         elif span <= MOST_READ_PER_WANTED * count:
             raw = bytearray(span * width)
             self.read_into(piece.file, memoryview(raw), source)
-            box = torch.frombuffer(raw, dtype=self.elements.dtype)
-            view = box.as_strided(sizes, piece.strides)
-            self.elements.as_strided(sizes, tuple(strides), target).copy_(view)
+            self._scatter(raw, piece.strides, sizes, target, strides)
         else:
             axis = max(range(len(sizes)), key=lambda axis: (sizes[axis] > 1) * piece.strides[axis])
             half = sizes[axis] // 2
@@ -116,3 +111,18 @@ class _Gatherer(NamedTuple):
                     target + begin * strides[axis],
                     strides,
                 )
+
+    def _scatter(
+        self,
+        raw: bytearray,
+        raw_strides: Sequence[int],
+        sizes: Sequence[int],
+        target: int,
+        strides: Sequence[int],
+    ) -> None:
+        """Copy a strided box out of `raw` to element `target`."""
+        import torch  # here, so that planning, which reads few tensors, rarely pays for it
+
+        dtype = getattr(torch, _INTEGERS[self.width])
+        box = torch.frombuffer(raw, dtype=dtype).as_strided(sizes, raw_strides)
+        torch.frombuffer(self.values, dtype=dtype).as_strided(sizes, strides, target).copy_(box)
