@@ -35,8 +35,8 @@ from ckpt_ema.find.names import numbers_in
 from ckpt_ema.output.result import Result
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.trainers.table import TRAINERS
-from tests.conftest import read_safetensors
 from tests.makers import trainer_runs as runs
+from tests.makers.safetensors_files import read_safetensors
 from tests.makers.trainer_runs import Run
 from tests.makers.trainer_values import Row
 

@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from tests.makers.safetensors_file import write_safetensors, write_shards
+from tests.makers.safetensors_files import write_safetensors, write_shards
 from tests.makers.trainer_values import Row, build, importable
 
 DATA = Path(__file__).parent.parent / "data"

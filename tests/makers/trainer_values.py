@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from tests.makers.safetensors_file import shards
-
 Tensors = dict[str, torch.Tensor]
 Row = Mapping[str, Any]  # the values of one checkpoint, by column
 
@@ -139,8 +137,17 @@ def _model(changes: Mapping[str, Any], row: Row) -> Any:
     if "ranks" in changes:
         return {name: _rank_tensor(tensor[:1], changes["ranks"]) for name, tensor in model.items()}
     if "shards" in changes:
-        return shards(model, changes["shards"])
+        return _shards(model, changes["shards"])
     return collections.OrderedDict(model) if "ordered" in changes else model
+
+
+def _shards(model: Tensors, count: int) -> dict[str, Tensors]:
+    """Return the files beside an index: the tensors are dealt out in turn."""
+    names = [f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)]
+    return {
+        file: {name: model[name] for name in list(model)[number::count]}
+        for number, file in enumerate(names)
+    }
 
 
 def _adam(model: Tensors) -> dict[str, Any]:
