@@ -150,7 +150,9 @@ def test_two_steps_with_one_state_are_seen_across_parts(make_run: MakeRun, tmp_p
     assert ckpt_ema.finish(tmp_path / "out").output.is_dir()
     copied = make_run(series(3, a=torch.ones(200), b=[moving[0], moving[0], moving[1]]))
     make_parts(copied, tmp_path / "other", ["1/2", "2/2"])
-    with pytest.raises(RefusedError, match="checkpoint-1 and checkpoint-2 hold the same model weights"):
+    with pytest.raises(
+        RefusedError, match="checkpoint-1 and checkpoint-2 hold the same model weights"
+    ):
         ckpt_ema.finish(tmp_path / "other")
     make_parts(copied, tmp_path / "wanted", ["1/2", "2/2"], allow_duplicates=True)
     assert ckpt_ema.finish(tmp_path / "wanted").output.is_dir()

@@ -72,12 +72,8 @@ CASES = [
     ),
     Dcp("a data file that is a FIFO", becomes(fifo, DATA), "is not a regular file"),
     Dcp("metadata that is cut", cut(-5, META), "is cut short or damaged"),
-    Dcp(
-        "metadata that is empty", holds(b"", META), "is cut short or damaged: it ends too soon"
-    ),
-    Dcp(
-        "metadata that is text", holds(b"{}", META), "is cut short or damaged: it is not a pickle"
-    ),
+    Dcp("metadata that is empty", holds(b"", META), "is cut short or damaged: it ends too soon"),
+    Dcp("metadata that is text", holds(b"{}", META), "is cut short or damaged: it is not a pickle"),
     Dcp("metadata that is a FIFO", becomes(fifo, META), "is not a regular file"),
     Dcp(
         "metadata of a terabyte",
