@@ -1,75 +1,43 @@
-"""The options of the command line, made from the table in `ckpt_ema.options`.
+"""The options of the command line, made from rows, those of `ckpt_ema.options` and of commands.
 
 Every option can also be set by an environment variable: CKPT_EMA_ and its name.
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from enum import Enum
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from ckpt_ema.errors import flag
 from ckpt_ema.options import Row, table
+from ckpt_ema.options.table import COMMON, ENGINE, OUTPUT
+from ckpt_ema.options.values import FLAG, PATH, TEXT
+
+OVERWRITE = Row("overwrite", FLAG, "replace an existing output", COMMON, False)
+PLOT = Row("plot", PATH, "draw the weights as .png or .svg; needs matplotlib", OUTPUT)
+EXPLAIN = Row("explain", FLAG, "show what every entry and every tensor is taken for", OUTPUT, False)
+JSON = Row("json", FLAG, "print JSON on stdout", OUTPUT, False)
+MARKDOWN = Row("markdown", FLAG, "print a table in Markdown", OUTPUT, False)
+QUIET = Row("quiet", FLAG, "hide notes and progress", OUTPUT, False, short="-q")
+PART = Row("part", TEXT, "do part I of N; `ckpt-ema finish` publishes the output", ENGINE)
+RESUME = Row("resume", FLAG, "keep partial work if interrupted, and continue it", ENGINE, False)
+
+RunArgument = Annotated[
+    list[str], typer.Argument(metavar="RUN", show_default=False, readable=False)
+]
 
 
-def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each row of the table; it gets them as its `options`."""
-    signature = inspect.signature(command)
-    others = [p for p in signature.parameters.values() if p.name != "options"]
-    rows = table()
+def takes_options(*own: Row) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each of its own rows, which it gets by their names.
 
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        options = {row.name: _value(given.pop(row.name)) for row in rows}
-        command(options=options, **given)
-
-    parameters = [_parameter(row) for row in rows]
-    ordered = [p.replace(kind=p.KEYWORD_ONLY) for p in (*others[:1], *parameters, *others[1:])]
-    run.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in ordered}
-    return run
-
-
-def variable(name: str) -> str:
-    """Name the environment variable of an option.
-
-    >>> variable("from_step")
-    'CKPT_EMA_FROM'
+    A command with a parameter `options` also gets those of the table that were given, in it.
     """
-    return "CKPT_EMA" + flag(name)[1:].upper().replace("-", "_")
 
-
-def _parameter(row: Row) -> inspect.Parameter:
-    kind: Any = row.values.words
-    default: Any = row.default
-    if row.values.choices:
-        kind = _choice(row.values.choices)
-        default = None if default is None else kind(default)
-    elif default == ():
-        default = []
-    declared = typer.Option(
-        *row.flags,
-        help=row.help,
-        envvar=variable(row.name),
-        show_envvar=False,
-        rich_help_panel=row.panel,
-        show_default=default not in (None, [], False, True),
-        metavar=row.metavar,
-    )
-    kind = kind if default is not None else kind | None
-    annotation = Annotated[kind, declared]
-    return inspect.Parameter(
-        row.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-    )
-
-
-def _choice(values: Sequence[str]) -> Any:
-    """Make what Typer wants for one of a few words."""
-    return Enum("Choice", [(value, value) for value in values], type=str)
-
-
-def _value(given: Any) -> Any:
-    return given.value if isinstance(given, Enum) else given
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        arguments = [
+            p for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
+        shared = table() if "options" in signature.parameters else []

@@ -51,7 +51,7 @@ _LEAST_SIGMA_REL = 1e-6  # far below, its exponent overflows
 
 _DECAY = ScheduleOption(
     "decay",
-    "decay per checkpoint: the cap of the dynamic decay, or the decay itself",
+    "decay per checkpoint (dynamic: its cap); default: 0.999",
     several=True,
     default=0.999,
     is_valid=_is_share,
@@ -78,7 +78,7 @@ SCHEDULES = {
         (
             ScheduleOption(
                 "num_updates",
-                "counter for the dynamic decay: checkpoint index or training step",
+                "counter for the dynamic decay: index or step",
                 kind=str,
                 default="index",
                 choices=("index", "step"),
@@ -93,7 +93,7 @@ SCHEDULES = {
         (
             ScheduleOption(
                 "zero_debias",
-                "start from zeros and divide by the missing weight, as Adam does",
+                "start at zero and correct the bias, as Adam does",
                 kind=bool,
                 default=False,
                 label="debiased",
@@ -109,7 +109,7 @@ SCHEDULES = {
         (
             ScheduleOption(
                 "power",
-                "warmup exponent; decay is 1 - (1 + n / inv_gamma)^-power",
+                "warmup exponent: decay 1 - (1 + n / inv_gamma)^-power",
                 default=2 / 3,
                 is_valid=_is_positive,
                 limits=_POSITIVE,
@@ -130,7 +130,7 @@ SCHEDULES = {
         "power function, sigma_rel {}",
         ScheduleOption(
             "sigma_rel",
-            "width of the power-function average of Karras et al., relative to the run",
+            "relative width of Karras et al.'s power-function EMA",
             several=True,
             is_valid=lambda x: _LEAST_SIGMA_REL <= x < MOST_SIGMA_REL,
             limits=f"lie between {_LEAST_SIGMA_REL:g} and 1 / sqrt(12) = {MOST_SIGMA_REL:.6f}, the"
