@@ -17,7 +17,7 @@ from ckpt_ema.output.destination import averages_in, check_vacant
 from ckpt_ema.output.ledger import ranges
 from ckpt_ema.output.manifest import read_manifest
 from ckpt_ema.output.publish import StagedOutput
-from ckpt_ema.output.result import Finished
+from ckpt_ema.output.result import Result
 from ckpt_ema.output.workspace import PART, WorkFolder, existing_work, remove
 from ckpt_ema.planning.plan import Plan, plan
 from ckpt_ema.ranks import Ranks
@@ -105,7 +105,7 @@ def carry_out_together(
     progress: Progress | None = None,
     command: str | None = None,
     resume: bool = False,
-) -> Finished | None:
+) -> Result | None:
     """Do what `plan` says, each of the ranks a share; what the first of them publishes.
 
     If one fails, all do, and nothing is left but what `resume` keeps.
@@ -144,7 +144,7 @@ def carry_out_together(
     return finished
 
 
-def finish(output: PathLike, *, overwrite: bool = False) -> Finished:
+def finish(output: PathLike, *, overwrite: bool = False) -> Result:
     """Publish the output at `output`, all of whose parts are made.
 
     An output that is there already is not made again. Raises `FailedError` if parts are missing,
@@ -167,7 +167,7 @@ def finish(output: PathLike, *, overwrite: bool = False) -> Finished:
     return _publish(final, keys[0], PART, overwrite)
 
 
-def _publish(final: Path, key: str, kind: str, overwrite: bool) -> Finished:
+def _publish(final: Path, key: str, kind: str, overwrite: bool) -> Result:
     """Give an output all of whose parts are made its final name."""
     single = is_single_file(final)
     with (
@@ -199,10 +199,10 @@ def _publish(final: Path, key: str, kind: str, overwrite: bool) -> Finished:
         seal(staged, {} if single else manifests)
         work.kept = False
     outputs = tuple(final / folder if folder else final for folder in manifests)
-    return Finished(final, outputs, tuple(manifests.values()))
+    return Result(final, outputs, device=facts["device"], manifests=tuple(manifests.values()))
 
 
-def _finished_before(final: Path) -> Finished:
+def _finished_before(final: Path) -> Result:
     """What an earlier `finish` published, if it is there."""
     outputs = [final] if final.is_file() else sorted(averages_in(final))
     manifests = [read_manifest(path) for path in outputs]
@@ -211,7 +211,7 @@ def _finished_before(final: Path) -> Finished:
             f"{printable(final)} has no parts that could be finished.",
             "Make them with ckpt-ema average --part 1/N, ... and the same --output.",
         )
-    return Finished(final, tuple(outputs), tuple(manifests))
+    return Result(final, tuple(outputs), is_up_to_date=True, manifests=tuple(manifests))
 
 
 def _whole_set(final: Path, parts: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:

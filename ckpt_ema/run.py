@@ -6,14 +6,16 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckpt_ema import __version__
 from ckpt_ema.containers.compare import same_values
-from ckpt_ema.errors import FailedError, RefusedError, printable
+from ckpt_ema.errors import Code, FailedError, RefusedError, printable
 from ckpt_ema.fold.monitors.twins import Twins
 from ckpt_ema.fold.monitors.zeros import Zeroed
 from ckpt_ema.fold.tiles import WHOLE, Share, Tile, tiles
+from ckpt_ema.notices import Notice
 from ckpt_ema.options import Keywords, PathLike
 from ckpt_ema.output import manifest
 from ckpt_ema.output.destination import check_vacant
@@ -78,7 +80,14 @@ def up_to_date(plan: Plan, *, overwrite: bool = False) -> Result | None:
         else manifest.read_manifest(average.output.path)
         for average in plan.averages
     ]
-    return Result(plan, True, 0.0, tuple(recorded))
+    return Result(
+        plan.output, outputs_of(plan), is_up_to_date=True, plan=plan, manifests=tuple(recorded)
+    )
+
+
+def outputs_of(plan: Plan) -> tuple[Path, ...]:
+    """Where each average is, in the order of the plan's averages."""
+    return tuple(average.output.path for average in plan.averages)
 
 
 def carry_out(
@@ -114,7 +123,18 @@ def carry_out(
         records = [{**record, **facts} for record in records_of(plan, command)]
         seal(staged, {} if single else dict(zip(folders_of(plan), records, strict=True)))
         work.kept = False
-    return Result(plan, False, made.seconds, tuple(records))
+    return Result(
+        plan.output,
+        outputs_of(plan),
+        device=made.device,
+        seconds=made.seconds,
+        peak_memory_bytes=facts["peak_memory_bytes"],
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+        warnings=tuple(Notice(Code.ZEROS, warning) for warning in made.warnings),
+        plan=plan,
+        manifests=tuple(records),
+    )
 
 
 class Made(NamedTuple):

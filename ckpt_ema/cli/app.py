@@ -33,7 +33,7 @@ from ckpt_ema.ranks import joined
 
 if TYPE_CHECKING:
     from ckpt_ema.fold.tiles import Share
-    from ckpt_ema.output.result import Finished, Result
+    from ckpt_ema.output.result import Result
     from ckpt_ema.planning.plan import Plan
     from ckpt_ema.ranks import Ranks
     from ckpt_ema.run import Progress
@@ -167,7 +167,7 @@ def average(
         is_first = ranks is None or ranks.rank == 0
         quiet = quiet or not is_first
         decided = make_plan(run, **options)
-        made: Result | Finished | None = up_to_date(decided, overwrite=overwrite)
+        made: Result | None = up_to_date(decided, overwrite=overwrite)
         if ranks:
             ranks.agree("plan", f"{decided.key} {'to do' if made is None else 'is done'}")
         picture = figure.plot(decided, plot) if plot and is_first else None
@@ -215,7 +215,7 @@ def _carry_out(
     ranks: "Ranks | None",
     overwrite: bool,
     **how: Any,
-) -> "Result | Finished | None":
+) -> "Result | None":
     """All of it, a share of it (None: others do the rest), or that of this rank."""
     from ckpt_ema.output.manifest import is_up_to_date
     from ckpt_ema.parts import carry_out_part, carry_out_together
@@ -236,7 +236,7 @@ def _carry_out(
         return up_to_date(decided)  # it came when the output had its name already
 
 
-def _print_outputs(result: "Result | Finished", as_json: bool) -> None:
+def _print_outputs(result: "Result", as_json: bool) -> None:
     """The manifests, or the paths of the outputs, a line each."""
     with stdout_reported(done=f"{printable(result.output)} is complete"):
         if as_json:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ckpt_ema.errors import printable
-from ckpt_ema.output.result import Finished, Result
+from ckpt_ema.output.result import Result
 from ckpt_ema.planning.plan import Plan
 
 
@@ -17,16 +17,16 @@ def remark_lines(plan: Plan) -> list[str]:
     ]
 
 
-def reading_lines(result: Result | Finished) -> list[str]:
+def reading_lines(result: Result) -> list[str]:
     """What a person should know of what only reading has shown."""
     told = result.manifests[0].get("warnings_of_reading")
     return [f"warning: {printable(one)}" for one in told] if isinstance(told, list) else []
 
 
-def result_line(result: Result | Finished) -> str:
+def result_line(result: Result) -> str:
     """What was read and written, how fast, and where it is."""
     output = printable(result.output)
-    if isinstance(result, Finished):
+    if result.plan is None:
         device = result.manifests[0].get("device")  # the header of a single file has no room for it
         return f"all parts are done{f', on {printable(device)}' if device else ''}: {output}"
     plan = result.plan
@@ -35,7 +35,7 @@ def result_line(result: Result | Finished) -> str:
     speed = size(plan.bytes_read / max(result.seconds, 1e-9))
     return (
         f"read {size(plan.bytes_read)} and wrote {size(plan.bytes_written)} in"
-        f" {result.seconds:.1f} s ({speed}/s) on {result.manifests[0]['device']}: {output}"
+        f" {result.seconds:.1f} s ({speed}/s) on {result.device}: {output}"
     )
 
 
