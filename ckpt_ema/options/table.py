@@ -13,12 +13,12 @@ from ckpt_ema.errors import Code, OptionError, flag
 from ckpt_ema.options import values as of
 from ckpt_ema.options.values import PathLike, StepRange, Values
 from ckpt_ema.schedules.rules import Rule, make_rules
-from ckpt_ema.schedules.table import DEFAULT_SCHEDULE, EXPLICIT, OPTIONS, SCHEDULES, SYNONYMS
+from ckpt_ema.schedules.table import DEFAULT_SCHEDULE, EXPLICIT, OPTIONS, SCHEDULES
 
 # Panels of the command line's help, in the order in which they are shown.
 COMMON, SCHEDULE, CHECKPOINTS = "Most used", "Schedule", "Which checkpoints"
 MODEL, OUTPUT, ENGINE = "Which model in a checkpoint", "Output", "Execution"
-_PANELS = (COMMON, SCHEDULE, CHECKPOINTS, MODEL, OUTPUT, ENGINE)
+PANELS = (COMMON, SCHEDULE, CHECKPOINTS, MODEL, OUTPUT, ENGINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +87,7 @@ class Weighting(Group):
 
     schedule: str | None = _row(
         of.TEXT,
-        f"{', '.join(SCHEDULES)}; or {', '.join(SYNONYMS)}; default: inferred from the options"
-        f" given, else {DEFAULT_SCHEDULE}",
+        ", ".join(SCHEDULES).replace(DEFAULT_SCHEDULE, f"{DEFAULT_SCHEDULE} (default)"),
     )
     weights: PathLike | Mapping[str, float] | None = _row(
         of.WEIGHTS, "explicit weights by checkpoint name or step"
@@ -117,7 +116,7 @@ class Selection(Group):
     panel = CHECKPOINTS
 
     last: tuple[int, ...] | None = _row(
-        of.COUNTS, "average the N newest checkpoints only", panel=COMMON
+        of.COUNTS, "average only the N newest checkpoints", panel=COMMON
     )
     best: tuple[int, ...] | None = _row(
         of.COUNTS, "take the N best by --metric; ties go to the later one"
@@ -271,7 +270,7 @@ def table() -> list[Row]:
     ]
     first, *others = (group.rows() for group in _GROUPS)
     rows = [*first, *schedules, *(row for group in others for row in group)]
-    return sorted(rows, key=lambda row: _PANELS.index(row.panel))
+    return sorted(rows, key=lambda row: PANELS.index(row.panel))
 
 
 def _schedule_values(name: str) -> Values:

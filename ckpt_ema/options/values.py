@@ -172,6 +172,7 @@ SIZE = Values(_size, "be a size, such as 64MiB", "SIZE")
 TILE = Values(
     lambda given: _size(given, _MOST_TILE_BYTES), "be a size of at most 2GiB, such as 4MiB", "SIZE"
 )
-DTYPE, ACCUMULATE = choice(*DTYPES), choice("float64", "float32")
+DTYPE = choice(*DTYPES)
+ACCUMULATE = choice("float64", "float32")._replace(metavar="DTYPE")
 FORM, ORDER = choice("auto", "single", "sharded", "adapter"), choice("auto", "metadata", "name")
 METRIC_MODE = choice("auto", "min", "max")

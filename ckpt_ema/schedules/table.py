@@ -51,7 +51,7 @@ _LEAST_SIGMA_REL = 1e-6  # far below, its exponent overflows
 
 _DECAY = ScheduleOption(
     "decay",
-    "decay per checkpoint (dynamic: its cap); default: 0.999",
+    "decay per checkpoint (dynamic: cap); default: 0.999",
     several=True,
     default=0.999,
     is_valid=_is_share,
