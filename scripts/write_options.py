@@ -1,6 +1,6 @@
 """Print docs/options.md, made from the table of options.
 
-    python scripts/write_options.py > docs/options.md
+python scripts/write_options.py > docs/options.md
 """
 
 from itertools import groupby
@@ -32,10 +32,10 @@ _ABOUT = {
     " update uses the decay min(decay, (1 + n) / (10 + n)). Also accepted: "
     + ", ".join(f"`{other}` for `{name}`" for other, name in SYNONYMS.items())
     + ".",
-    CHECKPOINTS: "All conditions must hold. `--last` and `--best` select among the checkpoints that"
-    " the others leave.",
-    MODEL: "Needed only where a checkpoint can be read in several ways; the error then names the"
-    " option.",
+    CHECKPOINTS: "They apply in this order: names (`--include`, `--exclude`, `--pattern`), steps"
+    " (`--from`, `--to`, `--steps`), `--min-gap`, `--every`, `--last`, `--best`.",
+    MODEL: "Needed only where a checkpoint can be read in several ways, or has values that would"
+    " otherwise be refused; the error then names the option.",
     OUTPUT: "Results go to stdout: the path of each output, or with `--json` its manifest."
     " Everything else goes to stderr. Warnings and errors are shown with `--quiet` too.",
     ENGINE: "None of these changes the output but `--accumulate`.",

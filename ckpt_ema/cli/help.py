@@ -22,12 +22,12 @@ class Command(TyperCommand):
         about = textwrap.wrap(" ".join((self.help or "").split()), width)
         examples = [f"  {line}" for line in (self.epilog or "").strip().splitlines()]
         parts = [[usage, *about], ["Examples:", *examples]]
-        # The last option is --help, which has no panel.
-        *options, help_option = (one for one in self.get_params(ctx) if isinstance(one, TyperOption))
-        for panel, members in groupby(options, key=lambda option: option.rich_help_panel):
-            parts.append([f"{panel}:", *(line for one in members for line in _lines(one, width))])
-        help_option.help = "show this message; the full text is docs/options.md"
-        parts[-1] += _lines(help_option, width)
+        options = (one for one in self.get_params(ctx) if isinstance(one, TyperOption))
+        for panel, members in groupby(options, key=lambda one: one.rich_help_panel):
+            if panel:  # all but --help
+                lines = [line for one in members for line in _lines(one, width)]
+                parts.append([f"{panel}:", *lines])
+        parts[-1].append(f"{'  -h, --help':{_INDENT}}show this; the full text is docs/options.md")
         formatter.write("\n\n".join("\n".join(lines) for lines in parts) + "\n")
 
 

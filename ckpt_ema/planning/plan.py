@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Specs
-from ckpt_ema.errors import OptionError, RefusedError, printable, some
+from ckpt_ema.errors import Code, OptionError, RefusedError, printable, some
 from ckpt_ema.find.complete import check_whole, problems, without_unfinished
 from ckpt_ema.find.found import Found
 from ckpt_ema.find.globs import UNWANTED
 from ckpt_ema.find.order import Checkpoint
 from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
+from ckpt_ema.find.verdict import Judged
+from ckpt_ema.notices import Notice
 from ckpt_ema.options import Engine, Keywords, Options, PathLike, make_options
 from ckpt_ema.planning.advice import advice
 from ckpt_ema.planning.average import Average, Weighting, make_average, weigh
@@ -30,6 +32,7 @@ from ckpt_ema.planning.destination import check_destination
 from ckpt_ema.planning.layout import Layout, lay_out
 from ckpt_ema.planning.notices import run_notes, run_warnings
 from ckpt_ema.planning.renaming import unified, without_prefix
+from ckpt_ema.planning.roles import TensorRole
 from ckpt_ema.planning.same_model import check_alike
 from ckpt_ema.planning.sizing import element_bytes, make_sizes
 from ckpt_ema.planning.work import Work, make_work
@@ -71,8 +74,10 @@ class Plan:
     threads: int
     tile_elements: int  # elements that a thread folds at a time
     left_out: tuple[tuple[Path, str], ...]
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
+    notes: tuple[Notice, ...]
+    warnings: tuple[Notice, ...]
+    judged: tuple[Judged, ...] = ()
+    tensor_roles: tuple[TensorRole, ...] = ()
 
     @property
     def bytes_read(self) -> int:
@@ -172,8 +177,8 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
         threads=sizes.threads,
         tile_elements=sizes.tile_elements,
         left_out=found.left_out,
-        notes=(*chosen.notes, *run_notes(checkpoints, specs), *_left_behind(layouts)),
-        warnings=(
+        notes=_noticed(*chosen.notes, *run_notes(checkpoints, specs), *_left_behind(layouts)),
+        warnings=_noticed(
             *found.warnings,
             *chosen.warnings,
             *advice(averages, [checkpoint.name for checkpoint in checkpoints]),
@@ -181,6 +186,11 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
             *warnings,
         ),
     )
+
+
+def _noticed(*texts: str) -> tuple[Notice, ...]:
+    quiet = ("changes nothing here", "checkpoints only")  # until planning has notes for them
+    return tuple(Notice(Code.DECIDED, t) for t in texts if not any(q in t for q in quiet))
 
 
 class _Chosen(NamedTuple):
