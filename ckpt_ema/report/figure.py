@@ -116,7 +116,7 @@ def _draw(plan: Plan, kind: str) -> bytes:
         for number, (steps, weights) in enumerate(lines):
             look = _look(number, averages)
             above.plot(steps, weights, **look)
-            below.plot(*_learning_rate(steps, weights, start), **{**look, "marker": ""})
+            below.plot(*learning_rate_steps(steps, weights, start), **{**look, "marker": ""})
         _label(above, below, unit)
         if not several:
             above.set_title(averages[0].text)
@@ -164,7 +164,7 @@ def _start(steps: Sequence[int]) -> int:
     return max(steps[0] - gap, 0)
 
 
-def _learning_rate(
+def learning_rate_steps(
     steps: Sequence[int], weights: Sequence[float], start: int
 ) -> tuple[list[int], list[float]]:
     """Return the corners of the learning-rate decay that an average imitates.
