@@ -40,7 +40,7 @@ EXAMPLES = """
 ckpt-ema plan runs/                                 # show the weights first
 ckpt-ema average runs/
 ckpt-ema average runs/ --half-life 2000 -o averaged
-ckpt-ema average runs/ --decay 0.4,0.8 --last 4,8   # four averages in one pass
+ckpt-ema average runs/ --decay 0.4,0.8 --last 4,8   # four averages, one pass
 OUT=$(ckpt-ema average runs/ -q) && evaluate "$OUT"
 """
 OWN_ROWS = (PLOT, OVERWRITE, PART, RESUME, JSON, QUIET)

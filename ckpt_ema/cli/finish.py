@@ -8,8 +8,8 @@ from ckpt_ema.cli.exits import errors_reported, ignore_signals, print_outputs, s
 from ckpt_ema.cli.options import JSON, OVERWRITE, QUIET, takes_options
 
 EXAMPLES = """
-ckpt-ema average runs/ -o averaged --part $SLURM_ARRAY_TASK_ID/64  # in each of 64 jobs
-ckpt-ema finish averaged
+ckpt-ema average runs/ -o averaged --part 3/64   # in the third of 64 jobs
+ckpt-ema finish averaged                        # when all parts are made
 """
 
 
