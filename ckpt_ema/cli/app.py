@@ -169,7 +169,7 @@ def average(
         decided = make_plan(run, **options)
         made: Result | Finished | None = up_to_date(decided, overwrite=overwrite)
         if ranks:
-            ranks.agree("plan", f"{decided.key} {'to do' if made is None else 'is done'}")
+            ranks.agree("plan", f"{decided.work_id} {'to do' if made is None else 'is done'}")
         picture = figure.plot(decided, plot) if plot and is_first else None
         if made is None:
             if not quiet:

@@ -14,7 +14,7 @@ from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan, PlannedCheckpoint
 from ckpt_ema.storage.local import Local
-from ckpt_ema.targets.safetensors_folder import Output, OutputFile
+from ckpt_ema.targets.target import Output, OutputFile
 from ckpt_ema.trainers.conventions import MANIFEST_NAME, PROVENANCE_KEY
 
 _CONVENTION = (
@@ -71,8 +71,8 @@ def _describe_run(plan: Plan) -> dict[str, Any]:
         "bytes_read": plan.bytes_read,
         "memory_bytes": plan.memory_bytes,
         "left_out": [{"path": os.fspath(path), "reason": why} for path, why in plan.left_out],
-        "notes": list(plan.notes),
-        "warnings": list(plan.warnings),
+        "notes": [str(note) for note in plan.notes],
+        "warnings": [str(warning) for warning in plan.warnings],
     }
 
 
@@ -138,8 +138,11 @@ def _is_up_to_date(output: Output) -> bool:
 
 def _is_whole(path: Path, file: OutputFile) -> bool:
     with path.open("rb") as stream:
-        header = stream.read(len(file.header))
-    return header == file.header and path.stat().st_size == file.size_bytes
+        for chunk in file.chunks:
+            stream.seek(chunk.offset)
+            if stream.read(len(chunk.content)) != chunk.content:
+                return False
+    return path.stat().st_size == file.size_bytes
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
