@@ -33,7 +33,7 @@ from ckpt_ema.run import (
     seal,
     up_to_date,
 )
-from ckpt_ema.targets.safetensors_folder import is_single_file
+from ckpt_ema.targets.safetensors import target_for
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -75,9 +75,9 @@ def carry_out_part(
 ) -> None:
     """Do a share of what `plan` says, once `up_to_date` has no objection."""
     device = resolve_device(plan, place)
-    single = is_single_file(plan.output)
+    single = plan.is_single_file
     with (
-        WorkFolder(plan.output, plan.key, is_shared=True) as work,
+        WorkFolder(plan.output, plan.work_id, is_shared=True) as work,
         StagedOutput(work, is_single_file=single, overwrite=False) as staged,
     ):
         work.kept = True
@@ -130,7 +130,7 @@ def carry_out_together(
             place=ranks.local_rank,
         )
         ranks.wait("parts")
-        finished = _publish(plan.output, plan.key, _RANK, overwrite) if is_first else None
+        finished = _publish(plan.output, plan.work_id, _RANK, overwrite) if is_first else None
         ranks.wait("publication")
     except BaseException as error:
         try:
@@ -139,7 +139,7 @@ def carry_out_together(
             ranks.fail(error)  # before what the others work in is gone
         finally:
             if not resume:
-                remove(WorkFolder(plan.output, plan.key).path)
+                remove(WorkFolder(plan.output, plan.work_id).path)
         raise
     return finished
 
@@ -169,7 +169,7 @@ def finish(output: PathLike, *, overwrite: bool = False) -> Result:
 
 def _publish(final: Path, key: str, kind: str, overwrite: bool) -> Result:
     """Give an output all of whose parts are made its final name."""
-    single = is_single_file(final)
+    single = target_for(final).is_single_file
     with (
         WorkFolder(final, key) as work,
         StagedOutput(work, is_single_file=single, overwrite=overwrite) as staged,

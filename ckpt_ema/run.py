@@ -27,7 +27,7 @@ from ckpt_ema.planning.plan import Plan, plan
 from ckpt_ema.report.card import card
 from ckpt_ema.report.figure import Picture
 from ckpt_ema.report.figure import plot as draw
-from ckpt_ema.targets.safetensors_folder import OutputFile, is_single_file
+from ckpt_ema.targets.target import OutputFile
 from ckpt_ema.trainers.conventions import CARD_NAME, MANIFEST_NAME
 
 if TYPE_CHECKING:
@@ -105,9 +105,9 @@ def carry_out(
     from where another run with `resume` was interrupted, and keeps what is done if it is itself.
     """
     device = resolve_device(plan)
-    single = is_single_file(plan.output)
+    single = plan.is_single_file
     with (
-        WorkFolder(plan.output, plan.key if resume else "") as work,
+        WorkFolder(plan.output, plan.work_id if resume else "") as work,
         StagedOutput(work, is_single_file=single, overwrite=overwrite) as staged,
     ):
         work.kept = resume

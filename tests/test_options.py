@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = {row.name: row for row in table()}
 
 
-def value(options: Options, name: str) -> Any:
+def parsed(options: Options, name: str) -> Any:
     """An option's value, whichever group has it."""
     if name in options.weighting.options:
         return options.weighting.options[name]
@@ -70,19 +70,19 @@ def test_options_not_given_have_the_defaults_of_their_rows() -> None:
     ],
 )
 def test_a_value_may_be_a_text_or_of_its_own_type(name: str, given: Any, expected: Any) -> None:
-    assert value(make_options({name: given}), name) == expected
+    assert parsed(make_options({name: given}), name) == expected
 
 
 @pytest.mark.parametrize(
     ("name", "given"),
     [
-        *(("decay", given) for given in (1.1, math.nan, "0.9,-0.1", "0.9,much", "", [], True)),
+        *(("decay", value) for value in (1.1, math.nan, "0.9,-0.1", "0.9,much", "", [], True)),
         *(("decay_per_step", 2), ("sigma_rel", 0.3), ("sigma_rel", 0), ("sigma_rel", 1e-200)),
-        *(("half_life", given) for given in (0, math.inf, 10**400)),
+        *(("half_life", value) for value in (0, math.inf, 10**400)),
         *(("power", "x"), ("power", -1), ("inv_gamma", 0), ("num_updates", "epoch")),
-        *(("last", given) for given in (2.5, math.inf, 0, "4,x")),
+        *(("last", value) for value in (2.5, math.inf, 0, "4,x")),
         *(("every", 1.5), ("every", 0), ("min_gap", -5), ("from_step", math.nan)),
-        *(("steps", given) for given in ("100,x", "500-100", [])),
+        *(("steps", value) for value in ("100,x", "500-100", [])),
         *(("include", None), ("include", "a*"), ("append", [1]), ("append", [".."])),
         *(("pattern", "("), ("metric", 5), ("dtype", None), ("schedule", "cosine")),
         *(("output", 5), ("output", ""), ("output", "model.pt"), ("weights", [0.5, 0.5])),

@@ -225,7 +225,7 @@ def test_two_processes_do_not_take_up_one_work(run: Path, tmp_path: Path) -> Non
     from ckpt_ema.output.workspace import WorkFolder
 
     with (
-        WorkFolder(plan.output, plan.key),
+        WorkFolder(plan.output, plan.work_id),
         pytest.raises(RefusedError, match="Another process is at work on"),
     ):
         ckpt_ema.average(run, output=tmp_path / "out", **OPTIONS)

@@ -76,7 +76,7 @@ def average(
         decided = make_plan(run, **options)
         result = up_to_date(decided, overwrite=overwrite)
         if ranks:
-            ranks.agree("plan", f"{decided.key} {'to do' if result is None else 'is done'}")
+            ranks.agree("plan", f"{decided.work_id} {'to do' if result is None else 'is done'}")
         picture = figure.plot(decided, plot) if plot and is_first else None
         if is_first:
             say(*lines.warning_lines(decided.warnings))

@@ -17,7 +17,7 @@ from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan, PlannedCheckpoint
 from ckpt_ema.planning.roles import TensorRole
 from ckpt_ema.storage.local import Local
-from ckpt_ema.targets.safetensors_folder import Output, OutputFile
+from ckpt_ema.targets.target import Output, OutputFile
 from ckpt_ema.trainers.conventions import MANIFEST_NAME, PROVENANCE_KEY
 
 VERSION = 1
@@ -166,8 +166,11 @@ def _is_up_to_date(output: Output) -> bool:
 
 def _is_whole(path: Path, file: OutputFile) -> bool:
     with path.open("rb") as stream:
-        header = stream.read(len(file.header))
-    return header == file.header and path.stat().st_size == file.size_bytes
+        for chunk in file.chunks:
+            stream.seek(chunk.offset)
+            if stream.read(len(chunk.content)) != chunk.content:
+                return False
+    return path.stat().st_size == file.size_bytes
 
 
 def read_manifest(output: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ckpt_ema.fold.tile_fold import Staging
 from ckpt_ema.fold.tiles import tensor_at
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.planning.work import Span
-from ckpt_ema.targets.safetensors_folder import OutputTensor
+from ckpt_ema.targets.target import OutputTensor
 
 _CHUNK_ELEMENTS = 1 << 18
 

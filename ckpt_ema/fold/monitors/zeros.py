@@ -47,7 +47,7 @@ class Zeroed:
 
         The last of them is the last in the tile that was no zero in the checkpoint before.
         """
-        target = tile.span.targets[0]
+        target = tile.span.places[0]
         last = tile.start + zeros[-1]
         tensor = tensor_at(self._plan, tile.span, target.average, last)
         first = (tensor.offset - target.offset) * 8 // DTYPE_BITS[target.dtype]
