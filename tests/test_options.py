@@ -15,6 +15,19 @@ from ckpt_ema.options import Keywords, Options, Row, make_options, table
 
 ROOT = Path(__file__).parent.parent
 ROWS = {row.name: row for row in table()}
+IMPOSSIBLE: list[tuple[str, Any]] = [
+    *(("decay", value) for value in (1.1, math.nan, "0.9,-0.1", "0.9,much", "", [], True)),
+    *(("decay_per_step", 2), ("sigma_rel", 0.3), ("sigma_rel", 0), ("sigma_rel", 1e-200)),
+    *(("half_life", value) for value in (0, math.inf, 10**400)),
+    *(("power", "x"), ("power", -1), ("inv_gamma", 0), ("num_updates", "epoch")),
+    *(("last", value) for value in (2.5, math.inf, 0, "4,x")),
+    *(("every", 1.5), ("every", 0), ("min_gap", -5), ("from_step", math.nan)),
+    *(("steps", value) for value in ("100,x", "500-100", [])),
+    *(("include", None), ("include", "a*"), ("append", [1]), ("append", [".."])),
+    *(("pattern", "("), ("metric", 5), ("dtype", None), ("schedule", "cosine")),
+    *(("output", 5), ("output", ""), ("output", "model.pt"), ("weights", [0.5, 0.5])),
+    *(("threads", "many"), ("threads", 2000), ("tile_size", "3GiB"), ("max_memory", "1 pound")),
+]
 
 
 def parsed(options: Options, name: str) -> Any:
@@ -73,22 +86,7 @@ def test_a_value_may_be_a_text_or_of_its_own_type(name: str, given: Any, expecte
     assert parsed(make_options({name: given}), name) == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "given"),
-    [
-        *(("decay", value) for value in (1.1, math.nan, "0.9,-0.1", "0.9,much", "", [], True)),
-        *(("decay_per_step", 2), ("sigma_rel", 0.3), ("sigma_rel", 0), ("sigma_rel", 1e-200)),
-        *(("half_life", value) for value in (0, math.inf, 10**400)),
-        *(("power", "x"), ("power", -1), ("inv_gamma", 0), ("num_updates", "epoch")),
-        *(("last", value) for value in (2.5, math.inf, 0, "4,x")),
-        *(("every", 1.5), ("every", 0), ("min_gap", -5), ("from_step", math.nan)),
-        *(("steps", value) for value in ("100,x", "500-100", [])),
-        *(("include", None), ("include", "a*"), ("append", [1]), ("append", [".."])),
-        *(("pattern", "("), ("metric", 5), ("dtype", None), ("schedule", "cosine")),
-        *(("output", 5), ("output", ""), ("output", "model.pt"), ("weights", [0.5, 0.5])),
-        *(("threads", "many"), ("threads", 2000), ("tile_size", "3GiB"), ("max_memory", "1 pound")),
-    ],
-)
+@pytest.mark.parametrize(("name", "given"), IMPOSSIBLE)
 def test_an_impossible_value_is_refused_by_the_name_of_its_option(name: str, given: Any) -> None:
     with pytest.raises(OptionError) as caught:
         make_options({name: given})

@@ -98,4 +98,4 @@ def test_options_of_different_schedules_contradict_each_other(options: dict[str,
     ],
 )
 def test_people_read_what_a_rule_is(options: dict[str, Any], text: str) -> None:
-    assert [rule.told() for rule in make_options(options).weighting.rules] == [text]
+    assert [rule.text() for rule in make_options(options).weighting.rules] == [text]
