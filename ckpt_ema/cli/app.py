@@ -27,15 +27,13 @@ from ckpt_ema.cli.exits import (
     take_signals,
 )
 from ckpt_ema.cli.options import takes_options
-from ckpt_ema.errors import OptionError, printable
+from ckpt_ema.errors import Code, OptionError, printable
 from ckpt_ema.options import COMMON, ENGINE, OUTPUT
-from ckpt_ema.ranks import joined
+from ckpt_ema.ranks import place_from
 
 if TYPE_CHECKING:
-    from ckpt_ema.fold.tiles import Share
     from ckpt_ema.output.result import Result
     from ckpt_ema.planning.plan import Plan
-    from ckpt_ema.ranks import Ranks
     from ckpt_ema.run import Progress
 
 # Of the table of checkpoints; --json has them all.
@@ -156,84 +154,63 @@ def average(
     quiet: QuietOption = False,
 ) -> None:
     """Average the checkpoints in RUN and print the path of the result."""
-    with errors_reported(kept=resume), joined(os.environ) as ranks:
-        from ckpt_ema.fold.tiles import share_from
-        from ckpt_ema.planning.plan import plan as make_plan
-        from ckpt_ema.report import figure, lines, table
+    with errors_reported(kept=resume):
+        from ckpt_ema.report import lines, table
         from ckpt_ema.report.progress import ByteProgress
-        from ckpt_ema.run import up_to_date
 
-        share = share_from(part) if part else None
-        is_first = ranks is None or ranks.rank == 0
-        quiet = quiet or not is_first
-        decided = make_plan(run, **options)
-        made: Result | None = up_to_date(decided, overwrite=overwrite)
-        if ranks:
-            ranks.agree("plan", f"{decided.key} {'to do' if made is None else 'is done'}")
-        picture = figure.plot(decided, plot) if plot and is_first else None
-        if made is None:
+        if part and place_from(os.environ):
+            raise OptionError(
+                "--part is for separate jobs; the ranks of a launch share the work themselves.",
+                code=Code.CONFLICTING_OPTIONS,
+            )
+        how = {"plot": plot, "overwrite": overwrite, "resume": resume}
+        with ByteProgress(quiet) as progress:
+            made = _average(run, part, {**options, **how}, quiet, progress)
+        if part and not made.is_up_to_date:
             if not quiet:
-                say(table.plan_text(decided, sys.stderr, _MOST_ROWS), "")
-                say(*lines.remark_lines(decided))
-            with ByteProgress(quiet) as progress:
-                made = _carry_out(
-                    decided,
-                    share,
-                    ranks,
-                    overwrite,
-                    picture=picture,
-                    progress=_watched(progress),
-                    command=_command(),
-                    resume=resume,
-                )
-        if not is_first:
+                say(lines.part_line(made.plan, part))
             return
-        if made is None:
-            if not quiet:
-                say(lines.part_line(decided, str(share)))
-            return
+        if not made.manifests:
+            return  # another rank than the first
         ignore_signals()  # the output is there: from here on this is a success
         if not quiet:
             say(*lines.reading_lines(made), lines.result_line(made))
-        _append_step_summary(table.summary_lines(decided))
+        _append_step_summary(table.summary_lines(made.plan))
         _print_outputs(made, as_json)
 
 
-def _watched(progress: "Progress") -> "Progress":
-    """The same, and no signal is lost while it is called again and again."""
+def _average(
+    run: list[Path], part: str | None, keywords: dict[str, Any], quiet: bool, progress: "Progress"
+) -> "Result":
+    """Make an average or a part of it, and show the plan and the progress of the first rank."""
+    from ckpt_ema.output.manifest import is_up_to_date
+    from ckpt_ema.report import lines, table
+    from ckpt_ema.run import average, average_part, up_to_date
+
+    plans: list[Plan] = []
+
+    def started(plan: "Plan") -> None:
+        plans.append(plan)
+        if not quiet:
+            say(table.plan_text(plan, sys.stderr, _MOST_ROWS), "")
+            say(*lines.remark_lines(plan))
 
     def tick(done_bytes: int, total_bytes: int) -> None:
         check_signals()
-        progress(done_bytes, total_bytes)
+        if plans:
+            progress(done_bytes, total_bytes)
 
-    return tick
-
-
-def _carry_out(
-    decided: "Plan",
-    share: "Share | None",
-    ranks: "Ranks | None",
-    overwrite: bool,
-    **how: Any,
-) -> "Result | None":
-    """All of it, a share of it (None: others do the rest), or that of this rank."""
-    from ckpt_ema.output.manifest import is_up_to_date
-    from ckpt_ema.parts import carry_out_part, carry_out_together
-    from ckpt_ema.run import carry_out, up_to_date
-
-    if ranks and share:
-        raise OptionError("--part is for jobs that run apart; the ranks of a launch are parts.")
-    if ranks:
-        return carry_out_together(decided, ranks, overwrite=overwrite, **how)
-    if share:
-        carry_out_part(decided, share, **how)
-        return None
+    keywords = {**keywords, "command": _command(), "started": started, "progress": tick}
     try:
-        return carry_out(decided, overwrite=overwrite, **how)
+        if part:
+            return average_part(run, part, **keywords)
+        return average(run, launch=True, waiting=lambda late: say(str(late)), **keywords)
     except SignalError:
-        if not is_up_to_date(decided):
+        if not plans or not is_up_to_date(plans[0]):
             raise
-        return up_to_date(decided)  # it came when the output had its name already
+        made = up_to_date(plans[0])  # the signal came when the output had its name already
+        assert made
+        return made
 
 
 def _print_outputs(result: "Result", as_json: bool) -> None:
@@ -269,8 +246,8 @@ def finish(
 ) -> None:
     """Publish an output whose parts are all made, and print its path."""
     with errors_reported():
-        from ckpt_ema.parts import finish as publish
         from ckpt_ema.report import lines
+        from ckpt_ema.run import finish as publish
 
         finished = publish(output, overwrite=overwrite)
         ignore_signals()
@@ -297,7 +274,7 @@ def plan(
     """Show what `average` would do, and the weight of each checkpoint; no tensor is read."""
     with errors_reported():
         from ckpt_ema.output import manifest
-        from ckpt_ema.output.destination import is_vacant
+        from ckpt_ema.output.destination import is_free
         from ckpt_ema.planning.plan import plan as make_plan
         from ckpt_ema.report import figure, lines, table
 
@@ -310,7 +287,7 @@ def plan(
             typer.echo(table.plan_text(decided, sys.stdout, _MOST_ROWS_OF_PLAN))
         if not quiet:
             say(*lines.remark_lines(decided))
-            if not is_vacant(decided.output) and not manifest.is_up_to_date(decided):
+            if not is_free(decided.output) and not manifest.is_up_to_date(decided):
                 say(f"note: {printable(decided.output)} exists already and is something else.")
 
 

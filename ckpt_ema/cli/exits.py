@@ -9,6 +9,7 @@ from types import FrameType
 import typer
 
 from ckpt_ema.errors import CkptEmaError, FailedError, printable
+from ckpt_ema.ranks import is_reported_elsewhere
 
 
 class SignalError(BaseException):
@@ -18,6 +19,9 @@ class SignalError(BaseException):
         self.number = number
 
 
+_OUT_OF_MEMORY = (
+    "error: The machine ran out of memory; nothing was written. Try --max-memory 64MiB."
+)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _noted: list[int] = []  # the signal that has come, if one has
 
@@ -58,10 +62,11 @@ def say_signal(error: SignalError, *, kept: bool = False) -> int:
     `kept` says that another run can go on from what is done.
     """
     how = "interrupted" if error.number == signal.SIGINT else "terminated"
-    say(
+    _report(
+        error,
         f"{how}, what is done is kept: go on with --resume"
         if kept
-        else f"{how}, nothing was written"
+        else f"{how}, nothing was written",
     )
     return 128 + error.number
 
@@ -75,13 +80,13 @@ def errors_reported(*, kept: bool = False) -> Iterator[None]:
     try:
         yield
     except CkptEmaError as error:
-        say(f"error: {error}")
+        _report(error, f"error: {error}")
         raise typer.Exit(error.exit_code) from error
     except MemoryError as error:
-        say("error: The machine ran out of memory; nothing was written. Try --max-memory 64MiB.")
+        _report(error, _OUT_OF_MEMORY)
         raise typer.Exit(1) from error
     except OSError as error:
-        say(f"error: {printable(error)}.")
+        _report(error, f"error: {printable(error)}.")
         raise typer.Exit(1) from error
     except SignalError as error:
         raise typer.Exit(say_signal(error, kept=kept)) from error
@@ -91,6 +96,12 @@ def errors_reported(*, kept: bool = False) -> Iterator[None]:
         if not isinstance(error.__context__, SignalError):
             raise
         raise typer.Exit(say_signal(error.__context__, kept=kept)) from error
+
+
+def _report(error: BaseException, text: str) -> None:
+    """Print an error, unless another rank of a launch does."""
+    if not is_reported_elsewhere(error):
+        say(text)
 
 
 @contextlib.contextmanager

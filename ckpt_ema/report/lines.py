@@ -19,22 +19,19 @@ def remark_lines(plan: Plan) -> list[str]:
 
 def reading_lines(result: Result) -> list[str]:
     """What a person should know of what only reading has shown."""
-    told = result.manifests[0].get("warnings_of_reading")
-    return [f"warning: {printable(one)}" for one in told] if isinstance(told, list) else []
+    return [f"warning: {warning}" for warning in result.warnings]
 
 
 def result_line(result: Result) -> str:
     """What was read and written, how fast, and where it is."""
     output = printable(result.output)
     if result.plan is None:
-        device = result.manifests[0].get("device")  # the header of a single file has no room for it
-        return f"all parts are done{f', on {printable(device)}' if device else ''}: {output}"
-    plan = result.plan
+        return f"all parts are done{f', on {result.device}' if result.device else ''}: {output}"
     if result.is_up_to_date:
         return f"{output} is up to date: the same checkpoints, weights and options."
-    speed = size(plan.bytes_read / max(result.seconds, 1e-9))
+    speed = size(result.bytes_read / max(result.seconds, 1e-9))
     return (
-        f"read {size(plan.bytes_read)} and wrote {size(plan.bytes_written)} in"
+        f"read {size(result.bytes_read)} and wrote {size(result.bytes_written)} in"
         f" {result.seconds:.1f} s ({speed}/s) on {result.device}: {output}"
     )
 
