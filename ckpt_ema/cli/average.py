@@ -26,14 +26,12 @@ from ckpt_ema.cli.options import (
     takes_options,
     variable,
 )
-from ckpt_ema.errors import OptionError
-from ckpt_ema.ranks import joined
+from ckpt_ema.errors import Code, OptionError
+from ckpt_ema.ranks import place_from
 
 if TYPE_CHECKING:
-    from ckpt_ema.fold.tiles import Share
     from ckpt_ema.output.result import Result
     from ckpt_ema.planning.plan import Plan
-    from ckpt_ema.ranks import Ranks
     from ckpt_ema.run import Progress
 
 EXAMPLES = """
@@ -63,87 +61,64 @@ def average(
 
     Every option can be set by an environment variable, CKPT_EMA_DECAY and so on.
     """
-    with errors_reported(kept=resume), joined(os.environ) as ranks:
-        from ckpt_ema.fold.tiles import share_from
-        from ckpt_ema.planning.plan import plan as make_plan
-        from ckpt_ema.report import figure, lines, table
+    with errors_reported(kept=resume):
+        from ckpt_ema.report import lines, table
         from ckpt_ema.report.progress import ByteProgress
-        from ckpt_ema.run import up_to_date
 
-        share = share_from(part) if part else None
-        is_first = ranks is None or ranks.rank == 0
-        quiet = quiet or not is_first
-        decided = make_plan(run, **options)
-        result = up_to_date(decided, overwrite=overwrite)
-        if ranks:
-            ranks.agree("plan", f"{decided.work_id} {'to do' if result is None else 'is done'}")
-        picture = figure.plot(decided, plot) if plot and is_first else None
-        if is_first:
-            say(*lines.warning_lines(decided.warnings))
-        if result is None:
+        if part and place_from(os.environ):
+            raise OptionError(
+                "--part is for separate jobs; the ranks of a launch share the work by themselves.",
+                code=Code.CONFLICTING_OPTIONS,
+            )
+        keywords = {**options, "plot": plot, "overwrite": overwrite, "resume": resume}
+        with ByteProgress(quiet) as progress:
+            result = _average(run, part, keywords, quiet, progress)
+        if part and not result.is_up_to_date:
             if not quiet:
-                say(table.plan_text(decided, sys.stderr, _MOST_ROWS), "")
-                say(*lines.note_lines(decided))
-            with ByteProgress(quiet) as progress:
-                result = _carry_out(
-                    decided,
-                    share,
-                    ranks,
-                    overwrite,
-                    picture=picture,
-                    progress=_watched(progress),
-                    command=_command(),
-                    resume=resume,
-                )
-        if not is_first:
-            return
-        if result is None:
+                say(lines.part_line(result.output, part))
+        elif result.manifests:  # only the first rank has them
+            ignore_signals()  # the output is complete: from here on this is a success
+            say(*lines.warning_lines(result.warnings))
             if not quiet:
-                say(lines.part_line(os.fspath(decided.output), str(share)))
-            return
-        ignore_signals()  # the output is there: from here on this is a success
-        say(*lines.warning_lines(result.warnings))
+                say(lines.result_line(result))
+            _append_step_summary(table.summary_lines(result.plan))
+            print_outputs(result, json)
+
+
+def _average(
+    run: list[str], part: str | None, keywords: dict[str, Any], quiet: bool, progress: "Progress"
+) -> "Result":
+    """Make the averages or a part of them; the first rank shows the plan and the progress."""
+    from ckpt_ema.output.manifest import is_up_to_date
+    from ckpt_ema.report import lines, table
+    from ckpt_ema.run import average as average_whole
+    from ckpt_ema.run import average_part, up_to_date
+
+    plans: list[Plan] = []
+
+    def started(plan: "Plan") -> None:
+        plans.append(plan)
         if not quiet:
-            say(lines.result_line(result))
-        _append_step_summary(table.summary_lines(decided))
-        print_outputs(result, json)
-
-
-def _watched(progress: "Progress") -> "Progress":
-    """Check for signals at each call too, so that none is lost."""
+            say(table.plan_text(plan, sys.stderr, _MOST_ROWS), "")
+        say(*lines.warning_lines(plan.warnings))
+        if not quiet:
+            say(*lines.note_lines(plan))
 
     def tick(done_bytes: int, total_bytes: int) -> None:
         check_signals()
-        progress(done_bytes, total_bytes)
+        if plans:
+            progress(done_bytes, total_bytes)
 
-    return tick
-
-
-def _carry_out(
-    decided: "Plan",
-    share: "Share | None",
-    ranks: "Ranks | None",
-    overwrite: bool,
-    **how: Any,
-) -> "Result | None":
-    """All of it, a share of it (None: others do the rest), or that of this rank."""
-    from ckpt_ema.output.manifest import is_up_to_date
-    from ckpt_ema.parts import carry_out_part, carry_out_together
-    from ckpt_ema.run import carry_out, up_to_date
-
-    if ranks and share:
-        raise OptionError("--part is for jobs that run apart; the ranks of a launch are parts.")
-    if ranks:
-        return carry_out_together(decided, ranks, overwrite=overwrite, **how)
-    if share:
-        carry_out_part(decided, share, **how)
-        return None
+    keywords = {**keywords, "command": _command(), "started": started, "progress": tick}
     try:
-        return carry_out(decided, overwrite=overwrite, **how)
+        if part:
+            return average_part(run, part, **keywords)
+        return average_whole(run, launch=True, waiting=lambda late: say(str(late)), **keywords)
     except SignalError:
-        if not is_up_to_date(decided):
+        made = up_to_date(plans[0]) if plans and is_up_to_date(plans[0]) else None
+        if not made:
             raise
-        return up_to_date(decided)  # it came when the output had its name already
+        return made  # the signal arrived after publication
 
 
 def _command() -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ckpt_ema.errors import CkptEmaError, Code, FailedError, printable
+from ckpt_ema.ranks import is_reported_elsewhere
 
 if TYPE_CHECKING:
     from ckpt_ema.output.result import Result
@@ -24,6 +25,7 @@ class SignalError(BaseException):
         self.number = number
 
 
+_OUT_OF_MEMORY = "error: Out of memory; nothing was written. Try --max-memory 64MiB."
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _noted: list[int] = []  # the signal that arrived, if any
 
@@ -64,7 +66,8 @@ def say_signal(error: SignalError, *, kept: bool = False) -> int:
     `kept` is whether another run can continue from the partial work.
     """
     how = "interrupted" if error.number == signal.SIGINT else "terminated"
-    say(f"{how}; {'partial work kept, rerun with --resume' if kept else 'nothing was written'}")
+    left = "partial work kept, rerun with --resume" if kept else "nothing was written"
+    _report(error, f"{how}; {left}")
     return 128 + error.number
 
 
@@ -77,13 +80,13 @@ def errors_reported(*, kept: bool = False) -> Iterator[None]:
     try:
         yield
     except CkptEmaError as error:
-        say(f"error: {error}")
+        _report(error, f"error: {error}")
         raise typer.Exit(error.exit_code) from error
     except MemoryError as error:
-        say("error: The machine ran out of memory; nothing was written. Try --max-memory 64MiB.")
+        _report(error, _OUT_OF_MEMORY)
         raise typer.Exit(1) from error
     except OSError as error:
-        say(f"error: {printable(error)}.")
+        _report(error, f"error: {printable(error)}.")
         raise typer.Exit(1) from error
     except SignalError as error:
         raise typer.Exit(say_signal(error, kept=kept)) from error
@@ -93,6 +96,12 @@ def errors_reported(*, kept: bool = False) -> Iterator[None]:
         if not isinstance(error.__context__, SignalError):
             raise
         raise typer.Exit(say_signal(error.__context__, kept=kept)) from error
+
+
+def _report(error: BaseException, text: str) -> None:
+    """Print an error, unless another rank of a launch does."""
+    if not is_reported_elsewhere(error):
+        say(text)
 
 
 def print_outputs(result: "Result", as_json: bool) -> None:

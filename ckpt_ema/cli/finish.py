@@ -26,8 +26,8 @@ def finish(
     OUTPUT is what --output was, or its default.
     """
     with errors_reported():
-        from ckpt_ema.parts import finish as publish
         from ckpt_ema.report import lines
+        from ckpt_ema.run import finish as publish
 
         result = publish(output, overwrite=overwrite)
         ignore_signals()

@@ -33,7 +33,7 @@ def plan(
     RUN and the options are those of `ckpt-ema average`.
     """
     with errors_reported():
-        from ckpt_ema.output.destination import is_vacant
+        from ckpt_ema.output.destination import is_free
         from ckpt_ema.output.manifest import describe_plan, is_up_to_date
         from ckpt_ema.planning.plan import plan as make_plan
         from ckpt_ema.report import figure, lines, table
@@ -52,5 +52,5 @@ def plan(
         say(*lines.warning_lines(decided.warnings))
         if not quiet:
             say(*lines.note_lines(decided))
-            if not is_vacant(decided.output) and not is_up_to_date(decided):
+            if not is_free(decided.output) and not is_up_to_date(decided):
                 say(f"note: {printable(decided.output)} exists and is not this average")

@@ -13,6 +13,7 @@ from typing import Any
 from ckpt_ema.containers.safetensors import read_specs
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.find.verdict import Judged
+from ckpt_ema.output.result import Result
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan, PlannedCheckpoint
 from ckpt_ema.planning.roles import TensorRole
@@ -48,6 +49,16 @@ def _describe_average(plan: Plan, average: Average) -> dict[str, Any]:
         "dtype": plan.dtype,
         "bytes_written": sum(file.size_bytes for file in average.output.files),
         "fingerprint": average.output.fingerprint,
+    }
+
+
+def describe_making(result: Result) -> dict[str, Any]:
+    """Return how making the averages went."""
+    return {
+        "warnings_of_reading": [warning.described() for warning in result.warnings],
+        "device": result.device,
+        "seconds": result.seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
     }
 
 

@@ -1,6 +1,7 @@
 """Lines for people beside the plan itself: warnings, notes, sizes, the result."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from ckpt_ema.errors import printable
 from ckpt_ema.notices import Notice
@@ -32,7 +33,7 @@ def result_line(result: Result) -> str:
     )
 
 
-def part_line(output: str, part: str) -> str:
+def part_line(output: Path, part: str) -> str:
     """Return what to do once a part is made."""
     path = printable(output)
     return f"part {part} of {path} is done; when all parts are, run: ckpt-ema finish {path}"

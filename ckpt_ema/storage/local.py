@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ckpt_ema.errors import Code, FailedError, RefusedError
 from ckpt_ema.storage.pool import LocalPool, checked_identity, open_fd, read_into
-from ckpt_ema.storage.protocol import Identity, Kind, Location
+from ckpt_ema.storage.protocol import FilePool, Identity, Kind, Location
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _MOST_SMALL_BYTES = 1 << 28  # of a configuration or a log; those of trainers are megabytes
@@ -131,7 +131,7 @@ class Local:
         finally:
             os.close(fd)
 
-    def pool(self, expected: Mapping[str, Identity], read_in_turn: int = 1) -> LocalPool:
+    def pool(self, expected: Mapping[str, Identity], read_in_turn: int = 1) -> FilePool:
         """See `Storage.pool`."""
         return LocalPool(dict(expected), read_in_turn)
 
