@@ -7,6 +7,7 @@ positioned reads serve all of them. Nothing here reads a file.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,17 @@ DTYPE_BITS = {name: bits for bits, names in _OF_BITS.items() for name in names.s
 
 # The dtypes that are averaged, and what torch calls them. All others keep their newest value.
 AVERAGED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Role(Enum):
+    """What becomes of a tensor. The values are stable and shown to people."""
+
+    AVERAGED = "averaged"
+    KEPT = "kept newest"  # the newest checkpoint's value, byte for byte
+    TIED = "tied"  # shares the bytes of another name, and its role
+    DROPPED = "dropped"  # in a checkpoint, but not in the output
+    REFUSED = "refused"  # rules the average out
+
 
 # Elements that a read of a piece may fetch for each one wanted; beyond that, reads are split.
 MOST_READ_PER_WANTED = 4
