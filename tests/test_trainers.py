@@ -1,22 +1,23 @@
-"""Every run of the data files is averaged, or refused, as its file expects.
+"""Each run of the data files is averaged or refused as its file expects.
 
 `expect` in a data file is one expectation or a list of them:
 
     options      keywords of `ckpt_ema.average`
-    path, paths  the run's folder or the checkpoints that are given, if not the whole run
-    rows         the rows that take part, by their numbers from 0; all unless given
+    path, paths  the folder or the list of checkpoints to average, instead of the whole run
+    rows         numbers of the rows that take part, from 0; by default all
     checkpoints  the path of each
-    steps, unit  `<step>` and `step` unless given; false where a checkpoint has no step
-    gaps         the distances between the steps
-    output       each file of the output and its tensors; `model.safetensors: !model` unless given
-    travels      files that go with the weights, and blocks of such files; none unless given
-    left_out     what else is named in the plan, and the reason; nothing unless given
-    says, silent codes of warnings and notes, with words of the sentence; codes that must not come
-    refused      `code`, `words` of the message, `offers` if it offers so many patterns, and
-                 `late` if it takes reading the tensors
+    steps, unit  by default `<step>` and `step`; null for steps if none is known
+    gaps         distances between the steps
+    output       files of the output and their tensors; by default `model.safetensors: !model`
+    travels      files copied beside the weights, or blocks of such files; by default none
+    left_out     other entries that the plan names, with the reason; by default none
+    says         codes of warnings or notes that must appear, each with words of its sentence
+    silent       codes that must not appear
+    refused      the `code` of the error, `words` of its message, `offers`, the number of patterns
+                 that it offers, and `late` if only reading the tensors shows it
 
-An expectation with options also has what the first one says of checkpoints and output; what travels
-and is left out is only checked if given. null turns a check off.
+Later expectations inherit the checkpoints, their steps and the output from the first. With options,
+or with null, what travels and what is left out is not checked.
 """
 
 import json
@@ -61,17 +62,18 @@ class Case(NamedTuple):
         return dict(self.expected.get("options", {}))
 
     def given(self, folder: Path) -> Path | list[Path]:
-        """What is asked to be averaged."""
+        """Return what is averaged."""
         if "paths" in self.expected:
             return [folder / path for path in self.expected["paths"]]
-        return folder / self.expected.get("path", "")
+        return folder / str(self.expected.get("path", ""))
 
     def paths(self) -> list[str]:
-        """The checkpoints that are expected."""
+        """Return the expected checkpoints."""
         return [runs.fill(self.expected["checkpoints"], row) for row in self.rows]
 
 
 def cases(is_refused: bool) -> list[Any]:
+    """Return all expectations of one kind."""
     found = []
     for name in runs.names():
         run = runs.run(name)
@@ -95,7 +97,7 @@ INCOMPLETE = [
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Run], Path]:
-    """A function that returns the folder of a run; it is made once and must not be changed."""
+    """Return a function from a run to its folder, which is made once and must not be changed."""
     folders: dict[str, Path] = {}
 
     def make(run: Run) -> Path:
@@ -129,6 +131,9 @@ def test_a_run_is_refused_with_what_helps(
     message = str(caught.value)
     assert message.isprintable()
     assert caught.value.code is Code(expected["code"])
+    if caught.value.code is Code.UNSUPPORTED_FORMAT:
+        assert caught.value.path is not None
+        assert folder in Path(caught.value.path).parents
     for word in expected.get("words", ()):
         assert word in message
     if "offers" in expected:
@@ -136,7 +141,7 @@ def test_a_run_is_refused_with_what_helps(
 
 
 def check_offers(message: str, folder: Path, count: int) -> None:
-    """Each pattern that is offered finds a series of its own."""
+    """Each pattern on offer finds a series of its own."""
     patterns = set(re.findall(r"--pattern '([^']+)'", message))
     assert len(patterns) >= count, message
     plans = [ckpt_ema.plan(folder, pattern=pattern) for pattern in patterns]
@@ -146,14 +151,15 @@ def check_offers(message: str, folder: Path, count: int) -> None:
 
 
 def check_plan(plan: Plan, case: Case, folder: Path) -> None:
-    """What is found, and what the plan says of it."""
+    """The plan has the expected checkpoints, and says of the rest what is expected."""
     expected = case.expected
     assert relative(plan, folder) == case.paths()
     steps = expected.get("steps", "<step>")
     if isinstance(steps, str):
         steps = [runs.fill(steps, row) for row in case.rows]
-    if steps:
-        assert [checkpoint.step for checkpoint in plan.checkpoints] == steps
+    assert [checkpoint.step for checkpoint in plan.checkpoints] == (
+        steps or [None] * len(case.rows)
+    )
     assert plan.checkpoints[-1].unit == expected.get("unit", "step")
     if "gaps" in expected:
         assert list(plan.averages[0].gaps) == expected["gaps"]
@@ -177,7 +183,7 @@ def relative(plan: Plan, folder: Path) -> list[str]:
 
 
 def reasons(plan: Plan, folder: Path) -> dict[str, str]:
-    """What is left out, and the reason as the data files write it."""
+    """Return what is left out, with the reason as the data files write it."""
     return {
         str(judged.path.relative_to(folder)): judged.verdict.reason.name.lower().replace("_", "-")
         for judged in plan.left_out
@@ -205,7 +211,7 @@ def check_values(output: Path, case: Case) -> None:
 
 
 def shadow(models: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The moving average with the dynamic decay, step by step; what is no float is the newest's."""
+    """Return the moving average with the dynamic decay; integers keep the newest value."""
     average = {name: tensor.double() for name, tensor in models[0].items()}
     for updates, model in enumerate(models[1:], start=1):
         decay = min(0.999, (1 + updates) / (10 + updates))
@@ -218,14 +224,14 @@ def shadow(models: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 
 
 def travels(case: Case) -> set[str] | None:
-    """The names of the files that must go with the weights; None: it is not said."""
+    """Return the names of the files to be copied beside the weights; None if not checked."""
     names = case.expected.get("travels", None if "options" in case.expected else [])
     blocks = case.run.parts[-1].blocks
     return None if names is None else {each for name in names for each in blocks.get(name, [name])}
 
 
 def check_companions(output: Path, result: Result, case: Case, folder: Path) -> None:
-    """What goes with the weights is the newest checkpoint's, or the run's, byte for byte."""
+    """Files beside the weights are the newest checkpoint's, or the run's, byte for byte."""
     names = travels(case)
     if names is None:
         return
@@ -236,7 +242,7 @@ def check_companions(output: Path, result: Result, case: Case, folder: Path) -> 
         assert (output / name).read_bytes() in [path.read_bytes() for path in sources]
 
 
-# --- saves that did not end ---
+# --- interrupted saves ---
 
 
 def spoil(folder: Path, damage: Mapping[str, Any], row: Row) -> None:
@@ -257,7 +263,7 @@ def spoil(folder: Path, damage: Mapping[str, Any], row: Row) -> None:
 def test_an_incomplete_newest_checkpoint_is_skipped_with_a_warning(
     run: Run, damage: Mapping[str, Any], tmp_path: Path
 ) -> None:
-    """A run that was stopped while it saved is an everyday thing."""
+    """A run that was stopped while saving is an everyday thing."""
     folder, case = run.make(tmp_path / "run"), Case(run, run.expect[0])
     spoil(folder, damage, run.rows[-1])
     plan = ckpt_ema.plan(folder)
@@ -305,5 +311,5 @@ def test_times_that_a_copy_has_shuffled_do_not_matter(tmp_path: Path) -> None:
 
 
 def test_every_trainer_of_the_table_has_a_data_file() -> None:
-    """A trainer is one entry of the table and one file of runs."""
+    """A trainer is one entry of the table and one data file."""
     assert runs.entries() == {trainer.name for trainer in TRAINERS}
