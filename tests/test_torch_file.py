@@ -463,16 +463,17 @@ class TestMemory:
         assert refusal(path).code in (Code.DAMAGED, Code.CUT_SHORT)
 
     def test_the_scan_knows_every_opcode(self) -> None:
-        """It finds a huge length behind any opcode, whose argument is as long as pickletools has it."""
+        """It finds a huge length behind an opcode, whose argument holds what would end the scan."""
         for opcode in pickletools.opcodes:
             if opcode.name in ("STOP", "PUT", "LONG_BINPUT", "FRAME"):
                 continue
             length = opcode.arg.n if opcode.arg else 0
             lines = 2 if opcode.arg and opcode.arg.name.endswith("pair") else 1
-            argument = bytes(max(length, 0)) or b"0\n" * lines * (length == -1)
-            counted = bytes({-2: 1, -3: 4, -4: 4, -5: 8}.get(length, 0))
+            width = {-2: 1, -3: 4, -4: 4, -5: 8}.get(length)
+            argument = (1).to_bytes(width, "little") + b"." if width else b"." * length
+            argument += b".\n" * lines * (length == -1)
             claim = b"\x8e" + struct.pack("<Q", 2**40)
-            stream = io.BytesIO(opcode.code.encode("latin1") + argument + counted + claim)
+            stream = io.BytesIO(opcode.code.encode("latin1") + argument + claim)
             with pytest.raises(pickle.UnpicklingError):
                 pickles.check_lengths(stream)
 

@@ -91,7 +91,10 @@ def _weight_map(index: Path, storage: Storage) -> Mapping[str, str]:
         content = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise IncompleteError(
-            f"{index} is not JSON.", "Was its save interrupted? Leave the checkpoint out.", code=Code.DAMAGED, path=index
+            f"{index} is not JSON.",
+            "Was its save interrupted? Leave the checkpoint out.",
+            code=Code.DAMAGED,
+            path=index,
         ) from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

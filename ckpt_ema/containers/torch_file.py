@@ -315,7 +315,9 @@ def _place(
     size_bytes = math.prod(shape) * item_bytes
     end = start + spanned(shape, strides) * item_bytes
     if end > _storage_bytes(tensor.storage) or size_bytes > max(file_bytes, _MAX_EXPANDED_BYTES):
-        raise broken_tensor(path, name, "reaches beyond its storage", "Download or save the file again.")
+        raise broken_tensor(
+            path, name, "reaches beyond its storage", "Download or save the file again."
+        )
     if not size_bytes:
         return TensorSpec(dtype, shape, 0, 0)
     offset = locate(tensor.storage) + start

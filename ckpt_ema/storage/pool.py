@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from ckpt_ema.errors import Code, FailedError, IncompleteError, RefusedError
 from ckpt_ema.storage.protocol import Identity, Location
 
-_CAN_ASK_AHEAD = hasattr(os, "RWF_NOWAIT") and hasattr(os, "posix_fadvise")  # Linux
+_CAN_READ_AHEAD = hasattr(os, "RWF_NOWAIT") and hasattr(os, "posix_fadvise")  # Linux
 _AHEAD_BYTES = 1 << 22  # requested ahead, of each file that is not in the cache
 _MOST_AHEAD_BYTES = 1 << 28  # of all files that are read in turn
 _ASKED_BYTES = 1 << 19  # at a time: the kernel cuts larger requests down to one of the disk
-_COLD_BYTES = 1 << 26  # beyond an uncached place, taken to be uncached too
+COLD_BYTES = 1 << 26  # beyond an uncached place, taken to be uncached too
 
 
 def inaccessible(path: Location, error: OSError) -> RefusedError:
@@ -76,8 +76,8 @@ class _Pooled:
 
     path: str
     fd: int
+    tells_cached: bool  # whether the system can tell what is in the page cache
     readers: int = 0
-    tells_cached: bool = True  # whether the file system says what is in the page cache
     cold_until: int = 0
     asked_until: int = 0
 
@@ -85,15 +85,15 @@ class _Pooled:
         """Fill `view`; where the file is cold, request the next `ahead_bytes` as well."""
         done = self._read_cached(view, offset)
         if done < len(view):
-            self.cold_until = offset + _COLD_BYTES
-        if _CAN_ASK_AHEAD and offset < self.cold_until:
+            self.cold_until = offset + COLD_BYTES
+        if ahead_bytes and offset < self.cold_until:
             self._ask_ahead(offset + done, offset + len(view), ahead_bytes)
         if done < len(view):
             read_into(self.path, self.fd, view[done:], offset + done)
 
     def _read_cached(self, view: memoryview, offset: int) -> int:
         """Read what the page cache has from `offset` on; return how many bytes."""
-        if _CAN_ASK_AHEAD and self.tells_cached:
+        if self.tells_cached:
             try:
                 return os.preadv(self.fd, [view], offset, os.RWF_NOWAIT)
             except BlockingIOError:
@@ -121,6 +121,7 @@ class LocalPool:
 
     expected: dict[str, Identity]
     read_in_turn: int = 1
+    reads_ahead: bool = _CAN_READ_AHEAD
     limit: int = field(default_factory=lambda: _descriptor_limit())
     _files: OrderedDict[str, _Pooled] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -130,7 +131,7 @@ class LocalPool:
         file = self._acquire(path)
         try:
             ahead_bytes = min(_AHEAD_BYTES, _MOST_AHEAD_BYTES // self.read_in_turn)
-            file.read_into(view, offset, ahead_bytes)
+            file.read_into(view, offset, ahead_bytes * self.reads_ahead)
         finally:
             with self._lock:
                 file.readers -= 1
@@ -157,7 +158,9 @@ class LocalPool:
             file = self._files.get(path)
             if file is None:
                 self._make_room()
-                file = self._files[path] = _Pooled(path, self._open_expected(path))
+                file = self._files[path] = _Pooled(
+                    path, self._open_expected(path), self.reads_ahead
+                )
             self._files.move_to_end(path)
             file.readers += 1
             return file

@@ -68,6 +68,7 @@ NOT_ONE = "is not a safetensors file: it does not start with a header"
 
 CASES = [
     Case("empty", holds(b""), "is empty"),
+    Case("preallocated and never written", holds(bytes(999)), "begins with zeros"),
     Case("shorter than 8 bytes", holds(b"\x10\0\0"), NOT_ONE),
     Case("cut in the header", cut(20), "is cut short: its header alone takes .* has 20"),
     Case("cut in the data", cut(-1), "is cut short: its header promises 292 bytes .* has 291"),

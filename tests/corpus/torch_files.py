@@ -22,6 +22,7 @@ from tests.makers.torch_files import (
     hostile_pickles,
     legacy,
     number,
+    sharded_pickle,
     tensor_pickle,
 )
 
@@ -198,6 +199,11 @@ CASES = [
     Torch("a sparse tensor", beside(s=torch.eye(2).to_sparse()), "tensor s is of a kind"),
     Torch("a meta tensor", beside(s=torch.ones(3, device="meta")), "tensor s is of a kind"),
     Torch("a quantised tensor", saved(lambda: {"w": torch.ones(2), "s": quantised()}), "QInt8"),
+    Torch(
+        "a ShardedTensor of one rank",
+        pickled(sharded_pickle()),
+        "tensor w is a torch.*ShardedTensor, of which each rank's file holds a part",
+    ),
     Torch("names that are numbers", saved(lambda: {1: torch.ones(2)}), "holds no dict of tensors"),
     Torch(
         "a name that safetensors reserves",

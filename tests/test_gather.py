@@ -12,6 +12,7 @@ from ckpt_ema.containers.specs import MOST_READ_PER_WANTED, Piece, TensorSpec, p
 shapes = st.lists(st.integers(1, 6), max_size=4).map(tuple)
 
 
+@settings(deadline=None)
 @given(shapes, st.data())
 def test_boxes_cover_a_range_in_order_and_are_few(
     shape: tuple[int, ...], data: st.DataObject
@@ -42,7 +43,7 @@ def cut(
     return [(tuple(a for a, _ in box), tuple(b - a for a, b in box)) for box in product(*ranges)]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(shapes, st.data())
 def test_a_range_of_chunks_is_that_range_of_the_tensor(
     shape: tuple[int, ...], data: st.DataObject
