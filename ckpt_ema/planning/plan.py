@@ -38,7 +38,7 @@ from ckpt_ema.planning.average import Average, Weighted, make_average, weigh
 from ckpt_ema.planning.fingerprint import deciding
 from ckpt_ema.planning.notices import run_notes, run_warnings
 from ckpt_ema.planning.output import find_destination, lay_out, named
-from ckpt_ema.planning.roles import TensorRole, by_pattern
+from ckpt_ema.planning.roles import DROPPED, Rule, TensorRole, by_pattern
 from ckpt_ema.planning.same_model import Compared, compare
 from ckpt_ema.planning.sizing import element_bytes, make_sizes
 from ckpt_ema.planning.work import Work, make_work
@@ -67,7 +67,7 @@ class Plan:
     run: str
     checkpoints: tuple[PlannedCheckpoint, ...]  # all that some average reads
     averages: tuple[Average, ...]
-    tensor_roles: tuple[TensorRole, ...]  # of the newest checkpoint's tensors, by pattern
+    tensor_rules: Mapping[str, Rule]  # that decided on each tensor, by key
     storage: Storage
     engine: Engine
     given: Mapping[str, Any]  # the options that are not at their defaults
@@ -83,6 +83,11 @@ class Plan:
     notes: tuple[Notice, ...]
     warnings: tuple[Notice, ...]
     judged: tuple[Judged, ...] = ()  # every entry of the run, with its verdict
+
+    @property
+    def tensor_roles(self) -> tuple[TensorRole, ...]:
+        """What becomes of tensors, by pattern of their names."""
+        return by_pattern(self.tensor_rules)
 
     @property
     def is_single_file(self) -> bool:
@@ -178,7 +183,10 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
             for c, one in compared.specs.items()
         ),
         averages=averages,
-        tensor_roles=by_pattern(rulings, compared.dropped),
+        tensor_rules={
+            **{key: ruling.rule for key, ruling in rulings.items()},
+            **dict.fromkeys(compared.dropped, DROPPED),
+        },
         storage=source.storage,
         engine=options.engine,
         given=options.given(),
