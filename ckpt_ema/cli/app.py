@@ -339,6 +339,8 @@ def _append_step_summary(lines: list[str]) -> None:
 def main() -> None:
     """Run the command line; never returns."""
     take_signals()
+    # A launch reports its errors itself; torch's store would add a stack trace to each.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     # torch says it at import wherever numpy is missing, and nothing here needs numpy.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
