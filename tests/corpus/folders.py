@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import write_safetensors, write_shards
 from tests.corpus.case import Case, fifo, links_to, nothing, rewrite, several
-from tests.test_faults import be_nobody, let_others_in
+from tests.makers.users import be_nobody, let_others_in
 
 
 def emptied(run: Path) -> None:

@@ -228,7 +228,7 @@ FAKE = FakeAccelerator()
 FakeStream()  # the first is the default stream
 
 
-class _Block:
+class Block:
     """Device memory, counted as long as a tensor or a view of it lives."""
 
     def __init__(self, size_bytes: int) -> None:
@@ -251,19 +251,19 @@ class _DeviceTensor(torch.Tensor):
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
     hidden: torch.Tensor
-    block: _Block
+    block: Block
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override] # for pytest, without options
         return f"<{NAME} {self.dtype} {list(self.shape)}>"
 
 
-def _wrap(hidden: torch.Tensor, block: _Block | None = None) -> _DeviceTensor:
+def _wrap(hidden: torch.Tensor, block: Block | None = None) -> _DeviceTensor:
     """A device tensor for `hidden`: a view of `block`, or in fresh memory."""
     if hidden.dtype == torch.float64 and not FAKE.has_float64:
         raise TypeError(f"{NAME} has no float64")
     tensor: Any = torch._C._acc.create_empty_tensor(hidden.shape, hidden.dtype)
     tensor.__class__ = _DeviceTensor
-    tensor.hidden, tensor.block = hidden, block or _Block(hidden.nbytes)
+    tensor.hidden, tensor.block = hidden, block or Block(hidden.nbytes)
     return tensor  # type: ignore[no-any-return] # its class was changed under mypy's eyes
 
 
