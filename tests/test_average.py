@@ -174,16 +174,6 @@ def test_the_manifest_tells_order_decays_and_weights(make_run: MakeRun) -> None:
     assert all(isinstance(warning, str) for warning in manifest["warnings"])
 
 
-def test_one_checkpoint_alone_is_the_result_with_a_warning(make_run: MakeRun) -> None:
-    values = noise(1, 8)
-    run = make_run(series(1, w=values), steps=[10])
-    result = ckpt_ema.average(run, device="cpu")
-    assert "one checkpoint only" in result.plan.warnings[0]
-    assert torch.equal(read_safetensors(result.output / "model.safetensors")["w"], values[0])
-    alone = ckpt_ema.plan(run / "checkpoint-10")
-    assert alone.output == run.parent / "run-ema"
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nan_or_infinity_in_a_checkpoint_is_named_and_nothing_is_left(
     make_run: MakeRun, bad: float
@@ -208,41 +198,6 @@ def test_overflow_of_a_narrow_output_is_named(make_run: MakeRun) -> None:
     run = make_run(series(2, w=torch.tensor([70000.0])))
     with pytest.raises(RefusedError, match="tensor w has values beyond the range of F16"):
         ckpt_ema.average(run, device="cpu", dtype="float16")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"w": torch.zeros(4), "extra": torch.zeros(1)},
-            r"has tensors that checkpoint-3 lacks \(extra\)",
-        ),
-        ({}, r"lacks tensors of checkpoint-3 \(w\)"),
-        ({"w": torch.zeros(1)}, r"tensor w has shape \[1\] in checkpoint-2 and \[4\]"),
-        ({"w": torch.zeros(4).long()}, r"Tensor w is I64 in checkpoint-2 and F32 in checkpoint-3"),
-    ],
-)
-def test_checkpoints_that_differ_are_refused_before_anything_is_read(
-    make_run: MakeRun, change: dict[str, torch.Tensor], message: str
-) -> None:
-    states: list[Any] = series(3, w=noise(3, 4), v=noise(3, 2))
-    states[1] = {"v": states[1]["v"], **change}
-    with pytest.raises(RefusedError, match=message):
-        ckpt_ema.plan(make_run(states))
-
-
-def test_a_run_of_integers_only_is_refused(make_run: MakeRun) -> None:
-    with pytest.raises(RefusedError, match="no floating-point tensor"):
-        ckpt_ema.plan(make_run(series(2, n=torch.arange(3))))
-
-
-def test_an_output_that_touches_the_inputs_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
-    run = make_run(series(2, w=noise(2, 4)))
-    for output in (run, run / "checkpoint-1", run / "inside", tmp_path):
-        with pytest.raises(RefusedError, match="is, holds or lies inside the input"):
-            ckpt_ema.plan(run, output=output)
-    with pytest.raises(RefusedError, match="does not exist"):
-        ckpt_ema.plan(run, output=tmp_path / "no" / "where")
 
 
 def test_overwrite_replaces_a_model_and_nothing_else(make_run: MakeRun, tmp_path: Path) -> None:
@@ -468,3 +423,11 @@ def test_a_checkpoint_of_two_hundred_shards_is_planned_opening_each_file_once(
     ckpt_ema.plan(run)
     shards = [path for path in opened if path.endswith(".safetensors")]
     assert len(shards) == len(set(shards)) == 400
+
+
+def test_one_checkpoint_alone_is_the_result(make_run: MakeRun) -> None:
+    values = noise(1, 8)
+    run = make_run(series(1, w=values), steps=[10])
+    output = ckpt_ema.average(run, device="cpu").output
+    assert torch.equal(read_safetensors(output / "model.safetensors")["w"], values[0])
+    assert ckpt_ema.plan(run / "checkpoint-10").output == run.parent / "run-ema"

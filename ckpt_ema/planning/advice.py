@@ -1,7 +1,7 @@
 """Warnings and notes about weights, each with the number that would change them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from statistics import median
 
@@ -21,23 +21,12 @@ _NEARLY_ALL = 0.95
 
 def weight_notes(averages: Sequence[Average]) -> list[Notice]:
     """Return notes on options without effect."""
-    return _merged([(average, _cap(average)) for average in averages])
+    return _merged([(average, list(_cap(average))) for average in averages])
 
 
 def weight_warnings(averages: Sequence[Average], names: Sequence[str]) -> list[Notice]:
     """Return warnings about the weights; `names` are those of the plan's checkpoints."""
-    about = [
-        (
-            average,
-            [
-                *_alone(average),
-                *_oldest(average, names),
-                *_newest(average, names),
-                *_irregular(average, names),
-            ],
-        )
-        for average in averages
-    ]
+    about = [(average, list(_warnings(average, names))) for average in averages]
     return [*_merged(about), *_equal(averages)]
 
 
@@ -55,91 +44,66 @@ def _merged(about: Sequence[tuple[Average, Sequence[Notice]]]) -> list[Notice]:
     ]
 
 
-def _alone(average: Average) -> list[Notice]:
-    message = "Only one checkpoint, so the average equals it."
-    return [Notice(Code.FEW_CHECKPOINTS, message)] * (len(average.members) == 1)
-
-
-def _cap(average: Average) -> list[Notice]:
+def _cap(average: Average) -> Iterator[Notice]:
     """Note a cap of the decay that is never reached."""
     schedule = average.rule.schedule
     if schedule not in ("dynamic", "warmup") or len(average.members) == 1:
-        return []
+        return
     decay = average.rule.numbers["decay"]
     at_steps = average.rule.counts_steps
-    updates = average.steps[-1] if at_steps else len(average.members) - 1
+    count = average.steps[-1] if at_steps else len(average.members)
     unit = average.unit if at_steps else "checkpoints"
     first, effective = max(average.decays), ""
     if schedule == "dynamic":
-        first = dynamic.first_decay_that_matters(updates + 1)
-        below = dynamic.updates_below_the_cap(decay) if decay < 1 else None
-        after = f"{unit.removesuffix('s')} {below}" if at_steps else f"{(below or 0) + 1} {unit}"
-        effective = "" if below is None else f" ({short(decay)} takes effect after {after})"
-    is_reached = decay <= first if schedule == "warmup" else decay < first
-    if is_reached:
-        return []
-    return [
-        Notice(
+        first = dynamic.first_decay_that_matters(count + at_steps)
+        if decay < 1:
+            below = dynamic.updates_below_the_cap(decay)
+            after = f"{unit.removesuffix('s')} {below}" if at_steps else f"{below + 1} {unit}"
+            effective = f" ({short(decay)} takes effect after {after})"
+    if decay > first or (decay == first and schedule == "dynamic"):
+        yield Notice(
             Code.NO_EFFECT,
-            f"--decay {short(decay)} has no effect with {updates if at_steps else updates + 1}"
-            f" {unit}; use less than {first:.4g}, or --half-life{effective}.",
+            f"--decay {short(decay)} has no effect with {count} {unit}; use less than {first:.4g},"
+            f" or --half-life{effective}.",
         )
-    ]
 
 
-def _oldest(average: Average, names: Sequence[str]) -> list[Notice]:
-    """Warn if a schedule gives the oldest checkpoint more weight than all others."""
-    if not _is_computed(average) or average.weights[0] <= 0.5:
-        return []
-    below = _option_that_keeps(0.5, average, since=0)
-    remedy = f"; with {below.format('below')}, less than half" if below else ""
-    return [
-        Notice(
-            Code.UNEVEN_WEIGHTS,
-            f"The oldest checkpoint, {names[average.members[0]]}, has {average.weights[0]:.1%} of"
-            f" the weight{remedy}.",
-        )
-    ]
+def _warnings(average: Average, names: Sequence[str]) -> Iterator[Notice]:
+    weights = average.weights
+    if len(weights) == 1:
+        message = "Only one checkpoint, so the average equals it."
+        yield Notice(Code.FEW_CHECKPOINTS, message)
+    elif average.rule.schedule != EXPLICIT:
+        if weights[0] > 0.5:
+            below = _option_that_keeps(0.5, average, since=0)
+            remedy = f"; with {below.format('below')}, less than half" if below else ""
+            which = f"oldest checkpoint, {names[average.members[0]]}"
+            message = f"The {which}, has {weights[0]:.1%} of the weight{remedy}."
+            yield Notice(Code.UNEVEN_WEIGHTS, message)
+        if weights[-1] > _NEARLY_ALL:
+            above = _option_that_keeps(1 - _NEARLY_ALL, average, since=-2)
+            remedy = f"; with {above.format('above')}, the others have more" if above else ""
+            which = f"newest checkpoint, {names[average.newest]}"
+            message = f"The {which}, has {weights[-1]:.1%} of the weight{remedy}."
+            yield Notice(Code.UNEVEN_WEIGHTS, message)
+        if not average.rule.counts_steps:
+            yield from _irregular(average, names)
 
 
-def _newest(average: Average, names: Sequence[str]) -> list[Notice]:
-    """Warn if the average is nearly the newest checkpoint alone."""
-    if not _is_computed(average) or average.weights[-1] <= _NEARLY_ALL:
-        return []
-    above = _option_that_keeps(1 - _NEARLY_ALL, average, since=-2)
-    remedy = f"; with {above.format('above')}, the others have more" if above else ""
-    return [
-        Notice(
-            Code.UNEVEN_WEIGHTS,
-            f"The newest checkpoint, {names[average.newest]}, has {average.weights[-1]:.1%} of the"
-            f" weight{remedy}.",
-        )
-    ]
-
-
-def _is_computed(average: Average) -> bool:
-    """Return whether a schedule divides the weight among several checkpoints."""
-    return len(average.members) > 1 and average.rule.schedule != EXPLICIT
-
-
-def _irregular(average: Average, names: Sequence[str]) -> list[Notice]:
+def _irregular(average: Average, names: Sequence[str]) -> Iterator[Notice]:
     """Warn if weights count checkpoints that are not equally far apart."""
     known = [gap for gap in average.gaps if gap is not None]
-    if average.rule.counts_steps or not _is_computed(average):
-        return []
     if average.unit == "checkpoints" or max(known) <= _MOST_GAP * median(known):
-        return []
+        return
     longest = average.gaps.index(max(known))
     before, after = (names[average.members[n]] for n in (longest - 1, longest))
     age, unit = average.statistics.half_life, average.unit
     remedy = f"; --half-life {_brief(age)} counts {unit} and has the same mean age" if age else ""
-    return [
-        Notice(
-            Code.UNEVEN_GAPS,
-            f"Weights count checkpoints, but their gaps differ: {max(known)} {unit} from {before}"
-            f" to {after}, median {median(known):g}{remedy}.",
-        )
-    ]
+    yield Notice(
+        Code.UNEVEN_GAPS,
+        f"Weights count checkpoints, but their gaps differ: {max(known)} {unit} from {before} to"
+        f" {after}, median {median(known):g}{remedy}.",
+    )
 
 
 def _option_that_keeps(share: float, average: Average, since: int) -> str:
@@ -171,13 +135,11 @@ def _brief(steps: float) -> str:
     return f"{steps:.4g}" if steps < 1000 else f"{steps:.0f}"
 
 
-def _equal(averages: Sequence[Average]) -> list[Notice]:
+def _equal(averages: Sequence[Average]) -> Iterator[Notice]:
     """Warn of averages with the same weights."""
     alike: dict[object, list[str]] = {}
     for average in averages:
         alike.setdefault((average.members, average.weights), []).append(average.name)
-    return [
-        Notice(Code.SAME_WEIGHTS, f"{some(names)} have the same weights.")
-        for names in alike.values()
-        if len(names) > 1
-    ]
+    for names in alike.values():
+        if len(names) > 1:
+            yield Notice(Code.SAME_WEIGHTS, f"{some(names)} have the same weights.")

@@ -15,15 +15,8 @@ _MODEL_CONFIG = "config.json"
 
 # Fields of PEFT's configuration that decide what the adapter's tensors mean.
 _ADAPTER_FIELDS = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
+    *("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save"),
+    *("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
 )
 _BASE = "base_model_name_or_path"
 # Fields of a model's configuration that do not describe the model.

@@ -64,24 +64,19 @@ def matched(
     for name, weight in explicit.items():
         number = _number_of(name, checkpoints)
         if number in taken_by:
-            raise RefusedError(
-                f"--weights has two weights for {checkpoints[number][0]}: as {taken_by[number]} and"
-                f" as {name}.",
-                code=Code.WRONG_WEIGHTS,
+            raise _refused(
+                f"has two weights for {checkpoints[number][0]}: as {taken_by[number]} and as {name}"
             )
         taken_by[number] = name
         weights[number] = weight
     total = math.fsum(weights)
     if not total:
-        raise RefusedError(
-            "--weights gives no checkpoint a weight above 0.", code=Code.WRONG_WEIGHTS
-        )
+        raise _refused("gives no checkpoint a weight above 0")
     if abs(total - 1) > _TOLERANCE and not normalize:
-        raise RefusedError(
-            f"--weights sums to {total:.12g}, {abs(total - 1):.3g}"
-            f" {'more' if total > 1 else 'less'} than 1.",
+        how = "more" if total > 1 else "less"
+        raise _refused(
+            f"sums to {total:.12g}, {abs(total - 1):.3g} {how} than 1",
             "Correct the weights, or divide them by their sum with --normalize.",
-            code=Code.WRONG_WEIGHTS,
         )
     return weights
 
@@ -95,12 +90,14 @@ def _number_of(name: str, checkpoints: Sequence[tuple[str, int | None]]) -> int:
     ]
     found = by_name or by_step
     if len(found) != 1:
-        raise RefusedError(
-            f"--weights names {name}, which matches {'several' if found else 'none'} of the"
-            f" selected checkpoints: {some([own for own, _ in checkpoints])}.",
-            code=Code.WRONG_WEIGHTS,
-        )
+        count = "several" if found else "none"
+        selected = some([own for own, _ in checkpoints])
+        raise _refused(f"names {name}, which matches {count} of the checkpoints: {selected}")
     return found[0]
+
+
+def _refused(problem: str, hint: str = "") -> RefusedError:
+    return RefusedError(f"--weights {problem}.", hint, code=Code.WRONG_WEIGHTS)
 
 
 def _pairs(path: str | os.PathLike[str]) -> list[tuple[str, object]]:

@@ -9,14 +9,7 @@ from typing import Any
 
 from ckpt_ema.errors import Code, OptionError, flag
 from ckpt_ema.schedules.schedule import Steps
-from ckpt_ema.schedules.table import (
-    ALL,
-    DEFAULT_SCHEDULE,
-    EXPLICIT,
-    OPTIONS,
-    SCHEDULES,
-    SYNONYMS,
-)
+from ckpt_ema.schedules.table import ALL, DEFAULT_SCHEDULE, EXPLICIT, OPTIONS, SCHEDULES, SYNONYMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +91,12 @@ def make_rules(schedule: str | None, given: Mapping[str, Any]) -> tuple[Rule, ..
     rules = [rule for name in names for rule in _rules_of(name, given)]
     for rule in rules:
         if rules.count(rule) > 1:
-            raise OptionError(f"{rule.text()} is requested twice.", code=Code.CONFLICTING_OPTIONS)
+            raise _conflict(f"{rule.text()} is requested twice.")
     return tuple(rules)
+
+
+def _conflict(message: str) -> OptionError:
+    return OptionError(message, code=Code.CONFLICTING_OPTIONS)
 
 
 def _chosen(schedule: str, given: Mapping[str, Any]) -> str:
@@ -113,23 +110,12 @@ def _chosen(schedule: str, given: Mapping[str, Any]) -> str:
     own = {option.name for option in SCHEDULES[name].options}
     for option in given:
         if option not in own:
-            homes = [
-                home
-                for home, other in SCHEDULES.items()
-                if option in {one.name for one in other.options}
-            ]
+            homes = [home for home, one in SCHEDULES.items() if OPTIONS.get(option) in one.options]
             belongs = f"belongs to {' and '.join(homes)}" if homes else "is a schedule of its own"
-            raise OptionError(
-                f"--schedule {schedule} takes no {flag(option)}, which {belongs}.",
-                "Leave out one of the two.",
-                code=Code.CONFLICTING_OPTIONS,
-            )
+            raise _conflict(f"--schedule {schedule} takes no {flag(option)}, which {belongs}.")
     varies = SCHEDULES[name].varies
     if varies is not None and varies.default is None and varies.name not in given:
-        raise OptionError(
-            f"--schedule {schedule} needs {flag(varies.name)}, such as 0.1.",
-            code=Code.CONFLICTING_OPTIONS,
-        )
+        raise _conflict(f"--schedule {schedule} needs {flag(varies.name)}, such as 0.1.")
     return name
 
 
@@ -144,9 +130,8 @@ def _implied(given: Mapping[str, Any]) -> list[str]:
     }
     if len(of_decay) > 1:
         one, other = ((flag(setting), name) for name, setting in list(of_decay.items())[:2])
-        raise OptionError(
-            f"{one[0]} belongs to --schedule {one[1]} and {other[0]} to --schedule {other[1]}.",
-            code=Code.CONFLICTING_OPTIONS,
+        raise _conflict(
+            f"{one[0]} belongs to --schedule {one[1]} and {other[0]} to --schedule {other[1]}."
         )
     others = [
         name

@@ -136,21 +136,15 @@ def _of_run(
 
 def _chosen(config_from: Path, averaged: Collection[str], storage: Storage) -> dict[str, Path]:
     """Return the files of the model or pipeline that --config-from names."""
-    if not storage.is_folder(config_from):
-        raise RefusedError(
-            f"--config-from {config_from} is not a folder.", code=Code.NOT_FOUND, path=config_from
-        )
+    found: dict[str, Path] = {}
     if _has_pipeline(config_from, storage):
         found = _pipeline(config_from, averaged, storage)
-    else:
+    elif storage.is_folder(config_from):
         texts = _top_level(config_from, MODEL_TEXTS, storage)
         found = {name: path for name, path in texts.items() if not STAYS_BEHIND.search(name)}
     if not found:
-        raise RefusedError(
-            f"--config-from {config_from} holds no configuration.",
-            code=Code.NOT_FOUND,
-            path=config_from,
-        )
+        message = f"--config-from {config_from} is not a folder that holds a configuration."
+        raise RefusedError(message, code=Code.NOT_FOUND, path=config_from)
     return found
 
 
@@ -177,23 +171,19 @@ def _pipeline(pipeline: Path, averaged: Collection[str], storage: Storage) -> di
         raise RefusedError(
             f"{path} is not a JSON object that lists components.", code=Code.WRONG_FORMAT, path=path
         )
-    found = {
-        name: pipeline / name
-        for name in storage.names(pipeline)
-        if not STAYS_BEHIND.search(name)
-        and not _is_weights(name)
+    names = storage.names(pipeline)
+    copied = [
+        name
+        for name in names
+        if not (STAYS_BEHIND.search(name) or _is_weights(name))
         and storage.kind(pipeline / name) is Kind.FILE
-    }
+    ]
     replaced = {name.split("/")[0] for name in averaged}
-    for component in storage.names(pipeline) & listed.keys():
+    for component in names & listed.keys():
         if storage.is_folder(pipeline / component):
-            names = _files_below(pipeline, component, storage)
-            found |= {
-                name: pipeline / name
-                for name in names
-                if component not in replaced or not _is_weights(name)
-            }
-    return found
+            files = _files_below(pipeline, component, storage)
+            copied += [f for f in files if component not in replaced or not _is_weights(f)]
+    return {name: pipeline / name for name in copied}
 
 
 def _files_below(root: Path, prefix: str, storage: Storage) -> Iterator[str]:

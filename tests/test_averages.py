@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import ckpt_ema
 from ckpt_ema import OptionError, RefusedError
+from ckpt_ema.errors import Code
 from ckpt_ema.output.result import Result
 from ckpt_ema.storage.pool import LocalPool
 from tests.conftest import MakeRun, noise, read_safetensors, series, write_safetensors
@@ -81,7 +82,7 @@ def check_alone(run: Path, together: Result, alone: list[dict[str, Any]]) -> Non
             [{"decay": 0.2}, {"weights": {"3": 0.25, "checkpoint-5": 0.75}}],
         ),
     ],
-    ids=["caps", "constants", "rules", "selections", "best", "stated"],
+    ids=["caps", "constants", "rules", "selections", "best", "explicit"],
 )
 @pytest.mark.parametrize("shards", [0, 3])
 def test_each_average_is_what_it_is_alone_byte_for_byte(
@@ -108,9 +109,9 @@ def test_averages_that_end_at_other_dtypes_and_shards_are_what_they_are_alone(
             shard.unlink()
         state = {"w": values[number - 1], "x": noise(4, 3)[number - 1]}
         write_safetensors(folder / "model.safetensors", state)
-    stated: dict[str, Any] = {"weights": {"1": 0.5, "2": 0.5}}
-    made = ckpt_ema.average(run, device="cpu", decay=0.2, tile_size=28, **stated)
-    check_alone(run, made, [{"decay": 0.2}, stated])
+    explicit: dict[str, Any] = {"weights": {"1": 0.5, "2": 0.5}}
+    made = ckpt_ema.average(run, device="cpu", decay=0.2, tile_size=28, **explicit)
+    check_alone(run, made, [{"decay": 0.2}, explicit])
 
 
 @settings(
@@ -143,10 +144,10 @@ def test_the_average_of_several_on_the_newest_of_each(make_run: MakeRun) -> None
     made = ckpt_ema.average(
         run, device="cpu", schedule=None, decay=0.2, weights=run / "weights.txt"
     )
-    ema, stated = (read_safetensors(o / "model.safetensors") for o in made.outputs)
+    ema, explicit = (read_safetensors(o / "model.safetensors") for o in made.outputs)
     assert ema["steps"].tolist() == [3, 2**60 + 3]
-    assert stated["steps"].tolist() == [1, 2**60 + 1]
-    assert (ema["flags"].item(), stated["flags"].item()) == (False, False)
+    assert explicit["steps"].tolist() == [1, 2**60 + 1]
+    assert (ema["flags"].item(), explicit["flags"].item()) == (False, False)
 
 
 def test_every_byte_is_read_once_whatever_the_number_of_averages(
@@ -195,7 +196,7 @@ def test_several_are_up_to_date_together_and_other_ones_are_not(make_run: MakeRu
     assert not ckpt_ema.average(run, device="cpu", decay="0.2,0.25").is_up_to_date
     assert ckpt_ema.average(run, device="cpu", decay="0.2,0.25").is_up_to_date
     for other in ({"decay": "0.2,0.24"}, {"decay": "0.2,0.25,0.24"}, {"decay": 0.2}):
-        with pytest.raises(RefusedError, match="exists already and is not this average"):
+        with pytest.raises(RefusedError):
             ckpt_ema.average(run, device="cpu", **other)
     made = ckpt_ema.average(run, device="cpu", decay="0.24,0.25", overwrite=True)
     assert {path.name for path in made.output.iterdir()} == {"dynamic-0.24", "dynamic-0.25"}
@@ -205,9 +206,7 @@ def test_a_folder_of_averages_with_something_else_in_it_is_not_replaced(make_run
     run = make_run(series(3, w=noise(3, 5)))
     output = ckpt_ema.average(run, device="cpu", decay="0.1,0.2").output
     (output / "notes").mkdir()
-    with pytest.raises(
-        RefusedError, match=r"is more than a model; --overwrite would delete .*notes"
-    ):
+    with pytest.raises(RefusedError):
         ckpt_ema.average(run, device="cpu", decay="0.1,0.3", overwrite=True)
     assert (output / "dynamic-0.1/model.safetensors").is_file()
 
@@ -215,7 +214,7 @@ def test_a_folder_of_averages_with_something_else_in_it_is_not_replaced(make_run
 def test_averages_in_a_folder_of_averages_are_never_steps(make_run: MakeRun) -> None:
     run = make_run(series(4, w=noise(4, 5)))
     output = ckpt_ema.average(run, device="cpu", last="2,3").output
-    with pytest.raises(RefusedError, match="an output of ckpt-ema"):
+    with pytest.raises(RefusedError):
         ckpt_ema.plan(output)
 
 
@@ -223,7 +222,7 @@ def test_nan_in_one_of_several_publishes_none(make_run: MakeRun) -> None:
     weights = noise(4, 50)
     weights[0][7] = math.nan
     run = make_run(series(4, w=weights))
-    with pytest.raises(RefusedError, match=r"checkpoint-1: tensor w holds 1 NaN values \(of 50\)"):
+    with pytest.raises(RefusedError):
         ckpt_ema.average(run, device="cpu", last="2,4")
     assert sorted(path.name for path in run.parent.iterdir()) == ["run"]
     assert len(ckpt_ema.average(run, device="cpu", last="2,3").outputs) == 2  # which lack it
@@ -237,19 +236,21 @@ def test_a_state_that_is_there_twice_is_seen_between_the_neighbours_of_each(
     run = make_run(series(3, w=[tensors[0], tensors[1], tensors[0]]))
     ckpt_ema.average(run, device="cpu")
     for options in ({"steps": "1,3"}, {"weights": {"1": 0.5, "3": 0.5}, "decay": 0.2}):
-        with pytest.raises(
-            RefusedError, match="checkpoint-1 and checkpoint-3 hold the same weights"
-        ):
+        with pytest.raises(RefusedError):
             ckpt_ema.average(run, device="cpu", output=run.parent / "other", **options)
 
 
-def test_one_file_cannot_hold_several(make_run: MakeRun) -> None:
+def test_one_file_cannot_hold_several_and_none_is_made_twice(make_run: MakeRun) -> None:
     run = make_run(series(3, w=noise(3, 5)))
-    with pytest.raises(OptionError, match="is one file, and 2 averages are asked for"):
-        ckpt_ema.plan(run, decay="0.1,0.2", output=run.parent / "one.safetensors")
-    for options in ({"decay": "0.2,0.20"}, {"last": "2,2"}):
-        with pytest.raises(OptionError, match="asked for twice"):
+    options: dict[str, Any]
+    for options in (
+        {"decay": "0.1,0.2", "output": run.parent / "one.safetensors"},
+        {"decay": "0.2,0.20"},
+        {"last": "2,2"},
+    ):
+        with pytest.raises(OptionError) as caught:
             ckpt_ema.plan(run, **options)
+        assert caught.value.code is Code.CONFLICTING_OPTIONS
 
 
 def test_averages_whose_tensors_would_have_other_names_are_made_one_at_a_time(
@@ -260,8 +261,9 @@ def test_averages_whose_tensors_would_have_other_names_are_made_one_at_a_time(
     state = {"_orig_mod.w": noise(1, 5)[0]}
     write_safetensors(run / "checkpoint-3/model.safetensors", state)
     options: dict[str, Any] = {"weights": {"1": 0.5, "2": 0.5}, "decay": 0.2}
-    with pytest.raises(RefusedError, match="name their tensors in different ways"):
+    with pytest.raises(RefusedError) as caught:
         ckpt_ema.plan(run, **options)
+    assert caught.value.code is Code.DIFFERENT_NAMES
     assert len(ckpt_ema.plan(run, strip_prefix="_orig_mod.", **options).averages) == 2
 
 
@@ -271,8 +273,8 @@ def test_a_weighted_mean_by_hand(make_run: MakeRun) -> None:
     made = ckpt_ema.average(
         run, device="cpu", weights={"1": 0.25, "3": 0.75}, half_life=1e12, overwrite=True
     )
-    old, stated = (read_safetensors(o / "model.safetensors")["w"].item() for o in made.outputs)
-    assert (stated, round(old, 6)) == (2.5, 1.0)
+    old, explicit = (read_safetensors(o / "model.safetensors")["w"].item() for o in made.outputs)
+    assert (explicit, round(old, 6)) == (2.5, 1.0)
 
 
 def test_memory_of_a_plan_does_not_grow_with_the_number_of_averages(make_run: MakeRun) -> None:
