@@ -184,12 +184,19 @@ def test_no_number_is_ever_cut(
 
 def test_an_explanation_has_a_line_for_each_entry_and_each_pattern_of_tensors() -> None:
     judged = [
-        Judged(Path("runs/a/step_1"), Verdict(Outcome.STEP, EntryReason.NUMBERED, "numbered")),
+        Judged(
+            Path("runs/a/step_1"), "step_1", Verdict(Outcome.STEP, EntryReason.NUMBERED, "numbered")
+        ),
         Judged(
             Path("runs/a/l\x1b[31mast"),
+            "last",
             Verdict(Outcome.ALIAS, EntryReason.COPY, "copies", "a copy of step_1"),
         ),
-        Judged(Path("other/logs"), Verdict(Outcome.OTHER, EntryReason.NO_MODEL, "without weights")),
+        Judged(
+            Path("other/logs"),
+            "logs",
+            Verdict(Outcome.OTHER, EntryReason.NO_MODEL, "without weights"),
+        ),
     ]
     roles = [
         TensorRole("model.layers.*.weight", Role.AVERAGED, "floats", Reason.FLOAT, 24),

@@ -78,7 +78,8 @@ def average(
                 say(lines.part_line(result.output, part))
         elif result.manifests:  # only the first rank has them
             ignore_signals()  # the output is complete: from here on this is a success
-            say(*lines.warning_lines(result.warnings))
+            known = result.plan.warnings if result.is_up_to_date else ()  # not shown at the start
+            say(*lines.warning_lines([*known, *result.warnings]))
             if not quiet:
                 say(lines.result_line(result))
             _append_step_summary(table.summary_lines(result.plan))

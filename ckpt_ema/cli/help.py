@@ -14,14 +14,17 @@ _INDENT = 26  # of what options do
 class Command(TyperCommand):
     """A command whose help fits few screens; its epilog has the examples."""
 
+    def get_usage(self, ctx: Any) -> str:
+        """Return the line of usage, without Typer's braces around what is required."""
+        return super().get_usage(ctx).replace("{", "").replace("}", "")
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help text."""
         width = shutil.get_terminal_size().columns
         width = max(_LEAST_COLUMNS, min(_MOST_COLUMNS, width))
-        usage = self.get_usage(ctx).replace("{", "").replace("}", "")
         about = textwrap.wrap(" ".join((self.help or "").split()), width)
         examples = [f"  {line}" for line in (self.epilog or "").strip().splitlines()]
-        parts = [[usage, *about], ["Examples:", *examples]]
+        parts = [[self.get_usage(ctx), *about], ["Examples:", *examples]]
         options = (one for one in self.get_params(ctx) if isinstance(one, TyperOption))
         for panel, members in groupby(options, key=lambda one: one.rich_help_panel):
             if panel:  # all but --help

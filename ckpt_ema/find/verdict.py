@@ -73,4 +73,10 @@ class Judged:
     """An entry of the run, by its path, and its verdict; each entry has exactly one."""
 
     path: Path
+    name: str
     verdict: Verdict
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether users should know that it does not take part."""
+        return self.verdict.outcome in (Outcome.ALIAS, Outcome.SKIPPED, Outcome.REFUSED)

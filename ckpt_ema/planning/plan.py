@@ -22,7 +22,7 @@ from ckpt_ema.find.globs import UNWANTED
 from ckpt_ema.find.order import Checkpoint
 from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
-from ckpt_ema.find.verdict import Judged
+from ckpt_ema.find.verdict import Judged, Outcome, Reason, Verdict
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import (
     Engine,
@@ -79,10 +79,14 @@ class Plan:
     work: Work
     threads: int
     tile_elements: int  # elements that a thread folds at a time
-    left_out: tuple[tuple[Path, str], ...]
+    judged: tuple[Judged, ...]  # every entry of the run, with its verdict
     notes: tuple[Notice, ...]
     warnings: tuple[Notice, ...]
-    judged: tuple[Judged, ...] = ()  # every entry of the run, with its verdict
+
+    @property
+    def left_out(self) -> tuple[Judged, ...]:
+        """The entries that take no part although they might be expected to."""
+        return tuple(entry for entry in self.judged if entry.is_left_out)
 
     @property
     def tensor_roles(self) -> tuple[TensorRole, ...]:
@@ -198,7 +202,7 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
         work=work,
         threads=sizes.threads,
         tile_elements=sizes.tile_elements,
-        left_out=found.left_out,
+        judged=_judged(found),
         notes=_noticed(
             *chosen.notes,
             *weight_notes(averages),
@@ -211,6 +215,16 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
             *compared.warnings,
         ),
     )
+
+
+def _judged(found: Found) -> tuple[Judged, ...]:
+    # Until discovery gives verdicts.
+    step = Verdict(Outcome.STEP, Reason.NUMBERED, "discovery")
+    others = [
+        Judged(path, path.name, Verdict(Outcome.SKIPPED, Reason.NO_CHECKPOINT, "discovery", why))
+        for path, why in found.left_out
+    ]
+    return (*(Judged(c.path, c.name, step) for c in found.checkpoints), *others)
 
 
 def _noticed(*notices: Any) -> tuple[Notice, ...]:

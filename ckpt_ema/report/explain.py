@@ -14,7 +14,7 @@ def explanation(run: str, judged: Sequence[Judged], roles: Sequence[TensorRole])
 
     >>> from ckpt_ema.find.verdict import Outcome, Reason, Verdict
     >>> verdict = Verdict(Outcome.OTHER, Reason.NO_MODEL, "without weights")
-    >>> print(explanation("run", [Judged(Path("run/logs"), verdict)], []))
+    >>> print(explanation("run", [Judged(Path("run/logs"), "logs", verdict)], []))
     entry  taken for  reason                  rule
     logs   other      no model weights in it  without weights
     """

@@ -16,7 +16,7 @@ def warning_lines(warnings: Iterable[Notice]) -> list[str]:
 
 def note_lines(plan: Plan) -> list[str]:
     """Return a line for each note of a plan, and one for the entries that were left out."""
-    left_out = [f"{path.name} ({why})" for path, why in plan.left_out]
+    left_out = [f"{entry.name} ({entry.verdict})" for entry in plan.left_out]
     notes = [f"note: {note}" for note in plan.notes]
     return [*notes, f"left out: {shortened(left_out)}"] if left_out else notes
 
