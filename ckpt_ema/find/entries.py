@@ -110,14 +110,20 @@ def list_entries(folder: Path, source: Source) -> list[Entry]:
 
     Raises `RefusedError` for a folder that may not be listed and entered.
     """
+    names = names_in(folder, source)
+    if is_hub_cache(folder, source):
+        return _revisions(folder, source)
+    return [Entry(folder / name, source) for name in sorted(names)]
+
+
+def names_in(folder: Path, source: Source) -> set[str]:
+    """Return the names in a folder; raises if it may not be listed and entered."""
     names = source.storage.names(folder)
     if not source.storage.can_list(folder):
         raise RefusedError(
             f"cannot access {folder}: Permission denied.", code=Code.INACCESSIBLE, path=folder
         )
-    if is_hub_cache(folder, source):
-        return _revisions(folder, source)
-    return [Entry(folder / name, source) for name in sorted(names)]
+    return names
 
 
 def is_hub_cache(folder: Path, source: Source) -> bool:

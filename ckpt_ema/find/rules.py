@@ -10,7 +10,7 @@ from re import Pattern
 from typing import NamedTuple
 
 from ckpt_ema.errors import RefusedError
-from ckpt_ema.find.entries import Entry
+from ckpt_ema.find.entries import Entry, names_in
 from ckpt_ema.find.globs import unselected
 from ckpt_ema.find.names import stem_of
 from ckpt_ema.find.verdict import Outcome, Reason, Rule, Rules, Ruling
@@ -94,6 +94,7 @@ def _own_output(entry: Entry, folder: Folder) -> Ruling | None:
         is_ours = storage.kind(entry.path / conventions.MANIFEST_NAME) is not Kind.ABSENT
     except RefusedError:  # a folder that may not be entered
         if entry.numbers and not any(_matches(entry, name) for name in conventions.NOT_A_MODEL):
+            names_in(entry.path, entry.source)
             raise
         return None
     return _not_a_step(entry, Reason.OWN_OUTPUT) if is_ours else None

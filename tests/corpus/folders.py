@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import write_safetensors, write_shards
 from tests.corpus.case import Case, fifo, links_to, nothing, rewrite, several
-from tests.test_faults import be_nobody, let_others_in
+from tests.makers.users import be_nobody, let_others_in
 
 
 def emptied(run: Path) -> None:
@@ -94,13 +94,28 @@ CASES = [
     Case("logs only", logs_only, "none with model weights: logs/, trainer_state.json", names="run"),
     *(
         Case(
-            f"{name or 'the run'} may not be read",
+            f"{name} may not be read",
             partial(locked, name),
-            "Permission denied",
+            f"/run/{name}( cannot be opened)?: Permission denied",
             before=be_nobody,
-            names=name,
+            names=f"run/{name}",
         )
-        for name in ("", "checkpoint-2", "checkpoint-2/model.safetensors")
+        for name in ("checkpoint-2", "checkpoint-2/model.safetensors")
+        if AS_ROOT
+    ),
+    *(
+        Case(
+            f"{name} may not be entered",
+            partial(locked, ""),
+            f"cannot access .*/{given}: Permission denied",
+            before=be_nobody,
+            names=given,
+            run=path,
+        )
+        for name, path, given in (
+            ("the run", "RUN", "run"),
+            ("the folder above the run", "RUN/checkpoint-2", "run/checkpoint-2"),
+        )
         if AS_ROOT
     ),
     Case("leftovers of interrupted saves", leftovers, "", 0),
@@ -123,13 +138,13 @@ CASES = [
     Case(
         "a file is the run",
         several(shutil.rmtree, lambda run: run.write_text("notes")),
-        "is no checkpoint: its extension",
+        "is not a checkpoint: its extension",
         names="run",
     ),
     Case(
         "a FIFO is the run",
         several(shutil.rmtree, fifo),
-        "is no checkpoint",
+        "is not a checkpoint",
         names="run",
     ),
     Case(
@@ -142,7 +157,7 @@ CASES = [
     Case(
         "a device is the run",
         nothing,
-        "is no checkpoint",
+        "is not a checkpoint",
         run="/dev/zero",
         names="/dev/zero",
     ),
