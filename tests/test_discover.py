@@ -19,8 +19,8 @@ from ckpt_ema.storage.local import Local
 class Mute(Source):
     """A source in which no file records its step."""
 
-    def read(self, model: ModelFiles) -> Specs:
-        """Return nothing."""
+    def read(self, model: ModelFiles) -> Specs:  # noqa: ARG002
+        """Return no tensors."""
         return Specs({}, (), ())
 
 

@@ -118,8 +118,8 @@ def test_a_metric_does_not_hide_a_checkpoint(tmp_path: Path, metrics: tuple[str,
 @pytest.mark.parametrize("word", ["final-lora", "mychar_best_v2", "style_rank64", "last.try"])
 def test_a_word_that_all_names_have_is_part_of_the_models_name(tmp_path: Path, word: str) -> None:
     run = flat(tmp_path / "run", f"{word}-000001.pt", f"{word}-000002.pt")
-    for options in ({}, {"pattern": r"-(\d+)"}):
-        assert steps(ckpt_ema.plan(run, **options)) == [1, 2]
+    for pattern in (None, r"-(\d+)"):
+        assert steps(ckpt_ema.plan(run, pattern=pattern)) == [1, 2]
 
 
 def test_a_lone_name_that_seems_to_be_later_is_warned_of(tmp_path: Path) -> None:
@@ -239,7 +239,8 @@ def test_what_a_list_cannot_be_asked_for(make_run: MakeRun, tmp_path: Path) -> N
         assert caught.value.code is Code.CONFLICTING_OPTIONS
     shard = "model-00001-of-00002.safetensors"
     assert refused([path / shard for path in listed]) is Code.NOT_A_CHECKPOINT
-    for options in ({"append": "last"}, {"pattern": ""}, {"output": "out.pt"}):
+    wrong: list[dict[str, Any]] = [{"append": "last"}, {"pattern": ""}, {"output": "out.pt"}]
+    for options in wrong:
         with pytest.raises(OptionError):
             ckpt_ema.plan(run, **options)
 

@@ -18,7 +18,7 @@ from ckpt_ema.find.globs import unselected
 from ckpt_ema.find.names import is_unnumbered_of
 from ckpt_ema.find.order import deciding_unit
 from ckpt_ema.find.series import Series
-from ckpt_ema.find.verdict import Outcome, Reason, Rules, Ruling, Verdict, first_verdict, verdict
+from ckpt_ema.find.verdict import Outcome, Reason, Rules, Ruling, Verdict, judge
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
 from ckpt_ema.storage.protocol import Kind
@@ -68,17 +68,17 @@ def place_aliases(
     places: dict[Entry, _Place | None] = {}
     for entry in unnumbered:
         try:
-            decided = first_verdict(_RULES, entry, run)
+            decided = judge(_RULES, entry, run)
             if decided:
                 verdicts[entry] = decided
             else:
                 places[entry] = _place(entry, checkpoints[-1])
         except RefusedError as error:  # such as a pickled module beside state dicts
             unreadable = Ruling(Outcome.REFUSED, Reason.UNREADABLE, f"unreadable: {error.message}")
-            verdicts[entry] = verdict("unreadable", unreadable)
+            verdicts[entry] = unreadable.by("unreadable")
     known = {entry: place for entry, place in places.items() if place}
     for entry in [entry for entry, place in places.items() if place is None]:
-        verdicts[entry] = verdict("same-content", _by_content(entry, run))
+        verdicts[entry] = _by_content(entry, run).by("same-content")
     return _in_order(known, verdicts, run)
 
 
@@ -110,7 +110,7 @@ def _in_order(
             ruling = Ruling(Outcome.ALIAS, Reason.COPY, f"a copy of the last step: {records}")
         else:
             ruling = Ruling(Outcome.ALIAS, Reason.EARLIER, f"an earlier step: {records}")
-        rulings[entry] = verdict("recorded-step", ruling)
+        rulings[entry] = ruling.by("recorded-step")
     return Aliases(tuple(later), {**verdicts, **rulings}, tuple(warnings))
 
 

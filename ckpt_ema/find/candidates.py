@@ -13,7 +13,7 @@ from ckpt_ema.find.entries import Entry, list_entries
 from ckpt_ema.find.model_files import Unsupported
 from ckpt_ema.find.names import captures_step, is_unnumbered_of
 from ckpt_ema.find.rules import RULES, Folder, is_unnumbered
-from ckpt_ema.find.verdict import Outcome, Reason, Verdict, first_verdict
+from ckpt_ema.find.verdict import Outcome, Reason, Verdict, judge
 from ckpt_ema.options import Selection
 from ckpt_ema.trainers import conventions
 
@@ -68,7 +68,7 @@ def candidates_in(folder: Path, selection: Selection, source: Source) -> Candida
     names = frozenset(entry.name for entry in entries)
     appended = frozenset(os.path.basename(os.path.normpath(name)) for name in selection.append)
     context = Folder(names, appended, selection)
-    verdicts = {entry: first_verdict(RULES, entry, context) for entry in entries}
+    verdicts = {entry: judge(RULES, entry, context) for entry in entries}
     undecided = [entry for entry, verdict in verdicts.items() if verdict is None]
     numbered = [entry for entry in undecided if not is_unnumbered(entry, selection)]
     if not any(entry.model for entry in numbered):

@@ -11,23 +11,23 @@ from pathlib import Path
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import ModelFiles
-from ckpt_ema.errors import Code, OptionError, RefusedError, some
+from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.aliases import place_aliases
+from ckpt_ema.find.append import append, despite_number
 from ckpt_ema.find.candidates import Candidates, candidates_in, container_of
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint
 from ckpt_ema.find.complete import without_incomplete
 from ckpt_ema.find.entries import Entry, is_hub_cache
 from ckpt_ema.find.found import Found
-from ckpt_ema.find.globs import matches, none_selected, unmatched
+from ckpt_ema.find.globs import none_selected, unmatched
 from ckpt_ema.find.listed import common_root, listed
 from ckpt_ema.find.model_files import Unsupported, locate
-from ckpt_ema.find.names import numbers_in, stem_of, template_of
+from ckpt_ema.find.names import numbers_in
 from ckpt_ema.find.order import ordered, step_in_name
 from ckpt_ema.find.series import Series, choose_series
 from ckpt_ema.find.verdict import UNSELECTED, Judged, Outcome, Reason, Verdict
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
-from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 
 
@@ -74,7 +74,7 @@ def _in_folder(run: Path, candidates: Candidates, selection: Selection, source: 
         raise _nothing_found(candidates, series.verdicts)
     numbered = ordered(series.steps, selection)
     aliases = place_aliases(candidates.unnumbered, series, numbered, selection, source)
-    appended = _appended((candidates.folder, run), [*numbered, *aliases.later], selection, source)
+    appended = append((candidates.folder, run), [*numbered, *aliases.later], selection, source)
     steps = dict.fromkeys(series.steps, Verdict(Outcome.STEP, Reason.NUMBERED, "series"))
     verdicts = {**candidates.verdicts, **series.verdicts, **steps, **aliases.verdicts}
     return Found(
@@ -85,7 +85,7 @@ def _in_folder(run: Path, candidates: Candidates, selection: Selection, source: 
             *pattern_warnings,
             *_without_model(candidates, series),
             *_later_left_out(numbered[-1], verdicts),
-            *_appended_despite_number(appended, numbered[-1], series),
+            *despite_number(appended, numbered[-1], series),
             *aliases.warnings,
         ),
     )
@@ -136,46 +136,6 @@ def _check_selected(candidates: Candidates, selection: Selection) -> None:
         raise none_selected(unselected)
 
 
-def _appended(
-    folders: tuple[Path, Path], found: Sequence[Checkpoint], selection: Selection, source: Source
-) -> list[Checkpoint]:
-    """Return the checkpoints of --append, by names in these folders or by paths."""
-    appended: list[Checkpoint] = []
-    for name in selection.append:
-        places = [*(folder / name for folder in folders), Path(name)]
-        kinds = (source.storage.kind(place) for place in places)
-        there = [p for p, kind in zip(places, kinds, strict=True) if kind is not Kind.ABSENT]
-        path = (there or places)[0]
-        _check_appended(path, bool(there), [*found, *appended], selection, source)
-        model = locate(path, source)
-        if isinstance(model, Unsupported):
-            raise model.refusal(path)
-        if model is None:
-            raise _not_appended(path, "it holds no model weights", Code.NO_MODEL)
-        appended.append(Checkpoint(path, None, model, found[-1].unit, is_given=True))
-    return appended
-
-
-def _check_appended(
-    path: Path, exists: bool, found: Sequence[Checkpoint], selection: Selection, source: Source
-) -> None:
-    """Refuse to append what is excluded, what does not exist, and what is there already."""
-    if any(matches(path.name, glob) for glob in selection.exclude):
-        raise OptionError(
-            f"--append {path.name} is also left out by --exclude.", code=Code.CONFLICTING_OPTIONS
-        )
-    if not exists:
-        raise _not_appended(path, f"{path} does not exist", Code.NOT_FOUND)
-    file_id = source.storage.file_id
-    for checkpoint in found:
-        if file_id(path) == file_id(checkpoint.path):
-            raise _not_appended(path, f"{checkpoint.name} is there already", Code.GIVEN_TWICE)
-
-
-def _not_appended(path: Path, why: str, code: Code) -> RefusedError:
-    return RefusedError(f"--append {path.name}: {why}.", code=code, path=path)
-
-
 # --- Verdicts and warnings ------------------------------------------------------------------------
 
 
@@ -221,20 +181,6 @@ def _later_left_out(newest: Checkpoint, verdicts: Mapping[Entry, Verdict]) -> li
             )
             return [Notice(Code.LEFT_OUT, text)]
     return []
-
-
-def _appended_despite_number(
-    appended: Sequence[Checkpoint], newest: Checkpoint, series: Series
-) -> list[Notice]:
-    """Return warnings of appended checkpoints that have a number in the series."""
-    return [
-        Notice(
-            Code.OUT_OF_ORDER,
-            f"--append {one.name} puts it after {newest.name}, although its name has a number.",
-        )
-        for one in appended
-        if template_of(stem_of(one.name)) in series.templates
-    ]
 
 
 def _beside_container(candidates: Candidates) -> list[Notice]:

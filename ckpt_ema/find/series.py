@@ -13,7 +13,7 @@ from ckpt_ema.find.candidates import Candidates
 from ckpt_ema.find.entries import Entry
 from ckpt_ema.find.model_files import Unsupported
 from ckpt_ema.find.names import bare_of, captures_step, pattern_of
-from ckpt_ema.find.verdict import Outcome, Reason, Ruling, Verdict, verdict
+from ckpt_ema.find.verdict import Outcome, Reason, Ruling, Verdict
 from ckpt_ema.options import Selection
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
@@ -25,7 +25,7 @@ class Series(NamedTuple):
     """The steps of a run, in any order, and the verdict on each other numbered entry."""
 
     steps: tuple[Entry, ...]
-    templates: frozenset[str]  # of the names of the steps, left out or not
+    templates: frozenset[str]  # of the names of the steps
     verdicts: Mapping[Entry, Verdict]
 
 
@@ -38,10 +38,10 @@ def choose_series(found: Candidates, selection: Selection, source: Source) -> Se
     verdicts: dict[Entry, Verdict] = {}
     for name, rule in _RULES:
         rulings = rule(steps, selection, source)
-        verdicts |= {entry: verdict(name, ruling) for entry, ruling in rulings.items()}
+        verdicts |= {entry: ruling.by(name) for entry, ruling in rulings.items()}
         steps = tuple(entry for entry in steps if entry not in rulings)
     for entry in found.unsupported:
-        verdicts[entry] = verdict("unsupported", _unsupported(entry, steps, selection))
+        verdicts[entry] = _unsupported(entry, steps, selection).by("unsupported")
     return Series(steps, frozenset(entry.template for entry in steps), verdicts)
 
 

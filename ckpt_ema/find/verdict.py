@@ -61,14 +61,6 @@ class Reason(Enum):
 UNSELECTED = (Reason.EXCLUDED, Reason.NOT_INCLUDED)
 
 
-class Ruling(NamedTuple):
-    """What a rule decides; `detail` has the particulars for people, such as the other name."""
-
-    outcome: Outcome
-    reason: Reason
-    detail: str = ""
-
-
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The outcome of one entry, and the name of the rule that decided."""
@@ -76,7 +68,7 @@ class Verdict:
     outcome: Outcome
     reason: Reason
     rule: str
-    detail: str = ""
+    detail: str = ""  # the particulars for people, such as the other name
 
     def __str__(self) -> str:
         return self.detail or self.reason.value
@@ -101,21 +93,25 @@ class Judged:
         return {"path": str(self.path), "reason": reason, **({"detail": detail} if detail else {})}
 
 
+class Ruling(NamedTuple):
+    """What a rule decides."""
+
+    outcome: Outcome
+    reason: Reason
+    detail: str = ""
+
+    def by(self, rule: str) -> Verdict:
+        """Return it as the verdict of a rule."""
+        return Verdict(self.outcome, self.reason, rule, self.detail)
+
+
 Subject = TypeVar("Subject")
 Context = TypeVar("Context")
 Rule = Callable[[Subject, Context], Ruling | None]
 Rules = Sequence[tuple[str, Rule[Subject, Context]]]
 
 
-def first_verdict(rules: Rules[Subject, Context], one: Subject, context: Context) -> Verdict | None:
+def judge(rules: Rules[Subject, Context], one: Subject, context: Context) -> Verdict | None:
     """Return the verdict of the first rule that decides; None if none does."""
-    for name, rule in rules:
-        ruling = rule(one, context)
-        if ruling:
-            return verdict(name, ruling)
-    return None
-
-
-def verdict(rule: str, ruling: Ruling) -> Verdict:
-    """Return the verdict of a rule."""
-    return Verdict(ruling.outcome, ruling.reason, rule, ruling.detail)
+    rulings = ((name, rule(one, context)) for name, rule in rules)
+    return next((ruling.by(name) for name, ruling in rulings if ruling), None)
