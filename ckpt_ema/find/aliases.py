@@ -18,11 +18,10 @@ from ckpt_ema.find.globs import unselected
 from ckpt_ema.find.names import is_unnumbered_of
 from ckpt_ema.find.order import deciding_unit
 from ckpt_ema.find.series import Series
-from ckpt_ema.find.verdict import Outcome, Reason, Rules, Ruling, Verdict, judge
+from ckpt_ema.find.verdict import Outcome, Reason, Rules, Ruling, Verdict, judge, when
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
-from ckpt_ema.storage.protocol import Kind
-from ckpt_ema.trainers import conventions
+from ckpt_ema.trainers.conventions import ALIAS, ALWAYS_A_COPY, FOLDER_WEIGHTS
 
 
 class Aliases(NamedTuple):
@@ -119,30 +118,13 @@ def _in_order(
 
 def _unrelated(entry: Entry, run: _Run) -> Ruling | None:
     """Leave out names that no series has, and the model of the run's own folder."""
-    is_usual = entry.name in conventions.FOLDER_WEIGHTS
+    is_usual = entry.name in FOLDER_WEIGHTS
     belongs = any(is_unnumbered_of(entry.stem, template) for template in run.series.templates)
     if is_usual and not (belongs and not run.series.steps[0].is_folder):
         return Ruling(Outcome.SKIPPED, Reason.OWN_MODEL)
-    if belongs or conventions.ALIAS.search(entry.stem):
+    if belongs or ALIAS.search(entry.stem):
         return None
     return Ruling(Outcome.SKIPPED, Reason.NO_NUMBER)
-
-
-def _not_selected(entry: Entry, run: _Run) -> Ruling | None:
-    reason = unselected(entry.name, run.selection)
-    return Ruling(Outcome.SKIPPED, reason) if reason else None
-
-
-def _broken_link(entry: Entry, _run: _Run) -> Ruling | None:
-    if entry.kind in (Kind.ABSENT, Kind.OTHER):
-        return Ruling(Outcome.SKIPPED, Reason.BROKEN_LINK)
-    return None
-
-
-def _best(entry: Entry, _run: _Run) -> Ruling | None:
-    if conventions.ALWAYS_A_COPY.search(entry.stem):
-        return Ruling(Outcome.ALIAS, Reason.BEST)
-    return None
 
 
 def _same_file(entry: Entry, run: _Run) -> Ruling | None:
@@ -154,22 +136,17 @@ def _same_file(entry: Entry, run: _Run) -> Ruling | None:
     return None
 
 
-def _no_aliases(_entry: Entry, run: _Run) -> Ruling | None:
-    return None if run.selection.aliases else Ruling(Outcome.SKIPPED, Reason.NO_ALIASES)
-
-
-def _no_model(entry: Entry, _run: _Run) -> Ruling | None:
-    return None if entry.model else Ruling(Outcome.SKIPPED, Reason.NO_MODEL)
-
-
 _RULES: Rules[Entry, _Run] = (
     ("unrelated-name", _unrelated),
-    ("not-selected", _not_selected),
-    ("broken-link", _broken_link),
-    ("best", _best),
+    ("not-selected", lambda entry, run: unselected(entry.name, run.selection)),
+    ("broken-link", lambda e, _: when(e.is_strange, Outcome.SKIPPED, Reason.BROKEN_LINK)),
+    ("best", lambda e, _: when(ALWAYS_A_COPY.search(e.stem), Outcome.ALIAS, Reason.BEST)),
     ("same-file", _same_file),
-    ("no-aliases", _no_aliases),
-    ("no-model", _no_model),
+    (
+        "no-aliases",
+        lambda _, run: when(not run.selection.aliases, Outcome.SKIPPED, Reason.NO_ALIASES),
+    ),
+    ("no-model", lambda e, _: when(e.model is None, Outcome.SKIPPED, Reason.NO_MODEL)),
 )
 
 

@@ -6,11 +6,11 @@ from functools import cached_property
 from pathlib import Path
 
 from ckpt_ema.containers.source import Source
-from ckpt_ema.containers.specs import ModelFiles
+from ckpt_ema.containers.specs import ModelFiles, is_safetensors
 from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.find.model_files import Unsupported, locate
 from ckpt_ema.find.names import numbers_in, slots_in, stem_of, template_of
-from ckpt_ema.find.recorded import recorded_beside, recorded_in_header, recorded_inside
+from ckpt_ema.find.recorded import recorded_beside, recorded_inside
 from ckpt_ema.find.verdict import Judged, Verdict
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
@@ -38,6 +38,11 @@ class Entry:
     def is_folder(self) -> bool:
         """Whether it is a folder, or a link to one."""
         return self.kind is Kind.FOLDER
+
+    @property
+    def is_strange(self) -> bool:
+        """Whether it is a broken link, a FIFO, a socket or a device."""
+        return self.kind in (Kind.ABSENT, Kind.OTHER)
 
     @property
     def is_revision(self) -> bool:
@@ -89,9 +94,9 @@ class Entry:
     def recorded(self) -> Mapping[str, int]:
         """The "step", "epoch" or "time" that it records outside of torch files."""
         beside = recorded_beside(self.path, self.source).numbers
-        if beside or self.model is None:
+        if beside or self.model is None or not is_safetensors(self.path.name):
             return beside
-        return recorded_in_header(self.path, self.model, self.source)
+        return recorded_inside(self.path, self.model, self.source)
 
     @cached_property
     def recorded_anywhere(self) -> Mapping[str, int]:

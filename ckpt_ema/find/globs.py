@@ -5,17 +5,17 @@ from fnmatch import fnmatchcase
 
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.names import stem_of
-from ckpt_ema.find.verdict import Reason
+from ckpt_ema.find.verdict import Outcome, Reason, Ruling
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
 
 
-def unselected(name: str, selection: Selection) -> Reason | None:
-    """Return why the globs leave a name out, with or without extension; None if they do not."""
+def unselected(name: str, selection: Selection) -> Ruling | None:
+    """Return that the globs leave a name out; None if they do not."""
     if any(matches(name, glob) for glob in selection.exclude):
-        return Reason.EXCLUDED
+        return Ruling(Outcome.SKIPPED, Reason.EXCLUDED)
     if selection.include and not any(matches(name, glob) for glob in selection.include):
-        return Reason.NOT_INCLUDED
+        return Ruling(Outcome.SKIPPED, Reason.NOT_INCLUDED)
     return None
 
 

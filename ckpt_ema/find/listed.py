@@ -35,25 +35,23 @@ def listed(given: Sequence[Path], selection: Selection, source: Source) -> Found
     entries = [Entry(path, source, name) for path, name in zip(paths, _names(paths), strict=True)]
     for entry in entries:
         _check_model(entry)
-    reasons = [unselected(entry.name, selection) for entry in entries]
-    selected = [entry for entry, reason in zip(entries, reasons, strict=True) if reason is None]
+    verdicts = {entry: _verdict(entry, selection) for entry in entries}
+    selected = [entry for entry, one in verdicts.items() if one.outcome is Outcome.STEP]
     names = [entry.name for entry in entries]
     warnings = unmatched(names, selection)
     if not selected:
         raise none_selected(names)
     _check_different(selected, source)
     checkpoints = _in_order(selected)
-    judged = tuple(
-        entry.judged(
-            Verdict(Outcome.SKIPPED, reason, "not-selected")
-            if reason
-            else Verdict(Outcome.STEP, Reason.GIVEN, "listed")
-        )
-        for entry, reason in zip(entries, reasons, strict=True)
-    )
+    judged = tuple(entry.judged(one) for entry, one in verdicts.items())
     return Found(
         common_root(checkpoints), checkpoints, judged, (*warnings, *_text_order(checkpoints))
     )
+
+
+def _verdict(entry: Entry, selection: Selection) -> Verdict:
+    ruling = unselected(entry.name, selection)
+    return ruling.by("not-selected") if ruling else Verdict(Outcome.STEP, Reason.GIVEN, "listed")
 
 
 def _in_order(entries: Sequence[Entry]) -> tuple[Checkpoint, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ckpt_ema.containers.source import Source
-from ckpt_ema.containers.specs import ModelFiles, is_safetensors
+from ckpt_ema.containers.specs import ModelFiles
 from ckpt_ema.errors import IncompleteError
 from ckpt_ema.find.names import stem_of
 from ckpt_ema.trainers.conventions import RECORDS
@@ -42,15 +42,8 @@ def recorded_beside(path: Path, source: Source) -> Recorded:
     return Recorded({})
 
 
-def recorded_in_header(path: Path, model: ModelFiles, source: Source) -> Mapping[str, int]:
-    """Return what the header of a safetensors file records; an incomplete file records nothing."""
-    if not is_safetensors(path.name) or source.storage.is_folder(path):
-        return {}
-    return recorded_inside(path, model, source)
-
-
 def recorded_inside(path: Path, model: ModelFiles, source: Source) -> Mapping[str, int]:
-    """Return what a checkpoint that is one file records inside, torch files included."""
+    """Return what a checkpoint that is one file records inside; nothing if it is incomplete."""
     if source.storage.is_folder(path):
         return {}
     try:

@@ -13,7 +13,7 @@ from ckpt_ema.errors import RefusedError
 from ckpt_ema.find.entries import Entry, names_in
 from ckpt_ema.find.globs import unselected
 from ckpt_ema.find.names import stem_of
-from ckpt_ema.find.verdict import Outcome, Reason, Rule, Rules, Ruling
+from ckpt_ema.find.verdict import Outcome, Reason, Rule, Rules, Ruling, when
 from ckpt_ema.options import Selection
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
@@ -35,10 +35,6 @@ def is_unnumbered(entry: Entry, selection: Selection) -> bool:
     return not (entry.numbers or entry.slots)
 
 
-def _appended(entry: Entry, folder: Folder) -> Ruling | None:
-    return _step(Reason.APPENDED) if entry.name in folder.appended else None
-
-
 def _weights_elsewhere(entry: Entry, folder: Folder) -> Ruling | None:
     twin = f"{stem_of(entry.name)}.safetensors"
     if entry.has_weights_extension and twin != entry.name and twin in folder.names:
@@ -52,37 +48,20 @@ def _no_weights_by_name(entry: Entry, _folder: Folder) -> Ruling | None:
 
 
 def _not_selected(entry: Entry, folder: Folder) -> Ruling | None:
-    reason = None if _is_usual(entry) else unselected(entry.name, folder.selection)
-    if reason is None:
-        return None
+    ruling = None if _is_usual(entry) else unselected(entry.name, folder.selection)
     is_told = entry.slots or not entry.is_folder or entry.is_revision
-    return _skipped(reason) if is_told else _other(reason)
-
-
-def _revision_without_step(entry: Entry, _folder: Folder) -> Ruling | None:
-    if entry.is_revision and not entry.numbers:
-        return _skipped(Reason.NO_NUMBER, "no step in the name of the revision")
-    return None
+    return ruling if ruling is None or is_told else _other(ruling.reason)
 
 
 def _not_matched(entry: Entry, folder: Folder) -> Ruling | None:
     pattern = folder.selection.pattern
-    if pattern and entry.slots and not re.search(pattern, entry.name):
-        return _skipped(Reason.NOT_MATCHED)
-    return None
-
-
-def _not_regular(entry: Entry, _folder: Folder) -> Ruling | None:
-    is_strange = entry.kind in (Kind.ABSENT, Kind.OTHER)
-    if is_strange and (entry.numbers or entry.has_weights_extension):
-        return _skipped(Reason.NOT_REGULAR)
-    return None
+    is_left_out = pattern and entry.slots and not re.search(pattern, entry.name)
+    return when(is_left_out, Outcome.SKIPPED, Reason.NOT_MATCHED)
 
 
 def _part_of_something(entry: Entry, _folder: Folder) -> Ruling | None:
-    is_part = conventions.NO_CHECKPOINTS.search(entry.name) or conventions.COMPONENT.search(
-        entry.name
-    )
+    patterns = (conventions.NO_CHECKPOINTS, conventions.COMPONENT)
+    is_part = any(pattern.search(entry.name) for pattern in patterns)
     return _other() if entry.is_folder and not entry.numbers and is_part else None
 
 
@@ -113,10 +92,16 @@ def _by_name(reason: Reason, pattern: Pattern[str]) -> Rule[Entry, Folder]:
     return rule
 
 
+def _not_regular(entry: Entry, _folder: Folder) -> Ruling | None:
+    may_be_weights = entry.numbers or entry.has_weights_extension
+    return when(entry.is_strange and may_be_weights, Outcome.SKIPPED, Reason.NOT_REGULAR)
+
+
 def _not_listable(entry: Entry, _folder: Folder) -> Ruling | None:
-    if entry.is_folder and not entry.numbers and not entry.source.storage.can_list(entry.path):
-        return _skipped(Reason.NOT_LISTABLE)
-    return None
+    is_strange = (
+        entry.is_folder and not entry.numbers and not entry.source.storage.can_list(entry.path)
+    )
+    return when(is_strange, Outcome.SKIPPED, Reason.NOT_LISTABLE)
 
 
 def _no_model(entry: Entry, folder: Folder) -> Ruling | None:
@@ -133,11 +118,14 @@ def _no_model(entry: Entry, folder: Folder) -> Ruling | None:
 
 
 RULES: Rules[Entry, Folder] = (
-    ("appended", _appended),
+    ("appended", lambda e, f: when(e.name in f.appended, Outcome.STEP, Reason.APPENDED)),
     ("weights-elsewhere", _weights_elsewhere),
     ("no-weights-by-name", _no_weights_by_name),
     ("not-selected", _not_selected),
-    ("revision-without-step", _revision_without_step),
+    (
+        "revision-without-step",
+        lambda e, _: when(e.is_revision and not e.numbers, Outcome.SKIPPED, Reason.NO_NUMBER),
+    ),
     ("not-matched", _not_matched),
     ("not-regular", _not_regular),
     ("part-of-something", _part_of_something),
@@ -167,10 +155,6 @@ def _not_a_step(entry: Entry, reason: Reason) -> Ruling:
     """Return that an entry is no step, to be told if it might have been expected to be one."""
     is_told = entry.numbers or not entry.is_folder or entry.model
     return _skipped(reason) if is_told else _other(reason)
-
-
-def _step(reason: Reason) -> Ruling:
-    return Ruling(Outcome.STEP, reason)
 
 
 def _skipped(reason: Reason, detail: str = "") -> Ruling:

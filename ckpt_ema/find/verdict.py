@@ -105,6 +105,11 @@ class Ruling(NamedTuple):
         return Verdict(self.outcome, self.reason, rule, self.detail)
 
 
+def when(condition: object, outcome: Outcome, reason: Reason, detail: str = "") -> Ruling | None:
+    """Return a ruling if the condition holds."""
+    return Ruling(outcome, reason, detail) if condition else None
+
+
 Subject = TypeVar("Subject")
 Context = TypeVar("Context")
 Rule = Callable[[Subject, Context], Ruling | None]
