@@ -1,6 +1,8 @@
 """Folders that are no runs, and runs with strange things in them."""
 
+import importlib
 import os
+import pkgutil
 import resource
 import shutil
 import socket
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import ckpt_ema
 from tests.conftest import write_safetensors, write_shards
 from tests.corpus.case import Case, fifo, links_to, nothing, rewrite, several
 from tests.makers.users import be_nobody, let_others_in
@@ -26,6 +29,14 @@ def logs_only(run: Path) -> None:
     (run / "logs").mkdir()
     (run / "logs/events.out.tfevents.17").write_bytes(b"\0\1")
     (run / "trainer_state.json").write_text("{}")
+
+
+def nobody() -> None:
+    """Be a user who may not read the code, if it lies in a folder that others may not enter."""
+    for module in pkgutil.walk_packages(ckpt_ema.__path__, "ckpt_ema."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    be_nobody()
 
 
 def locked(name: str, run: Path) -> None:
@@ -97,7 +108,7 @@ CASES = [
             f"{name} may not be read",
             partial(locked, name),
             f"/run/{name}( cannot be opened)?: Permission denied",
-            before=be_nobody,
+            before=nobody,
             names=f"run/{name}",
         )
         for name in ("checkpoint-2", "checkpoint-2/model.safetensors")
@@ -108,7 +119,7 @@ CASES = [
             f"{name} may not be entered",
             partial(locked, ""),
             f"cannot access .*/{given}: Permission denied",
-            before=be_nobody,
+            before=nobody,
             names=given,
             run=path,
         )
