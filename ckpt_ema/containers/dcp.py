@@ -35,7 +35,7 @@ from ckpt_ema.containers.torch_file import Region, read_tensor
 from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
 from ckpt_ema.notices import Notice
 from ckpt_ema.storage.protocol import Kind, OpenFile, Storage
-from ckpt_ema.trainers.conventions import DCP_METADATA
+from ckpt_ema.trainers.conventions import DCP_METADATA, STATE_PREFIXES
 
 _MAX_METADATA_BYTES = 1 << 30
 # Modules of which a .metadata may name classes; they become `_Record`s, which do nothing.
@@ -53,8 +53,6 @@ _TORCH_NAMES = re.compile(r"^(complex|u?int|float|bits|q|sparse_|strided|jagged|
 # Early releases of Python 3.11 pickle the members of an enumeration as a call of it.
 _GETATTR = (("builtins", "getattr"), ("__builtin__", "getattr"))
 _MOST_COMPARISONS = 200_000
-# Top-level names of what trainers save beside a model that is not in a dict of its own.
-_BESIDE_MODEL = ("optimizer.", "optim.", "lr_scheduler.", "train_state.", "dataloader.", "rng.")
 
 
 class _Record(Inert):
@@ -206,7 +204,7 @@ def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Saved]:
         steps = paths.get(fqn) if isinstance(paths, dict) else None
         if not _is_path(steps):
             steps = (fqn,)
-        if len(steps) == 1 and fqn.startswith(_BESIDE_MODEL):
+        if len(steps) == 1 and fqn.startswith(STATE_PREFIXES):
             continue
         branch: Any = tree
         for step in steps[:-1]:

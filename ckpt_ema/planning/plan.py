@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import Code, OptionError, RefusedError
-from ckpt_ema.find.complete import check_whole, problems, without_unfinished
+from ckpt_ema.find.checkpoint import Checkpoint
+from ckpt_ema.find.complete import check_complete
 from ckpt_ema.find.found import Found
-from ckpt_ema.find.globs import UNWANTED
-from ckpt_ema.find.order import Checkpoint
 from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
-from ckpt_ema.find.verdict import Judged, Outcome, Reason, Verdict
+from ckpt_ema.find.verdict import UNSELECTED, Judged
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import (
     Engine,
@@ -202,34 +201,19 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
         work=work,
         threads=sizes.threads,
         tile_elements=sizes.tile_elements,
-        judged=_judged(found),
-        notes=_noticed(
+        judged=found.judged,
+        notes=(
             *chosen.notes,
             *weight_notes(averages),
             *run_notes(compared.specs, _found_in_all(found), rulings, others),
         ),
-        warnings=_noticed(
+        warnings=(
             *chosen.warnings,
             *weight_warnings(averages, names),
             *run_warnings(compared.specs),
             *compared.warnings,
         ),
     )
-
-
-def _judged(found: Found) -> tuple[Judged, ...]:
-    # Until discovery gives verdicts.
-    step = Verdict(Outcome.STEP, Reason.NUMBERED, "discovery")
-    others = [
-        Judged(path, path.name, Verdict(Outcome.SKIPPED, Reason.NO_CHECKPOINT, "discovery", why))
-        for path, why in found.left_out
-    ]
-    return (*(Judged(c.path, c.name, step) for c in found.checkpoints), *others)
-
-
-def _noticed(*notices: Any) -> tuple[Notice, ...]:
-    # Until discovery and formats give notices too.
-    return tuple(Notice(Code.DECIDED, n) if isinstance(n, str) else n for n in notices)
 
 
 def _paths(run: PathLike | Sequence[PathLike]) -> list[Path]:
@@ -253,14 +237,12 @@ def _choose(
     paths: Sequence[Path], selection: Selection, weighting: Weighting, source: Source
 ) -> _Chosen:
     """Find the checkpoints, select among them, weigh them, and check that they are complete."""
-    discovered = discover(paths, selection, source)
-    problem_of = problems(discovered.checkpoints, source)
-    found = without_unfinished(discovered, selection, problem_of)
+    found = discover(paths, selection, source)
     selected = select(found, selection, source)
     averages = weigh(selected.subsets, weighting)
     taken = {checkpoint for average in averages for checkpoint in average.checkpoints}
     checkpoints = [checkpoint for checkpoint in found.checkpoints if checkpoint in taken]
-    check_whole(checkpoints, problem_of)
+    check_complete(checkpoints, found)
     warnings = (*found.warnings, *selected.warnings)
     return _Chosen(found, checkpoints, averages, selected.notes, warnings)
 
@@ -285,4 +267,4 @@ def _check_names(averages: Sequence[Weighted], compared: Compared) -> None:
 
 def _found_in_all(found: Found) -> int:
     """Count the checkpoints of the run, with those that globs leave out."""
-    return len(found.checkpoints) + sum(why in UNWANTED for _, why in found.left_out)
+    return len(found.checkpoints) + sum(one.verdict.reason in UNSELECTED for one in found.left_out)
