@@ -238,7 +238,7 @@ def test_a_state_that_is_there_twice_is_seen_between_the_neighbours_of_each(
     ckpt_ema.average(run, device="cpu")
     for options in ({"steps": "1,3"}, {"weights": {"1": 0.5, "3": 0.5}, "decay": 0.2}):
         with pytest.raises(
-            RefusedError, match="checkpoint-1 and checkpoint-3 hold the same weights"
+            RefusedError, match="checkpoint-1 and checkpoint-3 hold the same model weights"
         ):
             ckpt_ema.average(run, device="cpu", output=run.parent / "other", **options)
 

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 import tracemalloc
-import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from itertools import product
@@ -35,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 
 import ckpt_ema
 from ckpt_ema.containers import dcp
+from ckpt_ema.containers.gather import gather
 from ckpt_ema.containers.read import read_specs
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
@@ -46,23 +46,13 @@ from ckpt_ema.containers.specs import (
     spanned,
 )
 from ckpt_ema.errors import CkptEmaError, IncompleteError, RefusedError
-from ckpt_ema.fold.gather import gather
 from ckpt_ema.storage.local import Local
 from tests.command import processes
-from tests.conftest import MakeRun, raw, read_safetensors
-from tests.test_torch_file import DTYPES, filled, hostile_pickles, number, pushed, tensor_pickle
-
-Change = Callable[[Metadata], object]
-
-
-def save(folder: Path, content: Mapping[str, Any]) -> Path:
-    """Save with torch, from this one process."""
-    from torch.distributed.checkpoint import state_dict_saver
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one process is what is wanted
-        state_dict_saver.save(dict(content), checkpoint_id=folder, no_dist=True)
-    return folder
+from tests.conftest import MakeRun
+from tests.makers.dcp_folders import Change, chunked, edit, metadata_of, place, save, splice, w
+from tests.makers.safetensors_files import read_safetensors
+from tests.makers.tensors import DTYPES, filled, raw
+from tests.makers.torch_files import hostile_pickles, number, pushed, tensor_pickle
 
 
 def read(folder: Path, key: str | None = None) -> Specs:
@@ -70,29 +60,8 @@ def read(folder: Path, key: str | None = None) -> Specs:
     return read_specs(ModelFiles(folder, (Member(".metadata"),)), Local(), key)
 
 
-def metadata_of(folder: Path) -> Metadata:
-    """The metadata as torch reads it; of our own checkpoints only."""
-    content = pickle.loads((folder / ".metadata").read_bytes())
-    assert isinstance(content, Metadata)
-    return content
-
-
-def edit(folder: Path, change: Change, protocol: int = 2) -> None:
-    """Change the metadata and write it back."""
-    metadata = metadata_of(folder)
-    change(metadata)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata, protocol))
-
-
 def unchanged(_metadata: Metadata) -> None:
     """Leave it as it is, and only pickle it anew."""
-
-
-def splice(folder: Path, old: bytes, new: bytes) -> None:
-    """Put other bytes in place of some of the metadata, which protocol 2 has no frames around."""
-    content = (folder / ".metadata").read_bytes()
-    assert old in content
-    (folder / ".metadata").write_bytes(content.replace(old, new))
 
 
 def boxes(spec: TensorSpec) -> tuple[Piece, ...]:
@@ -577,27 +546,6 @@ def good(tmp_path: Path) -> Path:
     """A good checkpoint of a model with the tensors w and v, to be broken."""
     state = {"w": TWO_BY_THREE, "v": filled(torch.bfloat16, 5)}
     return save(tmp_path / "good", {"model": state, "optimizer": {"w": torch.ones(3)}, "n": 3})
-
-
-def w(metadata: Metadata) -> TensorStorageMetadata:
-    """The entry of w."""
-    entry = metadata.state_dict_metadata["model.w"]
-    assert isinstance(entry, TensorStorageMetadata)
-    return entry
-
-
-def place(metadata: Metadata) -> Any:
-    """Where w was saved."""
-    return metadata.storage_data[MetadataIndex("model.w", [0, 0])]
-
-
-def chunked(metadata: Metadata, shape: tuple[int, ...], *chunks: Any) -> None:
-    """Announce w with this shape and these chunks, all of them where the real one is."""
-    entry, info = w(metadata), place(metadata)
-    entry.size = torch.Size(shape)
-    entry.chunks = [ChunkStorageMetadata(torch.Size(a), torch.Size(n)) for a, n in chunks]
-    for chunk in entry.chunks:
-        metadata.storage_data[MetadataIndex("model.w", chunk.offsets)] = info
 
 
 class TestDamage:

@@ -33,7 +33,7 @@ def test_exactly_the_pairs_that_are_alike_are_found(
 def test_a_mislabelled_copy_is_refused_and_leaves_nothing(make_run: MakeRun) -> None:
     tensors = noise(3, 1000)
     run = make_run(series(3, w=[tensors[0], tensors[1], tensors[1]], frozen=torch.ones(5)))
-    message = "checkpoint-2 and checkpoint-3 hold the same weights.*--allow-duplicates"
+    message = "checkpoint-2 and checkpoint-3 hold the same model weights.*--allow-duplicates"
     with pytest.raises(RefusedError, match=message):
         ckpt_ema.average(run, device="cpu", tile_size=256, threads=3)
     assert not Path(f"{run}-ema").exists()

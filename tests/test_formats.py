@@ -13,7 +13,8 @@ from ckpt_ema.containers import read
 from ckpt_ema.containers.specs import DTYPE_BITS, Member, ModelFiles, Specs
 from ckpt_ema.errors import RefusedError
 from ckpt_ema.storage.local import Local
-from tests.conftest import NAMES, raw, write_safetensors
+from tests.makers.safetensors_files import write_safetensors
+from tests.makers.tensors import DTYPES, raw
 
 STATE = {
     "embedding.weight": torch.arange(12, dtype=torch.float32).reshape(4, 3),
@@ -92,7 +93,7 @@ class TestEveryFormat:
     def test_names_dtypes_and_shapes(self, make: Callable[[Path], Path], tmp_path: Path) -> None:
         specs = self.read(make, tmp_path)
         assert {name: (t.dtype, t.shape) for name, t in specs.tensors.items()} == {
-            name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in STATE.items()
+            name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in STATE.items()
         }
 
     def test_the_bytes_are_where_it_says(
@@ -296,4 +297,4 @@ class TestIndex:
 
     def test_a_name_has_its_bits(self) -> None:
         """Every dtype that a test uses is one that a file can hold."""
-        assert set(NAMES.values()) <= set(DTYPE_BITS)
+        assert set(DTYPES.values()) <= set(DTYPE_BITS)

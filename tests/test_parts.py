@@ -16,7 +16,7 @@ import ckpt_ema
 from ckpt_ema.cli import app
 from ckpt_ema.errors import FailedError, OptionError, RefusedError
 from ckpt_ema.output import workspace
-from ckpt_ema.output.workspace import WorkFolder
+from ckpt_ema.output.workspace import Workspace
 from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, series
 
@@ -134,7 +134,7 @@ def test_a_part_that_is_being_made_is_waited_for(run: Path, tmp_path: Path) -> N
     make_parts(run, tmp_path / "out", ["1/1"])
     [folder] = tmp_path.glob(".out*")
     key = folder.name.rpartition("-")[2]
-    with WorkFolder(tmp_path / "out", key, is_shared=True) as work:
+    with Workspace(tmp_path / "out", key, is_shared=True) as work:
         work.kept = True
         with pytest.raises(RefusedError, match="Another process is at work"):
             ckpt_ema.finish(tmp_path / "out")
@@ -150,7 +150,9 @@ def test_two_steps_with_one_state_are_seen_across_parts(make_run: MakeRun, tmp_p
     assert ckpt_ema.finish(tmp_path / "out").output.is_dir()
     copied = make_run(series(3, a=torch.ones(200), b=[moving[0], moving[0], moving[1]]))
     make_parts(copied, tmp_path / "other", ["1/2", "2/2"])
-    with pytest.raises(RefusedError, match="checkpoint-1 and checkpoint-2 hold the same weights"):
+    with pytest.raises(
+        RefusedError, match="checkpoint-1 and checkpoint-2 hold the same model weights"
+    ):
         ckpt_ema.finish(tmp_path / "other")
     make_parts(copied, tmp_path / "wanted", ["1/2", "2/2"], allow_duplicates=True)
     assert ckpt_ema.finish(tmp_path / "wanted").output.is_dir()
@@ -255,7 +257,7 @@ def test_an_output_that_was_exchanged_for_the_new_one_never_comes_back(
 def test_parts_that_start_together_after_a_published_run(run: Path, tmp_path: Path) -> None:
     """Each finds records of an output that is gone, and drops them."""
     for _ in range(30):
-        folder = WorkFolder(tmp_path / "out", "key", is_shared=True)
+        folder = Workspace(tmp_path / "out", "key", is_shared=True)
         folder.path.mkdir(exist_ok=True)
         for number in range(50):
             (folder.path / f"part-{number}-of-50.json").write_text("{}")
@@ -265,7 +267,7 @@ def test_parts_that_start_together_after_a_published_run(run: Path, tmp_path: Pa
 
 
 def _claim(output: Path) -> None:
-    with WorkFolder(output, "key", is_shared=True) as folder:
+    with Workspace(output, "key", is_shared=True) as folder:
         folder.kept = True
 
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckpt_ema.containers.gather import boxes, gather
 from ckpt_ema.containers.specs import MOST_READ_PER_WANTED, Piece, TensorSpec, packed_strides
-from ckpt_ema.fold.gather import boxes, gather
 
 shapes = st.lists(st.integers(1, 6), max_size=4).map(tuple)
 

@@ -222,10 +222,10 @@ def test_a_killed_process_is_taken_up_by_the_next(
 
 def test_two_processes_do_not_take_up_one_work(run: Path, tmp_path: Path) -> None:
     plan = ckpt_ema.plan(run, output=tmp_path / "out", device="cpu", tile_size=256)
-    from ckpt_ema.output.workspace import WorkFolder
+    from ckpt_ema.output.workspace import Workspace
 
     with (
-        WorkFolder(plan.output, plan.key),
+        Workspace(plan.output, plan.work_id),
         pytest.raises(RefusedError, match="Another process is at work on"),
     ):
         ckpt_ema.average(run, output=tmp_path / "out", **OPTIONS)
@@ -254,7 +254,7 @@ def test_a_journal_has_all_its_lines_and_passes_over_what_is_none(
     run: Path, tmp_path: Path, junk: bytes
 ) -> None:
     twins, zeroed = Twins([(0, 1)]), Zeroed(ckpt_ema.plan(run), [Turn(1, 7, 9, "w")])
-    with workspace.WorkFolder(tmp_path / "out", "key") as folder:
+    with workspace.Workspace(tmp_path / "out", "key") as folder:
         folder.output.mkdir()
         log = ledger.Journal(folder, lambda: None)
         for tiles in (range(3), [7], range(20, 22)):

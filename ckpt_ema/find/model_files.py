@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Member, ModelFiles
-from ckpt_ema.errors import RefusedError, printable, some
+from ckpt_ema.errors import Code, RefusedError, printable, some
+from ckpt_ema.notices import Notice
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 
@@ -173,12 +174,9 @@ def _pipeline(path: Path, source: Source, component: str | None = None) -> Model
     averaged = [
         name for name in names if name.removesuffix("_ema") in chosen and name not in chosen
     ]
-    notes = (
-        [f"{some(averaged)} holds weights that are averaged already; the raw ones are taken"]
-        if averaged
-        else []
-    )
-    return ModelFiles(path, tuple(parts), tuple(notes)) if parts else None
+    message = f"{some(averaged)} holds an average; the raw model weights are taken."
+    notes = (Notice(Code.DECIDED, message),) if averaged else ()
+    return ModelFiles(path, tuple(parts), notes) if parts else None
 
 
 def _in_model_folder(path: Path, source: Source) -> ModelFiles | None:

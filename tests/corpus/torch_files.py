@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from tests.corpus.case import MIDDLE, Case, Make, cut, holds
-from tests.test_torch_file import (
+from tests.makers.tensors import quantised
+from tests.makers.torch_files import (
     LEGACY_HEAD,
     archive,
     bare,
     hostile_pickles,
     legacy,
     number,
-    quantised,
     tensor_pickle,
 )
 
@@ -178,12 +178,12 @@ CASES = [
     Torch(
         "an opcode that claims a terabyte",
         pickled(b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40)),
-        "it claims more than the file has",
+        "it declares more than the file has",
     ),
     Torch(
         "a legacy file that is cut",
         cut(-9, FILE),
-        "is cut short: storage .* is not whole",
+        "is cut short: storage .* is incomplete",
         form="legacy",
     ),
     Torch("a zip that is cut", cut(-9, FILE), "its zip directory cannot be read"),
@@ -208,7 +208,7 @@ CASES = [
     Torch(
         "plain values beside tensors",
         all_saved(lambda step: {"w": torch.ones(2) * step, "version": 3, "extra": b"\0"}),
-        "left out of the model, being no tensors: version, extra",
+        "Not tensors, so not in the average: version, extra",
         0,
     ),
     Torch("tied, strided and sliced tensors", all_saved(tied), "", 0),
