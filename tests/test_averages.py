@@ -256,7 +256,6 @@ def test_averages_whose_tensors_would_have_other_names_are_made_one_at_a_time(
     state = {"_orig_mod.w": noise(1, 5)[0]}
     write_safetensors(run / "checkpoint-3/model.safetensors", state)
     with pytest.raises(RefusedError) as caught:
-    with pytest.raises(RefusedError):
         ckpt_ema.plan(run, **options)
     assert caught.value.code is Code.DIFFERENT_NAMES
     assert len(ckpt_ema.plan(run, strip_prefix="_orig_mod.", **options).averages) == 2
