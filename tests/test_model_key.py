@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from ckpt_ema.containers.model_key import MODEL_KEYS, Model, find_model, recorded
+from ckpt_ema.containers.model_key import Model, find_model, recorded
 from ckpt_ema.errors import Code, RefusedError
+from ckpt_ema.trainers.conventions import MODEL_KEYS
 
 
 class Tensor:

@@ -19,10 +19,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckpt_ema.containers import model_key, pickles, torch_file
+from ckpt_ema.containers import pickles, torch_file
 from ckpt_ema.containers.specs import DTYPE_BITS, Specs, TensorSpec, spanned
 from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.storage.local import Local
+from ckpt_ema.trainers.conventions import MODEL_KEYS
 from tests.makers.limits import cheap
 from tests.makers.tensors import DTYPES, filled, quantised, raw
 from tests.makers.torch_files import (
@@ -131,7 +132,7 @@ class TestWhatTorchReads:
         assert hasattr(state, "_metadata")
         assert check(save(tmp_path / "a.bin", state, form), dict(state)).notes == ()
 
-    @pytest.mark.parametrize("key", model_key.MODEL_KEYS)
+    @pytest.mark.parametrize("key", MODEL_KEYS)
     def test_the_model_beside_the_optimizer(self, tmp_path: Path, form: str, key: str) -> None:
         module = torch.nn.Linear(3, 2)
         optimizer = torch.optim.AdamW(module.parameters())
