@@ -32,7 +32,8 @@ from ckpt_ema.ranks import Ranks, Waiting, joined
 from ckpt_ema.report.card import card
 from ckpt_ema.report.figure import Picture
 from ckpt_ema.report.figure import plot as draw
-from ckpt_ema.targets.safetensors_folder import OutputFile, is_single_file
+from ckpt_ema.targets.safetensors import target_for
+from ckpt_ema.targets.target import OutputFile
 from ckpt_ema.trainers.conventions import CARD_NAME, MANIFEST_NAME
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def _run(
     decided = plan(run, **options)
     done = up_to_date(decided, overwrite=how.overwrite)
     if ranks:
-        ranks.agree("plan", f"{decided.key} {'to do' if done is None else 'is done'}")
+        ranks.agree("plan", f"{decided.work_id} {'to do' if done is None else 'is done'}")
         if ranks.rank:
             how = replace(how, plot=None, started=None)
     picture = draw(decided, how.plot) if how.plot is not None else None
@@ -185,7 +186,7 @@ def execute(
     kind: str = PART,
 ) -> Result:
     """Do what `plan` says and publish it; or do a share of it, recorded as one of a `kind`."""
-    key = plan.key if how.resume or share else ""
+    key = plan.work_id if how.resume or share else ""
     outline = _outline(plan, how.command)
     with _opened(plan.output, key, how.overwrite, is_shared=bool(share)) as (workspace, staged):
         workspace.kept = how.resume or bool(share)
@@ -220,7 +221,7 @@ def _execute_together(
         made = execute(plan, replace(how, progress=tick), device, picture, share, _RANK)
         ranks.wait("parts")
         if ranks.rank == 0:
-            published = _publish_recorded(plan.output, plan.key, _RANK, how.overwrite)
+            published = _publish_recorded(plan.output, plan.work_id, _RANK, how.overwrite)
             made = replace(published, plan=plan, seconds=made.seconds)
         ranks.wait("publication")
     except BaseException as error:
@@ -230,7 +231,7 @@ def _execute_together(
             ranks.fail(error)  # before the others lose their workspace
         finally:
             if not how.resume:
-                remove(Workspace(plan.output, plan.key).path)
+                remove(Workspace(plan.output, plan.work_id).path)
         raise
     return made
 
@@ -262,7 +263,7 @@ def finalize(
         folder: {**record, **manifest.describe_making(made)}
         for folder, record in outline.manifests.items()
     }
-    for folder, record in {} if is_single_file(final) else manifests.items():
+    for folder, record in {} if target_for(final).is_single_file else manifests.items():
         content = json.dumps(record, indent=2).encode() + b"\n"
         staged.add(os.path.join(folder, MANIFEST_NAME), content)
     staged.check_loads()
@@ -329,7 +330,7 @@ def _opened(
     with (
         Workspace(final, key, is_shared=is_shared) as workspace,
         StagedOutput(
-            workspace, is_single_file=is_single_file(final), overwrite=overwrite
+            workspace, is_single_file=target_for(final).is_single_file, overwrite=overwrite
         ) as staged,
     ):
         yield workspace, staged

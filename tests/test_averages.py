@@ -238,7 +238,7 @@ def test_a_state_that_is_there_twice_is_seen_between_the_neighbours_of_each(
             ckpt_ema.average(run, device="cpu", output=run.parent / "other", **options)
 
 
-def test_one_file_cannot_hold_several(make_run: MakeRun) -> None:
+def test_one_file_cannot_hold_several_and_none_is_made_twice(make_run: MakeRun) -> None:
     run = make_run(series(3, w=noise(3, 5)))
     with pytest.raises(OptionError):
         ckpt_ema.plan(run, decay="0.1,0.2", output=run.parent / "one.safetensors")
@@ -255,9 +255,10 @@ def test_averages_whose_tensors_would_have_other_names_are_made_one_at_a_time(
     run = make_run(series(3, w=noise(3, 5)))
     state = {"_orig_mod.w": noise(1, 5)[0]}
     write_safetensors(run / "checkpoint-3/model.safetensors", state)
-    options: dict[str, Any] = {"weights": {"1": 0.5, "2": 0.5}, "decay": 0.2}
+    with pytest.raises(RefusedError) as caught:
     with pytest.raises(RefusedError):
         ckpt_ema.plan(run, **options)
+    assert caught.value.code is Code.DIFFERENT_NAMES
     assert len(ckpt_ema.plan(run, strip_prefix="_orig_mod.", **options).averages) == 2
 
 

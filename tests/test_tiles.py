@@ -52,7 +52,12 @@ def test_the_tiles_are_all_bytes_of_the_plan(plan: Plan) -> None:
     assert read == plan.bytes_read == 3 * (41 * 7 * 4 + 2000 + 20) + 999 * 8
     written = sum(tile.span.bytes_written(tile.length) for tile in tiles(plan))
     assert written == 3 * (41 * 7 * 4 + 2000 + 20 + 999 * 8)
-    headers = sum(len(f.header) for c in plan.averages for f in c.output.files)
+    headers = sum(
+        len(chunk.content)
+        for average in plan.averages
+        for file in average.output.files
+        for chunk in file.chunks
+    )
     assert written + headers == plan.bytes_written
 
 

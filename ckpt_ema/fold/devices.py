@@ -9,7 +9,7 @@ from ckpt_ema.errors import Code, OptionError
 from ckpt_ema.fold.shadow import widest_float
 from ckpt_ema.fold.tile_fold import device_element_bytes
 from ckpt_ema.planning.plan import Plan
-from ckpt_ema.targets.safetensors_folder import Output
+from ckpt_ema.targets.target import Output
 
 CPU = torch.device("cpu")
 
@@ -70,7 +70,13 @@ def _marked(output: Output, mark: str) -> Output:
     old = output.fingerprint
     new = hashlib.sha256(f"{old} {mark}".encode()).hexdigest()[: len(old)]
     files = tuple(
-        replace(file, header=file.header.replace(old.encode(), new.encode()))
+        replace(
+            file,
+            chunks=tuple(
+                chunk._replace(content=chunk.content.replace(old.encode(), new.encode()))
+                for chunk in file.chunks
+            ),
+        )
         for file in output.files
     )
     return replace(output, files=files, fingerprint=new)

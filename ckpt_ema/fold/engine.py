@@ -196,7 +196,7 @@ class _Worker:
             span.kept_from, span.sources[0], tile.start, tile.length, self._staging
         )
         self._job.count_read(tile.length)
-        for target in span.targets:
+        for target in span.places:
             self._job.destination.write(target.file, data, target.offset + tile.start)
 
     def _fold_tile(self, tile: Tile, fold: TileFold) -> None:
@@ -239,7 +239,7 @@ class _Worker:
                     continue
                 self._show_nonfinite(view, numbers, torch.frombuffer(data, dtype=dtype))
             size_bytes = tile.length * dtype.itemsize
-            for target in tile.span.targets:
+            for target in tile.span.places:
                 if target.average in numbers:
                     row = numbers.index(target.average) * size_bytes
                     offset = target.offset + tile.start * dtype.itemsize

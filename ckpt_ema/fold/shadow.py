@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from ckpt_ema.errors import Code, OptionError, RefusedError, some
-from ckpt_ema.schedules.formulas import dynamic_decay
+from ckpt_ema.schedules.dynamic import dynamic_decay
 
 AVERAGED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -13,7 +13,7 @@ from ckpt_ema.errors import Code, OptionError
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.planning.sizing import KEPT_BYTES
 from ckpt_ema.planning.work import Span
-from ckpt_ema.targets.safetensors_folder import OutputTensor
+from ckpt_ema.targets.target import OutputTensor
 
 
 class Tile(NamedTuple):
@@ -94,7 +94,7 @@ def cut(tile: Tile, most: int) -> Iterator[Tile]:
 
 def tensor_at(plan: Plan, span: Span, average: int, element: int) -> OutputTensor:
     """Return the tensor of an average's output that an element of a span belongs to."""
-    target = next(target for target in span.targets if target.average == average)
+    target = next(target for target in span.places if target.average == average)
     position = target.offset + element * DTYPE_BITS[target.dtype] // 8
     files = [file for one in plan.averages for file in one.output.files]
     for tensor in files[target.file].tensors:

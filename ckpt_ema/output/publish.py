@@ -21,7 +21,7 @@ from ckpt_ema.output.workspace import (
     write_all,
 )
 from ckpt_ema.storage import Storage
-from ckpt_ema.targets.safetensors_folder import OutputFile
+from ckpt_ema.targets.target import OutputFile
 
 _MOST_OPEN_FILES = 16
 _COPIED_BYTES = 1 << 20  # at a time
@@ -68,7 +68,8 @@ class StagedOutput:
                         self._fds.append(fd)
                     else:
                         os.close(fd)
-            self.write(number, memoryview(file.header), 0)
+            for chunk in file.chunks:
+                self.write(number, memoryview(chunk.content), chunk.offset)
 
     def adopt(self, names: Sequence[str]) -> None:
         """Take over model files that others have written, by their names in the folder."""

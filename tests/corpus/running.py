@@ -130,7 +130,7 @@ CASES = [
     *(
         Running(
             number.name,
-            says=f"^{how}, nothing was written$",
+            says=f"^{how}; nothing was written$",
             during=partial(signalled, number),
             code=128 + number,
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.fold.monitors.protocol import Monitor, TileView, Watched
 from ckpt_ema.fold.tiles import tensor_at
-from ckpt_ema.targets.safetensors_folder import OutputTensor
+from ckpt_ema.targets.target import OutputTensor
 
 if TYPE_CHECKING:
     import torch

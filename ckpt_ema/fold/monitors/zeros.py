@@ -77,7 +77,7 @@ class Zeros(Monitor):
         The last of them is the last in the tile that was not zero in the checkpoint before.
         """
         tile = view.tile
-        target = tile.span.targets[0]
+        target = tile.span.places[0]
         last = tile.start + zeros[-1]
         tensor = tensor_at(view.plan, tile.span, target.average, last)
         bits = DTYPE_BITS[target.dtype]
