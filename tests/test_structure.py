@@ -47,7 +47,17 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 
 # The way that data goes: each imports from itself and from what stands before it.
 LAYERS = (
-    *("errors", "trainers", "storage", "schedules", "options", "containers", "find", "targets"),
+    *(
+        "errors",
+        "notices",
+        "trainers",
+        "storage",
+        "schedules",
+        "options",
+        "containers",
+        "find",
+        "targets",
+    ),
     *("planning", "fold", "output", "report", "run", "ranks", "parts", "cli", "__main__"),
 )
 

@@ -66,16 +66,16 @@ def refusal(paths: Path | Sequence[Path], **options: Any) -> str:
 
 def said(plan: Plan, pattern: str) -> list[str]:
     """The warnings and notes that match."""
-    return [line for line in (*plan.warnings, *plan.notes) if re.search(pattern, line)]
+    return [str(one) for one in (*plan.warnings, *plan.notes) if re.search(pattern, str(one))]
 
 
 def warned(plan: Plan, pattern: str) -> list[str]:
     """The warnings that match."""
-    return [line for line in plan.warnings if re.search(pattern, line)]
+    return [str(one) for one in plan.warnings if re.search(pattern, str(one))]
 
 
 def left_out(plan: Plan) -> dict[str, str]:
-    return {Path(path).name: reason for path, reason in plan.left_out}
+    return {entry.name: str(entry.verdict) for entry in plan.left_out}
 
 
 def offered(message: str) -> list[str]:

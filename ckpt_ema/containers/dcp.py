@@ -27,6 +27,7 @@ from ckpt_ema.containers.specs import FileSpec, Piece, Specs, TensorSpec, packed
 from ckpt_ema.containers.torch_file import Region, read_tensor
 from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
 from ckpt_ema.storage.protocol import Kind, Storage
+from ckpt_ema.trainers.conventions import STATE_PREFIXES
 
 _MAX_METADATA_BYTES = 1 << 30
 # Modules whose classes may stand in a .metadata; they become `_Record`s, which hold and do nothing.
@@ -44,8 +45,6 @@ _TORCH_NAMES = re.compile(r"^(complex|u?int|float|bits|q|sparse_|strided|jagged|
 # By which early releases of Python 3.11 pickle the members of an enumeration.
 _GETATTR = (("builtins", "getattr"), ("__builtin__", "getattr"))
 _MOST_COMPARISONS = 200_000
-# Top-level names of what trainers save beside a model that is not in a dict of its own.
-_BESIDE_MODEL = ("optimizer.", "optim.", "lr_scheduler.", "train_state.", "dataloader.", "rng.")
 
 
 class _Record(Inert):
@@ -192,7 +191,7 @@ def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Saved]:
         steps = paths.get(fqn) if isinstance(paths, dict) else None
         if not _is_path(steps):
             steps = (fqn,)
-        if len(steps) == 1 and fqn.startswith(_BESIDE_MODEL):
+        if len(steps) == 1 and fqn.startswith(STATE_PREFIXES):
             continue
         branch: Any = tree
         for step in steps[:-1]:

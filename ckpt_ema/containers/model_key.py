@@ -10,46 +10,13 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from ckpt_ema.errors import RefusedError, printable, some
-
-# Where the model is, in the order in which it is looked for; dots lead into dicts.
-MODEL_KEYS = (
-    "state_dict",
-    "model_state_dict",
-    "state.model",
-    "app.model",
-    "model",
-    "module",
-    "net",
-    "network",
+from ckpt_ema.trainers.conventions import (
+    AVERAGED_KEYS,
+    EPOCH_KEYS,
+    MODEL_KEYS,
+    STATE_WORDS,
+    STEP_KEYS,
 )
-# Where averaged weights are.
-AVERAGED_KEYS = (
-    "state_dict_ema",
-    "ema_state_dict",
-    "model_ema",
-    "ema_model",
-    "model_avg",
-    "ema",
-    "state.ema",
-)
-# Keys whose dicts of tensors are no model.
-_STATE_WORDS = (
-    *("optim", "sched", "scaler", "rng", "sampler", "callback", "loop", "averaging_state"),
-    *("train_state", "dataloader"),
-)
-
-_STEP_KEYS = (
-    "global_step",
-    "iteration",
-    "batch_idx_train",
-    "num_updates",
-    "iter_num",
-    "meta.iter",
-    "step",
-    "steps",
-    "iter",
-)
-_EPOCH_KEYS = ("epoch", "meta.epoch", "cur_epoch")
 
 ALREADY_AVERAGED = (
     "are averaged already (their decay is unknown); averaging them again smooths twice"
@@ -101,7 +68,7 @@ def recorded(root: Any) -> dict[str, int]:
     found = {}
     history = _at(root, "optimizer_history")
     last = history[-1] if isinstance(history, list) and history else None
-    for unit, keys in (("step", _STEP_KEYS), ("epoch", _EPOCH_KEYS)):
+    for unit, keys in (("step", STEP_KEYS), ("epoch", EPOCH_KEYS)):
         values = [_at(root, key) for key in keys] + [_at(last, key) for key in keys]
         numbers = [value for value in values if type(value) is int and value >= 0]
         if numbers:
@@ -154,7 +121,7 @@ def _holds_tensors(value: Any, tensor: _Kind, depth: int = 4) -> bool:
 
 def _may_be(key: Any) -> bool:
     """Whether what is under a key may be a model and no state of the training."""
-    return isinstance(key, str) and not any(word in key.lower() for word in _STATE_WORDS)
+    return isinstance(key, str) and not any(word in key.lower() for word in STATE_WORDS)
 
 
 def _is_text(name: str) -> bool:

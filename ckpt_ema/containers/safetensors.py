@@ -7,7 +7,6 @@ is refused here as well, and so is what it tolerates against the format: one nam
 before the object, unknown fields.
 """
 
-import contextlib
 import hashlib
 import json
 import re
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 from ckpt_ema.containers.specs import DTYPE_BITS, FileSpec, Specs, TensorSpec, packed_bytes
 from ckpt_ema.errors import IncompleteError, RefusedError, printable
 from ckpt_ema.storage.protocol import OpenFile, Storage
+from ckpt_ema.trainers.conventions import METADATA_KEYS
 
 MAX_HEADER_BYTES = 100_000_000
 _LARGEST = 2**64 - 1  # sizes are 64-bit in the format
@@ -70,22 +70,26 @@ def _content(path: str, raw: bytes, size_bytes: int) -> _Content:
 
 
 def _recorded(metadata: Mapping[str, str]) -> dict[str, int]:
-    """What trainers write of a file's place in the run: kohya's ss_steps, ai-toolkit's step."""
-    if not {"ss_steps", "ss_epoch", "training_info"} & metadata.keys():
-        return {}
-    values: dict[str, object] = {
-        "step": metadata.get("ss_steps"),
-        "epoch": metadata.get("ss_epoch"),
-    }
-    with contextlib.suppress(ValueError, RecursionError):
-        training = json.loads(metadata.get("training_info", "null"))
-        if isinstance(training, dict):
-            values = {"step": training.get("step"), "epoch": training.get("epoch")}
-    return {
-        unit: int(str(value))
-        for unit, value in values.items()
-        if re.fullmatch(r"[0-9]{1,18}", str(value))
-    }
+    """Return the step and epoch that trainers record in a header."""
+    found = {}
+    for unit, keys in METADATA_KEYS.items():
+        values = (_at(metadata, *key.split(".", 1)) for key in keys)
+        numbers = [int(value) for value in values if re.fullmatch(r"[0-9]{1,18}", value)]
+        if numbers:
+            found[unit] = numbers[0]
+    return found
+
+
+def _at(metadata: Mapping[str, str], key: str, inner: str = "") -> str:
+    """Return a value of the metadata, or an inner one of the JSON object that it holds."""
+    value: Any = metadata.get(key, "")
+    if inner and value:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return ""
+        value = value.get(inner) if isinstance(value, dict) else None
+    return str(value)
 
 
 def make_header(

@@ -70,9 +70,9 @@ def _describe_run(plan: Plan) -> dict[str, Any]:
         "threads": plan.threads,
         "bytes_read": plan.bytes_read,
         "memory_bytes": plan.memory_bytes,
-        "left_out": [{"path": os.fspath(path), "reason": why} for path, why in plan.left_out],
-        "notes": list(plan.notes),
-        "warnings": list(plan.warnings),
+        "left_out": [entry.described() for entry in plan.left_out],
+        "notes": [str(note) for note in plan.notes],
+        "warnings": [str(warning) for warning in plan.warnings],
     }
 
 

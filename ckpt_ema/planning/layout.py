@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Specs
+from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.find.found import Found
-from ckpt_ema.find.order import Checkpoint
 from ckpt_ema.options import DTYPES, Options
 from ckpt_ema.options import Output as OutputOptions
 from ckpt_ema.planning.average import Weighting

@@ -6,8 +6,8 @@ from itertools import pairwise
 from ckpt_ema.containers.model_key import ALREADY_AVERAGED
 from ckpt_ema.containers.specs import AVERAGED, Specs
 from ckpt_ema.errors import printable, some
+from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.find.names import stem_of
-from ckpt_ema.find.order import Checkpoint
 from ckpt_ema.trainers import conventions
 
 # Copies and downloads finish in any order; runs are further apart than this.
@@ -51,7 +51,7 @@ def run_notes(checkpoints: Sequence[Checkpoint], specs: Sequence[Specs]) -> list
             f"{dtype} tensors are not averaged but keep the value of"
             f" {printable(checkpoints[-1].name)}: {some(names)}."
         )
-    return [*notes, *(f"{note}." for note in sorted({n for one in specs for n in one.notes}))]
+    return [*notes, *sorted({f"{str(n).rstrip('.')}." for one in specs for n in one.notes})]
 
 
 def _holes(holes: Mapping[str, int]) -> list[str]:

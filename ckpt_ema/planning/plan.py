@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import OptionError, RefusedError, printable, some
-from ckpt_ema.find.complete import check_whole, problems, without_unfinished
+from ckpt_ema.find.checkpoint import Checkpoint
+from ckpt_ema.find.complete import check_complete
 from ckpt_ema.find.found import Found
-from ckpt_ema.find.globs import UNWANTED
-from ckpt_ema.find.order import Checkpoint
 from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
+from ckpt_ema.find.verdict import UNSELECTED, Judged
+from ckpt_ema.notices import Notice
 from ckpt_ema.options import Engine, Keywords, Options, PathLike, make_options
 from ckpt_ema.planning.advice import advice
 from ckpt_ema.planning.average import Average, Weighting, make_average, weigh
@@ -70,9 +71,14 @@ class Plan:
     work: Work
     threads: int
     tile_elements: int  # elements that a thread folds at a time
-    left_out: tuple[tuple[Path, str], ...]
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
+    judged: tuple[Judged, ...]  # every entry of the run
+    notes: tuple[str | Notice, ...]
+    warnings: tuple[str | Notice, ...]
+
+    @property
+    def left_out(self) -> tuple[Judged, ...]:
+        """The entries that do not take part although they might be expected to."""
+        return tuple(entry for entry in self.judged if entry.is_left_out)
 
     @property
     def bytes_read(self) -> int:
@@ -171,7 +177,7 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
         work=work,
         threads=sizes.threads,
         tile_elements=sizes.tile_elements,
-        left_out=found.left_out,
+        judged=found.judged,
         notes=(*chosen.notes, *run_notes(checkpoints, specs), *_left_behind(layouts)),
         warnings=(
             *found.warnings,
@@ -189,20 +195,18 @@ class _Chosen(NamedTuple):
     found: Found  # the run
     checkpoints: list[Checkpoint]  # those that some average takes, oldest first
     weightings: list[Weighting]
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
+    notes: tuple[Notice, ...]
+    warnings: tuple[Notice, ...]
 
 
 def _choose(paths: Sequence[Path], options: Options, source: Source) -> _Chosen:
     """Find the checkpoints, select among them, weigh them, and see that they are whole."""
-    discovered = discover(paths, options.selection, source)
-    problem_of = problems(discovered.checkpoints, source)
-    found = without_unfinished(discovered, options.selection, problem_of)
+    found = discover(paths, options.selection, source)
     selected = select(found, options.selection, source)
     weightings = weigh(selected.subsets, options.weighting)
     taken = {checkpoint for weighting in weightings for checkpoint in weighting.checkpoints}
     checkpoints = [checkpoint for checkpoint in found.checkpoints if checkpoint in taken]
-    check_whole(checkpoints, problem_of)
+    check_complete(checkpoints, found)
     return _Chosen(found, checkpoints, weightings, selected.notes, selected.warnings)
 
 
@@ -282,7 +286,7 @@ def _left_behind(layouts: Sequence[Layout]) -> list[str]:
 
 def _found_in_all(found: Found) -> int:
     """How many checkpoints the run has, with those that patterns of names leave out."""
-    return len(found.checkpoints) + sum(why in UNWANTED for _, why in found.left_out)
+    return len(found.checkpoints) + sum(one.verdict.reason in UNSELECTED for one in found.left_out)
 
 
 def _inputs(found: Found, source: Source) -> list[Path]:

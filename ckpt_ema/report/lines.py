@@ -9,7 +9,7 @@ from ckpt_ema.planning.plan import Plan
 
 def remark_lines(plan: Plan) -> list[str]:
     """What a person should know of a plan: warnings first, then notes, then what was left out."""
-    left_out = [f"{printable(path.name)} ({why})" for path, why in plan.left_out]
+    left_out = [printable(f"{entry.name} ({entry.verdict})") for entry in plan.left_out]
     return [
         *(f"warning: {warning}" for warning in plan.warnings),
         *(f"note: {note}" for note in plan.notes),
