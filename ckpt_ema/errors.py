@@ -84,6 +84,7 @@ class Code(Enum):
     ADAPTER_FACTORS = "adapter-factors"
     NO_EFFECT = "no-effect"
     UNEVEN_WEIGHTS = "uneven-weights"
+    UNEVEN_GAPS = "uneven-gaps"
     SAME_WEIGHTS = "same-weights"
     NOT_AVERAGED = "not-averaged"
     HOLES = "holes"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_ema.schedules import formulas as f
+from ckpt_ema.schedules import by_checkpoint, by_step, dynamic
 from ckpt_ema.schedules.statistics import mean_age, statistics
 from ckpt_ema.schedules.weights import learning_rate, weights_of
 
@@ -28,7 +28,7 @@ def test_two_checkpoints_by_hand() -> None:
 
 def test_the_last_tenth_is_that_of_the_run_and_not_of_the_list() -> None:
     """Of 20 000 steps the last tenth begins after 18 000: two of twenty checkpoints."""
-    assert statistics(EVEN, f.uniform(EVEN)).last_tenth == pytest.approx(0.1)
+    assert statistics(EVEN, by_checkpoint.uniform(EVEN)).last_tenth == pytest.approx(0.1)
     assert statistics([19_000, 20_000], [0.5]).last_tenth == pytest.approx(1.0)
     assert statistics([0], []).last_tenth == 1.0
 
@@ -37,7 +37,7 @@ def test_the_last_tenth_is_that_of_the_run_and_not_of_the_list() -> None:
     ("count", "effective"), [(5, 2.1), (10, 3.1), (20, 5.2), (50, 11.5), (100, 22.0)]
 )
 def test_the_effective_number_of_the_default_is_the_known_one(count: int, effective: float) -> None:
-    found = statistics(range(1, count + 1), f.dynamic(range(count), 0.999))
+    found = statistics(range(1, count + 1), dynamic.dynamic(range(count), 0.999))
     assert found.effective_number == pytest.approx(effective, abs=0.05)
 
 
@@ -45,11 +45,11 @@ def test_the_effective_number_of_the_default_is_the_known_one(count: int, effect
 def test_the_equivalent_half_life_of_a_half_life_is_itself(
     steps: list[int], half_life: float
 ) -> None:
-    found = statistics(steps, f.half_life(steps, half_life)).half_life
+    found = statistics(steps, by_step.half_life(steps, half_life)).half_life
     if found is not None:
         assert found == pytest.approx(half_life, rel=1e-4)
     else:  # nothing, or all, is left of the oldest
-        age = mean_age(steps, f.half_life(steps, half_life))
+        age = mean_age(steps, by_step.half_life(steps, half_life))
         assert age < 1e-6 or age > (steps[-1] - steps[0]) * (1 - 1e-6)
 
 
@@ -57,7 +57,7 @@ def test_the_equivalent_half_life_of_a_half_life_is_itself(
 def test_the_equivalent_sigma_rel_of_a_power_function_is_itself(
     steps: list[int], sigma_rel: float
 ) -> None:
-    decays = f.power(steps, sigma_rel)
+    decays = by_step.power(steps, sigma_rel)
     found = statistics(steps, decays).sigma_rel
     assert found == pytest.approx(sigma_rel, rel=1e-3) or mean_age(steps, decays) < 1e-6
 
@@ -76,18 +76,18 @@ def test_the_mean_age_is_the_sum_of_weights_and_ages(
 
 
 def test_what_nothing_is_as_old_as_has_no_equivalent() -> None:
-    oldest = statistics(EVEN, f.constant(EVEN, 1.0))
+    oldest = statistics(EVEN, by_checkpoint.constant(EVEN, 1.0))
     assert (oldest.half_life, oldest.sigma_rel) == (None, None)
-    newest = statistics(EVEN, f.constant(EVEN, 0.0))
+    newest = statistics(EVEN, by_checkpoint.constant(EVEN, 0.0))
     assert (newest.mean_age, newest.half_life, newest.sigma_rel) == (0.0, None, None)
-    older_than_uniform = statistics(EVEN, f.wsm(EVEN, f.minus_sqrt))
+    older_than_uniform = statistics(EVEN, by_checkpoint.wsm(EVEN, by_checkpoint.minus_sqrt))
     assert older_than_uniform.sigma_rel is None
     assert older_than_uniform.half_life is not None
 
 
 def test_the_uniform_mean_is_the_widest_power_function() -> None:
-    found = statistics(EVEN, f.uniform(EVEN)).sigma_rel
-    assert found == pytest.approx(f.MOST_SIGMA_REL, rel=1e-6)
+    found = statistics(EVEN, by_checkpoint.uniform(EVEN)).sigma_rel
+    assert found == pytest.approx(by_step.MOST_SIGMA_REL, rel=1e-6)
 
 
 @given(st.lists(st.floats(0, 1), max_size=30))
@@ -100,5 +100,5 @@ def test_the_learning_rate_falls_from_one_to_the_newest_weight(decays: list[floa
 
 
 def test_the_shape_of_a_learning_rate_decay_comes_back_from_its_weights() -> None:
-    shares = weights_of(f.wsm(range(10), f.cosine))
-    assert learning_rate(shares) == pytest.approx([f.cosine(n / 10) for n in range(10)])
+    shares = weights_of(by_checkpoint.wsm(range(10), by_checkpoint.cosine))
+    assert learning_rate(shares) == pytest.approx([by_checkpoint.cosine(n / 10) for n in range(10)])

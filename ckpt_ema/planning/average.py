@@ -4,20 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ckpt_ema.errors import OptionError
+from ckpt_ema.errors import Code, OptionError
 from ckpt_ema.find.checkpoint import Checkpoint, gaps, known_steps, needed_steps
 from ckpt_ema.find.select import Subset
-from ckpt_ema.options import Weighting as WeightingOptions
+from ckpt_ema.options import Weighting
 from ckpt_ema.schedules.explicit import matched, read_weights
 from ckpt_ema.schedules.rules import Rule
 from ckpt_ema.schedules.statistics import Statistics, statistics
 from ckpt_ema.schedules.table import EXPLICIT
 from ckpt_ema.schedules.weights import decays_of, weights_of
-from ckpt_ema.targets.safetensors_folder import Output
+from ckpt_ema.targets.target import Output
 
 
-class Weighting(NamedTuple):
-    """One average that is asked for, before anything is known of tensors; oldest first."""
+class Weighted(NamedTuple):
+    """The checkpoints of one average, oldest first, before anything is known of tensors."""
 
     name: str
     rule: Rule
@@ -29,9 +29,9 @@ class Weighting(NamedTuple):
 class Average:
     """One average of a plan; everything is oldest first."""
 
-    name: str  # what tells it from the others, such as half-life-2000-last-4
+    name: str  # unique in its plan, such as half-life-2000-last-4
     rule: Rule
-    members: tuple[int, ...]  # its checkpoints, as numbers of those of the plan
+    members: tuple[int, ...]  # its checkpoints, as indexes into those of the plan
     steps: tuple[int, ...]  # of its checkpoints; 1, 2, ... where training steps are not known
     unit: str  # what `steps` count: "steps", "epochs" or "checkpoints"
     gaps: tuple[int | None, ...]  # from the checkpoint before, where that is known
@@ -42,75 +42,73 @@ class Average:
 
     @property
     def text(self) -> str:
-        """How its weights come about, for people."""
-        return self.rule.told(self.unit)
+        """Its schedule, for people."""
+        return self.rule.text(self.unit)
 
     @property
     def newest(self) -> int:
-        """The number of its last checkpoint, which gives the output its form."""
+        """The index of its last checkpoint, which gives the output its form."""
         return self.members[-1]
 
 
-def weigh(subsets: Sequence[Subset], options: WeightingOptions) -> list[Weighting]:
-    """Every rule on every selection.
+def weigh(subsets: Sequence[Subset], options: Weighting) -> list[Weighted]:
+    """Apply every rule to every selection.
 
-    Raises `RefusedError` if a rule counts steps that are not known, or if stated weights are not
-    those of the checkpoints.
+    Raises `RefusedError` if a rule counts steps that are not known, or if explicit weights do not
+    match the checkpoints.
     """
-    found = []
+    found: dict[str, Weighted] = {}
     for subset in subsets:
         for rule in options.rules:
             name = "-".join(filter(None, [rule.name, subset.name]))
+            if name in found:
+                raise OptionError(
+                    f"{name} would be two averages of one name.", code=Code.CONFLICTING_OPTIONS
+                )
             checkpoints, decays = _weighted(rule, subset.checkpoints, options)
-            found.append(Weighting(name, rule, checkpoints, tuple(decays)))
-    names = [weighting.name for weighting in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise OptionError(f"The average {name} is asked for twice.")
-    return found
-
-
-def make_average(
-    weighting: Weighting, numbers: Mapping[Checkpoint, int], output: Output
-) -> Average:
-    """A average of a plan whose checkpoints have these numbers."""
-    checkpoints = weighting.checkpoints
-    steps, unit = _steps(checkpoints)
-    return Average(
-        weighting.name,
-        weighting.rule,
-        tuple(numbers[checkpoint] for checkpoint in checkpoints),
-        tuple(steps),
-        unit,
-        tuple(gaps(checkpoints)),
-        weighting.decays,
-        tuple(weights_of(weighting.decays)),
-        statistics(steps, weighting.decays),
-        output,
-    )
+            found[name] = Weighted(name, rule, checkpoints, tuple(decays))
+    return list(found.values())
 
 
 def _weighted(
-    rule: Rule, checkpoints: tuple[Checkpoint, ...], options: WeightingOptions
+    rule: Rule, checkpoints: tuple[Checkpoint, ...], options: Weighting
 ) -> tuple[tuple[Checkpoint, ...], list[float]]:
-    """The checkpoints that a rule takes, and the decays to fold them with."""
+    """Return the checkpoints that a rule takes, and the decays to fold them with."""
     if rule.schedule == EXPLICIT:
         assert options.weights is not None
-        stated = matched(
+        weights = matched(
             read_weights(options.weights),
             [(checkpoint.name, checkpoint.step) for checkpoint in checkpoints],
             normalize=options.normalize,
         )
-        taken = [(c, share) for c, share in zip(checkpoints, stated, strict=True) if share]
-        return tuple(c for c, _ in taken), decays_of([share for _, share in taken])
+        taken = [(c, weight) for c, weight in zip(checkpoints, weights, strict=True) if weight]
+        return tuple(c for c, _ in taken), decays_of([weight for _, weight in taken])
     steps: Sequence[int] = range(1, len(checkpoints) + 1)
     if rule.counts_steps:
         steps = needed_steps(checkpoints, rule.asked_by)
     return checkpoints, rule.decays(steps)
 
 
+def make_average(weighted: Weighted, index_of: Mapping[Checkpoint, int], output: Output) -> Average:
+    """Make an average of a plan whose checkpoints have these indexes."""
+    checkpoints, decays = weighted.checkpoints, weighted.decays
+    steps, unit = _steps(checkpoints)
+    return Average(
+        weighted.name,
+        weighted.rule,
+        tuple(index_of[checkpoint] for checkpoint in checkpoints),
+        tuple(steps),
+        unit,
+        tuple(gaps(checkpoints)),
+        decays,
+        tuple(weights_of(decays)),
+        statistics(steps, decays),
+        output,
+    )
+
+
 def _steps(checkpoints: Sequence[Checkpoint]) -> tuple[Sequence[int], str]:
-    """Training steps and their unit; places in the list where steps are not known."""
+    """Return training steps and their unit, or positions where steps are not known."""
     steps = known_steps(checkpoints)
     if steps is None:
         return range(1, len(checkpoints) + 1), "checkpoints"

@@ -1,104 +1,101 @@
 """Whether the configurations beside the weights agree from checkpoint to checkpoint."""
 
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ckpt_ema.containers.specs import Specs
-from ckpt_ema.errors import RefusedError, printable, some
+from ckpt_ema.errors import Code, RefusedError, some
+from ckpt_ema.find.checkpoint import Checkpoint
+from ckpt_ema.notices import Notice
 from ckpt_ema.storage import Storage
 from ckpt_ema.trainers.conventions import ADAPTER_CONFIG
 
 _MODEL_CONFIG = "config.json"
 
-# Fields of PEFT's configuration that say what the adapter's tensors mean.
+# Fields of PEFT's configuration that decide what the adapter's tensors mean.
 _ADAPTER_FIELDS = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
+    *("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save"),
+    *("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
 )
 _BASE = "base_model_name_or_path"
-# Fields of a model's configuration that say nothing about the model.
+# Fields of a model's configuration that do not describe the model.
 _UNIMPORTANT = ("transformers_version", "_name_or_path", "_diffusers_version", "use_cache")
 # The same facts in the headers of kohya's files.
 _HEADER_FIELDS = ("ss_network_module", "ss_network_dim", "ss_network_alpha")
 
+_Fields = Mapping[str, Any]
 
-def check_configs(
-    names: Sequence[str],
-    folders: Sequence[Path],
-    checkpoints: Sequence[Specs],
-    storage: Storage,
-) -> list[str]:
+
+def compare_configs(
+    checkpoints: Sequence[Checkpoint], specs: Sequence[Specs], storage: Storage
+) -> list[Notice]:
     """Compare the configurations of all checkpoints with the last one's; returns warnings.
 
-    Raises `RefusedError` if those of adapters differ in what their tensors mean.
+    Raises `RefusedError` if adapters differ in what their tensors mean.
     """
-    newest_adapter = _read(folders[-1] / ADAPTER_CONFIG, storage)
-    newest_model = _read(folders[-1] / _MODEL_CONFIG, storage)
-    different: dict[str, str] = {}
-    for name, folder, specs in zip(names, folders, checkpoints, strict=True):
-        both = (name, names[-1])
-        _check(both, specs.metadata[0], checkpoints[-1].metadata[0], _HEADER_FIELDS)
-        adapter = _read(folder / ADAPTER_CONFIG, storage) if newest_adapter else b""
-        if adapter != newest_adapter:
-            one, other = _content(adapter), _content(newest_adapter)
-            _check(both, one, other, _ADAPTER_FIELDS)
+    newest = checkpoints[-1]
+    adapter, model = (
+        storage.read(newest.model.folder / name) or b"" for name in (ADAPTER_CONFIG, _MODEL_CONFIG)
+    )
+    differing: dict[str, str] = {}  # field -> the first checkpoint in which it differs
+    for checkpoint, one in zip(checkpoints, specs, strict=True):
+        header = one.metadata[0]
+        essential = _differences(header, specs[-1].metadata[0], _HEADER_FIELDS) if header else {}
+        own = _unlike(checkpoint, ADAPTER_CONFIG, adapter, storage)
+        if own:
+            essential |= _differences(own, _content(adapter), _ADAPTER_FIELDS)
             # The same base model may have been read from another place.
-            if one and one.get(_BASE) != other.get(_BASE):
-                different.setdefault(_BASE, name)
-        model = _read(folder / _MODEL_CONFIG, storage) if newest_model else b""
-        if model and model != newest_model:
-            one, other = _content(model), _content(newest_model)
-            for field in {**one, **other}.keys() - set(_UNIMPORTANT):
-                if one.get(field) != other.get(field):
-                    different.setdefault(field, name)
-    if not different:
+            for field in _differences(own, _content(adapter), (_BASE,)):
+                differing.setdefault(field, checkpoint.name)
+        if essential:
+            raise RefusedError(
+                f"{checkpoint.name} and {newest.name} differ in {', '.join(essential.values())}.",
+                "Pass only the checkpoints that belong together.",
+                code=Code.DIFFERENT_CONFIGS,
+                path=checkpoint.path,
+            )
+        own = _unlike(checkpoint, _MODEL_CONFIG, model, storage)
+        if own is not None:
+            fields = {**own, **_content(model)}.keys() - set(_UNIMPORTANT)
+            for field in _differences(own, _content(model), fields):
+                differing.setdefault(field, checkpoint.name)
+    if not differing:
         return []
-    first = printable(next(iter(different.values())))
-    file = _MODEL_CONFIG if newest_model else ADAPTER_CONFIG
+    file = _MODEL_CONFIG if model else ADAPTER_CONFIG
     return [
-        f"{file} of {first} and of {printable(names[-1])} differ in"
-        f" {some(sorted(different))}; the output has the newest's."
+        Notice(
+            Code.DIFFERENT_CONFIGS,
+            f"{file} of {next(iter(differing.values()))} and of {newest.name} differ in"
+            f" {some(sorted(differing))}; the output has the latter.",
+        )
     ]
 
 
-def _check(
-    both: tuple[str, str], one: Mapping[str, Any], other: Mapping[str, Any], fields: Sequence[str]
-) -> None:
+def _unlike(checkpoint: Checkpoint, name: str, newest: bytes, storage: Storage) -> _Fields | None:
+    """Return the fields of a checkpoint's own file; None if it is the newest's, or absent."""
+    own = (storage.read(checkpoint.model.folder / name) or newest) if newest else b""
+    return None if own == newest else _content(own)
+
+
+def _differences(one: _Fields, other: _Fields, fields: Iterable[str]) -> dict[str, str]:
+    """Return each field that differs, and how."""
+    found = {}
     for field in fields:
         first, second = _plain(one.get(field)), _plain(other.get(field))
-        if first != second and one:
-            raise RefusedError(
-                f"The checkpoints are not the same model: {printable(both[0])} and"
-                f" {printable(both[1])} differ in {field}"
-                f" ({printable(first)} → {printable(second)}).",
-                "Pass only the checkpoints that belong together.",
-            )
+        if first != second:
+            found[field] = f"{field} ({first} → {second})"
+    return found
 
 
 def _plain(value: Any) -> Any:
-    """Lists of modules have no order of their own: PEFT writes what was a set."""
-    return sorted(value) if isinstance(value, list) and all(map(_is_text, value)) else value
+    """Return a list of modules sorted: PEFT writes what was a set."""
+    is_list = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    return sorted(value) if is_list else value
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _read(path: Path, storage: Storage) -> bytes:
-    return storage.read(path) or b""
-
-
-def _content(raw: bytes) -> Mapping[str, Any]:
-    """The object in a JSON file, empty if it is none."""
+def _content(raw: bytes) -> _Fields:
+    """Return the object in a JSON file, empty if there is none."""
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError):

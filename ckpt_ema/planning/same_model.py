@@ -1,98 +1,122 @@
 """Whether checkpoints are states of one model: the same names, shapes and kinds of dtype."""
 
-import re
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
+from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import AVERAGED, Specs
-from ckpt_ema.errors import RefusedError, printable, some
+from ckpt_ema.errors import Code, RefusedError, some
+from ckpt_ema.find.checkpoint import Checkpoint
+from ckpt_ema.notices import Notice
+from ckpt_ema.planning.configs import compare_configs
+from ckpt_ema.planning.renaming import unified, without_prefix
 
-# What GPTQ, AWQ and bitsandbytes call the codes and scales of a quantised weight.
-_QUANTISED = re.compile(r"(^|\.)(qweight|qzeros|absmax|quant_state\.\w+|weight\.absmax)$")
+_HINT = "Pass only the checkpoints that belong together."
 
 
-def check_alike(names: Sequence[str], checkpoints: Sequence[Specs]) -> tuple[str, ...]:
+class Compared(NamedTuple):
+    """The checkpoints of a plan as states of one model."""
+
+    specs: dict[Checkpoint, Specs]  # oldest first, all with the newest's tensor names
+    renamed: frozenset[Checkpoint]  # which have other names themselves
+    dropped: frozenset[str]  # second names of tied tensors that the newest lacks
+    warnings: tuple[Notice, ...]
+
+
+def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
+    """Read the headers of `checkpoints`, oldest first, and compare each with the last.
+
+    Raises `RefusedError` if they are not the same model.
+    """
+    names = [checkpoint.name for checkpoint in checkpoints]
+    own = [source.read(checkpoint.model) for checkpoint in checkpoints]
+    if source.reading.strip_prefix:
+        own = without_prefix(own, source.reading.strip_prefix)
+    own = _shared(own)
+    unity = unified(names, own)
+    pairs = zip(checkpoints, own, unity.specs, strict=True)
+    return Compared(
+        dict(zip(checkpoints, unity.specs, strict=True)),
+        frozenset(c for c, one, other in pairs if one.tensors.keys() != other.tensors.keys()),
+        unity.dropped,
+        (
+            *unity.warnings,
+            *compare_tensors(names, unity.specs),
+            *compare_configs(checkpoints, unity.specs, source.storage),
+        ),
+    )
+
+
+def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
+    """Share one mapping of tensors among neighbours that have equal ones.
+
+    Memory then does not grow with the number of checkpoints.
+    """
+    shared: list[Specs] = []
+    for specs in checkpoints:
+        earlier = shared[-1].tensors if shared else specs.tensors
+        same = specs.tensors is not earlier and specs.tensors == earlier
+        shared.append(replace(specs, tensors=earlier) if same else specs)
+    return shared
+
+
+def compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list[Notice]:
     """Compare every checkpoint with the last; `names` are theirs, for messages.
 
-    Raises `RefusedError` if tensors are missing, added or of another shape, or if a tensor is a
-    float in one checkpoint and none in another. Returns warnings, about dtypes that differ.
+    Raises `RefusedError` if tensors are missing, added or of another shape, or if a tensor is
+    floating point in one checkpoint only. Returns warnings about dtypes that differ.
     """
-    newest_name, newest = names[-1], checkpoints[-1]
-    _check_form(newest_name, newest)
-    if not any(tensor.dtype in AVERAGED for tensor in newest.tensors.values()):
-        raise RefusedError(f"{printable(newest_name)} holds no floating-point tensor to average.")
+    newest = checkpoints[-1].tensors
     warnings = []
     for name, specs in zip(names, checkpoints, strict=True):
-        if specs.tensors is newest.tensors:
+        if specs.tensors is newest:
             continue
-        _check_names(name, specs, newest_name, newest)
-        _check_shapes(name, specs, newest_name, newest)
-        changed = [t for t, spec in specs.tensors.items() if spec.dtype != newest.tensors[t].dtype]
+        _check_names(name, specs, names[-1], checkpoints[-1])
+        changed = []
+        for tensor, spec in newest.items():
+            other = specs.tensors[tensor]
+            if other.shape != spec.shape:
+                raise RefusedError(
+                    f"Tensor {tensor} has shape {list(other.shape)} in {name} and"
+                    f" {list(spec.shape)} in {names[-1]}.",
+                    _HINT,
+                    code=Code.DIFFERENT_MODELS,
+                    tensor=tensor,
+                )
+            if other.dtype == spec.dtype:
+                continue
+            if (other.dtype in AVERAGED) != (spec.dtype in AVERAGED):
+                raise RefusedError(
+                    f"Tensor {tensor} is {other.dtype} in {name} and {spec.dtype} in {names[-1]};"
+                    " float and non-float tensors cannot be averaged.",
+                    _HINT,
+                    code=Code.DIFFERENT_DTYPES,
+                    tensor=tensor,
+                )
+            changed.append(f"{tensor}: {other.dtype}, {spec.dtype}")
         if changed:
-            _check_kinds(changed, name, specs, newest_name, newest)
-            first = changed[0]
             warnings.append(
-                f"{printable(name)} holds {len(changed)} tensors in another dtype than"
-                f" {printable(newest_name)} ({printable(first)}: {specs.tensors[first].dtype},"
-                f" {newest.tensors[first].dtype}); the output takes the newest's."
+                Notice(
+                    Code.DIFFERENT_DTYPES,
+                    f"{name} holds {len(changed)} tensors in another dtype than {names[-1]}"
+                    f" ({changed[0]}); the output takes those of {names[-1]}.",
+                )
             )
-    return tuple(warnings)
-
-
-def _check_form(name: str, specs: Specs) -> None:
-    """Refuse what has the form of weights and is none: quantised values, emptied placeholders."""
-    quantised = [tensor for tensor in specs.tensors if _QUANTISED.search(tensor)]
-    if quantised:
-        raise RefusedError(
-            f"{printable(name)} holds quantised weights ({some(quantised, 3)}), whose codes cannot"
-            " be averaged.",
-            "Average the checkpoints before they are quantised.",
-        )
-    floats = [spec for spec in specs.tensors.values() if spec.dtype in AVERAGED]
-    empty = [spec for spec in floats if spec.shape == (0,)]
-    if len(empty) * 2 > len(floats):
-        raise RefusedError(
-            f"{printable(name)} holds {len(empty)} tensors without elements, as ZeRO-3 leaves when"
-            " the weights stay on their ranks.",
-            "Gather each step first: `python zero_to_fp32.py RUN OUT -t global_stepN"
-            " --safe_serialization`.",
-        )
+    return warnings
 
 
 def _check_names(name: str, specs: Specs, newest_name: str, newest: Specs) -> None:
     if specs.tensors.keys() == newest.tensors.keys():
         return
     extra = sorted(specs.tensors.keys() - newest.tensors.keys())
-    lacking = sorted(newest.tensors.keys() - specs.tensors.keys())
-    more = f"has tensors that {printable(newest_name)} lacks ({some(extra)})"
-    less = f"lacks tensors of {printable(newest_name)} ({some(lacking)})"
+    missing = sorted(newest.tensors.keys() - specs.tensors.keys())
+    differences = [f"{name} also has {some(extra)}"] * bool(extra)
+    differences += [f"{name} lacks {some(missing)}"] * bool(missing)
     raise RefusedError(
-        f"The checkpoints are not the same model: {printable(name)} has {len(specs.tensors)}"
-        f" tensors and {printable(newest_name)} has {len(newest.tensors)}; {printable(name)}"
-        f" {' and '.join([more] * bool(extra) + [less] * bool(lacking))}.",
-        "Pass only the checkpoints that belong together.",
+        f"{name} has {len(specs.tensors)} tensors and {newest_name} has {len(newest.tensors)}:"
+        f" {' and '.join(differences)}.",
+        _HINT,
+        code=Code.DIFFERENT_MODELS,
+        tensor=(extra or missing)[0],
     )
-
-
-def _check_shapes(name: str, specs: Specs, newest_name: str, newest: Specs) -> None:
-    for tensor, spec in newest.tensors.items():
-        other = specs.tensors[tensor]
-        if other.shape != spec.shape:
-            raise RefusedError(
-                f"The checkpoints are not the same model: tensor {printable(tensor)} has shape"
-                f" {list(other.shape)} in {printable(name)} and {list(spec.shape)} in"
-                f" {printable(newest_name)}.",
-                "Pass only the checkpoints that belong together.",
-            )
-
-
-def _check_kinds(
-    changed: Sequence[str], name: str, specs: Specs, newest_name: str, newest: Specs
-) -> None:
-    for tensor in changed:
-        old, new = specs.tensors[tensor].dtype, newest.tensors[tensor].dtype
-        if (old in AVERAGED) != (new in AVERAGED):
-            raise RefusedError(
-                f"Tensor {printable(tensor)} is {old} in {printable(name)} and {new} in"
-                f" {printable(newest_name)}: a float and no float cannot be averaged.",
-                "Pass only the checkpoints that belong together.",
-            )

@@ -1,19 +1,19 @@
-"""The work as spans: runs of elements that lie one after the other in every checkpoint and output.
+"""Work as spans: runs of elements that are contiguous in every checkpoint and output.
 
-The fold is elementwise, so where one tensor ends and the next begins does not matter to it.
-Neighbours that are neighbours in every file are one span, and a hundred thousand small tensors cost
-what one large tensor costs.
+The fold is elementwise, so tensors that are neighbours in every file are one span, and a hundred
+thousand small tensors cost what one large tensor costs.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from ckpt_ema.containers.specs import DTYPE_BITS, Specs, TensorSpec
-from ckpt_ema.targets.safetensors_folder import OutputFile, OutputTensor
+from ckpt_ema.targets.target import OutputFile, OutputTensor
 
 
-class Target(NamedTuple):
+class Place(NamedTuple):
     """Where a span goes in one output; tied tensors give it several."""
 
     average: int
@@ -27,7 +27,7 @@ class Span(NamedTuple):
 
     length: int  # elements if averaged, bytes if kept
     kept_from: int | None  # the checkpoint whose bytes are kept; None if it is averaged
-    targets: tuple[Target, ...]
+    places: tuple[Place, ...]
     sources: tuple[TensorSpec, ...]  # of the first tensor, for each layout; that of `kept_from`
 
     @property
@@ -38,10 +38,10 @@ class Span(NamedTuple):
     @property
     def dtypes(self) -> dict[int, str]:
         """The dtype of each average's output."""
-        return {target.average: target.dtype for target in self.targets}
+        return {place.average: place.dtype for place in self.places}
 
     def bytes_read(self, layout_of: Sequence[int], length: int | None = None) -> int:
-        """Bytes that are read for it, or for `length` of it; `layout_of` as in `Work`."""
+        """Return the bytes to read for it, or for `length` of it; `layout_of` as in `Work`."""
         length = self.length if length is None else length
         if not self.averaged:
             return length
@@ -49,10 +49,10 @@ class Span(NamedTuple):
         return length * sum(bits[layout] for layout in layout_of) // 8
 
     def bytes_written(self, length: int) -> int:
-        """Bytes that are written for `length` of it."""
+        """Return the bytes to write for `length` of it."""
         if not self.averaged:
-            return length * len(self.targets)
-        return length * sum(DTYPE_BITS[target.dtype] for target in self.targets) // 8
+            return length * len(self.places)
+        return length * sum(DTYPE_BITS[place.dtype] for place in self.places) // 8
 
     @property
     def in_pieces(self) -> bool:
@@ -67,10 +67,10 @@ class Work(NamedTuple):
     layout_of: tuple[int, ...]
 
     def dtypes(self) -> set[str]:
-        """Every dtype that is averaged, in a checkpoint or in an output."""
+        """Return every dtype that is averaged, in a checkpoint or in an output."""
         spans = [span for span in self.spans if span.averaged]
         read = {source.dtype for span in spans for source in span.sources}
-        return read | {target.dtype for span in spans for target in span.targets}
+        return read | {place.dtype for span in spans for place in span.places}
 
     @property
     def widest_bytes(self) -> int:
@@ -78,7 +78,7 @@ class Work(NamedTuple):
         return max((DTYPE_BITS[dtype] // 8 for dtype in self.dtypes()), default=8)
 
     def bytes_read(self) -> int:
-        """Bytes of tensor data that are read, each once."""
+        """Return the bytes of tensor data to read, each once."""
         return sum(span.bytes_read(self.layout_of) for span in self.spans)
 
 
@@ -92,66 +92,69 @@ def make_work(
     by_identity = {id(specs.tensors): specs for specs in checkpoints}
     number_of = {identity: number for number, identity in enumerate(by_identity)}
     layouts = list(by_identity.values())
-    # Tied tensors share their bytes in every checkpoint: they are one span with several targets.
+    # Tied tensors share their bytes in every checkpoint: they are one span with several places.
     untied: dict[tuple[object, ...], Span] = {}
-    for tensor, target, newest in _tensors(outputs):
-        kept_from = None if tensor.averaged else newest
+    for tensor, place, newest in _tensors(outputs):
+        averaged = tensor.averaged
+        kept_from = None if averaged else newest
         sources = tuple(
-            specs.tensors[tensor.key]
-            for specs in (layouts if tensor.averaged else [checkpoints[newest]])
+            specs.tensors[tensor.key] for specs in (layouts if averaged else [checkpoints[newest]])
         )
-        place = (kept_from, *sources)
-        twin = untied.get(place)
+        origin = (kept_from, *sources)
+        twin = untied.get(origin)
         if twin:
-            untied[place] = twin._replace(targets=(*twin.targets, target))
+            untied[origin] = twin._replace(places=(*twin.places, place))
         elif math.prod(tensor.shape):
-            length = math.prod(tensor.shape) if tensor.averaged else sources[0].size_bytes
-            untied[place] = Span(length, kept_from, (target,), sources)
+            length = math.prod(tensor.shape) if averaged else sources[0].size_bytes
+            untied[origin] = Span(length, kept_from, (place,), sources)
     spans = tuple(_joined(untied.values()))
     return Work(spans, tuple(number_of[id(specs.tensors)] for specs in checkpoints))
 
 
 def _tensors(
     outputs: Sequence[tuple[int, Sequence[OutputFile]]],
-) -> Iterator[tuple[OutputTensor, Target, int]]:
-    """Every tensor of every output, where it goes, and the newest checkpoint of its average."""
+) -> Iterator[tuple[OutputTensor, Place, int]]:
+    """Yield every tensor of every output, its place, and the newest checkpoint of its average."""
     number = 0
     for average, (newest, files) in enumerate(outputs):
         for file in files:
-            for tensor in sorted(file.tensors, key=lambda tensor: tensor.offset):
-                yield tensor, Target(average, number, tensor.offset, tensor.dtype), newest
+            for tensor in sorted(file.tensors, key=attrgetter("offset")):
+                yield tensor, Place(average, number, tensor.offset, tensor.dtype), newest
             number += 1
 
 
 def _joined(spans: Iterable[Span]) -> Iterator[Span]:
-    """The spans, those that follow each other as one."""
+    """Yield the spans, those that follow each other as one."""
     group: list[Span] = []
+    was_alone = False
     for span in spans:
-        if group and not _follows(group[-1], span):
+        is_alone = span.in_pieces or _has_ties(span)
+        if group and (is_alone or was_alone or not _follows(group[-1], span)):
             yield group[0]._replace(length=sum(one.length for one in group))
             group = []
         group.append(span)
+        was_alone = is_alone
     if group:
         yield group[0]._replace(length=sum(one.length for one in group))
 
 
 def _follows(span: Span, other: Span) -> bool:
-    """Whether `other` begins where `span` ends, in every checkpoint and in every output."""
-    if span.kept_from != other.kept_from or len(span.targets) != len(other.targets):
+    """Return whether `other` begins where `span` ends, in every checkpoint and in every output."""
+    if span.kept_from != other.kept_from or len(span.places) != len(other.places):
         return False
-    before: tuple[Target | TensorSpec, ...] = span.targets + span.sources
-    after: tuple[Target | TensorSpec, ...] = other.targets + other.sources
+    before: tuple[Place | TensorSpec, ...] = span.places + span.sources
+    after: tuple[Place | TensorSpec, ...] = other.places + other.sources
     for one, next_one in zip(before, after, strict=True):
         if one.file != next_one.file or one.offset + _bytes(span, one.dtype) != next_one.offset:
             return False
         if one.dtype != next_one.dtype and span.averaged:
             return False
-    return not (span.in_pieces or other.in_pieces or _has_ties(span) or _has_ties(other))
+    return True
 
 
 def _has_ties(span: Span) -> bool:
-    targets = span.targets
-    return len(targets) > 1 and len({target.average for target in targets}) < len(targets)
+    places = span.places
+    return len(places) > 1 and len({place.average for place in places}) < len(places)
 
 
 def _bytes(span: Span, dtype: str) -> int:

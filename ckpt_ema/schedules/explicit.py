@@ -1,53 +1,56 @@
-"""Weights that a person states, in a file or as a mapping, instead of a schedule.
+"""Explicit weights, from a file or a mapping, instead of a schedule.
 
 A file is a JSON object from names (or steps) to weights, or has a line for each checkpoint: its
 name or step, then blanks or a comma, then its weight. Lines that start with # are comments.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from ckpt_ema.errors import OptionError, RefusedError, printable, some
+from ckpt_ema.errors import Code, OptionError, RefusedError, some
+from ckpt_ema.storage import storage_for
 
 _TOLERANCE = 1e-9  # how far from 1 a sum may be by rounding
 _LARGEST_BYTES = 1 << 24
 
+Explicit = str | os.PathLike[str] | Mapping[str, float]
 
-def read_weights(stated: str | os.PathLike[str] | Mapping[str, float]) -> dict[str, float]:
-    """The weights by name or step, as they were stated.
 
-    Raises `OptionError` for a file that cannot be read and for what is no weight.
+def read_weights(explicit: Explicit) -> dict[str, float]:
+    """Return the weights by name or step, from a file or a mapping.
+
+    Raises `OptionError` for a file of another form, and for values that are not weights.
     """
-    pairs: list[tuple[str, object]]
-    if isinstance(stated, Mapping):
-        pairs = [(str(name), value) for name, value in stated.items()]
+    if isinstance(explicit, Mapping):
+        pairs: list[tuple[str, object]] = [(str(name), value) for name, value in explicit.items()]
     else:
-        pairs = _pairs(Path(stated))
+        pairs = _pairs(explicit)
     found: dict[str, float] = {}
     for name, value in pairs:
         if name in found:
-            raise OptionError(f"--weights has {printable(name)} twice.")
+            raise OptionError(f"--weights has {name} twice.", code=Code.WRONG_WEIGHTS)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e300:
             shown = json.dumps(value) if isinstance(value, str) else str(value)
             raise OptionError(
-                f"--weights gives {printable(name)} the weight {printable(shown)}; a weight is a"
-                " number, without quotes, that is not negative."
+                f"--weights has the weight {shown} for {name}; a weight is a number, without"
+                " quotes, that is not negative.",
+                code=Code.WRONG_WEIGHTS,
             )
         found[name] = float(value)
     return found
 
 
 def matched(
-    stated: Mapping[str, float],
+    explicit: Mapping[str, float],
     checkpoints: Sequence[tuple[str, int | None]],
     *,
     normalize: bool,
 ) -> list[float]:
-    """The weight of each checkpoint, given by name and step; 0 for those that are not named.
+    """Return the weight of each checkpoint, given by name and step; 0 for those without one.
 
     Raises `RefusedError` for a name that no checkpoint has, and unless the sum is 1 or `normalize`
     is given.
@@ -58,23 +61,22 @@ def matched(
     """
     weights = [0.0] * len(checkpoints)
     taken_by: dict[int, str] = {}
-    for name, weight in stated.items():
+    for name, weight in explicit.items():
         number = _number_of(name, checkpoints)
         if number in taken_by:
-            raise RefusedError(
-                f"--weights names {printable(checkpoints[number][0])} twice: as"
-                f" {printable(taken_by[number])} and as {printable(name)}."
+            raise _refused(
+                f"has two weights for {checkpoints[number][0]}: as {taken_by[number]} and as {name}"
             )
         taken_by[number] = name
         weights[number] = weight
     total = math.fsum(weights)
     if not total:
-        raise RefusedError("--weights gives no checkpoint any weight.")
+        raise _refused("gives no checkpoint a weight above 0")
     if abs(total - 1) > _TOLERANCE and not normalize:
-        raise RefusedError(
-            f"The weights sum to {total:.12g}, which is {abs(total - 1):.3g}"
-            f" {'more' if total > 1 else 'less'} than 1.",
-            "Correct them, or divide them by their sum with --normalize.",
+        how = "more" if total > 1 else "less"
+        raise _refused(
+            f"sums to {total:.12g}, {abs(total - 1):.3g} {how} than 1",
+            "Correct the weights, or divide them by their sum with --normalize.",
         )
     return weights
 
@@ -88,40 +90,43 @@ def _number_of(name: str, checkpoints: Sequence[tuple[str, int | None]]) -> int:
     ]
     found = by_name or by_step
     if len(found) != 1:
-        names = some([own for own, _ in checkpoints])
-        raise RefusedError(
-            f"--weights names {printable(name)}, which is"
-            f" {'several' if found else 'none'} of the checkpoints chosen: {names}."
-        )
+        count = "several" if found else "none"
+        selected = some([own for own, _ in checkpoints])
+        raise _refused(f"names {name}, which matches {count} of the checkpoints: {selected}")
     return found[0]
 
 
-def _pairs(path: Path) -> list[tuple[str, object]]:
-    try:
-        if path.stat().st_size > _LARGEST_BYTES or not path.is_file():
-            raise OptionError(f"--weights {printable(path)} is no file of weights.")
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise OptionError(f"--weights {printable(path)} cannot be read: {reason}.") from error
-    if not text.lstrip().startswith("{"):
-        lines = [line.strip() for line in text.splitlines()]
-        return [_pair(path, line) for line in lines if line and not line.startswith("#")]
-    try:
-        return list(json.loads(text, object_pairs_hook=list))
-    except (ValueError, RecursionError) as error:
+def _refused(problem: str, hint: str = "") -> RefusedError:
+    return RefusedError(f"--weights {problem}.", hint, code=Code.WRONG_WEIGHTS)
+
+
+def _pairs(path: str | os.PathLike[str]) -> list[tuple[str, object]]:
+    content = storage_for(path).read(path, _LARGEST_BYTES + 1)
+    if content is None or len(content) > _LARGEST_BYTES:
         raise OptionError(
-            f"--weights {printable(path)} is not JSON: {printable(error)}."
-        ) from error
-
-
-def _pair(path: Path, line: str) -> tuple[str, float]:
-    match = re.fullmatch(r"(.+?)(?:\s*,\s*|:?\s+)(\S+)", line)
+            f"--weights {path} is not a file of weights.", code=Code.NOT_FOUND, path=path
+        )
     try:
-        if match:
+        text = content.decode("utf-8-sig")
+        if text.lstrip().startswith("{"):
+            return list(json.loads(text, object_pairs_hook=list))
+    except UnicodeDecodeError as error:
+        raise _unreadable(path, "it is not UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(path, f"it is not JSON ({error})") from error
+    lines = [line.strip() for line in text.splitlines()]
+    return [_pair(path, line) for line in lines if line and not line.startswith("#")]
+
+
+def _pair(path: str | os.PathLike[str], line: str) -> tuple[str, float]:
+    match = re.fullmatch(r"(.+?)(?:\s*,\s*|:?\s+)(\S+)", line)
+    if match:
+        with contextlib.suppress(ValueError):
             return match[1], float(match[2])
-    except ValueError:
-        pass
-    raise OptionError(
-        f"--weights {printable(path)}: '{printable(line)}' is not a name and a weight."
+    raise _unreadable(path, f"'{line}' is not a name and a weight")
+
+
+def _unreadable(path: str | os.PathLike[str], reason: str) -> OptionError:
+    return OptionError(
+        f"--weights {path} cannot be read: {reason}.", code=Code.WRONG_WEIGHTS, path=path
     )

@@ -1,4 +1,4 @@
-"""From the options that a person gives to the schedules that they mean, each with its numbers.
+"""Rules: the schedules that options ask for, each with its numbers.
 
 Each value of an option that takes several is a rule of its own, and several such options add up.
 """
@@ -8,15 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_ema.errors import Code, OptionError, flag
-from ckpt_ema.schedules.formulas import Steps
-from ckpt_ema.schedules.table import (
-    ALL,
-    DEFAULT_SCHEDULE,
-    EXPLICIT,
-    OPTIONS,
-    SCHEDULES,
-    SYNONYMS,
-)
+from ckpt_ema.schedules.schedule import Steps
+from ckpt_ema.schedules.table import ALL, DEFAULT_SCHEDULE, EXPLICIT, OPTIONS, SCHEDULES, SYNONYMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +21,7 @@ class Rule:
 
     @property
     def name(self) -> str:
-        """What an output is called by, such as half-life-2000.
+        """Its name in paths, such as half-life-2000.
 
         >>> Rule("constant", {"decay": 0.9, "zero_debias": True}).name
         'constant-0.9-debiased'
@@ -39,12 +32,12 @@ class Rule:
             parts.append(short(self.numbers[schedule.varies.name]))
         return "-".join([*parts, *self._settings("-")])
 
-    def told(self, units: str = "steps") -> str:
-        """What people read; `units` is what the run counts, "steps" or "epochs".
+    def text(self, units: str = "steps") -> str:
+        """Describe it to people; `units` is what the run counts, "steps" or "epochs".
 
-        >>> Rule("half-life", {"half_life": 2000.0}).told()
+        >>> Rule("half-life", {"half_life": 2000.0}).text()
         'half-life 2000 steps'
-        >>> Rule("dynamic", {"decay": 0.999, "num_updates": "step"}).told()
+        >>> Rule("dynamic", {"decay": 0.999, "num_updates": "step"}).text()
         'dynamic, decay 0.999, at steps'
         """
         schedule = ALL[self.schedule]
@@ -59,7 +52,7 @@ class Rule:
 
     @property
     def asked_by(self) -> str:
-        """The option that asks for it, as it is written on the command line."""
+        """The option that selects it, as written on the command line."""
         varies = ALL[self.schedule].varies
         if varies and varies.name != "decay":
             return flag(varies.name)
@@ -68,13 +61,13 @@ class Rule:
         return f"--schedule {self.schedule}"
 
     def decays(self, steps: Steps) -> list[float]:
-        """The decays d_2 .. d_N for checkpoints at these steps, oldest first."""
+        """Return the decays d_2 .. d_N for checkpoints at these steps, oldest first."""
         formula = ALL[self.schedule].formula
         assert formula is not None, "explicit weights have no formula"
         return formula(steps, **self.numbers)
 
     def _settings(self, blank: str) -> list[str]:
-        """The labels of what is not at its default, with `blank` between their words."""
+        """Return the labels of settings not at their defaults, with `blank` between words."""
         return [
             setting.label.replace(" ", blank).format(short(self.numbers[setting.name]))
             for setting in ALL[self.schedule].settings
@@ -98,8 +91,12 @@ def make_rules(schedule: str | None, given: Mapping[str, Any]) -> tuple[Rule, ..
     rules = [rule for name in names for rule in _rules_of(name, given)]
     for rule in rules:
         if rules.count(rule) > 1:
-            raise OptionError(f"{rule.told()} is asked for twice.", code=Code.CONFLICTING_OPTIONS)
+            raise _conflict(f"{rule.text()} is requested twice.")
     return tuple(rules)
+
+
+def _conflict(message: str) -> OptionError:
+    return OptionError(message, code=Code.CONFLICTING_OPTIONS)
 
 
 def _chosen(schedule: str, given: Mapping[str, Any]) -> str:
@@ -113,23 +110,12 @@ def _chosen(schedule: str, given: Mapping[str, Any]) -> str:
     own = {option.name for option in SCHEDULES[name].options}
     for option in given:
         if option not in own:
-            homes = [
-                home
-                for home, other in SCHEDULES.items()
-                if option in {one.name for one in other.options}
-            ]
+            homes = [home for home, one in SCHEDULES.items() if OPTIONS.get(option) in one.options]
             belongs = f"belongs to {' and '.join(homes)}" if homes else "is a schedule of its own"
-            raise OptionError(
-                f"--schedule {schedule} takes no {flag(option)}, which {belongs}.",
-                "Leave out one of the two.",
-                code=Code.CONFLICTING_OPTIONS,
-            )
+            raise _conflict(f"--schedule {schedule} takes no {flag(option)}, which {belongs}.")
     varies = SCHEDULES[name].varies
     if varies is not None and varies.default is None and varies.name not in given:
-        raise OptionError(
-            f"--schedule {schedule} needs {flag(varies.name)}, such as 0.1.",
-            code=Code.CONFLICTING_OPTIONS,
-        )
+        raise _conflict(f"--schedule {schedule} needs {flag(varies.name)}, such as 0.1.")
     return name
 
 
@@ -144,9 +130,8 @@ def _implied(given: Mapping[str, Any]) -> list[str]:
     }
     if len(of_decay) > 1:
         one, other = ((flag(setting), name) for name, setting in list(of_decay.items())[:2])
-        raise OptionError(
-            f"{one[0]} belongs to --schedule {one[1]} and {other[0]} to --schedule {other[1]}.",
-            code=Code.CONFLICTING_OPTIONS,
+        raise _conflict(
+            f"{one[0]} belongs to --schedule {one[1]} and {other[0]} to --schedule {other[1]}."
         )
     others = [
         name
@@ -182,7 +167,7 @@ def _check_range(name: str, given: Any) -> None:
 
 
 def short(value: Any) -> str:
-    """A number as briefly as it can be told without loss.
+    """Write a value as briefly as possible without loss.
 
     >>> short(1000.0), short(0.9999999), short("step")
     ('1000', '0.9999999', 'step')

@@ -1,14 +1,15 @@
-"""What weights come to in the units that people think in: how many, how old, like which average."""
+"""Figures of weights: effective number, mean age, and equivalent half-life and sigma_rel."""
 
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from ckpt_ema.schedules.formulas import MOST_SIGMA_REL, Steps, half_life, power
+from ckpt_ema.schedules.by_step import MOST_SIGMA_REL, half_life, power
+from ckpt_ema.schedules.schedule import Steps
 from ckpt_ema.schedules.weights import weights_of
 
-_NOTHING = 1e-18  # a share below it changes no sum
+_NOTHING = 1e-18  # a weight below it changes no sum
 _LEAST_SIGMA_REL = 1e-4
 
 
@@ -17,41 +18,40 @@ class Statistics(NamedTuple):
 
     effective_number: float  # of checkpoints, 1 / sum(w^2)
     mean_age: float  # of the checkpoints, before the newest
-    last_tenth: float  # the share of checkpoints from the last tenth of the run
-    half_life: float | None  # of the average with that half-life whose mean age is the same
-    sigma_rel: float | None  # of the power function whose mean age is the same
+    last_tenth: float  # the weight on the last 10 % of training
+    half_life: float | None  # with which the mean age is the same
+    sigma_rel: float | None  # with which the mean age is the same
 
 
 def statistics(steps: Steps, decays: Sequence[float]) -> Statistics:
-    """The figures of folding checkpoints saved at `steps`, oldest first, with `decays`.
+    """Return the figures of folding checkpoints saved at `steps`, oldest first, with `decays`.
 
-    `half_life` is None where no half-life makes an average as old, and `sigma_rel` where none does
-    that is below its limit, the uniform mean.
+    `half_life` and `sigma_rel` are None where no valid value has the same mean age.
 
     >>> found = statistics([1000, 2000, 3000], [0.5, 0.5])
     >>> round(found.effective_number, 2), found.mean_age, found.last_tenth, round(found.half_life)
     (2.67, 750.0, 0.5, 1000)
     """
-    shares = weights_of(decays)
+    weights = weights_of(decays)
     age = mean_age(steps, decays)
     newest = steps[-1]
     late = [step == newest or 10 * step > 9 * newest for step in steps]
     return Statistics(
-        1 / sum(share * share for share in shares),
+        1 / sum(weight * weight for weight in weights),
         age,
-        sum(share for share, is_late in zip(shares, late, strict=True) if is_late),
+        sum(weight for weight, is_late in zip(weights, late, strict=True) if is_late),
         _equivalent_half_life(steps, age),
         _equivalent_sigma_rel(steps, age),
     )
 
 
 def mean_age(steps: Steps, decays: Sequence[float]) -> float:
-    """sum(w_j (t_N - t_j)): how many steps before the newest the checkpoints were, in the mean.
+    """Return sum(w_j (t_N - t_j)), the weighted mean number of steps before the newest.
 
     >>> mean_age([0, 10, 30], [0.5, 0.5])
     12.5
     """
-    age, older = 0.0, 1.0  # `older` is the share of all that lies before the gap
+    age, older = 0.0, 1.0  # `older` is the weight before the gap
     for decay, (before, after) in zip(
         reversed(decays), reversed(list(pairwise(steps))), strict=True
     ):
@@ -82,7 +82,7 @@ def _equivalent_sigma_rel(steps: Steps, age: float) -> float | None:
 
 
 def _solved(rising: Callable[[float], float], value: float, low: float, high: float) -> float:
-    """Where a rising function reaches `value`, between `low` and `high`, by halving ratios."""
+    """Find where a rising function reaches `value`, between `low` and `high`, by bisection."""
     while high / low > 1 + 1e-9:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if rising(middle) < value else (low, middle)

@@ -1,0 +1,70 @@
+"""What a schedule is: a formula from the steps of checkpoints to decays, and its options."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Steps = Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleOption:
+    """An option of one or several schedules, by the name it has in Python.
+
+    With `several`, each value makes an average of its own.
+    """
+
+    name: str
+    help: str
+    kind: type = float  # of each value: float, bool, or str for one of `choices`
+    several: bool = False
+    default: Any = None
+    choices: tuple[str, ...] = ()
+    is_valid: Callable[[float], bool] = lambda _: True
+    limits: str = ""  # what a value must do, for messages
+    label: str = ""  # in the name of an average, where it is not the default; "{}" is the value
+    short: str = ""  # a short flag
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One schedule: its formula, its options, and its name for people."""
+
+    formula: Callable[..., list[float]] | None  # of steps and its options; None: a file has all
+    text: str  # for people; "{}" is the value of `varies`, {unit} and {units} what the run counts
+    varies: ScheduleOption | None = None  # each value makes an average of its own
+    settings: tuple[ScheduleOption, ...] = ()
+    counts_steps: bool = False  # training steps, not checkpoints
+    label: str = ""  # in the names of averages; that of the schedule unless given
+    is_implied: bool = False  # only selected by its option, never by --schedule
+
+    @property
+    def options(self) -> tuple[ScheduleOption, ...]:
+        """All options that it takes."""
+        return (*([self.varies] if self.varies else []), *self.settings)
+
+
+def is_share(x: float) -> bool:
+    """Return whether `x` lies between 0 and 1, both included."""
+    return 0 <= x <= 1
+
+
+def is_positive(x: float) -> bool:
+    """Return whether `x` is above 0 and finite."""
+    return 0 < x < math.inf
+
+
+BETWEEN_0_AND_1 = "lie between 0 and 1"
+POSITIVE = "be above 0 and finite"
+
+# The decay of every schedule that has one decay for each checkpoint.
+DECAY = ScheduleOption(
+    "decay",
+    "decay per checkpoint (dynamic: cap); default: 0.999",
+    several=True,
+    default=0.999,
+    is_valid=is_share,
+    limits=BETWEEN_0_AND_1,
+    short="-d",
+)

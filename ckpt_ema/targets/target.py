@@ -1,0 +1,106 @@
+"""What an output is made of, and what a format of outputs has to provide.
+
+Everything about an output's files is known before a tensor is read: fixed chunks of bytes, and for
+each tensor the offset of its elements.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from ckpt_ema.containers.specs import Role, Specs, packed_bytes
+from ckpt_ema.targets.companions import Companion
+
+
+class OutputTensor(NamedTuple):
+    """One tensor of the output and where its bytes go."""
+
+    key: str  # in the specs of the checkpoints
+    name: str  # in its file
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # from the start of the file, in bytes
+    role: Role  # AVERAGED or KEPT: how its value is made; of a tied name, that of the other
+
+    @property
+    def averaged(self) -> bool:
+        """Whether it is averaged; else it is the newest checkpoint's, byte for byte."""
+        return self.role is Role.AVERAGED
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its elements."""
+        return packed_bytes(self.dtype, self.shape)
+
+
+class Chunk(NamedTuple):
+    """Bytes of a file that are no tensor's, such as its header."""
+
+    offset: int
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One model file of the output: fixed chunks, and tensors at their offsets."""
+
+    name: str  # relative to the output folder
+    member: int  # number of the checkpoint's model file that it mirrors
+    chunks: tuple[Chunk, ...]
+    size_bytes: int
+    tensors: tuple[OutputTensor, ...]
+
+
+Finish = tuple[str, bytes]  # the name and the content of a file that is written last
+
+
+class Model(NamedTuple):
+    """What a target lays out: the tensors of the newest checkpoint, and what becomes of each."""
+
+    specs: Specs
+    roles: Mapping[str, Role]  # AVERAGED or KEPT, by key
+    dtype: str | None  # of averaged tensors; None: each its own
+    provenance: Mapping[str, object]  # goes into every file as JSON
+
+
+class Target(Protocol):
+    """A format to write averages in, at one path."""
+
+    @property
+    def path(self) -> Path:
+        """Where the output goes."""
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether the output is one file, with its provenance inside, instead of a folder."""
+
+    def lay_out(self, model: Model) -> tuple[OutputFile, ...]:
+        """Lay out the files of a model; raises `RefusedError` for what the format cannot hold."""
+
+    def finish(self, files: Sequence[OutputFile], members: Sequence[str]) -> tuple[Finish, ...]:
+        """Return what is written last, such as the indexes of shards.
+
+        `members` are the names of the newest checkpoint's weights files or indexes.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One average, laid out."""
+
+    target: Target
+    files: tuple[OutputFile, ...]
+    indexes: tuple[Finish, ...]
+    companions: tuple[Companion, ...]  # files copied beside the model
+    fingerprint: str  # of everything that decides its bytes
+
+    @property
+    def path(self) -> Path:
+        """Where it goes."""
+        return self.target.path
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether it is one file instead of a folder."""
+        return self.target.is_single_file
