@@ -24,7 +24,9 @@ from typing import Any
 import pytest
 
 ENVIRONMENT = {
-    **{"TYPER_USE_RICH": "0", "COLUMNS": "80", "GITHUB_STEP_SUMMARY": ""},
+    "TYPER_USE_RICH": "0",
+    "COLUMNS": "80",
+    "GITHUB_STEP_SUMMARY": "",
     "TORCH_CPP_LOG_LEVEL": "FATAL",  # the command sets it, but torch reads it when it is imported
 }
 _PRELOADED = [
