@@ -41,8 +41,8 @@ def without_incomplete(found: Found, selection: Selection, source: Source) -> Fo
         )
     elif problem_of(newest):
         incomplete = [newest]
-    left = {one.path: f"incomplete: {problem_of(one)}" for one in incomplete}
-    complete = tuple(one for one in found.checkpoints if one.path not in left)
+    left = {one.name: f"incomplete: {problem_of(one)}" for one in incomplete}
+    complete = tuple(one for one in found.checkpoints if one not in set(incomplete))
     if not complete:
         raise RefusedError(
             f"{found.root} holds no complete checkpoint.",
@@ -56,7 +56,7 @@ def without_incomplete(found: Found, selection: Selection, source: Source) -> Fo
     return replace(
         found,
         checkpoints=complete,
-        judged=tuple(_incomplete(one, left.get(one.path)) for one in found.judged),
+        judged=tuple(_incomplete(one, left.get(one.name)) for one in found.judged),
         warnings=(*found.warnings, *notices),
         problem_of=problem_of,
     )

@@ -106,8 +106,10 @@ class Entry:
         return recorded_inside(self.path, self.model, self.source)
 
     def judged(self, verdict: Verdict) -> Judged:
-        """Return it with its verdict."""
-        return Judged(self.path, self.name, verdict)
+        """Return it with its verdict, at the path where its name is."""
+        is_snapshot = self.is_revision and conventions.COMMIT.search(self.path.name)
+        path = self.path.parent.parent / "refs" / self.name if is_snapshot else self.path
+        return Judged(path, self.name, verdict)
 
 
 def list_entries(folder: Path, source: Source) -> list[Entry]:

@@ -87,11 +87,6 @@ class Judged:
         """Whether users should know that it does not take part."""
         return self.verdict.outcome in (Outcome.ALIAS, Outcome.SKIPPED, Outcome.REFUSED)
 
-    def described(self) -> dict[str, str]:
-        """Return it as plain values, ready for JSON."""
-        reason, detail = self.verdict.reason.value, self.verdict.detail
-        return {"path": str(self.path), "reason": reason, **({"detail": detail} if detail else {})}
-
 
 class Ruling(NamedTuple):
     """What a rule decides."""
