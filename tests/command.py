@@ -23,7 +23,12 @@ from typing import Any
 
 import pytest
 
-ENVIRONMENT = {"TYPER_USE_RICH": "0", "COLUMNS": "80", "GITHUB_STEP_SUMMARY": ""}
+ENVIRONMENT = {
+    "TYPER_USE_RICH": "0",
+    "COLUMNS": "80",
+    "GITHUB_STEP_SUMMARY": "",
+    "TORCH_CPP_LOG_LEVEL": "FATAL",  # the command sets it, but torch reads it when it is imported
+}
 _PRELOADED = [
     *("torch.distributed.checkpoint", "torch.distributed.tensor"),
     *("typer._adapters", "safetensors.torch", "tqdm.auto"),

@@ -10,7 +10,7 @@ import torch
 import ckpt_ema
 from ckpt_ema.containers.specs import Role, Specs, TensorSpec
 from ckpt_ema.errors import Code, RefusedError
-from ckpt_ema.planning.roles import RULES, Reason, TensorRole, by_pattern, judge
+from ckpt_ema.planning.roles import RULES, Reason, TensorRole, judge
 from tests.conftest import MakeRun, noise, series, write_safetensors
 
 FLOAT = TensorSpec("F32", (2,), 0, 0)
@@ -81,12 +81,15 @@ def test_roles_are_told_by_pattern(make_run: MakeRun) -> None:
     )
 
 
-def test_a_name_that_the_newest_lacks_is_dropped() -> None:
-    found = by_pattern(judge(specs(emb=FLOAT), [{"emb": FLOAT}], "newest"), ["head"])
-    assert [(one.pattern, one.role) for one in found] == [
-        ("emb", Role.AVERAGED),
-        ("head", Role.DROPPED),
-    ]
+def test_a_name_that_the_newest_lacks_is_dropped(tmp_path: Path) -> None:
+    for step, names in ((1, ("emb", "head")), (2, ("emb",))):
+        shared = torch.full((3,), float(step))
+        torch.save(dict.fromkeys(names, shared), tmp_path / f"step_{step}.pt")
+    found = ckpt_ema.plan(tmp_path, output=tmp_path.parent / "out").tensor_roles
+    assert {one.pattern: one.role for one in found} == {
+        "emb": Role.AVERAGED,
+        "head": Role.DROPPED,
+    }
 
 
 def test_rules_have_names_and_the_last_takes_every_tensor() -> None:

@@ -68,7 +68,7 @@ def test_data_goes_one_way(module: str) -> None:
         ("errors", set()),
         ("schedules.by_checkpoint", {"errors", "schedules.schedule", "schedules.weights"}),
         ("schedules.weights", set()),
-        ("containers.specs", set()),
+        ("containers.specs", {"notices", "storage.protocol"}),
         ("find.names", {"trainers.conventions"}),
         ("planning.work", {"containers.specs", "targets.target"}),
         ("fold.shadow", {"errors", "schedules.dynamic"}),

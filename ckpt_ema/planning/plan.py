@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import Code, OptionError, RefusedError
-from ckpt_ema.find.complete import check_whole, problems, without_unfinished
+from ckpt_ema.find.checkpoint import Checkpoint
+from ckpt_ema.find.complete import check_complete
 from ckpt_ema.find.found import Found
-from ckpt_ema.find.globs import UNWANTED
-from ckpt_ema.find.order import Checkpoint
 from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
-from ckpt_ema.find.verdict import Judged, Outcome, Reason, Verdict
+from ckpt_ema.find.verdict import UNSELECTED, Judged
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import (
     Engine,
@@ -38,7 +37,7 @@ from ckpt_ema.planning.average import Average, Weighted, make_average, weigh
 from ckpt_ema.planning.fingerprint import deciding
 from ckpt_ema.planning.notices import run_notes, run_warnings
 from ckpt_ema.planning.output import find_destination, lay_out, named
-from ckpt_ema.planning.roles import TensorRole, by_pattern
+from ckpt_ema.planning.roles import DROPPED, Rule, TensorRole, by_pattern
 from ckpt_ema.planning.same_model import Compared, compare
 from ckpt_ema.planning.sizing import element_bytes, make_sizes
 from ckpt_ema.planning.work import Work, make_work
@@ -67,7 +66,7 @@ class Plan:
     run: str
     checkpoints: tuple[PlannedCheckpoint, ...]  # all that some average reads
     averages: tuple[Average, ...]
-    tensor_roles: tuple[TensorRole, ...]  # of the newest checkpoint's tensors, by pattern
+    tensor_rules: Mapping[str, Rule]  # that decided on each tensor, by key
     storage: Storage
     engine: Engine
     given: Mapping[str, Any]  # the options that are not at their defaults
@@ -87,6 +86,11 @@ class Plan:
     def left_out(self) -> tuple[Judged, ...]:
         """The entries that take no part although they might be expected to."""
         return tuple(entry for entry in self.judged if entry.is_left_out)
+
+    @property
+    def tensor_roles(self) -> tuple[TensorRole, ...]:
+        """What becomes of tensors, by pattern of their names."""
+        return by_pattern(self.tensor_rules)
 
     @property
     def is_single_file(self) -> bool:
@@ -182,7 +186,10 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
             for c, one in compared.specs.items()
         ),
         averages=averages,
-        tensor_roles=by_pattern(rulings, compared.dropped),
+        tensor_rules={
+            **{key: ruling.rule for key, ruling in rulings.items()},
+            **dict.fromkeys(compared.dropped, DROPPED),
+        },
         storage=source.storage,
         engine=options.engine,
         given=options.given(),
@@ -194,34 +201,19 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
         work=work,
         threads=sizes.threads,
         tile_elements=sizes.tile_elements,
-        judged=_judged(found),
-        notes=_noticed(
+        judged=found.judged,
+        notes=(
             *chosen.notes,
             *weight_notes(averages),
             *run_notes(compared.specs, _found_in_all(found), rulings, others),
         ),
-        warnings=_noticed(
+        warnings=(
             *chosen.warnings,
             *weight_warnings(averages, names),
             *run_warnings(compared.specs),
             *compared.warnings,
         ),
     )
-
-
-def _judged(found: Found) -> tuple[Judged, ...]:
-    # Until discovery gives verdicts.
-    step = Verdict(Outcome.STEP, Reason.NUMBERED, "discovery")
-    others = [
-        Judged(path, path.name, Verdict(Outcome.SKIPPED, Reason.NO_CHECKPOINT, "discovery", why))
-        for path, why in found.left_out
-    ]
-    return (*(Judged(c.path, c.name, step) for c in found.checkpoints), *others)
-
-
-def _noticed(*notices: Any) -> tuple[Notice, ...]:
-    # Until discovery and formats give notices too.
-    return tuple(Notice(Code.DECIDED, n) if isinstance(n, str) else n for n in notices)
 
 
 def _paths(run: PathLike | Sequence[PathLike]) -> list[Path]:
@@ -245,14 +237,12 @@ def _choose(
     paths: Sequence[Path], selection: Selection, weighting: Weighting, source: Source
 ) -> _Chosen:
     """Find the checkpoints, select among them, weigh them, and check that they are complete."""
-    discovered = discover(paths, selection, source)
-    problem_of = problems(discovered.checkpoints, source)
-    found = without_unfinished(discovered, selection, problem_of)
+    found = discover(paths, selection, source)
     selected = select(found, selection, source)
     averages = weigh(selected.subsets, weighting)
     taken = {checkpoint for average in averages for checkpoint in average.checkpoints}
     checkpoints = [checkpoint for checkpoint in found.checkpoints if checkpoint in taken]
-    check_whole(checkpoints, problem_of)
+    check_complete(checkpoints, found)
     warnings = (*found.warnings, *selected.warnings)
     return _Chosen(found, checkpoints, averages, selected.notes, warnings)
 
@@ -277,4 +267,4 @@ def _check_names(averages: Sequence[Weighted], compared: Compared) -> None:
 
 def _found_in_all(found: Found) -> int:
     """Count the checkpoints of the run, with those that globs leave out."""
-    return len(found.checkpoints) + sum(why in UNWANTED for _, why in found.left_out)
+    return len(found.checkpoints) + sum(one.verdict.reason in UNSELECTED for one in found.left_out)

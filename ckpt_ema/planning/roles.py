@@ -5,7 +5,7 @@ Codes and scales of quantised weights are known by name, everything else by dtyp
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -100,22 +100,28 @@ def judge(
     mostly_empty = 2 * sum(spec.shape == (0,) for spec in floats) > len(floats)
     first_of = _tied(newest.tensors, layouts)
     rulings: dict[str, Ruling] = {}
+    of_rule = {rule.name: Ruling(rule, rule.role) for rule in RULES}
     for key, spec in newest.tensors.items():
         is_emptied = mostly_empty and spec.shape == (0,) and spec.dtype in AVERAGED
         tensor = Tensor(key, spec, key in first_of, is_emptied)
-        rule = next(rule for rule in RULES if rule.takes(tensor))
-        made = rulings[first_of[key]].made if rule.role is Role.TIED else rule.role
-        rulings[key] = Ruling(rule, made)
-    for reason, (problem, hint) in _REFUSALS.items():
-        refused = [key for key, ruling in rulings.items() if ruling.rule.reason is reason]
-        if refused:
+        for rule in RULES:
+            if rule.takes(tensor):
+                break
+        rulings[key] = of_rule[rule.name]
+        if rule.role is Role.TIED:
+            rulings[key] = Ruling(rule, rulings[first_of[key]].made)
+    found = {id(ruling): ruling for ruling in rulings.values()}.values()
+    for ruling in found:
+        if ruling.rule.role is Role.REFUSED:
+            refused = [key for key, one in rulings.items() if one is ruling]
+            problem, hint = _REFUSALS[ruling.rule.reason]
             raise RefusedError(
                 f"{name} holds {problem} ({some(refused, 3)}).",
                 hint,
                 code=Code.NOT_AVERAGEABLE,
                 tensor=refused[0],
             )
-    if not any(ruling.made is Role.AVERAGED for ruling in rulings.values()):
+    if Role.AVERAGED not in {ruling.made for ruling in found}:
         raise RefusedError(
             f"{name} holds no floating-point tensor to average.", code=Code.NOT_AVERAGEABLE
         )
@@ -138,15 +144,8 @@ def _tied(
     return tied
 
 
-def by_pattern(
-    rulings: Mapping[str, Ruling], dropped: Iterable[str] = ()
-) -> tuple[TensorRole, ...]:
-    """Return the roles of all tensors, those of one pattern and one rule as one.
-
-    `dropped` are names that only checkpoints before the newest have.
-    """
-    rules = {name: ruling.rule for name, ruling in rulings.items()}
-    rules |= dict.fromkeys(dropped, DROPPED)
+def by_pattern(rules: Mapping[str, Rule]) -> tuple[TensorRole, ...]:
+    """Return the roles of all tensors, those of one pattern and one rule as one."""
     counts = Counter((_NUMBER.sub("*", name), rule.name) for name, rule in rules.items())
     rule_of = {rule.name: rule for rule in rules.values()}
     return tuple(

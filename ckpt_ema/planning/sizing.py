@@ -1,10 +1,10 @@
-"""How much is folded at a time: the elements of a tile, and threads, within a limit of memory."""
+"""Tile size and threads of the fold, within a limit of memory."""
 
 import os
 from typing import NamedTuple
 
 from ckpt_ema.containers.specs import MOST_READ_PER_WANTED
-from ckpt_ema.errors import OptionError
+from ckpt_ema.errors import Code, OptionError
 from ckpt_ema.options import Engine
 from ckpt_ema.planning.work import Work
 
@@ -23,7 +23,7 @@ class Sizes(NamedTuple):
 
 
 def make_sizes(engine: Engine, work: Work, averages: int) -> Sizes:
-    """What is asked for, or else what suits a core; less where `--max-memory` says so."""
+    """Return the sizes asked for, or those that suit a core; smaller to fit --max-memory."""
     threads = engine.threads or _cores()
     if engine.tile_size is None:
         # The shadows, and what is folded into them, stay in a core's cache.
@@ -37,25 +37,26 @@ def make_sizes(engine: Engine, work: Work, averages: int) -> Sizes:
     if room < _FEWEST_ELEMENTS:
         raise OptionError(
             f"--max-memory is {engine.max_memory} bytes; the fold needs at least"
-            f" {_FEWEST_ELEMENTS * each // 1024}KiB."
+            f" {_FEWEST_ELEMENTS * each // 1024}KiB.",
+            code=Code.INVALID_OPTION,
         )
-    # The cores here have no say in it: parts that are made on other machines have the same tiles.
+    # Independent of the cores here, so that parts made on other machines have the same tiles.
     tile_elements = min(tile_elements, room, max(_LEAST_TILE, room // _THREADS_TO_FIT))
     return Sizes(tile_elements, min(threads, room // tile_elements))
 
 
 def element_bytes(engine: Engine, work: Work, averages: int) -> int:
-    """What a thread allocates for each element that it folds at a time."""
+    """Return the bytes that a thread allocates for each element that it folds at a time."""
     widest, wide = work.widest_bytes, 4 if engine.accumulate == "float32" else 8
     gathered = KEPT_BYTES * MOST_READ_PER_WANTED if any(s.in_pieces for s in work.spans) else 0
     halves = 4 if "F16" in work.dtypes() else 0  # on their way to float64
-    # What is kept; what is read, then widened; each shadow, and that rounded; for infinities that
-    # stay, one shadow and masks.
+    # Elements read, then widened; each shadow, and its rounded form; one shadow and masks for
+    # infinities that stay.
     folded = gathered + widest + halves + wide + (wide + widest) * averages + (wide + 4)
     return KEPT_BYTES + folded
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,12 +1,12 @@
-"""The work as spans: runs of elements that lie one after the other in every checkpoint and output.
+"""Work as spans: runs of elements that are contiguous in every checkpoint and output.
 
-The fold is elementwise, so where one tensor ends and the next begins does not matter to it.
-Neighbours that are neighbours in every file are one span, and a hundred thousand small tensors cost
-what one large tensor costs.
+The fold is elementwise, so tensors that are neighbours in every file are one span, and a hundred
+thousand small tensors cost what one large tensor costs.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from ckpt_ema.containers.specs import DTYPE_BITS, Specs, TensorSpec
@@ -41,7 +41,7 @@ class Span(NamedTuple):
         return {place.average: place.dtype for place in self.places}
 
     def bytes_read(self, layout_of: Sequence[int], length: int | None = None) -> int:
-        """Bytes that are read for it, or for `length` of it; `layout_of` as in `Work`."""
+        """Return the bytes to read for it, or for `length` of it; `layout_of` as in `Work`."""
         length = self.length if length is None else length
         if not self.averaged:
             return length
@@ -49,7 +49,7 @@ class Span(NamedTuple):
         return length * sum(bits[layout] for layout in layout_of) // 8
 
     def bytes_written(self, length: int) -> int:
-        """Bytes that are written for `length` of it."""
+        """Return the bytes to write for `length` of it."""
         if not self.averaged:
             return length * len(self.places)
         return length * sum(DTYPE_BITS[place.dtype] for place in self.places) // 8
@@ -67,7 +67,7 @@ class Work(NamedTuple):
     layout_of: tuple[int, ...]
 
     def dtypes(self) -> set[str]:
-        """Every dtype that is averaged, in a checkpoint or in an output."""
+        """Return every dtype that is averaged, in a checkpoint or in an output."""
         spans = [span for span in self.spans if span.averaged]
         read = {source.dtype for span in spans for source in span.sources}
         return read | {place.dtype for span in spans for place in span.places}
@@ -78,7 +78,7 @@ class Work(NamedTuple):
         return max((DTYPE_BITS[dtype] // 8 for dtype in self.dtypes()), default=8)
 
     def bytes_read(self) -> int:
-        """Bytes of tensor data that are read, each once."""
+        """Return the bytes of tensor data to read, each once."""
         return sum(span.bytes_read(self.layout_of) for span in self.spans)
 
 
@@ -95,17 +95,17 @@ def make_work(
     # Tied tensors share their bytes in every checkpoint: they are one span with several places.
     untied: dict[tuple[object, ...], Span] = {}
     for tensor, place, newest in _tensors(outputs):
-        kept_from = None if tensor.averaged else newest
+        averaged = tensor.averaged
+        kept_from = None if averaged else newest
         sources = tuple(
-            specs.tensors[tensor.key]
-            for specs in (layouts if tensor.averaged else [checkpoints[newest]])
+            specs.tensors[tensor.key] for specs in (layouts if averaged else [checkpoints[newest]])
         )
         origin = (kept_from, *sources)
         twin = untied.get(origin)
         if twin:
             untied[origin] = twin._replace(places=(*twin.places, place))
         elif math.prod(tensor.shape):
-            length = math.prod(tensor.shape) if tensor.averaged else sources[0].size_bytes
+            length = math.prod(tensor.shape) if averaged else sources[0].size_bytes
             untied[origin] = Span(length, kept_from, (place,), sources)
     spans = tuple(_joined(untied.values()))
     return Work(spans, tuple(number_of[id(specs.tensors)] for specs in checkpoints))
@@ -114,29 +114,32 @@ def make_work(
 def _tensors(
     outputs: Sequence[tuple[int, Sequence[OutputFile]]],
 ) -> Iterator[tuple[OutputTensor, Place, int]]:
-    """Every tensor of every output, where it goes, and the newest checkpoint of its average."""
+    """Yield every tensor of every output, its place, and the newest checkpoint of its average."""
     number = 0
     for average, (newest, files) in enumerate(outputs):
         for file in files:
-            for tensor in sorted(file.tensors, key=lambda tensor: tensor.offset):
+            for tensor in sorted(file.tensors, key=attrgetter("offset")):
                 yield tensor, Place(average, number, tensor.offset, tensor.dtype), newest
             number += 1
 
 
 def _joined(spans: Iterable[Span]) -> Iterator[Span]:
-    """The spans, those that follow each other as one."""
+    """Yield the spans, those that follow each other as one."""
     group: list[Span] = []
+    was_alone = False
     for span in spans:
-        if group and not _follows(group[-1], span):
+        is_alone = span.in_pieces or _has_ties(span)
+        if group and (is_alone or was_alone or not _follows(group[-1], span)):
             yield group[0]._replace(length=sum(one.length for one in group))
             group = []
         group.append(span)
+        was_alone = is_alone
     if group:
         yield group[0]._replace(length=sum(one.length for one in group))
 
 
 def _follows(span: Span, other: Span) -> bool:
-    """Whether `other` begins where `span` ends, in every checkpoint and in every output."""
+    """Return whether `other` begins where `span` ends, in every checkpoint and in every output."""
     if span.kept_from != other.kept_from or len(span.places) != len(other.places):
         return False
     before: tuple[Place | TensorSpec, ...] = span.places + span.sources
@@ -146,7 +149,7 @@ def _follows(span: Span, other: Span) -> bool:
             return False
         if one.dtype != next_one.dtype and span.averaged:
             return False
-    return not (span.in_pieces or other.in_pieces or _has_ties(span) or _has_ties(other))
+    return True
 
 
 def _has_ties(span: Span) -> bool:

@@ -29,6 +29,9 @@ _KEEPS_ITS_NAME = re.compile(
     r"^(pytorch_model_\d+|value_head|adapter_model|diffusion_pytorch_model|pytorch_lora_weights)$"
 )
 
+# Bytes of one element, 1 where several share a byte.
+_ELEMENT_BYTES = {dtype: max(1, bits // 8) for dtype, bits in DTYPE_BITS.items()}
+
 # Hashes of the tensors that training UIs put into the header; for an average they would be wrong.
 _STALE_HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
@@ -77,7 +80,7 @@ class SafetensorsFolder:
     def lay_out(self, model: Model) -> tuple[OutputFile, ...]:
         """See `Target.lay_out`."""
         newest = model.specs
-        names = [(file.part, _output_name(file.name)) for file in newest.files]
+        names = [(file.member, _output_name(file.name)) for file in newest.files]
         groups: dict[tuple[int, str], list[str]] = {}
         for key, tensor in newest.tensors.items():
             groups.setdefault(names[tensor.file], []).append(key)
@@ -167,8 +170,9 @@ def _file(name: str, member: int, keys: Sequence[str], model: Model) -> OutputFi
         spec = newest.tensors[key]
         averaged = roles[key] is Role.AVERAGED
         typed.append((tensor, (averaged and model.dtype) or spec.dtype, spec.shape))
+    old = newest.metadata[newest.tensors[keys[0]].file]
     metadata = {
-        **_kept_metadata(newest.metadata[newest.tensors[keys[0]].file]),
+        **{key: value for key, value in old.items() if key not in _STALE_HASHES},
         "format": "pt",  # loaders of the Hugging Face family refuse a file without it
         PROVENANCE_KEY: json.dumps(model.provenance, separators=(",", ":")),
     }
@@ -184,7 +188,7 @@ def _file(name: str, member: int, keys: Sequence[str], model: Model) -> OutputFi
         OutputTensor(key_of[one], one, dtype, shape, offsets[one], roles[key_of[one]])
         for one, dtype, shape in typed
     )
-    size_bytes = len(header) + sum(tensor.size_bytes for tensor in laid_out)
+    size_bytes = laid_out[-1].offset + laid_out[-1].size_bytes
     return OutputFile(name, member, (Chunk(0, header),), size_bytes, laid_out)
 
 
@@ -198,15 +202,7 @@ def _aligned(typed: _Typed, metadata: Mapping[str, str]) -> tuple[bytes, _Typed,
     before narrow, as the safetensors library orders them, keeps that true.
     """
     header, offsets = make_header(typed, metadata)
-    if any(offsets[name] % _element_bytes(dtype) for name, dtype, _ in typed):
-        typed = sorted(typed, key=lambda tensor: -_element_bytes(tensor[1]))
+    if any(offsets[name] % _ELEMENT_BYTES[dtype] for name, dtype, _ in typed):
+        typed = sorted(typed, key=lambda tensor: -_ELEMENT_BYTES[tensor[1]])
         header, offsets = make_header(typed, metadata)
     return header, typed, offsets
-
-
-def _element_bytes(dtype: str) -> int:
-    return max(1, DTYPE_BITS[dtype] // 8)
-
-
-def _kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in metadata.items() if key not in _STALE_HASHES}
