@@ -255,8 +255,8 @@ def test_averages_whose_tensors_would_have_other_names_are_made_one_at_a_time(
     run = make_run(series(3, w=noise(3, 5)))
     state = {"_orig_mod.w": noise(1, 5)[0]}
     write_safetensors(run / "checkpoint-3/model.safetensors", state)
+    options: dict[str, Any] = {"weights": {"1": 0.5, "2": 0.5}, "decay": 0.2}
     with pytest.raises(RefusedError) as caught:
-    with pytest.raises(RefusedError):
         ckpt_ema.plan(run, **options)
     assert caught.value.code is Code.DIFFERENT_NAMES
     assert len(ckpt_ema.plan(run, strip_prefix="_orig_mod.", **options).averages) == 2

@@ -10,7 +10,7 @@ import pytest
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
 from ckpt_ema.storage.local import Local
 from ckpt_ema.storage.protocol import Kind
-from tests.faulty_os import faulty
+from tests.makers.faulty_os import faulty
 
 LOCAL = Local()
 

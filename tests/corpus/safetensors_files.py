@@ -153,11 +153,11 @@ CASES = [
     Case(
         "a tensor that turns to zeros",
         in_all(lambda state: state["b"].zero_(), 3),
-        "checkpoint-3 turns to zeros in tensor b",
+        "checkpoint-3: tensor b turns to zeros",
         0,
     ),
     Case("a run that was copied sparsely", sparse, "has a hole at byte .* so have 2 more files", 0),
     Case(
-        "an end that was never written", never_written, "checkpoint-3 turns to zeros in tensor b", 0
+        "an end that was never written", never_written, "checkpoint-3: tensor b turns to zeros", 0
     ),
 ]
