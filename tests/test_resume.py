@@ -195,7 +195,7 @@ def test_the_next_process_continues_the_work_of_a_killed_one(
 
 def test_two_processes_do_not_share_one_workspace(run: Path, tmp_path: Path) -> None:
     plan = ckpt_ema.plan(run, output=tmp_path / "out", device="cpu", tile_size=256)
-    with Workspace(plan.output, plan.key), pytest.raises(RefusedError) as caught:
+    with Workspace(plan.output, plan.work_id), pytest.raises(RefusedError) as caught:
         ckpt_ema.average(run, output=tmp_path / "out", **OPTIONS)
     assert (caught.value.code, caught.value.path) == (Code.OUTPUT_IN_USE, str(tmp_path / "out"))
 
