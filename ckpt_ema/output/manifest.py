@@ -88,7 +88,7 @@ def _describe_run(plan: Plan) -> dict[str, Any]:
         "threads": plan.threads,
         "bytes_read": plan.bytes_read,
         "memory_bytes": plan.memory_bytes,
-        "left_out": [entry.described() for entry in plan.left_out],
+        "left_out": [_describe_entry(one) for one in plan.left_out],
         "notes": [note.described() for note in plan.notes],
         "warnings": [warning.described() for warning in plan.warnings],
     }
