@@ -188,14 +188,12 @@ CASES = [
     Output(
         "the output's parent is a file",
         make=lambda run: (run.parent / "file").touch(),
-        says="does not exist or is no folder",
+        says="is not an existing folder",
         words=["-o", "RUN/../file/out"],
     ),
-    Output("the output is the run", says="is, holds or lies inside the input", words=["-o", "RUN"]),
-    Output(
-        "the output is an input", says="is, holds or lies inside", words=["-o", f"RUN/{MIDDLE}"]
-    ),
-    Output("the output is in the run", says="lies inside the input", words=["-o", "RUN/in"]),
+    Output("the output is the run", says="overlaps the input", words=["-o", "RUN"]),
+    Output("the output is an input", says="overlaps the input", words=["-o", f"RUN/{MIDDLE}"]),
+    Output("the output is in the run", says="overlaps the input", words=["-o", "RUN/in"]),
     Output(
         "the output is a FIFO",
         make=lambda run: os.mkfifo(run.parent / "fifo"),
