@@ -23,16 +23,15 @@ __all__ = [
 
 if TYPE_CHECKING:
     from ckpt_ema.fold.shadow import Shadow
-    from ckpt_ema.parts import average_part, finish
     from ckpt_ema.planning.plan import plan
     from ckpt_ema.report.figure import plot
-    from ckpt_ema.run import average
+    from ckpt_ema.run import average, average_part, finish
 
 _HOMES = {
     "Shadow": "ckpt_ema.fold.shadow",
     "average": "ckpt_ema.run",
-    "average_part": "ckpt_ema.parts",
-    "finish": "ckpt_ema.parts",
+    "average_part": "ckpt_ema.run",
+    "finish": "ckpt_ema.run",
     "plan": "ckpt_ema.planning.plan",
     "plot": "ckpt_ema.report.figure",
 }

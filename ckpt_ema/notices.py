@@ -21,3 +21,19 @@ class Notice(NamedTuple):
     def described(self) -> dict[str, str]:
         """Return it as plain values, ready for JSON."""
         return {"code": self.code.value, "message": str(self)}
+
+
+def notices_from(described: object) -> tuple[Notice, ...]:
+    """Return the notices that JSON describes, without anything that is not one.
+
+    >>> notices_from([{"code": "zeros", "message": "w turns to zeros."}, 5])
+    (Notice(code=<Code.ZEROS: 'zeros'>, message='w turns to zeros.'),)
+    """
+    codes = {code.value: code for code in Code}
+    listed = described if isinstance(described, list) else []
+    pairs = [(one.get("code"), one.get("message")) for one in listed if isinstance(one, dict)]
+    return tuple(
+        Notice(codes[code], message)
+        for code, message in pairs
+        if isinstance(code, str) and code in codes and isinstance(message, str)
+    )

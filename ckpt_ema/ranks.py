@@ -1,23 +1,29 @@
 """Processes that a launcher started together: torchrun, or srun.
 
-They meet at a key-value store of torch's, over which each tells the others that it is alive, how
-far it is, and why it gave up. One that is silent for too long has ended without a word.
+They meet at torch's key-value store. There each counts up while it is alive, and leaves the error
+with which it failed, which all others then raise. One process reports it.
 """
 
 import contextlib
+import json
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from ckpt_ema.errors import FailedError, OptionError, printable
+from ckpt_ema.errors import CkptEmaError, Code, FailedError, OptionError, RefusedError
 
-_SECONDS_TO_MEET = 60.0
+SECONDS_TO_MEET = 60.0
+SECONDS_SILENT = 20.0  # the longest that a rank may not respond
+_SECONDS_BEFORE_SAYING = 2.5  # whom a process waits for
+_SECONDS_TO_REPORT = 5.0  # that the first rank has before another reports an error
 _SECONDS_BETWEEN_SIGNS = 0.5
-_MOST_SILENT_SECONDS = 20.0
 _POLL_SECONDS = 0.05
+
+_LOST = "the connection to rank 0 was lost."
+_IF_ALONE = "If this process was started alone, unset WORLD_SIZE and SLURM_STEP_NUM_TASKS."
 
 
 class Place(NamedTuple):
@@ -27,53 +33,79 @@ class Place(NamedTuple):
     size: int
     address: str
     port: int
-    is_hosted: bool  # the launcher has the store; otherwise the first process has
+    is_hosted: bool  # the launcher has the store; otherwise rank 0 has
     local_rank: int  # among those on its machine
 
 
-def place_from(environment: Mapping[str, str]) -> Place | None:
-    """The place that torchrun or srun gave this process; None if it is alone.
+class Waiting(NamedTuple):
+    """Ranks that have not joined yet."""
 
-    Raises `OptionError` for variables that make no sense.
+    ranks: Sequence[int]
+    place: Place
+
+    def __str__(self) -> str:
+        """Name them: waiting for ranks 1, 3 of 4 at host:29500."""
+        _, size, address, port, *_ = self.place
+        which = f"rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}"
+        return f"waiting for {which} of {size} at {address}:{port}"
+
+
+def place_from(environment: Mapping[str, str]) -> Place | None:
+    """Return the place that torchrun or srun gave this process; None if it is alone.
+
+    Raises `OptionError` for variables that are missing or invalid.
     """
-    try:
-        if environment.get("RANK") and int(environment.get("WORLD_SIZE") or 1) > 1:
-            return Place(
-                int(environment["RANK"]),
-                int(environment["WORLD_SIZE"]),
-                environment["MASTER_ADDR"],
-                int(environment["MASTER_PORT"]),
-                environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-                int(environment.get("LOCAL_RANK") or 0),
-            )
-        # Those of a step are set by srun alone: a batch script has SLURM_NTASKS without tasks.
-        if int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
-            job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
-            return Place(
-                int(environment["SLURM_PROCID"]),
-                int(environment["SLURM_STEP_NUM_TASKS"]),
-                first_host(environment["SLURM_STEP_NODELIST"]),
-                int(environment.get("MASTER_PORT") or 20000 + (job * 31 + step) % 20000),
-                False,
-                int(environment.get("SLURM_LOCALID") or 0),
-            )
-    except (KeyError, ValueError) as error:
-        raise OptionError(
-            f"The launcher's variables make no sense: {type(error).__name__} {printable(error)}."
-        ) from error
+
+    def text(name: str) -> str:
+        if not environment.get(name):
+            raise _invalid(f"incomplete launcher environment: {name} is not set.")
+        return environment[name]
+
+    def number(name: str, default: int | None = None) -> int:
+        if default is not None and not environment.get(name):
+            return default
+        if not re.fullmatch("[0-9]{1,9}", text(name)):
+            raise _invalid(f"invalid launcher environment: {name} is {text(name)!r}.")
+        return int(text(name))
+
+    if environment.get("RANK") and number("WORLD_SIZE", 1) > 1:
+        return Place(
+            number("RANK"),
+            number("WORLD_SIZE"),
+            text("MASTER_ADDR"),
+            number("MASTER_PORT"),
+            environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            number("LOCAL_RANK", 0),
+        )
+    # Only srun sets the variables of a step: a batch script has SLURM_NTASKS without tasks.
+    if number("SLURM_STEP_NUM_TASKS", 1) > 1:
+        port = 20000 + (number("SLURM_JOB_ID") * 31 + number("SLURM_STEP_ID")) % 20000
+        return Place(
+            number("SLURM_PROCID"),
+            number("SLURM_STEP_NUM_TASKS"),
+            first_host(text("SLURM_STEP_NODELIST")),
+            number("MASTER_PORT", port),
+            False,
+            number("SLURM_LOCALID", 0),
+        )
     return None
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's list of nodes.
+    """Return the first of Slurm's list of nodes.
 
     >>> first_host("gpu[007-010,12],cpu1"), first_host("a,b")
     ('gpu007', 'a')
     """
     match = re.match(r"([^\[,]+)(?:\[([0-9]+)[^\]]*\]([^,]*))?", nodes)
     if not match:
-        raise ValueError(nodes)
+        raise _invalid(f"invalid launcher environment: SLURM_STEP_NODELIST is {nodes!r}.")
     return "".join(part or "" for part in match.groups())
+
+
+def is_reported_elsewhere(error: BaseException) -> bool:
+    """Return whether another rank reports an error, so that this process should not."""
+    return bool(vars(error).get("is_reported_elsewhere"))
 
 
 class Ranks:
@@ -81,30 +113,49 @@ class Ranks:
 
     def __init__(self, place: Place, store: Any) -> None:
         self.rank, self.size, self.local_rank = place.rank, place.size, place.local_rank
-        self._store = store
-        self._problem = ""
+        self._place, self._store = place, store
+        self._problem: CkptEmaError | None = None
         self._left = threading.Event()
         self._watch = threading.Thread(target=self._keep_watch, daemon=True)
         self._watch.start()
 
     def check(self) -> None:
-        """Raise `FailedError` if another process has failed."""
+        """Raise the error of another process, if one has failed."""
         if self._problem:
-            raise FailedError(self._problem, "Nothing was published.")
+            raise self._problem
 
-    def check_at_once(self) -> None:
-        """As `check`, and what others have told since the last look counts too."""
+    def check_now(self) -> None:
+        """Raise the error of another process, even if it failed a moment ago."""
         with contextlib.suppress(RuntimeError):
-            if self._store.check(["failed"]):
-                self._problem = self._store.get("failed").decode()
+            self._look()
         self.check()
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others that this process gives up."""
-        if not self._problem:
-            told = f"Rank {self.rank} failed: {printable(error) or type(error).__name__}"
-            with contextlib.suppress(RuntimeError):
-                self._store.set("failed", told)
+        """Let the others fail too, unless another process did so before."""
+        if not isinstance(error, CkptEmaError):
+            how = f"failed: {error}" if isinstance(error, Exception) else "was stopped by a signal"
+            error = _gone(f"rank {self.rank} {how}.")
+        by = "" if error.code is Code.RANK_FAILED else f"rank {self.rank}: "
+        facts = {
+            "exit_code": error.exit_code,
+            "message": f"{by}{error.message}",
+            "hint": error.hint,
+            "code": error.code.value,
+            "path": error.path,
+            "tensor": error.tensor,
+        }
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set("failed", "", json.dumps(facts))
+
+    def reports(self) -> bool:
+        """Return whether this process reports an error: rank 0, or another if that is gone."""
+        try:
+            until = time.monotonic() + (_SECONDS_TO_REPORT if self.rank else 0.0)
+            while time.monotonic() < until and not self._store.add("reported", 0):
+                time.sleep(_POLL_SECONDS)
+            return bool(self._store.add("reported", 1) == 1)
+        except RuntimeError:  # the store was that of rank 0
+            return self.rank <= 1
 
     def agree(self, name: str, value: str) -> None:
         """Raise `FailedError` unless all processes have the same value."""
@@ -112,18 +163,24 @@ class Ranks:
         for rank in range(self.size):
             if self._get(f"{name}/{rank}") != value:
                 raise FailedError(
-                    f"Ranks {self.rank} and {rank} do not see the same {name}.",
-                    "Do all machines see the same files, and has the command the same options?",
+                    f"ranks {self.rank} and {rank} do not see the same {name}.",
+                    "Check that all machines see the same files, and all have the same options.",
+                    code=Code.PARTS_DISAGREE,
                 )
 
-    def wait(self, name: str) -> None:
-        """Wait until all processes have come here."""
+    def wait(self, name: str, waiting: Callable[[Waiting], None] | None = None) -> None:
+        """Wait until all processes are here; `waiting` is called once if some are late."""
         self._store.set(f"{name}/{self.rank}", "here")
-        for rank in range(self.size):
-            self._get(f"{name}/{rank}")
+        missing = [rank for rank in range(self.size) if rank != self.rank]
+        late = time.monotonic() + _SECONDS_BEFORE_SAYING
+        while missing := [rank for rank in missing if not self._has(f"{name}/{rank}")]:
+            if waiting and time.monotonic() > late:
+                waiting(Waiting(missing, self._place))
+                waiting = None
+            time.sleep(_POLL_SECONDS)
 
     def leave(self) -> None:
-        """Stop watching; the first process, whose store it may be, stays until all have left."""
+        """Stop watching; rank 0, which may have the store, stays until all have left."""
         self._left.set()
         self._watch.join()
         with contextlib.suppress(RuntimeError):
@@ -133,61 +190,95 @@ class Ranks:
             while others and not self._store.check(others) and time.monotonic() < until:
                 time.sleep(_POLL_SECONDS)
 
+    def _has(self, key: str) -> bool:
+        self.check()
+        try:
+            return bool(self._store.check([key]))
+        except RuntimeError as error:
+            raise _gone(_LOST) from error
+
     def _get(self, key: str) -> str:
-        while True:
-            self.check()
-            try:
-                if self._store.check([key]):
-                    return str(self._store.get(key).decode())
-            except RuntimeError as error:
-                raise FailedError("The first rank is gone.", "Nothing was published.") from error
+        while not self._has(key):
             time.sleep(_POLL_SECONDS)
+        return str(self._store.get(key).decode())
+
+    def _look(self) -> None:
+        if self._store.check(["failed"]):
+            self._problem = _error_from(json.loads(self._store.get("failed")))
 
     def _keep_watch(self) -> None:
-        """Give a sign of life; look whether a rank has failed or the next one is silent."""
+        """Count up, and look whether a rank has failed or the next one does not respond."""
         following = (self.rank + 1) % self.size
         seen, since = 0, time.monotonic()
         while not self._left.is_set():
             try:
                 self._store.add(f"sign/{self.rank}", 1)
                 signs = self._store.add(f"sign/{following}", 0)
-                has_failed = self._store.check(["failed"])
-                self._problem = self._store.get("failed").decode() if has_failed else ""
+                self._look()
                 has_left = self._store.check([f"left/{following}"])
             except RuntimeError:
-                self._problem = "The first rank is gone."
+                self._problem = _gone(_LOST)
                 return
             if signs != seen or has_left:
                 seen, since = signs, time.monotonic()
-            elif time.monotonic() - since > (_MOST_SILENT_SECONDS if signs else _SECONDS_TO_MEET):
-                self._problem = f"Rank {following} gives no sign of life."
-                with contextlib.suppress(RuntimeError):
-                    self._store.set("failed", self._problem)
+            elif time.monotonic() - since > (SECONDS_SILENT if signs else SECONDS_TO_MEET):
+                self.fail(_silent(following, has_joined=signs > 0))
             self._left.wait(_SECONDS_BETWEEN_SIGNS)
 
 
-@contextlib.contextmanager
-def joined(environment: Mapping[str, str]) -> Iterator[Ranks | None]:
-    """Meet the others of a launch; None for a process that was started alone.
+def _gone(message: str, hint: str = "Nothing was published.") -> FailedError:
+    return FailedError(message, hint, code=Code.RANK_FAILED)
 
-    What goes wrong inside is told to the others. Raises `FailedError` if they do not come.
+
+def _silent(rank: int, *, has_joined: bool) -> FailedError:
+    if has_joined:
+        return _gone(f"rank {rank} has not responded for {SECONDS_SILENT:.0f} s.")
+    return _gone(f"rank {rank} has not joined within {SECONDS_TO_MEET:.0f} s.", _IF_ALONE)
+
+
+def _error_from(facts: Mapping[str, Any]) -> CkptEmaError:
+    """Return an error like that of another rank."""
+    kinds = {kind.exit_code: kind for kind in (OptionError, RefusedError)}
+    kind = kinds.get(facts["exit_code"], FailedError)
+    code, path, tensor = Code(facts["code"]), facts["path"], facts["tensor"]
+    return kind(facts["message"], facts["hint"], code=code, path=path, tensor=tensor)
+
+
+def _invalid(message: str) -> OptionError:
+    return OptionError(message, code=Code.LAUNCH_ENVIRONMENT)
+
+
+@contextlib.contextmanager
+def joined(
+    environment: Mapping[str, str], waiting: Callable[[Waiting], None] | None = None
+) -> Iterator[Ranks | None]:
+    """Meet the others of a launch; yield None in a process that was started alone.
+
+    `waiting` is called, from any thread, if others are late. An error inside makes the others fail
+    too; all but one of them are `is_reported_elsewhere`. Raises `FailedError` if others never come.
     """
     place = place_from(environment)
     if place is None:
         yield None
         return
-    ranks = Ranks(place, _store(place, environment))
+    ranks = Ranks(place, _store(place, environment, waiting))
     try:
-        ranks.wait("met")
+        ranks.wait("met", None if place.rank else waiting)
         yield ranks
     except BaseException as error:
         ranks.fail(error)
+        vars(error)["is_reported_elsewhere"] = not ranks.reports()
         raise
     finally:
         ranks.leave()
 
 
-def _store(place: Place, environment: Mapping[str, str]) -> Any:
+def _store(
+    place: Place, environment: Mapping[str, str], waiting: Callable[[Waiting], None] | None
+) -> Any:
+    says = threading.Timer(_SECONDS_BEFORE_SAYING, lambda: waiting and waiting(Waiting([0], place)))
+    says.daemon = True
+    says.start()
     try:
         import torch.distributed
 
@@ -197,15 +288,18 @@ def _store(place: Place, environment: Mapping[str, str]) -> Any:
             place.port,
             place.size,
             is_master=place.rank == 0 and not place.is_hosted,
-            timeout=timedelta(seconds=_SECONDS_TO_MEET),
+            timeout=timedelta(seconds=SECONDS_TO_MEET),
+            wait_for_workers=False,
         )
     except (RuntimeError, ImportError, AttributeError) as error:
         raise FailedError(
-            f"Rank {place.rank} of {place.size} cannot meet the others at"
-            f" {printable(place.address)}:{place.port}.",
-            "Where this is no launch of several processes, unset WORLD_SIZE and"
-            " SLURM_STEP_NUM_TASKS.",
+            f"rank {place.rank} of {place.size} cannot reach rank 0 at"
+            f" {place.address}:{place.port}.",
+            _IF_ALONE,
+            code=Code.RANK_FAILED,
         ) from error
-    # A launcher that starts all anew starts with clean keys.
+    finally:
+        says.cancel()
+    # A launcher that restarts all ranks gives them new keys.
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     return distributed.PrefixStore(f"ckpt-ema/{attempt}", store)

@@ -1,30 +1,38 @@
-"""The whole job in one call: plan, fold, publish."""
+"""The whole job in one call: plan, fold, publish.
+
+A plain run folds the only share of the work and publishes. Parts, and the ranks of a launch, fold a
+share each and record it in the ledger; `finish`, or the first rank, publishes.
+"""
 
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ckpt_ema import __version__
-from ckpt_ema.containers.compare import same_values
-from ckpt_ema.errors import FailedError, RefusedError, printable
-from ckpt_ema.fold.monitors.twins import Twins
-from ckpt_ema.fold.monitors.zeros import Zeroed
-from ckpt_ema.fold.tiles import WHOLE, Share, Tile, tiles
+from ckpt_ema.errors import Code, FailedError, RefusedError
+from ckpt_ema.fold.monitors.registry import make_monitors, watched
+from ckpt_ema.fold.tiles import WHOLE, Share, Tile, share_from, tiles
+from ckpt_ema.notices import notices_from
 from ckpt_ema.options import Keywords, PathLike
-from ckpt_ema.output import manifest
-from ckpt_ema.output.destination import check_vacant
-from ckpt_ema.output.ledger import Journal
+from ckpt_ema.output import ledger, manifest
+from ckpt_ema.output.destination import check_free, outputs_at
+from ckpt_ema.output.ledger import Ledger, Outline, Part
 from ckpt_ema.output.publish import StagedOutput
 from ckpt_ema.output.result import Result
-from ckpt_ema.output.workspace import WorkFolder
+from ckpt_ema.output.workspace import PART, Workspace, keys_with_parts, remove
 from ckpt_ema.planning.plan import Plan, plan
+from ckpt_ema.ranks import Ranks, Waiting, joined
 from ckpt_ema.report.card import card
 from ckpt_ema.report.figure import Picture
 from ckpt_ema.report.figure import plot as draw
+from ckpt_ema.targets.safetensors import target_for
 from ckpt_ema.targets.target import OutputFile
 from ckpt_ema.trainers.conventions import CARD_NAME, MANIFEST_NAME
 
@@ -33,43 +41,103 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read in all
+Started = Callable[[Plan], None]
+
+_RANK = "rank-"  # the kind of records of ranks, which no other run may use
+
+
+class RunKeywords(Keywords, total=False):
+    """The keyword arguments of `average` and `average_part`: the options, and those of `How`."""
+
+    overwrite: bool
+    resume: bool
+    plot: PathLike | None
+    command: str | None
+    progress: Progress | None
+    started: Started | None
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How a plan is executed; nothing here changes a byte of the models."""
+
+    overwrite: bool = False
+    resume: bool = False
+    plot: PathLike | None = None
+    command: str | None = None
+    progress: Progress | None = None
+    started: Started | None = None
 
 
 def average(
     run: PathLike | Sequence[PathLike],
     *,
-    overwrite: bool = False,
-    plot: PathLike | None = None,
-    progress: Progress | None = None,
-    resume: bool = False,
-    **options: "Unpack[Keywords]",
+    launch: bool = False,
+    waiting: Callable[[Waiting], None] | None = None,
+    **keywords: "Unpack[RunKeywords]",
 ) -> Result:
     """Average the checkpoints in `run`, a folder or checkpoints oldest first, into an output.
 
-    The options are those of `ckpt_ema.plan`; where they name several averages, all are made in one
-    pass over the checkpoints. `plot` is a .png or .svg file to draw the weights into, which then
-    are in the model cards too. `progress` is called with the bytes read so far and in all. The
-    output appears whole or not at all; if these very averages are there already, nothing is read.
-    With `resume`, what is done is kept if the run is interrupted, and the next such call goes on.
+    The options are those of `ckpt_ema.plan`; several averages are made in one pass over the
+    checkpoints. The output appears whole or not at all. If these very averages are there already,
+    nothing is read. Also: `overwrite` replaces another output. `resume` keeps finished work if the
+    run is interrupted, and uses what an interrupted run kept. `plot` is a .png or .svg file to draw
+    the weights into, also for the model cards, and `command` is recorded with them. `progress` is
+    called with the bytes read so far and in all, `started` with the plan if there is work to do.
+
+    With `launch`, the processes that torchrun or srun started together share the work. Each of them
+    calls this, and returns when the first has published or raises when one has failed; `waiting` is
+    called if others are late.
 
     Raises what `plan` raises; `RefusedError` also if something else is at the output path and
     `overwrite` is False, or if a checkpoint holds NaN; `FailedError` if reading or writing fails.
     """
-    decided = plan(run, **options)
-    done = up_to_date(decided, overwrite=overwrite)
-    picture = draw(decided, plot) if plot is not None else None
-    return done or carry_out(
-        decided, overwrite=overwrite, picture=picture, progress=progress, resume=resume
-    )
+    with joined(os.environ, waiting) if launch else nullcontext() as ranks:
+        return _run(run, keywords, ranks=ranks)
+
+
+def average_part(
+    run: PathLike | Sequence[PathLike], part: str, **keywords: "Unpack[RunKeywords]"
+) -> Result:
+    """Make one part, such as "3/64", of averages that `finish` then publishes.
+
+    All parts are given the same run and options, which are those of `ckpt_ema.average`. Making a
+    part twice does no harm. Raises what `ckpt_ema.average` raises.
+    """
+    return _run(run, keywords, share_from(part))
+
+
+def finish(output: PathLike, *, overwrite: bool = False) -> Result:
+    """Publish the output at `output`, all of whose parts were made, today or a week ago.
+
+    An output that is there already is not made again. Raises `FailedError` if parts are missing,
+    with their numbers; `RefusedError` if there is nothing to finish, or parts of several averages,
+    or if something else is at the path and `overwrite` is False.
+    """
+    final = Path(output)
+    keys = keys_with_parts(final)
+    if not keys:
+        return _finished_before(final)
+    if len(keys) > 1:
+        folders = ", ".join(str(Workspace(final, key).path) for key in keys)
+        raise RefusedError(
+            f"There are parts of {len(keys)} different averages for {final}: {folders}.",
+            "Parts belong together if their checkpoints and options are the same, including"
+            " --tile-size and --max-memory; remove those that are not wanted.",
+            code=Code.PARTS_DISAGREE,
+            path=final,
+        )
+    check_free(final, overwrite)
+    return _publish_recorded(final, keys[0], PART, overwrite)
 
 
 def up_to_date(plan: Plan, *, overwrite: bool = False) -> Result | None:
-    """The result of `plan` if it is at the output path already, None if that is free for it.
+    """Return the result of `plan` if it is at the output path already, None if that is free.
 
     Raises `RefusedError` if something else is there that may not be replaced.
     """
     if not manifest.is_up_to_date(plan):
-        check_vacant(plan.output, overwrite)
+        check_free(plan.output, overwrite)
         return None
     recorded = [
         # The header of a single file has no room for all of it.
@@ -78,77 +146,266 @@ def up_to_date(plan: Plan, *, overwrite: bool = False) -> Result | None:
         else manifest.read_manifest(average.output.path)
         for average in plan.averages
     ]
-    return Result(plan, True, 0.0, tuple(recorded))
+    outputs = [average.output.path for average in plan.averages]
+    return replace(_made_before(plan.output, outputs, recorded), plan=plan)
 
 
-def carry_out(
-    plan: Plan,
-    *,
-    overwrite: bool = False,
-    picture: Picture | None = None,
-    progress: Progress | None = None,
-    command: str | None = None,
-    resume: bool = False,
+def _run(
+    run: PathLike | Sequence[PathLike],
+    keywords: RunKeywords,
+    share: Share | None = None,
+    ranks: Ranks | None = None,
 ) -> Result:
-    """Do what `plan` says, once `up_to_date` has no objection.
+    """Plan and execute, all of it, a share, or the share of a rank."""
+    options: dict[str, Any] = {**keywords}
+    names = {field.name for field in fields(How)} & options.keys()
+    how = How(**{name: options.pop(name) for name in names})
+    decided = plan(run, **options)
+    done = up_to_date(decided, overwrite=how.overwrite)
+    if ranks:
+        ranks.agree("plan", f"{decided.work_id} {'to do' if done is None else 'is done'}")
+        if ranks.rank:
+            how = replace(how, plot=None, started=None)
+    picture = draw(decided, how.plot) if how.plot is not None else None
+    if done:
+        return replace(done, manifests=()) if ranks and ranks.rank else done
+    if how.started:
+        how.started(decided)
+    decided, device = _on_device(decided, ranks.local_rank if ranks else 0)
+    if ranks:
+        return _execute_together(decided, how, device, picture, ranks)
+    return execute(decided, how, device, picture, share)
 
-    `command` goes into the manifests and cards, `picture` into the cards. With `resume` it goes on
-    from where another run with `resume` was interrupted, and keeps what is done if it is itself.
-    """
-    device = resolve_device(plan)
-    single = plan.is_single_file
-    with (
-        WorkFolder(plan.output, plan.work_id if resume else "") as work,
-        StagedOutput(work, is_single_file=single, overwrite=overwrite) as staged,
-    ):
-        work.kept = resume
-        staged.create(files_of(plan))
-        add_side_files(plan, staged, picture, command)
+
+def execute(
+    plan: Plan,
+    how: How,
+    device: "torch.device",
+    picture: Picture | None,
+    share: Share | None = None,
+    kind: str = PART,
+) -> Result:
+    """Do what `plan` says and publish it; or do a share of it, recorded as one of a `kind`."""
+    key = plan.work_id if how.resume or share else ""
+    outline = _outline(plan, how.command)
+    with _opened(plan.output, key, how.overwrite, is_shared=bool(share)) as (workspace, staged):
+        workspace.kept = how.resume or bool(share)
+        staged.create(_files(plan))
+        if not share or share.part == 1:
+            _add_side_files(plan, staged, picture, how.command)
         try:
-            made = fold(plan, work, staged, device, progress=progress, resume=resume)
-            check_different(plan, made.alike)
+            part = _fold(plan, how, device, share or WHOLE, workspace, staged)
+            if not share:
+                made = finalize(plan.output, outline, [part], workspace, staged)
+                return replace(made, plan=plan)
         except RefusedError:
-            work.kept = False  # what is refused now will be refused again
+            workspace.kept = bool(share)  # the same work would be refused again; others' is kept
             raise
-        facts = made.facts()
-        records = [{**record, **facts} for record in records_of(plan, command)]
-        seal(staged, {} if single else dict(zip(folders_of(plan), records, strict=True)))
-        work.kept = False
-    return Result(plan, False, made.seconds, tuple(records))
+        staged.make_durable()
+        ledger.record(workspace, outline, kind, share, part)
+    return replace(_result(plan.output, outline, [part]), plan=plan)
 
 
-class Made(NamedTuple):
-    """What came of folding a share of the work."""
+def _execute_together(
+    plan: Plan, how: How, device: "torch.device", picture: Picture | None, ranks: Ranks
+) -> Result:
+    """Do the share of this rank; the first publishes. If one fails, all do and leave nothing."""
 
-    alike: list[tuple[int, int]]  # neighbours that no tile has told apart
-    warnings: list[str]  # of what only reading shows
-    seconds: float
-    device: str
+    def tick(read: int, total: int) -> None:
+        ranks.check()
+        if how.progress:
+            how.progress(read, total)
 
-    def facts(self) -> dict[str, Any]:
-        """What manifests say of it."""
-        return {
-            "warnings_of_reading": self.warnings,
-            "device": self.device,
-            "seconds": round(self.seconds, 3),
-            "peak_memory_bytes": _peak_memory_bytes(),
-        }
+    share = Share(ranks.rank + 1, ranks.size)
+    try:
+        made = execute(plan, replace(how, progress=tick), device, picture, share, _RANK)
+        ranks.wait("parts")
+        if ranks.rank == 0:
+            published = _publish_recorded(plan.output, plan.work_id, _RANK, how.overwrite)
+            made = replace(published, plan=plan, seconds=made.seconds)
+        ranks.wait("publication")
+    except BaseException as error:
+        try:
+            if isinstance(error, FailedError):
+                ranks.check_now()  # the failure of another rank may be the cause
+            ranks.fail(error)  # before the others lose their workspace
+        finally:
+            if not how.resume:
+                remove(Workspace(plan.output, plan.work_id).path)
+        raise
+    return made
 
 
-def files_of(plan: Plan) -> list[tuple[str, OutputFile]]:
-    """The model files of all averages, with their names in the plan's output."""
+def _publish_recorded(final: Path, key: str, kind: str, overwrite: bool) -> Result:
+    """Publish an output all of whose parts were recorded."""
+    with _opened(final, key, overwrite) as (workspace, staged):
+        workspace.kept = True
+        outline, parts = ledger.recorded(workspace, kind)
+        staged.adopt(outline.files)
+        return finalize(final, outline, parts, workspace, staged)
+
+
+def finalize(
+    final: Path,
+    outline: Outline,
+    parts: Sequence[Part],
+    workspace: Workspace,
+    staged: StagedOutput,
+) -> Result:
+    """Publish an output whose tiles are all done; raises what the verdicts of monitors raise."""
+    monitors = make_monitors(outline.watched)
+    for monitor in monitors:
+        for part in parts:
+            monitor.merge(part.monitors[monitor.name])
+    warnings = tuple(warning for monitor in monitors for warning in monitor.verdict())
+    made = replace(_result(final, outline, parts), warnings=warnings)
+    manifests = {
+        folder: {**record, **manifest.describe_making(made)}
+        for folder, record in outline.manifests.items()
+    }
+    for folder, record in {} if target_for(final).is_single_file else manifests.items():
+        content = json.dumps(record, indent=2).encode() + b"\n"
+        staged.add(os.path.join(folder, MANIFEST_NAME), content)
+    staged.check_loads()
+    staged.publish()
+    workspace.kept = False
+    return replace(made, manifests=tuple(manifests.values()))
+
+
+def _fold(
+    plan: Plan,
+    how: How,
+    device: "torch.device",
+    share: Share,
+    workspace: Workspace,
+    staged: StagedOutput,
+) -> Part:
+    """Fold a share of the tiles, but for those that the ledger has already."""
+    from ckpt_ema.fold import engine  # which imports torch
+
+    start = time.monotonic()
+    monitors = make_monitors(watched(plan))
+    kept = Ledger(workspace, monitors, staged.make_durable, is_kept=how.resume)
+
+    def todo() -> Iterator[Tile]:
+        return (tile for tile in tiles(plan, share) if tile.numbers.start not in kept.done)
+
+    total = sum(tile.span.bytes_read(plan.work.layout_of, tile.length) for tile in todo())
+
+    def tick(bytes_read: int) -> None:
+        if how.progress:
+            how.progress(bytes_read, total)
+        kept.write_if_due()
+
+    destination = engine.Destination(staged.write, kept.finish)
+    try:
+        sufficed = engine.run(plan, todo(), device, destination, monitors, tick)
+    finally:
+        kept.write()
+    where = str(device) if sufficed else f"{device}, which ran out of memory, and cpu"
+    seconds, peak_bytes = time.monotonic() - start, _peak_memory_bytes()
+    return Part(ledger.states(monitors), where, round(seconds, 3), peak_bytes, total)
+
+
+def _on_device(plan: Plan, place: int) -> tuple[Plan, "torch.device"]:
+    """Return the device to fold on, and the plan as it is there.
+
+    `place` is the number of this process among those of a launch on this machine.
+    """
+    try:
+        from ckpt_ema.fold import devices  # and with it torch, which is needed only now
+    except (ImportError, OSError) as error:
+        raise FailedError(
+            f"torch cannot be imported: {error}.", code=Code.MISSING_DEPENDENCY
+        ) from error
+    device = devices.resolve_device(plan.engine.device, place)
+    return devices.plan_on(plan, device), device
+
+
+@contextmanager
+def _opened(
+    final: Path, key: str, overwrite: bool, *, is_shared: bool = False
+) -> Iterator[tuple[Workspace, StagedOutput]]:
+    """Open the workspace of an output, and the output in it."""
+    with (
+        Workspace(final, key, is_shared=is_shared) as workspace,
+        StagedOutput(
+            workspace, is_single_file=target_for(final).is_single_file, overwrite=overwrite
+        ) as staged,
+    ):
+        yield workspace, staged
+
+
+def _outline(plan: Plan, command: str | None) -> Outline:
+    """Return what all parts of a plan share."""
+    made_by = {"ckpt_ema": __version__, "command": command}
+    manifests = {
+        folder: {**made_by, **manifest.describe(plan, average)}
+        for folder, average in zip(_folders(plan), plan.averages, strict=True)
+    }
+    names = [name for name, _ in _files(plan)]
+    return Outline(names, manifests, watched(plan), plan.bytes_written)
+
+
+def _result(final: Path, outline: Outline, parts: Sequence[Part]) -> Result:
+    return Result(
+        final,
+        tuple(final / folder for folder in outline.manifests),
+        device=", ".join(sorted({part.device for part in parts})),
+        seconds=sum(part.seconds for part in parts),
+        peak_memory_bytes=max(part.peak_memory_bytes for part in parts),
+        bytes_read=sum(part.bytes_read for part in parts),
+        bytes_written=outline.bytes_written,
+    )
+
+
+def _made_before(
+    final: Path, outputs: Sequence[Path], manifests: Sequence[Mapping[str, Any]]
+) -> Result:
+    """Return the result of a process that has ended; anybody may have changed its manifests."""
+    return Result(
+        final,
+        tuple(outputs),
+        is_up_to_date=True,
+        warnings=notices_from(manifests[0].get("warnings_of_reading")),
+        manifests=tuple(manifests),
+    )
+
+
+def _finished_before(final: Path) -> Result:
+    """Return what an earlier `finish` published, if it is there."""
+    outputs = outputs_at(final)
+    manifests = [manifest.read_manifest(path) for path in outputs]
+    if not outputs or not all(manifests):
+        raise RefusedError(
+            f"{final} has no parts to finish.",
+            "Make them with ckpt-ema average --part 1/N, ... and the same --output.",
+            code=Code.NO_PARTS,
+            path=final,
+        )
+    return _made_before(final, outputs, manifests)
+
+
+def _files(plan: Plan) -> list[tuple[str, OutputFile]]:
+    """Return the model files of all averages, with their names in the plan's output."""
     return [
         (os.path.join(folder, file.name), file)
-        for folder, average in zip(folders_of(plan), plan.averages, strict=True)
+        for folder, average in zip(_folders(plan), plan.averages, strict=True)
         for file in average.output.files
     ]
 
 
-def add_side_files(
+def _folders(plan: Plan) -> list[str]:
+    """Return the folder of each average in the plan's output; empty for the only one."""
+    inside = (average.output.path.relative_to(plan.output) for average in plan.averages)
+    return [os.fspath(folder).removeprefix(".") for folder in inside]
+
+
+def _add_side_files(
     plan: Plan, staged: StagedOutput, picture: Picture | None, command: str | None
 ) -> None:
-    """Write what stands beside the model files, but for manifests, which tell how it went."""
-    for folder, average in zip(folders_of(plan), plan.averages, strict=True):
+    """Write all other files of an output, except manifests, which record how it went."""
+    for folder, average in zip(_folders(plan), plan.averages, strict=True):
         if average.output.is_single_file:
             continue
         for name, content in average.output.indexes:
@@ -162,92 +419,6 @@ def add_side_files(
             staged.copy(companion.source, os.path.join(folder, companion.name), plan.storage)
 
 
-def fold(
-    plan: Plan,
-    work: WorkFolder,
-    staged: StagedOutput,
-    device: "torch.device",
-    share: Share = WHOLE,
-    *,
-    progress: Progress | None = None,
-    resume: bool = False,
-) -> Made:
-    """Fold a share of the tiles, or with `resume` those of them that are not done yet."""
-    from ckpt_ema.fold import engine
-
-    start = time.monotonic()
-    journal = Journal(work, staged.make_durable) if resume else None
-    done = journal.done if journal else ()
-    twins = Twins(plan.neighbours, journal.different if journal else ())
-    zeroed = Zeroed(plan, journal.zeroed if journal else ())
-
-    def todo() -> Iterator[Tile]:
-        return (tile for tile in tiles(plan, share) if tile.numbers.start not in done)
-
-    total = sum(tile.span.bytes_read(plan.work.layout_of, tile.length) for tile in todo())
-
-    def tick(bytes_read: int) -> None:
-        if progress:
-            progress(bytes_read, total)
-        if journal:
-            journal.write_if_due(twins, zeroed)
-
-    try:
-        finished = journal.finish if journal else None
-        device_sufficed = engine.run(
-            plan, todo(), staged, device, twins, zeroed, tick=tick, finished=finished
-        )
-    finally:
-        if journal:
-            journal.write(twins, zeroed)
-    averages = any(span.averaged for span in plan.work.spans)
-    where = str(device) if device_sufficed else f"{device}, which ran out of memory, and cpu"
-    alike = twins.found if averages else []
-    return Made(alike, zeroed.warnings(), time.monotonic() - start, where)
-
-
-def check_different(plan: Plan, alike: Sequence[tuple[int, int]]) -> None:
-    """Refuse two steps with one state, unless they are wanted."""
-    if alike and not plan.allow_duplicates:
-        raise same_values(*(plan.checkpoints[number].name for number in alike[0]))
-
-
-def seal(staged: StagedOutput, manifests: dict[str, dict[str, Any]]) -> None:
-    """Write the manifests, by the folders in the output, and publish it."""
-    for folder, record in manifests.items():
-        content = json.dumps(record, indent=2).encode() + b"\n"
-        staged.add(os.path.join(folder, MANIFEST_NAME), content)
-    staged.check_loads()
-    staged.publish()
-
-
-def records_of(plan: Plan, command: str | None) -> list[dict[str, Any]]:
-    """What manifests say but for how it went."""
-    return [
-        {"ckpt_ema": __version__, "command": command, **manifest.describe(plan, average)}
-        for average in plan.averages
-    ]
-
-
-def folders_of(plan: Plan) -> list[str]:
-    """The folder of each average in the plan's output; empty for the only one."""
-    inside = (average.output.path.relative_to(plan.output) for average in plan.averages)
-    return [os.fspath(folder).removeprefix(".") for folder in inside]
-
-
-def resolve_device(plan: Plan, place: int = 0) -> "torch.device":
-    """The device to fold on; torch is imported only now, when it is needed.
-
-    `place` is the number of this process among those of a launch on this machine.
-    """
-    try:
-        from ckpt_ema.fold import devices
-    except (ImportError, OSError) as error:
-        raise FailedError(f"torch cannot be imported: {printable(error)}.") from error
-    return devices.resolve_device(plan.engine.device, place)
-
-
 def _peak_memory_bytes() -> int:
-    """Peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -348,18 +348,14 @@ def run_ranks(job: Job) -> None:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     import ckpt_ema
-    from ckpt_ema.parts import carry_out_together
-    from ckpt_ema.ranks import joined
 
     children = []
     for rank in range(2):
         child = os.fork()
         if not child:
             place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            with joined({name: str(value) for name, value in place.items()}) as ranks:
-                assert ranks
-                plan = ckpt_ema.plan(job.run, decay=DECAY, output=job.output, threads=1)
-                carry_out_together(plan, ranks)
+            os.environ.update({name: str(value) for name, value in place.items()})
+            ckpt_ema.average(job.run, decay=DECAY, output=job.output, threads=1, launch=True)
             os._exit(0)
         children.append(child)
     if any(os.waitpid(child, 0)[1] for child in children):

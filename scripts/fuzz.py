@@ -1,9 +1,9 @@
-"""Feed broken checkpoints to the readers for a while: refused in one sentence, or read.
+"""Feed broken checkpoints to the containers for a while: each is refused in one sentence, or read.
 
-Each round takes a good file of some format, breaks it in a few places and reads its headers. What
-counts as a find: an exception of another class, more than a second, more memory than the file has
-any business with, or a safetensors file that the safetensors library itself refuses and we do not.
-A find is kept, with the number of the round; the same --seed makes the same rounds.
+Each round takes a good file of some container, breaks it in a few places and reads its headers.
+These are finds: an exception that is not ours, an error without its path, more than a second, much
+memory, and a safetensors file that the safetensors library refuses but we read. Finds are kept by
+the number of their round; the same --seed makes the same rounds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TOKENS = [
 
 
 def make_seeds(folder: Path) -> dict[str, tuple[Path, str, bytes]]:
-    """A good checkpoint of each format: its folder, the name of the file to break, its content."""
+    """Make a good checkpoint of each kind: its folder, the file to break, and its content."""
     import torch
     from safetensors.torch import save_file
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -86,7 +86,7 @@ def make_seeds(folder: Path) -> dict[str, tuple[Path, str, bytes]]:
 
 
 def broken(content: bytes, chance: random.Random) -> bytes:
-    """`content` with one to four changes: bits, tokens, numbers, what is cut, moved or repeated."""
+    """Return `content` with one to four changes: bits, tokens, numbers, cuts, repetitions."""
     data = bytearray(content)
     for _ in range(chance.randint(1, 4)):
         at = chance.randrange(len(data) + 1)
@@ -108,7 +108,7 @@ def broken(content: bytes, chance: random.Random) -> bytes:
 
 
 def library_refuses(path: Path) -> bool:
-    """Whether the safetensors library does not open a file."""
+    """Return whether the safetensors library refuses a file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -120,7 +120,7 @@ def library_refuses(path: Path) -> bool:
 
 
 def tried(read: Callable[[], Any]) -> str:
-    """What came of reading: "read" or "refused", or what nobody should ever see."""
+    """Return "read" or "refused", or what should never happen."""
     from ckpt_ema.errors import CkptEmaError
 
     start = time.monotonic()
@@ -128,8 +128,9 @@ def tried(read: Callable[[], Any]) -> str:
         read()
         outcome = "read"
     except CkptEmaError as error:
-        outcome = "refused" if "\n" not in str(error) else f"said in two lines: {error}"
-    except Exception as error:  # that none comes is what is tested here
+        fits = str(error).isprintable() and error.path
+        outcome = "refused" if fits else f"refused without a path or in two lines: {error!r}"
+    except Exception as error:  # a find
         outcome = f"{type(error).__name__}: {error}"
     took = time.monotonic() - start
     return outcome if took <= MOST_SECONDS else f"took {took:.1f} s and was {outcome}"
@@ -138,7 +139,7 @@ def tried(read: Callable[[], Any]) -> str:
 def one_round(
     seeds: dict[str, tuple[Path, str, bytes]], chance: random.Random
 ) -> tuple[str, bytes, str]:
-    """Break a file and read it: which format, what was read, and what came of it."""
+    """Break a file and read it; return its kind, its content and the outcome."""
     from ckpt_ema.containers.read import read_specs
     from ckpt_ema.containers.specs import Member, ModelFiles
     from ckpt_ema.storage.local import Local
@@ -154,7 +155,7 @@ def one_round(
 
 
 def fuzz(seconds: float, seed: int, finds: Path) -> int:
-    """Break and read for so many seconds; returns the number of finds."""
+    """Break and read for so many seconds; return the number of finds."""
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as place:
         seeds = make_seeds(Path(place))
@@ -177,7 +178,7 @@ def fuzz(seconds: float, seed: int, finds: Path) -> int:
 
 
 def main() -> int:
-    """Parse the arguments; exit code 1 says that something was found."""
+    """Parse the arguments and fuzz; exit code 1 if there are finds."""
     parser = argparse.ArgumentParser(description="Feed broken checkpoints to the readers.")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)

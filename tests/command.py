@@ -23,11 +23,16 @@ from typing import Any
 
 import pytest
 
-ENVIRONMENT = {"TYPER_USE_RICH": "0", "COLUMNS": "80", "GITHUB_STEP_SUMMARY": ""}
+ENVIRONMENT = {
+    "TYPER_USE_RICH": "0",
+    "COLUMNS": "80",
+    "GITHUB_STEP_SUMMARY": "",
+    "TORCH_CPP_LOG_LEVEL": "FATAL",  # the command sets it, but torch reads it when it is imported
+}
 _PRELOADED = [
     *("torch.distributed.checkpoint", "torch.distributed.tensor"),
     *("typer._adapters", "safetensors.torch", "tqdm.auto"),
-    *("ckpt_ema.cli.app", "ckpt_ema.parts", "ckpt_ema.fold.engine", "ckpt_ema.report.table"),
+    *("ckpt_ema.cli.app", "ckpt_ema.run", "ckpt_ema.fold.engine", "ckpt_ema.report.table"),
     *("tests.command", "tests.conftest", "tests.corpus"),
 ]
 

@@ -6,27 +6,33 @@ whatever order they run. A process of its own would cost another import of torch
 """
 
 import gc
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from ckpt_ema import FailedError, RefusedError, average, average_part, finish
 from ckpt_ema import plan as make_plan
-from ckpt_ema.containers.specs import TensorSpec
+from ckpt_ema.errors import Code
 from ckpt_ema.fold.devices import resolve_device
 from ckpt_ema.fold.shadow import widest_float
-from ckpt_ema.fold.sources import Sources
 from ckpt_ema.fold.tile_fold import PlainFold, StreamedFold, Use, device_element_bytes, make_fold
-from ckpt_ema.output.publish import StagedOutput
-from ckpt_ema.report.lines import result_line
-from tests import fake_accelerator
 from tests.conftest import MakeRun, noise, series
-from tests.fake_accelerator import FAKE, FakeAccelerator, FakeEvent, FakeStream, Record, install
+from tests.makers import fake_accelerator
+from tests.makers.fake_accelerator import (
+    FAKE,
+    FakeAccelerator,
+    FakeEvent,
+    FakeStream,
+    Record,
+    install,
+)
+from tests.makers.faulty_os import faulty
+from tests.makers.faulty_storage import watching_reads
 
 State = dict[str, torch.Tensor]
 Seed = Callable[[pytest.MonkeyPatch], None]
@@ -239,19 +245,14 @@ def test_every_byte_goes_to_the_device_once_and_from_pinned_memory(
 
 
 def test_a_checkpoint_is_read_and_its_copy_queued_before_the_one_before_is_folded(
-    npu: FakeAccelerator, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+    npu: FakeAccelerator, make_run: MakeRun
 ) -> None:
     count = 8
-    values = Sources.values
-
-    def recorded(sources: Sources, checkpoint: int, *rest: object) -> torch.Tensor:
-        npu.record.log.append(("read", str(checkpoint)))
-        return values(sources, checkpoint, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Sources, "values", recorded)
-    _bytes(make_run(series(count, weight=noise(count, 50))), "npu", device="npu", threads=1)
     log = npu.record.log
-    reads = [log.index(("read", str(checkpoint))) for checkpoint in range(count)]
+    run = make_run(series(count, weight=noise(count, 50)))
+    with watching_reads(lambda path, *_: log.append(("read", path.parent.name))):
+        _bytes(run, "npu", device="npu", threads=1)
+    reads = [log.index(("read", f"checkpoint-{step}")) for step in range(1, count + 1)]
     copies = [place for place, entry in enumerate(log) if entry == ("queued", "copy to the device")]
     # The first checkpoint initialises the shadow; each of the others is one lerp.
     folds = [place for place, (when, what) in enumerate(log) if when == "done" and "lerp" in what]
@@ -305,23 +306,21 @@ def test_device_memory_grows_neither_with_the_tensors_nor_with_their_number(
 def test_device_memory_is_a_quarter_of_what_is_free_for_all_threads_together(
     npu: FakeAccelerator,
     make_run: MakeRun,
-    monkeypatch: pytest.MonkeyPatch,
     averages: int,
     accumulate: str,
 ) -> None:
     npu.memory_bytes = 800_000
     taken = torch.empty(400_000, dtype=torch.uint8, device="npu")  # by somebody else
-    values, begun, met = Sources.values, threading.Barrier(3), threading.local()
+    begun, met = threading.Barrier(3), threading.local()
 
-    def together(*arguments: Any) -> torch.Tensor:
+    def together(*_: object) -> None:
         if not hasattr(met, "others"):
             met.others = begun.wait(20)
-        return values(*arguments)
 
-    monkeypatch.setattr(Sources, "values", together)
     options = {"decay": [number / 10 for number in range(averages)], "accumulate": accumulate}
     run = make_run(series(3, weight=noise(3, 30_000)))
-    _bytes(run, "npu", device="npu", threads=3, tile_size=400, **options)
+    with watching_reads(together):
+        _bytes(run, "npu", device="npu", threads=3, tile_size=400, **options)
     assert 50_000 < FAKE.record.peak_bytes - taken.nbytes <= 100_000
 
 
@@ -346,7 +345,6 @@ def test_a_device_that_runs_out_of_memory_is_done_without(
     assert made.manifests[0]["device"] == (
         "npu" if memory_bytes == 20_000 else "npu, which ran out of memory, and cpu"
     )
-    assert f" on {made.manifests[0]['device']}: " in result_line(made)
 
 
 def test_a_full_device_is_not_taken_for_one_without_float64(npu: FakeAccelerator) -> None:
@@ -368,7 +366,7 @@ def test_a_device_whose_memory_is_full_from_the_start_is_done_without(
     if place == "mem_get_info":
         monkeypatch.setattr(npu, "mem_get_info", full)
     else:
-        monkeypatch.setattr(fake_accelerator, "_Block", full)
+        monkeypatch.setattr(fake_accelerator, "Block", full)
     run = make_run(_mixed(2))
     made = average(run, output=run.parent / "npu", device="auto")
     assert made.manifests[0]["device"] == "npu, which ran out of memory, and cpu"
@@ -400,19 +398,17 @@ def test_another_error_of_the_device_is_not_taken_for_the_end_of_its_memory(
 
 
 def test_no_copy_is_under_way_when_a_fold_has_failed(
-    npu: FakeAccelerator, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+    npu: FakeAccelerator, make_run: MakeRun
 ) -> None:
     """Its memory may be given to somebody else."""
-    values = Sources.values
+    run = make_run(_mixed(4))
 
-    def failing(sources: Sources, checkpoint: int, *rest: Any) -> torch.Tensor:
-        if checkpoint == 2:
+    def failing(path: Path, *_: object) -> None:
+        if path.parent.name == "checkpoint-3":
             raise FailedError("The disk is gone.")
-        return values(sources, checkpoint, *rest)
 
-    monkeypatch.setattr(Sources, "values", failing)
-    with pytest.raises(FailedError, match="The disk is gone"):
-        _bytes(make_run(_mixed(4)), "npu", device="npu", threads=2)
+    with watching_reads(failing), pytest.raises(FailedError, match="The disk is gone"):
+        _bytes(run, "npu", device="npu", threads=2)
     copying = [stream for stream in npu.streams if stream.has_copied_to_device]
     assert copying
     assert all(stream.query() for stream in copying)
@@ -431,24 +427,15 @@ def test_a_part_on_the_device_fits_one_on_the_cpu(npu: FakeAccelerator, make_run
 
 
 def test_what_the_device_has_done_is_not_done_again(
-    npu: FakeAccelerator, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+    npu: FakeAccelerator, make_run: MakeRun
 ) -> None:
     run = make_run(series(3, weight=noise(3, 8000)))
     expected = _bytes(run, "cpu", device="cpu")
     options = {"output": run.parent / "npu", "tile_size": 400, "threads": 1, "resume": True}
     _leave_room(npu, 2000, widest_bytes=4)
-    write, offsets = StagedOutput.write, []
-
-    def failing(staged: StagedOutput, file: int, data: memoryview, offset: int) -> None:
-        offsets.append(offset)
-        if len(offsets) == 4:  # the header, and two of four pieces, are there
-            raise FailedError("The disk is gone.")
-        write(staged, file, data, offset)
-
-    monkeypatch.setattr(StagedOutput, "write", failing)
-    with pytest.raises(FailedError, match="The disk is gone"):
+    # The header and two of four pieces are written.
+    with faulty("pwrite", 4, suffix=".safetensors"), pytest.raises(FailedError):
         average(run, device="npu", **options)  # type: ignore[arg-type]
-    monkeypatch.setattr(StagedOutput, "write", write)
     read: list[int] = []
     made = average(run, device="cpu", progress=lambda done, _: read.append(done), **options)  # type: ignore[arg-type]
     assert (made.output / "model.safetensors").read_bytes() == expected["model.safetensors"]
@@ -470,28 +457,30 @@ def test_processes_of_one_machine_take_its_devices_by_turns(
     assert str(resolve_device("cpu", 2)) == "cpu"
 
 
-def test_a_thread_reads_while_another_copies_back(
-    npu: FakeAccelerator, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_thread_reads_while_another_copies_back(npu: FakeAccelerator, make_run: MakeRun) -> None:
     """The second thread is held up in its reading until the first one's average is on the host."""
     run = make_run(series(2, weight=noise(2, 100)))
     expected = _bytes(run, "cpu", device="cpu")
     _leave_room(npu, 50, threads=2)
-    values, begun = Sources.values, threading.Barrier(2)
+    begun = threading.Barrier(2)
+    first = min(_offsets(run))
 
-    def recorded(
-        sources: Sources, checkpoint: int, source: TensorSpec, start: int, *rest: Any
-    ) -> Any:
-        if checkpoint == 0:
+    def held_up(path: Path, offset: int, _size: int) -> None:
+        if path.parent.name == "checkpoint-1":
             begun.wait(20)
             deadline = time.monotonic() + 20
-            while start and ("done", "copy to the host") not in npu.record.log:
+            while offset > first and ("done", "copy to the host") not in npu.record.log:
                 assert time.monotonic() < deadline
                 time.sleep(0.001)
-        return values(sources, checkpoint, source, start, *rest)
 
-    monkeypatch.setattr(Sources, "values", recorded)
-    assert _bytes(run, "npu", device="npu", threads=2, tile_size=200) == expected
+    with watching_reads(held_up):
+        assert _bytes(run, "npu", device="npu", threads=2, tile_size=200) == expected
+
+
+def _offsets(run: Path) -> list[int]:
+    """Where the tensors of a run are in their files."""
+    tensors = make_plan(run).checkpoints[0].specs.tensors.values()
+    return [tensor.offset for tensor in tensors]
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
@@ -503,8 +492,9 @@ def test_a_checkpoint_that_holds_nan_is_refused_by_name_as_on_the_cpu(
     run = make_run(states)
     messages = []
     for device in ("cpu", "npu"):
-        with pytest.raises(RefusedError, match=r"checkpoint-3.*single") as caught:
+        with pytest.raises(RefusedError) as caught:
             average(run, output=tmp_path / "out", device=device)
+        assert caught.value.tensor == "single"
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
     assert not (tmp_path / "out").exists()
@@ -531,6 +521,21 @@ def test_a_device_without_float64_folds_as_the_cpu_does_in_float32(
     expected = _bytes(run, "cpu", device="cpu", accumulate="float32")
     _leave_room(npu, 30)
     assert _bytes(run, "npu", device="npu", threads=1) == expected
+    manifest = json.loads((run.parent / "npu/ckpt_ema.json").read_text())
+    assert manifest["accumulate"] == "float32"
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_what_was_folded_in_float32_is_not_up_to_date_as_float64(
+    npu: FakeAccelerator, make_run: MakeRun, tmp_path: Path, name: str
+) -> None:
+    run = make_run(series(3, w=noise(3, 50)))
+    npu.has_float64 = False
+    average(run, output=tmp_path / name, device="npu")
+    npu.has_float64 = True
+    with pytest.raises(RefusedError) as caught:
+        average(run, output=tmp_path / name, device="npu")
+    assert caught.value.code is Code.OUTPUT_EXISTS
 
 
 def test_a_device_without_float64_takes_float64_checkpoints(

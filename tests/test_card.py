@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckpt_ema
-from ckpt_ema import FailedError, OptionError, RefusedError
+from ckpt_ema.errors import Code, FailedError, OptionError, RefusedError
 from ckpt_ema.report import figure
 from ckpt_ema.report.card import TAGS, front_matter
 from tests.command import ckpt_ema as command
@@ -179,7 +179,7 @@ def test_a_plan_is_drawn(run: Path, tmp_path: Path, options: dict[str, Any]) -> 
     texts = {
         "".join(element.itertext()) for element in drawn.iter("{http://www.w3.org/2000/svg}text")
     }
-    assert {"weight", "learning rate imitated", "training step"} <= texts
+    assert {"weight", "equivalent learning rate", "training step"} <= texts
     if len(plan.averages) > 1:
         assert {average.name for average in plan.averages} <= texts
 
@@ -192,7 +192,7 @@ def test_the_same_plan_gives_the_same_picture(run: Path, tmp_path: Path) -> None
 
 
 def test_the_learning_rate_falls_by_its_weight_at_each_checkpoint() -> None:
-    xs, ys = figure._learning_rate([2, 3, 6], [0.25, 0.25, 0.5], start=1)
+    xs, ys = figure.learning_rate_steps([2, 3, 6], [0.25, 0.25, 0.5], start=1)
     assert list(zip(xs, ys, strict=True)) == [
         *((1, 1.0), (2, 1.0), (2, 0.75), (3, 0.75), (3, 0.5), (6, 0.5), (6, 0.0)),
     ]
@@ -212,13 +212,14 @@ def test_averages_in_different_units_share_an_axis_of_checkpoints(
 @pytest.mark.parametrize("place", ["run-ema/weights.png", "run/checkpoint-1000/weights.png"])
 def test_a_picture_is_never_drawn_into_an_input_or_the_output(run: Path, place: str) -> None:
     ckpt_ema.average(run, device="cpu")
-    with pytest.raises(OptionError, match="lies inside"):
+    with pytest.raises(OptionError) as caught:
         ckpt_ema.plot(ckpt_ema.plan(run), run.parent / place)
+    assert caught.value.path == str(run.parent / place)
 
 
 def test_nothing_is_drawn_where_the_output_is_taken(run: Path, tmp_path: Path) -> None:
     ckpt_ema.average(run, device="cpu")
-    with pytest.raises(RefusedError, match="exists already"):
+    with pytest.raises(RefusedError):
         ckpt_ema.average(run, device="cpu", decay=0.2, plot=tmp_path / "weights.png")
     assert not (tmp_path / "weights.png").exists()
 
@@ -231,26 +232,22 @@ def test_the_picture_goes_into_every_card(run: Path, tmp_path: Path) -> None:
         assert "](ckpt_ema.svg)" in (output / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("name", "error", "message"),
-    [
-        ("weights.pdf", OptionError, "pictures are .png and .svg"),
-        ("weights", OptionError, "pictures are .png and .svg"),
-        ("nowhere/weights.png", OptionError, "its folder does not exist"),
-    ],
-)
+@pytest.mark.parametrize("name", ["weights.pdf", "weights", "nowhere/weights.png"])
 def test_a_picture_that_cannot_be_is_refused_before_anything_is_read(
-    run: Path, tmp_path: Path, name: str, error: type[Exception], message: str
+    run: Path, tmp_path: Path, name: str
 ) -> None:
-    with pytest.raises(error, match=message):
+    with pytest.raises(OptionError) as caught:
         ckpt_ema.average(run, device="cpu", plot=tmp_path / name)
+    assert (caught.value.code, caught.value.path) == (Code.INVALID_OPTION, str(tmp_path / name))
     assert not (run.parent / "run-ema").exists()
 
 
-def test_a_picture_that_cannot_be_written_is_one_sentence(run: Path, tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_written_fails_by_name(run: Path, tmp_path: Path) -> None:
     (tmp_path / "weights.png").mkdir()
-    with pytest.raises(FailedError, match=r"weights\.png cannot be written"):
+    with pytest.raises(FailedError) as caught:
         ckpt_ema.plot(ckpt_ema.plan(run), tmp_path / "weights.png")
+    assert caught.value.code is Code.WRITE_FAILED
+    assert caught.value.path == str(tmp_path / "weights.png")
 
 
 def hide_matplotlib() -> None:
@@ -262,9 +259,7 @@ def test_without_matplotlib_all_works_but_pictures(run: Path, tmp_path: Path) ->
     words = ("average", run, "--plot", tmp_path / "weights.png", "--device", "cpu")
     done = command(*words, before=hide_matplotlib)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        "error: --plot needs matplotlib, which is not installed. pip install 'ckpt-ema[plot]'\n"
-    )
+    assert "pip install 'ckpt-ema[plot]'" in done.stderr
     assert command("average", run, "-q", before=hide_matplotlib).returncode == 0
 
 

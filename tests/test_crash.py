@@ -19,7 +19,7 @@ from ckpt_ema import CkptEmaError
 from ckpt_ema.run import up_to_date
 from tests.command import processes
 from tests.conftest import MakeRun, noise, series
-from tests.faulty_os import KINDS, faulty
+from tests.makers.faulty_os import KINDS, faulty
 
 Job = Callable[[Path, Path], None]  # run, output
 
@@ -49,7 +49,7 @@ def single(run: Path, output: Path) -> None:
 
 
 def resumed(run: Path, output: Path) -> None:
-    """With a journal of what is done."""
+    """With a ledger of what is done."""
     ckpt_ema.average(run, output=output, device="cpu", threads=1, tile_size=64, resume=True)
 
 
@@ -61,7 +61,7 @@ def in_parts(run: Path, output: Path) -> None:
 
 
 def replacing_in_parts(run: Path, output: Path) -> None:
-    """Two parts, and their publication in the place of what is there, taken up where it stopped."""
+    """Two parts, and their publication in the place of what is there, resumed where it stopped."""
     options: dict[str, Any] = {"decay": 0.1, "overwrite": True, "resume": True, "tile_size": 64}
     for part in ("1/2", "2/2"):
         ckpt_ema.average_part(run, part, output=output, device="cpu", threads=1, **options)

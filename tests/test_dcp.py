@@ -12,8 +12,6 @@ import struct
 import subprocess
 import sys
 import time
-import tracemalloc
-import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from itertools import product
@@ -34,8 +32,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 import ckpt_ema
-from ckpt_ema.containers import dcp
 from ckpt_ema.containers.read import read_specs
+from ckpt_ema.containers.reader import Reader
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     Member,
@@ -45,24 +43,15 @@ from ckpt_ema.containers.specs import (
     TensorSpec,
     spanned,
 )
-from ckpt_ema.errors import CkptEmaError, IncompleteError, RefusedError
-from ckpt_ema.fold.gather import gather
+from ckpt_ema.errors import CkptEmaError, Code, IncompleteError, RefusedError
 from ckpt_ema.storage.local import Local
 from tests.command import processes
-from tests.conftest import MakeRun, raw, read_safetensors
-from tests.test_torch_file import DTYPES, filled, hostile_pickles, number, pushed, tensor_pickle
-
-Change = Callable[[Metadata], object]
-
-
-def save(folder: Path, content: Mapping[str, Any]) -> Path:
-    """Save with torch, from this one process."""
-    from torch.distributed.checkpoint import state_dict_saver
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one process is what is wanted
-        state_dict_saver.save(dict(content), checkpoint_id=folder, no_dist=True)
-    return folder
+from tests.conftest import MakeRun
+from tests.makers.dcp_folders import Change, chunked, edit, metadata_of, place, save, splice, w
+from tests.makers.limits import cheap
+from tests.makers.safetensors_files import read_safetensors
+from tests.makers.tensors import DTYPES, filled, raw
+from tests.makers.torch_files import hostile_pickles, number, pushed, tensor_pickle
 
 
 def read(folder: Path, key: str | None = None) -> Specs:
@@ -70,29 +59,8 @@ def read(folder: Path, key: str | None = None) -> Specs:
     return read_specs(ModelFiles(folder, (Member(".metadata"),)), Local(), key)
 
 
-def metadata_of(folder: Path) -> Metadata:
-    """The metadata as torch reads it; of our own checkpoints only."""
-    content = pickle.loads((folder / ".metadata").read_bytes())
-    assert isinstance(content, Metadata)
-    return content
-
-
-def edit(folder: Path, change: Change, protocol: int = 2) -> None:
-    """Change the metadata and write it back."""
-    metadata = metadata_of(folder)
-    change(metadata)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata, protocol))
-
-
 def unchanged(_metadata: Metadata) -> None:
     """Leave it as it is, and only pickle it anew."""
-
-
-def splice(folder: Path, old: bytes, new: bytes) -> None:
-    """Put other bytes in place of some of the metadata, which protocol 2 has no frames around."""
-    content = (folder / ".metadata").read_bytes()
-    assert old in content
-    (folder / ".metadata").write_bytes(content.replace(old, new))
 
 
 def boxes(spec: TensorSpec) -> tuple[Piece, ...]:
@@ -125,18 +93,13 @@ def located(folder: Path, specs: Specs, name: str) -> bytes:
 
 
 def gathered(folder: Path, specs: Specs, name: str, start: int = 0) -> bytes:
-    """The elements from `start` on as `gather` brings them together."""
+    """The elements from `start` on as a `Reader` brings them together."""
     spec = specs.tensors[name]._replace(pieces=boxes(specs.tensors[name]))
-    width = DTYPE_BITS[spec.dtype] // 8
-    values = bytearray(spec.size_bytes - start * width)
-
-    def read_into(file: int, part: memoryview, offset: int) -> None:
-        content = (folder / specs.files[file].name).read_bytes()
-        assert offset + len(part) <= len(content)
-        part[:] = content[offset : offset + len(part)]
-
-    if values:
-        gather(spec, start, memoryview(values), read_into)
+    start_byte = start * DTYPE_BITS[spec.dtype] // 8
+    values = bytearray(spec.size_bytes - start_byte)
+    with Reader(Local(), [(folder, specs)]) as reader:
+        if values:
+            reader.read_into(0, spec, start_byte, memoryview(values))
     return bytes(values)
 
 
@@ -151,23 +114,16 @@ def check(folder: Path, state: Mapping[str, torch.Tensor], specs: Specs | None =
     return specs
 
 
-def refusal(folder: Path, kind: type[CkptEmaError] = RefusedError) -> str:
-    """The message with which it is refused, quickly and with little memory."""
-    tracemalloc.start()
-    start = time.process_time()
-    try:
-        with pytest.raises(kind) as caught:
-            read(folder)
-        _, peak_bytes = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+def refusal(folder: Path) -> RefusedError:
+    """The error with which it is refused, quickly and with little memory."""
     metadata = folder / ".metadata"
     size_bytes = metadata.stat().st_size if metadata.is_file() else 0
-    assert time.process_time() - start < 2
-    assert peak_bytes < 8_000_000 + 40 * size_bytes
-    assert str(folder) in caught.value.message
+    with cheap(8_000_000 + 40 * size_bytes), pytest.raises(RefusedError) as caught:
+        read(folder)
+    assert caught.value.path is not None
+    assert Path(caught.value.path).is_relative_to(folder)
     assert str(caught.value).isprintable()
-    return str(caught.value).replace(str(folder), "HERE")
+    return caught.value
 
 
 def refused_or_sound(folder: Path) -> None:
@@ -228,7 +184,7 @@ class TestContract:
         specs = read(save(tmp_path / "a", {"w": torch.ones(3, 2), "s": torch.ones(())}))
         assert not any(spec.pieces for spec in specs.tensors.values())
 
-    def test_every_file_is_told_as_it_is(self, tmp_path: Path) -> None:
+    def test_every_file_has_its_identity(self, tmp_path: Path) -> None:
         specs = read(save(tmp_path / "a", STATE))
         assert [file.name for file in specs.files] == [".metadata", "__0_0.distcp"]
         assert len(specs.metadata) == len(specs.files)
@@ -526,17 +482,18 @@ class TestTheModel:
     def test_a_key_chooses(self, tmp_path: Path) -> None:
         other = {"w": torch.ones(2)}
         folder = save(tmp_path / "a", {"model": MODEL, "net": other, "deep": {"er": other}})
-        assert "HERE/.metadata holds 2 dicts of tensors" in refusal(folder)
+        assert refusal(folder).code is Code.SEVERAL_MODELS
         check(folder, MODEL, read(folder, "model"))
         check(folder, other, read(folder, "net"))
         check(folder, other, read(folder, "deep.er"))
-        with pytest.raises(RefusedError, match="has no dict of tensors under gone"):
+        with pytest.raises(RefusedError) as caught:
             read(folder, "gone")
+        assert caught.value.code is Code.NO_MODEL
 
     def test_without_any_it_is_refused(self, tmp_path: Path) -> None:
         folder = save(tmp_path / "a", {"optimizer": TRAINING["optimizer"]})
-        assert "holds no dict of tensors" in refusal(folder)
-        assert "holds no dict of tensors" in refusal(save(tmp_path / "b", {"step": 3}))
+        assert refusal(folder).code is Code.NO_MODEL
+        assert refusal(save(tmp_path / "b", {"step": 3})).code is Code.NO_MODEL
 
     @pytest.mark.parametrize("dtype", [torch.complex128, torch.complex32], ids=str)
     def test_a_dtype_that_safetensors_lacks_counts_in_the_model_only(
@@ -545,19 +502,19 @@ class TestTheModel:
         unfit = torch.zeros(16, dtype=torch.uint8).view(dtype)
         check(save(tmp_path / "a", {"model": MODEL, "optimizer": {"x": unfit}}), MODEL)
         folder = save(tmp_path / "b", {"model": {**MODEL, "x": unfit}})
-        message = refusal(folder)
-        assert "x has a dtype that safetensors cannot hold" in message
-        assert "torch would run it" not in message
+        error = refusal(folder)
+        assert (error.code, error.tensor) == (Code.UNREADABLE_TENSOR, "model.x")
 
     def test_what_is_no_tensor_is_left_out(self, tmp_path: Path) -> None:
         folder = save(tmp_path / "a", {"model": {**MODEL, "version": 3, "x._extra_state": b"x"}})
-        notes = check(folder, MODEL).notes
-        assert notes == ("left out of the model, being no tensors: version, x._extra_state",)
+        [note] = check(folder, MODEL).notes
+        assert note.code is Code.LEFT_OUT
+        assert "version, x._extra_state" in note.message
 
     def test_dicts_of_tensors_inside_it_are_not_lost_without_a_word(self, tmp_path: Path) -> None:
         folder = save(tmp_path / "a", {"model": {**MODEL, "head": {"weight": torch.ones(2)}}})
         specs = read(folder)
-        assert len(specs.tensors) == 3 or any("head" in note for note in specs.notes)
+        assert len(specs.tensors) == 3 or any("head" in note.message for note in specs.notes)
 
     def test_two_tensors_of_one_place_in_the_tree_are_refused(self, tmp_path: Path) -> None:
         folder = save(tmp_path / "a", {"model": MODEL})
@@ -579,56 +536,16 @@ def good(tmp_path: Path) -> Path:
     return save(tmp_path / "good", {"model": state, "optimizer": {"w": torch.ones(3)}, "n": 3})
 
 
-def w(metadata: Metadata) -> TensorStorageMetadata:
-    """The entry of w."""
-    entry = metadata.state_dict_metadata["model.w"]
-    assert isinstance(entry, TensorStorageMetadata)
-    return entry
-
-
-def place(metadata: Metadata) -> Any:
-    """Where w was saved."""
-    return metadata.storage_data[MetadataIndex("model.w", [0, 0])]
-
-
-def chunked(metadata: Metadata, shape: tuple[int, ...], *chunks: Any) -> None:
-    """Announce w with this shape and these chunks, all of them where the real one is."""
-    entry, info = w(metadata), place(metadata)
-    entry.size = torch.Size(shape)
-    entry.chunks = [ChunkStorageMetadata(torch.Size(a), torch.Size(n)) for a, n in chunks]
-    for chunk in entry.chunks:
-        metadata.storage_data[MetadataIndex("model.w", chunk.offsets)] = info
-
-
 class TestDamage:
-    def test_no_metadata(self, good: Path) -> None:
-        (good / ".metadata").unlink()
-        assert "HERE has data files but no .metadata, which is written last" in refusal(
-            good, IncompleteError
-        )
-
-    def test_no_data_file(self, good: Path) -> None:
-        (good / "__0_0.distcp").unlink()
-        assert "HERE is incomplete: its metadata names __0_0.distcp" in refusal(
-            good, IncompleteError
-        )
-
-    @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
-    @pytest.mark.parametrize("replace", [os.mkfifo, os.mkdir], ids=["FIFO", "folder"])
-    def test_what_is_no_regular_file(
-        self, good: Path, name: str, replace: Callable[[Path], None]
-    ) -> None:
-        (good / name).unlink()
-        replace(good / name)
-        assert f"HERE/{name} is not a regular file" in refusal(good)
-
     def test_a_data_file_cut_at_any_place(self, good: Path) -> None:
         path = good / "__0_0.distcp"
         content, info = path.read_bytes(), metadata_of(good).storage_data
         needed = max(i.offset + i.length for index, i in info.items() if "model" in index.fqn)
         for length in (*range(0, needed, 53), needed - 1):
             path.write_bytes(content[:length])
-            assert "HERE/__0_0.distcp is cut short: tensor model." in refusal(good, IncompleteError)
+            error = refusal(good)
+            assert (error.code, error.path) == (Code.CUT_SHORT, str(path))
+            assert error.tensor in ("model.w", "model.v")
         path.write_bytes(content[:needed])
         read(good)
 
@@ -636,8 +553,9 @@ class TestDamage:
         content = (good / ".metadata").read_bytes()
         for length in range(len(content)):
             (good / ".metadata").write_bytes(content[:length])
-            with pytest.raises(IncompleteError, match=r"\.metadata is cut short or damaged"):
+            with pytest.raises(IncompleteError) as caught:
                 read(good)
+            assert caught.value.code is Code.CUT_SHORT
 
     @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
     def test_any_byte_wrong(self, good: Path, name: str) -> None:
@@ -663,67 +581,69 @@ class TestDamage:
         refusal(good)
 
     @pytest.mark.parametrize(
-        ("change", "reason"),
+        ("change", "code"),
         [
-            (lambda m: setattr(place(m), "offset", 10**6), "is cut short"),
-            (lambda m: setattr(place(m), "length", 10**6), "is cut short"),
-            (lambda m: setattr(place(m), "offset", 2**63 - 1), "is cut short"),
-            (lambda m: setattr(place(m), "offset", 2**63), "impossible position"),
-            (lambda m: setattr(place(m), "offset", -1), "impossible position"),
-            (lambda m: setattr(place(m), "length", -1), "impossible position"),
-            (lambda m: setattr(place(m), "length", 1.5), "impossible position"),
-            (lambda m: setattr(place(m), "length", 0), "__0_0.distcp is cut short or damaged"),
-            (lambda m: setattr(place(m), "offset", 7), "__0_0.distcp is"),
-            (lambda m: setattr(place(m), "transform_descriptors", ["zstd"]), "was compressed"),
-            (lambda m: m.storage_data.clear(), "has a chunk that was never saved"),
-            (lambda m: m.state_dict_metadata.clear(), "holds no dict of tensors"),
-            (lambda m: setattr(m, "storage_data", None), "lists no tensors"),
-            (lambda m: setattr(m, "state_dict_metadata", [1]), "lists no tensors"),
-            (lambda m: w(m).chunks.clear(), "has no shape or no chunks"),
-            (lambda m: setattr(w(m), "chunks", None), "has no shape or no chunks"),
-            (lambda m: setattr(w(m), "size", None), "has no shape or no chunks"),
-            (lambda m: setattr(w(m), "properties", None), "has a dtype that safetensors"),
+            (lambda m: setattr(place(m), "offset", 10**6), Code.CUT_SHORT),
+            (lambda m: setattr(place(m), "length", 10**6), Code.CUT_SHORT),
+            (lambda m: setattr(place(m), "offset", 2**63 - 1), Code.CUT_SHORT),
+            (lambda m: setattr(place(m), "offset", 2**63), Code.DAMAGED),
+            (lambda m: setattr(place(m), "offset", -1), Code.DAMAGED),
+            (lambda m: setattr(place(m), "length", -1), Code.DAMAGED),
+            (lambda m: setattr(place(m), "length", 1.5), Code.DAMAGED),
+            (lambda m: setattr(place(m), "length", 0), Code.CUT_SHORT),
+            (lambda m: setattr(place(m), "offset", 7), Code.DAMAGED),
+            (
+                lambda m: setattr(place(m), "transform_descriptors", ["zstd"]),
+                Code.UNREADABLE_TENSOR,
+            ),
+            (lambda m: m.storage_data.clear(), Code.DAMAGED),
+            (lambda m: m.state_dict_metadata.clear(), Code.NO_MODEL),
+            (lambda m: setattr(m, "storage_data", None), Code.DAMAGED),
+            (lambda m: setattr(m, "state_dict_metadata", [1]), Code.DAMAGED),
+            (lambda m: w(m).chunks.clear(), Code.DAMAGED),
+            (lambda m: setattr(w(m), "chunks", None), Code.DAMAGED),
+            (lambda m: setattr(w(m), "size", None), Code.DAMAGED),
+            (lambda m: setattr(w(m), "properties", None), Code.UNREADABLE_TENSOR),
         ],
     )
-    def test_what_cannot_be(self, good: Path, change: Change, reason: str) -> None:
+    def test_what_cannot_be(self, good: Path, change: Change, code: Code) -> None:
         edit(good, change)
-        assert reason in refusal(good)
+        assert refusal(good).code is code
 
     @pytest.mark.parametrize(
-        ("shape", "chunks", "reason"),
+        ("shape", "chunks"),
         [
-            ((2, 3), [((0, 0), (2, 3)), ((0, 0), (2, 3))], "do not cover its shape [2, 3] exactly"),
-            ((4, 3), [((0, 0), (2, 3)), ((1, 0), (2, 3))], "do not cover its shape [4, 3] exactly"),
-            ((4, 3), [((0, 0), (2, 3)), ((0, 0), (2, 3))], "do not cover its shape [4, 3] exactly"),
-            ((5, 3), [((0, 0), (2, 3)), ((3, 0), (2, 3))], "do not cover its shape [5, 3] exactly"),
-            ((2, 4), [((0, 0), (2, 3))], "do not cover its shape [2, 4] exactly"),
-            ((2, 2), [((0, 0), (2, 3))], "has a chunk beyond its shape [2, 2]"),
-            ((2, 3), [((0, 1), (2, 3))], "has a chunk beyond its shape [2, 3]"),
-            ((6,), [((0, 0), (2, 3))], "has a chunk without a place"),
-            ((2, 3, 1), [((0, 0), (2, 3))], "has a chunk without a place"),
-            ((3, 2), [((0, 0), (3, 2))], "a chunk of tensor model.w is F32 [2, 3], and the meta"),
-            ((6,), [((0,), (6,))], "a chunk of tensor model.w is F32 [2, 3], and the metadata"),
-            ((2**62, 3), [((0, 0), (2**62, 3))], "is F32 [2, 3], and the metadata says F32"),
-            ((2**62,) * 9, [((0,) * 9, (2**62,) * 9)], "is F32 [2, 3], and the metadata says"),
-            ((2**62, 3), [((0, 0), (2, 3))], "do not cover its shape"),
+            ((2, 3), [((0, 0), (2, 3)), ((0, 0), (2, 3))]),
+            ((4, 3), [((0, 0), (2, 3)), ((1, 0), (2, 3))]),
+            ((4, 3), [((0, 0), (2, 3)), ((0, 0), (2, 3))]),
+            ((5, 3), [((0, 0), (2, 3)), ((3, 0), (2, 3))]),
+            ((2, 4), [((0, 0), (2, 3))]),
+            ((2, 2), [((0, 0), (2, 3))]),
+            ((2, 3), [((0, 1), (2, 3))]),
+            ((6,), [((0, 0), (2, 3))]),
+            ((2, 3, 1), [((0, 0), (2, 3))]),
+            ((3, 2), [((0, 0), (3, 2))]),
+            ((6,), [((0,), (6,))]),
+            ((2**62, 3), [((0, 0), (2**62, 3))]),
+            ((2**62,) * 9, [((0,) * 9, (2**62,) * 9)]),
+            ((2**62, 3), [((0, 0), (2, 3))]),
             (
                 (4, 4),  # the sum is right
                 [((0, 0), (2, 3)), ((1, 1), (2, 3)), ((3, 0), (1, 4))],
-                "do not cover its shape [4, 4] exactly once",
             ),
-            ((0, 3), [((0, 0), (2, 3))], "has a chunk beyond its shape [0, 3]"),
-            ((2, 3), [((0, 0), (0, 3))], "do not cover its shape [2, 3] exactly once"),
+            ((0, 3), [((0, 0), (2, 3))]),
+            ((2, 3), [((0, 0), (0, 3))]),
         ],
     )
-    def test_chunks_that_are_not_the_tensor(
-        self, good: Path, shape: Any, chunks: Any, reason: str
-    ) -> None:
+    def test_chunks_that_are_not_the_tensor(self, good: Path, shape: Any, chunks: Any) -> None:
         edit(good, lambda metadata: chunked(metadata, shape, *chunks))
-        assert reason in refusal(good)
+        error = refusal(good)
+        assert (error.code, error.tensor) == (Code.DAMAGED, "model.w")
 
     def test_a_stored_dtype_that_is_another(self, good: Path) -> None:
         edit(good, lambda metadata: setattr(w(metadata).properties, "dtype", torch.int32))
-        assert "tensor model.w is F32 [2, 3], and the metadata says I32 [2, 3]" in refusal(good)
+        error = refusal(good)
+        assert (error.code, error.tensor) == (Code.DAMAGED, "model.w")
 
     @pytest.mark.parametrize(
         "file",
@@ -734,12 +654,15 @@ class TestDamage:
     )
     def test_a_file_outside_the_folder(self, good: Path, file: Any) -> None:
         edit(good, lambda metadata: setattr(place(metadata), "relative_path", file))
-        assert "which is not a plain file name" in refusal(good)
+        error = refusal(good)
+        assert (error.code, error.tensor) == (Code.UNSAFE, "model.w")
 
     @pytest.mark.parametrize("file", ["gone", "\ud800", "x" * 5000, "\x1b[2J", "%s\n", "..."])
     def test_a_file_that_is_not_there(self, good: Path, file: str) -> None:
         edit(good, lambda metadata: setattr(place(metadata), "relative_path", file))
-        assert refusal(good, IncompleteError).startswith("HERE is incomplete: its metadata names ")
+        error = refusal(good)
+        assert isinstance(error, IncompleteError)
+        assert (error.code, error.path) == (Code.INCOMPLETE, str(good / file))
 
     def test_the_metadata_as_a_data_file(self, good: Path) -> None:
         edit(good, lambda metadata: setattr(place(metadata), "relative_path", ".metadata"))
@@ -767,7 +690,7 @@ class TestDamage:
                 torch.save(content, file)
                 changed = _StorageInfo(info.relative_path, start, file.tell() - start)
                 edit(good, lambda m, to=changed: vars(place(m)).update(vars(to)))  # type: ignore[misc]
-                assert "HERE/__0_0.distcp" in refusal(good)
+                assert refusal(good).path == str(good / "__0_0.distcp")
 
 
 class Made:
@@ -885,15 +808,8 @@ class TestOddObjects:
         else:
             edit(good, lambda metadata: PLACES[where](metadata, "PLACEHOLDER"))
         splice(good, pushed(b"PLACEHOLDER"), opcodes)
-        start = time.process_time()
-        tracemalloc.start()
-        try:
+        with cheap(8_000_000 + 200 * (good / ".metadata").stat().st_size):
             refused_or_sound(good)
-            _, peak_bytes = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
-        assert time.process_time() - start < 2
-        assert peak_bytes < 8_000_000 + 200 * (good / ".metadata").stat().st_size
 
 
 class TestBombs:
@@ -970,9 +886,8 @@ class TestBombs:
             metadata.state_dict_metadata.pop("model.w")
 
         edit(good, change)
-        start = time.process_time()
-        refused_or_sound(good)
-        assert time.process_time() - start < 2
+        with cheap(1 << 30):
+            refused_or_sound(good)
 
     def test_of_chunks(self, good: Path) -> None:
         """Boxes of which no axis alone tells any two apart."""
@@ -1003,7 +918,7 @@ class TestBombs:
     )
     def test_of_an_opcode(self, good: Path, opcodes: bytes) -> None:
         (good / ".metadata").write_bytes(b"\x80\x04" + opcodes + b".")
-        assert "HERE/.metadata is cut short or damaged" in refusal(good)
+        assert refusal(good).code is Code.CUT_SHORT
 
 
 def calls(mark: Path) -> dict[str, bytes]:
@@ -1087,7 +1002,7 @@ class TestNothingRuns:
         content = (good / ".metadata").read_bytes()
         call = calls(good.parent / "mark")[label]
         (good / ".metadata").write_bytes(b"\x80\x04" + call + b"0" + content[2:])
-        assert "which no metadata of a checkpoint needs" in refusal(good)
+        assert refusal(good).code is Code.UNSAFE
         assert not (good.parent / "mark").exists()
 
     def test_what_is_no_tensor_is_never_unpickled(self, tmp_path: Path) -> None:
@@ -1113,18 +1028,18 @@ class TestNothingRuns:
             file.write(archive.read_bytes())
         info = {"offset": start, "length": archive.stat().st_size}
         edit(good, lambda metadata: vars(place(metadata)).update(info))
-        assert "HERE/__0_0.distcp" in refusal(good)
+        assert refusal(good).path == str(good / "__0_0.distcp")
         assert not mark.exists()
 
     def test_records_do_not_change_the_reader(self, good: Path) -> None:
         """State set on an allowed class or object reaches neither the class nor the next file."""
-        before = {name: value for name, value in vars(dcp._Record).items() if name != "__dict__"}
+        metadata = (good / ".metadata").read_bytes()
         state = b"}(" + pushed(b"get") + b"K\x01" + pushed(b"name") + b"K\x02ub"
         for target in (b"cpathlib\nPath\n", b"cpathlib\nPath\n)R", b"cpathlib\nPath\n)\x81"):
             (good / ".metadata").write_bytes(b"\x80\x02" + target + state + b".")
             refusal(good)
-        after = {name: value for name, value in vars(dcp._Record).items() if name != "__dict__"}
-        assert after == before
+        (good / ".metadata").write_bytes(metadata)
+        check(good, {"w": TWO_BY_THREE, "v": filled(torch.bfloat16, 5)})
 
 
 @pytest.fixture
@@ -1170,4 +1085,4 @@ def test_a_tiny_file_with_a_huge_tensor_is_quick(good: Path) -> None:
     """A terabyte in the metadata costs nothing until it turns out not to be there."""
     count = 1 << 20
     edit(good, lambda m: chunked(m, (count, 3), *[((i, 0), (2, 3)) for i in range(0, 2_000, 2)]))
-    assert "do not cover its shape" in refusal(good)
+    assert refusal(good).tensor == "model.w"

@@ -1,31 +1,32 @@
-"""Discovery: what is a step, in which order, what is left out and what is refused."""
+"""Finding checkpoints: what is a step, in which order, what is left out and what is refused."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import ModelFiles, Specs
-from ckpt_ema.errors import RefusedError
+from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.find.found import Found
 from ckpt_ema.find.run import discover as discover_with
+from ckpt_ema.find.verdict import Outcome, Reason
 from ckpt_ema.options import Reading, Selection
 from ckpt_ema.storage.local import Local
 
 
 class Mute(Source):
-    """No file can tell its step."""
+    """A source in which no file records its step."""
 
-    def read(self, model: ModelFiles) -> Specs:
-        """Return nothing."""
+    def read(self, model: ModelFiles) -> Specs:  # noqa: ARG002
+        """Return no tensors."""
         return Specs({}, (), ())
 
 
-def discover(paths: list[Path]) -> Found:
-    """Discover without options, where no file can tell its step."""
-    source = Mute(Local(), Reading())
-    return discover_with(paths, Selection(), source)
+def discover(paths: list[Path], **selection: Any) -> Found:
+    """Find checkpoints where no file records its step."""
+    return discover_with(paths, Selection(**selection), Mute(Local(), Reading()))
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -41,8 +42,8 @@ def names(found: Found) -> list[str]:
     return [checkpoint.path.name for checkpoint in found.checkpoints]
 
 
-def left_out(found: Found) -> dict[str, str]:
-    return {path.name: reason for path, reason in found.left_out}
+def left_out(found: Found) -> dict[str, Reason]:
+    return {entry.name: entry.verdict.reason for entry in found.left_out}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_step_100_is_not_step_1000_nor_a_copy_of_it(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{n}/model.safetensors" for n in ("step_100", "step_1000", "step_1001_hf")))
     found = discover([tmp_path])
     assert names(found) == ["step_100", "step_1000"]
-    assert left_out(found) == {"step_1001_hf": "the only one of its name"}
+    assert left_out(found) == {"step_1001_hf": Reason.ONLY_ONE}
 
 
 def test_names_that_start_with_i_n_or_t_are_found(tmp_path: Path) -> None:
@@ -127,17 +128,32 @@ def test_what_is_no_step_is_left_out_and_said(tmp_path: Path) -> None:
     found = discover([tmp_path])
     assert names(found) == ["checkpoint-1", "checkpoint-2"]
     assert left_out(found) == {
-        "model.safetensors": "the run's own model, not a step",
-        "optimizer.pt": "optimizer or trainer state",
-        "rng_state_0.pth": "optimizer or trainer state",
-        "tmp-checkpoint-3": "a temporary or unfinished save",
-        "checkpoint-4-tmp": "a temporary or unfinished save",
-        "checkpoint-5-merged": "a merged copy",
-        "checkpoint-6": "no model weights in it",
-        "checkpoint-7-ema": "already an average",
-        "averaged-8": "an output of ckpt-ema",
-        "best.pt": "a copy of the best step",
+        "model.safetensors": Reason.OWN_MODEL,
+        "optimizer.pt": Reason.TRAINING_STATE,
+        "rng_state_0.pth": Reason.TRAINING_STATE,
+        "tmp-checkpoint-3": Reason.UNFINISHED_NAME,
+        "checkpoint-4-tmp": Reason.UNFINISHED_NAME,
+        "checkpoint-5-merged": Reason.MERGED,
+        "checkpoint-6": Reason.NO_MODEL,
+        "checkpoint-7-ema": Reason.AVERAGE,
+        "averaged-8": Reason.OWN_OUTPUT,
+        "best.pt": Reason.BEST,
     }
+
+
+def test_every_entry_gets_one_verdict_and_the_rule_that_decided(tmp_path: Path) -> None:
+    touch(tmp_path, "step_1.pt", "step_2.pt", "last.pt", "config.json", "wandb/log.pt")
+    (tmp_path / "notes_3.txt").touch()
+    judged = discover([tmp_path], exclude=("last",)).judged
+    assert {one.name: (one.verdict.outcome, one.verdict.rule) for one in judged} == {
+        "step_1.pt": (Outcome.STEP, "series"),
+        "step_2.pt": (Outcome.STEP, "series"),
+        "last.pt": (Outcome.SKIPPED, "not-selected"),
+        "config.json": (Outcome.OTHER, "no-weights-by-name"),
+        "notes_3.txt": (Outcome.OTHER, "no-model"),
+        "wandb": (Outcome.OTHER, "part-of-something"),
+    }
+    assert {one.path for one in judged} == set(tmp_path.iterdir())
 
 
 def test_our_own_output_is_never_a_step(tmp_path: Path) -> None:
@@ -146,7 +162,7 @@ def test_our_own_output_is_never_a_step(tmp_path: Path) -> None:
     touch(tmp_path, "step_3/ckpt_ema.json")
     found = discover([tmp_path])
     assert names(found) == ["step_1", "step_2"]
-    assert left_out(found) == {"step_3": "an output of ckpt-ema"}
+    assert left_out(found) == {"step_3": Reason.OWN_OUTPUT}
 
 
 def test_links_to_a_step_are_not_counted_twice(tmp_path: Path) -> None:
@@ -157,7 +173,7 @@ def test_links_to_a_step_are_not_counted_twice(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").symlink_to("checkpoint-5")
     found = discover([tmp_path])
     assert names(found) == ["checkpoint-1", "checkpoint-2"]
-    assert left_out(found)["checkpoint-3"] == "the same file as checkpoint-2"
+    assert left_out(found)["checkpoint-3"] is Reason.SAME_FILE
     flat = touch(tmp_path / "flat", "a-1.pt", "a-2.pt")
     os.link(flat / "a-2.pt", flat / "a-3.pt")
     assert names(discover([flat])) == ["a-1.pt", "a-2.pt"]
@@ -178,7 +194,7 @@ def test_a_fifo_is_left_out_and_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "step_3.pt")
     found = discover([tmp_path])
     assert names(found) == ["step_1.pt", "step_2.pt"]
-    assert left_out(found) == {"step_3.pt": "neither a regular file nor a folder"}
+    assert left_out(found) == {"step_3.pt": Reason.NOT_REGULAR}
 
 
 def test_an_explicit_list_keeps_its_order_and_says_when_it_looks_wrong(tmp_path: Path) -> None:
@@ -187,7 +203,7 @@ def test_an_explicit_list_keeps_its_order_and_says_when_it_looks_wrong(tmp_path:
         touch(path, "model.safetensors")
     found = discover(paths)
     assert [checkpoint.path for checkpoint in found.checkpoints] == paths
-    assert "checkpoint-1000 comes before checkpoint-200" in found.warnings[0]
+    assert [warning.code for warning in found.warnings] == [Code.OUT_OF_ORDER]
     assert not discover([paths[1], paths[2], paths[0]]).warnings
 
 
@@ -206,44 +222,50 @@ def test_a_model_folder_alone_is_one_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "message"),
+    ("files", "code"),
     [
-        ([], "No checkpoints found in .*; the folder is empty"),
-        (
-            ["logs/a", "notes.txt"],
-            r"found 2 entries, none with model weights: logs/, notes.txt",
-        ),
-        (["optimizer.pt"], r"and left out optimizer.pt \(optimizer or trainer state\)"),
-        (
-            ["step_1.pt", "step_2.pt", "epoch_1.pt", "epoch_2.pt"],
-            "holds 2 sets of checkpoints: 2 × epoch_<n> and 2 × step_<n>",
-        ),
-        (["step_1.pt", "step_01.pt"], r"step_01.pt and step_1.pt are both step 1"),
-        (
-            ["a-1-200.pt", "a-2-400.pt"],
-            "order of a-1-200.pt and a-2-400.pt is unknown: their names differ in several numbers",
-        ),
-        (
-            ["checkpoint-1/model.safetensors", "checkpoint-1/model.safetensors.index.json"],
-            "holds both model.safetensors and model.safetensors.index.json",
-        ),
+        ([], Code.NO_CHECKPOINTS),
+        (["logs/a", "notes.txt"], Code.NO_CHECKPOINTS),
+        (["optimizer.pt"], Code.NO_CHECKPOINTS),
+        (["step_1.pt", "step_2.pt", "epoch_1.pt", "epoch_2.pt"], Code.SEVERAL_SERIES),
+        (["step_1.pt", "step_01.pt"], Code.SAME_STEP),
+        (["a-1-200.pt", "a-2-400.pt"], Code.UNKNOWN_ORDER),
     ],
 )
 def test_no_guess_when_there_is_nothing_or_more_than_one_reading(
-    tmp_path: Path, files: list[str], message: str
+    tmp_path: Path, files: list[str], code: Code
 ) -> None:
-    with pytest.raises(RefusedError, match=message):
+    with pytest.raises(RefusedError) as caught:
         discover([touch(tmp_path, *files)])
+    assert caught.value.code is code
+    assert caught.value.path in {str(tmp_path), *(str(tmp_path / file) for file in files)}
 
 
 def test_paths_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, "a/model.safetensors", "b/readme", "c.txt")
     cases = [
-        ([tmp_path / "nowhere"], "does not exist"),
-        ([tmp_path / "a", tmp_path / "b"], "b is no checkpoint: it holds none of"),
-        ([tmp_path / "c.txt"], "its extension is not one of a model's"),
-        ([tmp_path / "a", tmp_path / "a"], "is given twice"),
+        (["nowhere"], Code.NOT_FOUND),
+        (["a", "b"], Code.NOT_A_CHECKPOINT),
+        (["c.txt"], Code.NOT_A_CHECKPOINT),
+        (["a", "a"], Code.GIVEN_TWICE),
     ]
-    for paths, message in cases:
-        with pytest.raises(RefusedError, match=message):
-            discover(paths)
+    for names, code in cases:
+        with pytest.raises(RefusedError) as caught:
+            discover([tmp_path / name for name in names])
+        assert (caught.value.code, caught.value.path) == (code, str(tmp_path / names[-1]))
+
+
+@pytest.mark.parametrize("folder", ["unet", "huggingface", "."])
+def test_a_single_file_and_an_index_obey_form(tmp_path: Path, folder: str) -> None:
+    """Also where they are in a folder of the checkpoint."""
+    name = "diffusion_pytorch_model.safetensors" if folder == "unet" else "model.safetensors"
+    for step in (1, 2):
+        inside = tmp_path / f"checkpoint-{step}" / folder
+        touch(inside, name, f"{name}.index.json")
+    with pytest.raises(RefusedError) as caught:
+        discover([tmp_path])
+    assert caught.value.code is Code.SEVERAL_MODELS
+    assert caught.value.path == str(tmp_path / "checkpoint-1" / folder)
+    for form, suffix in (("single", ""), ("sharded", ".index.json")):
+        found = discover_with([tmp_path], Selection(), Mute(Local(), Reading(form=form)))
+        assert {one.model.path.name for one in found.checkpoints} == {name + suffix}

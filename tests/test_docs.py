@@ -1,28 +1,38 @@
-"""What the README and the scripts promise is true."""
+"""What README, docs and scripts promise is true."""
 
+import ast
 import doctest
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ckpt_ema.report import trainers
 from ckpt_ema.trainers.table import TRAINERS
+from tests.command import ckpt_ema
 from tests.conftest import MakeRun, noise, read_safetensors, series
-from tests.trainer_runs import RUNS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+TRAINERS_PAGE = (ROOT / "docs" / "trainers.md").read_text()
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks" / "README.md",
+]
 POST_TRAINING = ROOT / "scripts" / "post_training.sh"
 
 
-def test_the_readmes_examples_are_true() -> None:
-    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
-    assert result.failed == 0
-    assert result.attempted >= 5
+# --- README and docs -----------------------------------------------------------------------------
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.encode()) <= 7000
 
 
 def test_the_readme_shows_both_commands_on_its_first_screen() -> None:
@@ -31,41 +41,96 @@ def test_the_readme_shows_both_commands_on_its_first_screen() -> None:
         assert any(command in line for line in first_screen)
 
 
-def test_every_path_and_option_that_the_readme_names_is_there() -> None:
-    for path in re.findall(r"\]\(((?:dev|scripts|benchmarks|tests)/[^)]+)\)", README):
-        assert (ROOT / path).exists(), path
-    help_text = "".join(
-        subprocess.run(
-            [sys.executable, "-m", "ckpt_ema", command, "--help"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "COLUMNS": "200"},
-        ).stdout
-        for command in ("average", "formats")
-    )
-    options = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README)) - {
-        "--help",
-        "--nproc-per-node",
-        "--peers",
-        "--size",
-        "--workdir",
+def test_the_readme_shows_what_plan_prints(make_run: MakeRun) -> None:
+    """All but the paths and sizes of the demo, which takes two minutes to train."""
+    run = make_run(series(20, w=noise(20, 4)), range(50, 1001, 50))
+    shown = re.search(r"\$ ckpt-ema plan \S+ (.*)\n(?s:(.*?))```", README)
+    assert shown
+    done = ckpt_ema("plan", run, *shown[1].split())
+    assert done.returncode == 0, done.stderr
+    part = slice(1, -2)  # without the paths above and the sizes below
+    assert shown[2].splitlines()[part] == done.stdout.splitlines()[part]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_in_python_are_true(
+    page: Path, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They run beside `runs/`, which has five checkpoints."""
+    make_run(series(5, w=noise(5, 4)), [100, 200, 300, 400, 500], name="runs")
+    monkeypatch.chdir(tmp_path)
+    assert doctest.testfile(str(page), module_relative=False).failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_that_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text()
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    paths = re.findall(r"`(?:python )?((?:ckpt_ema|tests|scripts|docs|dev|\.ci)/[\w./]+)", text)
+    for path in [page.parent / link for link in links] + [ROOT / path for path in paths]:
+        assert path.exists(), path
+
+
+def test_every_option_that_a_page_names_exists() -> None:
+    known = {"--array", "--nproc-per-node", "--version", "--wrap"}  # of other programs
+    for command in ("average", "plan", "finish", "formats"):
+        known |= options_of_command(command)
+    for script in (ROOT / "scripts").glob("*.py"):
+        known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', script.read_text()))
+    named = {
+        option
+        for page in PAGES
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text())
     }
-    assert options
-    assert {option for option in options if option not in help_text} == set()
+    assert named - known == set()
+    assert len(named) > 40
+
+
+def options_of_command(name: str) -> set[str]:
+    """Return the options in the help of a command; a flag can be written both ways."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ckpt_ema", name, "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    found = set(re.findall(r"--[a-z][a-z-]+", done.stdout))
+    return found | {option.replace("--no-", "--") for option in found}
+
+
+def test_an_issue_begins_with_the_explained_plan() -> None:
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text())
+    texts = [field["attributes"].get("description", "") for field in form["body"]]
+    assert any("ckpt-ema plan RUN --explain --json" in text for text in texts)
+
+
+# --- Trainers ------------------------------------------------------------------------------------
 
 
 def test_the_table_of_trainers_is_the_one_that_the_command_prints() -> None:
-    table = README.split("--markdown` -->\n")[1].split("\n<!-- end -->")[0]
+    table = TRAINERS_PAGE.split("--markdown` -->\n")[1].split("\n<!-- end -->")[0]
     assert table.splitlines() == trainers.markdown()
 
 
-def test_every_trainer_of_the_table_has_a_tiny_run_in_the_tests() -> None:
-    """A trainer is one entry and one test."""
-    tested = " ".join(run.trainer for run in RUNS)
-    for trainer in TRAINERS:
-        words = set(re.findall(r"[a-z0-9]{3,}", trainer.name.lower()))
-        words -= {"sharded", "unsharded", "trainer", "diffusion"}  # say nothing of who it is
-        assert any(word in tested for word in words), trainer.name
+def test_every_trainer_that_is_read_has_lines_that_load_its_result() -> None:
+    read = [trainer.name for tier in "12" for trainer in TRAINERS if trainer.tier == tier]
+    assert [name for name, _ in loading()] == read
+    for name, lines in loading():
+        code = [line for line in re.findall(r"`([^`]+)`", lines) if re.search(r"\w\(", line)]
+        assert code, name
+        for line in code:
+            ast.parse(line)
+
+
+def loading() -> Iterator[tuple[str, str]]:
+    """Yield the rows of the table of how to load results: a trainer and the lines."""
+    table = TRAINERS_PAGE.split("| Trainer | Load with |\n|---|---|\n")[1].split("\n\n")[0]
+    for row in table.splitlines():
+        name, _, lines = row.strip("| ").partition(" | ")
+        yield name, lines
+
+
+# --- Scripts -------------------------------------------------------------------------------------
 
 
 @pytest.mark.sweep  # .ci/run begins with it

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from ckpt_ema.containers.model_key import MODEL_KEYS, Model, find_model, recorded
-from ckpt_ema.errors import RefusedError
+from ckpt_ema.containers.model_key import Model, find_model, recorded
+from ckpt_ema.errors import Code, RefusedError
+from ckpt_ema.trainers.conventions import MODEL_KEYS
 
 
 class Tensor:
@@ -48,11 +49,15 @@ def test_the_model_may_be_at_the_top_beside_plain_values() -> None:
         ("model", "model_ema"),
     ],
 )
-def test_raw_weights_are_taken_where_both_are_there_and_it_is_said(raw: str, average: str) -> None:
+def test_the_raw_model_is_taken_where_both_are_there_and_it_is_noted(
+    raw: str, average: str
+) -> None:
     model = state()
     found = find({raw: model, average: state()})
     assert found.values is model
-    assert found.notes == (f"{average} holds averaged weights; the raw ones are taken, from {raw}",)
+    [note] = found.notes
+    assert note.code is Code.DECIDED
+    assert f"{average} holds an average" in note.message
     assert not found.warnings
 
 
@@ -60,15 +65,17 @@ def test_lightning_puts_the_raw_weights_elsewhere() -> None:
     raw = state()
     found = find({"state_dict": state(), "current_model_state": raw, "averaging_state": {}})
     assert found.values is raw
-    assert "current_model_state" in found.notes[0]
+    assert "current_model_state" in found.notes[0].message
 
 
 def test_mmengine_swaps_them_and_names_the_raw_ones_by_a_wrapper() -> None:
     raw = state("module.w", "module.b", "steps")
     found = find({"state_dict": state(), "ema_state_dict": raw, "message_hub": {}})
     assert found.values == {"w": raw["module.w"], "b": raw["module.b"]}
-    with pytest.raises(RefusedError, match="--key state_dict or --key ema_state_dict"):
+    with pytest.raises(RefusedError) as caught:
         find({"state_dict": state(), "ema_state_dict": raw})
+    assert caught.value.code is Code.SEVERAL_MODELS
+    assert "--key state_dict or --key ema_state_dict" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -82,8 +89,7 @@ def test_mmengine_swaps_them_and_names_the_raw_ones_by_a_wrapper() -> None:
 )
 def test_an_average_is_averaged_with_a_warning(root: Mapping[str, Any], key: str | None) -> None:
     [warning] = find(root, key).warnings
-    assert "averaged already" in warning
-    assert "smooths twice" in warning
+    assert warning.code is Code.ALREADY_AVERAGED
 
 
 def test_opennmt_has_its_output_layer_beside_the_model() -> None:
@@ -91,39 +97,38 @@ def test_opennmt_has_its_output_layer_beside_the_model() -> None:
     assert set(find(root).values) == {"encoder.w", "generator.w"}
 
 
-def test_a_single_dict_of_tensors_under_any_key_is_the_model_and_said() -> None:
+def test_a_single_dict_of_tensors_under_any_key_is_the_model_and_noted() -> None:
     found = find({"weights": state(), "optim": state(), "step": 3})
     assert set(found.values) == {"w", "b"}
-    assert found.notes == ("the model is what is under weights",)
+    assert [note.code for note in found.notes] == [Code.DECIDED]
 
 
 @pytest.mark.parametrize(
-    ("root", "message"),
+    ("root", "code"),
     [
-        ({"generator": state(), "critic": state("w")}, r"generator \(2 entries\), critic \(1 ent"),
-        ({"model": state(), "state_dict": state()}, "holds 2 dicts of tensors.*--key state_dict"),
-        ({"epoch": 3}, "holds no dict of tensors, at the top or under state_dict"),
-        ([Tensor()], "holds no dict of tensors"),
-        ({"optimizer": state()}, "holds no dict of tensors"),
-        ({"\ud800": Tensor()}, "holds no dict of tensors"),
+        ({"generator": state(), "critic": state("w")}, Code.SEVERAL_MODELS),
+        ({"model": state(), "state_dict": state()}, Code.SEVERAL_MODELS),
+        *(({"epoch": 3}, Code.NO_MODEL), ([Tensor()], Code.NO_MODEL), ({}, Code.NO_MODEL)),
+        *(({"optimizer": state()}, Code.NO_MODEL), ({"\ud800": Tensor()}, Code.NO_MODEL)),
+        *(({1: Tensor()}, Code.NO_MODEL), (Tensor(), Code.NO_MODEL)),
     ],
 )
-def test_nothing_and_several_are_refused(root: Any, message: str) -> None:
-    with pytest.raises(RefusedError, match=message):
+def test_nothing_and_several_are_refused(root: Any, code: Code) -> None:
+    with pytest.raises(RefusedError) as caught:
         find(root)
+    assert (caught.value.code, caught.value.path) == (code, "FILE")
 
 
 def test_a_key_is_a_path_and_may_have_dots_of_its_own() -> None:
     model = state()
     assert find({"a": {"b": model}, "c": state()}, "a.b").values is model
     assert find({"a.b": model, "c": state()}, "a.b").values is model
-    with pytest.raises(
-        RefusedError, match=r"no dict of tensors under a\.x; it has c \(2 entries\)"
-    ):
+    with pytest.raises(RefusedError, match=r"it has c \(2 entries\)") as caught:
         find({"a": {"y": 1}, "c": state()}, "a.x")
+    assert caught.value.code is Code.NO_MODEL
 
 
-def test_what_a_file_says_of_its_place() -> None:
+def test_the_step_and_epoch_that_a_file_records() -> None:
     assert recorded({"global_step": 7, "epoch": 2}) == {"step": 7, "epoch": 2}
     assert recorded({"meta": {"iter": 90, "epoch": 3}}) == {"step": 90, "epoch": 3}
     assert recorded({"optimizer_history": [{"num_updates": 5}, {"num_updates": 40}]}) == {

@@ -1,4 +1,4 @@
-"""The plan on a terminal: what a person reads at once, in any width, without colours or blocks."""
+"""The plan on a terminal of any width, with or without colours and blocks, and its explanation."""
 
 import io
 from pathlib import Path
@@ -7,13 +7,18 @@ from typing import Any
 import pytest
 
 import ckpt_ema
+from ckpt_ema.containers.specs import Role
+from ckpt_ema.find.verdict import Judged, Outcome, Verdict
+from ckpt_ema.find.verdict import Reason as EntryReason
+from ckpt_ema.planning.roles import Reason, TensorRole
+from ckpt_ema.report.explain import explanation
 from ckpt_ema.report.rows import markdown_lines
 from ckpt_ema.report.table import plan_text
 from tests.conftest import MakeRun, noise, series
 
 
 class Terminal(io.StringIO):
-    """A stream that says what it can show."""
+    """A stream with an encoding, on a terminal or not."""
 
     def __init__(self, encoding: str = "utf-8", is_terminal: bool = False) -> None:
         super().__init__()
@@ -58,21 +63,21 @@ def test_one_average_on_80_columns(run: Path) -> None:
         "  checkpoint-4000  4000  1000  0.5000  25.00%  ███████████████",
         "  checkpoint-5000  5000  1000  0.5000  50.00%  ██████████████████████████████",
         "",
-        "  effective number of checkpoints          3.0",
-        "  mean age, before the newest              938 steps",
-        "  weight of the last tenth, to the newest  50.0%",
-        "  as old as a half-life of                 1000 steps",
-        "  as old as a power function of sigma_rel  0.209",
+        "  effective number of checkpoints      3.0",
+        "  mean age                             938 steps",
+        "  weight on the last 10 % of training  50.0%",
+        "  equivalent half-life                 1000 steps",
+        "  equivalent sigma_rel                 0.209",
         "",
-        "averages 1 tensor: reads 100 B, writes 508 B, in 22.0 MiB of memory beside torch's own",
-        "copies 1 file: config.json",
+        "1 tensor, 100 B to read, 508 B to write; working memory 22.0 MiB plus torch",
+        "also copies config.json",
     ]
 
 
 def test_several_averages_side_by_side_on_80_columns(run: Path) -> None:
     lines = shown(run, half_life="1000,2000", last="2,5", output="averaged")
     assert lines[1:6] == [
-        "4 averages in one pass, each in a folder of its name:",
+        "4 averages in one pass, each in its own folder:",
         "  (1) half-life-1000-last-2: half-life 1000 steps; 2 checkpoints",
         "  (2) half-life-2000-last-2: half-life 2000 steps; 2 checkpoints",
         "  (3) half-life-1000-last-5: half-life 1000 steps; 5 checkpoints",
@@ -93,7 +98,7 @@ def test_no_line_of_a_table_is_wider_than_the_terminal_and_no_average_is_left_ou
     monkeypatch.setenv("COLUMNS", str(width))
     lines = shown(run, decay=[n / 100 for n in range(1, count + 1)])
     start = next(n for n, line in enumerate(lines) if line.startswith("  checkpoint"))
-    end = next(n for n, line in enumerate(lines) if line.startswith("averages"))
+    end = next(n for n, line in enumerate(lines) if " to read, " in line)
     table = lines[start:end]
     assert max(map(len, table)) <= max(width, 40)
     if count > 1:
@@ -175,3 +180,35 @@ def test_no_number_is_ever_cut(
         assert {f"{weight:.2%}" for weight in average.weights} <= set(words)
         assert f"{average.statistics.effective_number:.1f}" in words
     assert {"1000", "2000", "3000", "4000", "5000"} <= set(words)
+
+
+def test_an_explanation_has_a_line_for_each_entry_and_each_pattern_of_tensors() -> None:
+    judged = [
+        Judged(
+            Path("runs/a/step_1"), "step_1", Verdict(Outcome.STEP, EntryReason.NUMBERED, "numbered")
+        ),
+        Judged(
+            Path("runs/a/l\x1b[31mast"),
+            "last",
+            Verdict(Outcome.ALIAS, EntryReason.COPY, "copies", "a copy of step_1"),
+        ),
+        Judged(
+            Path("other/logs"),
+            "logs",
+            Verdict(Outcome.OTHER, EntryReason.NO_MODEL, "without weights"),
+        ),
+    ]
+    roles = [
+        TensorRole("model.layers.*.weight", Role.AVERAGED, "floats", Reason.FLOAT, 24),
+        TensorRole("steps", Role.KEPT, "other dtypes", Reason.NOT_FLOAT, 1),
+    ]
+    assert explanation("runs/a", judged, roles).splitlines() == [
+        "entry         taken for  reason                  rule",
+        "step_1        step       numbered                numbered",
+        "l\\x1b[31mast  alias      a copy of step_1        copies",
+        "other/logs    other      no model weights in it  without weights",
+        "",
+        "tensors                count  role         reason              rule",
+        "model.layers.*.weight  24     averaged     floating point      floats",
+        "steps                  1      kept newest  not floating point  other dtypes",
+    ]

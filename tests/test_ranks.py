@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,11 @@ import torch
 
 import ckpt_ema
 from ckpt_ema import ranks
-from ckpt_ema.cli import app
-from ckpt_ema.errors import OptionError
-from ckpt_ema.fold.tiles import Share
-from ckpt_ema.output import publish
-from ckpt_ema.ranks import Place, first_host, place_from
+from ckpt_ema.errors import Code, OptionError
+from ckpt_ema.ranks import Place, Waiting, first_host, place_from
 from tests.command import Command, wait_for
 from tests.conftest import MakeRun, noise, series
+from tests.makers.faulty_os import slowed
 
 Ended = list[tuple[int, str, str]]  # exit code, stdout and stderr of each rank
 
@@ -45,10 +44,10 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def launch(size: int, *words: Any) -> Ended:
+def launch(size: int, *words: Any, **options: Any) -> Ended:
     """Start all ranks of a launch and wait for them."""
     port = free_port()
-    return ended([start(size, rank, port, *words) for rank in range(size)])
+    return ended([start(size, rank, port, *words, **options) for rank in range(size)])
 
 
 def ended(launched: list[Command]) -> Ended:
@@ -63,17 +62,22 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+def entries(folder: Path) -> list[str]:
+    """Everything in a folder, hidden names too."""
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_ranks_make_the_bytes_of_one(run: Path, tmp_path: Path) -> None:
     decay, output = "0.1,0.2", tmp_path / "out"
     whole = ckpt_ema.average(run, output=tmp_path / "whole", decay=decay, device="cpu").output
     words = ("-o", output, "--decay", decay, "--tile-size", "256")
     first, *others = launch(3, run, *words)
     assert first[0] == 0, first
-    assert "all parts are done" in first[2]
+    assert str(output) in first[2].splitlines()[-1]
     assert first[1].splitlines() == [str(path) for path in sorted(output.glob("dynamic*"))]
     assert others == [(0, "", "")] * 2
     assert contents(output) == contents(whole)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run", "whole"]
+    assert entries(tmp_path) == ["out", "run", "whole"]
 
 
 @pytest.mark.sweep
@@ -103,19 +107,40 @@ def test_torchrun_launches_it(run: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(whole)
 
 
-def test_if_one_fails_all_do_and_nothing_is_left(make_run: MakeRun, tmp_path: Path) -> None:
+def test_the_library_joins_a_launch_only_when_asked(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training script calls it from rank 0, while the other ranks do something else."""
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    output = tmp_path / "out"
+    assert ckpt_ema.average(run, output=output, device="cpu").manifests
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(OptionError) as caught:
+        ckpt_ema.average(run, output=output, device="cpu", launch=True)
+    assert caught.value.code is Code.LAUNCH_ENVIRONMENT
+
+
+def test_if_one_fails_all_do_and_the_first_says_why(make_run: MakeRun, tmp_path: Path) -> None:
     weights = noise(3, 2000)
     weights[1][1990] = float("nan")
     run = make_run(series(3, w=weights))
     begun = time.monotonic()
-    first, last = launch(2, run, "-o", tmp_path / "out", "--tile-size", "256")
+    first, *others = launch(3, run, "-o", tmp_path / "out", "--tile-size", "256")
     assert time.monotonic() - begun < 30
-    assert last[0] == 3
-    assert "tensor w holds 1 NaN values" in last[2]
-    assert (first[0], first[1]) == (1, "")
-    assert "error: Rank 1 failed: " in first[2]
+    assert first[:2] == (3, "")
+    assert first[2].count("error: ") == 1
+    assert "rank 2: " in first[2]
     assert "tensor w holds 1 NaN values" in first[2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert others == [(3, "", "")] * 2
+    assert entries(tmp_path) == ["run"]
+
+
+def test_an_error_of_all_is_said_once(run: Path, tmp_path: Path) -> None:
+    first, *others = launch(3, run, "-o", run)
+    assert first[:2] == (3, "")
+    assert first[2].count("error: ") == 1
+    assert others == [(3, "", "")] * 2
 
 
 @pytest.mark.sweep
@@ -123,59 +148,84 @@ def test_ranks_that_see_different_things_stop(run: Path, tmp_path: Path) -> None
     port = free_port()
     words = (run, "-q", "-o", tmp_path / "out")
     processes = [start(2, 0, port, *words), start(2, 1, port, *words, "--decay", "0.1")]
-    for code, stdout, stderr in ended(processes):
-        assert (code, stdout) == (1, "")
-        assert "do not see the same plan" in stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    first, last = ended(processes)
+    assert first[:2] == (1, "")
+    assert "do not see the same plan" in first[2]
+    assert last == (1, "", "")
+    assert entries(tmp_path) == ["run"]
 
 
 def write_slowly() -> None:
-    """Take a while for each tile, and do not wait long for ranks that are silent."""
-    real, patched = publish.StagedOutput.write, pytest.MonkeyPatch()
-
-    def slow(*arguments: Any) -> None:
-        time.sleep(0.5)
-        real(*arguments)
-
-    patched.setattr(ranks, "_MOST_SILENT_SECONDS", 3.0)
-    patched.setattr(publish.StagedOutput, "write", slow)
+    """Take a while for each write, and do not wait long for ranks that are silent."""
+    slowed("pwrite", 0.5)
+    ranks.SECONDS_SILENT = 3.0
 
 
 @pytest.mark.sweep
-def test_a_rank_that_is_killed_ends_the_others(run: Path, tmp_path: Path) -> None:
-    """Whichever it is: the one that has the store, or the other."""
-    for victim in (0, 1):
-        port, output = free_port(), tmp_path / "out"
-        words = (run, "-o", output, "-q", "--tile-size", "256")
-        processes = [start(2, rank, port, *words, before=write_slowly) for rank in range(2)]
-        wait_for(lambda: list(tmp_path.glob(".out*/output/model*")))
-        processes[victim].send_signal(signal.SIGKILL)
-        begun = time.monotonic()
-        code, stdout, stderr = ended(processes)[1 - victim]
-        assert time.monotonic() - begun < 15
-        assert (code, stdout) == (1, "")
-        assert "rank is gone" in stderr or f"Rank {victim} gives no sign of life" in stderr
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+@pytest.mark.parametrize(("size", "victim"), [(2, 0), (2, 1), (3, 0), (3, 2)])
+def test_a_rank_that_is_killed_ends_the_others(
+    run: Path, tmp_path: Path, size: int, victim: int
+) -> None:
+    """Whichever it is: the one that has the store, or another. One of those left says so."""
+    port, output = free_port(), tmp_path / "out"
+    words = (run, "-o", output, "-q", "--tile-size", "256")
+    processes = [start(size, rank, port, *words, before=write_slowly) for rank in range(size)]
+    wait_for(lambda: list(tmp_path.glob(".out*/output/model*")))
+    processes[victim].send_signal(signal.SIGKILL)
+    begun = time.monotonic()
+    left = ended(processes)
+    assert time.monotonic() - begun < 20
+    del left[victim]
+    assert [done[:2] for done in left] == [(1, "")] * (size - 1)
+    said = "".join(done[2] for done in left)
+    assert said.count("error: ") == said.count("\n") == 1
+    assert f"rank {victim} has not responded" in said or "connection to rank 0 was lost" in said
+    assert left[0][2] == said
+    assert entries(tmp_path) == ["run"]
 
 
-def meet_quickly() -> None:
+@pytest.mark.sweep
+def test_a_launch_that_is_cancelled_says_so_once(run: Path, tmp_path: Path) -> None:
+    port = free_port()
+    words = (run, "-o", tmp_path / "out", "-q", "--tile-size", "256")
+    processes = [start(2, rank, port, *words, before=write_slowly) for rank in range(2)]
+    wait_for(lambda: list(tmp_path.glob(".out*/output/model*")))
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    left = ended(processes)
+    assert [done[0] for done in left] == [143, 143]
+    assert "".join(done[2] for done in left).count("\n") == 1
+    assert entries(tmp_path) == ["run"]
+
+
+def meet_quickly(seconds: float) -> None:
     """Do not wait long for the others."""
-    pytest.MonkeyPatch().setattr(ranks, "_SECONDS_TO_MEET", 2.0)
+    ranks.SECONDS_TO_MEET = seconds
 
 
 @pytest.mark.sweep
-def test_ranks_that_never_come_are_not_waited_for_forever(run: Path, tmp_path: Path) -> None:
-    alone = start(2, 1, free_port(), run, "-o", tmp_path / "out", before=meet_quickly)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_never_come_are_named_and_not_waited_for_forever(
+    run: Path, tmp_path: Path, rank: int
+) -> None:
+    port = free_port()
+    before = partial(meet_quickly, 4.0)
+    alone = start(2, rank, port, run, "-o", tmp_path / "out", before=before)
     [(status, stdout, stderr)] = ended([alone])
     assert (status, stdout) == (1, "")
-    assert "Rank 1 of 2 cannot meet the others at 127.0.0.1:" in stderr
+    assert f"waiting for rank {1 - rank} of 2 at 127.0.0.1:{port}" in stderr
     assert "unset WORLD_SIZE" in stderr
+    assert stderr.count("\n") == 2
+
+
+def test_late_ranks_have_a_sentence() -> None:
+    place = Place(0, 4, "host", 29500, False, 0)
+    assert str(Waiting([1, 3], place)) == "waiting for ranks 1, 3 of 4 at host:29500"
 
 
 def test_parts_and_ranks_do_not_mix(run: Path) -> None:
-    some: Any = object()
-    with pytest.raises(OptionError, match="--part is for jobs that run apart"):
-        app._carry_out(ckpt_ema.plan(run), Share(1, 2), some, False)
+    done = start(2, 0, free_port(), run, "--part", "1/2").wait()
+    assert (done.returncode, done.stdout) == (2, "")
 
 
 SLURM = {
@@ -205,23 +255,30 @@ TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "
         ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),
     ],
 )
-def test_launchers_tell_the_place(environment: dict[str, str], place: Place | None) -> None:
+def test_the_place_is_that_of_the_launcher(
+    environment: dict[str, str], place: Place | None
+) -> None:
     assert place_from(environment) == place
 
 
 @pytest.mark.parametrize(
-    "environment",
+    ("environment", "name"),
     [
-        {**TORCHRUN, "RANK": "x"},
-        {**TORCHRUN, "MASTER_PORT": ""},
-        {"RANK": "0", "WORLD_SIZE": "2"},
-        {"SLURM_STEP_NUM_TASKS": "2"},
-        {**SLURM, "SLURM_STEP_NODELIST": ""},
+        ({**TORCHRUN, "RANK": "x"}, "RANK is 'x'"),
+        ({**TORCHRUN, "MASTER_PORT": ""}, "MASTER_PORT is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_JOB_ID is not set"),
+        ({**SLURM, "SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST is not set"),
+        ({**SLURM, "SLURM_STEP_NODELIST": "["}, "SLURM_STEP_NODELIST is '['"),
     ],
 )
-def test_variables_that_make_no_sense_are_a_usage_error(environment: dict[str, str]) -> None:
-    with pytest.raises(OptionError, match="The launcher's variables make no sense"):
+def test_variables_that_are_missing_or_invalid_are_a_usage_error(
+    environment: dict[str, str], name: str
+) -> None:
+    with pytest.raises(OptionError) as caught:
         place_from(environment)
+    assert caught.value.code is Code.LAUNCH_ENVIRONMENT
+    assert name in caught.value.message
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,10 @@ import collections
 import datetime
 import functools
 import io
-import json
-import os
 import pickle
 import pickletools
 import random
 import struct
-import time
-import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,52 +19,32 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckpt_ema.containers import model_key, pickles, torch_file
-from ckpt_ema.containers.read import read_specs
-from ckpt_ema.containers.specs import DTYPE_BITS, Member, ModelFiles, Specs, TensorSpec, spanned
-from ckpt_ema.errors import RefusedError
+from ckpt_ema.containers import pickles, torch_file
+from ckpt_ema.containers.specs import DTYPE_BITS, Specs, TensorSpec, spanned
+from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.storage.local import Local
+from ckpt_ema.trainers.conventions import MODEL_KEYS
+from tests.makers.limits import cheap
+from tests.makers.tensors import DTYPES, filled, quantised, raw
+from tests.makers.torch_files import (
+    LEGACY_HEAD,
+    archive,
+    bare,
+    hostile_pickles,
+    legacy,
+    number,
+    save,
+    sharded_pickle,
+    tensor_pickle,
+)
 
 MANY = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
-
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.float8_e8m0fnu: "F8_E8M0",
-}
 
 
 @pytest.fixture(params=["zip", "legacy"])
 def form(request: pytest.FixtureRequest) -> str:
     """Each of the two forms in which torch has written files."""
     return str(request.param)
-
-
-def save(path: Path, value: Any, form: str) -> str:
-    """Save with torch in one of its two forms."""
-    torch.save(value, path, _use_new_zipfile_serialization=form == "zip")
-    return str(path)
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    """A tensor's bytes, row-major, without numpy."""
-    return bytes(tensor.detach().contiguous().clone().untyped_storage())
 
 
 def span_bytes(spec: TensorSpec) -> int:
@@ -102,32 +78,13 @@ def check(path: str, state: dict[str, torch.Tensor], specs: Specs | None = None)
     return specs
 
 
-def refusal(path: str) -> str:
-    """The message with which it is refused, quickly and with little memory."""
-    tracemalloc.start()
-    start = time.process_time()
-    try:
-        with pytest.raises(RefusedError) as caught:
-            torch_file.read_specs(path, Local())
-        _, peak_bytes = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert time.process_time() - start < 2
-    assert peak_bytes < 8_000_000 + 40 * Path(path).stat().st_size
-    assert path in caught.value.message
+def refusal(path: str) -> RefusedError:
+    """The error with which it is refused, quickly and with little memory."""
+    with cheap(8_000_000 + 40 * Path(path).stat().st_size), pytest.raises(RefusedError) as caught:
+        torch_file.read_specs(path, Local())
+    assert caught.value.path == path
     assert str(caught.value).isprintable()
-    return str(caught.value).replace(path, "FILE")
-
-
-def filled(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """A tensor of this dtype whose bytes all differ from their neighbours'."""
-    count = torch.Size(shape).numel()
-    limit = 2 if dtype == torch.bool else 251
-    item = torch.empty((), dtype=dtype).element_size()
-    values = bytes(i % limit for i in range(1, count * item + 1))
-    if not values:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(values), dtype=torch.uint8).view(dtype).reshape(shape)
+    return caught.value
 
 
 class TestWhatTorchReads:
@@ -175,7 +132,7 @@ class TestWhatTorchReads:
         assert hasattr(state, "_metadata")
         assert check(save(tmp_path / "a.bin", state, form), dict(state)).notes == ()
 
-    @pytest.mark.parametrize("key", model_key.MODEL_KEYS)
+    @pytest.mark.parametrize("key", MODEL_KEYS)
     def test_the_model_beside_the_optimizer(self, tmp_path: Path, form: str, key: str) -> None:
         module = torch.nn.Linear(3, 2)
         optimizer = torch.optim.AdamW(module.parameters())
@@ -195,9 +152,9 @@ class TestWhatTorchReads:
     ) -> None:
         state = {"w": torch.ones(2), "version": 3, "layer._extra_state": b"\x00"}
         specs = check(save(tmp_path / "a.bin", state, form), {"w": torch.ones(2)}, None)
-        assert specs.notes[0] == (
-            "left out of the model, being no tensors: version, layer._extra_state"
-        )
+        [note] = specs.notes
+        assert note.code is Code.LEFT_OUT
+        assert "version, layer._extra_state" in note.message
 
     @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
     def test_every_protocol(self, tmp_path: Path, form: str, protocol: int) -> None:
@@ -260,105 +217,14 @@ class TestStrangers:
     ) -> None:
         state = {"w": filled(torch.float32, 4)}
         path = save(tmp_path / "a.ckpt", {"state_dict": state, "args": STRANGERS[name]}, form)
-        notes = check(path, state).notes
-        assert len(notes) == 1
-        assert notes[0].startswith("skipped objects in the files that are no tensors: ")
-        assert name in notes[0]
+        [note] = check(path, state).notes
+        assert note.code is Code.LEFT_OUT
+        assert name in note.message
 
     def test_thousands_of_them_are_refused_at_once(self, tmp_path: Path) -> None:
         names = b"".join(b"cmodule\nClass%d\n0" % number for number in range(2_000))
         path = archive(tmp_path / "a.pt", b"\x80\x02" + names + b"N.")
-        assert "more kinds of objects than any checkpoint has" in refusal(path)
-
-
-def archive(path: Path, pickled: bytes, **records: bytes) -> str:
-    """A zip file as torch.save lays it out, around this pickle."""
-    with zipfile.ZipFile(path, "w") as target:
-        target.writestr("archive/data.pkl", pickled)
-        target.writestr("archive/byteorder", b"little")
-        for name, content in records.items():
-            target.writestr(f"archive/data/{name.removeprefix('_')}", content)
-        target.writestr("archive/version", b"3\n")
-    return str(path)
-
-
-LEGACY_HEAD = (
-    pickle.dumps(0x1950A86A20F9469CFC6C, 2)
-    + pickle.dumps(1001, 2)
-    + pickle.dumps({"protocol_version": 1001, "little_endian": True, "type_sizes": {}}, 2)
-)
-
-
-def legacy(path: Path, pickled: bytes, keys: Any = (), data: bytes = b"") -> str:
-    """A stream as torch.save wrote it before 1.6, around this pickle."""
-    path.write_bytes(LEGACY_HEAD + pickled + pickle.dumps(list(keys), 2) + data)
-    return str(path)
-
-
-def bare(path: Path, pickled: bytes) -> str:
-    """The pickle alone."""
-    path.write_bytes(pickled)
-    return str(path)
-
-
-def tensor_pickle(
-    shape: bytes = b"(K\x02K\x03t",
-    strides: bytes = b"(K\x03K\x01t",
-    offset: bytes = b"K\x00",
-    count: bytes = b"K\x06",
-) -> bytes:
-    """A dict with one tensor "w", each number as the opcodes that push it."""
-    storage = (
-        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
-    )
-    return (
-        b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n("
-        + (storage + count + b"tQ" + offset + shape + strides)
-        + b"\x89ccollections\nOrderedDict\n)RtRs."
-    )
-
-
-def pushed(text: bytes) -> bytes:
-    """The opcodes that push a string."""
-    return b"X" + struct.pack("<I", len(text)) + text
-
-
-def hostile_pickles(mark: Path) -> dict[str, bytes]:
-    """Pickles that would leave a mark, were anything in them run."""
-    text, line = pushed(bytes(mark)), pushed(b"open(%r, 'w')" % str(mark))
-    command = pushed(b"touch " + bytes(mark))
-    calls = {
-        "os.system": b"cos\nsystem\n(" + command + b"tR",
-        "posix.system": b"cposix\nsystem\n(" + command + b"tR",
-        "subprocess": b"csubprocess\nrun\n((lp0\n" + text + b"atR",
-        "open": b"cbuiltins\nopen\n(" + text + pushed(b"w") + b"tR",
-        "io.open": b"c_io\nopen\n(" + text + pushed(b"w") + b"tR",
-        "py2 open": b"c__builtin__\nopen\n(" + text + pushed(b"w") + b"tR",
-        "exec": b"cbuiltins\nexec\n(" + line + b"tR",
-        "eval": b"cbuiltins\neval\n(" + line + b"tR",
-        "getattr": b"cbuiltins\ngetattr\n(cos\nsystem\nX\x08\x00\x00\x00__call__tR("
-        + command
-        + b"tR",
-        "import": b"cbuiltins\n__import__\n(X\x02\x00\x00\x00ostR",
-        "codecs": b"c_codecs\nencode\n(" + text + b"X\x06\x00\x00\x00latin1tR",
-        "bytearray": b"cbuiltins\nbytearray\n(J\xff\xff\xff\x7ftR",
-        "inst": b"(" + command + b"ios\nsystem\n",
-        "obj": b"(cos\nsystem\n" + command + b"o",
-        "newobj": b"cos\nsystem\n(" + command + b"t\x81",
-        "newobj_ex": b"cos\nsystem\n(" + command + b"t}\x92",
-        "build": b"c__main__\nThing\n)R}X\x0c\x00\x00\x00__setstate__cos\nsystem\nsb",
-        "stack_global": b"X\x02\x00\x00\x00osX\x06\x00\x00\x00system\x93(" + command + b"tR",
-        "dotted": b"X\x02\x00\x00\x00osX\x0b\x00\x00\x00path.os.sys\x93)R",
-        "torch.load": b"ctorch\nload\n(" + text + b"tR",
-        "load_from_bytes": b"ctorch.storage\n_load_from_bytes\n(" + text + b"tR",
-        "from_type": b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\nN(" + command + b"tNtR",
-        "extension": b"\x82\x01",
-        "persistent": b"(X\x06\x00\x00\x00modulecos\nsystem\nNNtQ(" + command + b"tR",
-    }
-    good = tensor_pickle()
-    return {
-        label: good[:-1] + b"X\x01\x00\x00\x00x" + call + b"s." for label, call in calls.items()
-    }
+        assert refusal(path).code is Code.DAMAGED
 
 
 HOSTILE = sorted(hostile_pickles(Path("mark")))
@@ -374,27 +240,27 @@ class TestNothingRuns:
             archive: {"_0": data},
             legacy: {"keys": ["0"], "data": struct.pack("<q", 6) + data},
         }
-        for suffix in (".bin", ".pt", ".ckpt"):
-            path = tmp_path / f"a{suffix}"
-            container(path, hostile_pickles(mark)[label], **extra.get(container, {}))
-            try:
-                specs = read_specs(ModelFiles(path.parent, (Member(path.name),)))
-            except RefusedError as error:
-                assert str(path) in str(error)
-            else:
-                assert located(str(path), specs.tensors["w"]) == data
-            assert not mark.exists()
+        path = container(
+            tmp_path / "a.bin", hostile_pickles(mark)[label], **extra.get(container, {})
+        )
+        try:
+            specs = torch_file.read_specs(path, Local())
+        except RefusedError as error:
+            assert error.path == path
+        else:
+            assert located(path, specs.tensors["w"]) == data
+        assert not mark.exists()
 
     def test_a_pickle_cannot_change_the_reader(self, tmp_path: Path) -> None:
         """Setting attributes on what a pickle names must not reach the next file."""
-        before = dict(vars(pickles._rebuild_tensor))
         state = b"N}X\x0c\x00\x00\x00__defaults__(NNNNt" + b"s\x86b"
-        for target in pickles._KNOWN:
-            name = f"c{target[0]}\n{target[1]}\n".encode()
+        for module, name in GLOBALS:
+            target = f"c{module}\n{name}\n".encode()
+            path = archive(tmp_path / "a.pt", b"\x80\x02" + target + state + b".")
             with pytest.raises(RefusedError):
-                torch_file.read_specs(archive(tmp_path / "a.pt", b"\x80\x02" + name + state + b"."))
-        assert pickles._rebuild_tensor.__defaults__ is None
-        assert vars(pickles._rebuild_tensor) == before
+                torch_file.read_specs(path, Local())
+        path = archive(tmp_path / "a.pt", tensor_pickle(), _0=raw(filled(torch.float32, 2, 3)))
+        check(path, {"w": filled(torch.float32, 2, 3)})
 
     def test_a_dict_cannot_lose_its_methods(self, tmp_path: Path) -> None:
         """A state dict whose attribute `items` is set is still read by the real one."""
@@ -403,24 +269,45 @@ class TestNothingRuns:
         path = archive(tmp_path / "a.pt", pickled, _0=bytes(24))
         assert list(torch_file.read_specs(path, Local()).tensors) == ["w"]
 
+
+# What torch's pickles name and what is known here.
+GLOBALS = [
+    *(("collections", "OrderedDict"), ("torch", "Size"), ("torch", "UntypedStorage")),
+    *(("torch.storage", "UntypedStorage"), ("copy_reg", "_reconstructor")),
+    *(("torch._utils", "_rebuild_tensor"), ("torch._utils", "_rebuild_tensor_v2")),
+    *(("torch._utils", "_rebuild_tensor_v3"), ("torch._utils", "_rebuild_parameter")),
+    *(("torch._tensor", "_rebuild_from_type_v2"), ("torch", "FloatStorage"), ("torch", "int8")),
+]
+
+
+class TestObjects:
+    """A sound file with objects is refused by their names; it is not called damaged."""
+
     @pytest.mark.parametrize("inside", [False, True])
-    def test_a_pickled_module_is_refused_by_name(
-        self, tmp_path: Path, form: str, inside: bool
-    ) -> None:
+    def test_a_pickled_module(self, tmp_path: Path, form: str, inside: bool) -> None:
         module = torch.nn.Linear(2, 2)
-        message = refusal(save(tmp_path / "a.pt", {"model": module} if inside else module, form))
-        assert message == (
-            "FILE stores the model as a pickled torch.nn.modules.linear.Linear, not as tensors;"
-            " reading it would run code from the file. Export its state_dict() instead."
-        )
+        error = refusal(save(tmp_path / "a.pt", {"model": module} if inside else module, form))
+        assert error.code is Code.PICKLED_OBJECT
+        assert "torch.nn.modules.linear.Linear" in error.message
+
+    def test_a_sharded_tensor_as_fsdp_saves_it(self, tmp_path: Path) -> None:
+        path = archive(tmp_path / "a.pt", sharded_pickle())
+        with pytest.raises(Exception, match="process group"):
+            torch.load(path, weights_only=False)  # it is one
+        error = refusal(path)
+        assert (error.code, error.tensor) == (Code.UNREADABLE_TENSOR, "w")
+        assert "sharded_tensor.api.ShardedTensor" in error.message
+
+    def test_an_object_that_copyreg_rebuilds(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.pt"
+        torch.save({"model": Plain()}, path, pickle_protocol=1)
+        error = refusal(str(path))
+        assert error.code is Code.PICKLED_OBJECT
+        assert f"{__name__}.Plain" in error.message
 
 
-NO_TORCH_FILE = "FILE is not a file written by torch.save. Fetch or save it again."
-
-
-def number(value: int) -> bytes:
-    """The opcodes that push an integer of any size."""
-    return pickle.dumps(value, 2)[2:-1]
+class Plain:
+    """Pickled by protocol 1 as a call of `copyreg._reconstructor`."""
 
 
 class TestDamaged:
@@ -429,7 +316,7 @@ class TestDamaged:
         content = Path(path).read_bytes()
         for length in (*range(0, len(content), 97), len(content) - 1):
             Path(path).write_bytes(content[:length])
-            assert "FILE" in refusal(path)
+            refusal(path)
 
     def test_any_byte_wrong(self, tmp_path: Path, form: str) -> None:
         """Nothing but `RefusedError` comes of a damaged file, and no tensor outside the file."""
@@ -450,57 +337,36 @@ class TestDamaged:
                 assert spec.offset + span_bytes(spec) <= len(content)
 
     @pytest.mark.parametrize(
-        ("tensor", "reason"),
+        ("tensor", "name"),
         [
-            (tensor_pickle(offset=b"K\x01"), "tensor w reaches beyond its storage"),
-            (tensor_pickle(strides=b"(K\x04K\x01t"), "tensor w reaches beyond its storage"),
-            (tensor_pickle(count=b"K\x05"), "tensor w reaches beyond its storage"),
-            (tensor_pickle(count=b"K\x07"), "storage 0 is missing or shorter than declared"),
-            (tensor_pickle(count=number(2**62)), "storage 0 is missing or shorter than declared"),
-            (tensor_pickle(count=number(2**70)), "a storage with an impossible key or size"),
-            (tensor_pickle(count=number(-6)), "a storage with an impossible key or size"),
-            (
-                tensor_pickle(strides=b"(J\xff\xff\xff\xffK\x01t"),
-                "impossible shape, stride or offset",
-            ),
-            (tensor_pickle(offset=number(-1)), "impossible shape, stride or offset"),
-            (
-                tensor_pickle(shape=b"(K\x02G" + bytes(8) + b"t"),
-                "impossible shape, stride or offset",
-            ),
-            (tensor_pickle(shape=b"(K\x02\x88t"), "impossible shape, stride or offset"),
-            (tensor_pickle(shape=b"(K\x02t"), "a tensor without a typed storage"),
-            (
-                tensor_pickle(shape=b"(" + number(10**12) + b"K\x01t", strides=b"(K\x00K\x00t"),
-                "tensor w reaches beyond its storage",
-            ),
+            (tensor_pickle(offset=b"K\x01"), "w"),
+            (tensor_pickle(strides=b"(K\x04K\x01t"), "w"),
+            (tensor_pickle(count=b"K\x05"), "w"),
+            (tensor_pickle(count=b"K\x07"), None),
+            (tensor_pickle(count=number(2**62)), None),
+            (tensor_pickle(count=number(2**70)), None),
+            (tensor_pickle(count=number(-6)), None),
+            (tensor_pickle(strides=b"(J\xff\xff\xff\xffK\x01t"), None),
+            (tensor_pickle(offset=number(-1)), None),
+            (tensor_pickle(shape=b"(K\x02G" + bytes(8) + b"t"), None),
+            (tensor_pickle(shape=b"(K\x02\x88t"), None),
+            (tensor_pickle(shape=b"(K\x02t"), None),
+            (tensor_pickle(b"(" + number(10**12) + b"K\x01t", b"(K\x00K\x00t"), "w"),
             (
                 tensor_pickle(
-                    shape=b"(" + number(2**62) + b"2" * 300_000 + b"t",
-                    strides=b"(K\x00" + b"2" * 300_000 + b"t",
+                    b"(" + number(2**62) + b"2" * 300_000 + b"t",
+                    b"(K\x00" + b"2" * 300_000 + b"t",
                 ),
-                "a tensor with too many dimensions",
+                None,
             ),
         ],
+        ids=lambda value: value[-90:-60].hex() if isinstance(value, bytes) else "",
     )
-    def test_a_view_of_what_is_not_there(self, tmp_path: Path, tensor: bytes, reason: str) -> None:
-        assert reason in refusal(archive(tmp_path / "a.pt", tensor, _0=bytes(24)))
-
-    def test_a_handmade_archive_is_read(self, tmp_path: Path) -> None:
-        """The pickles of these tests are good but for what each of them breaks."""
-        check(
-            archive(tmp_path / "a.pt", tensor_pickle(), _0=raw(filled(torch.float32, 2, 3))),
-            {"w": filled(torch.float32, 2, 3)},
-        )
-
-    def test_compressed(self, tmp_path: Path) -> None:
-        path = tmp_path / "a.pt"
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
-            target.writestr("archive/data.pkl", tensor_pickle())
-            target.writestr("archive/data/0", bytes(1_000_000))
-        assert refusal(str(path)) == (
-            "FILE has compressed or repeated records, which torch.save never writes."
-        )
+    def test_a_view_of_what_is_not_there(
+        self, tmp_path: Path, tensor: bytes, name: str | None
+    ) -> None:
+        error = refusal(archive(tmp_path / "a.pt", tensor, _0=bytes(24)))
+        assert (error.code, error.tensor) == (Code.DAMAGED, name)
 
     def test_a_record_beyond_the_end(self, tmp_path: Path) -> None:
         path = Path(archive(tmp_path / "a.pt", tensor_pickle(), _0=bytes(24)))
@@ -508,72 +374,37 @@ class TestDamaged:
         entry = content.index(b"archive/data/0", content.index(b"PK\x01\x02")) - 46
         content[entry + 42 : entry + 46] = struct.pack("<I", len(content) - 3)
         path.write_bytes(content)
-        assert "record archive/data/0 is not where its directory says" in refusal(str(path))
+        assert refusal(str(path)).code is Code.DAMAGED
 
     def test_torchscript(self, tmp_path: Path) -> None:
         path = tmp_path / "a.pt"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
             target.writestr("a/constants.pkl", b"\x80\x02).")
             target.writestr("a/data.pkl", tensor_pickle())
-        assert refusal(str(path)).startswith("FILE is a TorchScript archive, a program")
+        assert refusal(str(path)).code is Code.NOT_A_CHECKPOINT
 
     @pytest.mark.parametrize(
-        ("value", "reason"),
+        ("content", "code"),
         [
-            ([torch.ones(2)], "holds no dict of tensors"),
-            (torch.ones(2), "holds no dict of tensors"),
-            ({}, "holds no dict of tensors"),
-            ({"step": 3}, "holds no dict of tensors"),
-            ({1: torch.ones(2)}, "holds no dict of tensors"),
-            ({"model": {"w": torch.ones(1)}, "state_dict": {"w": torch.ones(1)}}, "2 dicts of"),
+            *((b"", Code.CUT_SHORT), (bytes(99), Code.CUT_SHORT)),
+            *((b"loss 0.3\n" * 9, Code.WRONG_FORMAT), (tensor_pickle(), Code.WRONG_FORMAT)),
+            (b"version https://git-lfs.github.com/spec/v1\n", Code.WRONG_FORMAT),
         ],
-        ids=["list", "tensor", "empty", "plain", "numbered", "two models"],
     )
-    def test_no_model(self, tmp_path: Path, form: str, value: Any, reason: str) -> None:
-        assert reason in refusal(save(tmp_path / "a.bin", value, form))
-
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [
-            (b"", "FILE is empty. An interrupted save? Leave it out."),
-            (b"loss 0.3\n" * 9, NO_TORCH_FILE),
-            (json.dumps({"w": 1}).encode(), NO_TORCH_FILE),
-            (tensor_pickle(), NO_TORCH_FILE),
-            (b"version https://git-lfs.github.com/spec/v1\n", "FILE is a Git LFS pointer."),
-        ],
-        ids=["empty", "text", "JSON", "pickle", "LFS"],
-    )
-    def test_no_torch_file(self, tmp_path: Path, content: bytes, message: str) -> None:
+    def test_no_torch_file(self, tmp_path: Path, content: bytes, code: Code) -> None:
         path = tmp_path / "a.bin"
         path.write_bytes(content)
-        assert refusal(str(path)).startswith(message)
-
-    def test_a_fifo_is_not_waited_for(self, tmp_path: Path) -> None:
-        os.mkfifo(tmp_path / "a.bin")
-        with pytest.raises(RefusedError, match="is not a regular file"):
-            torch_file.read_specs(str(tmp_path / "a.bin"), Local(), Local())
+        assert refusal(str(path)).code is code
 
     @pytest.mark.parametrize("keys", [["0", []], [["0"]], ["1"], {"0": 1}, None, [0]])
     def test_a_legacy_list_of_storages_that_is_none(self, tmp_path: Path, keys: Any) -> None:
-        pickled = pickle.dumps(keys, 2)
         path = tmp_path / "a.bin"
-        path.write_bytes(LEGACY_HEAD + tensor_pickle() + pickled + bytes(32))
-        assert "FILE is" in refusal(str(path))
+        path.write_bytes(LEGACY_HEAD + tensor_pickle() + pickle.dumps(keys, 2) + bytes(32))
+        assert refusal(str(path)).code in (Code.DAMAGED, Code.CUT_SHORT)
 
     def test_a_deep_legacy_structure(self, tmp_path: Path) -> None:
         path = legacy(tmp_path / "a.bin", b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
-        assert "holds no dict of tensors" in refusal(path)
-
-    def test_a_message_has_no_control_characters(self, tmp_path: Path) -> None:
-        state = {"red\x1b[31m": torch.eye(2).to_sparse()}
-        path = save(tmp_path / "a.bin", {**state, "w": torch.ones(1)}, "zip")
-        assert "tensor red\\x1b[31m is of a kind" in refusal(path)
-
-
-def quantised() -> torch.Tensor:
-    """A quantised tensor, which torch warns about making."""
-    scales, zeros = torch.ones(2), torch.zeros(2, dtype=torch.int64)
-    return torch._make_per_channel_quantized_tensor(torch.ones(2, 2).char(), scales, zeros, 0)
+        assert refusal(path).code is Code.NO_MODEL
 
 
 class TestUnfitTensors:
@@ -581,25 +412,23 @@ class TestUnfitTensors:
 
     @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
     @pytest.mark.parametrize(
-        ("make", "what"),
+        ("make", "name"),
         [
-            (lambda: torch.eye(3).to_sparse(), "tensor s is of a kind"),
-            (lambda: torch.ones(3, device="meta"), "tensor s is of a kind"),
-            (quantised, "torch.QInt8Storage"),
-            (lambda: torch.ones(3, dtype=torch.complex128), "torch.ComplexDoubleStorage"),
-            (lambda: torch.zeros(4, dtype=torch.uint8).view(torch.bits8), "torch.bits8"),
-            (lambda: torch.ones(2, dtype=torch.complex64).conj(), "its conj bit set"),
-            (lambda: torch.ones(2, dtype=torch.complex64).conj().imag, "its neg bit set"),
+            (lambda: torch.eye(3).to_sparse(), "s"),
+            (lambda: torch.ones(3, device="meta"), "s"),
+            (quantised, None),
+            (lambda: torch.ones(3, dtype=torch.complex128), None),
+            (lambda: torch.zeros(4, dtype=torch.uint8).view(torch.bits8), None),
+            (lambda: torch.ones(2, dtype=torch.complex64).conj(), None),
+            (lambda: torch.ones(2, dtype=torch.complex64).conj().imag, None),
         ],
         ids=["sparse", "meta", "quantised", "complex128", "bits8", "conjugate", "negative"],
     )
     def test_in_the_model(
-        self, tmp_path: Path, form: str, make: Callable[[], torch.Tensor], what: str
+        self, tmp_path: Path, form: str, make: Callable[[], torch.Tensor], name: str | None
     ) -> None:
-        path = save(tmp_path / "a.bin", {"w": torch.ones(2), "s": make()}, form)
-        message = refusal(path)
-        assert what in message
-        assert "safetensors cannot hold" in message
+        error = refusal(save(tmp_path / "a.bin", {"w": torch.ones(2), "s": make()}, form))
+        assert (error.code, error.tensor) == (Code.UNREADABLE_TENSOR, name)
 
     def test_beside_the_model_a_sparse_one_is_ignored(self, tmp_path: Path, form: str) -> None:
         state = {"w": filled(torch.float32, 5)}
@@ -632,18 +461,22 @@ class TestMemory:
         self, tmp_path: Path, container: Callable[..., str], opcodes: bytes
     ) -> None:
         path = container(tmp_path / "a.pt", b"\x80\x04" + opcodes + b".")
-        assert "structure cannot be read" in refusal(path)
+        assert refusal(path).code in (Code.DAMAGED, Code.CUT_SHORT)
 
     def test_the_scan_knows_every_opcode(self) -> None:
-        """What it takes for the length of an argument is what pickletools says."""
+        """It finds a huge length behind an opcode, whose argument holds what would end the scan."""
         for opcode in pickletools.opcodes:
-            code = ord(opcode.code)
+            if opcode.name in ("STOP", "PUT", "LONG_BINPUT", "FRAME"):
+                continue
             length = opcode.arg.n if opcode.arg else 0
-            counted = {-2: 1, -3: 4, -4: 4, -5: 8}.get(length, 0)
-            pair = opcode.arg is not None and opcode.arg.name.endswith("pair")
-            assert pickles._FIXED.get(code, 0) == max(length, 0), opcode.name
-            assert pickles._COUNTED.get(code, 0) == counted, opcode.name
-            assert pickles._LINES.get(code, 0) == (length == -1) * (1 + pair), opcode.name
+            lines = 2 if opcode.arg and opcode.arg.name.endswith("pair") else 1
+            width = {-2: 1, -3: 4, -4: 4, -5: 8}.get(length)
+            argument = (1).to_bytes(width, "little") + b"." if width else b"." * length
+            argument += b".\n" * lines * (length == -1)
+            claim = b"\x8e" + struct.pack("<Q", 2**40)
+            stream = io.BytesIO(opcode.code.encode("latin1") + argument + claim)
+            with pytest.raises(pickle.UnpicklingError):
+                pickles.check_lengths(stream)
 
     def test_the_scan_leaves_the_stream_where_it_was(self) -> None:
         stream = io.BytesIO(b"before" + pickle.dumps(["x" * 100_000, {1: (2, 3)}], 2) + b"after")
@@ -674,7 +507,5 @@ class TestKeysThatCannotBeHashed:
     )
     def test_they_are_refused(self, tmp_path: Path, key: bytes, use: bytes) -> None:
         path = archive(tmp_path / "a.pt", b"\x80\x04" + use % key)
-        start = time.process_time()
-        with pytest.raises(RefusedError):
+        with cheap(1 << 30, 20), pytest.raises(RefusedError):
             torch_file.read_specs(path, Local())
-        assert time.process_time() - start < 20

@@ -1,368 +1,46 @@
-"""The command line: arguments in, one library call, its outcome printed.
+"""The command line: each command parses, makes one library call and prints its outcome.
 
 stdout carries the output path (or JSON) and nothing else; everything for people goes to stderr.
 """
 
-import contextlib
-import json
-import os
-import shlex
-import shutil
 import sys
 import warnings
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ckpt_ema import __version__
-from ckpt_ema.cli.exits import (
-    SignalError,
-    check_signals,
-    errors_reported,
-    ignore_signals,
-    say,
-    say_signal,
-    stdout_reported,
-    take_signals,
-)
-from ckpt_ema.cli.options import takes_options
-from ckpt_ema.errors import OptionError, printable
-from ckpt_ema.options import COMMON, ENGINE, OUTPUT
-from ckpt_ema.ranks import joined
-
-if TYPE_CHECKING:
-    from ckpt_ema.fold.tiles import Share
-    from ckpt_ema.output.result import Finished, Result
-    from ckpt_ema.planning.plan import Plan
-    from ckpt_ema.ranks import Ranks
-    from ckpt_ema.run import Progress
-
-# Of the table of checkpoints; --json has them all.
-_MOST_ROWS = 24
-_MOST_ROWS_OF_PLAN = 200
+from ckpt_ema.cli import average, finish, formats, plan
+from ckpt_ema.cli.exits import SignalError, say_signal, take_signals
+from ckpt_ema.cli.help import Command
 
 app = typer.Typer(
     name="ckpt-ema",
     no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-RunArgument = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="RUN",
-        show_default=False,
-        readable=False,
-        path_type=str,  # a Path would make the current folder of an empty name
-        help="A folder of numbered checkpoints; or the checkpoints themselves, oldest first.",
-    ),
-]
-OverwriteOption = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite",
-        envvar="CKPT_EMA_OVERWRITE",
-        show_envvar=False,
-        rich_help_panel=COMMON,
-        help="Replace an output that is there already.",
-    ),
-]
-PlotOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--plot",
-        envvar="CKPT_EMA_PLOT",
-        show_envvar=False,
-        metavar="FILE",
-        readable=False,
-        show_default=False,
-        rich_help_panel=OUTPUT,
-        help="Draw the weights as a .png or .svg file, and into the model card; needs matplotlib.",
-    ),
-]
-PartOption = Annotated[
-    str | None,
-    typer.Option(
-        "--part",
-        envvar="CKPT_EMA_PART",
-        show_envvar=False,
-        metavar="I/N",
-        show_default=False,
-        rich_help_panel=ENGINE,
-        help="Do the I-th of N parts of the work, for arrays of jobs; `ckpt-ema finish` publishes"
-        " the output when all are done.",
-    ),
-]
-ResumeOption = Annotated[
-    bool,
-    typer.Option(
-        "--resume",
-        envvar="CKPT_EMA_RESUME",
-        show_envvar=False,
-        rich_help_panel=ENGINE,
-        help="Keep what is done if it is interrupted, and go on from what an interrupted run kept.",
-    ),
-]
-QuietOption = Annotated[
-    bool,
-    typer.Option(
-        "--quiet",
-        "-q",
-        envvar="CKPT_EMA_QUIET",
-        show_envvar=False,
-        rich_help_panel=OUTPUT,
-        help="Say nothing but errors.",
-    ),
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print JSON on stdout.")
-]
-
-
-def _examples(*commands: str) -> str:
-    return "\n\n".join(["Examples:", *commands])
+app.command(cls=Command, epilog=average.EXAMPLES)(average.average)
+app.command(cls=Command, epilog=plan.EXAMPLES)(plan.plan)
+app.command(cls=Command, epilog=finish.EXAMPLES)(finish.finish)
+app.command(cls=Command, epilog=formats.EXAMPLES)(formats.formats)
 
 
 @app.callback(invoke_without_command=True)
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
-    """Average the checkpoints of a training run into one model that loads where they load."""
+    """Average the checkpoints of a training run into one model, in the format of the run."""
     if version:
         typer.echo(f"ckpt-ema {__version__}")
         raise typer.Exit
 
 
-@app.command(
-    epilog=_examples(
-        "ckpt-ema average runs/",
-        "ckpt-ema average runs/ --half-life 2000 -o averaged",
-        "ckpt-ema average runs/ --decay 0.4,0.8 --last 4,8",
-        'OUT=$(ckpt-ema average runs/ -q) && evaluate "$OUT"',
-    )
-)
-@takes_options
-def average(
-    run: RunArgument,
-    options: dict[str, Any],
-    plot: PlotOption = None,
-    overwrite: OverwriteOption = False,
-    part: PartOption = None,
-    resume: ResumeOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Average the checkpoints in RUN and print the path of the result."""
-    with errors_reported(kept=resume), joined(os.environ) as ranks:
-        from ckpt_ema.fold.tiles import share_from
-        from ckpt_ema.planning.plan import plan as make_plan
-        from ckpt_ema.report import figure, lines, table
-        from ckpt_ema.report.progress import ByteProgress
-        from ckpt_ema.run import up_to_date
-
-        share = share_from(part) if part else None
-        is_first = ranks is None or ranks.rank == 0
-        quiet = quiet or not is_first
-        decided = make_plan(run, **options)
-        made: Result | Finished | None = up_to_date(decided, overwrite=overwrite)
-        if ranks:
-            ranks.agree("plan", f"{decided.work_id} {'to do' if made is None else 'is done'}")
-        picture = figure.plot(decided, plot) if plot and is_first else None
-        if made is None:
-            if not quiet:
-                say(table.plan_text(decided, sys.stderr, _MOST_ROWS), "")
-                say(*lines.remark_lines(decided))
-            with ByteProgress(quiet) as progress:
-                made = _carry_out(
-                    decided,
-                    share,
-                    ranks,
-                    overwrite,
-                    picture=picture,
-                    progress=_watched(progress),
-                    command=_command(),
-                    resume=resume,
-                )
-        if not is_first:
-            return
-        if made is None:
-            if not quiet:
-                say(lines.part_line(decided, str(share)))
-            return
-        ignore_signals()  # the output is there: from here on this is a success
-        if not quiet:
-            say(*lines.reading_lines(made), lines.result_line(made))
-        _append_step_summary(table.summary_lines(decided))
-        _print_outputs(made, as_json)
-
-
-def _watched(progress: "Progress") -> "Progress":
-    """The same, and no signal is lost while it is called again and again."""
-
-    def tick(done_bytes: int, total_bytes: int) -> None:
-        check_signals()
-        progress(done_bytes, total_bytes)
-
-    return tick
-
-
-def _carry_out(
-    decided: "Plan",
-    share: "Share | None",
-    ranks: "Ranks | None",
-    overwrite: bool,
-    **how: Any,
-) -> "Result | Finished | None":
-    """All of it, a share of it (None: others do the rest), or that of this rank."""
-    from ckpt_ema.output.manifest import is_up_to_date
-    from ckpt_ema.parts import carry_out_part, carry_out_together
-    from ckpt_ema.run import carry_out, up_to_date
-
-    if ranks and share:
-        raise OptionError("--part is for jobs that run apart; the ranks of a launch are parts.")
-    if ranks:
-        return carry_out_together(decided, ranks, overwrite=overwrite, **how)
-    if share:
-        carry_out_part(decided, share, **how)
-        return None
-    try:
-        return carry_out(decided, overwrite=overwrite, **how)
-    except SignalError:
-        if not is_up_to_date(decided):
-            raise
-        return up_to_date(decided)  # it came when the output had its name already
-
-
-def _print_outputs(result: "Result | Finished", as_json: bool) -> None:
-    """The manifests, or the paths of the outputs, a line each."""
-    with stdout_reported(done=f"{printable(result.output)} is complete"):
-        if as_json:
-            one, *more = result.manifests
-            typer.echo(json.dumps([one, *more] if more else one, indent=2))
-        for output in () if as_json else result.outputs:
-            # A path as the bytes that it is, also where the terminal has no letters for them.
-            typer.echo(os.fsencode(output))
-
-
-@app.command(
-    epilog=_examples(
-        "ckpt-ema average runs/ -o averaged --part $SLURM_ARRAY_TASK_ID/64  # in each job of 64",
-        "ckpt-ema finish averaged",
-    )
-)
-def finish(
-    output: Annotated[
-        Path,
-        typer.Argument(
-            metavar="OUTPUT",
-            show_default=False,
-            readable=False,
-            help="What was --output, or would have been.",
-        ),
-    ],
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Publish an output whose parts are all made, and print its path."""
-    with errors_reported():
-        from ckpt_ema.parts import finish as publish
-        from ckpt_ema.report import lines
-
-        finished = publish(output, overwrite=overwrite)
-        ignore_signals()
-        if not quiet:
-            say(*lines.reading_lines(finished), lines.result_line(finished))
-        _print_outputs(finished, as_json)
-
-
-@app.command(
-    epilog=_examples(
-        "ckpt-ema plan runs/",
-        "ckpt-ema plan runs/ --half-life 500,2000 --plot weights.png",
-        "ckpt-ema plan runs/ --decay 0.4 --json | jq '.averages[].checkpoints[].weight'",
-    )
-)
-@takes_options
-def plan(
-    run: RunArgument,
-    options: dict[str, Any],
-    plot: PlotOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Show what `average` would do, and the weight of each checkpoint; no tensor is read."""
-    with errors_reported():
-        from ckpt_ema.output import manifest
-        from ckpt_ema.output.destination import is_vacant
-        from ckpt_ema.planning.plan import plan as make_plan
-        from ckpt_ema.report import figure, lines, table
-
-        decided = make_plan(run, **options)
-        if plot:
-            figure.plot(decided, plot)
-        if as_json:
-            typer.echo(json.dumps(manifest.describe_plan(decided), indent=2))
-        else:
-            typer.echo(table.plan_text(decided, sys.stdout, _MOST_ROWS_OF_PLAN))
-        if not quiet:
-            say(*lines.remark_lines(decided))
-            if not is_vacant(decided.output) and not manifest.is_up_to_date(decided):
-                say(f"note: {printable(decided.output)} exists already and is something else.")
-
-
-@app.command()
-def formats(
-    as_json: JsonOption = False,
-    markdown: Annotated[
-        bool,
-        typer.Option("--markdown", help="Print a table in Markdown.", rich_help_panel=OUTPUT),
-    ] = False,
-) -> None:
-    """Show which trainers' checkpoints are understood, and where their weights are."""
-    from ckpt_ema.report import trainers
-
-    with errors_reported():
-        if as_json:
-            typer.echo(json.dumps(trainers.described(), indent=2))
-        elif markdown:
-            typer.echo("\n".join(trainers.markdown()))
-        else:
-            width = max(40, min(100, shutil.get_terminal_size().columns))
-            typer.echo("\n".join(trainers.lines(width)))
-
-
-def _command() -> str:
-    """The command as a person would type it again, with what the environment has to say."""
-    program = Path(sys.argv[0])
-    called = ["python", "-m", "ckpt_ema"] if program.suffix == ".py" else [program.name]
-    chosen = [
-        f"{name}={shlex.quote(value)}"
-        for name, value in sorted(os.environ.items())
-        if name.startswith("CKPT_EMA_")
-    ]
-    # Each part is given another one.
-    words = [*called, *(word for word in sys.argv[1:] if not word.startswith("--part="))]
-    if "--part" in words:
-        place = words.index("--part")
-        del words[place : place + 2]
-    return " ".join([*chosen, shlex.join(words)])
-
-
-def _append_step_summary(lines: list[str]) -> None:
-    path = os.environ.get("GITHUB_STEP_SUMMARY")
-    if path:
-        with contextlib.suppress(OSError), Path(path).open("a", encoding="utf-8") as summary:
-            summary.write("\n".join(lines) + "\n")
-
-
 def main() -> None:
     """Run the command line; never returns."""
     take_signals()
-    # torch says it at import wherever numpy is missing, and nothing here needs numpy.
+    # torch warns at import where numpy is missing, which nothing here needs.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
         app()

@@ -1,25 +1,33 @@
-"""How a command ends: errors and signals as one line on stderr and the exit code they stand for."""
+"""How a command ends: errors and signals as one line on stderr, and its exit code."""
 
 import contextlib
+import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import typer
 
-from ckpt_ema.errors import CkptEmaError, FailedError, printable
+from ckpt_ema.errors import CkptEmaError, Code, FailedError, printable
+from ckpt_ema.ranks import is_reported_elsewhere
+
+if TYPE_CHECKING:
+    from ckpt_ema.output.result import Result
 
 
 class SignalError(BaseException):
-    """A signal asks the process to end. No Exception, so that nothing on the way swallows it."""
+    """A signal asks the process to end; not an Exception, so that no handler swallows it."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
+_OUT_OF_MEMORY = "error: Out of memory; nothing was written. Try --max-memory 64MiB."
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_noted: list[int] = []  # the signal that has come, if one has
+_noted: list[int] = []  # the signal that arrived, if any
 
 
 def take_signals() -> None:
@@ -30,80 +38,89 @@ def take_signals() -> None:
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
-    ignore_signals()  # what a second one would interrupt is the tidying up
+    ignore_signals()  # a second one would interrupt the cleanup
     _noted.append(number)
     raise SignalError(number)
 
 
 def check_signals() -> None:
-    """Raise `SignalError` for a signal that has come and whose own error was swallowed.
+    """Raise `SignalError` for a signal whose own error was swallowed.
 
-    Python does that where one arrives while it runs a destructor, which may be at any time.
+    Python swallows it if the signal arrives while a destructor runs.
     """
     if _noted:
         raise SignalError(_noted[0])
 
 
 def ignore_signals() -> None:
-    """Have signals do nothing from now on."""
-    # By which Python complains of a signal that is on its way already.
+    """Ignore signals from now on."""
+    # Python would complain of a signal that has already arrived.
     sys.unraisablehook = lambda _: None
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def say_signal(error: SignalError, *, kept: bool = False) -> int:
-    """Say that a signal ended the command; returns the exit code that shells expect.
+    """Print that a signal ended the command; returns the exit code that shells expect.
 
-    `kept` says that another run can go on from what is done.
+    `kept` is whether another run can continue from the partial work.
     """
     how = "interrupted" if error.number == signal.SIGINT else "terminated"
-    say(
-        f"{how}, what is done is kept: go on with --resume"
-        if kept
-        else f"{how}, nothing was written"
-    )
+    left = "partial work kept, rerun with --resume" if kept else "nothing was written"
+    _report(error, f"{how}; {left}")
     return 128 + error.number
 
 
 @contextlib.contextmanager
 def errors_reported(*, kept: bool = False) -> Iterator[None]:
-    """Turn what goes wrong into one line on stderr and the exit code it stands for.
+    """Turn errors and signals into one line on stderr and an exit code.
 
-    `kept` says that another run can go on from what is done.
+    `kept` is whether another run can continue from the partial work.
     """
     try:
         yield
     except CkptEmaError as error:
-        say(f"error: {error}")
+        _report(error, f"error: {error}")
         raise typer.Exit(error.exit_code) from error
     except MemoryError as error:
-        say("error: The machine ran out of memory; nothing was written. Try --max-memory 64MiB.")
+        _report(error, _OUT_OF_MEMORY)
         raise typer.Exit(1) from error
     except OSError as error:
-        say(f"error: {printable(error)}.")
+        _report(error, f"error: {printable(error)}.")
         raise typer.Exit(1) from error
     except SignalError as error:
         raise typer.Exit(say_signal(error, kept=kept)) from error
     except RuntimeError as error:
-        # A signal that comes while threading hands over a lock leaves it saying that the lock is
-        # not held; what it was raised on top of is what happened.
+        # A signal that arrives while threading hands over a lock ends in this error; its context is
+        # the cause.
         if not isinstance(error.__context__, SignalError):
             raise
         raise typer.Exit(say_signal(error.__context__, kept=kept)) from error
 
 
-@contextlib.contextmanager
-def stdout_reported(done: str) -> Iterator[None]:
-    """Say of a stdout that is closed or full that it is, and what was done all the same."""
+def _report(error: BaseException, text: str) -> None:
+    """Print an error, unless another rank of a launch does."""
+    if not is_reported_elsewhere(error):
+        say(text)
+
+
+def print_outputs(result: "Result", as_json: bool) -> None:
+    """Print the manifests, or the path of each output."""
     try:
-        yield
+        if as_json:
+            one, *more = result.manifests
+            typer.echo(json.dumps([one, *more] if more else one, indent=2))
+        for output in () if as_json else result.outputs:
+            typer.echo(os.fsencode(output))  # a terminal may lack letters of a path, not its bytes
     except OSError as error:
-        raise FailedError(f"stdout cannot be written: {error.strerror}; {done}.") from error
+        raise FailedError(
+            f"stdout cannot be written: {error.strerror}; {result.output} is complete.",
+            code=Code.WRITE_FAILED,
+        ) from error
 
 
 def say(*lines: str) -> None:
     """Print lines on stderr."""
     for line in lines:
-        with contextlib.suppress(OSError):  # a stderr that is full or closed changes no result
+        with contextlib.suppress(OSError):  # a full or closed stderr must not change the result
             typer.echo(line, err=True)

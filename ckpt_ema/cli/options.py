@@ -1,36 +1,64 @@
-"""The options of the command line, made from the table in `ckpt_ema.options`.
+"""The options of the command line, made from rows: those of `ckpt_ema.options`, and commands' own.
 
 Every option can also be set by an environment variable: CKPT_EMA_ and its name.
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from enum import Enum
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import typer
 
 from ckpt_ema.errors import flag
 from ckpt_ema.options import Row, table
+from ckpt_ema.options.table import COMMON, ENGINE, OUTPUT, PANELS
+from ckpt_ema.options.values import ENTRIES, FLAG, GLOBS, PATH, Values
+
+OVERWRITE = Row("overwrite", FLAG, "replace an existing output", COMMON, False)
+PLOT = Row("plot", PATH, "draw the weights as .png or .svg; needs matplotlib", OUTPUT)
+EXPLAIN = Row("explain", FLAG, "show the role of every entry and tensor, and why", OUTPUT, False)
+JSON = Row("json", FLAG, "print JSON on stdout", OUTPUT, False)
+MARKDOWN = Row("markdown", FLAG, "print a table in Markdown", OUTPUT, False)
+QUIET = Row("quiet", FLAG, "hide notes and progress", OUTPUT, False, short="-q")
+PART = Row(
+    "part", Values(str, "be a part", "I/N"), "do part I of N; see `ckpt-ema finish --help`", ENGINE
+)
+RESUME = Row("resume", FLAG, "keep partial work if interrupted, and continue it", ENGINE, False)
+
+RunArgument = Annotated[
+    list[str], typer.Argument(metavar="RUN", show_default=False, readable=False)
+]
 
 
-def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each row of the table; it gets them as its `options`."""
-    signature = inspect.signature(command)
-    others = [p for p in signature.parameters.values() if p.name != "options"]
-    rows = table()
+def takes_options(*own: Row) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command its own rows, as keywords of their names.
 
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        options = {row.name: _value(given.pop(row.name)) for row in rows}
-        command(options=options, **given)
+    A command with a parameter `options` takes those of the table too, and gets them in it.
+    """
 
-    parameters = [_parameter(row) for row in rows]
-    ordered = [p.replace(kind=p.KEYWORD_ONLY) for p in (*others[:1], *parameters, *others[1:])]
-    run.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in ordered}
-    return run
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = inspect.signature(command).parameters
+        shared = table() if "options" in parameters else []
+        rows = in_panels([*shared, *own])
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            options = {row.name: given.pop(row.name) for row in shared}
+            command(**given, **({"options": options} if shared else {}))
+
+        argument = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        declared = [*argument, *map(_parameter, rows)]
+        run.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in declared}
+        return run
+
+    return decorate
+
+
+def in_panels(rows: Iterable[Row]) -> list[Row]:
+    """Sort rows by their panel."""
+    return sorted(rows, key=lambda row: PANELS.index(row.panel))
 
 
 def variable(name: str) -> str:
@@ -43,33 +71,24 @@ def variable(name: str) -> str:
 
 
 def _parameter(row: Row) -> inspect.Parameter:
-    kind: Any = row.values.words
-    default: Any = row.default
-    if row.values.choices:
-        kind = _choice(row.values.choices)
-        default = None if default is None else kind(default)
-    elif default == ():
-        default = []
+    """Declare one option to Typer; values stay texts, which the table parses."""
+    kind: Any = str | None
+    if row.values is FLAG:
+        kind = bool
+    elif row.values in (GLOBS, ENTRIES):
+        kind = list[str]
     declared = typer.Option(
         *row.flags,
         help=row.help,
         envvar=variable(row.name),
-        show_envvar=False,
+        metavar=row.metavar or None,
         rich_help_panel=row.panel,
-        show_default=default not in (None, [], False, True),
-        metavar=row.metavar,
+        autocompletion=(lambda: list(row.values.choices)) if row.values.choices else None,
     )
-    kind = kind if default is not None else kind | None
-    annotation = Annotated[kind, declared]
+    default = [] if kind == list[str] else row.default
     return inspect.Parameter(
-        row.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+        row.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, declared],
     )
-
-
-def _choice(values: Sequence[str]) -> Any:
-    """Make what Typer wants for one of a few words."""
-    return Enum("Choice", [(value, value) for value in values], type=str)
-
-
-def _value(given: Any) -> Any:
-    return given.value if isinstance(given, Enum) else given

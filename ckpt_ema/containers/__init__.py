@@ -1,1 +1,1 @@
-"""The formats of checkpoints: where each tensor's bytes are, from headers alone."""
+"""What checkpoints are stored in: where each tensor's bytes are, from headers, and their bytes."""

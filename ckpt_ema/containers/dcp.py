@@ -1,8 +1,8 @@
 """Folders of torch.distributed.checkpoint: one .metadata, and .distcp files with chunks of tensors.
 
-`.metadata` is a pickle, which torch itself executes; here it is read by an unpickler with an
-allow-list that runs nothing. Chunks are put together by position, whatever ranks wrote them, so no
-tensor is ever whole in memory. What is no tensor is not looked at.
+`.metadata` is a pickle, which torch itself executes; here an unpickler with an allow-list reads it
+and runs nothing. Chunks are found by position, whichever ranks wrote them, so that no tensor is
+ever whole in memory. Entries that are not tensors are never opened.
 """
 
 import hashlib
@@ -23,13 +23,22 @@ from ckpt_ema.containers.pickles import (
     check_lengths,
     what_broke,
 )
+from ckpt_ema.containers.refusals import (
+    broken_tensor,
+    cut_short,
+    damaged,
+    is_plain_name,
+    missing,
+)
 from ckpt_ema.containers.specs import FileSpec, Piece, Specs, TensorSpec, packed_strides
 from ckpt_ema.containers.torch_file import Region, read_tensor
-from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
-from ckpt_ema.storage.protocol import Kind, Storage
+from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
+from ckpt_ema.notices import Notice
+from ckpt_ema.storage.protocol import Kind, OpenFile, Storage
+from ckpt_ema.trainers.conventions import DCP_METADATA, STATE_PREFIXES
 
 _MAX_METADATA_BYTES = 1 << 30
-# Modules whose classes may stand in a .metadata; they become `_Record`s, which hold and do nothing.
+# Modules of which a .metadata may name classes; they become `_Record`s, which do nothing.
 _ALLOWED = (
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.filesystem",
@@ -41,11 +50,9 @@ _ALLOWED = (
 )
 # Dtypes, layouts and memory formats that safetensors has no name for.
 _TORCH_NAMES = re.compile(r"^(complex|u?int|float|bits|q|sparse_|strided|jagged|\w+_format)\w*$")
-# By which early releases of Python 3.11 pickle the members of an enumeration.
+# Early releases of Python 3.11 pickle the members of an enumeration as a call of it.
 _GETATTR = (("builtins", "getattr"), ("__builtin__", "getattr"))
 _MOST_COMPARISONS = 200_000
-# Top-level names of what trainers save beside a model that is not in a dict of its own.
-_BESIDE_MODEL = ("optimizer.", "optim.", "lr_scheduler.", "train_state.", "dataloader.", "rng.")
 
 
 class _Record(Inert):
@@ -57,7 +64,7 @@ class _Record(Inert):
         self.state = state
 
     def get(self, name: str) -> Any:
-        """An attribute of the object, None if it has none such."""
+        """Return an attribute of the object, or None."""
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
@@ -69,7 +76,7 @@ class _MetadataUnpickler(TensorUnpickler):
         self._records: dict[str, type[_Record]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """A record for a class of the allow-list; anything else is refused."""
+        """Return a record for a class of the allow-list; raises for any other class."""
         if (module, name) == ("collections", "OrderedDict"):
             raise _ForbiddenError(f"{module}.{name}")
         known = super().find_class(module, name)
@@ -100,14 +107,14 @@ class _Chunk(NamedTuple):
 
 
 class _Announced(NamedTuple):
-    """One tensor as it stands in the metadata, not looked into."""
+    """One tensor as the metadata has it, unchecked."""
 
     fqn: str
     entry: _Record
 
 
 class _Declared(NamedTuple):
-    """One tensor as the metadata announces it, checked."""
+    """One tensor as the metadata has it, checked."""
 
     fqn: str
     dtype: str
@@ -115,28 +122,31 @@ class _Declared(NamedTuple):
     chunks: tuple[_Chunk, ...]
 
 
-def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
-    """The tensors of the model in the folder whose .metadata is at `path`.
+def claims(name: str) -> bool:
+    """Return whether a file of this name is read here."""
+    return name == DCP_METADATA
 
-    Raises `IncompleteError` if a data file is missing or cut, `RefusedError` for metadata that is
-    damaged, hostile or inconsistent.
+
+def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
+    """Return the tensors of the model in the folder whose .metadata is at `path`.
+
+    Raises `IncompleteError` if a data file is missing or cut short, `RefusedError` for metadata
+    that is damaged, hostile or inconsistent.
     """
+    folder = os.path.dirname(path)
     if storage.kind(path) is Kind.ABSENT:
         raise IncompleteError(
-            f"{printable(os.path.dirname(path))} has data files but no .metadata, which is written"
-            " last."
+            f"{folder} has data files but no .metadata, which is written last.",
+            code=Code.INCOMPLETE,
+            path=folder,
         )
     with storage.open(path) as file:
         size_bytes = file.identity.size_bytes
         if size_bytes > _MAX_METADATA_BYTES:
-            raise RefusedError(
-                f"{printable(path)} is too large to be the metadata of a checkpoint."
-            )
+            raise damaged(path, "is too large to be the metadata of a checkpoint")
         raw = file.read(size_bytes, 0)
-        digest = hashlib.sha256(raw).hexdigest()
-        metadata = FileSpec(path, *file.identity, digest)
-    root = _unpickled(path, raw)
-    tree, saved = _tree(path, root)
+        metadata = FileSpec(path, *file.identity, hashlib.sha256(raw).hexdigest())
+    tree, saved = _tree(path, _unpickled(path, raw))
     model = find_model(path, tree, key, _Announced)
     tensors = {
         name: _declared(path, announced, saved)
@@ -144,16 +154,19 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
         if isinstance(announced, _Announced)
     }
     others = [n for n, value in model.values.items() if n not in tensors and value is None]
-    notes = [*model.notes]
+    notes = model.notes
     if others:
-        notes.append(f"left out of the model, being no tensors: {some(others)}")
-    files, places, holes = _located(os.path.dirname(path), tensors, storage)
-    specs = {}
-    for name, tensor in tensors.items():
-        pieces = [piece for chunk in tensor.chunks for piece in places[chunk]]
-        specs[name] = _joined(tensor, pieces)
-    headers: tuple[Mapping[str, str], ...] = ({},) * (1 + len(files))
-    return Specs(specs, (metadata, *files), headers, tuple(notes), tuple(model.warnings), holes)
+        message = f"Not tensors, so not in the average: {some(others)}."
+        notes = (*notes, Notice(Code.LEFT_OUT, message))
+    located = _located(folder, tensors, storage)
+    return Specs(
+        {name: _joined(tensor, located.pieces) for name, tensor in tensors.items()},
+        (metadata, *located.files),
+        ({},) * (1 + len(located.files)),
+        notes,
+        model.warnings,
+        located.holes,
+    )
 
 
 def _unpickled(path: str, raw: bytes) -> _Record:
@@ -163,49 +176,48 @@ def _unpickled(path: str, raw: bytes) -> _Record:
         root = _MetadataUnpickler(stream).load()
     except _ForbiddenError as error:
         raise RefusedError(
-            f"{printable(path)} names {printable(error)}, which no metadata of a checkpoint needs;"
-            " torch would run it, ckpt-ema does not."
+            f"{path} names {error}, which no metadata of a checkpoint needs; torch would run it,"
+            " ckpt-ema does not.",
+            code=Code.UNSAFE,
+            path=path,
         ) from error
     except BROKEN_PICKLE as error:
-        raise IncompleteError(
-            f"{printable(path)} is cut short or damaged ({what_broke(error)})."
-        ) from error
+        raise cut_short(path, what_broke(error), or_damaged=True) from error
     if not isinstance(root, _Record) or not root.name.endswith(".Metadata"):
-        raise RefusedError(f"{printable(path)} is not the metadata of a checkpoint.")
+        raise damaged(path, "is not the metadata of a checkpoint")
     return root
 
 
-_Saved = Mapping[tuple[Any, Any], Any]  # where each chunk was saved, by name and offsets
+_Saved = Mapping[tuple[Any, Any], Any]  # (name, offsets) -> where a chunk was saved
 
 
 def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Saved]:
-    """What was saved, nested as it was (None for what is no tensor), and where."""
+    """Return what was saved, nested as it was (None for what is not a tensor), and where."""
     entries, stored = root.get("state_dict_metadata"), root.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(stored, dict):
-        raise RefusedError(f"{printable(path)} lists no tensors.")
-    storage = {_index(index): info for index, info in stored.items()}
+        raise damaged(path, "lists no tensors")
     paths = root.get("planner_data")
     tree: dict[str, Any] = {}
     for fqn, entry in entries.items():
         if not isinstance(fqn, str):
-            raise RefusedError(f"{printable(path)} has a tensor without a name.")
+            raise damaged(path, "has a tensor without a name")
         steps = paths.get(fqn) if isinstance(paths, dict) else None
         if not _is_path(steps):
             steps = (fqn,)
-        if len(steps) == 1 and fqn.startswith(_BESIDE_MODEL):
+        if len(steps) == 1 and fqn.startswith(STATE_PREFIXES):
             continue
         branch: Any = tree
         for step in steps[:-1]:
             branch = branch.setdefault(str(step), {}) if isinstance(branch, dict) else None
         if not isinstance(branch, dict) or str(steps[-1]) in branch:
-            raise RefusedError(f"{printable(path)} has two entries where {printable(fqn)} belongs.")
+            raise damaged(path, f"has two entries in the place of {fqn}")
         is_tensor = isinstance(entry, _Record) and entry.name.endswith(".TensorStorageMetadata")
         branch[str(steps[-1])] = _Announced(fqn, entry) if is_tensor else None
-    return tree, storage
+    return tree, {_index(index): info for index, info in stored.items()}
 
 
 def _is_path(steps: Any) -> TypeGuard[tuple[str | int, ...]]:
-    """Whether it leads through dicts and lists, by keys of a sensible size."""
+    """Return whether it leads through dicts and lists, by keys of a sensible size."""
     return (
         isinstance(steps, tuple)
         and 0 < len(steps) <= MAX_DIMENSIONS
@@ -220,12 +232,12 @@ def _index(index: Any) -> tuple[Any, Any]:
     return index.get("fqn"), offset if _sizes(offset) else None
 
 
-def _declared(path: str, announced: _Announced, storage: _Saved) -> _Declared:
-    """The announcement of one tensor, checked as far as it goes."""
+def _declared(path: str, announced: _Announced, saved: _Saved) -> _Declared:
+    """Check what the metadata has on one tensor, as far as it goes without the data files."""
     fqn, entry = announced
 
-    def refuse(reason: str) -> RefusedError:
-        return RefusedError(f"{printable(path)}: tensor {printable(fqn)} {reason}.")
+    def refuse(why: str, code: Code = Code.DAMAGED) -> RefusedError:
+        return broken_tensor(path, fqn, why, code=code)
 
     properties, shape, boxes = entry.get("properties"), entry.get("size"), entry.get("chunks")
     state = properties.state if isinstance(properties, _Record) else None
@@ -233,7 +245,7 @@ def _declared(path: str, announced: _Announced, storage: _Saved) -> _Declared:
     if isinstance(state, dict):
         dtype = state.get("dtype")
     if not isinstance(dtype, Dtype):
-        raise refuse("has a dtype that safetensors cannot hold")
+        raise refuse("has a dtype that safetensors cannot hold", Code.UNREADABLE_TENSOR)
     if not _sizes(shape) or not isinstance(boxes, list) or not boxes:
         raise refuse("has no shape or no chunks")
     chunks = []
@@ -244,7 +256,7 @@ def _declared(path: str, announced: _Announced, storage: _Saved) -> _Declared:
             raise refuse("has a chunk without a place")
         if any(a + n > whole for a, n, whole in zip(starts, sizes, shape, strict=True)):
             raise refuse(f"has a chunk beyond its shape {list(shape)}")
-        info = storage.get((fqn, starts)) or storage.get((fqn, None))
+        info = saved.get((fqn, starts)) or saved.get((fqn, None))
         chunks.append(_chunk(fqn, starts, sizes, info, refuse))
     if not _cover(shape, chunks):
         raise refuse(f"has chunks that do not cover its shape {list(shape)} exactly once")
@@ -255,13 +267,14 @@ def _chunk(fqn: str, starts: Any, sizes: Any, info: Any, refuse: Any) -> _Chunk:
     if not isinstance(info, _Record):
         raise refuse("has a chunk that was never saved")
     file, offset, length = info.get("relative_path"), info.get("offset"), info.get("length")
-    if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\0" in file:
-        name = printable(file) if isinstance(file, str) else "something"
-        raise refuse(f"lies in {name!r}, which is not a plain file name")
+    if not is_plain_name(file):
+        name = file if isinstance(file, str) else "something"
+        raise refuse(f"lies in {name!r}, which is not a plain file name", Code.UNSAFE)
     if not _sizes((offset, length)):
         raise refuse("has a chunk at an impossible position")
     if info.get("transform_descriptors"):
-        raise refuse("was compressed when it was saved, and only stored chunks are read")
+        why = "was compressed when it was saved, and only stored chunks can be read"
+        raise refuse(why, Code.UNREADABLE_TENSOR)
     return _Chunk(fqn, starts, sizes, file, offset, length)
 
 
@@ -274,7 +287,7 @@ def _sizes(values: Any) -> TypeGuard[tuple[int, ...]]:
 
 
 def _cover(shape: tuple[int, ...], chunks: list[_Chunk]) -> bool:
-    """Whether boxes inside a shape have all its elements, each once."""
+    """Return whether boxes inside a shape have all its elements, each once."""
     boxes = [(chunk.starts, chunk.sizes) for chunk in chunks if 0 not in chunk.sizes]
     if sum(math.prod(sizes) for _, sizes in boxes) != math.prod(shape):
         return False
@@ -282,7 +295,7 @@ def _cover(shape: tuple[int, ...], chunks: list[_Chunk]) -> bool:
 
 
 def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], axis: int) -> bool:
-    """Whether two boxes share an element; those apart along `axis` are told apart at once."""
+    """Return whether two boxes share an element, comparing only boxes that meet along `axis`."""
     groups: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = []
     end = -1
     for box in sorted(boxes, key=lambda box: box[0][axis : axis + 1]):
@@ -293,9 +306,9 @@ def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], axis: int) ->
         end = max(end, start + size)
     crowded = [group for group in groups if len(group) > 1]
     if crowded and axis + 1 >= len(boxes[0][0]):
-        # Along no axis alone are these apart; they may still be, two by two.
+        # No single axis separates these boxes; compare them two by two.
         if sum(len(group) ** 2 for group in crowded) > _MOST_COMPARISONS:
-            return True  # no ranks lay chunks out like that
+            return True  # no ranks lay out chunks like that
         return any(_meet(a, b) for group in crowded for i, a in enumerate(group) for b in group[:i])
     return any(_overlap(group, axis + 1) for group in crowded)
 
@@ -305,61 +318,59 @@ def _meet(one: Any, other: Any) -> bool:
     return all(a < b + m and b < a + n for a, n, b, m in sides)
 
 
-def _located(
-    folder: str, tensors: Mapping[str, _Declared], storage: Storage
-) -> tuple[list[FileSpec], dict[_Chunk, list[Piece]], dict[str, int]]:
-    """Where in which file each chunk's elements are, and holes; every file is opened once."""
-    declared = {tensor.fqn: tensor for tensor in tensors.values()}
-    by_file: dict[str, list[_Chunk]] = {}
-    for chunk in (chunk for tensor in tensors.values() for chunk in tensor.chunks):
-        by_file.setdefault(chunk.file, []).append(chunk)
-    files: list[FileSpec] = []
-    places: dict[_Chunk, list[Piece]] = {}
-    holes: dict[str, int] = {}
-    for number, (name, members) in enumerate(sorted(by_file.items()), start=1):
+class _Located(NamedTuple):
+    """The data files, and where in them the elements of each chunk are."""
+
+    files: list[FileSpec]
+    pieces: dict[_Chunk, Piece]
+    holes: dict[str, int]
+
+
+def _located(folder: str, tensors: Mapping[str, _Declared], storage: Storage) -> _Located:
+    """Find the chunks of all tensors; every file is opened once."""
+    by_file: dict[str, list[tuple[_Chunk, str]]] = {}
+    for tensor in tensors.values():
+        for chunk in tensor.chunks:
+            by_file.setdefault(chunk.file, []).append((chunk, tensor.dtype))
+    located = _Located([], {}, {})
+    for number, (name, chunks) in enumerate(sorted(by_file.items()), start=1):
         path = os.path.join(folder, name)
         if storage.kind(path) is Kind.ABSENT:
-            raise IncompleteError(
-                f"{printable(folder)} is incomplete: its metadata names {printable(name)}, and that"
-                " file is missing.",
-                "An interrupted save? Restore it or leave the checkpoint out.",
-            )
+            raise missing(folder, "its metadata", name)
         with storage.open(path) as file:
-            size_bytes = file.identity.size_bytes
-            files.append(FileSpec(path, *file.identity, ""))
+            located.files.append(FileSpec(path, *file.identity, ""))
             hole = file.first_hole()
-            holes |= {} if hole is None else {path: hole}
-            for chunk in members:
-                if chunk.offset + chunk.size_bytes > size_bytes:
-                    raise IncompleteError(
-                        f"{printable(path)} is cut short: tensor {printable(chunk.tensor)} would"
-                        f" end at byte {chunk.offset + chunk.size_bytes}, and the file has"
-                        f" {size_bytes}.",
-                        "An interrupted save? Leave it out.",
-                    )
-                if 0 in chunk.sizes:
-                    places[chunk] = []
-                    continue
-                spec = read_tensor(path, Region(file, chunk.offset, chunk.size_bytes))
-                places[chunk] = [_piece(path, number, chunk, spec, declared[chunk.tensor].dtype)]
-    return files, places, holes
+            located.holes.update({} if hole is None else {path: hole})
+            for chunk, dtype in chunks:
+                located.pieces[chunk] = _piece(file, number, chunk, dtype)
+    return located
 
 
-def _piece(path: str, file: int, chunk: _Chunk, spec: TensorSpec, dtype: str) -> Piece:
+def _piece(file: OpenFile, number: int, chunk: _Chunk, dtype: str) -> Piece:
+    """Return where a chunk is in an open file, checked against the metadata."""
+    end = chunk.offset + chunk.size_bytes
+    if end > file.identity.size_bytes:
+        why = f"tensor {chunk.tensor} would end at byte {end}, the file has"
+        raise cut_short(file.path, f"{why} {file.identity.size_bytes}", chunk.tensor)
+    if 0 in chunk.sizes:
+        return Piece(number, 0, chunk.starts, chunk.sizes, packed_strides(chunk.sizes))
+    spec = read_tensor(file.path, Region(file, chunk.offset, chunk.size_bytes))
     if (spec.dtype, spec.shape) != (dtype, chunk.sizes):
-        raise RefusedError(
-            f"{printable(path)}: a chunk of tensor {printable(chunk.tensor)} is {spec.dtype}"
-            f" {list(spec.shape)}, and the metadata says {dtype} {list(chunk.sizes)}."
+        why = (
+            f"has a chunk of {spec.dtype} {list(spec.shape)}, but the metadata has {dtype}"
+            f" {list(chunk.sizes)}"
         )
+        raise broken_tensor(file.path, chunk.tensor, why)
     strides = spec.pieces[0].strides if spec.pieces else packed_strides(chunk.sizes)
-    return Piece(file, spec.offset, chunk.starts, chunk.sizes, strides)
+    return Piece(number, spec.offset, chunk.starts, chunk.sizes, strides)
 
 
-def _joined(tensor: _Declared, pieces: list[Piece]) -> TensorSpec:
-    """A tensor of these pieces; one that is whole in one place is said so."""
-    if not pieces:
+def _joined(tensor: _Declared, pieces: Mapping[_Chunk, Piece]) -> TensorSpec:
+    """Return a tensor of these pieces, without any where one piece is all of it in place."""
+    filled = [pieces[chunk] for chunk in tensor.chunks if 0 not in chunk.sizes]
+    if not filled:
         return TensorSpec(tensor.dtype, tensor.shape, 0, 0)
-    first = pieces[0]
-    if len(pieces) == 1 and first.strides == packed_strides(tensor.shape):
+    first = filled[0]
+    if len(filled) == 1 and first.strides == packed_strides(tensor.shape):
         return TensorSpec(tensor.dtype, tensor.shape, first.file, first.offset)
-    return TensorSpec(tensor.dtype, tensor.shape, first.file, first.offset, tuple(pieces))
+    return TensorSpec(tensor.dtype, tensor.shape, first.file, first.offset, tuple(filled))

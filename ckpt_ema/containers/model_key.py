@@ -1,55 +1,23 @@
-"""Which part of what a training script saved is the model: the dict of tensors to average.
+"""Which dict of tensors in a file that a training script saved is the model.
 
 Scripts save the model at the top, or under a key beside optimizer state, counters and perhaps an
-average of their own. Raw weights are preferred to averaged ones, since an average of averages is
-smoothed twice. Values are looked at by kind only; nothing here reads a tensor.
+average of their own. The raw model is preferred, since an average of averages is smoothed twice.
+Nothing here reads a tensor.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from ckpt_ema.errors import RefusedError, printable, some
-
-# Where the model is, in the order in which it is looked for; dots lead into dicts.
-MODEL_KEYS = (
-    "state_dict",
-    "model_state_dict",
-    "state.model",
-    "app.model",
-    "model",
-    "module",
-    "net",
-    "network",
+from ckpt_ema.errors import Code, RefusedError, some
+from ckpt_ema.notices import Notice
+from ckpt_ema.trainers.conventions import (
+    AVERAGED_KEYS,
+    EPOCH_KEYS,
+    MODEL_KEYS,
+    STATE_WORDS,
+    STEP_KEYS,
 )
-# Where averaged weights are.
-AVERAGED_KEYS = (
-    "state_dict_ema",
-    "ema_state_dict",
-    "model_ema",
-    "ema_model",
-    "model_avg",
-    "ema",
-    "state.ema",
-)
-# Keys whose dicts of tensors are no model.
-_STATE_WORDS = (
-    *("optim", "sched", "scaler", "rng", "sampler", "callback", "loop", "averaging_state"),
-    *("train_state", "dataloader"),
-)
-
-_STEP_KEYS = (
-    "global_step",
-    "iteration",
-    "batch_idx_train",
-    "num_updates",
-    "iter_num",
-    "meta.iter",
-    "step",
-    "steps",
-    "iter",
-)
-_EPOCH_KEYS = ("epoch", "meta.epoch", "cur_epoch")
 
 ALREADY_AVERAGED = (
     "are averaged already (their decay is unknown); averaging them again smooths twice"
@@ -61,18 +29,18 @@ _Kind = type | tuple[type, ...]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The dict of tensors that was chosen; values that are no tensors are still in it."""
+    """The chosen dict; it may also hold values that are not tensors."""
 
     values: Mapping[str, Any]
-    notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
+    notes: tuple[Notice, ...] = ()
+    warnings: tuple[Notice, ...] = ()
 
 
 def find_model(path: str, root: Any, key: str | None, tensor: _Kind) -> Model:
-    """The model in `root`, the content of the file at `path`; tensors are instances of `tensor`.
+    """Return the model in `root`, the content of the file at `path`.
 
-    `key` is a dotted path that a person gave, None to look for it. Raises `RefusedError` if there
-    is none, if it is a pickled object, or if there are several.
+    `key` is the dotted path given with --key; `tensor` is the class of tensors. Raises
+    `RefusedError` if there is no model, if it is a pickled object, or if there are several.
     """
     if not isinstance(root, dict):
         raise _no_model(path, root)
@@ -80,8 +48,10 @@ def find_model(path: str, root: Any, key: str | None, tensor: _Kind) -> Model:
         value = _at(root, key)
         if not _is_model(value, tensor):
             raise RefusedError(
-                f"{printable(path)} has no dict of tensors under {printable(key)}; it has"
-                f" {_listed(_models_in(root, tensor)) or 'none at all'}."
+                f"{path} has no dict of tensors under {key}; it has"
+                f" {_listed(_models_in(root, tensor)) or 'none at all'}.",
+                code=Code.NO_MODEL,
+                path=path,
             )
         return Model(value, (), _averaged(key) if _is_averaged(root, key) else ())
     return (
@@ -93,7 +63,7 @@ def find_model(path: str, root: Any, key: str | None, tensor: _Kind) -> Model:
 
 
 def recorded(root: Any) -> dict[str, int]:
-    """What a file says of its own place in the run: "step" and "epoch", where it says so.
+    """Return the "step" and "epoch" that a file records, where it does.
 
     >>> recorded({"global_step": 100, "meta": {"epoch": 3}, "model": {}})
     {'step': 100, 'epoch': 3}
@@ -101,7 +71,7 @@ def recorded(root: Any) -> dict[str, int]:
     found = {}
     history = _at(root, "optimizer_history")
     last = history[-1] if isinstance(history, list) and history else None
-    for unit, keys in (("step", _STEP_KEYS), ("epoch", _EPOCH_KEYS)):
+    for unit, keys in (("step", STEP_KEYS), ("epoch", EPOCH_KEYS)):
         values = [_at(root, key) for key in keys] + [_at(last, key) for key in keys]
         numbers = [value for value in values if type(value) is int and value >= 0]
         if numbers:
@@ -110,7 +80,7 @@ def recorded(root: Any) -> dict[str, int]:
 
 
 def numbers(root: Any) -> dict[str, float]:
-    """The plain numbers that a file holds at its top and one level below, by dotted path.
+    """Return the plain numbers in a file, at the top and one level below, by dotted path.
 
     >>> numbers({"metric": 93.5, "epoch": 3, "extra_state": {"val_loss": 0.25}, "model": {}})
     {'metric': 93.5, 'epoch': 3.0, 'extra_state.val_loss': 0.25}
@@ -125,7 +95,7 @@ def numbers(root: Any) -> dict[str, float]:
 
 
 def _at(root: Any, key: str) -> Any:
-    """What a dotted path leads to; names with dots of their own are found too."""
+    """Return what a dotted path leads to; names may have dots of their own."""
     if not isinstance(root, dict):
         return None
     if key in root:
@@ -135,7 +105,7 @@ def _at(root: Any, key: str) -> Any:
 
 
 def _is_model(value: Any, tensor: _Kind) -> TypeGuard[dict[str, Any]]:
-    """Whether it is a dict of tensors and not of models, which a lone tensor may lie beside."""
+    """Return whether it is a dict of tensors, and not of models and a lone tensor."""
     return (
         isinstance(value, dict)
         and any(isinstance(item, tensor) for item in value.values())
@@ -145,7 +115,7 @@ def _is_model(value: Any, tensor: _Kind) -> TypeGuard[dict[str, Any]]:
 
 
 def _holds_tensors(value: Any, tensor: _Kind, depth: int = 4) -> bool:
-    """Whether there are tensors in a dict or list, not too deep."""
+    """Return whether a dict or list holds tensors, not too deep inside."""
     if not depth or not isinstance(value, dict | list):
         return False
     items = value.values() if isinstance(value, dict) else value
@@ -153,12 +123,12 @@ def _holds_tensors(value: Any, tensor: _Kind, depth: int = 4) -> bool:
 
 
 def _may_be(key: Any) -> bool:
-    """Whether what is under a key may be a model and no state of the training."""
-    return isinstance(key, str) and not any(word in key.lower() for word in _STATE_WORDS)
+    """Return whether a key may lead to a model rather than to training state."""
+    return isinstance(key, str) and not any(word in key.lower() for word in STATE_WORDS)
 
 
 def _is_text(name: str) -> bool:
-    """Whether a name can be written: pickles can hold half a surrogate pair."""
+    """Return whether a name can be written: pickles can hold half a surrogate pair."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -167,7 +137,7 @@ def _is_text(name: str) -> bool:
 
 
 def _models_in(root: Mapping[Any, Any], tensor: _Kind) -> dict[str, Any]:
-    """Every dict of tensors at the first two levels that is not state of the training."""
+    """Return every dict of tensors at the first two levels that is not training state."""
     found = {}
     for key, value in root.items():
         if not _may_be(key):
@@ -175,13 +145,8 @@ def _models_in(root: Mapping[Any, Any], tensor: _Kind) -> dict[str, Any]:
         if _is_model(value, tensor):
             found[key] = value
         elif isinstance(value, dict):
-            found.update(
-                {
-                    f"{key}.{inner}": item
-                    for inner, item in value.items()
-                    if _may_be(inner) and _is_model(item, tensor)
-                }
-            )
+            inside = [(k, v) for k, v in value.items() if _may_be(k) and _is_model(v, tensor)]
+            found |= {f"{key}.{inner}": item for inner, item in inside}
     return found
 
 
@@ -190,49 +155,51 @@ def _listed(models: Mapping[str, Any]) -> str:
 
 
 def _is_averaged(root: Mapping[Any, Any], key: str) -> bool:
-    """Whether trainers put an average under this key."""
+    """Return whether trainers save an average under this key."""
     if key == "state_dict":
         return "current_model_state" in root or "message_hub" in root
     return key in AVERAGED_KEYS and "message_hub" not in root
 
 
-def _averaged(key: str) -> tuple[str, ...]:
-    return (f"The weights under {printable(key)} {ALREADY_AVERAGED}.",)
+def _averaged(key: str) -> tuple[Notice, ...]:
+    message = f"The model weights under {key} {ALREADY_AVERAGED}."
+    return (Notice(Code.ALREADY_AVERAGED, message),)
+
+
+def _raw_taken(average: str, key: str) -> tuple[Notice, ...]:
+    message = f"{average} holds an average; the raw model weights are taken, from {key}."
+    return (Notice(Code.DECIDED, message),)
 
 
 def _raw_beside_average(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model | None:
-    """The raw weights of trainers that put an average where the model is looked for."""
+    """Return the raw model of trainers that save an average where the model usually is."""
     raw = root.get("current_model_state")
     if _is_model(raw, tensor):
-        note = "state_dict holds weights that Lightning averaged; the raw ones are taken, from"
-        return Model(raw, (f"{note} current_model_state",))
+        return Model(raw, _raw_taken("state_dict", "current_model_state"))  # Lightning
     swapped = root.get("ema_state_dict")
     if not (_is_model(swapped, tensor) and _is_model(root.get("state_dict"), tensor)):
         return None
     if "message_hub" not in root:
         raise RefusedError(
-            f"{printable(path)} holds both state_dict and ema_state_dict, and either may be the"
-            " average: mmengine's EMAHook swaps them, others do not.",
-            "Choose the raw weights with --key state_dict or --key ema_state_dict.",
+            f"{path} holds both state_dict and ema_state_dict, and either may be the average:"
+            " mmengine's EMAHook swaps them, others do not.",
+            "Choose the raw model weights with --key state_dict or --key ema_state_dict.",
+            code=Code.SEVERAL_MODELS,
+            path=path,
         )
     names = {name.removeprefix("module."): value for name, value in swapped.items()}
     kept = {name: value for name, value in names.items() if name in root["state_dict"]}
-    note = "state_dict holds weights that mmengine averaged; the raw ones are taken, from"
-    return Model(kept, (f"{note} ema_state_dict",))
+    return Model(kept, _raw_taken("state_dict", "ema_state_dict"))
 
 
 def _under_known_key(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model | None:
     found = {key: _at(root, key) for key in MODEL_KEYS if _is_model(_at(root, key), tensor)}
     if len(found) > 1:
-        raise RefusedError(
-            f"{printable(path)} holds {len(found)} dicts of tensors, {_listed(found)}; which one is"
-            " the model cannot be told.",
-            f"Choose with --key {printable(next(iter(found)))}.",
-        )
+        raise _several(path, found)
     if not found:
-        pickled = [key for key in ("ema", *MODEL_KEYS) if _class_name(_at(root, key))]
-        if pickled:
-            raise _pickled(path, _class_name(_at(root, pickled[0])) or "object")
+        classes = [_class_name(_at(root, key)) for key in ("ema", *MODEL_KEYS)]
+        if name := next(filter(None, classes), None):
+            raise _pickled(path, name)
         return None
     [(key, values)] = found.items()
     generator = root.get("generator")
@@ -240,19 +207,15 @@ def _under_known_key(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model
         # OpenNMT-py saves its output layer beside the model; its safetensors name it like this.
         values = {**values, **{f"generator.{name}": value for name, value in generator.items()}}
     averaged = [name for name in AVERAGED_KEYS if _is_model(_at(root, name), tensor)]
-    notes = (
-        [f"{some(averaged)} holds averaged weights; the raw ones are taken, from {key}"]
-        if averaged
-        else []
-    )
-    return Model(values, tuple(notes))
+    return Model(values, _raw_taken(some(averaged), key) if averaged else ())
 
 
 def _at_the_top(root: Mapping[str, Any], tensor: _Kind) -> Model | None:
     if not _is_model(root, tensor):
         return None
     if "n_averaged" in root and all(n.startswith("module.") or n == "n_averaged" for n in root):
-        return Model(root, (), (f"The weights of an AveragedModel {ALREADY_AVERAGED}.",))
+        message = f"The model weights of an AveragedModel {ALREADY_AVERAGED}."
+        return Model(root, (), (Notice(Code.ALREADY_AVERAGED, message),))
     return Model(root)
 
 
@@ -260,30 +223,38 @@ def _under_any_key(path: str, root: Mapping[Any, Any], tensor: _Kind) -> Model:
     found = _models_in(root, tensor)
     raw = {key: value for key, value in found.items() if key not in AVERAGED_KEYS}
     if len(raw) > 1 or (not raw and len(found) > 1):
-        raise RefusedError(
-            f"{printable(path)} holds {len(found)} dicts of tensors, {_listed(found)}; which one is"
-            " the model cannot be told.",
-            f"Choose with --key {printable(next(iter(found)))}.",
-        )
+        raise _several(path, found)
     if not found:
         raise _no_model(path, root)
     [(key, values)] = (raw or found).items()
     if raw:
-        return Model(values, (f"the model is what is under {printable(key)}",))
+        return Model(values, (Notice(Code.DECIDED, f"The model is taken from {key}."),))
     return Model(values, (), _averaged(key))
 
 
 def _class_name(value: Any) -> str | None:
-    """The class of a pickled object that was stood in for."""
+    """Return the class of a pickled object, if it is one."""
     name = getattr(value, "name", None)
     return name if isinstance(name, str) and not isinstance(value, dict) else None
 
 
+def _several(path: str, found: Mapping[str, Any]) -> RefusedError:
+    return RefusedError(
+        f"{path} holds {len(found)} dicts of tensors, {_listed(found)}, and any of them may be the"
+        " model.",
+        f"Choose with --key {next(iter(found))}.",
+        code=Code.SEVERAL_MODELS,
+        path=path,
+    )
+
+
 def _pickled(path: str, name: str) -> RefusedError:
     return RefusedError(
-        f"{printable(path)} stores the model as a pickled {printable(name)}, not as tensors;"
-        " reading it would run code from the file.",
+        f"{path} stores the model as a pickled {name}, not as tensors; reading it would run code"
+        " from the file.",
         "Export its state_dict() instead.",
+        code=Code.PICKLED_OBJECT,
+        path=path,
     )
 
 
@@ -292,6 +263,8 @@ def _no_model(path: str, root: Any) -> RefusedError:
     if name:
         return _pickled(path, name)
     return RefusedError(
-        f"{printable(path)} holds no dict of tensors, at the top or under {', '.join(MODEL_KEYS)}.",
+        f"{path} holds no dict of tensors, neither at the top nor under {', '.join(MODEL_KEYS)}.",
         "If it is elsewhere, name it with --key.",
+        code=Code.NO_MODEL,
+        path=path,
     )

@@ -1,55 +1,33 @@
 """The structure of a torch pickle without torch and without trust: nothing from a file ever runs.
 
-A pickle builds objects by calling what it names. Here the few names that torch's tensors need
-lead to the functions below, which only take notes; every other name leads to an inert stand-in
-that accepts anything and does nothing. So neither an unknown class nor a hostile one is imported.
+A pickle builds objects by calling what it names. Here the few names that torch's tensors need lead
+to the functions below, which only take notes; every other name leads to an inert stand-in that
+accepts anything and does nothing. So no class is imported, unknown or hostile.
 """
 
 import pickle
 import struct
 from collections.abc import Callable, Iterable
+from itertools import starmap
 from typing import IO, Any, ClassVar, NamedTuple
 
-from ckpt_ema.errors import printable
+# What safetensors calls a dtype, torch, and torch's class of storages with it.
+_DTYPES = [
+    *(("F64", "float64", "DoubleStorage"), ("F32", "float32", "FloatStorage")),
+    *(("F16", "float16", "HalfStorage"), ("BF16", "bfloat16", "BFloat16Storage")),
+    *(("I64", "int64", "LongStorage"), ("I32", "int32", "IntStorage")),
+    *(("I16", "int16", "ShortStorage"), ("I8", "int8", "CharStorage")),
+    *(("U8", "uint8", "ByteStorage"), ("BOOL", "bool", "BoolStorage")),
+    *(("C64", "complex64", "ComplexFloatStorage"), ("U64", "uint64", "")),
+    *(("U32", "uint32", ""), ("U16", "uint16", "")),
+    *(("F8_E4M3", "float8_e4m3fn", ""), ("F8_E5M2", "float8_e5m2", "")),
+    *(("F8_E4M3FNUZ", "float8_e4m3fnuz", ""), ("F8_E5M2FNUZ", "float8_e5m2fnuz", "")),
+    *(("F8_E8M0", "float8_e8m0fnu", ""),),
+]
+_TORCH_DTYPES = {name: dtype for dtype, name, _ in _DTYPES}
+_STORAGE_DTYPES = {storage: dtype for dtype, _, storage in _DTYPES if storage}
 
-# What torch calls a storage's or a tensor's dtype, and what safetensors calls it.
-_STORAGE_DTYPES = {
-    "DoubleStorage": "F64",
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-    "ComplexFloatStorage": "C64",
-}
-_TORCH_DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-    "bool": "BOOL",
-    "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}
-
-
-# How long the argument of an opcode is (pickletools describes them); all others have none.
+# How long the arguments of opcodes are, as pickletools lists them; other opcodes have none.
 _FIXED = dict(
     zip(b"KMJGqhrj\x80\x82\x83\x84\x95", (1, 2, 4, 8, 1, 1, 4, 4, 1, 1, 2, 4, 8), strict=True)
 )
@@ -73,7 +51,7 @@ class PickledStorage(NamedTuple):
 
 
 class PickledTensor(NamedTuple):
-    """A view of a storage; as unchecked as everything that a pickle says."""
+    """A view of a storage; as unchecked as everything that a pickle holds."""
 
     storage: PickledStorage
     offset: int  # in elements
@@ -88,11 +66,19 @@ class Inert:
     name = "?"
 
     def __new__(cls, *_args: Any, **_options: Any) -> "Inert":
-        """Accept the arguments of any constructor or call."""
-        return object.__new__(cls)
+        """Accept the arguments of any constructor.
+
+        Some pickles look a class up by a call (`getattr` for a nested class), whose result is an
+        instance here, and then construct it.
+        """
+        return object.__new__(cls if isinstance(cls, type) else type(cls))
 
     def __init__(self, *_args: Any, **_options: Any) -> None:
         """Drop them."""
+
+    def __call__(self, *_args: Any, **_options: Any) -> "Inert":
+        """Accept a call of what a call has returned."""
+        return self
 
     def __setstate__(self, _state: Any) -> None:
         """Drop the state."""
@@ -108,7 +94,7 @@ class Inert:
 
 
 class UnreadTensor(Inert):
-    """Stands in for a tensor of a kind that safetensors cannot hold."""
+    """Stands in for a tensor of a kind that cannot be read."""
 
 
 class _Dict(dict[Any, Any]):
@@ -146,10 +132,10 @@ class Dtype(NamedTuple):
 
 
 class UnfitTensorError(pickle.UnpicklingError):
-    """The pickle is sound, but holds tensors of a kind that safetensors cannot hold."""
+    """The pickle is valid, but holds a tensor of a kind that safetensors cannot hold."""
 
 
-# What a malformed or hostile pickle can raise in the unpickler; each becomes one sentence.
+# What a malformed or hostile pickle can raise in the unpickler.
 BROKEN_PICKLE = (
     pickle.UnpicklingError,
     AttributeError,
@@ -167,67 +153,91 @@ BROKEN_PICKLE = (
 
 
 def what_broke(error: BaseException) -> str:
-    """What is wrong with a pickle, of an error that it raised."""
-    if isinstance(error, KeyError):
-        return "it is no pickle"  # of which the unpickler says but the number of a byte
-    return printable(error) or "it ends too soon"
+    """Return what is wrong with a pickle that raised this error."""
+    if isinstance(error, KeyError):  # the unpickler's own message is the number of a byte
+        return "it is not a pickle"
+    return str(error) or "it ends too soon"
 
 
 def check_lengths(stream: IO[bytes]) -> None:
     """Refuse a pickle with lengths beyond its file, or memo numbers beyond its count of opcodes.
 
-    An unpickler allocates what it is told before it reads; no writer of pickles numbers its memo
-    beyond its opcodes. The stream is left where it was.
+    An unpickler allocates these before it reads; no writer of pickles numbers its memo beyond its
+    opcodes. The stream is left where it was.
     """
     start = stream.tell()
     size_bytes = stream.seek(0, 2) - start
     stream.seek(start)
     opcodes = 0
     while (opcode := stream.read(1)) not in (b".", b""):
-        code, claim, limit = opcode[0], 0, size_bytes
+        code, length, limit = opcode[0], 0, size_bytes
         opcodes += 1
         if code in _FIXED:
             argument = stream.read(_FIXED[code])
             if code in (_LONG_BINPUT, _FRAME):
-                claim = int.from_bytes(argument, "little")
+                length = int.from_bytes(argument, "little")
                 limit = opcodes if code == _LONG_BINPUT else size_bytes
         elif code in _COUNTED:
-            claim = int.from_bytes(stream.read(_COUNTED[code]), "little")
-            if claim <= size_bytes:
-                _skip(stream, claim)
+            length = int.from_bytes(stream.read(_COUNTED[code]), "little")
+            if length <= size_bytes:
+                _skip(stream, length)
         elif code in _LINES:
             lines = [stream.readline() for _ in range(_LINES[code])]
-            claim, limit = (int(lines[0]), opcodes) if code == _PUT else (0, 0)
-        if claim > limit:
-            raise pickle.UnpicklingError("it claims more than the file has")
+            length, limit = (int(lines[0]), opcodes) if code == _PUT else (0, 0)
+        if length > limit:
+            raise pickle.UnpicklingError("it declares more than the file has")
     stream.seek(start)
 
 
 def _skip(stream: IO[bytes], count: int) -> None:
     if count < 1 << 16:
-        stream.read(count)  # much faster than seek, which a buffered file asks the system for
+        stream.read(count)  # much faster than seek, for which a buffered file asks the system
     else:
         stream.seek(count, 1)
 
 
 def _check_keys(keys: Iterable[Any]) -> None:
-    """Refuse tuples of tuples as keys: hashing them deep ends the process, and doubled, never."""
+    """Refuse tuples of tuples as keys: hashing deep ones crashes, and doubled ones never ends."""
     for key in keys:
         if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
-            raise pickle.UnpicklingError("a dict with nested tuples for keys")
+            raise pickle.UnpicklingError("a dict has nested tuples as keys")
 
 
 _PythonUnpickler: Any = pickle._Unpickler  # whose methods the type stubs do not list
 
 
+# Which of the values on the stack become keys of a dict or members of a set.
+_KEYS_OF = {
+    pickle.SETITEM: slice(-2, -1),
+    pickle.SETITEMS: slice(0, None, 2),
+    pickle.DICT: slice(0, None, 2),
+    pickle.ADDITEMS: slice(None),
+    pickle.FROZENSET: slice(None),
+}
+
+
+def _checked(opcode: bytes, keys: slice) -> tuple[int, Callable[[Any], None]]:
+    """Return an opcode and a function that checks the keys before it does what the opcode does."""
+    load = _PythonUnpickler.dispatch[opcode[0]]
+
+    def checked(unpickler: Any) -> None:
+        _check_keys(unpickler.stack[keys])
+        load(unpickler)
+
+    return opcode[0], checked
+
+
 class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
     """Unpickles to dicts, lists and `PickledTensor`, taking notes on the way.
 
-    `storages` has every storage by its key, `ignored` names what was stood in for. It is Python's
-    own unpickler in Python, since in the one written in C keys cannot be checked before they hash.
+    `storages` has every storage by its key. It is Python's own unpickler in Python: the one written
+    in C cannot check keys before it hashes them.
     """
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_PythonUnpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **_PythonUnpickler.dispatch,
+        **dict(starmap(_checked, _KEYS_OF.items())),
+    }
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="utf-8")
@@ -236,45 +246,11 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
 
     @property
     def ignored(self) -> list[str]:
-        """The full names of the classes and functions that were stood in for."""
+        """The full names of the classes and functions that a stand-in replaced."""
         return list(self._stand_ins)
 
-    def load_setitem(self) -> None:
-        """Put one item into a dict."""
-        _check_keys(self.stack[-2:-1])
-        super().load_setitem()
-
-    def load_setitems(self) -> None:
-        """Put items into a dict."""
-        _check_keys(self.stack[::2])
-        super().load_setitems()
-
-    def load_dict(self) -> None:
-        """Make a dict of items."""
-        _check_keys(self.stack[::2])
-        super().load_dict()
-
-    def load_additems(self) -> None:
-        """Put items into a set."""
-        _check_keys(self.stack)
-        super().load_additems()
-
-    def load_frozenset(self) -> None:
-        """Make a frozenset of items."""
-        _check_keys(self.stack)
-        super().load_frozenset()
-
-    for _opcode, _load in (
-        (pickle.SETITEM, load_setitem),
-        (pickle.SETITEMS, load_setitems),
-        (pickle.DICT, load_dict),
-        (pickle.ADDITEMS, load_additems),
-        (pickle.FROZENSET, load_frozenset),
-    ):
-        dispatch[_opcode[0]] = _load
-
     def find_class(self, module: str, name: str) -> Any:
-        """The inert counterpart of any global; never imports."""
+        """Return the inert counterpart of any global; never imports."""
         known = _KNOWN.get((module, name))
         if known is not None:
             return known
@@ -285,15 +261,16 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
         full_name = f"{module}.{name}"
         if full_name not in self._stand_ins:
             if len(self._stand_ins) == _MAX_STAND_INS:
-                raise pickle.UnpicklingError("more kinds of objects than any checkpoint has")
-            kind = UnreadTensor if full_name.startswith("torch._utils._rebuild_") else Inert
+                raise pickle.UnpicklingError("it has more kinds of objects than any checkpoint")
+            is_tensor = full_name.startswith("torch._utils._rebuild_") or name.endswith("Tensor")
+            kind = UnreadTensor if is_tensor else Inert
             self._stand_ins[full_name] = type("StandIn", (kind,), {"name": full_name})
         return self._stand_ins[full_name]
 
     def persistent_load(self, pid: Any) -> Any:
-        """A storage, which torch pickles as ("storage", type, key, device, count, ...).
+        """Return a storage, which torch pickles as ("storage", type, key, device, count, ...).
 
-        Before torch 1.6, the class of a pickled module was another: ("module", class, ...).
+        Before torch 1.6 it pickled the class of a module like this too: ("module", class, ...).
         """
         if pid[0] == "module" and isinstance(pid[1], type):
             return pid[1]
@@ -301,24 +278,24 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
         if isinstance(storage_type, type) and issubclass(storage_type, Inert):
             raise UnfitTensorError(storage_type.name)
         if kind != "storage" or not isinstance(storage_type, _StorageType) or any(views):
-            raise pickle.UnpicklingError("a storage of an unknown kind")
+            raise pickle.UnpicklingError("it has a storage of an unknown kind")
         if not isinstance(key, str) or type(count) is not int or not 0 <= count < 2**63:
-            raise pickle.UnpicklingError("a storage with an impossible key or size")
+            raise pickle.UnpicklingError("a storage has an impossible key or size")
         self.storages[key] = PickledStorage(storage_type.dtype, key, count)
         return self.storages[key]
 
 
 def _size(sizes: Any = ()) -> tuple[Any, ...]:
-    """A shape; a long one, copied again and again, would fill the memory."""
+    """Return a shape; a long one, copied again and again, would fill the memory."""
     if len(sizes) > MAX_DIMENSIONS:
-        raise pickle.UnpicklingError("a shape with too many dimensions")
+        raise pickle.UnpicklingError("a shape has too many dimensions")
     return tuple(sizes)
 
 
 def _rebuild_tensor(
     storage: PickledStorage, offset: int, shape: Any, strides: Any, *rest: Any
 ) -> PickledTensor:
-    _check_lazy(rest[2:])  # after whether it requires a gradient, and the hooks
+    _check_lazy(rest[2:])  # requires_grad and the hooks come first
     return _rebuild_typed(storage, offset, shape, strides, storage.dtype)
 
 
@@ -334,16 +311,16 @@ def _rebuild_tensor_v3(
 ) -> PickledTensor:
     _check_lazy(rest)
     if not isinstance(dtype, Dtype):
-        raise UnfitTensorError(str(getattr(dtype, "name", "of an unknown dtype")))
+        raise UnfitTensorError(str(getattr(dtype, "name", "an unknown dtype")))
     return _rebuild_typed(storage, offset, shape, strides, dtype.name)
 
 
 def _check_lazy(metadata: tuple[Any, ...]) -> None:
-    """Refuse a tensor whose values are the conjugate or the negative of what is stored."""
+    """Refuse a tensor whose values are the conjugate or the negative of the stored ones."""
     if metadata and isinstance(metadata[0], dict):
         for flag in ("conj", "neg"):
             if metadata[0].get(flag):
-                raise UnfitTensorError(f"with its {flag} bit set, so its values are not stored")
+                raise UnfitTensorError(f"its {flag} bit is set, so that its values are not stored")
 
 
 def _rebuild_typed(
@@ -351,12 +328,12 @@ def _rebuild_typed(
 ) -> PickledTensor:
     shape, strides = tuple(shape), tuple(strides)
     if not isinstance(storage, PickledStorage) or dtype is None or len(shape) != len(strides):
-        raise pickle.UnpicklingError("a tensor without a typed storage")
+        raise pickle.UnpicklingError("a tensor has no typed storage")
     if len(shape) > MAX_DIMENSIONS:
-        raise pickle.UnpicklingError("a tensor with too many dimensions")
+        raise pickle.UnpicklingError("a tensor has too many dimensions")
     numbers = (offset, *shape, *strides)
     if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
-        raise pickle.UnpicklingError("a tensor with an impossible shape, stride or offset")
+        raise pickle.UnpicklingError("a tensor has an impossible shape, stride or offset")
     return PickledTensor(storage, offset, shape, strides, dtype)
 
 
@@ -364,11 +341,20 @@ def _rebuild_parameter(data: Any, *_rest: Any) -> Any:
     return data
 
 
-def _rebuild_from_type(rebuild: Callable[..., Any], _type: Any, arguments: Any, _state: Any) -> Any:
-    return rebuild(*arguments)
+def _rebuild_from_type(rebuild: Callable[..., Any], kind: Any, arguments: Any, _state: Any) -> Any:
+    made = rebuild(*arguments)
+    if isinstance(made, UnreadTensor) and isinstance(kind, type) and issubclass(kind, Inert):
+        made.name = kind.name  # the tensor's class says more than the function that rebuilds it
+    return made
+
+
+def _reconstruct(kind: Any, *_rest: Any) -> Any:
+    return kind() if isinstance(kind, type) and issubclass(kind, Inert) else Inert()
 
 
 _KNOWN: dict[tuple[str, str], Any] = {
+    ("copyreg", "_reconstructor"): _Known(_reconstruct),
+    ("copy_reg", "_reconstructor"): _Known(_reconstruct),
     ("collections", "OrderedDict"): _Dict,
     ("torch", "Size"): _Known(_size),
     ("torch.storage", "UntypedStorage"): _StorageType(None),

@@ -3,30 +3,50 @@
 The format: 8 bytes, the header's length N as an unsigned little-endian integer; N bytes of JSON,
 an object of name -> {dtype, shape, data_offsets} and perhaps __metadata__, string to string; then
 the data, covered by the tensors without gap or overlap. Whatever the safetensors library refuses
-is refused here as well, and so is what it tolerates against the format: one name twice, blanks
-before the object, unknown fields.
+is refused here too, and so is what it accepts against the format: duplicate names, blanks before
+the object, unknown fields.
 """
 
-import contextlib
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ckpt_ema.containers.specs import DTYPE_BITS, FileSpec, Specs, TensorSpec, packed_bytes
-from ckpt_ema.errors import IncompleteError, RefusedError, printable
+from ckpt_ema.containers.refusals import broken_tensor, check_start, cut_short, damaged
+from ckpt_ema.containers.specs import (
+    DTYPE_BITS,
+    FileSpec,
+    Specs,
+    TensorSpec,
+    is_safetensors,
+    packed_bytes,
+)
+from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.storage.protocol import OpenFile, Storage
+from ckpt_ema.trainers.conventions import METADATA_KEYS
 
 MAX_HEADER_BYTES = 100_000_000
 _LARGEST = 2**64 - 1  # sizes are 64-bit in the format
 
 
-def read_specs(path: str, storage: Storage) -> Specs:
-    """The tensors of one safetensors file, in the order of their bytes.
+def claims(name: str) -> bool:
+    """Return whether a file of this name is read here."""
+    return is_safetensors(name)
 
-    Raises `RefusedError` if the file is not exactly what the format allows.
+
+def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
+    """Return the tensors of one safetensors file, in the order of their bytes.
+
+    Raises `RefusedError` unless the file is exactly what the format allows.
     """
+    if key is not None:
+        raise RefusedError(
+            f"--key {key} names a dict in a torch file, and {path} is a safetensors file, which"
+            " has none.",
+            code=Code.CONFLICTING_OPTIONS,
+            path=path,
+        )
     with storage.open(path) as file:
         size_bytes = file.identity.size_bytes
         raw = _header_bytes(file)
@@ -45,15 +65,15 @@ def read_specs(path: str, storage: Storage) -> Specs:
 
 
 class _Content(NamedTuple):
-    """What a header says; offsets count from the start of the file."""
+    """What a header holds; offsets count from the start of the file."""
 
     tensors: Mapping[str, TensorSpec]
     metadata: Mapping[str, str]
 
 
-# By digest of the header and size of the file: checkpoints of a run mostly have the same headers.
+# By digest of the header and size of the file: most checkpoints of a run have the same headers.
 _known: dict[tuple[str, int], _Content] = {}
-_MOST_KNOWN = 4096  # more than one checkpoint has shards, or no second one would find its own
+_MOST_KNOWN = 4096  # more shards than a checkpoint has, so that the next one finds its own
 
 
 def _content(path: str, raw: bytes, size_bytes: int) -> _Content:
@@ -70,30 +90,34 @@ def _content(path: str, raw: bytes, size_bytes: int) -> _Content:
 
 
 def _recorded(metadata: Mapping[str, str]) -> dict[str, int]:
-    """What trainers write of a file's place in the run: kohya's ss_steps, ai-toolkit's step."""
-    if not {"ss_steps", "ss_epoch", "training_info"} & metadata.keys():
-        return {}
-    values: dict[str, object] = {
-        "step": metadata.get("ss_steps"),
-        "epoch": metadata.get("ss_epoch"),
-    }
-    with contextlib.suppress(ValueError, RecursionError):
-        training = json.loads(metadata.get("training_info", "null"))
-        if isinstance(training, dict):
-            values = {"step": training.get("step"), "epoch": training.get("epoch")}
-    return {
-        unit: int(str(value))
-        for unit, value in values.items()
-        if re.fullmatch(r"[0-9]{1,18}", str(value))
-    }
+    """Return the step and epoch that trainers record in a header."""
+    found = {}
+    for unit, keys in METADATA_KEYS.items():
+        values = (_at(metadata, *key.split(".", 1)) for key in keys)
+        numbers = [int(value) for value in values if re.fullmatch(r"[0-9]{1,18}", value)]
+        if numbers:
+            found[unit] = numbers[0]
+    return found
+
+
+def _at(metadata: Mapping[str, str], key: str, inner: str = "") -> str:
+    """Return a value of the metadata, or an inner one of the JSON object that it holds."""
+    value: Any = metadata.get(key, "")
+    if inner and value:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return ""
+        value = value.get(inner) if isinstance(value, dict) else None
+    return str(value)
 
 
 def make_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """The bytes before the data of a file with these (name, dtype, shape), and where each starts.
+    """Return the bytes before the data of tensors (name, dtype, shape), and each one's offset.
 
-    The data lies in the order given; offsets count from the start of the file. The header is
+    The data follows in the order given; offsets count from the start of the file. The header is
     padded with spaces to a multiple of 8 bytes, as the library does, so that data is aligned.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -114,29 +138,26 @@ def make_header(
 
 def _header_bytes(file: OpenFile) -> bytes:
     path, size_bytes = file.path, file.identity.size_bytes
-    if size_bytes == 0:
-        raise IncompleteError(f"{printable(path)} is empty.", "An interrupted save? Leave it out.")
     start = file.read(min(size_bytes, 64), 0)
-    if start.startswith(b"version https://git-lfs"):
-        raise RefusedError(f"{printable(path)} is a Git LFS pointer.", "Run `git lfs pull`.")
+    check_start(path, start)
     if start.startswith((b"PK\x03\x04", b"\x80\x02")):
         raise RefusedError(
-            f"{printable(path)} is a torch file under a safetensors name.", "Rename it to .bin."
+            f"{path} is a torch file under a safetensors name.",
+            "Rename it to .bin.",
+            code=Code.WRONG_FORMAT,
+            path=path,
         )
-    if not any(start):
-        raise IncompleteError(f"{printable(path)} begins with zeros.", "An interrupted save?")
     length = int.from_bytes(start[:8], "little")
     if size_bytes < 8 or length > MAX_HEADER_BYTES or start[8:9] not in (b"{", b""):
         raise RefusedError(
-            f"{printable(path)} is not a safetensors file: it does not start with a header.",
-            "Fetch or save it again.",
+            f"{path} is not a safetensors file: it does not start with a header.",
+            "Download or save it again.",
+            code=Code.WRONG_FORMAT,
+            path=path,
         )
     if 8 + length > size_bytes:
-        raise IncompleteError(
-            f"{printable(path)} is cut short: its header alone takes {8 + length} bytes, the file"
-            f" has {size_bytes}.",
-            "An interrupted save? Leave it out.",
-        )
+        why = f"its header alone takes {8 + length} bytes, the file has {size_bytes}"
+        raise cut_short(path, why)
     return file.read(length, 8)
 
 
@@ -148,15 +169,13 @@ def _parse(path: str, raw: bytes) -> dict[str, Any]:
             parse_constant=_no_constant,
             parse_int=_no_sign if re.search(rb"-[0-9]", raw) else int,
         )
-        if b"\\ud" in raw or b"\\uD" in raw:  # lone surrogates end here
+        if b"\\ud" in raw or b"\\uD" in raw:  # fails for lone surrogates
             json.dumps(header, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        reason = "it nests too deep" if isinstance(error, RecursionError) else str(error)
-        raise RefusedError(
-            f"{printable(path)} has a broken header: {printable(reason)}."
-        ) from error
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise damaged(path, f"has a broken header: {reason}") from error
     if not isinstance(header, dict):
-        raise RefusedError(f"{printable(path)} has a broken header: it is not a JSON object.")
+        raise damaged(path, "has a broken header: it is not a JSON object")
     return header
 
 
@@ -165,7 +184,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice!r} occurs twice")
+        raise ValueError(f"{twice!r} is there twice")
     return result
 
 
@@ -174,40 +193,38 @@ def _no_constant(name: str) -> None:
 
 
 def _no_sign(digits: str) -> int:
-    if digits.startswith("-"):  # int() makes a size of -0; the library refuses it
+    if digits.startswith("-"):  # int() turns -0 into a size; the library refuses it
         raise ValueError(f"{digits} is not a size")
     return int(digits)
 
 
 def _check_metadata(path: str, metadata: object) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise RefusedError(
-            f"{printable(path)} has a broken header: __metadata__ must map strings to strings."
-        )
+        raise damaged(path, "has a broken header: __metadata__ must map strings to strings")
 
 
 def _tensor(path: str, name: str, entry: object, start: int) -> TensorSpec:
-    """One entry of the header of a file whose data starts at byte `start`."""
+    """Check one entry of the header of a file whose data starts at byte `start`."""
 
     def refuse(reason: str) -> RefusedError:
-        return RefusedError(f"{printable(path)}: tensor {printable(name)} {reason}.")
+        return broken_tensor(path, name, reason)
 
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse("must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise refuse(f"has an unknown dtype, {printable(dtype)}")
+        raise refuse(f"has an unknown dtype, {dtype}")
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise refuse("has a shape or data_offsets that are not lists of sizes")
     bits = 1
     for factor in (*shape, DTYPE_BITS[dtype]):  # as the library multiplies: no step may overflow
         bits *= factor
         if bits > _LARGEST:
-            raise refuse(f"has a shape too large for 64 bits, {printable(shape)}")
+            raise refuse(f"has a shape too large for 64 bits, {shape}")
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        span_bytes = offsets[1] - offsets[0]
         raise refuse(
-            f"spans {offsets[1] - offsets[0]} bytes, but its shape {printable(shape)} in {dtype}"
-            f" takes {bits / 8:g}"
+            f"spans {span_bytes} bytes, but its shape {shape} in {dtype} takes {bits / 8:g}"
         )
     return TensorSpec(dtype, tuple(shape), 0, start + offsets[0])
 
@@ -223,17 +240,14 @@ def _check_cover(path: str, ranges: Iterable[tuple[str, int, int]], data_bytes: 
     end = 0
     for name, start, following in ranges:
         if start != end:
-            gap = "overlaps another" if start < end else "leaves a gap before it"
-            raise RefusedError(f"{printable(path)}: tensor {printable(name)} {gap}.")
+            why = "overlaps another" if start < end else "leaves a gap before it"
+            raise broken_tensor(path, name, why)
         end = following
     if end > data_bytes:
-        raise IncompleteError(
-            f"{printable(path)} is cut short: its header promises {end} bytes of data, the file has"
-            f" {data_bytes}.",
-            "An interrupted save? Leave it out.",
-        )
+        raise cut_short(path, f"its header promises {end} bytes of data, the file has {data_bytes}")
     if end < data_bytes:
-        raise RefusedError(
-            f"{printable(path)} has {data_bytes - end} bytes after its last tensor.",
-            "Damaged, or two files in one? Fetch or save it again.",
+        raise damaged(
+            path,
+            f"has {data_bytes - end} bytes after its last tensor",
+            "Is it damaged, or two files in one? Download or save it again.",
         )

@@ -1,7 +1,7 @@
-"""What a checkpoint's headers tell: names, dtypes, shapes, and where each tensor's bytes lie.
+"""What the headers of a checkpoint hold: names, dtypes, shapes, and where each tensor's bytes lie.
 
-Every format is brought to this one form, elements at an offset in a regular file, so that all of
-them are read by the same positioned reads. Nothing here reads a file.
+Every container is brought to this one form, elements at offsets in regular files, so that the same
+positioned reads serve all of them. Nothing here reads a file.
 """
 
 import math
@@ -11,31 +11,19 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
+from ckpt_ema.notices import Notice
+from ckpt_ema.storage.protocol import Identity
+
 # Bits of one element, for every dtype that a safetensors file can hold, by its name there.
-DTYPE_BITS = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "C64": 64,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
+_OF_BITS = {
+    4: "F4",
+    6: "F6_E2M3 F6_E3M2",
+    8: "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+    16: "I16 U16 F16 BF16",
+    32: "I32 U32 F32",
+    64: "C64 F64 I64 U64",
 }
+DTYPE_BITS = {name: bits for bits, names in _OF_BITS.items() for name in names.split()}
 
 # The dtypes that are averaged, and what torch calls them. All others keep their newest value.
 AVERAGED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -51,17 +39,17 @@ class Role(Enum):
     REFUSED = "refused"  # rules the average out
 
 
-# Elements that one read of a piece may hold for each that is wanted; beyond, reads are split.
+# Elements that a read of a piece may fetch for each one wanted; beyond that, reads are split.
 MOST_READ_PER_WANTED = 4
 
 
 def is_safetensors(name: str) -> bool:
-    """Whether a weights file or index of this name is (of) safetensors."""
+    """Return whether the name is that of a safetensors file, or of an index of such files."""
     return ".safetensors" in name
 
 
 def packed_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of the elements of a tensor, packed.
+    """Return the bytes that a tensor takes without gaps.
 
     >>> packed_bytes("BF16", (2, 3))
     12
@@ -70,7 +58,7 @@ def packed_bytes(dtype: str, shape: Sequence[int]) -> int:
 
 
 class Piece(NamedTuple):
-    """A box of one tensor and where its elements are: a view's, or one chunk of a sharded tensor's.
+    """A box of one tensor and where its elements are: a strided view, or a chunk of a shard.
 
     The element at `starts + i` of the tensor lies `sum(i * strides)` elements after `offset`.
     """
@@ -89,23 +77,23 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
     file: int  # index into Specs.files; of the first piece where there are pieces
     offset: int  # of its first element in that file, in bytes
-    pieces: tuple[Piece, ...] = ()  # that cover the tensor, each element once
+    pieces: tuple[Piece, ...] = ()  # which cover the tensor, each element once
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its elements, packed."""
+        """The bytes of its elements, without gaps."""
         return packed_bytes(self.dtype, self.shape)
 
 
 def spanned(sizes: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from the first to the last of a strided box, both counted; 0 for an empty one."""
+    """Count the elements from the first of a strided box to its last; 0 for an empty box."""
     if 0 in sizes:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
 def packed_strides(sizes: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a row-major box without gaps.
+    """Return the strides of a row-major box without gaps.
 
     >>> packed_strides((4, 3, 2))
     (6, 2, 1)
@@ -117,7 +105,7 @@ def packed_strides(sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def is_packed(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether a box is row-major without gaps; dimensions of size 1 may say anything."""
+    """Return whether a box is row-major without gaps; strides of dimensions of size 1 are free."""
     expected = 1
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
         if size != 1 and stride != expected:
@@ -127,23 +115,23 @@ def is_packed(sizes: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 class Member(NamedTuple):
-    """One model of a checkpoint; nearly all checkpoints have one part."""
+    """One model file of a checkpoint; nearly all checkpoints have one."""
 
-    name: str  # the weights file, the index of shards or DCP's .metadata, relative to the folder
-    prefix: str = ""  # what tells its tensors from those of other parts
+    name: str  # the file, the index of shards or DCP's .metadata, relative to the folder
+    prefix: str = ""  # set before the names of its tensors, to tell them from other members'
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """The weights of one checkpoint: where they are, before anything of them is read."""
+    """Where the model of a checkpoint is, before any of it is read."""
 
-    folder: Path  # the model's folder: what lies beside the weights is here too
+    folder: Path  # companions of the model, such as its configuration, lie here too
     members: tuple[Member, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[Notice, ...] = ()
 
     @property
     def path(self) -> Path:
-        """The file that leads to the first part."""
+        """The file of the first member."""
         return self.folder / self.members[0].name
 
 
@@ -154,22 +142,27 @@ class FileSpec(NamedTuple):
     size_bytes: int
     mtime_ns: int
     digest: str  # SHA-256 of the header (or of the pickled structure), in hex
-    part: int = 0  # index into Specs.prefixes
+    member: int = 0  # index into Specs.prefixes
+
+    @property
+    def identity(self) -> Identity:
+        """What tells it from a later file at the same path."""
+        return Identity(self.size_bytes, self.mtime_ns)
 
 
 @dataclass(frozen=True, slots=True)
 class Specs:
-    """The tensors of one checkpoint, or of one of its files, in the order in which they lie.
+    """The tensors of one checkpoint, or of one of its members, in the order in which they lie.
 
-    A tensor's key is its name, after the prefix of the part that its file belongs to.
+    The key of a tensor is the prefix of its member followed by its name.
     """
 
     tensors: Mapping[str, TensorSpec]
     files: tuple[FileSpec, ...]
-    metadata: tuple[Mapping[str, str], ...]  # of each file: its header's own string-to-string map
-    notes: tuple[str, ...] = ()  # what was ignored while reading, for the report
-    warnings: tuple[str, ...] = ()
-    holes: Mapping[str, int] = field(default_factory=dict)  # of each file that has any, the first
-    recorded: Mapping[str, int] = field(default_factory=dict)  # "step", "epoch": what it says it is
-    prefixes: tuple[str, ...] = ("",)
+    metadata: tuple[Mapping[str, str], ...]  # of each file: its header's string-to-string map
+    notes: tuple[Notice, ...] = ()
+    warnings: tuple[Notice, ...] = ()
+    holes: Mapping[str, int] = field(default_factory=dict)  # path -> offset of its first hole
+    recorded: Mapping[str, int] = field(default_factory=dict)  # its own "step" and "epoch"
+    prefixes: tuple[str, ...] = ("",)  # of the members
     numbers: Mapping[str, float] = field(default_factory=dict)  # beside the model, by dotted path

@@ -1,7 +1,7 @@
 """Files written by `torch.save`, zip archives and the older stream form: where each tensor lies.
 
-The pickled structure is read by `unpickle`, which runs nothing; the tensors stay where they are,
-stored uncompressed, and are read by position like those of any other format. Torch is not needed.
+The pickled structure is read by `pickles`, which runs nothing; the tensors stay where they are,
+stored uncompressed, and are read by position as in any other container. It needs no torch.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from ckpt_ema.containers.pickles import (
     check_lengths,
     what_broke,
 )
+from ckpt_ema.containers.refusals import broken_tensor, check_start, cut_short, damaged
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     FileSpec,
@@ -31,57 +32,71 @@ from ckpt_ema.containers.specs import (
     is_packed,
     spanned,
 )
-from ckpt_ema.errors import IncompleteError, RefusedError, printable, some
+from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
+from ckpt_ema.notices import Notice
 from ckpt_ema.storage.protocol import OpenFile, Storage
 
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
-_PLAIN = ("builtins.", "__builtin__.", "typing.")  # not worth a note
-_START_BYTES = 32  # by which the form of a file is told
+_PLAIN = ("builtins.", "__builtin__.", "_codecs.", "typing.")  # not worth a note
+_ONE_RANK = ("ShardedTensor", "DTensor")  # classes of which each rank's file holds a part
+_START_BYTES = 64
 _MAX_PICKLE_BYTES = 1 << 30
 _MAX_EXPANDED_BYTES = 1 << 20  # of a view with stride 0, where that is more than the whole file
 
 
+def claims(_name: str) -> bool:
+    """Return whether a file of this name is read here: any that no other container claims."""
+    return True
+
+
 def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
-    """The tensors of the model in one torch file, in the order of its state dict.
+    """Return the tensors of the model in one torch file, in the order of its state dict.
 
     `key` is where the model is in it, None to look for it. Raises `IncompleteError` for a file that
-    is cut, `RefusedError` for one that is no torch file, is inconsistent, or holds no model.
+    is cut short, `RefusedError` for one that is not a torch file, is inconsistent, or holds no
+    model.
     """
     with storage.open(path) as file:
         size_bytes = file.identity.size_bytes
-        region = Region(file, 0, size_bytes)
         start = file.read(min(size_bytes, _START_BYTES), 0)
         if start.startswith(b"PK\x03\x04"):
-            root, ignored, digest, locate = _read_zip(path, region)
+            structure = _read_zip(path, Region(file, 0, size_bytes))
         elif start.startswith(b"\x80") and _LEGACY_MAGIC in start:
-            root, ignored, digest, locate = _read_legacy(path, file)
+            structure = _read_legacy(path, file)
         else:
-            raise _no_torch_file(path, start)
-        model = find_model(path, root, key, (PickledTensor, UnreadTensor))
+            check_start(path, start)
+            raise RefusedError(
+                f"{path} is not a file written by torch.save.",
+                "Download or save it again.",
+                code=Code.WRONG_FORMAT,
+                path=path,
+            )
+        model = find_model(path, structure.root, key, (PickledTensor, UnreadTensor))
         tensors = {
-            name: _place(path, name, tensor, locate, size_bytes)
+            name: _place(path, name, tensor, structure.locate, size_bytes)
             for name, tensor in model.values.items()
             if _is_tensor(path, name, tensor)
         }
-        spec = FileSpec(path, *file.identity, digest)
+        spec = FileSpec(path, *file.identity, structure.digest)
         hole = file.first_hole()
-    others = [str(name) for name, value in model.values.items() if name not in tensors]
-    notes = [*model.notes]
-    if others:
-        notes.append(f"left out of the model, being no tensors: {some(others)}")
-    ignored = [name for name in ignored if not name.startswith(_PLAIN)]
-    if ignored:
-        notes.append(f"skipped objects in the files that are no tensors: {some(ignored)}")
     return Specs(
         tensors,
         (spec,),
         ({},),
-        tuple(notes),
-        tuple(model.warnings),
+        (*model.notes, *_left_out(model.values, tensors, structure.ignored)),
+        model.warnings,
         {} if hole is None else {path: hole},
-        recorded(root),
-        numbers=numbers(root),
+        recorded(structure.root),
+        numbers=numbers(structure.root),
     )
+
+
+def _left_out(values: Any, tensors: Any, ignored: list[str]) -> list[Notice]:
+    """Return notes on what is not read: in the model, and beside it."""
+    others = [name for name in values if name not in tensors]
+    classes = [name for name in ignored if not name.startswith(_PLAIN)]
+    rows = (("Not tensors, so not in the average", others), ("Pickled objects not read", classes))
+    return [Notice(Code.LEFT_OUT, f"{what}: {some(names)}.") for what, names in rows if names]
 
 
 class Region(NamedTuple):
@@ -93,40 +108,43 @@ class Region(NamedTuple):
 
 
 def read_tensor(path: str, region: Region) -> TensorSpec:
-    """Where the one tensor is that was saved by itself in a range of the file at `path`.
+    """Return where the one tensor is that was saved by itself in a range of the file at `path`.
 
     Raises `RefusedError` for anything else.
     """
-    root, _, _, locate = _read_zip(path, region)
-    if not isinstance(root, PickledTensor):
-        raise RefusedError(f"{printable(path)} has something else where a tensor was expected.")
-    return _place(path, f"at byte {region.start}", root, locate, region.size_bytes)
+    structure = _read_zip(path, region)
+    if not isinstance(structure.root, PickledTensor):
+        raise damaged(path, "has something else where a tensor was expected")
+    name = f"at byte {region.start}"
+    return _place(path, name, structure.root, structure.locate, region.size_bytes)
 
 
 def _is_tensor(path: str, name: str, value: object) -> bool:
-    """Whether it is a tensor that can be read; raises for one that can not."""
-    if isinstance(value, UnreadTensor):
-        raise RefusedError(
-            f"{printable(path)}: tensor {printable(name)} is of a kind that safetensors cannot hold"
-            f" ({printable(value.name)}: sparse, quantised, without data, or a"
-            " DTensor, of which each rank's file has a part).",
-            "Save it dense, or leave it out of the state dict.",
+    """Return whether it is a tensor; raises `RefusedError` for one that cannot be read."""
+    if not isinstance(value, UnreadTensor):
+        return isinstance(value, PickledTensor)
+    if value.name.endswith(_ONE_RANK):
+        why = f"is a {value.name}, of which each rank's file holds a part"
+        hint = "Save the full state dict, or use torch.distributed.checkpoint."
+    else:
+        why = (
+            f"is of a kind that safetensors cannot hold ({value.name}: sparse, quantised or without"
+            " data)"
         )
-    return isinstance(value, PickledTensor)
+        hint = "Save it dense, or leave it out of the state dict."
+    raise broken_tensor(path, name, why, hint, Code.UNREADABLE_TENSOR)
 
 
-_Locate = Callable[[PickledStorage], int]  # the position in the file of a storage's first byte
-_Structure = tuple[Any, list[str], str, _Locate]
+_Locate = Callable[[PickledStorage], int]  # returns the position of a storage's first byte
 
 
-def _no_torch_file(path: str, start: bytes) -> RefusedError:
-    if not start:
-        return IncompleteError(f"{printable(path)} is empty.", "An interrupted save? Leave it out.")
-    if start.startswith(b"version https"):
-        return RefusedError(f"{printable(path)} is a Git LFS pointer.", "Run `git lfs pull`.")
-    return RefusedError(
-        f"{printable(path)} is not a file written by torch.save.", "Fetch or save it again."
-    )
+class _Structure(NamedTuple):
+    """What a torch file holds, and how its tensors are found."""
+
+    root: Any
+    ignored: list[str]  # classes and functions
+    digest: str
+    locate: _Locate
 
 
 def _read_zip(path: str, region: Region) -> _Structure:
@@ -134,42 +152,48 @@ def _read_zip(path: str, region: Region) -> _Structure:
     roots = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise RefusedError(
-            f"{printable(path)} is a zip file without one data.pkl, not written by torch.save."
+            f"{path} is a zip file without one data.pkl, not written by torch.save.",
+            code=Code.WRONG_FORMAT,
+            path=path,
         )
     prefix = roots[0].removesuffix("data.pkl")
 
     def record(name: str) -> bytes:
         info = records[prefix + name]
         if info.file_size > _MAX_PICKLE_BYTES:
-            raise RefusedError(f"{printable(path)}: its {name} is too large to be a structure.")
+            raise damaged(path, f"has a {name} of {info.file_size} bytes, which is no structure")
         return region.file.read(info.file_size, _data_start(path, region, info))
 
     if prefix + "byteorder" in records and record("byteorder") != b"little":
-        raise RefusedError(f"{printable(path)} was saved on a big-endian machine.")
+        raise _big_endian(path)
     pickled = record("data.pkl")
     root, unpickler = _unpickle(path, io.BytesIO(pickled))
 
     def locate(storage: PickledStorage) -> int:
         info = records.get(f"{prefix}data/{storage.key}")
         if info is None or info.file_size < _storage_bytes(storage):
-            raise RefusedError(
-                f"{printable(path)} is damaged: storage {printable(storage.key)} is missing or"
-                " shorter than declared."
-            )
+            why = f"is damaged: storage {storage.key} is missing or shorter than declared"
+            raise damaged(path, why)
         return _data_start(path, region, info)
 
-    return root, unpickler.ignored, hashlib.sha256(pickled).hexdigest(), locate
+    return _Structure(root, unpickler.ignored, hashlib.sha256(pickled).hexdigest(), locate)
+
+
+def _big_endian(path: str) -> RefusedError:
+    return RefusedError(
+        f"{path} was saved on a big-endian machine.", code=Code.WRONG_FORMAT, path=path
+    )
 
 
 class _RegionStream(io.RawIOBase):
-    """A range of a file, as a stream for the zip library."""
+    """A range of a file, as a stream for the zip library and the unpickler."""
 
     def __init__(self, region: Region) -> None:
         self._region = region
         self._position = 0
 
     def seekable(self) -> bool:
-        """It can be moved in."""
+        """Return that it has positions."""
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
@@ -180,27 +204,16 @@ class _RegionStream(io.RawIOBase):
         self._position = start + offset
         return self._position
 
-    def tell(self) -> int:
-        """Where it is."""
-        return self._position
-
     def readable(self) -> bool:
-        """It can be read."""
+        """Return that it can be read."""
         return True
 
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer, or less of it at the end of the range."""
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def read(self, count: int = -1) -> bytes:
-        """At most `count` bytes, fewer at the end of the range."""
-        left = max(0, self._region.size_bytes - self._position)
-        count = left if count < 0 else min(count, left)
-        data = self._region.file.read(count, self._region.start + self._position)
-        self._position += len(data)
-        return data
+        count = max(0, min(len(buffer), self._region.size_bytes - self._position))
+        buffer[:count] = self._region.file.read(count, self._region.start + self._position)
+        self._position += count
+        return count
 
 
 def _zip_records(path: str, region: Region) -> dict[str, zipfile.ZipInfo]:
@@ -208,29 +221,26 @@ def _zip_records(path: str, region: Region) -> dict[str, zipfile.ZipInfo]:
         with zipfile.ZipFile(_RegionStream(region)) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, OSError) as error:
-        raise IncompleteError(
-            f"{printable(path)} is cut short or damaged: its zip directory cannot be read.",
-            "An interrupted save? Leave it out.",
-        ) from error
+        raise cut_short(path, "its zip directory cannot be read", or_damaged=True) from error
     records = {info.filename: info for info in infos}
     if any(name.endswith("/constants.pkl") for name in records):
         raise RefusedError(
-            f"{printable(path)} is a TorchScript archive, a program and not a checkpoint.",
+            f"{path} is a TorchScript archive, a program and not a checkpoint.",
             "Save the model's state_dict() instead.",
+            code=Code.NOT_A_CHECKPOINT,
+            path=path,
         )
     stored = all(
         info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
         for info in infos
     )
     if len(records) != len(infos) or not stored:
-        raise RefusedError(
-            f"{printable(path)} has compressed or repeated records, which torch.save never writes."
-        )
+        raise damaged(path, "has compressed or repeated records, which torch.save never writes")
     return records
 
 
 def _data_start(path: str, region: Region, info: zipfile.ZipInfo) -> int:
-    """Where in the file a record's bytes begin, after a local header whose own lengths count."""
+    """Return where a record's bytes begin, after a local header whose own lengths count."""
     offset, end = region.start + info.header_offset, region.start + region.size_bytes
     inside = region.start <= offset <= end - 30
     header = region.file.read(30, offset) if inside else b""
@@ -238,15 +248,13 @@ def _data_start(path: str, region: Region, info: zipfile.ZipInfo) -> int:
     extra_bytes = int.from_bytes(header[28:30], "little")
     start = offset + 30 + name_bytes + extra_bytes
     if not header.startswith(b"PK\x03\x04") or start + info.file_size > end:
-        raise RefusedError(
-            f"{printable(path)} is damaged: record {printable(info.filename)} is not where its"
-            " directory says."
-        )
+        why = f"is damaged: record {info.filename} is not where its directory has it"
+        raise damaged(path, why)
     return start
 
 
 def _read_legacy(path: str, file: OpenFile) -> _Structure:
-    """The form before torch 1.6: pickles one after the other, then every storage's bytes."""
+    """Read the form before torch 1.6: pickles one after the other, then every storage's bytes."""
     size_bytes = file.identity.size_bytes
     whole = _RegionStream(Region(file, 0, size_bytes))
     with cast(IO[bytes], io.BufferedReader(whole)) as stream:
@@ -254,7 +262,7 @@ def _read_legacy(path: str, file: OpenFile) -> _Structure:
         _unpickle(path, stream)  # the protocol's version
         system, _ = _unpickle(path, stream)
         if not isinstance(system, dict) or system.get("little_endian") is not True:
-            raise RefusedError(f"{printable(path)} was saved on a big-endian machine.")
+            raise _big_endian(path)
         root_start = stream.tell()
         root, unpickler = _unpickle(path, stream)
         keys, _ = _unpickle(path, stream)
@@ -264,21 +272,16 @@ def _read_legacy(path: str, file: OpenFile) -> _Structure:
     for key in keys if isinstance(keys, list) else []:
         storage = unpickler.storages.get(key) if isinstance(key, str) else None
         if storage is None:
-            raise RefusedError(
-                f"{printable(path)} is damaged: it lists a storage that its structure lacks."
-            )
+            raise damaged(path, "is damaged: it lists a storage that its structure lacks")
         starts[storage.key] = position + 8  # a count of elements comes first
         position += 8 + _storage_bytes(storage)
 
     def locate(storage: PickledStorage) -> int:
         if starts.get(storage.key, size_bytes) + _storage_bytes(storage) > size_bytes:
-            raise IncompleteError(
-                f"{printable(path)} is cut short: storage {printable(storage.key)} is not whole.",
-                "An interrupted save? Leave it out.",
-            )
+            raise cut_short(path, f"storage {storage.key} is incomplete")
         return starts[storage.key]
 
-    return root, unpickler.ignored, digest.hexdigest(), locate
+    return _Structure(root, unpickler.ignored, digest.hexdigest(), locate)
 
 
 def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, TensorUnpickler]:
@@ -288,31 +291,32 @@ def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, TensorUnpickler]:
         return unpickler.load(), unpickler
     except UnfitTensorError as error:
         raise RefusedError(
-            f"{printable(path)} holds a tensor of a kind that safetensors cannot hold"
-            f" ({printable(error)}).",
+            f"{path} holds a tensor of a kind that safetensors cannot hold ({error}).",
             "Leave it out of what is saved.",
+            code=Code.UNREADABLE_TENSOR,
+            path=path,
         ) from error
     except BROKEN_PICKLE as error:
         is_cut = isinstance(error, EOFError) or "truncated" in str(error)
         raise (IncompleteError if is_cut else RefusedError)(
-            f"{printable(path)} is cut short or damaged: its structure cannot be read"
-            f" ({what_broke(error)})."
+            f"{path} is cut short or damaged: its structure cannot be read ({what_broke(error)}).",
+            code=Code.CUT_SHORT if is_cut else Code.DAMAGED,
+            path=path,
         ) from error
 
 
 def _place(
     path: str, name: str, tensor: PickledTensor, locate: _Locate, file_bytes: int
 ) -> TensorSpec:
-    """Where a tensor's elements are, checked to lie inside its storage."""
+    """Return where a tensor's elements are, checked to lie inside its storage."""
     dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides
     item_bytes = DTYPE_BITS[dtype] // 8
     start = tensor.offset * item_bytes
     size_bytes = math.prod(shape) * item_bytes
     end = start + spanned(shape, strides) * item_bytes
     if end > _storage_bytes(tensor.storage) or size_bytes > max(file_bytes, _MAX_EXPANDED_BYTES):
-        raise RefusedError(
-            f"{printable(path)}: tensor {printable(name)} reaches beyond its storage; the file is"
-            " damaged or not what it seems."
+        raise broken_tensor(
+            path, name, "reaches beyond its storage", "Download or save the file again."
         )
     if not size_bytes:
         return TensorSpec(dtype, shape, 0, 0)

@@ -1,7 +1,7 @@
-"""What checkpoints tell of how good they are: a metric's value for each, and which way is better.
+"""Metrics of checkpoints for `--best`, and whether lower or higher is better.
 
-Asked for by `--best`. The values are those that a trainer wrote: its log in `trainer_state.json`,
-results beside the weights, the name of the checkpoint, or plain numbers in a torch file.
+Values come from what a trainer wrote: its log in `trainer_state.json`, results beside the weights,
+the name of the checkpoint, or plain numbers in a torch file.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.containers.source import Source
-from ckpt_ema.errors import IncompleteError, OptionError, RefusedError, printable, some
+from ckpt_ema.errors import Code, IncompleteError, OptionError, RefusedError, some
+from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint
 from ckpt_ema.find.names import stem_of
-from ckpt_ema.find.order import STEP_UNITS, Checkpoint
 from ckpt_ema.trainers import conventions
 
 _LOWER_IS_BETTER = re.compile(
@@ -34,10 +34,10 @@ Metrics = Mapping[str, float]
 def metric_values(
     checkpoints: Sequence[Checkpoint], run: Sequence[Path], metric: str, source: Source
 ) -> list[float]:
-    """The value of `metric` for each checkpoint; the logs in all folders of the run may tell it.
+    """Return the value of `metric` for each checkpoint, from the logs of the whole run too.
 
-    A name without `eval_` also finds the metric that has it, as with transformers. Raises
-    `RefusedError` if it is missing or NaN for some, with what was found.
+    A name without `eval_` also finds the metric with it, as in transformers. Raises `RefusedError`
+    if the metric is missing or NaN for some, with what was found.
     """
     logged = _logs(run, source)
     found = []
@@ -48,8 +48,9 @@ def metric_values(
     if name is None:
         known = sorted(set().union(*found))
         raise RefusedError(
-            f"No checkpoint tells {printable(metric)}; they tell"
-            f" {some(known, 8) if known else 'no metric at all'}."
+            f"no checkpoint records {metric!r};"
+            f" {f'they record {some(known, 8)}' if known else 'no metrics found'}.",
+            code=Code.NO_METRIC,
         )
     names = [checkpoint.name for checkpoint in checkpoints]
     values = [one.get(name) for one in found]
@@ -58,17 +59,18 @@ def metric_values(
     for problem, guilty in (("missing", missing), ("NaN", undefined)):
         if guilty:
             raise RefusedError(
-                f"{printable(name)} is {problem} for {len(guilty)} of {len(names)} checkpoints:"
+                f"{name} is {problem} for {len(guilty)} of {len(names)} checkpoints:"
                 f" {some(guilty)}.",
-                "Leave them out with --exclude, or choose without --best.",
+                "Leave these out with --exclude, or choose without --best.",
+                code=Code.NO_METRIC,
             )
     return [value for value in values if value is not None]
 
 
 def higher_is_better(metric: str, mode: str) -> bool:
-    """Which way a metric is better: as `mode` says ("min", "max") or, for "auto", by its name.
+    """Return whether higher is better, by `mode` ("min", "max") or, for "auto", by the name.
 
-    Raises `OptionError` where neither tells.
+    Raises `OptionError` if the name does not show it.
 
     >>> higher_is_better("eval_loss", "auto"), higher_is_better("val/top1", "auto")
     (False, True)
@@ -80,14 +82,15 @@ def higher_is_better(metric: str, mode: str) -> bool:
     higher = any(_HIGHER_IS_BETTER.match(word) for word in words)
     if lower == higher:
         raise OptionError(
-            f"Whether a high or a low {printable(metric)} is good is not known by its name.",
-            "Say it with --metric-mode max or --metric-mode min.",
+            f"cannot tell from its name whether a high or a low {metric} is better.",
+            "Add --metric-mode max or --metric-mode min.",
+            code=Code.CONFLICTING_OPTIONS,
         )
     return higher
 
 
 def _metrics(checkpoint: Checkpoint, source: Source) -> Metrics:
-    """What one checkpoint tells by itself; what is told closest to the weights wins."""
+    """Return what one checkpoint has by itself; values closest to the weights win."""
     path = checkpoint.path
     found: dict[str, float] = {}
     if source.storage.is_folder(path):
@@ -98,13 +101,13 @@ def _metrics(checkpoint: Checkpoint, source: Source) -> Metrics:
         for extension, content in (("json", _json), ("yaml", _yaml)):
             beside = path.with_name(f"{stem_of(path.name)}.{extension}")
             found.update(_numbers(content(beside, source)))
-        with contextlib.suppress(IncompleteError):  # of which those who are chosen will be asked
+        with contextlib.suppress(IncompleteError):  # judged if it is chosen
             found.update(source.read(checkpoint.model).numbers)
     return {**found, **_named(checkpoint.name)}
 
 
 def _logs(folders: Sequence[Path], source: Source) -> dict[int | None, dict[str, float]]:
-    """What `trainer_state.json` has logged, by step; that of a later checkpoint has it all."""
+    """Return what `trainer_state.json` has logged, by step; a later checkpoint has all of it."""
     logged: dict[int | None, dict[str, float]] = {}
     for folder in folders:
         state = _json(folder / conventions.TRAINER_STATE, source)
@@ -117,7 +120,7 @@ def _logs(folders: Sequence[Path], source: Source) -> dict[int | None, dict[str,
 
 
 def _named(name: str) -> Metrics:
-    """The metrics in a name, as Lightning writes them: `epoch=3-val_loss=0.12.ckpt`.
+    """Return the metrics in a name, as Lightning writes them: `epoch=3-val_loss=0.12.ckpt`.
 
     >>> _named("epoch=3-val_loss=-1e-2.ckpt")
     {'val_loss': -0.01}
@@ -136,7 +139,7 @@ def _numbers(content: Mapping[str, Any]) -> Metrics:
 
 
 def _json(path: Path, source: Source) -> Mapping[str, Any]:
-    """The object in a JSON file, empty if there is none."""
+    """Return the object in a JSON file, empty if there is none."""
     try:
         content = json.loads(source.storage.read(path) or b"")
     except (ValueError, RecursionError):
@@ -145,7 +148,7 @@ def _json(path: Path, source: Source) -> Mapping[str, Any]:
 
 
 def _yaml(path: Path, source: Source) -> Mapping[str, Any]:
-    """The numbers at the top of a YAML file, empty if there is none."""
+    """Return the numbers at the top of a YAML file, empty if there is none."""
     return dict(_yaml_numbers((source.storage.read(path) or b"").decode("utf-8", "replace")))
 
 

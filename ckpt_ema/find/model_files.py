@@ -1,57 +1,58 @@
-"""Where in a checkpoint its weights are: which files, in which folder, by names alone.
+"""Where the model is in a checkpoint: which files, in which folder, by names alone.
 
-The order in which names are tried is that of the loaders. Where a checkpoint holds two forms of its
-model, it stops and says which option chooses.
+Names are tried in the order of the loaders. A checkpoint with two forms of its model is refused
+with the option that chooses.
 """
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Member, ModelFiles
-from ckpt_ema.errors import RefusedError, printable, some
+from ckpt_ema.errors import Code, RefusedError, some
+from ckpt_ema.notices import Notice
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 
-_MOST_NAMES = 1000  # looked at for the sign of a form that is not read
-_MOST_DEPTH = 5
+_DEEPEST = 5  # folders deep that signs of another format are looked for
 
 
 @dataclass(frozen=True, slots=True)
-class Blocked:
-    """A checkpoint in a form that is not read."""
+class Unsupported:
+    """A checkpoint in a format that is not read."""
 
     what: str
     instead: str
 
-    def error(self, path: Path) -> RefusedError:
-        """The refusal, of the checkpoint at `path`."""
-        return RefusedError(f"{printable(path)} is {self.what}.", self.instead)
+    def refusal(self, path: Path) -> RefusedError:
+        """Return the error for the checkpoint at `path`."""
+        return RefusedError(
+            f"{path} is {self.what}.", self.instead, code=Code.UNSUPPORTED_FORMAT, path=path
+        )
 
 
-def locate(path: Path, source: Source, *, depth: int = _MOST_DEPTH) -> ModelFiles | Blocked | None:
-    """The weights of the checkpoint file or folder at `path`; None if it holds none.
+Located = ModelFiles | Unsupported | None
 
-    `depth` is how many folders deep to look for the sign of a form that is not read.
-    Raises `RefusedError` if it holds two forms of its weights and nothing says which.
+
+def locate(path: Path, source: Source, *, depth: int = _DEEPEST) -> Located:
+    """Return the model files of the checkpoint file or folder at `path`; None without any.
+
+    `depth` is how many folders deep to look for signs of another format. Raises `RefusedError` if
+    there are two forms of the model and no option chooses.
     """
     if not source.storage.is_folder(path):
-        blocked = _sign_of_another_form([path.name])
-        if (
-            blocked
-            or not conventions.WEIGHTS_EXTENSION.search(path.name)
-            or source.reading.component
-        ):
-            return blocked  # a file has no components; --key looks inside
+        unsupported = _unsupported([path.name])
+        is_weights = conventions.WEIGHTS_EXTENSION.search(path.name)
+        if unsupported or not is_weights or source.reading.component:
+            return unsupported  # a file has no components; --key looks inside
         return ModelFiles(path.parent, (Member(path.name),))
     if source.reading.component:
         return _component(path, source.reading.component, source)
     names = source.storage.names(path)
     if conventions.DCP_METADATA in names and "meta.pt" in names:
-        return _sign_of_another_form(["meta.pt"])
+        return _unsupported(["meta.pt"])
     return (
         _in_folder(path, source, names)
         or _pipeline(path, source)
@@ -64,26 +65,26 @@ def locate(path: Path, source: Source, *, depth: int = _MOST_DEPTH) -> ModelFile
 def _in_folder(folder: Path, source: Source, names: set[str] | None = None) -> ModelFiles | None:
     names = source.storage.names(folder) if names is None else names
     main = _model_file(folder, names, source)
-    parts = [Member(main), *_further_models(names)] if main else []
+    members = [Member(main), *_further_models(names)] if main else []
     if conventions.MODULES_LIST in names:
-        parts += _modules(folder, source)
-    return ModelFiles(folder, tuple(parts)) if parts else None
+        members += _modules(folder, source)
+    return ModelFiles(folder, tuple(members)) if members else None
 
 
 def _model_file(folder: Path, names: set[str], source: Source) -> str | None:
-    """The name of the file or index to read in a folder, as its loader would choose."""
+    """Return the name of the file or index to read in a folder, as its loader would choose."""
     wanted = source.reading.form
     adapters = [name for name in conventions.ADAPTER_FILES if name in names]
     models = [name for name in conventions.OTHER_MODEL_FILES if name in names]
     for single in reversed(conventions.MODEL_FILES):
         forms = [name for name in (single, single + conventions.INDEX_SUFFIX) if name in names]
-        if len(forms) == 2 and wanted not in ("single", "sharded"):
+        if len(forms) == 2 and wanted == "auto":
             raise _two_forms(folder, *forms)
         if len(forms) == 2:
             forms = [forms[wanted == "sharded"]]
         models = forms + models
     if not models and not adapters:
-        # Shards whose index, which is written last, is missing: an unfinished save.
+        # Shards without their index, which is written last: an unfinished save.
         sharded = {conventions.SHARD_OF_SEVERAL.sub("", name) for name in names}
         models = [
             one + conventions.INDEX_SUFFIX for one in conventions.MODEL_FILES if one in sharded
@@ -92,17 +93,21 @@ def _model_file(folder: Path, names: set[str], source: Source) -> str | None:
         return adapters[0] if adapters else None
     if adapters and wanted == "auto":
         raise RefusedError(
-            f"{printable(folder)} holds both a model ({models[0]}) and an adapter ({adapters[0]}).",
+            f"{folder} holds both a model ({models[0]}) and an adapter ({adapters[0]}).",
             "Choose one with --form single (or sharded) or --form adapter.",
+            code=Code.SEVERAL_MODELS,
+            path=folder,
         )
     return models[0]
 
 
 def _two_forms(folder: Path, single: str, index: str) -> RefusedError:
     return RefusedError(
-        f"{printable(folder)} holds both {single} and {index}: one of them is stale, and loaders"
-        f" take {single}.",
+        f"{folder} holds both {single} and {index}: one of them is stale, and loaders take"
+        f" {single}.",
         "Remove the stale one, or choose with --form single or --form sharded.",
+        code=Code.SEVERAL_MODELS,
+        path=folder,
     )
 
 
@@ -116,29 +121,36 @@ def _further_models(names: set[str]) -> list[Member]:
 
 
 def _modules(folder: Path, source: Source) -> list[Member]:
-    """The modules of a model that have weights and a folder of their own, in the list's order."""
+    """Return the modules of a model that have a folder with weights, in the order of their list."""
+    listing = folder / conventions.MODULES_LIST
     try:
-        listed = json.loads(source.storage.read(folder / conventions.MODULES_LIST) or b"")
+        modules = json.loads(source.storage.read(listing) or b"")
     except (ValueError, RecursionError) as error:
-        raise RefusedError(f"{printable(folder / conventions.MODULES_LIST)} is no list.") from error
-    parts = []
-    for module in listed if isinstance(listed, list) else []:
+        raise RefusedError(
+            f"{listing} is not JSON.", code=Code.WRONG_FORMAT, path=listing
+        ) from error
+    members = []
+    for module in modules if isinstance(modules, list) else []:
         name = module.get("path") if isinstance(module, dict) else None
-        if isinstance(name, str) and name and os.path.basename(name) == name and name != "..":
-            inside = folder / name
-            file = (
-                _model_file(inside, source.storage.names(inside), source)
-                if inside.is_dir()
-                else None
-            )
-            if file:
-                parts.append(Member(f"{name}/{file}", f"{name}/"))
-    return parts
+        if isinstance(name, str) and name != ".." and os.path.basename(name) == name != "":
+            members += _member(folder, name, source)
+    return members
 
 
-def _component(path: Path, component: str, source: Source) -> ModelFiles | Blocked | None:
+def _member(folder: Path, name: str, source: Source) -> list[Member]:
+    """Return the model in a folder of the checkpoint, if there is one."""
+    inside = folder / name
+    if not source.storage.is_folder(inside):
+        return []
+    file = _model_file(inside, source.storage.names(inside), source)
+    return [Member(f"{name}/{file}", f"{name}/")] if file else []
+
+
+def _component(path: Path, component: str, source: Source) -> Located:
     if not component or component in (".", "..") or "/" in component:
-        raise RefusedError(f"--component {printable(component)!r} is not the name of a folder.")
+        raise RefusedError(
+            f"--component {component!r} is not the name of a folder.", code=Code.INVALID_OPTION
+        )
     if conventions.COMPONENT.search(component.removesuffix("_ema")):
         return _pipeline(path, source, component)
     inside = path / component
@@ -147,7 +159,7 @@ def _component(path: Path, component: str, source: Source) -> ModelFiles | Block
             _in_folder(inside, source)
             or _in_model_folder(inside, source)
             or _distributed(inside, source)
-            or _sign_of_another_form(list(_names_below(inside, _MOST_DEPTH)))
+            or _unsupported(_names_below(inside, _DEEPEST, source))
         )
     files = [
         name
@@ -159,26 +171,16 @@ def _component(path: Path, component: str, source: Source) -> ModelFiles | Block
 
 
 def _pipeline(path: Path, source: Source, component: str | None = None) -> ModelFiles | None:
-    """The parts of a diffusers checkpoint: folders with a model each."""
+    """Return the models of a diffusers checkpoint, each in a folder of its own."""
     names = sorted(source.storage.names(path))
     chosen = [
         n for n in names if n == component or (not component and conventions.COMPONENT.search(n))
     ]
-    parts = []
-    for name in chosen:
-        if source.storage.is_folder(path / name):
-            file = _model_file(path / name, source.storage.names(path / name), source)
-            if file:
-                parts.append(Member(f"{name}/{file}", f"{name}/"))
-    averaged = [
-        name for name in names if name.removesuffix("_ema") in chosen and name not in chosen
-    ]
-    notes = (
-        [f"{some(averaged)} holds weights that are averaged already; the raw ones are taken"]
-        if averaged
-        else []
-    )
-    return ModelFiles(path, tuple(parts), tuple(notes)) if parts else None
+    members = [member for name in chosen for member in _member(path, name, source)]
+    averaged = [n for n in names if n.removesuffix("_ema") in chosen and n not in chosen]
+    taken = f"{some(averaged)} holds averaged weights; the raw ones are used."
+    notes = (Notice(Code.DECIDED, taken),) if averaged else ()
+    return ModelFiles(path, tuple(members), notes) if members else None
 
 
 def _in_model_folder(path: Path, source: Source) -> ModelFiles | None:
@@ -190,67 +192,59 @@ def _in_model_folder(path: Path, source: Source) -> ModelFiles | None:
     return None
 
 
-def _distributed(path: Path, source: Source) -> ModelFiles | Blocked | None:
-    """What torch.distributed.checkpoint wrote, in the checkpoint or a folder of it."""
+def _distributed(path: Path, source: Source) -> Located:
+    """Return what torch.distributed.checkpoint wrote, in the checkpoint or a folder of it."""
     for name in conventions.DCP_FOLDERS:
         metadata = os.path.join(name, conventions.DCP_METADATA)
         names = (
             source.storage.names(path / name) if source.storage.is_folder(path / name) else set()
         )
-        # Without metadata, which is written last, it is an unfinished save of the same kind.
+        # Without .metadata, which is written last, it is an unfinished save of the same format.
         if conventions.DCP_METADATA in names or any(file.endswith(".distcp") for file in names):
             if "common.pt" in names or source.storage.is_folder(path / "context"):
-                return _sign_of_another_form(["common.pt", "context/"])
+                return _unsupported(["common.pt", "context/"])
             if name in conventions.MODEL_FOLDERS:
                 return ModelFiles(path / name, (Member(conventions.DCP_METADATA),))
             return ModelFiles(path, (Member(metadata),))
     return None
 
 
-def _unusual(path: Path, depth: int, source: Source) -> ModelFiles | Blocked | None:
-    """What a folder holds that has none of the usual names, by the names of all files in it."""
-    names = list(_names_below(path, depth))
-    return (
-        _sign_of_another_form(names, certain_only=True)
-        or _only_file(path, source)
-        or _sign_of_another_form(names)
-    )
+def _unusual(path: Path, depth: int, source: Source) -> Located:
+    """Return what a folder without any of the usual names holds, by the names of all its files."""
+    names = _names_below(path, depth, source)
+    return _unsupported(names, certain_only=True) or _only_file(path, source) or _unsupported(names)
 
 
 def _only_file(path: Path, source: Source) -> ModelFiles | None:
-    """The one weights file of a folder without any of the usual names."""
+    """Return the only weights file of a folder without any of the usual names."""
     files = [
         name
         for name in source.storage.names(path)
         if conventions.WEIGHTS_EXTENSION.search(name)
         and name not in conventions.FOLDER_WEIGHTS
-        and not any(pattern.search(name) for pattern in conventions.NOT_A_STEP.values())
+        and not any(pattern.search(name) for pattern in conventions.NOT_A_MODEL)
         and not conventions.STAYS_BEHIND.search(name)
         and source.storage.kind(path / name) is Kind.FILE
     ]
     return ModelFiles(path, (Member(files[0]),)) if len(files) == 1 else None
 
 
-def _sign_of_another_form(names: list[str], *, certain_only: bool = False) -> Blocked | None:
+def _unsupported(names: list[str], *, certain_only: bool = False) -> Unsupported | None:
     for refusal in conventions.REFUSALS:
         if certain_only and not refusal.is_certain:
             continue
         if any(refusal.name.search(name) for name in names):
-            return Blocked(refusal.what, refusal.instead)
+            return Unsupported(refusal.what, refusal.instead)
     return None
 
 
-def _names_below(folder: Path, depth: int) -> Iterator[str]:
-    """Names of files in a folder, relative to it; not too many, at most `depth` folders deep."""
-    count = 0
-    for root, folders, files in os.walk(folder):
-        prefix = os.path.relpath(root, folder) + "/" if root != str(folder) else ""
-        if prefix.count("/") >= depth:
-            folders.clear()
-        for name in sorted(files):
-            count += 1
-            # State of the training is in many forms beside models that are read.
-            if not conventions.STAYS_BEHIND.search(name):
-                yield prefix + name
-        if count > _MOST_NAMES:
-            return
+def _names_below(folder: Path, depth: int, source: Source) -> list[str]:
+    """Return names of files in a folder, relative to it, but for training state.
+
+    Training state comes in many formats beside models that are read.
+    """
+    return [
+        name
+        for name in source.storage.files_below(folder, depth)
+        if not conventions.STAYS_BEHIND.search(os.path.basename(name))
+    ]

@@ -1,225 +1,179 @@
-"""Putting the entries of a run in training order, by what they say of themselves or by their names.
+"""Training order: by what checkpoints record of themselves, or by their names.
 
 What a trainer wrote inside a checkpoint comes first, then the words in its name (step, epoch), then
 the one number that varies from name to name. Text order and modification times never order.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 
-from ckpt_ema.containers.source import Source
-from ckpt_ema.containers.specs import ModelFiles, Specs, is_safetensors
-from ckpt_ema.errors import IncompleteError, RefusedError, printable
-from ckpt_ema.find.names import numbers_in, slots_in, stem_of
+from ckpt_ema.errors import Code, RefusedError
+from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint
+from ckpt_ema.find.entries import Entry
+from ckpt_ema.find.names import captures_step, slots_in
 from ckpt_ema.find.recorded import recorded_beside
 from ckpt_ema.options import Selection
 from ckpt_ema.trainers import conventions
 
-Read = Callable[[ModelFiles], Specs]
-
-# Units of numbers in names that may count steps; others do not.
-STEP_UNITS = ("step", "checkpoint", "number")
+_Keys = tuple[str, list[int]]  # what is counted, and the number of each entry
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """One saved state of the model: a folder, or a file that holds the model by itself."""
+def ordered(entries: Sequence[Entry], selection: Selection) -> list[Checkpoint]:
+    """Return the entries of one series as checkpoints, oldest first.
 
-    path: Path
-    step: int | None  # in `unit`
-    model: ModelFiles
-    unit: str = "step"  # what the trainer counts: "step", "epoch", "save" (an index), ...
-    name: str = ""  # what to call it; that of its path unless given
-    is_given: bool = False  # a person named it, so it is never left out in passing
-
-    def __post_init__(self) -> None:
-        """Take the name of the path."""
-        object.__setattr__(self, "name", self.name or self.path.name)
-
-
-@dataclass(slots=True)
-class Entry:
-    """A checkpoint whose place is not known yet."""
-
-    path: Path
-    model: ModelFiles
-    label: str = ""  # what gives its numbers, if not the name of its path
-    stem: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Take the name apart."""
-        self.label = self.label or self.path.name
-        stem = stem_of(self.label)
-        self.stem = conventions.VERSION.sub("", stem) if self.label.endswith(".ckpt") else stem
-
-    @property
-    def is_version(self) -> bool:
-        """Whether Lightning gave it a suffix, since its name was taken."""
-        return self.stem != stem_of(self.label)
-
-
-def recorded_of(entry: Entry, source: Source, *, inside: bool) -> dict[str, int]:
-    """What an entry says of its place; `inside`: also what torch files say, which have to be read.
-
-    An incomplete file says nothing.
+    Raises `RefusedError` if nothing orders them, if names and records disagree, or if two are the
+    same step.
     """
-    found = recorded_beside(entry.path, stem_of(entry.path.name), source).numbers
-    if found or source.storage.is_folder(entry.path):
-        return found
-    if inside or is_safetensors(entry.path.name):
-        try:
-            return dict(source.read(entry.model).recorded)
-        except IncompleteError:
-            pass
-    return {}
-
-
-def ordered(entries: Sequence[Entry], selection: Selection, source: Source) -> list[Checkpoint]:
-    """The entries of one series as checkpoints, oldest first.
-
-    Raises `RefusedError` if nothing orders them, if what they say contradicts their names, or if
-    two are the same step.
-    """
-    unit, keys = _keys(entries, selection, source)
-    rows = sorted(zip(keys, entries, strict=True), key=lambda row: (row[0], row[1].label))
-    checkpoints = []
-    for key, entry in rows:
-        step = None if unit == "time" else key
-        checkpoints.append(Checkpoint(entry.path, step, entry.model, unit, entry.label))
+    unit, keys = _keys(entries, selection)
+    rows = sorted(zip(keys, entries, strict=True), key=lambda row: (row[0], row[1].name))
     for (key, earlier), (next_key, later) in pairwise(rows):
         if key == next_key:
-            raise _same_step(earlier, later, unit, key)
-    return checkpoints
+            raise RefusedError(
+                f"{earlier.name} and {later.name} are both {unit} {key}.",
+                "Choose with --pattern, or pass the checkpoints that belong together, oldest"
+                " first.",
+                code=Code.SAME_STEP,
+                path=earlier.path,
+            )
+    return [as_checkpoint(entry, unit, None if unit == "time" else key) for key, entry in rows]
 
 
-def _keys(entries: Sequence[Entry], selection: Selection, source: Source) -> tuple[str, list[int]]:
-    """What is counted, and each entry's number."""
-    matches = [re.search(selection.pattern, e.label) for e in entries] if selection.pattern else []
-    if matches and all(match and match.groups() for match in matches):
-        return "step", [_group(match) for match in matches if match]
+def as_checkpoint(entry: Entry, unit: str, step: int | None, is_given: bool = False) -> Checkpoint:
+    """Return an entry that holds a model as a checkpoint."""
+    assert entry.model is not None
+    return Checkpoint(entry.path, step, entry.model, unit, entry.name, is_given)
+
+
+def step_in_name(entry: Entry) -> tuple[str, int | None]:
+    """Return the unit and the step in a name; the step is None if there is none."""
+    return next(iter(entry.numbers.items()), ("step", None))
+
+
+def _keys(entries: Sequence[Entry], selection: Selection) -> _Keys:
+    pattern = selection.pattern
+    if pattern and captures_step(pattern):
+        matches = [re.search(pattern, entry.name) for entry in entries]
+        if all(matches):
+            return "step", [_captured(match) for match in matches if match]
     _check_versions(entries)
-    beside = _keys_beside(entries, selection, source) if selection.order != "name" else None
+    beside = _recorded_keys(entries, selection) if selection.order != "name" else None
     if beside:
         return beside
-    named = named_keys(entries, source) if selection.order != "metadata" else None
+    named = named_keys(entries) if selection.order != "metadata" else None
     if named:
         if selection.order == "auto":
-            _check_rises(entries, *named, source)
+            _check_rises(entries, *named)
         return named
-    return _keys_inside(entries, source)
+    return _keys_inside(entries)
 
 
-def _keys_beside(
-    entries: Sequence[Entry], selection: Selection, source: Source
-) -> tuple[str, list[int]] | None:
-    """The numbers that are told beside the weights or in a header, where all entries have them."""
-    recorded = [recorded_of(entry, source, inside=False) for entry in entries]
+def _recorded_keys(entries: Sequence[Entry], selection: Selection) -> _Keys | None:
+    """Return the numbers recorded beside the weights or in headers, if all entries have them."""
     if all(conventions.NAMED_BY_DATE.search(entry.stem) for entry in entries):
-        return "time", _by_date(entries, [claim.get("time") for claim in recorded])
+        return "time", _by_date(entries)
     for unit in ("step", "epoch"):
-        if all(unit in claim for claim in recorded):
-            keys = [claim[unit] for claim in recorded]
+        if all(unit in entry.recorded for entry in entries):
             if selection.order == "auto":
-                _check_names(entries, unit, keys, source)
-            return unit, keys
+                _check_names(entries, unit)
+            return unit, [entry.recorded[unit] for entry in entries]
     return None
 
 
-def named_keys(entries: Sequence[Entry], source: Source) -> tuple[str, list[int]] | None:
-    """The numbers that names give, with what they count; None if they give no order."""
-    names = [numbers_in(entry.stem) for entry in entries]
+def named_keys(entries: Sequence[Entry]) -> _Keys | None:
+    """Return the numbers in the names, with what they count; None if names give no order."""
     for unit in conventions.STEP_NAMES:
-        if all(unit in numbers for numbers in names):
-            keys = [numbers[unit] for numbers in names]
-            return ("save" if _count_saves(entries, keys, source) else unit), keys
+        if all(unit in entry.numbers for entry in entries):
+            keys = [entry.numbers[unit] for entry in entries]
+            return ("save" if _count_saves(entries, keys) else unit), keys
     slots = _varying_slot(entries)
     return ("number", slots) if slots else None
 
 
-def _count_saves(entries: Sequence[Entry], keys: Sequence[int], source: Source) -> bool:
-    """Whether the numbers are accelerate's, which count saves and say nothing of distances."""
+def _count_saves(entries: Sequence[Entry], keys: Sequence[int]) -> bool:
+    """Return whether the numbers are accelerate's, which count saves and give no distances."""
     consecutive = sorted(keys) == list(range(min(keys), min(keys) + len(keys)))
     return consecutive and all(
-        conventions.SAVE_INDEX.search(entry.stem) and source.storage.is_folder(entry.path)
-        for entry in entries
+        conventions.SAVE_INDEX.search(entry.stem) and entry.is_folder for entry in entries
     )
 
 
-def _group(match: re.Match[str]) -> int:
+def _captured(match: re.Match[str]) -> int:
     text = match.groupdict().get("step") or match.group(1)
     if not text or not re.fullmatch(r"[0-9]+", text):
         raise RefusedError(
-            f"--pattern finds {printable(text)!r} in {printable(match.string)}, which is no step."
+            f"--pattern captures {text!r} in {match.string}, which is not a step.",
+            code=Code.NO_STEPS,
         )
     return int(text)
 
 
-def _by_date(entries: Sequence[Entry], times: Sequence[int | None]) -> list[int]:
-    """Times for all entries: one that tells none comes right after those before it by name."""
+def _by_date(entries: Sequence[Entry]) -> list[int]:
+    """Return times; an entry that records none comes right after those before it by name."""
     last, keys = 0, {}
-    for entry, time in sorted(zip(entries, times, strict=True), key=lambda row: row[0].label):
-        keys[entry.path] = last + 1 if time is None else time
-        last = max(last, keys[entry.path])
-    return [keys[entry.path] for entry in entries]
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        keys[entry] = entry.recorded.get("time", last + 1)
+        last = max(last, keys[entry])
+    return [keys[entry] for entry in entries]
 
 
 def _check_versions(entries: Sequence[Entry]) -> None:
     """Refuse a mixture of Lightning's versions: files of one name from two runs."""
-    first = next((entry for entry in entries if entry.is_version), None)
-    if first is None or len({entry.label[len(entry.stem) :] for entry in entries}) == 1:
+    first = next((entry for entry in entries if entry.version), None)
+    if first is None or len({entry.version for entry in entries}) == 1:
         return
-    suffix = first.label[len(first.stem) :].removesuffix(".ckpt")
-    plain = next(entry for entry in entries if entry.label[len(entry.stem) :] != f"{suffix}.ckpt")
-    same = next((e for e in entries if e is not first and e.stem == first.stem), None)
+    other = next(entry for entry in entries if entry.version != first.version)
+    same = next((one for one in entries if one is not first and one.stem == first.stem), None)
     what = "are the same step from two runs" if same else "are from two runs"
     raise RefusedError(
-        f"{printable((same or plain).label)} and {printable(first.label)} {what} (Lightning adds"
-        f" {suffix} when a name is taken).",
-        rf"Keep one set: --pattern '(?<!{suffix})\.ckpt$' or --pattern '{suffix}\.ckpt$'.",
+        f"{(same or other).name} and {first.name} {what} (Lightning adds {first.version} when a"
+        " name is taken).",
+        rf"Keep one set: --pattern '(?<!{first.version})\.ckpt$' or"
+        rf" --pattern '{first.version}\.ckpt$'.",
+        code=Code.SEVERAL_RUNS,
+        path=first.path,
     )
 
 
-def _check_names(entries: Sequence[Entry], unit: str, keys: Sequence[int], source: Source) -> None:
-    """Refuse entries that say another step inside than in their names."""
-    for entry, key in zip(entries, keys, strict=True):
-        numbers = numbers_in(entry.stem)
-        units = STEP_UNITS if unit == "step" else (unit,)
-        named = next((numbers[word] for word in units if word in numbers), key)
-        if named != key:
-            file = recorded_beside(entry.path, stem_of(entry.path.name), source).source
+def _check_names(entries: Sequence[Entry], unit: str) -> None:
+    """Refuse entries that record another step than their names give."""
+    units = STEP_UNITS if unit == "step" else (unit,)
+    for entry in entries:
+        recorded = entry.recorded[unit]
+        named = next((entry.numbers[word] for word in units if word in entry.numbers), recorded)
+        if named != recorded:
+            beside = recorded_beside(entry.path, entry.source)
+            file = beside.file if beside.numbers else "its header"
             raise RefusedError(
-                f"{printable(entry.label)} says {unit} {key} in {file or 'its header'}. Was it"
-                " renamed?",
-                "Order by what it holds (--order metadata) or by the name (--order name).",
+                f"{entry.name} records {unit} {recorded} in {file}; was it renamed?",
+                "Order by what it records (--order metadata) or by its name (--order name).",
+                code=Code.CONTRADICTORY_STEPS,
+                path=entry.path,
             )
 
 
-def _check_rises(entries: Sequence[Entry], unit: str, keys: Sequence[int], source: Source) -> None:
-    """Refuse names whose order is not that of the epochs in them, or of the steps in the files."""
+def _check_rises(entries: Sequence[Entry], unit: str, keys: Sequence[int]) -> None:
+    """Refuse names in another order than the epochs in them, or than the steps in the files."""
     rows = [entry for _, entry in sorted(zip(keys, entries, strict=True), key=lambda row: row[0])]
-    named = [{u: n for u, n in numbers_in(row.stem).items() if u == "epoch"} for row in rows]
-    inside = [
-        {} if source.storage.is_folder(row.path) else recorded_of(row, source, inside=True)
-        for row in rows
-    ]
+    named = [{u: n for u, n in entry.numbers.items() if u == "epoch"} for entry in rows]
+    inside = [{} if entry.is_folder else entry.recorded_anywhere for entry in rows]
     for recorded in (named, inside):
         for (earlier, first), (later, second) in pairwise(zip(rows, recorded, strict=True)):
             what = deciding_unit(first, second)
             if what and first[what] > second[what]:
                 raise RefusedError(
-                    f"{printable(earlier.label)} has {what} {first[what]} and"
-                    f" {printable(later.label)} has {what} {second[what]}, though the {unit} in"
-                    " their names rises. Was one renamed, or are they two runs?",
-                    "Order by what they hold (--order metadata), by the names (--order name), or"
-                    " by one number in them, such as --pattern 'epoch[-_=]?(?P<step>[0-9]+)'.",
+                    f"{earlier.name} has {what} {first[what]} and {later.name} has {what}"
+                    f" {second[what]}, although the {unit} in their names rises; was one renamed,"
+                    " or are they two runs?",
+                    "Order by what they record (--order metadata), by their names (--order name),"
+                    " or by one number in them, such as --pattern 'epoch[-_=]?(?P<step>[0-9]+)'.",
+                    code=Code.CONTRADICTORY_STEPS,
+                    path=later.path,
                 )
 
 
 def deciding_unit(one: Mapping[str, int], other: Mapping[str, int]) -> str | None:
-    """The unit that tells which of two recorded is later; None if they share none.
+    """Return the unit that decides which of two records is later; None if they share none.
 
     A step that falls while the epoch rises counts within its epoch, and decides nothing.
 
@@ -233,15 +187,18 @@ def deciding_unit(one: Mapping[str, int], other: Mapping[str, int]) -> str | Non
 
 
 def _varying_slot(entries: Sequence[Entry]) -> list[int] | None:
-    """Where names say no unit, the step is the one number that differs from name to name."""
+    """Return the one number that differs from name to name, where names give no unit."""
+    # Without the suffix of a name that was taken, which is no step.
     slots = [slots_in(entry.stem) for entry in entries]
     if len(entries) == 1:
         return [slots[0][-1]] if slots[0] else None
     if all(re.search(conventions.NUMBERS_A_RUN, entry.stem) for entry in entries):
         raise RefusedError(
-            f"{printable(entries[0].label)} and {printable(entries[1].label)} are numbered as runs,"
-            " not as moments of one; averaging across runs is not a trajectory.",
-            "If they are steps all the same, say so with --pattern '([0-9]+)'.",
+            f"{entries[0].name} and {entries[1].name} are numbered as runs, not as states of one,"
+            " and an average across runs is not one over training.",
+            "If they are steps after all, use --pattern '([0-9]+)'.",
+            code=Code.SEVERAL_RUNS,
+            path=entries[0].path,
         )
     if len({len(row) for row in slots}) != 1:
         return None
@@ -249,22 +206,15 @@ def _varying_slot(entries: Sequence[Entry]) -> list[int] | None:
     return varying[0] if len(varying) == 1 else None
 
 
-def _keys_inside(entries: Sequence[Entry], source: Source) -> tuple[str, list[int]]:
-    recorded = [recorded_of(entry, source, inside=True) for entry in entries]
+def _keys_inside(entries: Sequence[Entry]) -> _Keys:
     for unit in ("step", "epoch"):
-        if all(unit in claim for claim in recorded):
-            return unit, [claim[unit] for claim in recorded]
-    first, second = printable(entries[0].label), printable(entries[-1].label)
+        if all(unit in entry.recorded_anywhere for entry in entries):
+            return unit, [entry.recorded_anywhere[unit] for entry in entries]
     raise RefusedError(
-        f"The order of {first} and {second} is unknown: their names differ in several numbers or"
-        " in none, and not all of them say their step inside.",
+        f"the order of {entries[0].name} and {entries[-1].name} is unknown: their names differ in"
+        " several numbers or in none, and not all of them record a step.",
         "Pick the number with --pattern, such as --pattern 'step(?P<step>[0-9]+)', or pass the"
         " checkpoints one by one, oldest first.",
-    )
-
-
-def _same_step(earlier: Entry, later: Entry, unit: str, key: int) -> RefusedError:
-    return RefusedError(
-        f"{printable(earlier.label)} and {printable(later.label)} are both {unit} {key}.",
-        "Choose with --pattern, or pass the checkpoints that belong together, oldest first.",
+        code=Code.UNKNOWN_ORDER,
+        path=entries[0].path,
     )

@@ -1,41 +1,41 @@
-"""Which of a run's checkpoints take part: by their numbers, their distance, their place, a metric.
+"""Which of a run's checkpoints take part: by steps, distances, position, or a metric.
 
-The options work in one order: steps first, then distances, then the last ones, then the best ones.
-Where --last or --best have several values, each is a selection of its own.
+Options apply in this order: steps, distances, --last, --best. Each of several values of --last or
+--best is a selection of its own.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from ckpt_ema.containers.source import Source
-from ckpt_ema.errors import RefusedError, flag, printable, some
+from ckpt_ema.errors import Code, RefusedError, flag, some
+from ckpt_ema.find.checkpoint import Checkpoint, needed_steps
 from ckpt_ema.find.found import Found
 from ckpt_ema.find.metrics import higher_is_better, metric_values
-from ckpt_ema.find.order import Checkpoint
-from ckpt_ema.find.steps import needed_steps
+from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
 
 
 class Subset(NamedTuple):
     """Checkpoints for an average, oldest first."""
 
-    name: str  # what tells it from other selections, such as last-4; empty for the only one
+    name: str  # distinguishes it from other selections, such as last-4; empty for the only one
     checkpoints: tuple[Checkpoint, ...]
 
 
 class Subsets(NamedTuple):
-    """What came of selecting."""
+    """The selections, and what to say of them."""
 
     subsets: tuple[Subset, ...]
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
+    notes: tuple[Notice, ...]
+    warnings: tuple[Notice, ...]
 
 
 def select(found: Found, selection: Selection, source: Source) -> Subsets:
     """Choose among a run's checkpoints.
 
-    Raises `RefusedError` if nothing is left, if a step that was asked for is not there, or if what
-    an option counts is not known of this run.
+    Raises `RefusedError` if nothing is left, if a requested step does not exist, or if the run does
+    not have what an option counts.
     """
     checkpoints = found.checkpoints
     chosen = _by_step(checkpoints, selection)
@@ -43,15 +43,13 @@ def select(found: Found, selection: Selection, source: Source) -> Subsets:
     chosen = chosen[::-1][:: selection.every or 1][::-1]
     if not chosen:
         raise _nothing_left(checkpoints, selection)
-    warnings = []
+    warnings: list[Notice] = []
     subsets = []
     for last in selection.last or (None,):
-        if last is not None and last > len(chosen):
-            warnings.append(f"--last {last} takes all there are: {len(chosen)} checkpoints.")
+        warnings += _too_many("--last", last, len(chosen))
         members = chosen[-last:] if last else chosen
         for best, kept in _best(members, found, selection, source):
-            if best is not None and best > len(members):
-                warnings.append(f"--best {best} takes all there are: {len(members)} checkpoints.")
+            warnings += _too_many("--best", best, len(members))
             parts = [f"last-{last}"] * bool(last) + [f"best-{best}"] * bool(best)
             subsets.append(Subset("-".join(parts), tuple(kept)))
     if len(subsets) == 1:
@@ -59,8 +57,16 @@ def select(found: Found, selection: Selection, source: Source) -> Subsets:
     most = max(len(subset.checkpoints) for subset in subsets)
     notes = []
     if most < len(checkpoints):
-        notes.append(f"{_asked(selection)} takes {most} of {len(checkpoints)} checkpoints.")
+        text = f"{_asked(selection)} takes {most} of {len(checkpoints)} checkpoints."
+        notes.append(Notice(Code.DECIDED, text))
     return Subsets(tuple(subsets), tuple(notes), tuple(dict.fromkeys(warnings)))
+
+
+def _too_many(option: str, count: int | None, available: int) -> list[Notice]:
+    if count is None or count <= available:
+        return []
+    text = f"{option} {count} takes all {available} checkpoints that there are."
+    return [Notice(Code.FEW_CHECKPOINTS, text)]
 
 
 def _by_step(checkpoints: Sequence[Checkpoint], selection: Selection) -> list[Checkpoint]:
@@ -73,7 +79,8 @@ def _by_step(checkpoints: Sequence[Checkpoint], selection: Selection) -> list[Ch
             nearest = sorted(numbers, key=lambda number: abs(number - first))[:3]
             raise RefusedError(
                 f"--steps {first}: no checkpoint has this number; the nearest are"
-                f" {some([str(number) for number in sorted(nearest)])}."
+                f" {some(sorted(nearest))}.",
+                code=Code.NO_SUCH_STEP,
             )
     return [
         checkpoint
@@ -87,15 +94,16 @@ def _by_step(checkpoints: Sequence[Checkpoint], selection: Selection) -> list[Ch
 def _number(checkpoint: Checkpoint, selection: Selection) -> int:
     if checkpoint.step is None:
         raise RefusedError(
-            f"{printable(checkpoint.name)} tells no step, by which {_asked(selection)} could"
-            " choose.",
+            f"{_asked(selection)} chooses by step, and no step is known for {checkpoint.name}.",
             "Choose by name, with --include and --exclude.",
+            code=Code.NO_STEPS,
+            path=checkpoint.path,
         )
     return checkpoint.step
 
 
 def _apart(checkpoints: list[Checkpoint], selection: Selection) -> list[Checkpoint]:
-    """The newest checkpoint, and before it each that is far enough from the one kept after it."""
+    """Return the newest checkpoint, and each one far enough before the one kept after it."""
     if selection.min_gap is None or not checkpoints:
         return checkpoints
     steps = needed_steps(checkpoints, "--min-gap")
@@ -109,14 +117,16 @@ def _apart(checkpoints: list[Checkpoint], selection: Selection) -> list[Checkpoi
 def _best(
     checkpoints: Sequence[Checkpoint], found: Found, selection: Selection, source: Source
 ) -> list[tuple[int | None, list[Checkpoint]]]:
-    """For each value of --best that many checkpoints, in their order; ties go to the later one."""
+    """Return for each value of --best so many checkpoints, in their order.
+
+    Ties go to the later checkpoint.
+    """
     if selection.best is None or selection.metric is None:
         return [(None, list(checkpoints))]
-    # Also those that do not take part may log what these reached.
-    run = [*(path for path, _ in found.left_out), *(one.path for one in found.checkpoints)]
-    values = metric_values(
-        checkpoints, run, selection.metric, source
-    )  # first: the name may be a slip
+    # Logs of those that do not take part may have values of these.
+    run = [*(one.path for one in found.left_out), *(one.path for one in found.checkpoints)]
+    # Before the direction is asked for: the name may be a slip.
+    values = metric_values(checkpoints, run, selection.metric, source)
     sign = -1 if higher_is_better(selection.metric, selection.metric_mode) else 1
     ranked = sorted(range(len(values)), key=lambda number: (sign * values[number], -number))
     return [
@@ -127,13 +137,14 @@ def _best(
 def _nothing_left(checkpoints: Sequence[Checkpoint], selection: Selection) -> RefusedError:
     first, last = checkpoints[0], checkpoints[-1]
     return RefusedError(
-        f"{_asked(selection)} leaves none of {len(checkpoints)} checkpoints, which go from"
-        f" {printable(first.name)} to {printable(last.name)}."
+        f"{_asked(selection)} leaves none of {len(checkpoints)} checkpoints, {first.name} to"
+        f" {last.name}.",
+        code=Code.NOTHING_SELECTED,
     )
 
 
 def _asked(selection: Selection) -> str:
-    """The options that select, as they were given."""
+    """Return the options that select, as they were given."""
     values = {
         "--steps": ",".join("-".join(map(str, dict.fromkeys(r))) for r in selection.steps or ()),
         "--from": selection.from_step,

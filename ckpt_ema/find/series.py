@@ -1,124 +1,187 @@
-"""Which of a folder's series is the run: one of them, or several that tell their steps inside."""
+"""Which series of numbered names is the run: one, or several whose entries record their steps."""
 
 import os
-import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from ckpt_ema.containers.compare import same_values
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import is_safetensors
-from ckpt_ema.errors import IncompleteError, RefusedError, printable
-from ckpt_ema.find.entries import Scan
-from ckpt_ema.find.names import bare_of, is_unnumbered_of, pattern_of
-from ckpt_ema.find.order import Entry, recorded_of
+from ckpt_ema.errors import Code, IncompleteError, RefusedError
+from ckpt_ema.find.candidates import Candidates
+from ckpt_ema.find.entries import Entry
+from ckpt_ema.find.model_files import Unsupported
+from ckpt_ema.find.names import bare_of, captures_step, pattern_of
+from ckpt_ema.find.verdict import Outcome, Reason, Ruling, Verdict
 from ckpt_ema.options import Selection
+from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 
-ONLY_ONE = "the only one of its name"
+_Rulings = Mapping[Entry, Ruling]
 
 
-def one_series(run: Path, scan: Scan, selection: Selection, source: Source) -> list[Entry]:
-    """The entries of the one series that the run is."""
-    series = dict(scan.series)
-    if len(series) == 1:
-        return next(iter(series.values()))
-    everything = [entry for members in series.values() for entry in members]
-    pattern = re.compile(selection.pattern or "")
-    if pattern.groups:
-        return everything
-    one_name = len({bare_of(form) for form in series}) == 1
-    if (
-        one_name
-        and selection.order != "name"
-        and all("step" in recorded_of(entry, source, inside=False) for entry in everything)
-    ):
-        return _merged(everything, source, scan.left_out)
-    several = {form: members for form, members in series.items() if len(members) > 1} or series
-    for form, members in series.items():
-        if form in several:
-            continue
-        for entry in members:
-            # "resnet50.pt" beside "resnet50_epoch_1.pt": its number is part of the model's name.
-            if entry.path.is_file() and any(is_unnumbered_of(entry.stem, f) for f in several):
-                scan.aliases.append(entry.path)
-            else:
-                scan.left_out.append((entry.path, ONLY_ONE))
-    if len(several) > 1:
-        forms = [f"{len(members)} × {form}" for form, members in several.items()]
-        patterns = [
-            f"--pattern '{pattern_of(form, members[0].label)}'" for form, members in several.items()
-        ]
-        raise RefusedError(
-            f"{printable(run)} holds {len(several)} sets of checkpoints: {' and '.join(forms)};"
-            " they may be the same moments saved twice.",
-            f"Choose one: {' or '.join(patterns)}.",
-        )
-    return next(iter(several.values()))
+class Series(NamedTuple):
+    """The steps of a run, in any order, and the verdict on each other numbered entry."""
+
+    steps: tuple[Entry, ...]
+    templates: frozenset[str]  # of the names of the steps
+    verdicts: Mapping[Entry, Verdict]
 
 
-def _merged(
-    entries: Sequence[Entry], source: Source, left_out: list[tuple[Path, str]]
-) -> list[Entry]:
-    """Several series that tell their steps inside are one; of one step, one entry stays."""
-    first: dict[int, Entry] = {}
-    for entry in entries:
-        step = recorded_of(entry, source, inside=False)["step"]
-        if step in first:
-            left_out.append((entry.path, f"the same step as {first[step].label}"))
-        else:
-            first[step] = entry
-    return list(first.values())
+def choose_series(found: Candidates, selection: Selection, source: Source) -> Series:
+    """Return the series that is the run, without copies and without outputs of ours.
 
-
-def _identity(entry: Entry) -> object:
-    """Equal for two names of one checkpoint: of all its files, or of its folder.
-
-    Lists of shards or chunks may well be shared by different checkpoints, and so may a part.
+    Raises `RefusedError` if there are several, or if a step is in a format that is not read.
     """
-    files = [os.path.join(entry.model.folder, part.name) for part in entry.model.members]
-    is_list = any(f.endswith((conventions.INDEX_SUFFIX, conventions.DCP_METADATA)) for f in files)
-    if is_list or not all(map(os.path.exists, files)):
-        files = [os.fspath(entry.path)]
-    return tuple((status.st_dev, status.st_ino) for status in map(os.stat, files))
+    steps = found.numbered
+    verdicts: dict[Entry, Verdict] = {}
+    for name, rule in _RULES:
+        rulings = rule(steps, selection, source)
+        verdicts |= {entry: ruling.by(name) for entry, ruling in rulings.items()}
+        steps = tuple(entry for entry in steps if entry not in rulings)
+    for entry in found.unsupported:
+        verdicts[entry] = _unsupported(entry, steps, selection).by("unsupported")
+    return Series(steps, frozenset(entry.template for entry in steps), verdicts)
 
 
-def without_averages(
-    entries: Sequence[Entry], source: Source, left_out: list[tuple[Path, str]]
-) -> list[Entry]:
-    """The entries without files that we wrote; folders of ours are never entries."""
-    kept = []
-    for entry in entries:
-        if is_safetensors(entry.path.name) and entry.path.is_file() and _is_ours(entry, source):
-            left_out.append((entry.path, "an average that ckpt-ema made"))
-        else:
-            kept.append(entry)
-    return kept
+def _beside_files(steps: Sequence[Entry], _selection: Selection, _source: Source) -> _Rulings:
+    """Leave out folders beside files of their names, which hold something else."""
+    files = {entry.template for entry in steps if not entry.is_folder}
+    return {
+        entry: Ruling(Outcome.SKIPPED, Reason.BESIDE_FILE)
+        for entry in steps
+        if entry.is_folder and entry.template in files
+    }
+
+
+def _same_steps(steps: Sequence[Entry], selection: Selection, _source: Source) -> _Rulings:
+    """Of several series that are one, leave out what records the step of an earlier entry."""
+    if not _record_their_steps(steps, selection):
+        return {}
+    first: dict[int, Entry] = {}
+    for entry in steps:
+        first.setdefault(entry.recorded["step"], entry)
+    return {
+        entry: _alias(Reason.SAME_STEP, f"the same step as {first[entry.recorded['step']].name}")
+        for entry in steps
+        if first[entry.recorded["step"]] is not entry
+    }
+
+
+def _only_ones(steps: Sequence[Entry], selection: Selection, _source: Source) -> _Rulings:
+    """Leave out lone names beside a series; raises if several series remain."""
+    if captures_step(selection.pattern) or _record_their_steps(steps, selection):
+        return {}
+    counts = Counter(entry.template for entry in steps)
+    several = {t: n for t, n in counts.items() if n > 1} or counts
+    if len(several) > 1:
+        raise _several_series(steps, several)
+    return {
+        entry: Ruling(Outcome.SKIPPED, Reason.ONLY_ONE)
+        for entry in steps
+        if entry.template not in several
+    }
+
+
+def _outputs_of_ours(steps: Sequence[Entry], _selection: Selection, source: Source) -> _Rulings:
+    """Leave out files that ckpt-ema wrote; `rules` has folders."""
+    return {
+        entry: Ruling(Outcome.SKIPPED, Reason.OWN_OUTPUT, "an average made by ckpt-ema")
+        for entry in steps
+        if is_safetensors(entry.path.name) and not entry.is_folder and _is_ours(entry, source)
+    }
 
 
 def _is_ours(entry: Entry, source: Source) -> bool:
     try:
-        return any(
-            conventions.PROVENANCE_KEY in of_file for of_file in source.read(entry.model).metadata
+        return entry.model is not None and any(
+            conventions.PROVENANCE_KEY in header for header in source.read(entry.model).metadata
         )
-    except IncompleteError:  # which is for others to tell
+    except IncompleteError:  # judged later
         return False
 
 
-def without_copies(
-    entries: Sequence[Entry], source: Source, left_out: list[tuple[Path, str]]
-) -> list[Entry]:
-    """The entries without second names of one file or folder."""
+def _same_files(steps: Sequence[Entry], _selection: Selection, source: Source) -> _Rulings:
+    """Leave out further names of a file or folder; links come after what they lead to.
+
+    The files of the Hub's revisions are links to shared blobs: raises for two with one content.
+    """
+    rulings: dict[Entry, Ruling] = {}
     unique: dict[object, Entry] = {}
-    kept = []
-    # Links come after what they point to, so that the real folder is the one that stays.
-    for entry in sorted(entries, key=lambda entry: (entry.path.is_symlink(), entry.path.name)):
-        first = unique.setdefault(_identity(entry), entry)
-        is_revision = entry.label != entry.path.name  # whose files are links to shared blobs
-        if first is not entry and is_revision and not source.reading.allow_duplicates:
-            raise same_values(first.label, entry.label)
-        if first is entry or is_revision:
-            kept.append(entry)
-        else:
-            left_out.append((entry.path, f"the same file as {first.path.name}"))
-    return kept
+    for entry in sorted(steps, key=lambda one: (source.storage.is_link(one.path), one.path.name)):
+        first = unique.setdefault(_identity(entry, source), entry)
+        if first is not entry and not entry.is_revision:
+            rulings[entry] = _alias(Reason.SAME_FILE, f"the same file as {first.name}")
+        elif first is not entry and not source.reading.allow_duplicates:
+            raise same_values(first.name, entry.name)
+    return rulings
+
+
+_Rule = Callable[[Sequence[Entry], Selection, Source], _Rulings]
+_RULES: tuple[tuple[str, _Rule], ...] = (
+    ("folder-beside-file", _beside_files),
+    ("same-step", _same_steps),
+    ("only-one-of-its-template", _only_ones),
+    ("output-of-ours", _outputs_of_ours),
+    ("same-file", _same_files),
+)
+
+
+def _unsupported(entry: Entry, steps: Sequence[Entry], selection: Selection) -> Ruling:
+    """Refuse a step of the series in a format that is not read; others are left out."""
+    located = entry.located
+    assert isinstance(located, Unsupported)
+    is_step = any(
+        entry.is_folder == one.is_folder and entry.template == one.template for one in steps
+    )
+    if is_step and not selection.skip_incomplete:
+        raise RefusedError(
+            f"{entry.path} is {located.what}, unlike other steps of the run.",
+            f"{located.instead} Or leave such steps out with --skip-incomplete.",
+            code=Code.UNSUPPORTED_FORMAT,
+            path=entry.path,
+        )
+    return Ruling(Outcome.REFUSED, Reason.UNSUPPORTED, located.what)
+
+
+def _record_their_steps(steps: Sequence[Entry], selection: Selection) -> bool:
+    """Return whether several series are one that changed its names, by what they record."""
+    templates = {entry.template for entry in steps}
+    return (
+        len(templates) > 1
+        and selection.order != "name"
+        and len({bare_of(template) for template in templates}) == 1
+        and all("step" in entry.recorded for entry in steps)
+    )
+
+
+def _several_series(steps: Sequence[Entry], counts: Mapping[str, int]) -> RefusedError:
+    run = steps[0].path.parent
+    templates = [f"{count} × {template}" for template, count in counts.items()]
+    names = {entry.template: entry.name for entry in reversed(steps)}
+    patterns = [f"--pattern '{pattern_of(template, names[template])}'" for template in counts]
+    return RefusedError(
+        f"{run} holds {len(counts)} series of checkpoints, {' and '.join(templates)}; they may be"
+        " the same states saved twice.",
+        f"Choose one: {' or '.join(patterns)}.",
+        code=Code.SEVERAL_SERIES,
+        path=run,
+    )
+
+
+def _identity(entry: Entry, source: Source) -> object:
+    """Return a value that is equal for two names of one checkpoint: of its files, or its folder.
+
+    Different checkpoints may share an index of shards or chunks, or one of several models.
+    """
+    assert entry.model is not None
+    files = [os.path.join(entry.model.folder, member.name) for member in entry.model.members]
+    is_list = any(f.endswith((conventions.INDEX_SUFFIX, conventions.DCP_METADATA)) for f in files)
+    if is_list or any(source.storage.kind(file) is Kind.ABSENT for file in files):
+        return source.storage.file_id(entry.path)
+    return tuple(source.storage.file_id(file) for file in files)
+
+
+def _alias(reason: Reason, detail: str) -> Ruling:
+    return Ruling(Outcome.ALIAS, reason, detail)

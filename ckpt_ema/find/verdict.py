@@ -1,25 +1,27 @@
 """What becomes of each entry of a run, and why."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 
 class Outcome(Enum):
     """What an entry turned out to be."""
 
     STEP = "step"  # a checkpoint of the run
-    ALIAS = "alias"  # another name of a step, or a step under a name without a number
-    SKIPPED = "skipped"  # weights that do not take part; said to the user
+    ALIAS = "alias"  # another name of a step, a copy, or an earlier state
+    SKIPPED = "skipped"  # may hold a model, and takes no part
     REFUSED = "refused"  # a checkpoint that cannot be read
-    OTHER = "other"  # no checkpoint
+    OTHER = "other"  # not a checkpoint
 
 
 class Reason(Enum):
     """Why an entry has its verdict; the values are stable and shown to people."""
 
     NUMBERED = "numbered"
-    LATER_THAN_LAST = "a later step than the last numbered one"
+    LATER = "a later step than the last numbered one"
     APPENDED = "added by --append"
     GIVEN = "given by name"
     ALONE = "the only model"
@@ -36,7 +38,7 @@ class Reason(Enum):
     OWN_OUTPUT = "an output of ckpt-ema"
     WEIGHTS_ELSEWHERE = "its weights are in another file"
     NOT_REGULAR = "neither a regular file nor a folder"
-    NOT_LISTABLE = "it cannot be listed"
+    NOT_LISTABLE = "cannot be listed"
     BROKEN_LINK = "a link that leads nowhere"
     NO_MODEL = "no model weights in it"
     NO_NUMBER = "no number in its name"
@@ -44,25 +46,29 @@ class Reason(Enum):
     ONLY_ONE = "the only one of its name"
     SAME_STEP = "the same step as another"
     SAME_FILE = "the same file as another"
+    BEST = "a copy of the best step"
     COPY = "a copy of a step"
-    COPY_OF_BEST = "a copy of the best step"
     EARLIER = "an earlier step"
-    ANOTHER_MODEL = "another model than the steps'"
+    ANOTHER_MODEL = "a different model from the steps'"
     OWN_MODEL = "the run's own model, not a step"
-    UNREADABLE = "it cannot be read"
+    UNREADABLE = "cannot be read"
     INCOMPLETE = "incomplete"
-    UNSUPPORTED = "a format that is not read"
-    NO_CHECKPOINT = "no checkpoint"
+    UNSUPPORTED = "an unsupported format"
+    NOT_A_CHECKPOINT = "not a checkpoint"
+
+
+# Reasons that are globs of names.
+UNSELECTED = (Reason.EXCLUDED, Reason.NOT_INCLUDED)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The outcome of one entry. `rule` names the rule that decided, `detail` the particulars."""
+    """The outcome of one entry, and the name of the rule that decided."""
 
     outcome: Outcome
     reason: Reason
     rule: str
-    detail: str = ""  # such as the other name; may be empty
+    detail: str = ""  # the particulars for people, such as the other name
 
     def __str__(self) -> str:
         return self.detail or self.reason.value
@@ -70,7 +76,42 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """An entry of the run, by its path, and its verdict; each entry has exactly one."""
+    """An entry of the run and its verdict; each entry has exactly one."""
 
     path: Path
+    name: str  # of its path, or of the Hub's revision
     verdict: Verdict
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether users should know that it does not take part."""
+        return self.verdict.outcome in (Outcome.ALIAS, Outcome.SKIPPED, Outcome.REFUSED)
+
+
+class Ruling(NamedTuple):
+    """What a rule decides."""
+
+    outcome: Outcome
+    reason: Reason
+    detail: str = ""
+
+    def by(self, rule: str) -> Verdict:
+        """Return it as the verdict of a rule."""
+        return Verdict(self.outcome, self.reason, rule, self.detail)
+
+
+def when(condition: object, outcome: Outcome, reason: Reason, detail: str = "") -> Ruling | None:
+    """Return a ruling if the condition holds."""
+    return Ruling(outcome, reason, detail) if condition else None
+
+
+Subject = TypeVar("Subject")
+Context = TypeVar("Context")
+Rule = Callable[[Subject, Context], Ruling | None]
+Rules = Sequence[tuple[str, Rule[Subject, Context]]]
+
+
+def judge(rules: Rules[Subject, Context], one: Subject, context: Context) -> Verdict | None:
+    """Return the verdict of the first rule that decides; None if none does."""
+    rulings = ((name, rule(one, context)) for name, rule in rules)
+    return next((ruling.by(name) for name, ruling in rulings if ruling), None)

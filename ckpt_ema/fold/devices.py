@@ -1,25 +1,29 @@
 """Which device to fold on, and how much of its memory to take."""
 
+import hashlib
+from dataclasses import replace
+
 import torch
 
-from ckpt_ema.errors import OptionError, printable
+from ckpt_ema.errors import Code, OptionError
 from ckpt_ema.fold.shadow import widest_float
 from ckpt_ema.fold.tile_fold import device_element_bytes
 from ckpt_ema.planning.plan import Plan
+from ckpt_ema.targets.target import Output
 
 CPU = torch.device("cpu")
 
-# Smaller copies and kernels take less time than it takes to ask for them.
+# Smaller copies and kernels take less time than starting them.
 _MOST_ELEMENTS = 1 << 20
-_SHARE = 4  # of what is free, one in so many
+_SHARE = 4  # one in so many of the free bytes
 
 
 def resolve_device(name: str, place: int = 0) -> torch.device:
-    """The device that `name` asks for; "auto" is the accelerator if there is one, else the CPU.
+    """Return the device that `name` asks for; "auto" is the accelerator if there is one.
 
-    Where there are several and `name` leaves open which, processes on one machine take them by
-    turns: `place` is the number of this one. Raises `OptionError` for a device that this machine,
-    or this build of torch, does not have.
+    Where there are several and `name` leaves open which, processes on one machine take turns:
+    `place` is the number of this one. Raises `OptionError` for a device that this machine, or this
+    build of torch, does not have.
     """
     if name.partition(":")[0] == "cpu":
         return CPU
@@ -36,24 +40,52 @@ def resolve_device(name: str, place: int = 0) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         if is_out_of_memory(error):
-            return device  # it is there
+            return device  # it exists
         here = f"cpu and {accelerator.type}" if accelerator else "cpu only"
         raise OptionError(
-            f"--device {printable(name)} cannot be used: this machine with this build of torch has"
-            f" {here}."
+            f"--device {name} is not available: this machine with this build of torch has {here}.",
+            code=Code.DEVICE_UNAVAILABLE,
         ) from error
     return device
 
 
 def accumulator(plan: Plan, device: torch.device) -> torch.dtype:
-    """What is folded in there."""
+    """Return the dtype to fold in on a device."""
     return torch.float32 if plan.engine.accumulate == "float32" else widest_float(device)
 
 
-def elements_at_a_time(plan: Plan, device: torch.device) -> int:
-    """How many elements each thread has on the device at a time, at most.
+def plan_on(plan: Plan, device: torch.device) -> Plan:
+    """Return the plan as it is on a device, which may have no float64 although it was assumed.
 
-    All threads together take what `--max-memory` allows of its memory, or a share of what is free.
+    The bytes are others there, so the output has another fingerprint and is not up to date.
+    """
+    wide = str(accumulator(plan, device)).removeprefix("torch.")
+    if wide == plan.engine.accumulate:
+        return plan
+    averages = tuple(replace(a, output=_marked(a.output, wide)) for a in plan.averages)
+    return replace(plan, engine=replace(plan.engine, accumulate=wide), averages=averages)
+
+
+def _marked(output: Output, mark: str) -> Output:
+    old = output.fingerprint
+    new = hashlib.sha256(f"{old} {mark}".encode()).hexdigest()[: len(old)]
+    files = tuple(
+        replace(
+            file,
+            chunks=tuple(
+                chunk._replace(content=chunk.content.replace(old.encode(), new.encode()))
+                for chunk in file.chunks
+            ),
+        )
+        for file in output.files
+    )
+    return replace(output, files=files, fingerprint=new)
+
+
+def elements_at_a_time(plan: Plan, device: torch.device) -> int:
+    """Return the most elements that each thread has on the device at a time.
+
+    All threads together take what `--max-memory` allows, or a share of the free memory.
     """
     if device == CPU:
         return plan.tile_elements
@@ -66,7 +98,7 @@ def elements_at_a_time(plan: Plan, device: torch.device) -> int:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """The memory of an accelerator that nobody has taken; much where it does not tell."""
+    """Return the free memory of an accelerator; 8 GiB where it is not reported."""
     module = torch.get_device_module(device)
     try:
         return int(module.mem_get_info(device)[0]) if hasattr(module, "mem_get_info") else 1 << 33
@@ -77,6 +109,6 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch says that a device has no memory left; only some have a class for that."""
+    """Return whether a device has no memory left; only some have a class for that."""
     words = ("out of memory", "allocate memory", "bad_alloc")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

@@ -1,8 +1,7 @@
-"""The one loop: which tile, which thread, which device. Sources and destination meet here alone.
+"""The one loop: which tile, which thread, which device.
 
 A thread takes the next tile, reads its range from every checkpoint, folds, rounds and writes it
-where it belongs. Threads share nothing but the list of tiles, so the bytes do not depend on how
-many there are.
+where it belongs. Threads share only the list of tiles, so the bytes do not depend on their number.
 """
 
 import contextlib
@@ -11,67 +10,53 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 
-from ckpt_ema.errors import FailedError
+from ckpt_ema.containers.specs import TensorSpec
+from ckpt_ema.errors import Code, FailedError
 from ckpt_ema.fold.devices import CPU, accumulator, elements_at_a_time, is_out_of_memory
-from ckpt_ema.fold.monitors.nonfinite import check_nonfinite
-from ckpt_ema.fold.monitors.twins import TileTwins, Twins
-from ckpt_ema.fold.monitors.zeros import TileZeros, Zeroed
+from ckpt_ema.fold.monitors.protocol import Monitor, TileView
 from ckpt_ema.fold.shadow import is_finite
 from ckpt_ema.fold.sources import TORCH_DTYPES, Sources
 from ckpt_ema.fold.tile_fold import Staging, TileFold, Use, make_fold
 from ckpt_ema.fold.tiles import Tile, cut, joined
 from ckpt_ema.planning.plan import Plan
 
-_POLL_SECONDS = 0.1  # how long the main thread is deaf to signals, at most
+_POLL_SECONDS = 0.1  # the longest time before the main thread handles a signal
 _ROOM_TO_START = 16 << 20  # a thread's stack, and what it takes before it does anything
 
 
-class Destination(Protocol):
-    """Where finished bytes go; called from many threads."""
+class Destination(NamedTuple):
+    """Where finished bytes go; both are called from many threads."""
 
-    def write(self, file: int, data: memoryview, offset: int) -> None:
-        """Put `data` at `offset` of the output file with this number."""
+    write: Callable[[int, memoryview, int], None]  # number of an output file, bytes, offset
+    finish: Callable[[range], None]  # numbers of tiles whose bytes have all been written
 
 
 def run(
     plan: Plan,
     tiles: Iterable[Tile],
-    destination: Destination,
     device: torch.device,
-    twins: Twins,
-    zeroed: Zeroed,
-    *,
+    destination: Destination,
+    monitors: Sequence[Monitor],
     tick: Callable[[int], None],
-    finished: Callable[[range], None] | None = None,
 ) -> bool:
-    """Fold tiles of `plan` into `destination`, on `device`.
+    """Fold tiles of `plan` on `device`, and show the values to monitors.
 
-    `twins` learns which pairs differ, `zeroed` which checkpoints turn to zeros.
-    `tick` is called in this thread, ten times a second, with the bytes read so far; `finished` from
-    any thread, with the numbers of tiles that are written. What they raise ends the work. A thread
-    that finds the memory of an accelerator full goes on without it; if none does, it returns True.
+    `tick` is called in this thread, ten times a second, with the bytes read so far; what it raises
+    ends the work. A thread for which an accelerator has no memory left continues on the CPU;
+    returns whether none had to.
 
-    Raises `RefusedError` for values that are not finite, `FailedError` if a file changes or cannot
-    be read, and whatever `destination` raises; by then every thread has ended.
+    Raises `FailedError` if a file changes or cannot be read, and whatever `destination` and
+    `monitors` raise; by then every thread has ended.
     """
     sources = Sources(plan)
     try:
         elements = elements_at_a_time(plan, device)
-        job = _Job(
-            plan,
-            sources,
-            destination,
-            device,
-            elements,
-            joined(tiles, elements),
-            twins,
-            zeroed,
-            finished,
-        )
+        wide_tiles = joined(tiles, elements)
+        job = _Job(plan, wide_tiles, device, elements, sources, destination, monitors)
         _run_threads(job, tick)
         sources.verify()
         return job.device_sufficed
@@ -84,14 +69,12 @@ class _Job:
     """What the threads share."""
 
     plan: Plan
-    sources: Sources
-    destination: Destination
+    tiles: Iterator[Tile]
     device: torch.device
     elements: int  # that a thread has on the device at a time
-    tiles: Iterator[Tile]
-    twins: Twins
-    zeroed: Zeroed
-    finished: Callable[[range], None] | None
+    sources: Sources
+    destination: Destination
+    monitors: Sequence[Monitor]
     device_sufficed: bool = True
     bytes_read: int = 0
     stopped: bool = False
@@ -104,6 +87,12 @@ class _Job:
     def count_read(self, size_bytes: int) -> None:
         with self.lock:
             self.bytes_read += size_bytes
+
+    def read_again(
+        self, checkpoint: int, source: TensorSpec, start: int, count: int
+    ) -> torch.Tensor:
+        """See `TileView.read`."""
+        return self.sources.values(checkpoint, source, start, count, Staging(count * 8))
 
 
 def _run_threads(job: _Job, tick: Callable[[int], None]) -> None:
@@ -122,18 +111,20 @@ def _run_threads(job: _Job, tick: Callable[[int], None]) -> None:
 
 
 def _started(pool: ThreadPoolExecutor, job: _Job) -> Future[None]:
-    # Python waits forever for a thread that finds no memory to say that it has started.
+    # Python waits forever for the start of a thread that finds no memory.
     bytes(_ROOM_TO_START)
     try:
         return pool.submit(_Worker(job).work)
     except RuntimeError as error:
         raise FailedError(
-            "The machine can start no more threads.", "Try --threads 1 and --max-memory 64MiB."
+            "The machine can start no more threads.",
+            "Try --threads 1 and --max-memory 64MiB.",
+            code=Code.OUT_OF_MEMORY,
         ) from error
 
 
 class _StoppedError(Exception):
-    """Another thread has failed, or the process is asked to end."""
+    """Another thread has failed, or the process was asked to end."""
 
 
 class _Worker:
@@ -144,7 +135,7 @@ class _Worker:
         self._plan = job.plan
         self._device = job.device
         self._elements = job.elements
-        self._fold: TileFold | None = None  # made when the first tensor comes that is averaged
+        self._fold: TileFold | None = None  # made for the first averaged tensor
         self._staging = Staging(0)  # for kept tensors, likewise
 
     def work(self) -> None:
@@ -157,11 +148,10 @@ class _Worker:
                     self._average(tile)
                 else:
                     self._keep(tile)
-                if self._job.finished:
-                    self._job.finished(tile.numbers)
+                self._job.destination.finish(tile.numbers)
 
     def _average(self, tile: Tile) -> None:
-        """Fold a tile of every checkpoint and hand on each average; without a device that fails."""
+        """Fold a tile of every checkpoint and write each average; if need be, on the CPU."""
         for part in cut(tile, self._elements):
             if not self._fits(part):
                 self._leave_device()
@@ -170,7 +160,7 @@ class _Worker:
                 return
 
     def _fits(self, tile: Tile) -> bool:
-        """Fold what there is room for on the device; False if its memory is full."""
+        """Fold what the device has room for; return False if its memory is full."""
         try:
             self._fold = self._fold or self._make_fold()
             self._fold_tile(tile, self._fold)
@@ -179,13 +169,15 @@ class _Worker:
                 raise
             if self._device == CPU:
                 raise FailedError(
-                    "The machine ran out of memory.", "Try --max-memory 64MiB."
+                    "The machine ran out of memory.",
+                    "Try --max-memory 64MiB.",
+                    code=Code.OUT_OF_MEMORY,
                 ) from error
             return False
         return True
 
     def _leave_device(self) -> None:
-        """Go on without the device."""
+        """Continue on the CPU."""
         self._device, self._elements, self._fold = CPU, self._plan.tile_elements, None
         self._job.device_sufficed = False
 
@@ -195,7 +187,7 @@ class _Worker:
         return make_fold(of_checkpoints, self._elements, wide, self._device, widest_bytes)
 
     def _keep(self, tile: Tile) -> None:
-        """Hand on the bytes of the newest checkpoint."""
+        """Copy the bytes of the newest checkpoint."""
         span = tile.span
         assert span.kept_from is not None
         if tile.length > len(self._staging.bytes):
@@ -208,64 +200,64 @@ class _Worker:
             self._job.destination.write(target.file, data, target.offset + tile.start)
 
     def _fold_tile(self, tile: Tile, fold: TileFold) -> None:
-        span = tile.span
-        twins, zeros = TileTwins(self._job.twins), TileZeros()
+        span, layout_of = tile.span, self._plan.work.layout_of
+        view = TileView(self._plan, tile, self._job.read_again)
+        watching = [see for monitor in self._job.monitors if (see := monitor.watch(view))]
 
         def read(index: int, staging: Staging) -> torch.Tensor:
             if self._job.stopped:  # a tile of a thousand checkpoints takes its time
                 raise _StoppedError
-            source = span.sources[self._plan.work.layout_of[index]]
+            source = span.sources[layout_of[index]]
             return self._job.sources.values(index, source, tile.start, tile.length, staging)
 
-        def read_and_compare(index: int, staging: Staging) -> torch.Tensor:
+        def read_and_show(index: int, staging: Staging) -> torch.Tensor:
             values = read(index, staging)
             content = staging.bytes[: values.nbytes]
-            twins.see(index, content)
-            turned = zeros.newly(content, values.itemsize)
-            if turned:
-                self._job.zeroed.note(index, tile, turned)
+            for see in watching:
+                see(index, content, values.itemsize)
             return values
 
-        fold.fold(tile.length, read_and_compare)
-        if not self._hand_on(tile, fold, only_finite=True):
+        fold.fold(tile.length, read_and_show)
+        if not self._hand_on(view, fold, only_finite=True):
             fold.fold(tile.length, read, keeping_infinities=True)
-            self._hand_on(tile, fold, only_finite=False)
-        self._job.count_read(span.bytes_read(self._plan.work.layout_of, tile.length))
+            self._hand_on(view, fold, only_finite=False)
+        self._job.count_read(span.bytes_read(layout_of, tile.length))
 
-    def _hand_on(self, tile: Tile, fold: TileFold, *, only_finite: bool) -> bool:
-        """Write the averages of a tile where they belong; False if some are not finite.
+    def _hand_on(self, view: TileView, fold: TileFold, *, only_finite: bool) -> bool:
+        """Write the averages of a tile where they belong; return whether all are finite.
 
-        Those are not written, or else (`only_finite` False) searched for what made them so.
+        Those that are not are left out (`only_finite`), or shown to the monitors and written.
         """
-        dtypes = tile.span.dtypes
+        tile, dtypes = view.tile, view.tile.span.dtypes
         all_finite = True
         for name, same in groupby(sorted(dtypes), dtypes.__getitem__):
             dtype, numbers = TORCH_DTYPES[name], list(same)
             data = fold.rounded(slice(numbers[0], numbers[-1] + 1), tile.length, dtype)
             if not is_finite(torch.frombuffer(data, dtype=dtype)):
+                all_finite = False
                 if only_finite:
-                    all_finite = False
                     continue
-                self._check(tile, numbers, torch.frombuffer(data, dtype=dtype))
+                self._show_nonfinite(view, numbers, torch.frombuffer(data, dtype=dtype))
             size_bytes = tile.length * dtype.itemsize
             for target in tile.span.places:
                 if target.average in numbers:
                     row = numbers.index(target.average) * size_bytes
                     offset = target.offset + tile.start * dtype.itemsize
-                    write = self._job.destination.write
-                    write(target.file, data[row : row + size_bytes], offset)
+                    part = data[row : row + size_bytes]
+                    self._job.destination.write(target.file, part, offset)
         return all_finite
 
-    def _check(self, tile: Tile, averages: Sequence[int], rounded: torch.Tensor) -> None:
-        """Refuse values that are not finite, unless they are wanted."""
-        if self._plan.allow_nonfinite:
-            return
-        for average, values in zip(averages, rounded.view(len(averages), tile.length), strict=True):
-            check_nonfinite(self._plan, self._job.sources, tile.span, tile.start, average, values)
+    def _show_nonfinite(
+        self, view: TileView, averages: Sequence[int], rounded: torch.Tensor
+    ) -> None:
+        rows = rounded.view(len(averages), view.tile.length)
+        for average, values in zip(averages, rows, strict=True):
+            for monitor in () if is_finite(values) else self._job.monitors:
+                monitor.see_nonfinite(view, average, values)
 
 
 def uses(plan: Plan) -> list[list[Use]]:
-    """What each checkpoint of a plan is to each of its averages."""
+    """Return how each checkpoint of a plan is used by each of its averages."""
     found: list[list[Use]] = [[] for _ in plan.checkpoints]
     for number_of_average, average in enumerate(plan.averages):
         for checkpoint, decay in zip(average.members, (None, *average.decays), strict=True):

@@ -2,8 +2,8 @@
 
     shadow <- shadow - (1 - decay) * (shadow - value)
 
-It is the form of TensorFlow's `assign_sub`. Against decay * shadow + (1 - decay) * value it has the
-merit that a value which never changes leaves the shadow as it is, bit for bit.
+TensorFlow's `assign_sub` has this form. Unlike decay * shadow + (1 - decay) * value, it leaves the
+shadow unchanged, bit for bit, where a value never changes.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ckpt_ema.errors import OptionError, RefusedError, printable, some
+from ckpt_ema.errors import Code, OptionError, RefusedError, some
 from ckpt_ema.schedules.dynamic import dynamic_decay
 
 AVERAGED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -36,10 +36,10 @@ def fold_(shadow: torch.Tensor, value: torch.Tensor, decay: float) -> None:
 def fold_rows_(
     shadows: torch.Tensor, value: torch.Tensor, weights: torch.Tensor, *, above_half: bool
 ) -> None:
-    """Fold `value` into several shadows in place: row k gets the very bits that `fold_` gives it.
+    """Fold `value` into several shadows in place; each row gets the same bits as from `fold_`.
 
-    `shadows` has the shape (K, count), `value` (count,), all float64. Where the decays are
-    `above_half`, `weights` are they, otherwise 1 - decay, in both cases of shape (K, 1).
+    `shadows` has the shape (K, count), `value` (count,), all float64. `weights`, of shape (K, 1),
+    are the decays where these are `above_half`, otherwise 1 - decay.
     """
     if above_half:
         torch.lerp(value, shadows, weights, out=shadows)
@@ -48,9 +48,9 @@ def fold_rows_(
 
 
 def fold_keeping_infinities_(shadow: torch.Tensor, value: torch.Tensor, decay: float) -> None:
-    """As `fold_`, but infinity folded into the same infinity stays, where `fold_` makes it NaN.
+    """Fold like `fold_`, but keep an infinity that never changes, which `fold_` turns into NaN.
 
-    Masks hold -inf that never changes. Finite elements get the very bits that `fold_` gives.
+    Masks hold such -inf. Finite elements get the same bits as from `fold_`.
     """
     unchanged = shadow.isinf() & (shadow == value)
     kept = shadow.clone()
@@ -59,11 +59,11 @@ def fold_keeping_infinities_(shadow: torch.Tensor, value: torch.Tensor, decay: f
 
 
 def is_finite(values: torch.Tensor) -> bool:
-    """Whether no element of a floating-point tensor is NaN or infinite."""
+    """Return whether no element of a floating-point tensor is NaN or infinite."""
     if not values.numel():
         return True
-    # A finite sum has finite terms only, and nothing is faster to compute; one that is not finite
-    # may have overflowed, and then the extremes tell (NaN propagates to them).
+    # A finite sum has only finite terms, and nothing is faster to compute. If it is not finite it
+    # may have overflowed; then the extremes decide (NaN propagates to them).
     wide_enough = torch.float32 if values.dtype == torch.float16 else values.dtype
     if math.isfinite(values.sum(dtype=wide_enough).item()):
         return True
@@ -72,11 +72,11 @@ def is_finite(values: torch.Tensor) -> bool:
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """float64, or float32 on a device that has no float64 (Apple's mps, some xpu)."""
+    """Return float64, or float32 for a device without float64 (Apple's mps, some xpu)."""
     try:
         torch.ones(1, dtype=torch.float64, device=device).add_(1)  # allocating alone proves nothing
     except torch.OutOfMemoryError:
-        return torch.float64  # a full device says nothing about what it has
+        return torch.float64  # a full device may well have float64
     except (TypeError, RuntimeError):
         return torch.float32
     return torch.float64
@@ -86,8 +86,8 @@ class Shadow:
     """The moving average of a dict of tensors in memory: TensorFlow's `ExponentialMovingAverage`.
 
     `initial` gives the shadow its first values; without it the first `apply` does. Floating-point
-    tensors are averaged in float64 (float32 on a device that lacks it), all others keep the value
-    applied last. It is the same fold as that of `ckpt_ema.average`.
+    tensors are averaged in float64 (float32 on a device without it), all others keep the value
+    applied last. The fold is the same as in `ckpt_ema.average`.
 
     >>> shadow = Shadow(0.99)
     >>> for number in (1.0, 2.0, 3.0):
@@ -103,7 +103,9 @@ class Shadow:
         device: str | torch.device | None = None,
     ) -> None:
         if not 0.0 <= decay <= 1.0:
-            raise OptionError(f"decay is {decay}; it must lie between 0 and 1.")
+            raise OptionError(
+                f"decay is {decay}; it must be between 0 and 1.", code=Code.INVALID_OPTION
+            )
         self.decay = decay
         self.num_applied = 0
         self._device = torch.device(device) if device is not None else None
@@ -115,12 +117,14 @@ class Shadow:
     def apply(self, state_dict: Mapping[str, torch.Tensor], num_updates: int | None = None) -> None:
         """Fold `state_dict` in with decay min(decay, (1 + n) / (10 + n)), n = `num_updates`.
 
-        `num_updates` is by default the number of applies so far. Raises `RefusedError` if names or
-        shapes are not those of the shadow; the shadow is then as before.
+        `num_updates` defaults to the number of applies so far. Raises `RefusedError` if names or
+        shapes differ from the shadow's, which is then unchanged.
         """
         n = self.num_applied if num_updates is None else num_updates
         if n < 0:
-            raise OptionError(f"num_updates is {n}; it must not be negative.")
+            raise OptionError(
+                f"num_updates is {n}; it must not be negative.", code=Code.INVALID_OPTION
+            )
         if not self._shadow:
             self._start(state_dict)
         else:
@@ -130,13 +134,15 @@ class Shadow:
         self.num_applied += 1
 
     def average(self, name: str) -> torch.Tensor:
-        """The average of one tensor, in the dtype in which it was applied."""
+        """Return the average of one tensor, in the dtype in which it was applied."""
         if name not in self._shadow:
-            raise RefusedError(f"The shadow has no tensor {printable(name)}.")
+            raise RefusedError(
+                f"The shadow has no tensor {name}.", code=Code.DIFFERENT_MODELS, tensor=name
+            )
         return self._shadow[name].to(self._dtypes[name], copy=True)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All averages, in the dtypes in which they were applied."""
+        """Return all averages, in the dtypes in which they were applied."""
         return {name: self.average(name) for name in self._shadow}
 
     def _start(self, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -167,16 +173,23 @@ class Shadow:
     def _check(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         if state_dict.keys() != self._shadow.keys():
             different = sorted(state_dict.keys() ^ self._shadow.keys())
-            raise RefusedError(f"The tensors are not those of the shadow: {some(different)}.")
+            raise RefusedError(
+                f"The tensors differ from those of the shadow: {some(different)}.",
+                code=Code.DIFFERENT_MODELS,
+            )
         for name, value in state_dict.items():
             mine = self._shadow[name]
             if mine.shape != value.shape:
                 raise RefusedError(
-                    f"Tensor {printable(name)} has shape {list(value.shape)}, and the shadow"
-                    f" {list(mine.shape)}."
+                    f"Tensor {name} has shape {list(value.shape)}; in the shadow it has"
+                    f" {list(mine.shape)}.",
+                    code=Code.DIFFERENT_MODELS,
+                    tensor=name,
                 )
             if (value.dtype in AVERAGED_DTYPES) != (mine.dtype in AVERAGED_DTYPES):
                 raise RefusedError(
-                    f"Tensor {printable(name)} is {value.dtype} now and {self._dtypes[name]} in the"
-                    " shadow: a float and no float cannot be averaged."
+                    f"Tensor {name} is {value.dtype} and in the shadow {self._dtypes[name]}; cannot"
+                    " average float and non-float tensors.",
+                    code=Code.DIFFERENT_DTYPES,
+                    tensor=name,
                 )

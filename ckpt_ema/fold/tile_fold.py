@@ -1,8 +1,8 @@
-"""Folding one tile, on the host or on an accelerator; which tile, and where it goes, is `engine`'s.
+"""Folding one tile, on the host or on an accelerator; `engine` decides which tile and where.
 
 A tile is folded oldest checkpoint first: its elements are read into a staging buffer, brought to
-the device, widened, folded into the shadow of every average that takes the checkpoint, and each
-shadow is rounded once at the end. What happens to one shadow does not depend on the others.
+the device, widened, and folded into the shadow of every average that takes the checkpoint. Each
+shadow is rounded once at the end, and does not depend on the others.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from ckpt_ema.fold.shadow import (
 
 
 class Staging:
-    """Host memory that files are read into, and that tensors of any dtype are views of."""
+    """Host memory to read files into, viewed as tensors of any dtype."""
 
     def __init__(self, size_bytes: int, pinned: bool = False) -> None:
         memory = torch.empty(size_bytes, dtype=torch.uint8)
@@ -29,10 +29,10 @@ class Staging:
         # torch tensors offer no writable buffer of their own without numpy.
         raw = (ctypes.c_ubyte * size_bytes).from_address(self.memory.data_ptr())
         self.bytes = memoryview(raw).cast("B")
-        self._view = (torch.uint8, -1, self.memory)  # the last that was asked for, mostly the next
+        self._view = (torch.uint8, -1, self.memory)  # the last one, which is usually the next
 
     def values(self, dtype: torch.dtype, count: int) -> torch.Tensor:
-        """The first `count` elements, as `dtype`."""
+        """Return the first `count` elements, as `dtype`."""
         if self._view[:2] != (dtype, count):
             self._view = (dtype, count, self.memory[: count * dtype.itemsize].view(dtype))
         return self._view[2]
@@ -43,10 +43,10 @@ ReadValues = Callable[[int, Staging], torch.Tensor]
 
 
 class Use(NamedTuple):
-    """What one checkpoint is to one of the averages that are made together."""
+    """How one checkpoint is used by one of the averages that are made together."""
 
     average: int
-    decay: float | None  # None: it is the first one, which initialises the shadow
+    decay: float | None  # None for the first one, which initialises the shadow
 
 
 Uses = Sequence[Sequence[Use]]  # for each checkpoint, in the order in which they are read
@@ -59,28 +59,28 @@ class TileFold(Protocol):
         """Read a tile from every checkpoint and fold it into the shadow of every average."""
 
     def rounded(self, averages: slice, count: int, dtype: torch.dtype) -> memoryview:
-        """The bytes of some shadows, one after the other, rounded; valid until the next call."""
+        """Return the bytes of some shadows, in order, rounded; valid until the next call."""
 
 
 class _Rows(NamedTuple):
-    """Shadows that lie one after the other and that a checkpoint is folded into alike."""
+    """Neighbouring shadows into which a checkpoint is folded in the same way."""
 
     averages: slice
-    decays: list[float | None]  # all of them None where the checkpoint is the first one
+    decays: list[float | None]  # all None where the checkpoint is the first one
     weights: torch.Tensor  # for `fold_rows_`
     above_half: bool
 
 
 class _Shadows:
-    """The shadows of a tile, one for each average, and what each checkpoint does to them."""
+    """The shadows of a tile, one for each average, and how each checkpoint is folded in."""
 
     def __init__(self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device) -> None:
         self._capacity = capacity
         self._tiles = torch.empty(_averages(uses), capacity, dtype=wide, device=device)
         self._rows = [list(_rows(of_checkpoint)) for of_checkpoint in uses]
-        # Where short rows stay in a cache, a call costs more than what it computes.
+        # While short rows stay in the cache, a call costs more than its arithmetic.
         self._in_rows = device.type == "cpu" and wide == torch.float64
-        # Nearly all tiles are whole.
+        # Nearly all tiles have full length.
         self._whole = [self._views(index, capacity) for index in range(len(uses))]
 
     def _views(self, index: int, count: int) -> list[torch.Tensor]:
@@ -102,16 +102,16 @@ class _Shadows:
                     fold(shadow, value, decay or 0.0)
 
     def of(self, averages: slice, count: int) -> torch.Tensor:
-        """The shadows of some averages, of shape (K, count)."""
+        """Return the shadows of some averages, of shape (K, count)."""
         return self._tiles[averages, :count]
 
 
 def _rows(uses: Sequence[Use]) -> Iterator[_Rows]:
-    """The averages that take a checkpoint, neighbours together that are folded alike."""
+    """Yield the averages that take a checkpoint, grouped where neighbours are folded alike."""
 
     def kind(placed: tuple[int, Use]) -> tuple[int, bool, bool]:
         place, (average, decay) = placed
-        # Of averages that follow each other, number less place is the same.
+        # Consecutive averages have the same difference of number and place.
         return average - place, decay is None, (decay or 0.0) > 0.5
 
     ordered = sorted(uses, key=lambda use: use.average)
@@ -128,7 +128,7 @@ def _rows(uses: Sequence[Use]) -> Iterator[_Rows]:
 
 
 class PlainFold:
-    """Folds with everything in one order on one device: the CPU, or a device without streams."""
+    """Folds in order on one device: the CPU, or a device without streams."""
 
     def __init__(
         self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device, widest_bytes: int
@@ -162,9 +162,9 @@ class PlainFold:
 class StreamedFold:
     """Folds on an accelerator while the next checkpoint is read and copied.
 
-    Two pinned staging buffers and two landing buffers take turns. Reading waits until the copy out
-    of its staging buffer is done, copying until the fold out of its landing buffer is done, folding
-    until the copy into its landing buffer is done; nothing else waits.
+    Two pinned staging buffers and two landing buffers take turns. Reading waits for the copy out of
+    its staging buffer, copying for the fold out of its landing buffer, folding for the copy into
+    its landing buffer; nothing else waits.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class StreamedFold:
                     self._consumed[slot].record()
                     self._shadows.fold(wide, index, keeping_infinities=keeping_infinities)
         except BaseException:
-            self._copying.synchronize()  # or it writes to memory that others have been given
+            self._copying.synchronize()  # or it would write to memory that is in other use by now
             raise
 
     def rounded(self, averages: slice, count: int, dtype: torch.dtype) -> memoryview:
@@ -229,9 +229,9 @@ class StreamedFold:
 
 
 def device_element_bytes(averages: int, wide: torch.dtype, widest_bytes: int) -> int:
-    """What an accelerator needs for each element that is folded at a time."""
-    # Two landing buffers, what is widened, each shadow, and that rounded; for infinities that stay,
-    # one shadow and masks.
+    """Return the bytes of device memory for each element that is folded at a time."""
+    # Two landing buffers, the widened values, each shadow and its rounded form; to keep infinities,
+    # one more shadow and masks.
     landing, shadow = 2 * widest_bytes, wide.itemsize
     return landing + shadow + (shadow + widest_bytes) * averages + (shadow + 4)
 
@@ -247,11 +247,10 @@ def make_fold(
     device: torch.device,
     widest_bytes: int,
 ) -> TileFold:
-    """The fold for a device, streamed where it has streams.
+    """Make the fold for a device, streamed where it has streams.
 
-    `widest_bytes` are those of an element of any dtype that is read or written. A device without
-    float64 cannot hold such values as they are: they are narrowed on the host, which the plain fold
-    does.
+    `widest_bytes` is the size of the widest element that is read or written. A device without
+    float64 cannot hold such values, so the plain fold narrows them on the host.
     """
     streamed = device.type != "cpu" and hasattr(torch.get_device_module(device), "Stream")
     if widest_bytes > widest_float(device).itemsize:

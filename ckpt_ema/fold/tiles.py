@@ -1,7 +1,7 @@
 """The work in tiles: pieces of the output small enough to be folded in a cache.
 
-They are numbered in the order of the output's bytes, so that a share of them is a range of every
-file. The result does not depend on how the work is cut or shared out.
+They are numbered in the order of the output's bytes, so that a share is a range of every file. The
+result does not depend on how the work is cut or shared out.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ckpt_ema.containers.specs import DTYPE_BITS
-from ckpt_ema.errors import OptionError, printable
+from ckpt_ema.errors import Code, OptionError
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.planning.sizing import KEPT_BYTES
 from ckpt_ema.planning.work import Span
@@ -32,7 +32,7 @@ class Share(NamedTuple):
     of: int = 1
 
     def __str__(self) -> str:
-        """As people write it: 3/64."""
+        """Return it as people write it: 3/64."""
         return f"{self.part}/{self.of}"
 
 
@@ -40,7 +40,7 @@ WHOLE = Share()
 
 
 def share_from(text: str) -> Share:
-    """The share that a text such as "3/64" names; raises `OptionError` for another.
+    """Parse a share such as "3/64"; raises `OptionError` for anything else.
 
     >>> share_from("3/64")
     Share(part=3, of=64)
@@ -49,14 +49,14 @@ def share_from(text: str) -> Share:
     share = Share(*map(int, match.groups())) if match else Share(0)
     if not 1 <= share.part <= share.of:
         raise OptionError(
-            f"--part is {printable(text)!r}; it must be 1/64 for the first of 64 parts, up to"
-            " 64/64."
+            f"--part is {text!r}; it must be 1/64 for the first of 64 parts, up to 64/64.",
+            code=Code.INVALID_OPTION,
         )
     return share
 
 
 def tiles(plan: Plan, share: Share = WHOLE) -> Iterator[Tile]:
-    """The tiles of a share of the work, in order; shares are equal in bytes, to within a tile."""
+    """Yield the tiles of a share, in order; shares have equal bytes to within a tile."""
     costs = [_bits(span, plan.work.layout_of) for span in plan.work.spans]
     total = sum(cost * span.length for cost, span in zip(costs, plan.work.spans, strict=True))
     number, before = 0, 0
@@ -71,7 +71,7 @@ def tiles(plan: Plan, share: Share = WHOLE) -> Iterator[Tile]:
 
 
 def joined(tiles: Iterable[Tile], most: int) -> Iterator[Tile]:
-    """The tiles, neighbours that are averaged together as one of at most `most` elements."""
+    """Yield the tiles, averaged neighbours joined to one of at most `most` elements."""
     wide: Tile | None = None
     for tile in tiles:
         follows = wide and wide.span is tile.span and wide.start + wide.length == tile.start
@@ -87,22 +87,22 @@ def joined(tiles: Iterable[Tile], most: int) -> Iterator[Tile]:
 
 
 def cut(tile: Tile, most: int) -> Iterator[Tile]:
-    """The ranges of a tile, each of at most `most` elements or bytes."""
+    """Yield the ranges of a tile, each of at most `most` elements or bytes."""
     for start in range(0, tile.length, most):
         yield tile._replace(start=tile.start + start, length=min(most, tile.length - start))
 
 
 def tensor_at(plan: Plan, span: Span, average: int, element: int) -> OutputTensor:
-    """The tensor of a average's output that an element of a span belongs to."""
+    """Return the tensor of an average's output that an element of a span belongs to."""
     target = next(target for target in span.places if target.average == average)
     position = target.offset + element * DTYPE_BITS[target.dtype] // 8
     files = [file for one in plan.averages for file in one.output.files]
     for tensor in files[target.file].tensors:
         if tensor.offset <= position < tensor.offset + tensor.size_bytes:
             return tensor
-    raise AssertionError("a span covers tensors of the output only")
+    raise AssertionError("spans cover tensors of the output only")
 
 
 def _bits(span: Span, layout_of: Sequence[int]) -> int:
-    """Bits that are read and written for each unit of a span's length: the bytes of eight."""
+    """Return the bits read and written for each unit of a span's length: the bytes of eight."""
     return span.bytes_read(layout_of, 8) + span.bytes_written(8)

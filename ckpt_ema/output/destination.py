@@ -1,11 +1,11 @@
-"""What is at an output path already, and whether it may be replaced: nothing is touched."""
+"""What is at an output path, and whether it may be replaced; nothing is changed."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.errors import RefusedError, printable, some
+from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.output.manifest import read_manifest
 from ckpt_ema.trainers.conventions import (
     CONFIG_FILES,
@@ -17,47 +17,60 @@ from ckpt_ema.trainers.conventions import (
 )
 
 
-def check_vacant(output: Path, overwrite: bool) -> None:
-    """Refuse to write where something is, unless `overwrite` is given and it may be replaced.
+def check_free(output: Path, overwrite: bool) -> None:
+    """Raise `RefusedError` unless the path is free, or `overwrite` is given and applies to it.
 
-    Files that we wrote may be, and those that make up a model; what else is in their folder is
-    somebody's. So a run, a project, notes beside a model never are. Raises `RefusedError`.
+    It applies to files that ckpt-ema wrote and to the files of a model. Whatever else is in their
+    folder, be it a run, a project or notes, is never deleted.
     """
-    shown = printable(output)
     if output.suffix == ".safetensors" and os.path.isdir(output):
-        raise RefusedError(f"The output {shown} is a folder, and its name asks for one file.")
-    if is_vacant(output):
+        raise RefusedError(
+            f"The output {output} is a folder, but its name is that of a file.",
+            code=Code.INVALID_OUTPUT,
+            path=output,
+        )
+    if is_free(output):
         return
     if not overwrite:
         raise RefusedError(
-            f"The output {shown} exists already and is not this average.",
-            "Choose another with --output, or replace it with --overwrite.",
+            f"The output {output} already exists and is not this average.",
+            "Choose another path with --output, or replace it with --overwrite.",
+            code=Code.OUTPUT_EXISTS,
+            path=output,
         )
     others = sorted(_others(output))
     if others:
         raise RefusedError(
-            f"The output {shown} is more than a model; --overwrite would delete {some(others, 3)}.",
-            "Move that elsewhere, or choose another with --output.",
+            f"The output {output} is more than a model; --overwrite would delete"
+            f" {some(others, 3)}.",
+            "Move those files, or choose another path with --output.",
+            code=Code.OUTPUT_EXISTS,
+            path=output,
         )
 
 
-def is_vacant(output: Path) -> bool:
-    """Whether nothing is at the path, or an empty folder."""
+def is_free(output: Path) -> bool:
+    """Return whether the path leads to nothing, or to an empty folder."""
     return not os.path.lexists(output) or (os.path.isdir(output) and not os.listdir(output))
 
 
 def averages_in(folder: Path) -> list[Path]:
-    """The folder itself if it is an average of ours, or those in it if it holds nothing else."""
+    """Return the folder itself if it is an output, or its subfolders if all of them are."""
     if os.path.lexists(folder / MANIFEST_NAME):
         return [folder]
     if not os.path.isdir(folder):
         return []
-    inside = [folder / name for name in os.listdir(folder)]
+    inside = [folder / name for name in sorted(os.listdir(folder))]
     return inside if all(os.path.lexists(path / MANIFEST_NAME) for path in inside) else []
 
 
+def outputs_at(path: Path) -> list[Path]:
+    """Return the outputs at a path: a file, a folder, or the folders in it."""
+    return [path] if path.is_file() else averages_in(path)
+
+
 def _others(output: Path) -> Iterator[str]:
-    """What is at the path, or in the folder there, and is no part of a model."""
+    """Yield what is at the path, or in the folder there, and is not part of a model."""
     if not os.path.isdir(output):
         if output.suffix != ".safetensors":
             yield output.name
@@ -74,14 +87,14 @@ def _others(output: Path) -> Iterator[str]:
 
 
 def _own_files(manifest: dict[str, Any]) -> set[str]:
-    """The files of an average of ours, by its manifest."""
+    """Return the files of an output, by its manifest."""
     names = {file["name"] for file in manifest.get("files", [])}
     indexes = {f"{SHARD_NUMBER.sub('', name)}{INDEX_SUFFIX}" for name in names}
     return {*names, *indexes, *manifest.get("companions", []), *OWN_FILES}
 
 
 def _others_in_model(folder: Path) -> Iterator[str]:
-    """What a folder that we did not write holds beside one model."""
+    """Yield what a folder that ckpt-ema did not write holds besides one model."""
     with os.scandir(folder) as entries:
         found = {entry.name: entry.is_dir() for entry in entries}
     weights = {name for name in found if name in FOLDER_WEIGHTS or SHARD_NUMBER.search(name)}

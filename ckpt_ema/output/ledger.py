@@ -1,7 +1,8 @@
-"""Which tiles of an unpublished output are done, so that an interrupted run can go on.
+"""The ledger of an unpublished output: which tiles are done, and what parts have to tell `finish`.
 
-A line of a file in the work folder says it of some tiles, once their bytes are on disk. Tiles are
-numbers: the folder's key stands for everything else that the work depends on.
+A line in the workspace counts tiles as done once their bytes are on disk, so that an interrupted
+run can resume. Tiles are numbers: the key of the workspace stands for everything else. Parts, and
+the ranks of a launch, also leave a record each, and one of what they are parts of.
 """
 
 import json
@@ -9,77 +10,89 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from ckpt_ema.fold.monitors.twins import Twins
-from ckpt_ema.fold.monitors.zeros import Turn, Zeroed
-from ckpt_ema.output.workspace import JOURNAL, WorkFolder, as_failure, durable_file, write_all
+from ckpt_ema.errors import Code, FailedError
+from ckpt_ema.fold.monitors.protocol import Monitor, Watched
+from ckpt_ema.fold.tiles import Share
+from ckpt_ema.output.workspace import LINES, Workspace, as_failure, durable_file, write_all
 
-_SECONDS = 10.0  # of work that is lost at most, but for what takes longer to write
+SECONDS_BETWEEN_LINES = 10.0  # the most work that is lost, but for what takes longer to write
+_OUTLINE = "outline"  # the record of what the parts are parts of
 
 
-class Journal:
+class Ledger:
     """The tiles that are done, by this process and by those before it; for many threads."""
 
-    def __init__(self, work: WorkFolder, make_durable: Callable[[], None]) -> None:
-        """`make_durable` brings what has been written to the disk."""
-        lines = list(_lines(work))
-        self.done = {
-            tile
-            for line in lines
-            for first, last in line["tiles"]
-            for tile in range(first, last + 1)
-        }
-        self.different = {(one, other) for line in lines for one, other in line["different"]}
-        self.zeroed = [Turn(*turn) for line in lines for turn in line["zeroed"]]
-        self._path = work.path / f"tiles-{secrets.token_hex(4)}{JOURNAL}"
-        self._make_durable = make_durable
+    def __init__(
+        self,
+        workspace: Workspace,
+        monitors: Sequence[Monitor],
+        make_durable: Callable[[], None],
+        *,
+        is_kept: bool,
+    ) -> None:
+        """Read what was kept, unless nothing `is_kept`; `monitors` get what they saw back.
+
+        `make_durable` brings what was written to the output to the disk.
+        """
+        self.done: set[int] = set()
+        for line in _lines(workspace.path) if is_kept else ():
+            self.done.update(n for first, last in line["tiles"] for n in range(first, last + 1))
+            for monitor in monitors:
+                monitor.merge(line["monitors"][monitor.name])
+        self._is_kept = is_kept
+        self._path = workspace.path / f"tiles-{secrets.token_hex(4)}{LINES}"
+        self._monitors, self._make_durable = monitors, make_durable
         self._new: list[int] = []
         self._lock = threading.Lock()
         self._last = time.monotonic()
 
-    def finish(self, tiles: Iterable[int]) -> None:
-        """Note that tiles have been written."""
-        with self._lock:
-            self._new.extend(tiles)
+    def finish(self, tiles: range) -> None:
+        """Note that all bytes of these tiles have been written."""
+        if self._is_kept:
+            with self._lock:
+                self._new.extend(tiles)
 
-    def write_if_due(self, twins: Twins, zeroed: Zeroed) -> None:
-        """`write`, if it was not done in the last seconds."""
-        if time.monotonic() - self._last >= _SECONDS:
-            self.write(twins, zeroed)
+    def write_if_due(self) -> None:
+        """Write a line if the last one is some seconds old."""
+        if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
+            self.write()
 
-    def write(self, twins: Twins, zeroed: Zeroed) -> None:
-        """Write down what is done and what was learnt: pairs that differ, turns to zeros."""
+    def write(self) -> None:
+        """Write a line for the tiles that were finished since the last one, if any were."""
         with self._lock:
             tiles, self._new = self._new, []
         if tiles:
             self._make_durable()
-            line = {
-                "tiles": list(ranges(tiles)),
-                "different": twins.different,
-                "zeroed": zeroed.found,
-            }
+            line = {"tiles": list(ranges(tiles)), "monitors": states(self._monitors)}
             with as_failure(self._path), durable_file(self._path) as fd:
                 write_all(fd, json.dumps(line).encode() + b"\n", os.fstat(fd).st_size)
         self._last = time.monotonic()
 
 
-def _lines(work: WorkFolder) -> Iterator[dict[str, Any]]:
-    """What is written down; the last line of a killed run may be half there."""
-    for path in sorted(work.path.glob(f"tiles-*{JOURNAL}")):
+def states(monitors: Sequence[Monitor]) -> dict[str, Any]:
+    """Return the state of each monitor by its name."""
+    return {monitor.name: monitor.state() for monitor in monitors}
+
+
+def _lines(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines in a workspace; the last one of a killed run may be incomplete."""
+    for path in sorted(folder.glob(f"tiles-*{LINES}")):
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 line = json.loads(text)
             except ValueError:
                 continue
-            if isinstance(line, dict) and line.keys() >= {"tiles", "different", "zeroed"}:
+            if isinstance(line, dict) and line.keys() >= {"tiles", "monitors"}:
                 yield line
 
 
-def ranges(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Numbers as ranges, first and last.
+def ranges(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield numbers as ranges, first and last.
 
     >>> list(ranges([3, 1, 2, 7]))
     [(1, 3), (7, 7)]
@@ -87,3 +100,84 @@ def ranges(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
     for _, group in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0]):
         found = [number for _, number in group]
         yield found[0], found[-1]
+
+
+class Outline(NamedTuple):
+    """What all parts of an output share."""
+
+    files: Sequence[str]  # model files, in the order of their numbers
+    manifests: Mapping[str, Mapping[str, Any]]  # by folder, without how it went
+    watched: Watched
+    bytes_written: int
+
+
+class Part(NamedTuple):
+    """How it went to fold a share of the work."""
+
+    monitors: Mapping[str, Any]  # their states
+    device: str
+    seconds: float
+    peak_memory_bytes: int
+    bytes_read: int
+
+
+def record(workspace: Workspace, outline: Outline, kind: str, share: Share, part: Part) -> None:
+    """Record that a share is done; the `kind` of record tells parts from ranks."""
+    workspace.record(_OUTLINE, outline._asdict())
+    workspace.record(f"{kind}{share.part}-of-{share.of}", part._asdict())
+
+
+def recorded(workspace: Workspace, kind: str) -> tuple[Outline, list[Part]]:
+    """Return what was recorded of a complete set of parts.
+
+    Raises `FailedError` if parts are missing, or records are missing or damaged.
+    """
+    found = workspace.records(_OUTLINE).get(_OUTLINE)
+    if found is None:
+        raise FailedError(
+            f"The description of the parts in {workspace.path} is missing.",
+            "Make any part again.",
+            code=Code.PARTS_MISSING,
+            path=workspace.path,
+        )
+    parts = _whole_set(workspace, kind)
+    try:
+        outline = Outline(**found)
+        watched = Watched(*outline.watched)
+        return outline._replace(watched=watched), [Part(**part) for part in parts]
+    except TypeError as error:
+        raise FailedError(
+            f"The records in {workspace.path} are of another version of ckpt-ema.",
+            "Remove them, and make all parts again.",
+            code=Code.PARTS_MISSING,
+            path=workspace.path,
+        ) from error
+
+
+def _whole_set(workspace: Workspace, kind: str) -> list[dict[str, Any]]:
+    """Return the records of a division into parts that is complete."""
+    divisions: dict[int, dict[int, dict[str, Any]]] = {}
+    for name, part in workspace.records(kind).items():
+        number, of = map(int, name.removeprefix(kind).split("-of-"))
+        divisions.setdefault(of, {})[number] = part
+    of, made = min(divisions.items(), key=lambda division: division[0] - len(division[1]))
+    missing = [number for number in range(1, of + 1) if number not in made]
+    if missing:
+        which = "part {} of {} is" if len(missing) == 1 else "parts {} of {} are"
+        raise FailedError(
+            f"{workspace.final} cannot be finished yet: {which.format(_listed(missing), of)}"
+            " missing.",
+            code=Code.PARTS_MISSING,
+            path=workspace.final,
+        )
+    return list(made.values())
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """Return numbers with ranges.
+
+    >>> _listed([1, 2, 3, 7])
+    '1-3, 7'
+    """
+    found = ranges(numbers)
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)

@@ -1,7 +1,8 @@
-"""Provenance: what was averaged into what, as plain values; kept with every output.
+"""Provenance as plain values: what was averaged into what; kept with every output.
 
 A folder holds it as `ckpt_ema.json`, a single file in its header. It marks an output as ours, and
-tells a second run with the same inputs and choices that it is up to date.
+shows a second run with the same inputs and options that the output is up to date. Plans and
+manifests follow the schemas in `docs/schema`; a change that breaks readers needs a new `VERSION`.
 """
 
 import json
@@ -11,19 +12,23 @@ from typing import Any
 
 from ckpt_ema.containers.safetensors import read_specs
 from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.find.verdict import Judged
+from ckpt_ema.output.result import Result
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan, PlannedCheckpoint
+from ckpt_ema.planning.roles import TensorRole
 from ckpt_ema.storage.local import Local
 from ckpt_ema.targets.target import Output, OutputFile
 from ckpt_ema.trainers.conventions import MANIFEST_NAME, PROVENANCE_KEY
 
+VERSION = 1
 _CONVENTION = (
-    "the first checkpoint initialises the shadow; the j-th is folded as num_updates = j - 1"
+    "the first checkpoint initializes the shadow; the j-th is folded with num_updates = j - 1"
 )
 
 
 def describe(plan: Plan, average: Average) -> dict[str, Any]:
-    """One average of a plan as plain values, ready for JSON; sizes are in bytes.
+    """Return one average of a plan as plain values, ready for JSON; sizes are in bytes.
 
     `checkpoints` is oldest first; `bytes_read` counts what is read for all averages of the plan.
     """
@@ -31,7 +36,7 @@ def describe(plan: Plan, average: Average) -> dict[str, Any]:
 
 
 def _describe_average(plan: Plan, average: Average) -> dict[str, Any]:
-    """What is an average's own: its weights and its output."""
+    """Return what belongs to one average: its weights and its output."""
     return {
         "name": average.name,
         "output": os.fspath(average.output.path),
@@ -47,12 +52,24 @@ def _describe_average(plan: Plan, average: Average) -> dict[str, Any]:
     }
 
 
+def describe_making(result: Result) -> dict[str, Any]:
+    """Return how making the averages went."""
+    return {
+        "warnings_of_reading": [warning.described() for warning in result.warnings],
+        "device": result.device,
+        "seconds": result.seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+    }
+
+
 def describe_plan(plan: Plan) -> dict[str, Any]:
-    """A whole plan as plain values: what its averages share, and each with its tensors."""
+    """Return a whole plan as plain values; its averages have their tensors too."""
     return {
         **_describe_run(plan),
         "output": os.fspath(plan.output),
         "bytes_written": plan.bytes_written,
+        "entries": [_describe_entry(one) for one in plan.judged],
+        "tensor_roles": [_describe_role(one) for one in plan.tensor_roles],
         "averages": [
             {**_describe_average(plan, average), "tensors": _describe_tensors(average)}
             for average in plan.averages
@@ -61,8 +78,9 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 
 
 def _describe_run(plan: Plan) -> dict[str, Any]:
-    """What all averages of a plan share, as plain values."""
+    """Return what all averages of a plan share."""
     return {
+        "version": VERSION,
         "run": plan.run,
         "options": dict(plan.given),
         "accumulate": plan.engine.accumulate,
@@ -70,14 +88,14 @@ def _describe_run(plan: Plan) -> dict[str, Any]:
         "threads": plan.threads,
         "bytes_read": plan.bytes_read,
         "memory_bytes": plan.memory_bytes,
-        "left_out": [{"path": os.fspath(path), "reason": why} for path, why in plan.left_out],
-        "notes": [str(note) for note in plan.notes],
-        "warnings": [str(warning) for warning in plan.warnings],
+        "left_out": [_describe_entry(one) for one in plan.left_out],
+        "notes": [note.described() for note in plan.notes],
+        "warnings": [warning.described() for warning in plan.warnings],
     }
 
 
 def _describe_weights(plan: Plan, average: Average) -> dict[str, Any]:
-    """The schedule of an average, its checkpoints with their weights, and what they come to."""
+    """Return the schedule, the checkpoints with their weights, and their statistics."""
     rows = zip(
         average.members,
         average.gaps,
@@ -97,8 +115,29 @@ def _describe_weights(plan: Plan, average: Average) -> dict[str, Any]:
     }
 
 
+def _describe_entry(judged: Judged) -> dict[str, str]:
+    verdict = judged.verdict
+    return {
+        "path": os.fspath(judged.path),
+        "outcome": verdict.outcome.value,
+        "reason": verdict.reason.value,
+        "detail": verdict.detail,
+        "rule": verdict.rule,
+    }
+
+
+def _describe_role(role: TensorRole) -> dict[str, Any]:
+    return {
+        "pattern": role.pattern,
+        "count": role.count,
+        "role": role.role.value,
+        "reason": role.reason.value,
+        "rule": role.rule,
+    }
+
+
 def _describe_tensors(average: Average) -> list[dict[str, Any]]:
-    """The output's tensors: name, file, dtype, shape, and whether it is averaged."""
+    """Return the tensors of the output."""
     return [
         {
             "name": tensor.name,
@@ -113,7 +152,7 @@ def _describe_tensors(average: Average) -> list[dict[str, Any]]:
 
 
 def is_up_to_date(plan: Plan) -> bool:
-    """Whether these very averages are at the output path already, every file whole."""
+    """Return whether the averages of a plan are at the output path already, every file whole."""
     if not all(_is_up_to_date(average.output) for average in plan.averages):
         return False
     folders = {average.output.path for average in plan.averages} - {plan.output}
@@ -124,7 +163,7 @@ def _is_up_to_date(output: Output) -> bool:
     if read_manifest(output.path).get("fingerprint") != output.fingerprint:
         return False
     if output.is_single_file:
-        return True  # its header was just read and found to cover the file
+        return True  # reading its header showed that the file is whole
     try:
         if any((output.path / name).read_bytes() != content for name, content in output.indexes):
             return False
@@ -146,7 +185,7 @@ def _is_whole(path: Path, file: OutputFile) -> bool:
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
-    """What an output says of itself; empty if it is not one of ours."""
+    """Return the manifest of an output; empty if it is not one of ours."""
     try:
         if os.path.isdir(output):
             path = os.fspath(output / MANIFEST_NAME)

@@ -1,8 +1,4 @@
-"""The output, which appears whole or not at all.
-
-Everything is written in a hidden folder beside the final path, made durable, and published by one
-rename.
-"""
+"""The output, which appears whole or not at all: written in a workspace, published by a rename."""
 
 import contextlib
 import ctypes
@@ -12,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from ckpt_ema.errors import FailedError, printable
+from ckpt_ema.errors import Code, FailedError
 from ckpt_ema.output.workspace import (
     PUBLISHED,
-    WorkFolder,
+    Workspace,
     as_failure,
     durable_file,
     fsync_folder,
@@ -32,10 +28,10 @@ _COPIED_BYTES = 1 << 20  # at a time
 
 
 class StagedOutput:
-    """An output in its work folder; a context manager, which closes its files."""
+    """An output in its workspace; a context manager that closes its files."""
 
-    def __init__(self, work: WorkFolder, *, is_single_file: bool, overwrite: bool) -> None:
-        self._final, self._staging = work.final, work.output
+    def __init__(self, workspace: Workspace, *, is_single_file: bool, overwrite: bool) -> None:
+        self._final, self._staging = workspace.final, workspace.output
         self._single = is_single_file
         self._overwrite = overwrite
         self._fds: list[int] = []  # of the first model files; there may be more files than that
@@ -55,9 +51,9 @@ class StagedOutput:
                 os.close(fd)
 
     def create(self, files: Sequence[tuple[str, OutputFile]]) -> None:
-        """Reserve the space of the model files, by their names in the folder; write the headers.
+        """Allocate the model files, by their names in the folder, and write their headers.
 
-        What has been written to them already stays.
+        Data that was written to them before is kept.
         """
         for number, (name, file) in enumerate(files):
             path = self._staging if self._single else self._staging / name
@@ -76,18 +72,18 @@ class StagedOutput:
                 self.write(number, memoryview(chunk.content), chunk.offset)
 
     def adopt(self, names: Sequence[str]) -> None:
-        """Take the model files that others have written, by their names in the folder."""
+        """Take over model files that others have written, by their names in the folder."""
         self._paths = [self._staging if self._single else self._staging / name for name in names]
 
     def write(self, file: int, data: memoryview, offset: int) -> None:
-        """Put `data` at `offset` of model file number `file`; from any thread."""
+        """Write `data` at `offset` of model file number `file`; from any thread."""
         with as_failure(self._final), self._opened(file) as fd:
             write_all(fd, data, offset)
             _start_writeback(fd, offset, len(data))
 
     @contextlib.contextmanager
     def _opened(self, file: int) -> Iterator[int]:
-        """The descriptor of a model file; of the last of many files, one for the moment."""
+        """Yield the descriptor of a model file, opened for the moment if there are many files."""
         if file < len(self._fds):
             yield self._fds[file]
             return
@@ -102,10 +98,10 @@ class StagedOutput:
         path = self._staging / name
         with as_failure(self._final / name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, content, self._staging.parent)  # parts write it at the same time
+            replace_file(path, content, self._staging.parent)  # parts may write it concurrently
 
     def copy(self, source: Path, name: str, storage: Storage) -> None:
-        """Copy one file that travels with the weights, byte for byte."""
+        """Copy a companion file, byte for byte."""
         path = self._staging / name
         with storage.open(source) as file, as_failure(self._final / name):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,28 +113,31 @@ class StagedOutput:
                 os.ftruncate(fd, size_bytes)
 
     def check_loads(self) -> None:
-        """Have the safetensors library itself accept every model file; it reads headers only."""
+        """Check that the safetensors library accepts every model file; it reads headers only."""
         from safetensors import SafetensorError, safe_open
 
         for number in range(len(self._paths)):
             try:
-                # By descriptor, since the library takes no path that is not UTF-8.
+                # By descriptor, since the library accepts only paths in UTF-8.
                 with self._opened(number) as fd, safe_open(f"/dev/fd/{fd}", "pt") as model:
                     model.keys()
-            except (OSError, RuntimeError) as error:  # the latter of torch, which maps the file
+            except (OSError, RuntimeError) as error:  # the latter from torch, which maps it
                 raise FailedError(
-                    f"{printable(self._final)} cannot be read again: {printable(error)}.",
+                    f"{self._final} cannot be read after writing: {error}.",
                     "Nothing was published.",
+                    code=Code.READ_FAILED,
+                    path=self._final,
                 ) from error
             except SafetensorError as error:
                 raise FailedError(
-                    f"{printable(self._final)}: the safetensors library refuses what was written"
-                    f" ({printable(error)}).",
-                    "Nothing was published; please report it.",
+                    f"{self._final}: the safetensors library rejects the output: {error}.",
+                    "Nothing was published; please report this.",
+                    code=Code.DAMAGED,
+                    path=self._final,
                 ) from error
 
     def make_durable(self) -> None:
-        """Have everything written so far survive a loss of power."""
+        """Make everything written so far survive a power failure."""
         with as_failure(self._final):
             for number in range(len(self._paths)):
                 with self._opened(number) as fd:
@@ -148,13 +147,12 @@ class StagedOutput:
                     fsync_folder(folder)
 
     def publish(self) -> None:
-        """Give the output, made durable, its final name, replacing what may be there."""
+        """Give the output its final name, replacing what may be replaced there."""
         self.make_durable()
         ready = self._staging.with_name(PUBLISHED)
         with as_failure(self._final):
-            # From here on what is written down of it is void: after an exchange the old output is
-            # in its place.
-            remove(ready)  # of a run that was killed here
+            # This voids all records of the output; an exchange leaves the old one in its place.
+            remove(ready)  # left by a run that was killed here
             os.rename(self._staging, ready)
             fsync_folder(ready.parent)
             try:
@@ -166,8 +164,10 @@ class StagedOutput:
             fsync_folder(self._final.parent)
         except OSError as error:
             raise FailedError(
-                f"{printable(self._final)} is published, and may not survive a loss of power:"
-                f" {error.strerror}."
+                f"{self._final} is published, but may not survive a power failure:"
+                f" {error.strerror}.",
+                code=Code.WRITE_FAILED,
+                path=self._final,
             ) from error
 
     def _give_name(self, ready: Path) -> None:
@@ -179,7 +179,7 @@ class StagedOutput:
             os.rename(ready, self._final)  # replaces nothing but an empty folder
 
     def _replace(self, ready: Path) -> None:
-        """Put the new in the place of the old, and that into the work folder or away."""
+        """Replace the old output, which ends up in the workspace or is removed."""
         if self._single:
             os.replace(ready, self._final)
         elif not _exchange(ready, self._final):
@@ -194,7 +194,7 @@ class StagedOutput:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step, so that there is no moment without an output; Linux can."""
+    """Swap two paths atomically, so that there always is an output; return whether it worked."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
@@ -203,7 +203,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _link_or_rename(staging: Path, final: Path) -> None:
-    """Give a file its final name, but never one that is taken."""
+    """Give a file its final name unless that is taken."""
     try:
         os.link(staging, final)  # unlike a rename, it never replaces
     except OSError as error:
@@ -213,7 +213,7 @@ def _link_or_rename(staging: Path, final: Path) -> None:
 
 
 def _reserve(fd: int, size_bytes: int) -> None:
-    """Allocate the file's space now, so that a full disk shows before the work is done."""
+    """Allocate the file's space now, so that a full disk fails before the work is done."""
     try:
         os.posix_fallocate(fd, 0, size_bytes)
     except AttributeError:  # macOS
@@ -225,9 +225,9 @@ def _reserve(fd: int, size_bytes: int) -> None:
 
 
 def _start_writeback(fd: int, offset: int, size_bytes: int) -> None:
-    """Have the kernel begin to write these bytes out, so that fsync has nothing left to wait for.
+    """Make the kernel start to write these bytes, so that fsync need not wait for them.
 
-    On Linux that is what the advice does to dirty pages; it drops clean ones only.
+    On Linux this advice does that to dirty pages, and drops only clean ones.
     """
     if hasattr(os, "posix_fadvise"):  # macOS has none
         os.posix_fadvise(fd, offset, size_bytes, os.POSIX_FADV_DONTNEED)

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ckpt_ema.errors import Code, OptionError
-from ckpt_ema.find.order import Checkpoint
+from ckpt_ema.find.checkpoint import Checkpoint, gaps, known_steps, needed_steps
 from ckpt_ema.find.select import Subset
-from ckpt_ema.find.steps import gaps, known_steps, needed_steps
 from ckpt_ema.options import Weighting
 from ckpt_ema.schedules.explicit import matched, read_weights
 from ckpt_ema.schedules.rules import Rule

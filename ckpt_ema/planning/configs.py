@@ -6,7 +6,7 @@ from typing import Any
 
 from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import Code, RefusedError, some
-from ckpt_ema.find.order import Checkpoint
+from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.notices import Notice
 from ckpt_ema.storage import Storage
 from ckpt_ema.trainers.conventions import ADAPTER_CONFIG

@@ -6,8 +6,8 @@ from itertools import pairwise
 from ckpt_ema.containers.model_key import ALREADY_AVERAGED
 from ckpt_ema.containers.specs import Role, Specs
 from ckpt_ema.errors import Code, some
+from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.find.names import stem_of
-from ckpt_ema.find.order import Checkpoint
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.roles import Ruling
 from ckpt_ema.trainers import conventions

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import Code, OptionError, RefusedError
-from ckpt_ema.find.complete import check_whole, problems, without_unfinished
+from ckpt_ema.find.checkpoint import Checkpoint
+from ckpt_ema.find.complete import check_complete
 from ckpt_ema.find.found import Found
-from ckpt_ema.find.globs import UNWANTED
-from ckpt_ema.find.order import Checkpoint
 from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
+from ckpt_ema.find.verdict import UNSELECTED, Judged
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import (
     Engine,
@@ -78,9 +78,14 @@ class Plan:
     work: Work
     threads: int
     tile_elements: int  # elements that a thread folds at a time
-    left_out: tuple[tuple[Path, str], ...]
+    judged: tuple[Judged, ...]  # every entry of the run, with its verdict
     notes: tuple[Notice, ...]
     warnings: tuple[Notice, ...]
+
+    @property
+    def left_out(self) -> tuple[Judged, ...]:
+        """The entries that take no part although they might be expected to."""
+        return tuple(entry for entry in self.judged if entry.is_left_out)
 
     @property
     def tensor_roles(self) -> tuple[TensorRole, ...]:
@@ -196,7 +201,7 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
         work=work,
         threads=sizes.threads,
         tile_elements=sizes.tile_elements,
-        left_out=found.left_out,
+        judged=found.judged,
         notes=(
             *chosen.notes,
             *weight_notes(averages),
@@ -232,14 +237,12 @@ def _choose(
     paths: Sequence[Path], selection: Selection, weighting: Weighting, source: Source
 ) -> _Chosen:
     """Find the checkpoints, select among them, weigh them, and check that they are complete."""
-    discovered = discover(paths, selection, source)
-    problem_of = problems(discovered.checkpoints, source)
-    found = without_unfinished(discovered, selection, problem_of)
+    found = discover(paths, selection, source)
     selected = select(found, selection, source)
     averages = weigh(selected.subsets, weighting)
     taken = {checkpoint for average in averages for checkpoint in average.checkpoints}
     checkpoints = [checkpoint for checkpoint in found.checkpoints if checkpoint in taken]
-    check_whole(checkpoints, problem_of)
+    check_complete(checkpoints, found)
     warnings = (*found.warnings, *selected.warnings)
     return _Chosen(found, checkpoints, averages, selected.notes, warnings)
 
@@ -264,4 +267,4 @@ def _check_names(averages: Sequence[Weighted], compared: Compared) -> None:
 
 def _found_in_all(found: Found) -> int:
     """Count the checkpoints of the run, with those that globs leave out."""
-    return len(found.checkpoints) + sum(why in UNWANTED for _, why in found.left_out)
+    return len(found.checkpoints) + sum(one.verdict.reason in UNSELECTED for one in found.left_out)

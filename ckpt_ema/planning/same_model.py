@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import AVERAGED, Specs
 from ckpt_ema.errors import Code, RefusedError, some
-from ckpt_ema.find.order import Checkpoint
+from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.configs import compare_configs
 from ckpt_ema.planning.renaming import unified, without_prefix

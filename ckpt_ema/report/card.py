@@ -1,14 +1,15 @@
-"""The model card: the README.md of an output, which says what was averaged and how.
+"""The model card: the README.md of an output, which documents what was averaged and how.
 
-The YAML at the top of the card that the run has (licence, base model, language ...) is kept, tags
-are added, and results that were measured with other weights are taken out.
+The YAML front matter of the run's own card (licence, base model, language) is kept, tags are added,
+and evaluation results, which belong to other model weights, are removed.
 """
 
+import contextlib
 import json
 import re
 from pathlib import Path
 
-from ckpt_ema.errors import escaped, printable
+from ckpt_ema.errors import RefusedError, escaped, printable
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.report.rows import markdown_lines
@@ -17,8 +18,8 @@ from ckpt_ema.trainers.conventions import CARD_NAME
 TAGS = ("weight-averaging", "ckpt-ema")
 
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(?P<yaml>(?:.*\n)*?)(?:---|\.\.\.)[ \t]*(?:\n|\Z)")
-_LARGEST_BYTES = 1 << 20
-# Results of the model that the card was written for.
+_MOST_BYTES = 1 << 20
+# Evaluation results of the model that the card was written for.
 _RESULTS = re.compile(r"""^(["']?)model-index\1[ \t]*:.*\n(?:[ \t#-].*\n|\n)*""", re.MULTILINE)
 _TAGS = re.compile(
     r"""^(["']?)tags\1[ \t]*:[ \t]*(?P<value>.*)\n(?P<items>(?:[ \t]*-.*\n)*)""", re.MULTILINE
@@ -26,9 +27,9 @@ _TAGS = re.compile(
 
 
 def card(plan: Plan, average: Average, command: str | None, picture: str | None) -> str:
-    """The card of one average, in Markdown.
+    """Return the card of one average, in Markdown.
 
-    `command` is what made it, if it was a command; `picture` is the name of a file beside the card.
+    `command` is the command that made it, if any; `picture` names a file in the same folder.
     """
     statistics, unit = average.statistics, average.unit
     run = Path(plan.run).name or plan.run
@@ -39,25 +40,25 @@ def card(plan: Plan, average: Average, command: str | None, picture: str | None)
             "",
             f"# {_markdown(average.output.path.name)}",
             "",
-            f"The weighted average of {len(average.members)} checkpoints of `{printable(run)}`,"
-            " made by ckpt-ema; nothing was trained.",
+            f"Weighted average of {len(average.members)} checkpoints of `{printable(run)}`, made"
+            " with ckpt-ema, without further training.",
             "",
             f"- weights: {average.text}",
             f"- effective number of checkpoints: {statistics.effective_number:.1f}",
-            f"- mean age of the checkpoints, before the newest: {statistics.mean_age:.4g} {unit}",
+            f"- mean age: {statistics.mean_age:.4g} {unit}",
             "",
             *([f"![The weight of each checkpoint]({picture})", ""] if picture else []),
             *markdown_lines(plan, [average]),
             "",
             *(["```console", f"$ {escaped(command)}", "```", ""] if command else []),
-            "The whole record is in `ckpt_ema.json`.",
+            "See `ckpt_ema.json` for the full record.",
             "",
         ]
     )
 
 
 def front_matter(original: str) -> str:
-    """The YAML for the top of a card, from the text of the run's own card.
+    """Return the YAML for the top of a card, from the text of the run's own card.
 
     >>> front_matter("---\\nlicense: mit\\ntags: [a]\\n---\\n# Title")
     'license: mit\\ntags: [weight-averaging, ckpt-ema, a]\\n'
@@ -82,7 +83,7 @@ def front_matter(original: str) -> str:
 
 
 def _in_lines(yaml: str) -> str:
-    """YAML with a line for each key; that which is one mapping in braces is read as JSON."""
+    """Return YAML with a line for each key; a mapping in braces is read as JSON."""
     if not yaml.lstrip().startswith("{"):
         return yaml
     try:
@@ -93,14 +94,12 @@ def _in_lines(yaml: str) -> str:
 
 
 def _own_card(plan: Plan, average: Average) -> str:
-    """The text of the newest checkpoint's card, or of the run's."""
+    """Return the text of the newest checkpoint's card, or of the run's."""
     for folder in (plan.checkpoints[average.newest].folder, Path(plan.run)):
-        path = folder / CARD_NAME
-        try:
-            if path.is_file() and path.stat().st_size <= _LARGEST_BYTES:
-                return path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError):
-            continue
+        with contextlib.suppress(RefusedError, UnicodeDecodeError):
+            content = plan.storage.read(folder / CARD_NAME, _MOST_BYTES + 1)
+            if content is not None and len(content) <= _MOST_BYTES:
+                return content.decode("utf-8-sig")
     return ""
 
 

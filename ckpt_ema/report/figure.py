@@ -1,15 +1,14 @@
-"""The picture of a plan: the weight of each checkpoint, and the learning rate that it imitates.
+"""The picture of a plan: the weight of each checkpoint, and the equivalent learning rate.
 
 It needs matplotlib (`pip install "ckpt-ema[plot]"`), which is imported only to draw.
 """
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckpt_ema.errors import FailedError, OptionError, printable
+from ckpt_ema.errors import Code, FailedError, OptionError
 from ckpt_ema.options import PathLike
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
@@ -25,7 +24,7 @@ _INCHES = (3.4, 3.6)  # the width of a column of a paper
 _LEGEND_INCHES = 0.16  # a line of it
 _MOST_MARKS = 20  # on one line
 _DOTS_PER_INCH = 220
-# The colours of Okabe and Ito, which people with any vision tell apart; marks tell them in print.
+# Okabe and Ito's colours suit the colour-blind; marks tell lines apart in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKS = "os^Dv<>p"
 _DASHES = ("-", (0, (5, 1)), ":", (0, (3, 1, 1, 1)))  # of each further round of colours
@@ -51,11 +50,12 @@ class Picture(NamedTuple):
 
 
 def plot(plan: Plan, path: PathLike) -> Picture:
-    """Draw a plan as a .png or .svg file, which is replaced if it exists; no tensor is read.
+    """Draw a plan as a .png or .svg file, replacing any that exists; no tensor is read.
 
-    Above the weight of each checkpoint for all averages, below the learning-rate decay that each
-    average imitates. Raises `OptionError` for another kind of file, `FailedError` without
-    matplotlib or if the file cannot be written.
+    The upper half shows the weight of each checkpoint for all averages, the lower half the
+    learning-rate decay that each average imitates. Raises `OptionError` for another kind of file
+    or a path inside the output or an input, `FailedError` without matplotlib or if the file cannot
+    be written.
     """
     target = Path(path)
     _check_drawable(target, plan)
@@ -63,38 +63,41 @@ def plot(plan: Plan, path: PathLike) -> Picture:
     try:
         target.write_bytes(picture.content)
     except OSError as error:
-        raise FailedError(f"{printable(target)} cannot be written: {error.strerror}.") from error
+        raise FailedError(
+            f"{target} cannot be written: {error.strerror}.", code=Code.WRITE_FAILED, path=target
+        ) from error
     return picture
 
 
 def _check_drawable(path: Path, plan: Plan) -> None:
-    """Refuse a picture that could not be drawn, before anything else is done.
-
-    Raises `OptionError` for a kind of file that is not drawn or a place that is not for pictures,
-    `FailedError` without matplotlib.
-    """
+    """Refuse a picture that could not be drawn, before anything else is done."""
     if path.suffix.lower() not in _KINDS:
-        raise OptionError(f"--plot {printable(path)}: pictures are {' and '.join(_KINDS)}.")
-    if not path.parent.is_dir():
-        raise OptionError(f"--plot {printable(path)}: its folder does not exist.")
+        raise _invalid(path, f"must end in {' or '.join(_KINDS)}.")
+    if not plan.storage.is_folder(path.parent):
+        raise _invalid(path, "is in a folder that does not exist.")
     folders = [plan.output, *(checkpoint.path for checkpoint in plan.checkpoints)]
-    real = os.path.realpath(path)
-    for folder, inside in zip(folders, plan.storage.real_paths(folders), strict=True):
+    real, *insides = plan.storage.real_paths([path, *folders])
+    for folder, inside in zip(folders, insides, strict=True):
         if f"{real}/".startswith(f"{inside}/"):
-            raise OptionError(
-                f"--plot {printable(path)} lies inside {printable(folder)}; draw it elsewhere."
-                " The model card gets a copy."
+            raise _invalid(
+                path, f"is inside {folder}.", "Draw it elsewhere; the model card gets a copy."
             )
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise FailedError(
-            "--plot needs matplotlib, which is not installed.", "pip install 'ckpt-ema[plot]'"
+            "--plot needs matplotlib, which is not installed.",
+            "Run: pip install 'ckpt-ema[plot]'",
+            code=Code.MISSING_DEPENDENCY,
         ) from error
 
 
+def _invalid(path: Path, why: str, hint: str = "") -> OptionError:
+    return OptionError(f"--plot {path} {why}", hint, code=Code.INVALID_OPTION, path=path)
+
+
 def _draw(plan: Plan, kind: str) -> bytes:
-    """The picture as the content of a file of this kind."""
+    """Return the content of a file of this kind."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -113,7 +116,7 @@ def _draw(plan: Plan, kind: str) -> bytes:
         for number, (steps, weights) in enumerate(lines):
             look = _look(number, averages)
             above.plot(steps, weights, **look)
-            below.plot(*_learning_rate(steps, weights, start), **{**look, "marker": ""})
+            below.plot(*learning_rate_steps(steps, weights, start), **{**look, "marker": ""})
         _label(above, below, unit)
         if not several:
             above.set_title(averages[0].text)
@@ -131,16 +134,16 @@ def _draw(plan: Plan, kind: str) -> bytes:
 
 
 def _along(average: Average, unit: str) -> Sequence[int]:
-    """Where along the run the checkpoints of an average are, in a unit that all have."""
+    """Return where the checkpoints of an average are along the run, in a unit common to all."""
     if unit == average.unit:
         return average.steps
     return [number + 1 for number in average.members]
 
 
 def _look(number: int, averages: Sequence[Average]) -> dict[str, Any]:
-    """How one average is drawn: the thicker the more are drawn above it, so that none is hidden.
+    """Return how to draw one average: thicker than those drawn over it, so that none is hidden.
 
-    There is no room for thick lines where there are more than colours.
+    With more averages than colours there is no room for thick lines.
     """
     later = len(averages) - 1 - number if len(averages) <= len(_COLOURS) else 0
     group, colour = divmod(number, len(_COLOURS))
@@ -156,17 +159,17 @@ def _look(number: int, averages: Sequence[Average]) -> dict[str, Any]:
 
 
 def _start(steps: Sequence[int]) -> int:
-    """Where the training towards the first checkpoint began, as far as gaps tell."""
+    """Estimate from the first gap where training towards the first checkpoint began."""
     gap = steps[1] - steps[0] if len(steps) > 1 else steps[0]
     return max(steps[0] - gap, 0)
 
 
-def _learning_rate(
+def learning_rate_steps(
     steps: Sequence[int], weights: Sequence[float], start: int
 ) -> tuple[list[int], list[float]]:
-    """The corners of the learning-rate decay that an average imitates.
+    """Return the corners of the learning-rate decay that an average imitates.
 
-    What is learnt until the first checkpoint counts in full, after the last one nothing does.
+    Updates before the first checkpoint count in full, those after the last one not at all.
     """
     xs, ys = [start], [1.0]
     rates = learning_rate(weights)
@@ -184,7 +187,7 @@ def _label(above: "Axes", below: "Axes", unit: str) -> None:
     above.set_ylabel("weight")
     above.set_ylim(bottom=0)
     above.yaxis.set_major_formatter(PercentFormatter(1.0))
-    below.set_ylabel("learning rate imitated")
+    below.set_ylabel("equivalent learning rate")
     below.set_ylim(0, 1.05)
     below.set_xlabel({"steps": "training step", "epochs": "epoch"}.get(unit, "checkpoint"))
     below.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -1,52 +1,46 @@
-"""What a person should know beside the plan itself: remarks, sizes, the result."""
+"""Lines for people beside the plan itself: warnings, notes, sizes, the result."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from ckpt_ema.errors import printable
-from ckpt_ema.output.result import Finished, Result
+from ckpt_ema.notices import Notice
+from ckpt_ema.output.result import Result
 from ckpt_ema.planning.plan import Plan
 
 
-def remark_lines(plan: Plan) -> list[str]:
-    """What a person should know of a plan: warnings first, then notes, then what was left out."""
-    left_out = [f"{printable(path.name)} ({why})" for path, why in plan.left_out]
-    return [
-        *(f"warning: {warning}" for warning in plan.warnings),
-        *(f"note: {note}" for note in plan.notes),
-        *([f"left out: {shortened(left_out)}"] if left_out else []),
-    ]
+def warning_lines(warnings: Iterable[Notice]) -> list[str]:
+    """Return a line for each warning."""
+    return [f"warning: {warning}" for warning in warnings]
 
 
-def reading_lines(result: Result | Finished) -> list[str]:
-    """What a person should know of what only reading has shown."""
-    told = result.manifests[0].get("warnings_of_reading")
-    return [f"warning: {printable(one)}" for one in told] if isinstance(told, list) else []
+def note_lines(plan: Plan) -> list[str]:
+    """Return a line for each note of a plan, and one for the entries that were left out."""
+    left_out = [f"{entry.name} ({entry.verdict})" for entry in plan.left_out]
+    notes = [f"note: {note}" for note in plan.notes]
+    return [*notes, f"left out: {shortened(left_out)}"] if left_out else notes
 
 
-def result_line(result: Result | Finished) -> str:
-    """What was read and written, how fast, and where it is."""
+def result_line(result: Result) -> str:
+    """Return what was read and written, how fast, and where the output is."""
     output = printable(result.output)
-    if isinstance(result, Finished):
-        device = result.manifests[0].get("device")  # the header of a single file has no room for it
-        return f"all parts are done{f', on {printable(device)}' if device else ''}: {output}"
-    plan = result.plan
     if result.is_up_to_date:
-        return f"{output} is up to date: the same checkpoints, weights and options."
-    speed = size(plan.bytes_read / max(result.seconds, 1e-9))
+        return f"{output} is up to date: same checkpoints, weights and options"
+    speed = size(result.bytes_read / max(result.seconds, 1e-9))
     return (
-        f"read {size(plan.bytes_read)} and wrote {size(plan.bytes_written)} in"
-        f" {result.seconds:.1f} s ({speed}/s) on {result.manifests[0]['device']}: {output}"
+        f"read {size(result.bytes_read)} and wrote {size(result.bytes_written)} in"
+        f" {result.seconds:.1f} s ({speed}/s) on {printable(result.device)}: {output}"
     )
 
 
-def part_line(plan: Plan, share: str) -> str:
-    """What to do after a part is made."""
-    output = printable(plan.output)
-    return f"part {share} of {output} is done; when all are: ckpt-ema finish {output}"
+def part_line(output: Path, part: str) -> str:
+    """Return what to do once a part is made."""
+    path = printable(output)
+    return f"part {part} of {path} is done; when all parts are, run: ckpt-ema finish {path}"
 
 
 def size(size_bytes: float) -> str:
-    """A number of bytes as a person reads it.
+    """Return a number of bytes for people.
 
     >>> size(512), size(5 * 1024**2), size(812.5 * 1024**3)
     ('512 B', '5.0 MiB', '812 GiB')
@@ -59,7 +53,7 @@ def size(size_bytes: float) -> str:
 
 
 def counted(number: int, thing: str) -> str:
-    """A number of things.
+    """Return a number of things.
 
     >>> counted(1, "tensor"), counted(2, "tensor")
     ('1 tensor', '2 tensors')
@@ -68,6 +62,6 @@ def counted(number: int, thing: str) -> str:
 
 
 def shortened(names: Sequence[str], limit: int = 8) -> str:
-    """Names in one line, not too many."""
+    """Return names in one line, not too many."""
     shown = ", ".join(printable(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,4 +1,4 @@
-"""Progress in bytes on stderr: a bar for a person, a line now and then for a log file."""
+"""Progress in bytes on stderr: a bar on a terminal, a line every 30 s in a log file."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ _SECONDS_BETWEEN_LINES = 30
 
 
 class ByteProgress:
-    """Shows bytes read of bytes to read; call it with both. A context manager."""
+    """Show bytes read of bytes to read; call it with both. A context manager."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
@@ -51,10 +51,10 @@ class ByteProgress:
         from tqdm import tqdm
 
         class Bar(tqdm):  # type: ignore[type-arg]
-            monitor_interval = 0  # it is told often enough, and a thread may find no memory
+            monitor_interval = 0  # updates are frequent, and a thread may lack memory
 
         options: dict[str, Any] = {}
-        if "TQDM_DISABLE" not in os.environ:  # an explicit argument would beat the user's variable
+        if "TQDM_DISABLE" not in os.environ:  # an explicit argument would override it
             on_terminal = sys.stderr is not None and sys.stderr.isatty()
             shown = on_terminal or os.environ.get("TQDM_POSITION") == "-1"
             options["disable"] = self._quiet or not shown

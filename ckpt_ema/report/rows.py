@@ -1,4 +1,4 @@
-"""The weights of a plan's checkpoints as rows of text, for a terminal or as Markdown."""
+"""The weights of a plan's checkpoints as rows of text, for a terminal and for Markdown."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,28 +11,28 @@ UNKNOWN = "-"
 
 
 class Row(NamedTuple):
-    """A checkpoint, or those that are left out of the table."""
+    """One checkpoint, or all those that the table skips."""
 
     name: str
     cells: tuple[str, ...]  # under `cell_headings`
-    weights: tuple[float | None, ...]  # of each average; None where it does not take it
+    weights: tuple[float | None, ...]  # of each average; None where it is not a member
     has_bars: bool = True
 
     @property
     def shares(self) -> list[str]:
-        """The weights as percentages."""
+        """Return the weights as percentages."""
         return [UNKNOWN if weight is None else f"{weight:.2%}" for weight in self.weights]
 
 
 def cell_headings(averages: Sequence[Average]) -> list[str]:
-    """What the rows tell beside names and weights; gaps and decays are those of one average."""
+    """Return the columns between names and weights; only one average has gaps and decays."""
     return ["step", "gap", "decay"] if len(averages) == 1 else ["step"]
 
 
 def rows_of(plan: Plan, averages: Sequence[Average]) -> list[Row]:
-    """A row for each checkpoint that some of the averages take."""
+    """Return a row for each checkpoint of any of the averages."""
     weights = [dict(zip(c.members, c.weights, strict=True)) for c in averages]
-    taken = sorted({number for of_candidate in weights for number in of_candidate})
+    taken = sorted({number for of_average in weights for number in of_average})
     columns: list[Sequence[object]] = [[plan.checkpoints[number].step for number in taken]]
     if len(averages) == 1:
         decays = [None, *(f"{decay:.4f}" for decay in averages[0].decays)]
@@ -40,16 +40,16 @@ def rows_of(plan: Plan, averages: Sequence[Average]) -> list[Row]:
     rows: list[Row] = []
     for number, *values in zip(taken, *columns, strict=True):
         cells = tuple(UNKNOWN if value is None else str(value) for value in values)
-        found = tuple(of_candidate.get(number) for of_candidate in weights)
+        found = tuple(of_average.get(number) for of_average in weights)
         rows.append(Row(printable(plan.checkpoints[number].name), cells, found))
     return rows
 
 
 def without_middle(rows: list[Row], most_rows: int) -> list[Row]:
-    """The rows, or the oldest and newest of them with one row for those between."""
+    """Return at most `most_rows` rows: the oldest, the newest, and one for all between."""
     if len(rows) <= most_rows:
         return rows
-    newest = most_rows * 2 // 3  # which weigh most
+    newest = most_rows * 2 // 3  # they weigh most
     oldest = most_rows - newest - 1
     hidden = rows[oldest : len(rows) - newest]
     columns = zip(*(row.weights for row in hidden), strict=True)
@@ -60,7 +60,7 @@ def without_middle(rows: list[Row], most_rows: int) -> list[Row]:
 
 
 def markdown_lines(plan: Plan, averages: Sequence[Average]) -> list[str]:
-    """The weights of some averages of a plan as a table in Markdown."""
+    """Return the weights of some averages of a plan as a table in Markdown."""
     names = ["weight"] if len(averages) == 1 else [average.name for average in averages]
     headings = ["checkpoint", *cell_headings(averages), *names]
     rows = [

@@ -1,8 +1,8 @@
-"""A plan as a person grasps it at once: the weight of every checkpoint, and what the weights mean.
+"""A plan for people: the weight of every checkpoint, and what the weights amount to.
 
-One average shows its gaps and decays too; several stand side by side. It fits the width of the
-terminal, 80 columns where there is none, and does without colours and blocks where those would not
-arrive.
+One average shows its gaps and decays too; several stand side by side. The table fits the width of
+the terminal, 80 columns where there is none, and uses colours and blocks only where they can be
+shown.
 """
 
 import io
@@ -34,9 +34,9 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def plan_text(plan: Plan, stream: TextIO | None, most_rows: int) -> str:
-    """The plan as text for `stream` (None: a closed one), with colours if it is a terminal.
+    """Return the plan as text for `stream` (None: a closed one), in colour on a terminal.
 
-    Of more than `most_rows` checkpoints those in the middle are left out.
+    Beyond `most_rows` checkpoints, those in the middle share one row.
     """
     page = _Page(stream)
     is_terminal = stream is not None and stream.isatty()
@@ -49,7 +49,7 @@ def plan_text(plan: Plan, stream: TextIO | None, most_rows: int) -> str:
 
 
 class _Page(io.StringIO):
-    """Text for a stream that is not written to yet."""
+    """A buffer with the encoding of the stream that its text is for."""
 
     def __init__(self, stream: TextIO | None) -> None:
         super().__init__()
@@ -57,12 +57,12 @@ class _Page(io.StringIO):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """That of the stream, by which rich tells whether blocks would arrive."""
+        """Return the stream's, from which rich decides whether blocks can be shown."""
         return self._encoding
 
 
 def summary_lines(plan: Plan) -> list[str]:
-    """The plan for the summary page of a CI job, in Markdown."""
+    """Return the plan in Markdown, for the summary page of a CI job."""
     title = f"### ckpt-ema: {printable(plan.run)} → {printable(plan.output)}"
     rules = [f"- {average.name}: {average.text}" for average in plan.averages]
     return [title, "", *rules, "", *markdown_lines(plan, plan.averages), ""]
@@ -74,7 +74,7 @@ def _parts(plan: Plan, console: Console, most_rows: int) -> Iterator[RenderableT
         only = plan.averages[0]
         yield Text(f"{only.text}; {counted(len(only.members), 'checkpoint')}")
     else:
-        yield Text(f"{len(plan.averages)} averages in one pass, each in a folder of its name:")
+        yield Text(f"{len(plan.averages)} averages in one pass, each in its own folder:")
         for number, average in enumerate(plan.averages, start=1):
             taken = counted(len(average.members), "checkpoint")
             yield Text(f"  ({number}) {average.name}: {average.text}; {taken}")
@@ -92,7 +92,7 @@ def _parts(plan: Plan, console: Console, most_rows: int) -> Iterator[RenderableT
 
 
 class _Columns(NamedTuple):
-    """How wide things are, and how many averages stand side by side."""
+    """Widths, and how many averages stand side by side."""
 
     name: int
     cells: slice  # those between name and weights for which there is room
@@ -102,9 +102,9 @@ class _Columns(NamedTuple):
 
 
 def _tables(plan: Plan, console: Console, most_rows: int) -> Iterator[Table]:
-    """The weights, and for several averages what they come to, in the columns of each.
+    """Yield tables of the weights; for several averages, with their figures below.
 
-    As many averages as fit stand side by side; others follow below.
+    As many averages as fit stand side by side; the others follow in further tables.
     """
     count, headings = len(plan.averages), cell_headings(plan.averages)
     rows = without_middle(rows_of(plan, plan.averages), most_rows)
@@ -142,7 +142,7 @@ def _columns(
     figures: Sequence[tuple[str, list[str]]],
     width: int,
 ) -> _Columns:
-    """What fits into `width` columns: numbers first, then names, then bars."""
+    """Fit the table into `width` columns: numbers first, then names, then bars."""
     width -= _BETWEEN  # before the names
     values = [value for row in rows for value in row.shares]
     values += [value for _, of_averages in figures for value in of_averages]
@@ -172,7 +172,7 @@ def _columns(
 
 
 def _fitted(name: str, columns: int) -> str:
-    """A name without its middle, if it is too long; numbers are at its ends.
+    """Shorten a name in the middle, since its ends hold the numbers.
 
     >>> _fitted("a-very-long-name-000100", 16)
     'a-very...-000100'
@@ -184,7 +184,7 @@ def _fitted(name: str, columns: int) -> str:
 
 
 def _paired(values: Sequence[str], bars: Sequence[str], columns: _Columns) -> list[str]:
-    """Values with their bars, if there are any."""
+    """Put the bars, if there is room for them, after their values."""
     if not columns.bar:
         return list(values)
     return [cell for pair in zip(values, bars, strict=True) for cell in pair]
@@ -206,47 +206,47 @@ def _empty_table(
 
 
 def _bar(columns: float, console: Console) -> str:
-    """A bar of so many columns, to the eighth of one where blocks can be shown."""
+    """Draw a bar, to an eighth of a column where blocks can be shown."""
     if console.options.ascii_only:
         return "#" * round(columns)
     whole, eighths = divmod(round(columns * 8), 8)
     return (_EIGHTHS[8] * whole + _EIGHTHS[eighths]).strip()
 
 
-# --- What the weights mean ------------------------------------------------------------------------
+# --- What the weights amount to -------------------------------------------------------------------
 
 
 def _figures(average: Average) -> Table:
-    """What one average's weights come to, in words."""
+    """Return the figures of one average."""
     found, unit = average.statistics, average.unit
     table = Table(box=None, padding=(0, 0, 0, 2), show_header=False)
     for text, value in (
         ("effective number of checkpoints", f"{found.effective_number:.1f}"),
-        ("mean age, before the newest", f"{_number(found.mean_age)} {unit}"),
-        ("weight of the last tenth, to the newest", f"{found.last_tenth:.1%}"),
-        ("as old as a half-life of", f"{_number(found.half_life)} {unit}"),
-        ("as old as a power function of sigma_rel", _number(found.sigma_rel)),
+        ("mean age", f"{_number(found.mean_age)} {unit}"),
+        ("weight on the last 10 % of training", f"{found.last_tenth:.1%}"),
+        ("equivalent half-life", f"{_number(found.half_life)} {unit}"),
+        ("equivalent sigma_rel", _number(found.sigma_rel)),
     ):
         table.add_row(text, value if not value.startswith(UNKNOWN) else UNKNOWN)
     return table
 
 
 def _figure_rows(averages: Sequence[Average]) -> list[tuple[str, list[str]]]:
-    """What the weights of several averages come to: a label, and a value for each."""
+    """Return the figures of several averages: a label, and a value for each average."""
     found = [average.statistics for average in averages]
     units = {average.unit for average in averages}
-    unit = units.pop() if len(units) == 1 else "their units"
+    unit = units.pop() if len(units) == 1 else "own unit"
     return [
         ("effective number", [f"{one.effective_number:.1f}" for one in found]),
         (f"mean age ({unit})", [_number(one.mean_age) for one in found]),
-        ("last tenth", [f"{one.last_tenth:.1%}" for one in found]),
+        ("last 10 %", [f"{one.last_tenth:.1%}" for one in found]),
         (f"half-life ({unit})", [_number(one.half_life) for one in found]),
         ("sigma_rel", [_number(one.sigma_rel) for one in found]),
     ]
 
 
 def _number(value: float | None) -> str:
-    """A number in at most seven columns.
+    """Return a number in at most seven columns.
 
     >>> _number(0.10911), _number(998.05), _number(1234567.8), _number(1e-99), _number(None)
     ('0.109', '998', '1234568', '0', '-')
@@ -260,11 +260,12 @@ def _number(value: float | None) -> str:
 
 def _sizes(plan: Plan) -> Iterator[Text]:
     averaged = sum(t.averaged for file in plan.averages[0].output.files for t in file.tensors)
-    times = f" {len(plan.averages)} times" if len(plan.averages) > 1 else ""
+    count = len(plan.averages)
     copied = list(dict.fromkeys(c.name for one in plan.averages for c in one.output.companions))
     yield Text(
-        f"averages {counted(averaged, 'tensor')}{times}: reads {size(plan.bytes_read)}, writes"
-        f" {size(plan.bytes_written)}, in {size(plan.memory_bytes)} of memory beside torch's own"
+        f"{counted(averaged, 'tensor')}{f' in each of {count} averages' if count > 1 else ''},"
+        f" {size(plan.bytes_read)} to read, {size(plan.bytes_written)} to write;"
+        f" working memory {size(plan.memory_bytes)} plus torch"
     )
     if copied:
-        yield Text(f"copies {counted(len(copied), 'file')}: {shortened(copied)}")
+        yield Text(f"also copies {shortened(copied)}")

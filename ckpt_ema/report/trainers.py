@@ -1,19 +1,19 @@
-"""The table of trainers as text: what `ckpt-ema formats` prints and the README shows."""
+"""The table of trainers as text, for `ckpt-ema formats` and the documentation."""
 
 import textwrap
 
 from ckpt_ema.trainers.table import TRAINERS, Trainer
 
 TIERS = {
-    "1": "read",
-    "2": "read, less often tried",
+    "1": "supported",
+    "2": "supported, tested less often",
     "R": "recognised and refused, with what to do instead",
-    "N": "named, and out of scope",
+    "N": "recognised, out of scope",
 }
 
 
 def lines(width: int) -> list[str]:
-    """The table for a terminal of `width` columns, tier by tier."""
+    """Return the table for a terminal of `width` columns, tier by tier."""
     found = []
     for tier, meaning in TIERS.items():
         found += [f"{meaning}:", ""]
@@ -38,7 +38,7 @@ def _wrapped(label: str, text: str, width: int) -> list[str]:
 
 
 def markdown() -> list[str]:
-    """The table as Markdown."""
+    """Return the table in Markdown."""
     rows = [_row(trainer) for tier in TIERS for trainer in TRAINERS if trainer.tier == tier]
     return ["| Trainer | Found as | Weights | Tier |", "|---|---|---|---|", *rows]
 
@@ -49,12 +49,12 @@ def _row(trainer: Trainer) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text whose stars and underscores are no marks."""
+    """Escape stars and underscores."""
     return text.replace("*", "\\*").replace("_", "\\_")
 
 
 def described() -> list[dict[str, str]]:
-    """The table as plain values, ready for JSON."""
+    """Return the table as plain values, ready for JSON."""
     return [
         {"trainer": t.name, "found_as": t.entry, "weights": t.weights, "tier": t.tier}
         for t in TRAINERS

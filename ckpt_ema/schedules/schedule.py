@@ -61,7 +61,7 @@ POSITIVE = "be above 0 and finite"
 # The decay of every schedule that has one decay for each checkpoint.
 DECAY = ScheduleOption(
     "decay",
-    "decay per checkpoint (dynamic: its cap); default: 0.999",
+    "decay per checkpoint (dynamic: cap); default: 0.999",
     several=True,
     default=0.999,
     is_valid=is_share,

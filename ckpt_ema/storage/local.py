@@ -1,4 +1,4 @@
-"""Files on a local file system: opened without hanging, noticed when they change."""
+"""Files on a local or network file system, opened without ever waiting for a writer."""
 
 import errno
 import os
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ckpt_ema.errors import Code, FailedError, RefusedError
-from ckpt_ema.storage.pool import LocalPool, checked_identity, open_fd, read_into
-from ckpt_ema.storage.protocol import Identity, Kind, Location
+from ckpt_ema.storage.pool import LocalPool, checked_identity, inaccessible, open_fd, read_into
+from ckpt_ema.storage.protocol import FilePool, Identity, Kind, Location
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-_MOST_SMALL_BYTES = 1 << 28  # of a configuration or a log; those of trainers are megabytes
+_MOST_SMALL_BYTES = 1 << 28  # of a configuration or a log; trainers write megabytes
 _MOST_LISTED = 1000  # files below a folder
 
 
@@ -26,7 +26,7 @@ class Local:
         except OSError as error:
             if error.errno in _ABSENT:
                 return Kind.ABSENT
-            raise _inaccessible(path, error) from error
+            raise inaccessible(path, error) from error
         except ValueError:  # a NUL in the name
             return Kind.ABSENT
         if stat.S_ISDIR(mode):
@@ -42,7 +42,7 @@ class Local:
         try:
             return set(os.listdir(folder))
         except OSError as error:
-            raise _inaccessible(folder, error) from error
+            raise inaccessible(folder, error) from error
 
     def can_list(self, folder: Location) -> bool:
         """See `Storage.can_list`."""
@@ -59,7 +59,7 @@ class Local:
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return False
         except OSError as error:
-            raise _inaccessible(path, error) from error
+            raise inaccessible(path, error) from error
         return True
 
     def files_below(self, folder: Location, most_depth: int) -> Iterator[str]:
@@ -76,10 +76,7 @@ class Local:
 
     def file_id(self, path: Location) -> object:
         """See `Storage.file_id`."""
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise _inaccessible(path, error) from error
+        status = _status(path)
         return status.st_dev, status.st_ino
 
     def real_paths(self, paths: Iterable[Location]) -> list[str]:
@@ -98,10 +95,7 @@ class Local:
 
     def identity(self, path: Location) -> Identity:
         """See `Storage.identity`."""
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise _inaccessible(path, error) from error
+        status = _status(path)
         return Identity(status.st_size, status.st_mtime_ns)
 
     def read(self, path: Location, most_bytes: int | None = None) -> bytes | None:
@@ -113,11 +107,8 @@ class Local:
                 size_bytes = file.identity.size_bytes
                 count = size_bytes if most_bytes is None else min(size_bytes, most_bytes)
                 if count > _MOST_SMALL_BYTES:
-                    raise RefusedError(
-                        f"{file.path} has {count} bytes, too many for a text file.",
-                        code=Code.WRONG_FORMAT,
-                        path=path,
-                    )
+                    why = f"{file.path} has {count} bytes, too many for a text file."
+                    raise RefusedError(why, code=Code.WRONG_FORMAT, path=path)
                 return file.read(count, 0)
         except FailedError as error:
             raise RefusedError(error.message, code=error.code, path=path) from error
@@ -131,7 +122,7 @@ class Local:
         finally:
             os.close(fd)
 
-    def pool(self, expected: Mapping[str, Identity], read_in_turn: int = 1) -> LocalPool:
+    def pool(self, expected: Mapping[str, Identity], read_in_turn: int = 1) -> FilePool:
         """See `Storage.pool`."""
         return LocalPool(dict(expected), read_in_turn)
 
@@ -159,7 +150,8 @@ class LocalFile:
         return hole if hole < self.identity.size_bytes else None
 
 
-def _inaccessible(path: Location, error: OSError) -> RefusedError:
-    return RefusedError(
-        f"cannot access {os.fspath(path)}: {error.strerror}.", code=Code.INACCESSIBLE, path=path
-    )
+def _status(path: Location) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise inaccessible(path, error) from error

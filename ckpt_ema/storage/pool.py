@@ -16,11 +16,17 @@ from dataclasses import dataclass, field
 from ckpt_ema.errors import Code, FailedError, IncompleteError, RefusedError
 from ckpt_ema.storage.protocol import Identity, Location
 
-_CAN_ASK_AHEAD = hasattr(os, "RWF_NOWAIT") and hasattr(os, "posix_fadvise")  # Linux
+_CAN_READ_AHEAD = hasattr(os, "RWF_NOWAIT") and hasattr(os, "posix_fadvise")  # Linux
 _AHEAD_BYTES = 1 << 22  # requested ahead, of each file that is not in the cache
 _MOST_AHEAD_BYTES = 1 << 28  # of all files that are read in turn
 _ASKED_BYTES = 1 << 19  # at a time: the kernel cuts larger requests down to one of the disk
-_COLD_BYTES = 1 << 26  # beyond an uncached place, taken to be uncached too
+COLD_BYTES = 1 << 26  # beyond an uncached place, taken to be uncached too
+
+
+def inaccessible(path: Location, error: OSError) -> RefusedError:
+    """Return the refusal of a path to which the system denies access."""
+    message = f"cannot access {os.fspath(path)}: {error.strerror}."
+    return RefusedError(message, code=Code.INACCESSIBLE, path=path)
 
 
 def open_fd(path: Location) -> int:
@@ -31,17 +37,14 @@ def open_fd(path: Location) -> int:
     except FileNotFoundError as error:
         raise IncompleteError(f"{path} does not exist.", code=Code.NOT_FOUND, path=path) from error
     except OSError as error:
-        raise RefusedError(
-            f"{path} cannot be opened: {error.strerror}.", code=Code.INACCESSIBLE, path=path
-        ) from error
+        raise inaccessible(path, error) from error
     except ValueError as error:  # a NUL in the name
-        raise RefusedError(
-            f"{path} cannot be a file name.", code=Code.NOT_A_FILE, path=path
-        ) from error
+        message = f"{path} cannot be a file name."
+        raise RefusedError(message, code=Code.NOT_A_FILE, path=path) from error
 
 
 def checked_identity(path: Location, fd: int) -> Identity:
-    """Return what an open file is; raises `RefusedError` unless it is a regular file."""
+    """Return the identity of an open file; raises `RefusedError` unless it is a regular file."""
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise RefusedError(f"{path} is not a regular file.", code=Code.NOT_A_FILE, path=path)
@@ -55,12 +58,11 @@ def read_into(path: str, fd: int, view: memoryview, offset: int) -> None:
         try:
             count = os.preadv(fd, [view[done:]], offset + done)
         except OSError as error:
-            raise FailedError(
-                f"{path} cannot be read: {error.strerror}.", code=Code.READ_FAILED, path=path
-            ) from error
+            message = f"{path} cannot be read: {error.strerror}."
+            raise FailedError(message, code=Code.READ_FAILED, path=path) from error
         if count == 0:
             raise FailedError(
-                f"{path} ended at byte {offset + done} while it was read.",
+                f"{path} ended at byte {offset + done} while being read.",
                 "It was replaced or truncated meanwhile; nothing was published.",
                 code=Code.CHANGED,
                 path=path,
@@ -70,33 +72,33 @@ def read_into(path: str, fd: int, view: memoryview, offset: int) -> None:
 
 @dataclass(slots=True)
 class _Pooled:
-    """An open file of a pool, and what is known of it in the page cache."""
+    """An open file of a pool, and what is known about it in the page cache."""
 
     path: str
     fd: int
+    tells_cached: bool  # whether the system can tell what is in the page cache
     readers: int = 0
-    tells_cached: bool = True  # whether the file system says what is in the page cache
     cold_until: int = 0
     asked_until: int = 0
 
     def read_into(self, view: memoryview, offset: int, ahead_bytes: int) -> None:
-        """Fill `view`; if the file is cold there, the next `ahead_bytes` are asked for as well."""
+        """Fill `view`; where the file is cold, request the next `ahead_bytes` as well."""
         done = self._read_cached(view, offset)
         if done < len(view):
-            self.cold_until = offset + _COLD_BYTES
-        if _CAN_ASK_AHEAD and offset < self.cold_until:
+            self.cold_until = offset + COLD_BYTES
+        if ahead_bytes and offset < self.cold_until:
             self._ask_ahead(offset + done, offset + len(view), ahead_bytes)
         if done < len(view):
             read_into(self.path, self.fd, view[done:], offset + done)
 
     def _read_cached(self, view: memoryview, offset: int) -> int:
-        """Read what is in the page cache from `offset` on; how many bytes that were."""
-        if _CAN_ASK_AHEAD and self.tells_cached:
+        """Read what the page cache has from `offset` on; return how many bytes."""
+        if self.tells_cached:
             try:
                 return os.preadv(self.fd, [view], offset, os.RWF_NOWAIT)
             except BlockingIOError:
                 pass
-            except OSError:  # if it is anything else, it will show when the read may wait
+            except OSError:  # a real error will show up in the read that may wait
                 self.tells_cached = False
         return 0
 
@@ -114,28 +116,28 @@ class _Pooled:
 class LocalPool:
     """A `FilePool` with at most `limit` open files.
 
-    `expected` maps each path to what the plan saw: a file that differs when it is opened, or at
-    `verify`, raises `FailedError`.
+    A file that is not the expected one when it is opened, or at `verify`, raises `FailedError`.
     """
 
     expected: dict[str, Identity]
     read_in_turn: int = 1
+    reads_ahead: bool = _CAN_READ_AHEAD
     limit: int = field(default_factory=lambda: _descriptor_limit())
     _files: OrderedDict[str, _Pooled] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def read_into(self, path: str, view: memoryview, offset: int) -> None:
-        """Fill `view` from `offset` of the file at `path`."""
+        """See `FilePool.read_into`."""
         file = self._acquire(path)
         try:
             ahead_bytes = min(_AHEAD_BYTES, _MOST_AHEAD_BYTES // self.read_in_turn)
-            file.read_into(view, offset, ahead_bytes)
+            file.read_into(view, offset, ahead_bytes * self.reads_ahead)
         finally:
             with self._lock:
                 file.readers -= 1
 
     def verify(self) -> None:
-        """Check that no file has changed since the plan was made."""
+        """See `FilePool.verify`."""
         for path, identity in self.expected.items():
             try:
                 status = os.stat(path)
@@ -145,7 +147,7 @@ class LocalPool:
                 raise _changed(path)
 
     def close(self) -> None:
-        """Close every descriptor; no reader may be active."""
+        """See `FilePool.close`."""
         with self._lock:
             for file in self._files.values():
                 os.close(file.fd)
@@ -156,7 +158,9 @@ class LocalPool:
             file = self._files.get(path)
             if file is None:
                 self._make_room()
-                file = self._files[path] = _Pooled(path, self._open_expected(path))
+                file = self._files[path] = _Pooled(
+                    path, self._open_expected(path), self.reads_ahead
+                )
             self._files.move_to_end(path)
             file.readers += 1
             return file
@@ -165,15 +169,15 @@ class LocalPool:
         while len(self._files) >= self.limit:
             idle = next((path for path, file in self._files.items() if not file.readers), None)
             if idle is None:
-                return  # more threads than descriptors: each holds one, none more
+                return  # more threads than descriptors: each holds one
             os.close(self._files.pop(idle).fd)
 
     def _open_expected(self, path: str) -> int:
         try:
             fd = open_fd(path)
+        except IncompleteError as error:
+            raise _changed(path) from error
         except RefusedError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                raise _changed(path) from error
             raise FailedError(error.message, code=error.code, path=path) from error
         try:
             if checked_identity(path, fd) != self.expected[path]:

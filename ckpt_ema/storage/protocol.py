@@ -1,4 +1,4 @@
-"""What discovery, headers, plans and the fold need of the place where checkpoints are kept."""
+"""What every stage needs of the place where checkpoints are kept: names, identities, bytes."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ class Kind(Enum):
 
 
 class Identity(NamedTuple):
-    """What tells a file from a later one at the same path."""
+    """Tells a file from a later one at the same path."""
 
     size_bytes: int
     mtime_ns: int
@@ -47,13 +47,13 @@ class OpenFile(Protocol):
 
 
 class FilePool(Protocol):
-    """Many files read by many threads, each checked to be the file that the plan saw."""
+    """Many files read by many threads, each checked to be the expected one."""
 
     def read_into(self, path: str, view: memoryview, offset: int) -> None:
-        """Fill `view` (bytes) from `offset` of a file; raises `FailedError` if it cannot be read."""
+        """Fill `view` (bytes) from `offset` of a file; raises `FailedError` if that fails."""
 
     def verify(self) -> None:
-        """Raise `FailedError` if a file has changed since the plan was made."""
+        """Raise `FailedError` if a file is no longer the expected one."""
 
     def close(self) -> None:
         """Close every file; no reader may be active."""
@@ -82,7 +82,7 @@ class Storage(Protocol):
         """Return whether `path` itself is a symbolic link."""
 
     def exists(self, path: Location) -> bool:
-        """Return whether something is at `path`, be it a broken link."""
+        """Return whether anything is at `path`, even a broken link."""
 
     def files_below(self, folder: Location, most_depth: int) -> Iterable[str]:
         """Yield the names of files below a folder, relative to it, at most `most_depth` deep.
@@ -106,7 +106,7 @@ class Storage(Protocol):
         """Open a regular file; raises `IncompleteError` if it does not exist."""
 
     def pool(self, expected: Mapping[str, Identity], read_in_turn: int = 1) -> FilePool:
-        """Return a pool of the files that the plan saw.
+        """Return a pool of the files in `expected`.
 
-        So many as `read_in_turn` share what is read ahead.
+        `read_in_turn` is how many are read at a time; they share the memory for reading ahead.
         """

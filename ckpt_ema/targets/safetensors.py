@@ -80,7 +80,7 @@ class SafetensorsFolder:
     def lay_out(self, model: Model) -> tuple[OutputFile, ...]:
         """See `Target.lay_out`."""
         newest = model.specs
-        names = [(file.part, _output_name(file.name)) for file in newest.files]
+        names = [(file.member, _output_name(file.name)) for file in newest.files]
         groups: dict[tuple[int, str], list[str]] = {}
         for key, tensor in newest.tensors.items():
             groups.setdefault(names[tensor.file], []).append(key)

@@ -1,14 +1,23 @@
-"""The names and patterns by which a checkpoint and its parts are found; nothing touches the disk.
+"""Names and patterns that identify a checkpoint and its parts; nothing here touches the disk.
 
-What one trainer calls things is in `trainers`; here is what they share, and what is gathered from
-there. Patterns are searched in base names, ignoring case.
+What one trainer does is in `table`; here is what trainers share, and what is gathered from there.
+Patterns are searched in base names, ignoring case.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from re import Pattern
 
 from ckpt_ema.trainers.table import TRAINERS
+
+
+def _gathered(lists: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for names in lists for name in names))
+
+
+def _any_of(patterns: Iterable[str]) -> str:
+    return "|".join(patterns)
+
 
 # --- Where weights are ---------------------------------------------------------------------------
 
@@ -17,27 +26,23 @@ WEIGHTS_EXTENSION = re.compile(
     r"(\.pth\.tar|\.pth\.lora|\.safetensors|\.ckpt|\.pth|\.bin|\.pt)$", re.IGNORECASE
 )
 
-# How a file says that it is one of several.
+# How files of one model are numbered.
 SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
 INDEX_SUFFIX = ".index.json"
 SHARD_OF_SEVERAL = re.compile(r"-\d{5}-of-(?!00001)\d{5}")
 
-# What a checkpoint folder calls its whole model, in the order in which loaders look; each of these
-# also with an index over shards.
+# Names of a whole model in a checkpoint's folder, in the order in which loaders look for them; each
+# may have an index of shards instead.
 MODEL_FILES = (
     "model.safetensors",
     "diffusion_pytorch_model.safetensors",
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
-# What it calls its model otherwise; never sharded.
+# Names that are never sharded.
 OTHER_MODEL_FILES = (
-    "pytorch_model_fsdp.bin",
-    "lit_model.pth",
-    "lit_model.pth.lora",
-    "model.pt",
-    "model.pth",
-    "model.ckpt",
+    *_gathered(trainer.files for trainer in TRAINERS),
+    *("model.pt", "model.pth", "model.ckpt"),
 )
 ADAPTER_FILES = (
     "adapter_model.safetensors",
@@ -67,20 +72,43 @@ PIPELINE_LIST = "model_index.json"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 DCP_METADATA = ".metadata"
 
-
-def _gathered(lists: Iterable[Iterable[str]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for names in lists for name in names))
-
-
 CONTAINERS = _gathered(trainer.containers for trainer in TRAINERS)
-MODEL_FOLDERS = (
-    *_gathered(trainer.models for trainer in TRAINERS),
-    "huggingface",
-)
+MODEL_FOLDERS = (*_gathered(trainer.models for trainer in TRAINERS), "huggingface")
 DCP_FOLDERS = ("", *_gathered(trainer.sharded for trainer in TRAINERS))
+REFUSALS = tuple(refusal for trainer in TRAINERS for refusal in trainer.refusals)
+
+# Where the model is in a torch file or in DCP's metadata, dots leading into dicts; and weights that
+# a trainer averaged itself.
+MODEL_KEYS = (
+    *("state_dict", "model_state_dict"),
+    *_gathered(trainer.model_keys for trainer in TRAINERS),
+    *("model", "module", "net", "network"),
+)
+AVERAGED_KEYS = _gathered(trainer.averaged_keys for trainer in TRAINERS)
+
+# --- Whether a checkpoint is complete -------------------------------------------------------------
+
 DONE = _gathered(trainer.done for trainer in TRAINERS)
 UNDONE = _gathered(trainer.undone for trainer in TRAINERS)
-REFUSALS = tuple(refusal for trainer in TRAINERS for refusal in trainer.refusals)
+TRACKERS = _gathered(trainer.trackers for trainer in TRAINERS)
+
+# --- Where the step is recorded -------------------------------------------------------------------
+
+RECORDS = tuple(record for trainer in TRAINERS for record in trainer.records)
+STEP_KEYS = (
+    *_gathered(trainer.step_keys for trainer in TRAINERS),
+    *("step", "steps", "iter"),
+)
+EPOCH_KEYS = ("epoch", *_gathered(trainer.epoch_keys for trainer in TRAINERS))
+# In the header of safetensors: unit -> dotted keys.
+METADATA_KEYS: Mapping[str, tuple[str, ...]] = {
+    unit: _gathered((trainer.metadata[unit],) for trainer in TRAINERS if unit in trainer.metadata)
+    for unit in ("step", "epoch")
+}
+# Where the trainer of transformers keeps its log.
+TRAINER_STATE = "trainer_state.json"
+# Files beside the weights that hold results of an evaluation.
+METRIC_FILES = re.compile(r"(^|_)(metrics?|results?)\.json$", re.IGNORECASE)
 
 # --- What names say ------------------------------------------------------------------------------
 
@@ -90,21 +118,19 @@ _BOUNDARY = r"(?:^|(?<=[^A-Za-z]))"  # "timestep_5" is not "step_5"
 # The name of a snapshot in the Hub's cache, whose digits say nothing.
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
-# fairseq's checkpoint_EPOCH_UPDATE.
-EPOCH_AND_STEP = re.compile(r"^checkpoint_(\d+)_(\d+)$", re.IGNORECASE)
+# Names of single trainers, with groups "step" and "epoch".
+NAMES = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in _gathered(trainer.names for trainer in TRAINERS)
+)
 
-# What a number in a name counts.
+# The word before a number says what it counts.
 STEP_NAMES: dict[str, Pattern[str]] = {
     "step": re.compile(
-        _BOUNDARY
-        + r"(?:global[_-]?step|step|iteration|iter|updates?|ba)s?[-_=]?"
-        + _NUMBER
-        + r"|^checkpoint-(\d+)-",
+        _BOUNDARY + r"(?:global[_-]?step|step|iteration|iter|updates?|ba)s?[-_=]?" + _NUMBER,
         re.IGNORECASE,
     ),
-    "epoch": re.compile(
-        _BOUNDARY + r"(?:epoch|ep)s?[-_=]?" + _NUMBER + r"|^(\d+)epoch$", re.IGNORECASE
-    ),
+    "epoch": re.compile(_BOUNDARY + r"(?:epoch|ep)s?[-_=]?" + _NUMBER, re.IGNORECASE),
     "checkpoint": re.compile(r"^(?:checkpoint|ckpt)[-_]?" + _NUMBER + r"$", re.IGNORECASE),
     "number": re.compile(r"^(\d+)$"),
 }
@@ -127,13 +153,6 @@ SAVE_INDEX = re.compile(r"^checkpoint_\d+$")
 
 # Folders whose own names are dates or sums; what they hold gives the order.
 NAMED_BY_DATE = re.compile(r"^CKPT\+(\d{4})-(\d\d)-(\d\d)\+(\d\d)-(\d\d)-(\d\d)\+(\d\d)$")
-# Where the trainer of transformers keeps its step and its log.
-TRAINER_STATE = "trainer_state.json"
-# Files beside the weights that hold results of an evaluation.
-METRIC_FILES = re.compile(r"(^|_)(metrics?|results?)\.json$", re.IGNORECASE)
-
-# A run's note of the last step that was saved whole (Megatron, verl).
-TRACKER_NAME = "latest_checkpointed_iteration.txt"
 
 # Tensors that are factors of an adapter.
 LORA_FACTOR = re.compile(r"lora_[AB]\.|lora_(up|down)\.|\.lora_[ab]($|\.)")
@@ -143,41 +162,52 @@ AVERAGED_NAME = re.compile(
     r"(?:^|[-_./])(average|averaged|avg|ave|ave_\d+best|ema|bema)(?:$|[-_.])", re.IGNORECASE
 )
 
-# Names that hold a number or weights and still are no step of the run, and why.
-NOT_A_STEP: dict[str, Pattern[str]] = {
-    "a temporary or unfinished save": re.compile(
-        r"^(\.|__|tmp([-_.]|$)|old_step_|recovery_tmp|recovery-)"
-        r"|(-tmp|\.tmp|-unfinished)$|\.orbax-checkpoint-tmp",
-        re.IGNORECASE,
-    ),
-    "optimizer or trainer state": re.compile(
-        r"^(optimizer|optim_|opt\d*\.(?:pt|pth|bin)$|scheduler|scaler|rng_state|random_states"
-        r"|training_args|extra_state|dl_state_dict|sampler|custom_checkpoint|distrib_optim|train_state"
-        r"|trainer_state|training-state|dataloader|CRITIC_)|[-_]state$"
-        r"|^(?:policy_)?(?:pre|post)processor_",
-        re.IGNORECASE,
-    ),
-    "one shard or rank of a model": re.compile(
-        SHARD_NUMBER.pattern + r"|^__\d+_\d+$|^mp_rank_\d+|(?:^|_)zero_pp_rank_\d+"
-        r"|model_world_size_\d+_rank_\d+|(?:^|[_-])rank[_-]?[1-9]\d*\.(?:pt|pth|bin|ckpt)$"
-        r"|^layer_\d+-model_\d+|^expp_rank_|^consolidated\.\d+|_of_\d+|pp-rank-\d+-of-|^shard-\d+-",
-        re.IGNORECASE,
-    ),
-    "a merged copy": re.compile(r"[-_](merged|hf_merged)$", re.IGNORECASE),
-    "a module of a model": MODULE_FOLDER,
-    "already an average": AVERAGED_NAME,
-}
+# Names that hold a number or weights and still are no step of the run.
+UNFINISHED_NAME = re.compile(
+    r"^(\.|__|tmp([-_.]|$)|old_step_|recovery_tmp|recovery-)"
+    r"|(-tmp|\.tmp|-unfinished)$|\.orbax-checkpoint-tmp",
+    re.IGNORECASE,
+)
+SHARD_OR_RANK = re.compile(
+    SHARD_NUMBER.pattern + r"|^__\d+_\d+$|^mp_rank_\d+|(?:^|_)zero_pp_rank_\d+"
+    r"|model_world_size_\d+_rank_\d+|(?:^|[_-])rank[_-]?[1-9]\d*\.(?:pt|pth|bin|ckpt)$"
+    r"|^layer_\d+-model_\d+|^expp_rank_|^consolidated\.\d+|_of_\d+|pp-rank-\d+-of-|^shard-\d+-",
+    re.IGNORECASE,
+)
+MERGED = re.compile(r"[-_](merged|hf_merged)$", re.IGNORECASE)
 
 # Names that may be a copy of a step, or a step of its own.
 ALIAS = re.compile(r"(?:^|[-_./])(last|latest|best|final|release)(?:$|[-_.])", re.IGNORECASE)
 ALWAYS_A_COPY = re.compile(r"(?:^|[-_./])best(?:$|[-_.])", re.IGNORECASE)
 
-# Folders that are not looked into and not spoken of as checkpoints.
+# Folders that are neither searched nor reported as checkpoints.
 NO_CHECKPOINTS = re.compile(
-    r"^(wandb|runs|tensorboard|samples|rollouts|broadcasts|evals|logs|energon|optimizer.*"
-    r"|training_state|recipe_state|merged|bema)$",
+    r"^(wandb|runs|tensorboard|samples|evals|logs|"
+    + _any_of(_gathered(trainer.folders for trainer in TRAINERS))
+    + r")$",
     re.IGNORECASE,
 )
+
+# --- Training state: files, keys of a torch file, names in DCP's metadata -------------------------
+
+_STATE = _gathered(trainer.state for trainer in TRAINERS)
+STATE_NAME = re.compile(
+    r"^(optim_|opt\d*\.(?:pt|pth|bin)$|training-state|dataloader|CRITIC_|"
+    + _any_of(_STATE)
+    + r")|[-_]state$|^(?:policy_)?(?:pre|post)processor_",
+    re.IGNORECASE,
+)
+# Words in keys whose dicts of tensors are not the model.
+STATE_WORDS = (
+    *("optim", "sched", "scaler", "rng", "sampler", "callback", "loop", "averaging_state"),
+    *("train_state", "dataloader"),
+)
+# Prefixes of what lies beside a model whose tensors are at the top of DCP's metadata. The words
+# above would be too much: a model may have a resampler.
+STATE_PREFIXES = ("optimizer.", "optim.", "lr_scheduler.", "train_state.", "dataloader.", "rng.")
+
+# Names that no checkpoint calls its model.
+NOT_A_MODEL = (UNFINISHED_NAME, STATE_NAME, SHARD_OR_RANK, MERGED, MODULE_FOLDER, AVERAGED_NAME)
 
 # --- What lies beside weights --------------------------------------------------------------------
 
@@ -188,16 +218,16 @@ CARD_NAME = "README.md"
 PICTURE_STEM = "ckpt_ema"  # with .png or .svg
 OWN_FILES = (MANIFEST_NAME, CARD_NAME, f"{PICTURE_STEM}.png", f"{PICTURE_STEM}.svg")
 
-# What stays behind when the files around the weights are copied: state of the training, not of
-# the model. Everything else travels.
+# What is not copied with the weights. Everything else travels.
 STAYS_BEHIND = re.compile(
-    r"^(optimizer|optim|scheduler|scaler|rng_state|random_states|training_args|trainer_state"
-    r"|extra_state|dl_state_dict|sampler|custom_checkpoint|distrib_optim|train_state"
-    r"|training_state|training_step|training_info|meta)([-_.]?\d+)*(\.(pt|pth|bin|pkl|json|yaml))?$"
-    r"|^(latest|last_checkpoint|" + re.escape(TRACKER_NAME) + r"|zero_to_fp32\.py|README\.md"
-    r"|global_step\d+|merged|bema|ckpt_ema\.json|CKPT\.yaml|\.metadata.*|\.git|\.cache|\.DS_Store"
-    r"|" + "|".join(re.escape(name) for name in (*DONE, *UNDONE)) + r")$"
-    r"|^events\.out\.",
+    r"^(optim|training_state|training_step|training_info|meta|"
+    + _any_of(_STATE)
+    + r")([-_.]?\d+)*(\.(pt|pth|bin|pkl|json|yaml))?$"
+    + r"|^(README\.md|ckpt_ema\.json|\.metadata.*|\.git|\.cache|\.DS_Store|"
+    + _any_of(_gathered(trainer.stays for trainer in TRAINERS))
+    + "|"
+    + _any_of(re.escape(name) for name in (*DONE, *UNDONE, *TRACKERS))
+    + r")$|^events\.out\.",
     re.IGNORECASE,
 )
 # Files that a trainer keeps once, in the run's folder, for all checkpoints.
@@ -207,9 +237,9 @@ _TOKENIZER = (
 )
 TOKENIZER_FILES = re.compile(_TOKENIZER, re.IGNORECASE)
 CONFIG_FILES = re.compile(
-    r"^(config|generation_config|adapter_config|model_config|preprocessor_config|processor_config"
-    r"|hyperparameters|hparams|train)\.(json|yaml|yml)$"
-    r"|^dict\..*\.txt$|^(tokens|units)\.txt$|" + _TOKENIZER,
+    _any_of(f"^{one}$" for one in _gathered(trainer.travels for trainer in TRAINERS))
+    + "|"
+    + _TOKENIZER,
     re.IGNORECASE,
 )
 # What a model's folder may hold beside its weights, as far as names tell.

@@ -1,39 +1,67 @@
-"""What each trainer saves, as data; longer than other modules, since it is a table.
+"""Every trainer as data; longer than other modules, since it is a table.
 
-A new trainer is one entry here and one run in `tests/trainer_runs.py`. What an entry says of names,
-folders and markers is gathered in `layouts` and used for every run, whoever wrote it: a run need
-not tell its trainer. Tiers: 1 and 2 are read (1 by most people), R is recognised and refused with
-the way out, N is named.
+A new trainer is one entry here and one run in `tests/trainer_runs.py`. What the entries say is
+gathered in `conventions` and applied to every run, whoever wrote it: a run need not name its
+trainer. Tiers: 1 and 2 are read (1 by most people), R is recognised and refused with the way out,
+N is named.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from re import Pattern
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A form that is not read: how a file in it is called, what it is, and what to do instead."""
+    """A format that is not read: how its files are called, what it is, and what to do instead."""
 
     name: Pattern[str]  # searched in a path relative to the checkpoint or the run
     what: str
     instead: str
-    is_certain: bool = True  # False: such files lie beside models that are read, too
+    is_certain: bool = True  # False: such files also lie beside models that are read
+
+
+class Record(NamedTuple):
+    """A small file in which a trainer records the step."""
+
+    file: str  # in the checkpoint's folder or, with {stem}, beside the checkpoint's file
+    keys: Mapping[str, str]  # "step", "epoch" or "time" -> key of the JSON or YAML
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trainer:
-    """One trainer's way to save a model."""
+    """How one trainer saves a model. Patterns are regular expressions that ignore case."""
 
     name: str
     tier: str  # "1", "2", "R" or "N"
-    entry: str  # one checkpoint, as it is found in a run
-    weights: str  # where in it the model is
-    containers: tuple[str, ...] = ()  # patterns of folders in a run that hold its checkpoints
+    entry: str  # one checkpoint as it appears in a run
+    weights: str  # where the model is in it
+    # Names that need a pattern of their own, with groups "step" and "epoch".
+    names: tuple[str, ...] = ()
+    # Where the model is.
+    containers: tuple[str, ...] = ()  # globs of folders in a run that hold its checkpoints
+    files: tuple[str, ...] = ()  # names of a model file that no other trainer uses
     models: tuple[str, ...] = ()  # folders in a checkpoint that are a model with its files
     sharded: tuple[str, ...] = ()  # folders in a checkpoint that torch.distributed.checkpoint wrote
-    done: tuple[str, ...] = ()  # files that are there once a checkpoint is complete
-    undone: tuple[str, ...] = ()  # files that are there until it is
+    model_keys: tuple[str, ...] = ()  # in a torch file or DCP; dots lead into dicts
+    averaged_keys: tuple[str, ...] = ()  # the same, of weights that the trainer averaged
+    # Whether a checkpoint is complete.
+    done: tuple[str, ...] = ()  # files that exist once it is
+    undone: tuple[str, ...] = ()  # files that exist until it is
+    trackers: tuple[str, ...] = ()  # files of the run with the last step that was saved
+    # Where the step is recorded.
+    records: tuple[Record, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of safetensors: unit -> dotted key
+    step_keys: tuple[str, ...] = ()  # in a torch file; dots lead into dicts
+    epoch_keys: tuple[str, ...] = ()
+    # What is not the model's.
+    state: tuple[str, ...] = ()  # files of training state, without number and extension
+    stays: tuple[str, ...] = ()  # patterns of other names in a checkpoint that stay behind
+    folders: tuple[str, ...] = ()  # patterns of folders that hold no checkpoints
+    # Patterns of files that are kept once per run and go with the average.
+    travels: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
 
 
@@ -53,18 +81,24 @@ TRAINERS = (
         sharded=("pytorch_model_fsdp_0",),
         done=("trainer_state.json", "CHECKPOINT_COMPLETE"),
         undone=("checkpoint-is-incomplete.txt",),
+        records=(Record("trainer_state.json", {"step": "global_step"}),),
+        state=("trainer_state", "training_args", "rng_state", "optimizer", "scheduler", "scaler"),
+        travels=(r"(config|generation_config|preprocessor_config|processor_config)\.(json|ya?ml)",),
     ),
     Trainer(
         name="PEFT",
         tier="1",
         entry="checkpoint-500/",
         weights="adapter_model.safetensors or .bin; adapter_config.json must agree",
+        travels=(r"adapter_config\.(json|ya?ml)",),
     ),
     Trainer(
         name="TRL",
         tier="1",
         entry="checkpoint-500/",
         weights="as transformers or PEFT; merged/ and bema/ are left out",
+        stays=("merged", "bema"),
+        folders=("merged", "bema"),
     ),
     Trainer(
         name="sentence-transformers",
@@ -85,7 +119,10 @@ TRAINERS = (
         entry="checkpoints/checkpoint_3/",
         weights="model.safetensors, model_1.safetensors ..., or pytorch_model.bin",
         containers=("checkpoints",),
+        files=("pytorch_model_fsdp.bin",),
         sharded=("pytorch_model_fsdp_0",),
+        state=("random_states", "custom_checkpoint", "sampler", "dl_state_dict"),
+        folders=("optimizer.*",),
     ),
     Trainer(
         name="Lightning",
@@ -93,6 +130,8 @@ TRAINERS = (
         entry="epoch=1-step=100.ckpt",
         weights="state_dict; with an averaging callback current_model_state",
         containers=("checkpoints", "lightning_logs/version_*/checkpoints", "version_*/checkpoints"),
+        step_keys=("global_step",),
+        travels=(r"hparams\.(json|ya?ml)",),
     ),
     Trainer(
         name="Lightning and Fabric, sharded",
@@ -113,18 +152,21 @@ TRAINERS = (
         tier="1",
         entry="name-000010.safetensors, name-step00001000.safetensors, name.safetensors",
         weights="the file; ss_steps in its header gives the order",
+        metadata={"step": "ss_steps", "epoch": "ss_epoch"},
     ),
     Trainer(
         name="ai-toolkit",
         tier="1",
         entry="name_000000250.safetensors",
         weights="the file; training_info in its header gives the step",
+        metadata={"step": "training_info.step", "epoch": "training_info.epoch"},
     ),
     Trainer(
         name="timm",
         tier="1",
         entry="checkpoint-12.pth.tar, last.pth.tar",
         weights="state_dict (not state_dict_ema)",
+        averaged_keys=("state_dict_ema",),
     ),
     Trainer(
         name="ultralytics",
@@ -139,6 +181,8 @@ TRAINERS = (
         entry="global_step_100/actor/huggingface/",
         weights="as transformers, if hf_model is among its save_contents",
         models=("actor/huggingface",),
+        trackers=("latest_checkpointed_iteration.txt",),
+        state=("extra_state",),
     ),
     Trainer(
         name="verl, sharded",
@@ -174,6 +218,9 @@ TRAINERS = (
         tier="R",
         entry="iter_0000100/",
         weights="mp_rank_00/model_optim_rng.pt, or torch_dist (common.pt)",
+        trackers=("latest_checkpointed_iteration.txt",),
+        state=("distrib_optim",),
+        folders=("energon",),
         refusals=(
             _refusal(
                 r"(^|/)(model_optim_rng\.pt|common\.pt|layer_\d+-model_\d+[^/]*\.pt)$",
@@ -189,6 +236,7 @@ TRAINERS = (
         tier="R",
         entry="global_step100/",
         weights="mp_rank_00_model_states.pt, zero_pp_rank_*",
+        stays=("latest", r"zero_to_fp32\.py", r"global_step\d+"),
         refusals=(
             _refusal(
                 r"zero_pp_rank_\d+|mp_rank_\d+(_\d+)?_model_states|^global_step\d+/.*_states\.pt$",
@@ -204,6 +252,8 @@ TRAINERS = (
         entry="step-100/",
         weights=".metadata and .distcp: the model at the top, under model, app.model or state_dict",
         containers=("checkpoint",),
+        model_keys=("app.model",),
+        state=("train_state",),
     ),
     Trainer(
         name="NeMo 1",
@@ -248,6 +298,7 @@ TRAINERS = (
         tier="1",
         entry="epoch_0/, step_100/",
         weights="as transformers; with adapter_model.* beside it, --form says which",
+        folders=("recipe_state",),
     ),
     Trainer(
         name="open-instruct, prime-rl",
@@ -257,6 +308,7 @@ TRAINERS = (
         containers=("weights",),
         sharded=("trainer",),
         done=("COMPLETED", "STABLE"),
+        folders=("rollouts", "broadcasts"),
     ),
     Trainer(
         name="LeRobot",
@@ -267,6 +319,8 @@ TRAINERS = (
         models=("pretrained_model",),
         sharded=("pretrained_model",),
         done=("training_state/training_step.json",),
+        records=(Record("training_state/training_step.json", {"step": "step"}),),
+        folders=("training_state",),
     ),
     Trainer(
         name="OLMo, unsharded",
@@ -308,12 +362,15 @@ TRAINERS = (
         tier="1",
         entry="step-00000100/",
         weights="lit_model.pth or lit_model.pth.lora",
+        files=("lit_model.pth", "lit_model.pth.lora"),
+        travels=(r"(model_config|hyperparameters)\.(json|ya?ml)",),
     ),
     Trainer(
         name="nanoGPT, nanochat",
         tier="1",
         entry="ckpt_1000.pt, model_000100.pt",
         weights="model, or the top",
+        step_keys=("iter_num",),
     ),
     Trainer(
         name="Composer, LLM Foundry",
@@ -321,30 +378,46 @@ TRAINERS = (
         entry="ep1-ba100-rank0.pt, huggingface/ba100/",
         weights="state.model; or as transformers",
         containers=("huggingface", "hf_format"),
+        model_keys=("state.model",),
+        averaged_keys=("state.ema",),
     ),
     Trainer(
         name="mmengine",
         tier="1",
         entry="epoch_12.pth, iter_1000.pth",
         weights="state_dict; with EMAHook the raw ones, in ema_state_dict",
+        averaged_keys=("ema_state_dict",),
+        step_keys=("meta.iter",),
+        epoch_keys=("meta.epoch",),
     ),
     Trainer(
         name="detectron2, fvcore",
         tier="1",
         entry="model_0004999.pth",
         weights="model",
+        step_keys=("iteration",),
+        stays=("last_checkpoint",),
     ),
     Trainer(
         name="fairseq",
         tier="1",
         entry="checkpoint12.pt, checkpoint_1_1000.pt",
         weights="model",
+        names=(r"^checkpoint_(?P<epoch>\d+)_(?P<step>\d+)$",),
+        step_keys=("num_updates",),
+        travels=(r"dict\..*\.txt",),
     ),
     Trainer(
         name="ESPnet, WeNet, icefall",
         tier="1",
         entry="12epoch.pth, epoch_12.pt, checkpoint-4000.pt",
         weights="the top, or model",
+        names=(r"^(?P<epoch>\d+)epoch$", r"^checkpoint-(?P<step>\d+)-"),
+        averaged_keys=("model_avg",),
+        records=(Record("{stem}.yaml", {"step": "step", "epoch": "epoch"}),),
+        step_keys=("batch_idx_train",),
+        epoch_keys=("cur_epoch",),
+        travels=(r"train\.(json|ya?ml)", r"(tokens|units)\.txt"),
     ),
     Trainer(
         name="SpeechBrain",
@@ -352,6 +425,7 @@ TRAINERS = (
         entry="CKPT+2024-01-02+10-11-12+00/",
         weights="model.ckpt; CKPT.yaml gives the order",
         done=("CKPT.yaml",),
+        records=(Record("CKPT.yaml", {"time": "unixtime"}),),
     ),
     Trainer(
         name="OpenNMT-py",
@@ -364,6 +438,7 @@ TRAINERS = (
         tier="1",
         entry="0050000.pt, model010000.pt, name_00010000.pth",
         weights="model or the top (not ema, model_ema, ema_0.9999_*.pt)",
+        averaged_keys=("ema", "ema_model", "model_ema"),
     ),
     Trainer(
         name="EDM",

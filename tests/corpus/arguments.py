@@ -25,7 +25,7 @@ CASES = [
     Argument("a dtype that is none", says="--dtype", words=["--dtype", "int4"]),
     Argument("tiles of no bytes", says="--tile-size", words=["--tile-size", "0"]),
     Argument("too little memory", says="the fold needs at least", words=["--max-memory", "10"]),
-    Argument("an empty output", says="--output is empty", words=["-o", ""]),
+    Argument("an empty output", says="--output is ''", words=["-o", ""]),
     Argument("a path that is an option by accident", says="No such option: -r", words=["-runs"]),
     Argument("a run without a name", says="No run and no checkpoints", run=""),
 ]

@@ -73,7 +73,7 @@ CASES = [
         lambda run: shutil.copy(
             run / "checkpoint-1/model.safetensors", run / "checkpoint-2/model.safetensors"
         ),
-        "checkpoint-1 and checkpoint-2 hold the same weights",
+        "checkpoint-1 and checkpoint-2 hold the same model weights",
         names="checkpoint-1",
     ),
     Case(

@@ -1,6 +1,8 @@
 """Folders that are no runs, and runs with strange things in them."""
 
+import importlib
 import os
+import pkgutil
 import resource
 import shutil
 import socket
@@ -9,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+import ckpt_ema
 from tests.conftest import write_safetensors, write_shards
 from tests.corpus.case import Case, fifo, links_to, nothing, rewrite, several
-from tests.test_faults import be_nobody, let_others_in
+from tests.makers.users import be_nobody, let_others_in
 
 
 def emptied(run: Path) -> None:
@@ -26,6 +29,14 @@ def logs_only(run: Path) -> None:
     (run / "logs").mkdir()
     (run / "logs/events.out.tfevents.17").write_bytes(b"\0\1")
     (run / "trainer_state.json").write_text("{}")
+
+
+def nobody() -> None:
+    """Be a user who may not read the code, if it lies in a folder that others may not enter."""
+    for module in pkgutil.walk_packages(ckpt_ema.__path__, "ckpt_ema."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    be_nobody()
 
 
 def locked(name: str, run: Path) -> None:
@@ -94,13 +105,28 @@ CASES = [
     Case("logs only", logs_only, "none with model weights: logs/, trainer_state.json", names="run"),
     *(
         Case(
-            f"{name or 'the run'} may not be read",
+            f"{name} may not be read",
             partial(locked, name),
-            "Permission denied",
-            before=be_nobody,
-            names=name,
+            f"/run/{name}( cannot be opened)?: Permission denied",
+            before=nobody,
+            names=f"run/{name}",
         )
-        for name in ("", "checkpoint-2", "checkpoint-2/model.safetensors")
+        for name in ("checkpoint-2", "checkpoint-2/model.safetensors")
+        if AS_ROOT
+    ),
+    *(
+        Case(
+            f"{name} may not be entered",
+            partial(locked, ""),
+            f"cannot access .*/{given}: Permission denied",
+            before=nobody,
+            names=given,
+            run=path,
+        )
+        for name, path, given in (
+            ("the run", "RUN", "run"),
+            ("the folder above the run", "RUN/checkpoint-2", "run/checkpoint-2"),
+        )
         if AS_ROOT
     ),
     Case("leftovers of interrupted saves", leftovers, "", 0),
@@ -123,13 +149,13 @@ CASES = [
     Case(
         "a file is the run",
         several(shutil.rmtree, lambda run: run.write_text("notes")),
-        "is no checkpoint: its extension",
+        "is not a checkpoint: its extension",
         names="run",
     ),
     Case(
         "a FIFO is the run",
         several(shutil.rmtree, fifo),
-        "is no checkpoint",
+        "is not a checkpoint",
         names="run",
     ),
     Case(
@@ -142,7 +168,7 @@ CASES = [
     Case(
         "a device is the run",
         nothing,
-        "is no checkpoint",
+        "is not a checkpoint",
         run="/dev/zero",
         names="/dev/zero",
     ),

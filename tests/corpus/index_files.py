@@ -106,8 +106,8 @@ CASES = [
     Shards("a shard called ..", to(".."), OUTSIDE),
     Shards("a shard without a name", to(""), OUTSIDE),
     Shards("a shard of a folder below", to("sub/model.safetensors"), OUTSIDE),
-    Shards("a shard that is a number", to(7), "to something that is no file name"),
-    Shards("a shard that is null", to(None), "to something that is no file name"),
+    Shards("a shard that is a number", to(7), "to something that is not a file name"),
+    Shards("a shard that is null", to(None), "to something that is not a file name"),
     Shards(
         "a shard whose name has escape codes",
         to("\x1b[31mred"),

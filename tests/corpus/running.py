@@ -9,13 +9,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from ckpt_ema.fold.sources import Sources
 from tests.corpus.case import MIDDLE, Case, Make, nothing
-from tests.faulty_os import faulty
+from tests.makers.faulty_os import faulty
+from tests.makers.faulty_storage import on_first_read
 
 _lasting: list[AbstractContextManager[object]] = []  # until the process ends
 
@@ -86,20 +83,9 @@ def overtaken(run: Path) -> None:
 def prepare(before: Callable[[], object] | None, during: Make | None, run: Path) -> None:
     """What is done in the process before the command."""
     if during:
-        pytest.MonkeyPatch().setattr(Sources, "values", _once(during, run, Sources.values))
+        on_first_read(partial(during, run))
     if before:
         before()
-
-
-def _once(during: Make, run: Path, real: Any) -> Any:
-    todo = [during]
-
-    def values(*arguments: Any) -> Any:
-        while todo:
-            todo.pop()(run)
-        return real(*arguments)
-
-    return values
 
 
 CHANGED = "changed or vanished since the plan"
@@ -144,7 +130,7 @@ CASES = [
     *(
         Running(
             number.name,
-            says=f"^{how}, nothing was written$",
+            says=f"^{how}; nothing was written$",
             during=partial(signalled, number),
             code=128 + number,
         )

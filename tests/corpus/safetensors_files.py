@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from ckpt_ema.containers.safetensors import make_header
-from tests.conftest import noise, raw
 from tests.corpus.case import (
     FILE,
     Case,
@@ -22,8 +20,9 @@ from tests.corpus.case import (
     links_to,
     states_are,
 )
-from tests.test_safetensors import entry, framed
-from tests.test_torch_file import archive, tensor_pickle
+from tests.makers.safetensors_files import entry, framed, write_safetensors
+from tests.makers.tensors import noise
+from tests.makers.torch_files import archive, tensor_pickle
 
 
 def header(text: str | bytes, data: int = 4) -> Make:
@@ -40,8 +39,8 @@ def tensor(**changed: Any) -> Make:
 def long_metadata(run: Path) -> None:
     """The header of each file is 10 MB long."""
     for step, weight in enumerate(noise(3, 4), start=1):
-        start, _ = make_header([("w", "F32", (4,))], {"notes": "x" * 10_000_000})
-        (run / f"checkpoint-{step}/model.safetensors").write_bytes(start + raw(weight))
+        path = run / f"checkpoint-{step}/model.safetensors"
+        write_safetensors(path, {"w": weight}, {"notes": "x" * 10_000_000})
 
 
 def never_written(run: Path) -> None:
@@ -69,6 +68,7 @@ NOT_ONE = "is not a safetensors file: it does not start with a header"
 
 CASES = [
     Case("empty", holds(b""), "is empty"),
+    Case("preallocated and never written", holds(bytes(999)), "begins with zeros"),
     Case("shorter than 8 bytes", holds(b"\x10\0\0"), NOT_ONE),
     Case("cut in the header", cut(20), "is cut short: its header alone takes .* has 20"),
     Case("cut in the data", cut(-1), "is cut short: its header promises 292 bytes .* has 291"),
@@ -81,9 +81,9 @@ CASES = [
         "a header that is not JSON", header("{nonsense}"), "has a broken header: Expecting property"
     ),
     Case("a header that is no object", header("[]"), NOT_ONE),
-    Case("a header nested thousands deep", header('{"a":' * 50_000), "it nests too deep"),
-    Case("a name twice", header(TWICE), "'w' occurs twice"),
-    Case("metadata twice", header('{"__metadata__":{},"__metadata__":{}}', 0), "occurs twice"),
+    Case("a header nested thousands deep", header('{"a":' * 50_000), "it is nested too deeply"),
+    Case("a name twice", header(TWICE), "'w' is there twice"),
+    Case("metadata twice", header('{"__metadata__":{},"__metadata__":{}}', 0), "is there twice"),
     Case(
         "tensors that overlap",
         header(json.dumps({"v": entry(), "w": entry(offsets=[2, 6])}), 6),
@@ -153,11 +153,11 @@ CASES = [
     Case(
         "a tensor that turns to zeros",
         in_all(lambda state: state["b"].zero_(), 3),
-        "checkpoint-3 turns to zeros in tensor b",
+        "checkpoint-3: tensor b turns to zeros",
         0,
     ),
     Case("a run that was copied sparsely", sparse, "and 2 more files. has a hole at byte", 0),
     Case(
-        "an end that was never written", never_written, "checkpoint-3 turns to zeros in tensor b", 0
+        "an end that was never written", never_written, "checkpoint-3: tensor b turns to zeros", 0
     ),
 ]

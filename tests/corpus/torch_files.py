@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from tests.corpus.case import MIDDLE, Case, Make, cut, holds
-from tests.test_torch_file import (
+from tests.makers.tensors import quantised
+from tests.makers.torch_files import (
     LEGACY_HEAD,
     archive,
     bare,
     hostile_pickles,
     legacy,
     number,
-    quantised,
+    sharded_pickle,
     tensor_pickle,
 )
 
@@ -178,12 +179,12 @@ CASES = [
     Torch(
         "an opcode that claims a terabyte",
         pickled(b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40)),
-        "it claims more than the file has",
+        "it declares more than the file has",
     ),
     Torch(
         "a legacy file that is cut",
         cut(-9, FILE),
-        "is cut short: storage .* is not whole",
+        "is cut short: storage .* is incomplete",
         form="legacy",
     ),
     Torch("a zip that is cut", cut(-9, FILE), "its zip directory cannot be read"),
@@ -198,6 +199,11 @@ CASES = [
     Torch("a sparse tensor", beside(s=torch.eye(2).to_sparse()), "tensor s is of a kind"),
     Torch("a meta tensor", beside(s=torch.ones(3, device="meta")), "tensor s is of a kind"),
     Torch("a quantised tensor", saved(lambda: {"w": torch.ones(2), "s": quantised()}), "QInt8"),
+    Torch(
+        "a ShardedTensor of one rank",
+        pickled(sharded_pickle()),
+        "tensor w is a torch.*ShardedTensor, of which each rank's file holds a part",
+    ),
     Torch("names that are numbers", saved(lambda: {1: torch.ones(2)}), "holds no dict of tensors"),
     Torch(
         "a name that safetensors reserves",
@@ -208,7 +214,7 @@ CASES = [
     Torch(
         "plain values beside tensors",
         all_saved(lambda step: {"w": torch.ones(2) * step, "version": 3, "extra": b"\0"}),
-        "left out of the model, being no tensors: version, extra",
+        "Not tensors, so not in the average: version, extra",
         0,
     ),
     Torch("tied, strided and sliced tensors", all_saved(tied), "", 0),

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from tests.conftest import noise
 from tests.corpus.case import Case, states_are
+from tests.makers.tensors import noise
 
 NAN, INF = math.nan, math.inf
 

@@ -1,1 +1,1 @@
-"""What looks at values while they pass."""
+"""Monitors: they look at values while these are folded."""

@@ -1,17 +1,17 @@
-"""Telling weights that turn to zeros, as a save leaves them that was interrupted with its size set.
+"""Finds weights that turn to zeros, as an interrupted save leaves them if it set the size first.
 
-A header says nothing of it. Tensors that are zero from the start, such as masks and fresh adapters,
-are no matter.
+Headers do not show it. Tensors that are zero from the start, such as masks and fresh adapters, are
+ignored.
 """
 
 import threading
-from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ckpt_ema.containers.specs import DTYPE_BITS
-from ckpt_ema.errors import printable
-from ckpt_ema.fold.tiles import Tile, tensor_at
-from ckpt_ema.planning.plan import Plan
+from ckpt_ema.errors import Code
+from ckpt_ema.fold.monitors.protocol import Monitor, See, TileView, Watched
+from ckpt_ema.fold.tiles import tensor_at
+from ckpt_ema.notices import Notice
 
 _PROBE = bytes(16)
 
@@ -21,71 +21,79 @@ class Turn(NamedTuple):
 
     checkpoint: int
     tile: int
-    element: int  # of the tile's span, where that becomes sure
+    element: int  # of the tile's span, where that becomes certain
     tensor: str
+    offset: int  # of the first zero, in bytes of the tensor
 
 
-class Zeroed:
-    """Where each checkpoint first turns to zeros; for many threads."""
+class Zeros(Monitor):
+    """A `Monitor` of where each checkpoint first turns to zeros."""
 
-    def __init__(self, plan: Plan, known: Collection[Turn] = ()) -> None:
-        """`known` is what an interrupted run has found."""
-        self._plan = plan
+    name = "zeros"
+
+    def __init__(self, watched: Watched) -> None:
+        self._checkpoints = watched.checkpoints
         self._first: dict[int, Turn] = {}
         self._lock = threading.Lock()
-        for turn in known:
-            self._note(turn)
 
-    @property
-    def found(self) -> list[Turn]:
-        """The first of each checkpoint."""
+    def watch(self, view: TileView) -> See | None:
+        """See `Monitor.watch`."""
+        before: int | None = None  # zeros at the end of the checkpoint before, in elements
+
+        def see(checkpoint: int, values: memoryview, itemsize: int) -> None:
+            nonlocal before
+            zeros = _zero_bytes_at_end(values) // itemsize
+            if before is not None and zeros > before:
+                count = len(values) // itemsize
+                self._note(view, checkpoint, range(count - zeros, count - before))
+            before = zeros
+
+        return see
+
+    def state(self) -> list[Turn]:
+        """Return the first turn of each checkpoint."""
         with self._lock:
             return sorted(self._first.values())
 
-    def note(self, checkpoint: int, tile: Tile, zeros: range) -> None:
-        """Note it if these elements of a tile, zeros now, hold all that it has of a tensor.
+    def merge(self, state: Any) -> None:
+        """See `Monitor.merge`."""
+        for values in state:
+            self._add(Turn(*values))
 
-        The last of them is the last in the tile that was no zero in the checkpoint before.
+    def verdict(self) -> tuple[Notice, ...]:
+        """Return a warning for each checkpoint that turns to zeros."""
+        return tuple(
+            Notice(
+                Code.ZEROS,
+                f"{self._checkpoints[turn.checkpoint]}: tensor {turn.tensor} turns to zeros at"
+                f" offset {turn.offset}, unlike the checkpoint before; was its save interrupted?",
+            )
+            for turn in self.state()
+        )
+
+    def _note(self, view: TileView, checkpoint: int, zeros: range) -> None:
+        """Add a turn if these elements of a tile, zeros now, are all that it has of a tensor.
+
+        The last of them is the last in the tile that was not zero in the checkpoint before.
         """
+        tile = view.tile
         target = tile.span.places[0]
         last = tile.start + zeros[-1]
-        tensor = tensor_at(self._plan, tile.span, target.average, last)
-        first = (tensor.offset - target.offset) * 8 // DTYPE_BITS[target.dtype]
+        tensor = tensor_at(view.plan, tile.span, target.average, last)
+        bits = DTYPE_BITS[target.dtype]
+        first = (tensor.offset - target.offset) * 8 // bits  # of the tensor, in the span
         if max(0, first - tile.start) >= zeros[0]:
-            self._note(Turn(checkpoint, tile.numbers[0], last, tensor.name))
+            start = max(first, tile.start + zeros[0])
+            offset = (start - first) * bits // 8
+            self._add(Turn(checkpoint, tile.numbers[0], last, tensor.name, offset))
 
-    def _note(self, turn: Turn) -> None:
+    def _add(self, turn: Turn) -> None:
         with self._lock:
-            first = self._first.get(turn.checkpoint, turn)
-            self._first[turn.checkpoint] = min(first, turn)
-
-    def warnings(self) -> list[str]:
-        """A sentence for each checkpoint."""
-        return [
-            f"{printable(self._plan.checkpoints[turn.checkpoint].name)} turns to zeros in tensor"
-            f" {printable(turn.tensor)}, which were none in the checkpoint before: was its save"
-            " interrupted?"
-            for turn in self.found
-        ]
-
-
-class TileZeros:
-    """The comparison within one tile, whose values come checkpoint after checkpoint."""
-
-    def __init__(self) -> None:
-        self._before: int | None = None  # zeros at the end, in elements; None of the first
-
-    def newly(self, values: memoryview, element_bytes: int) -> range:
-        """The elements that are zeros to the end now, up to the last that was none before."""
-        count = len(values) // element_bytes
-        zeros = _zero_bytes_at_end(values) // element_bytes
-        before = zeros if self._before is None else self._before
-        self._before = zeros
-        return range(count - zeros, count - before)
+            self._first[turn.checkpoint] = min(turn, self._first.get(turn.checkpoint, turn))
 
 
 def _zero_bytes_at_end(values: memoryview) -> int:
-    # A look at the very end nearly always answers it.
+    # The very end nearly always settles it.
     end = values[-len(_PROBE) :]
     if end.tobytes() != _PROBE[: len(end)]:
         return 0

@@ -1,0 +1,147 @@
+"""`ckpt-ema average`: the whole job."""
+
+import contextlib
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckpt_ema.cli.exits import (
+    SignalError,
+    check_signals,
+    errors_reported,
+    ignore_signals,
+    print_outputs,
+    say,
+)
+from ckpt_ema.cli.options import (
+    JSON,
+    OVERWRITE,
+    PART,
+    PLOT,
+    QUIET,
+    RESUME,
+    RunArgument,
+    takes_options,
+    variable,
+)
+from ckpt_ema.errors import Code, OptionError
+from ckpt_ema.ranks import place_from
+
+if TYPE_CHECKING:
+    from ckpt_ema.output.result import Result
+    from ckpt_ema.planning.plan import Plan
+    from ckpt_ema.run import Progress
+
+EXAMPLES = """
+ckpt-ema plan runs/                                 # show the weights first
+ckpt-ema average runs/
+ckpt-ema average runs/ --half-life 2000 -o averaged
+ckpt-ema average runs/ --decay 0.4,0.8 --last 4,8   # four averages, one pass
+OUT=$(ckpt-ema average runs/ -q) && evaluate "$OUT"
+"""
+OWN_ROWS = (PLOT, OVERWRITE, PART, RESUME, JSON, QUIET)
+_MOST_ROWS = 24  # of the table of checkpoints; `ckpt-ema plan` shows more
+
+
+@takes_options(*OWN_ROWS)
+def average(
+    run: RunArgument,
+    *,
+    options: dict[str, Any],
+    plot: str | None,
+    overwrite: bool,
+    part: str | None,
+    resume: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Average the checkpoints in RUN, a folder or checkpoints oldest first.
+
+    Every option can be set by an environment variable, CKPT_EMA_DECAY and so on.
+    """
+    with errors_reported(kept=resume):
+        from ckpt_ema.report import lines, table
+        from ckpt_ema.report.progress import ByteProgress
+
+        if part and place_from(os.environ):
+            raise OptionError(
+                "--part is for separate jobs; the ranks of a launch share the work by themselves.",
+                code=Code.CONFLICTING_OPTIONS,
+            )
+        keywords = {**options, "plot": plot, "overwrite": overwrite, "resume": resume}
+        with ByteProgress(quiet) as progress:
+            result = _average(run, part, keywords, quiet, progress)
+        if part and not result.is_up_to_date:
+            if not quiet:
+                say(lines.part_line(result.output, part))
+        elif result.manifests:  # only the first rank has them
+            ignore_signals()  # the output is complete: from here on this is a success
+            known = result.plan.warnings if result.is_up_to_date else ()  # not shown at the start
+            say(*lines.warning_lines([*known, *result.warnings]))
+            if not quiet:
+                say(lines.result_line(result))
+            _append_step_summary(table.summary_lines(result.plan))
+            print_outputs(result, json)
+
+
+def _average(
+    run: list[str], part: str | None, keywords: dict[str, Any], quiet: bool, progress: "Progress"
+) -> "Result":
+    """Make the averages or a part of them; the first rank shows the plan and the progress."""
+    from ckpt_ema.output.manifest import is_up_to_date
+    from ckpt_ema.report import lines, table
+    from ckpt_ema.run import average as average_whole
+    from ckpt_ema.run import average_part, up_to_date
+
+    plans: list[Plan] = []
+
+    def started(plan: "Plan") -> None:
+        plans.append(plan)
+        if not quiet:
+            say(table.plan_text(plan, sys.stderr, _MOST_ROWS), "")
+        say(*lines.warning_lines(plan.warnings))
+        if not quiet:
+            say(*lines.note_lines(plan))
+
+    def tick(done_bytes: int, total_bytes: int) -> None:
+        check_signals()
+        if plans:
+            progress(done_bytes, total_bytes)
+
+    keywords = {**keywords, "command": _command(), "started": started, "progress": tick}
+    try:
+        if part:
+            return average_part(run, part, **keywords)
+        return average_whole(run, launch=True, waiting=lambda late: say(str(late)), **keywords)
+    except SignalError:
+        made = up_to_date(plans[0]) if plans and is_up_to_date(plans[0]) else None
+        if not made:
+            raise
+        return made  # the signal arrived after publication
+
+
+def _command() -> str:
+    """Return the command as a person would type it again, with its environment variables."""
+    program = Path(sys.argv[0])
+    called = ["python", "-m", "ckpt_ema"] if program.suffix == ".py" else [program.name]
+    chosen = [
+        f"{name}={shlex.quote(value)}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith("CKPT_EMA_") and name != variable("part")
+    ]
+    # Each part has its own --part.
+    words = [*called, *(word for word in sys.argv[1:] if not word.startswith("--part="))]
+    if "--part" in words:
+        place = words.index("--part")
+        del words[place : place + 2]
+    return " ".join([*chosen, shlex.join(words)])
+
+
+def _append_step_summary(lines: list[str]) -> None:
+    """Add to the summary page of a GitHub job."""
+    path = os.environ.get("GITHUB_STEP_SUMMARY")
+    if path:
+        with contextlib.suppress(OSError), Path(path).open("a", encoding="utf-8") as summary:
+            summary.write("\n".join(lines) + "\n")

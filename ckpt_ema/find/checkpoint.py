@@ -1,0 +1,81 @@
+"""The checkpoints of a run in training order, and how far apart they are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from ckpt_ema.containers.specs import ModelFiles
+from ckpt_ema.errors import Code, RefusedError, some
+
+# Units of numbers in names that may count training steps.
+STEP_UNITS = ("step", "checkpoint", "number")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One saved state of the model: a folder, or a file that holds the model by itself."""
+
+    path: Path
+    step: int | None  # in `unit`
+    model: ModelFiles
+    unit: str = "step"  # what the trainer counts: "step", "epoch", "save" (an index), ...
+    name: str = ""  # what to call it; that of its path unless given
+    is_given: bool = False  # a person named it, so it is not dropped with a warning alone
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.path.name)
+
+
+def gaps(checkpoints: Sequence[Checkpoint]) -> list[int | None]:
+    """Return the steps from each checkpoint's predecessor to it; None where that is unknown.
+
+    accelerate numbers its saves one after the other, which gives no distances.
+    """
+    known: list[int | None] = [None]
+    for earlier, later in pairwise(checkpoints):
+        if earlier.step is None or later.step is None or later.unit == "save":
+            known.append(None)
+        else:
+            known.append(later.step - earlier.step)
+    return known
+
+
+def known_steps(checkpoints: Sequence[Checkpoint]) -> list[int] | None:
+    """Return the steps of all checkpoints, which rise; None where they are not known."""
+    return None if _obstacle(checkpoints) else [checkpoint.step or 0 for checkpoint in checkpoints]
+
+
+def needed_steps(checkpoints: Sequence[Checkpoint], option: str) -> list[int]:
+    """Return the steps of all checkpoints, which rise, for an option that needs them.
+
+    Raises `RefusedError` if they are not known, or count saves instead of training steps.
+    """
+    obstacle = _obstacle(checkpoints)
+    if obstacle:
+        why, hint = obstacle
+        raise RefusedError(f"{option} counts training steps, but {why}.", hint, code=Code.NO_STEPS)
+    return [checkpoint.step or 0 for checkpoint in checkpoints]
+
+
+def _obstacle(checkpoints: Sequence[Checkpoint]) -> tuple[str, str] | None:
+    """Return why steps are not known and what to do about it; None if they are."""
+    saves = [checkpoint.name for checkpoint in checkpoints if checkpoint.unit == "save"]
+    if saves:
+        return (
+            f"the number in {saves[0]} counts saves (accelerate), any number of steps apart",
+            "Choose a schedule that counts checkpoints, or rename the folders by their steps.",
+        )
+    unknown = [checkpoint.name for checkpoint in checkpoints if checkpoint.step is None]
+    if unknown:
+        return (
+            f"no step is known for {some(unknown)}",
+            "Choose a schedule that counts checkpoints, or leave these out.",
+        )
+    for earlier, later in pairwise(checkpoints):
+        if (earlier.step or 0) >= (later.step or 0):
+            return (
+                f"{later.name} follows {earlier.name} in the list without being a later step",
+                "List the checkpoints in training order.",
+            )
+    return None

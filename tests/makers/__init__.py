@@ -1,0 +1,1 @@
+"""Makers of runs, of their files and of what breaks them, for tests alone."""

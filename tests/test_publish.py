@@ -1,0 +1,110 @@
+"""An output is published when it is whole, accepted by safetensors, and on the disk."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+import ckpt_ema
+from ckpt_ema import FailedError
+from ckpt_ema.errors import Code
+from tests.conftest import MakeRun, noise, series
+from tests.makers.faulty_os import faulty
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (SafetensorError("Error while deserializing header"), Code.DAMAGED),
+        # The library has torch open the file, whose error is no OSError.
+        (RuntimeError("unable to open file </dev/fd/10>: (5)"), Code.READ_FAILED),
+        (OSError(errno.EIO, "Input/output error"), Code.READ_FAILED),
+    ],
+)
+def test_a_file_that_the_library_rejects_is_not_published(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, error: Exception, code: Code
+) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+
+    def failing(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("safetensors.safe_open", failing)
+    with pytest.raises(FailedError) as caught:
+        ckpt_ema.average(run, device="cpu")
+    assert (caught.value.code, caught.value.path) == (code, f"{run}-ema")
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+def test_a_header_that_was_damaged_meanwhile_is_not_published(make_run: MakeRun) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+
+    def damage(*_: int) -> None:
+        [model] = run.parent.glob(".run-ema.*/output/model.safetensors")
+        with model.open("r+b") as file:
+            file.write(bytes(8))
+
+    with pytest.raises(FailedError) as caught:
+        ckpt_ema.average(run, device="cpu", progress=damage)
+    assert caught.value.code is Code.DAMAGED
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+def test_everything_is_durable_before_it_has_its_name(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    events: list[str] = []
+    real_fsync, real_rename, real_replace = os.fsync, os.rename, os.replace
+
+    def fsync(fd: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        real_fsync(fd)
+
+    def rename(source: Any, target: Any) -> None:
+        events.append(f"rename to {Path(target).name}")
+        real_rename(source, target)
+
+    def replace(source: Any, target: Any) -> None:
+        assert events[-1] == Path(source).name
+        events[-1] = Path(target).name  # the new name of what was made durable
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "replace", replace)
+    ckpt_ema.average(run, device="cpu")
+    named = events.index("rename to run-ema")
+    before, after = events[:named], events[named + 1 :]
+    assert {"model.safetensors", "config.json", "ckpt_ema.json"} < set(before)
+    assert "output" in before  # the folder in the workspace
+    assert before[-2] == "rename to published"
+    assert before[-1].startswith(".run-ema.ckpt-ema-")
+    assert after == [run.parent.name]
+
+
+def test_an_output_that_may_not_survive_a_power_failure_is_published_with_an_error(
+    make_run: MakeRun,
+) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    failing = faulty("fsync", 1, errno.EIO, suffix=f"/{run.parent.name}")
+    with failing, pytest.raises(FailedError) as caught:
+        ckpt_ema.average(run, device="cpu")
+    assert (caught.value.code, caught.value.path) == (Code.WRITE_FAILED, f"{run}-ema")
+    assert "is published" in caught.value.message
+    assert ckpt_ema.average(run, device="cpu").is_up_to_date
+
+
+def test_output_files_honour_the_umask(make_run: MakeRun) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    old = os.umask(0o027)
+    try:
+        output = ckpt_ema.average(run, device="cpu").output
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(output.stat().st_mode) == 0o750
+    assert stat.S_IMODE((output / "model.safetensors").stat().st_mode) == 0o640
