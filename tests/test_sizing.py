@@ -104,11 +104,9 @@ def run(make_run: MakeRun) -> Any:
     return make_run(series(3, w=noise(3, 5)))
 
 
-def storages() -> dict[int, int]:
-    """The address and the bytes of the memory of every tensor that there is."""
-    tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
-    memory = [tensor.untyped_storage() for tensor in tensors]
-    return {one.data_ptr(): one.nbytes() for one in memory}
+def tensors() -> dict[int, torch.Tensor]:
+    """Every tensor that there is, by its identity."""
+    return {id(one): one for one in gc.get_objects() if type(one) is torch.Tensor}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -122,8 +120,10 @@ def test_the_plan_holds_the_memory_that_the_fold_takes(
     decays = [number / 10 for number in range(averages)]
     plan = ckpt_ema.plan(run, decay=decays, accumulate=accumulate, threads=1)
     wide, cpu = getattr(torch, accumulate), torch.device("cpu")
-    before = storages()
+    before = tensors()
     fold = make_fold(uses(plan), plan.tile_elements, wide, cpu, plan.work.widest_bytes)
-    taken = sum(nbytes for address, nbytes in storages().items() if address not in before)
+    made = [tensor for key, tensor in tensors().items() if key not in before]
+    memory = [tensor.untyped_storage() for tensor in made]
+    taken = sum({one.data_ptr(): one.nbytes() for one in memory}.values())
     assert taken < plan.memory_bytes <= taken + 20 * plan.tile_elements
     del fold

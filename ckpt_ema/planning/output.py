@@ -50,7 +50,8 @@ def find_destination(
             code=Code.INVALID_OUTPUT,
             path=output.parent,
         )
-    if here.exists(output) and here.kind(output) not in (Kind.FILE, Kind.FOLDER):
+    kind = here.kind(output)
+    if kind is Kind.OTHER or (kind is Kind.ABSENT and here.is_link(output)):
         raise RefusedError(
             f"{output} exists and is neither a file nor a folder.",
             code=Code.INVALID_OUTPUT,
