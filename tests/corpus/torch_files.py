@@ -164,7 +164,7 @@ CASES = [
     Torch(
         "an opcode that claims a terabyte", pickled(b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40))
     ),
-    Torch("a legacy file that is cut", cut(-9, FILE), form="legacy"),
+    Torch("a legacy file that is cut", cut(-9, FILE), form="legacy", says="is cut short: storage"),
     Torch("a zip that is cut", cut(-9, FILE)),
     Torch("a zip of which half is there", cut(700, FILE)),
     Torch("an empty file", holds(b"", FILE)),
