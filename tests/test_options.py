@@ -16,13 +16,14 @@ from ckpt_ema.options import Keywords, Options, Row, make_options, table
 ROOT = Path(__file__).parent.parent
 ROWS = {row.name: row for row in table()}
 IMPOSSIBLE: list[tuple[str, Any]] = [
-    *(("decay", bad) for bad in [1.1, math.nan, "0.9,-0.1", "0.9,much", "", [], True]),
+    *(("decay", value) for value in (1.1, math.nan, "0.9,-0.1", "0.9,much", "", True)),
+    ("decay", []),
     *(("decay_per_step", 2), ("sigma_rel", 0.3), ("sigma_rel", 0), ("sigma_rel", 1e-200)),
-    *(("half_life", bad) for bad in (0, math.inf, 10**400)),
+    *(("half_life", value) for value in (0, math.inf, 10**400)),
     *(("power", "x"), ("power", -1), ("inv_gamma", 0), ("num_updates", "epoch")),
-    *(("last", bad) for bad in (2.5, math.inf, 0, "4,x")),
+    *(("last", value) for value in (2.5, math.inf, 0, "4,x")),
     *(("every", 1.5), ("every", 0), ("min_gap", -5), ("from_step", math.nan)),
-    *(("steps", bad) for bad in ("100,x", "500-100", [])),
+    *(("steps", "100,x"), ("steps", "500-100"), ("steps", [])),
     *(("include", None), ("include", "a*"), ("append", [1]), ("append", [".."])),
     *(("pattern", "("), ("metric", 5), ("dtype", None), ("schedule", "cosine")),
     *(("output", 5), ("output", ""), ("output", "model.pt"), ("weights", [0.5, 0.5])),

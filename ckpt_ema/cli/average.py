@@ -110,7 +110,7 @@ def _average(
         if plans:
             progress(done_bytes, total_bytes)
 
-    keywords = {**keywords, "command": _command(), "started": started, "progress": tick}
+    keywords = {**keywords, "command": command_line(), "started": started, "progress": tick}
     try:
         if part:
             return average_part(run, part, **keywords)
@@ -122,7 +122,7 @@ def _average(
         return made  # the signal arrived after publication
 
 
-def _command() -> str:
+def command_line() -> str:
     """Return the command as a person would type it again, with its environment variables."""
     program = Path(sys.argv[0])
     called = ["python", "-m", "ckpt_ema"] if program.suffix == ".py" else [program.name]

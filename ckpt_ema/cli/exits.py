@@ -25,7 +25,9 @@ class SignalError(BaseException):
         self.number = number
 
 
-_OUT_OF_MEMORY = "error: Out of memory; nothing was written. Try --max-memory 64MiB."
+_OUT_OF_MEMORY = (
+    "error: The machine ran out of memory; nothing was written. Try --max-memory 64MiB."
+)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _noted: list[int] = []  # the signal that arrived, if any
 

@@ -41,8 +41,8 @@ def without_incomplete(found: Found, selection: Selection, source: Source) -> Fo
         )
     elif problem_of(newest):
         incomplete = [newest]
-    left = {one.name: f"incomplete: {problem_of(one)}" for one in incomplete}
-    complete = tuple(one for one in found.checkpoints if one not in set(incomplete))
+    left, gone = {one.name: f"incomplete: {problem_of(one)}" for one in incomplete}, set(incomplete)
+    complete = tuple(one for one in found.checkpoints if one not in gone)
     if not complete:
         raise RefusedError(
             f"{found.root} holds no complete checkpoint.",

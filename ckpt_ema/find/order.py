@@ -72,11 +72,12 @@ def _recorded_keys(entries: Sequence[Entry], selection: Selection) -> _Keys | No
     """Return the numbers recorded beside the weights or in headers, if all entries have them."""
     if all(conventions.NAMED_BY_DATE.search(entry.stem) for entry in entries):
         return "time", _by_date(entries)
+    recorded = [entry.recorded for entry in entries]
     for unit in ("step", "epoch"):
-        if all(unit in entry.recorded for entry in entries):
+        if all(unit in numbers for numbers in recorded):
             if selection.order == "auto":
                 _check_names(entries, unit)
-            return unit, [entry.recorded[unit] for entry in entries]
+            return unit, [numbers[unit] for numbers in recorded]
     return None
 
 

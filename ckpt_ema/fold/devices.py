@@ -8,6 +8,7 @@ import torch
 from ckpt_ema.errors import Code, OptionError
 from ckpt_ema.fold.shadow import widest_float
 from ckpt_ema.fold.tile_fold import device_element_bytes
+from ckpt_ema.planning.fingerprint import precision
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.targets.target import Output
 
@@ -55,31 +56,26 @@ def accumulator(plan: Plan, device: torch.device) -> torch.dtype:
 
 
 def plan_on(plan: Plan, device: torch.device) -> Plan:
-    """Return the plan as it is on a device, which may have no float64 although it was assumed.
+    """Return the plan with the precision that a device has.
 
-    The bytes are others there, so the output has another fingerprint and is not up to date.
+    If the plan assumed another one, its bytes differ: the fingerprints change, and no later plan
+    takes the output for up to date.
     """
     wide = str(accumulator(plan, device)).removeprefix("torch.")
-    if wide == plan.engine.accumulate:
-        return plan
-    averages = tuple(replace(a, output=_marked(a.output, wide)) for a in plan.averages)
+    averages = plan.averages
+    if wide != precision(plan.engine):
+        averages = tuple(replace(a, output=_marked(a.output, wide)) for a in averages)
     return replace(plan, engine=replace(plan.engine, accumulate=wide), averages=averages)
 
 
 def _marked(output: Output, mark: str) -> Output:
-    old = output.fingerprint
-    new = hashlib.sha256(f"{old} {mark}".encode()).hexdigest()[: len(old)]
-    files = tuple(
-        replace(
-            file,
-            chunks=tuple(
-                chunk._replace(content=chunk.content.replace(old.encode(), new.encode()))
-                for chunk in file.chunks
-            ),
-        )
-        for file in output.files
-    )
-    return replace(output, files=files, fingerprint=new)
+    old = output.fingerprint.encode()
+    new = hashlib.sha256(old + mark.encode()).hexdigest()
+    files = []
+    for file in output.files:
+        chunks = [c._replace(content=c.content.replace(old, new.encode())) for c in file.chunks]
+        files.append(replace(file, chunks=tuple(chunks)))
+    return replace(output, files=tuple(files), fingerprint=new)
 
 
 def elements_at_a_time(plan: Plan, device: torch.device) -> int:

@@ -123,6 +123,17 @@ def _started(pool: ThreadPoolExecutor, job: _Job) -> Future[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _end_of_memory_reported() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        message, hint = "Out of memory; nothing was written.", "Try --max-memory 64MiB."
+        raise FailedError(message, hint, code=Code.OUT_OF_MEMORY) from error
+
+
 class _StoppedError(Exception):
     """Another thread has failed, or the process was asked to end."""
 
@@ -142,7 +153,7 @@ class _Worker:
         """Take tiles until there are none."""
         # There is one thread per core already; without this each would start a team of its own.
         torch.set_num_threads(1)
-        with contextlib.suppress(_StoppedError):
+        with contextlib.suppress(_StoppedError), _end_of_memory_reported():
             while (tile := self._job.next_tile()) is not None:
                 if tile.span.averaged:
                     self._average(tile)
@@ -165,14 +176,8 @@ class _Worker:
             self._fold = self._fold or self._make_fold()
             self._fold_tile(tile, self._fold)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if self._device == CPU or not is_out_of_memory(error):
                 raise
-            if self._device == CPU:
-                raise FailedError(
-                    "The machine ran out of memory.",
-                    "Try --max-memory 64MiB.",
-                    code=Code.OUT_OF_MEMORY,
-                ) from error
             return False
         return True
 

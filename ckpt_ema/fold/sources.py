@@ -4,8 +4,6 @@ import torch
 
 from ckpt_ema.containers.reader import Reader
 from ckpt_ema.containers.specs import AVERAGED, TensorSpec
-from ckpt_ema.errors import Code, FailedError
-from ckpt_ema.fold.devices import is_out_of_memory
 from ckpt_ema.fold.tile_fold import Staging
 from ckpt_ema.planning.plan import Plan
 
@@ -33,14 +31,5 @@ class Sources(Reader):
     ) -> memoryview:
         """Return the same in bytes, of a tensor of any dtype."""
         view = staging.bytes[:size_bytes]
-        try:
-            self.read_into(checkpoint, source, start, view)
-        except RuntimeError as error:  # of torch, which gathers tensors in pieces
-            if not is_out_of_memory(error):
-                raise
-            raise FailedError(
-                "The machine ran out of memory.",
-                "Try --max-memory 64MiB.",
-                code=Code.OUT_OF_MEMORY,
-            ) from error
+        self.read_into(checkpoint, source, start, view)
         return view
