@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,12 +10,12 @@ from pathlib import Path
 from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.entries import Entry, list_entries
-from ckpt_ema.find.model_files import Unsupported
 from ckpt_ema.find.names import captures_step, is_unnumbered_of
 from ckpt_ema.find.rules import RULES, Folder, is_unnumbered
 from ckpt_ema.find.verdict import Outcome, Reason, Verdict, judge
 from ckpt_ema.options import Selection
 from ckpt_ema.trainers import conventions
+from ckpt_ema.trainers.table import Refusal
 
 
 @dataclass(frozen=True)
@@ -33,30 +33,22 @@ class Candidates:
         """All entries of the folder."""
         return [*self.verdicts, *self.numbered, *self.unnumbered, *self.unsupported]
 
-    @property
-    def skipped(self) -> list[Entry]:
-        """The entries that may hold a model, and that a rule left out."""
-        return [e for e, verdict in self.verdicts.items() if verdict.outcome is Outcome.SKIPPED]
-
-    @property
-    def without_model(self) -> list[Entry]:
-        """The numbered entries without a model."""
-        return [e for e in self.skipped if self.verdicts[e].reason is Reason.NO_MODEL]
+    def skipped(self, *reasons: Reason) -> list[Entry]:
+        """Return the entries that may hold a model and that a rule left out for these reasons."""
+        rows = self.verdicts.items()
+        return [e for e, one in rows if one.outcome is Outcome.SKIPPED and one.reason in reasons]
 
     def are_stray(self) -> bool:
         """Return whether lone numbered files (`value_head_1.pt`) lie beside a model.
 
         They do not make a run of their folder.
         """
-        templates = Counter(entry.template for entry in self.numbered)
+        templates = {entry.template for entry in self.numbered}
+        is_series = len(templates) < len(self.numbered) or any(e.is_folder for e in self.numbered)
         has_last = any(
-            is_unnumbered_of(entry.stem, template)
-            for entry in self.unnumbered
-            for template in templates
+            is_unnumbered_of(e.stem, template) for e in self.unnumbered for template in templates
         )
-        return not has_last and all(
-            templates[entry.template] == 1 and not entry.is_folder for entry in self.numbered
-        )
+        return not is_series and not has_last
 
 
 def candidates_in(folder: Path, selection: Selection, source: Source) -> Candidates:
@@ -72,37 +64,35 @@ def candidates_in(folder: Path, selection: Selection, source: Source) -> Candida
     undecided = [entry for entry, verdict in verdicts.items() if verdict is None]
     numbered = [entry for entry in undecided if not is_unnumbered(entry, selection)]
     if not any(entry.model for entry in numbered):
-        numbered += _with_common_word([one for one in undecided if is_unnumbered(one, selection)])
+        # A series in which every name has `final` or `best`, a part of the run's name.
+        others = [e for e in undecided if e.slots and e.model and is_unnumbered(e, selection)]
+        several = _several(others)
+        numbered += [entry for entry in others if entry.template in several]
     if not captures_step(selection.pattern):
-        numbered = _without_names_of_models(numbered)
+        # "resnet50.pt" beside "resnet50_epoch_1.pt": its number is in the model's name.
+        several = _several(entry for entry in numbered if entry.model)
+        numbered = [e for e in numbered if e.is_folder or not _is_model_of(e, several)]
     known = set(numbered)
     return Candidates(
         folder,
         tuple(entry for entry in numbered if entry.model),
         tuple(entry for entry in undecided if entry not in known),
-        tuple(entry for entry in numbered if isinstance(entry.located, Unsupported)),
+        tuple(entry for entry in numbered if isinstance(entry.located, Refusal)),
         {entry: verdict for entry, verdict in verdicts.items() if verdict},
     )
 
 
-def _with_common_word(unnumbered: list[Entry]) -> list[Entry]:
-    """Return series in which every name has `final` or `best`: a part of the run's name."""
-    numbered = [entry for entry in unnumbered if entry.slots and entry.model]
-    templates = Counter(entry.template for entry in numbered)
-    return [entry for entry in numbered if templates[entry.template] > 1]
+def _several(entries: Iterable[Entry]) -> set[str]:
+    """Return the templates that more than one of the entries has."""
+    counts = Counter(entry.template for entry in entries)
+    return {template for template, count in counts.items() if count > 1}
 
 
-def _without_names_of_models(numbered: list[Entry]) -> list[Entry]:
-    """Leave out "resnet50.pt" beside "resnet50_epoch_1.pt": its number is in the model's name."""
-    templates = Counter(entry.template for entry in numbered if entry.model)
-    larger = [template for template, count in templates.items() if count > 1]
-    return [
-        entry
-        for entry in numbered
-        if entry.is_folder
-        or templates[entry.template] > 1
-        or not any(is_unnumbered_of(entry.stem, template) for template in larger)
-    ]
+def _is_model_of(entry: Entry, templates: set[str]) -> bool:
+    """Return whether a name outside of these series is that of one with its number left out."""
+    return entry.template not in templates and any(
+        is_unnumbered_of(entry.stem, template) for template in templates
+    )
 
 
 def container_of(run: Path, selection: Selection, source: Source) -> Candidates | None:

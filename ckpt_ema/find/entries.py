@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import ModelFiles, is_safetensors
-from ckpt_ema.errors import Code, RefusedError
-from ckpt_ema.find.model_files import Unsupported, locate
+from ckpt_ema.errors import Code, IncompleteError, RefusedError
+from ckpt_ema.find.model_files import Located, locate
 from ckpt_ema.find.names import numbers_in, slots_in, stem_of, template_of
-from ckpt_ema.find.recorded import recorded_beside, recorded_inside
+from ckpt_ema.find.recorded import recorded_beside
 from ckpt_ema.find.verdict import Judged, Verdict
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
@@ -75,14 +75,14 @@ class Entry:
         """Its name with the numbers left open, which it shares with its series."""
         return template_of(self.stem)
 
-    @cached_property
+    @property
     def has_weights_extension(self) -> bool:
         """Whether its name has the extension of a file that may be a model."""
-        return bool(conventions.WEIGHTS_EXTENSION.search(self.name))
+        return stem_of(self.name) != self.name
 
     @cached_property
-    def located(self) -> ModelFiles | Unsupported | None:
-        """The model that it holds, as far as names tell; None without one."""
+    def located(self) -> Located:
+        """The model that it holds, by names alone; None without one."""
         return locate(self.path, self.source)
 
     @property
@@ -93,17 +93,21 @@ class Entry:
     @cached_property
     def recorded(self) -> Mapping[str, int]:
         """The "step", "epoch" or "time" that it records outside of torch files."""
-        beside = recorded_beside(self.path, self.source).numbers
-        if beside or self.model is None or not is_safetensors(self.path.name):
-            return beside
-        return recorded_inside(self.path, self.model, self.source)
+        beside, _ = recorded_beside(self.path, self.source)
+        return beside or (self._recorded_inside() if is_safetensors(self.path.name) else {})
 
     @cached_property
     def recorded_anywhere(self) -> Mapping[str, int]:
         """The same, torch files included, which have to be opened for it."""
-        if self.recorded or self.model is None:
-            return self.recorded
-        return recorded_inside(self.path, self.model, self.source)
+        return self.recorded or self._recorded_inside()
+
+    def _recorded_inside(self) -> Mapping[str, int]:
+        if self.model is None or self.is_folder:
+            return {}
+        try:
+            return self.source.read(self.model).recorded
+        except IncompleteError:
+            return {}
 
     def judged(self, verdict: Verdict) -> Judged:
         """Return it with its verdict, at the path where its name is."""

@@ -5,17 +5,17 @@ from fnmatch import fnmatchcase
 
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.names import stem_of
-from ckpt_ema.find.verdict import Outcome, Reason, Ruling
+from ckpt_ema.find.verdict import Reason, Verdict, skipped
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
 
 
-def unselected(name: str, selection: Selection) -> Ruling | None:
+def unselected(name: str, selection: Selection) -> Verdict | None:
     """Return that the globs leave a name out; None if they do not."""
     if any(matches(name, glob) for glob in selection.exclude):
-        return Ruling(Outcome.SKIPPED, Reason.EXCLUDED)
+        return skipped(Reason.EXCLUDED)
     if selection.include and not any(matches(name, glob) for glob in selection.include):
-        return Ruling(Outcome.SKIPPED, Reason.NOT_INCLUDED)
+        return skipped(Reason.NOT_INCLUDED)
     return None
 
 

@@ -5,7 +5,6 @@ the name of the checkpoint, or plain numbers in a torch file.
 """
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import Code, IncompleteError, OptionError, RefusedError, some
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint
 from ckpt_ema.find.names import stem_of
+from ckpt_ema.find.recorded import json_object
 from ckpt_ema.trainers import conventions
 
 _LOWER_IS_BETTER = re.compile(
@@ -140,11 +140,7 @@ def _numbers(content: Mapping[str, Any]) -> Metrics:
 
 def _json(path: Path, source: Source) -> Mapping[str, Any]:
     """Return the object in a JSON file, empty if there is none."""
-    try:
-        content = json.loads(source.storage.read(path) or b"")
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return json_object(source.storage.read(path) or b"")
 
 
 def _yaml(path: Path, source: Source) -> Mapping[str, Any]:

@@ -142,10 +142,10 @@ def _check_names(entries: Sequence[Entry], unit: str) -> None:
         recorded = entry.recorded[unit]
         named = next((entry.numbers[word] for word in units if word in entry.numbers), recorded)
         if named != recorded:
-            beside = recorded_beside(entry.path, entry.source)
-            file = beside.file if beside.numbers else "its header"
+            _, file = recorded_beside(entry.path, entry.source)
             raise RefusedError(
-                f"{entry.name} records {unit} {recorded} in {file}; was it renamed?",
+                f"{entry.name} records {unit} {recorded} in {file or 'its header'}; was it"
+                " renamed?",
                 "Order by what it records (--order metadata) or by its name (--order name).",
                 code=Code.CONTRADICTORY_STEPS,
                 path=entry.path,

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import Code, RefusedError, flag, some
-from ckpt_ema.find.checkpoint import Checkpoint, needed_steps
-from ckpt_ema.find.found import Found
+from ckpt_ema.find.checkpoint import Checkpoint, Found, needed_steps
 from ckpt_ema.find.metrics import higher_is_better, metric_values
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection

@@ -1,8 +1,10 @@
 """Which series of numbered names is the run: one, or several whose entries record their steps."""
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from ckpt_ema.containers.compare import same_values
@@ -11,14 +13,14 @@ from ckpt_ema.containers.specs import is_safetensors
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
 from ckpt_ema.find.candidates import Candidates
 from ckpt_ema.find.entries import Entry
-from ckpt_ema.find.model_files import Unsupported
 from ckpt_ema.find.names import bare_of, captures_step, pattern_of
-from ckpt_ema.find.verdict import Outcome, Reason, Ruling, Verdict
+from ckpt_ema.find.verdict import Outcome, Reason, Verdict, alias, skipped
 from ckpt_ema.options import Selection
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
+from ckpt_ema.trainers.table import Refusal
 
-_Rulings = Mapping[Entry, Ruling]
+_Verdicts = Mapping[Entry, Verdict]
 
 
 class Series(NamedTuple):
@@ -37,25 +39,25 @@ def choose_series(found: Candidates, selection: Selection, source: Source) -> Se
     steps = found.numbered
     verdicts: dict[Entry, Verdict] = {}
     for name, rule in _RULES:
-        rulings = rule(steps, selection, source)
-        verdicts |= {entry: ruling.by(name) for entry, ruling in rulings.items()}
-        steps = tuple(entry for entry in steps if entry not in rulings)
+        decided = rule(steps, selection, source)
+        verdicts |= {entry: replace(verdict, rule=name) for entry, verdict in decided.items()}
+        steps = tuple(entry for entry in steps if entry not in decided)
     for entry in found.unsupported:
-        verdicts[entry] = _unsupported(entry, steps, selection).by("unsupported")
+        verdicts[entry] = _unsupported(entry, steps, selection)
     return Series(steps, frozenset(entry.template for entry in steps), verdicts)
 
 
-def _beside_files(steps: Sequence[Entry], _selection: Selection, _source: Source) -> _Rulings:
+def _beside_files(steps: Sequence[Entry], _selection: Selection, _source: Source) -> _Verdicts:
     """Leave out folders beside files of their names, which hold something else."""
     files = {entry.template for entry in steps if not entry.is_folder}
     return {
-        entry: Ruling(Outcome.SKIPPED, Reason.BESIDE_FILE)
+        entry: skipped(Reason.BESIDE_FILE)
         for entry in steps
         if entry.is_folder and entry.template in files
     }
 
 
-def _same_steps(steps: Sequence[Entry], selection: Selection, _source: Source) -> _Rulings:
+def _same_steps(steps: Sequence[Entry], selection: Selection, _source: Source) -> _Verdicts:
     """Of several series that are one, leave out what records the step of an earlier entry."""
     if not _record_their_steps(steps, selection):
         return {}
@@ -63,13 +65,13 @@ def _same_steps(steps: Sequence[Entry], selection: Selection, _source: Source) -
     for entry in steps:
         first.setdefault(entry.recorded["step"], entry)
     return {
-        entry: _alias(Reason.SAME_STEP, f"the same step as {first[entry.recorded['step']].name}")
+        entry: alias(Reason.SAME_STEP, f"the same step as {first[entry.recorded['step']].name}")
         for entry in steps
         if first[entry.recorded["step"]] is not entry
     }
 
 
-def _only_ones(steps: Sequence[Entry], selection: Selection, _source: Source) -> _Rulings:
+def _only_ones(steps: Sequence[Entry], selection: Selection, _source: Source) -> _Verdicts:
     """Leave out lone names beside a series; raises if several series remain."""
     if captures_step(selection.pattern) or _record_their_steps(steps, selection):
         return {}
@@ -77,48 +79,37 @@ def _only_ones(steps: Sequence[Entry], selection: Selection, _source: Source) ->
     several = {t: n for t, n in counts.items() if n > 1} or counts
     if len(several) > 1:
         raise _several_series(steps, several)
-    return {
-        entry: Ruling(Outcome.SKIPPED, Reason.ONLY_ONE)
-        for entry in steps
-        if entry.template not in several
-    }
+    return {entry: skipped(Reason.ONLY_ONE) for entry in steps if entry.template not in several}
 
 
-def _outputs_of_ours(steps: Sequence[Entry], _selection: Selection, source: Source) -> _Rulings:
+def _outputs_of_ours(steps: Sequence[Entry], _selection: Selection, source: Source) -> _Verdicts:
     """Leave out files that ckpt-ema wrote; `rules` has folders."""
-    return {
-        entry: Ruling(Outcome.SKIPPED, Reason.OWN_OUTPUT, "an average made by ckpt-ema")
-        for entry in steps
-        if is_safetensors(entry.path.name) and not entry.is_folder and _is_ours(entry, source)
-    }
+    ours: dict[Entry, Verdict] = {}
+    for entry in steps:
+        if is_safetensors(entry.path.name) and entry.model and not entry.is_folder:
+            with contextlib.suppress(IncompleteError):  # judged later
+                if any(conventions.PROVENANCE_KEY in h for h in source.read(entry.model).metadata):
+                    ours[entry] = skipped(Reason.OWN_OUTPUT, "an average made by ckpt-ema")
+    return ours
 
 
-def _is_ours(entry: Entry, source: Source) -> bool:
-    try:
-        return entry.model is not None and any(
-            conventions.PROVENANCE_KEY in header for header in source.read(entry.model).metadata
-        )
-    except IncompleteError:  # judged later
-        return False
-
-
-def _same_files(steps: Sequence[Entry], _selection: Selection, source: Source) -> _Rulings:
+def _same_files(steps: Sequence[Entry], _selection: Selection, source: Source) -> _Verdicts:
     """Leave out further names of a file or folder; links come after what they lead to.
 
     The files of the Hub's revisions are links to shared blobs: raises for two with one content.
     """
-    rulings: dict[Entry, Ruling] = {}
+    rulings: dict[Entry, Verdict] = {}
     unique: dict[object, Entry] = {}
     for entry in sorted(steps, key=lambda one: (source.storage.is_link(one.path), one.path.name)):
         first = unique.setdefault(_identity(entry, source), entry)
         if first is not entry and not entry.is_revision:
-            rulings[entry] = _alias(Reason.SAME_FILE, f"the same file as {first.name}")
+            rulings[entry] = alias(Reason.SAME_FILE, f"the same file as {first.name}")
         elif first is not entry and not source.reading.allow_duplicates:
             raise same_values(first.name, entry.name)
     return rulings
 
 
-_Rule = Callable[[Sequence[Entry], Selection, Source], _Rulings]
+_Rule = Callable[[Sequence[Entry], Selection, Source], _Verdicts]
 _RULES: tuple[tuple[str, _Rule], ...] = (
     ("folder-beside-file", _beside_files),
     ("same-step", _same_steps),
@@ -128,10 +119,10 @@ _RULES: tuple[tuple[str, _Rule], ...] = (
 )
 
 
-def _unsupported(entry: Entry, steps: Sequence[Entry], selection: Selection) -> Ruling:
+def _unsupported(entry: Entry, steps: Sequence[Entry], selection: Selection) -> Verdict:
     """Refuse a step of the series in a format that is not read; others are left out."""
     located = entry.located
-    assert isinstance(located, Unsupported)
+    assert isinstance(located, Refusal)
     is_step = any(
         entry.is_folder == one.is_folder and entry.template == one.template for one in steps
     )
@@ -142,7 +133,7 @@ def _unsupported(entry: Entry, steps: Sequence[Entry], selection: Selection) -> 
             code=Code.UNSUPPORTED_FORMAT,
             path=entry.path,
         )
-    return Ruling(Outcome.REFUSED, Reason.UNSUPPORTED, located.what)
+    return Verdict(Outcome.REFUSED, Reason.UNSUPPORTED, "unsupported", located.what)
 
 
 def _record_their_steps(steps: Sequence[Entry], selection: Selection) -> bool:
@@ -181,7 +172,3 @@ def _identity(entry: Entry, source: Source) -> object:
     if is_list or any(source.storage.kind(file) is Kind.ABSENT for file in files):
         return source.storage.file_id(entry.path)
     return tuple(source.storage.file_id(file) for file in files)
-
-
-def _alias(reason: Reason, detail: str) -> Ruling:
-    return Ruling(Outcome.ALIAS, reason, detail)

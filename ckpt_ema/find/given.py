@@ -1,4 +1,4 @@
-"""Checkpoints that a person listed: taken in the order given, with only sanity checks."""
+"""Checkpoints that a person names: a list, taken in the order given, and those of --append."""
 
 import os
 from collections.abc import Sequence
@@ -8,16 +8,17 @@ from pathlib import Path
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import ModelFiles
 from ckpt_ema.errors import Code, OptionError, RefusedError, flag, some
-from ckpt_ema.find.checkpoint import Checkpoint
+from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.entries import Entry
-from ckpt_ema.find.found import Found
-from ckpt_ema.find.globs import none_selected, unmatched, unselected
-from ckpt_ema.find.model_files import Unsupported, locate
+from ckpt_ema.find.globs import matches, none_selected, unmatched, unselected
+from ckpt_ema.find.model_files import locate, unsupported
 from ckpt_ema.find.order import as_checkpoint, named_keys, step_in_name
 from ckpt_ema.find.verdict import Outcome, Reason, Verdict
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
+from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
+from ckpt_ema.trainers.table import Refusal
 
 
 def listed(given: Sequence[Path], selection: Selection, source: Source) -> Found:
@@ -35,44 +36,39 @@ def listed(given: Sequence[Path], selection: Selection, source: Source) -> Found
     entries = [Entry(path, source, name) for path, name in zip(paths, _names(paths), strict=True)]
     for entry in entries:
         _check_model(entry)
-    verdicts = {entry: _verdict(entry, selection) for entry in entries}
-    selected = [entry for entry, one in verdicts.items() if one.outcome is Outcome.STEP]
+    step = Verdict(Outcome.STEP, Reason.GIVEN, "listed")
+    judged = [one.judged(unselected(one.name, selection) or step) for one in entries]
+    selected = [e for e, one in zip(entries, judged, strict=True) if one.verdict is step]
     names = [entry.name for entry in entries]
     warnings = unmatched(names, selection)
     if not selected:
         raise none_selected(names)
     _check_different(selected, source)
     checkpoints = _in_order(selected)
-    judged = tuple(entry.judged(one) for entry, one in verdicts.items())
     return Found(
-        common_root(checkpoints), checkpoints, judged, (*warnings, *_text_order(checkpoints))
+        common_root(checkpoints),
+        checkpoints,
+        tuple(judged),
+        (*warnings, *_text_order(checkpoints)),
     )
-
-
-def _verdict(entry: Entry, selection: Selection) -> Verdict:
-    ruling = unselected(entry.name, selection)
-    return ruling.by("not-selected") if ruling else Verdict(Outcome.STEP, Reason.GIVEN, "listed")
 
 
 def _in_order(entries: Sequence[Entry]) -> tuple[Checkpoint, ...]:
     """Return checkpoints in the order given, with steps of one unit if their names have one."""
     named = named_keys(entries)
-    if named is None:
-        return tuple(as_checkpoint(e, *step_in_name(e), is_given=True) for e in entries)
-    unit, keys = named
-    rows = zip(entries, keys, strict=True)
-    return tuple(as_checkpoint(entry, unit, key, is_given=True) for entry, key in rows)
+    places = [(named[0], key) for key in named[1]] if named else [*map(step_in_name, entries)]
+    rows = zip(entries, places, strict=True)
+    return tuple(as_checkpoint(entry, *place, is_given=True) for entry, place in rows)
 
 
 def _check_different(entries: Sequence[Entry], source: Source) -> None:
     real_paths = source.storage.real_paths(entry.path for entry in entries)
-    seen: set[str] = set()
+    first = dict(zip(reversed(real_paths), reversed(entries), strict=True))
     for entry, real in zip(entries, real_paths, strict=True):
-        if real in seen:
+        if first[real] is not entry:
             raise RefusedError(
                 f"{entry.path} is given twice.", code=Code.GIVEN_TWICE, path=entry.path
             )
-        seen.add(real)
 
 
 def _checkpoint_path(path: Path, source: Source) -> Path:
@@ -95,8 +91,8 @@ def _check_model(entry: Entry) -> None:
     """Refuse a path that holds no model that can be read."""
     if entry.model:
         return
-    if isinstance(entry.located, Unsupported):
-        raise entry.located.refusal(entry.path)
+    if isinstance(entry.located, Refusal):
+        raise unsupported(entry.path, entry.located)
     component = entry.source.reading.component
     hint = "Pass a run's folder alone, or its checkpoints one by one."
     if component:
@@ -135,6 +131,46 @@ def common_root(checkpoints: Sequence[Checkpoint]) -> Path:
     if len(checkpoints) == 1 and checkpoints[0].step is None:
         return checkpoints[0].path
     parents = {Path(os.path.abspath(checkpoint.path)).parent for checkpoint in checkpoints}
-    if len(parents) == 1:
-        return checkpoints[0].path.parent
-    return Path(os.path.commonpath(parents))
+    return checkpoints[0].path.parent if len(parents) == 1 else Path(os.path.commonpath(parents))
+
+
+# --- --append -------------------------------------------------------------------------------------
+
+
+def append(
+    folders: tuple[Path, Path], found: Sequence[Checkpoint], selection: Selection, source: Source
+) -> list[Checkpoint]:
+    """Return the checkpoints to put after the last step, by names in these folders or by paths."""
+    appended: list[Checkpoint] = []
+    for name in selection.append:
+        places = [*(folder / name for folder in folders), Path(name)]
+        there = (one for one in places if source.storage.kind(one) is not Kind.ABSENT)
+        path = next(there, places[0])
+        _check_append(path, [*found, *appended], selection, source)
+        model = locate(path, source)
+        if isinstance(model, Refusal):
+            raise unsupported(path, model)
+        if model is None:
+            raise _append_error(path, "it holds no model weights", Code.NO_MODEL)
+        appended.append(Checkpoint(path, None, model, found[-1].unit, is_given=True))
+    return appended
+
+
+def _check_append(
+    path: Path, found: Sequence[Checkpoint], selection: Selection, source: Source
+) -> None:
+    """Refuse to append what is excluded, what does not exist, and what is there already."""
+    if any(matches(path.name, glob) for glob in selection.exclude):
+        raise OptionError(
+            f"--append {path.name} is also left out by --exclude.", code=Code.CONFLICTING_OPTIONS
+        )
+    if source.storage.kind(path) is Kind.ABSENT:
+        raise _append_error(path, f"{path} does not exist", Code.NOT_FOUND)
+    file_id = source.storage.file_id
+    for checkpoint in found:
+        if file_id(path) == file_id(checkpoint.path):
+            raise _append_error(path, f"{checkpoint.name} is there already", Code.GIVEN_TWICE)
+
+
+def _append_error(path: Path, why: str, code: Code) -> RefusedError:
+    return RefusedError(f"--append {path.name}: {why}.", code=code, path=path)
