@@ -5,15 +5,17 @@ a number are placed, and an incomplete newest checkpoint is left out. Where two 
 are possible, the run is refused with the option that decides.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import ModelFiles
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.aliases import place_aliases
-from ckpt_ema.find.candidates import Candidates, candidates_in, container_of
+from ckpt_ema.find.candidates import Candidates, candidates_in
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint, Found
 from ckpt_ema.find.complete import without_incomplete
 from ckpt_ema.find.entries import Entry, is_hub_cache
@@ -56,7 +58,7 @@ def _in_run(run: Path, candidates: Candidates, selection: Selection, source: Sou
     if candidates.numbered and not candidates.are_stray():
         return _in_folder(run, candidates, selection, source)
     folder = candidates.folder
-    inner = None if candidates.unsupported else container_of(folder, selection, source)
+    inner = None if candidates.unsupported else _container_of(folder, selection, source)
     if inner:
         found = _in_run(run, inner, selection, source)
         warnings = (*found.warnings, *_beside_container(candidates))
@@ -86,6 +88,46 @@ def _in_folder(run: Path, candidates: Candidates, selection: Selection, source: 
     )
     checkpoints = (*numbered, *aliases.later, *appended)
     return Found(run, checkpoints, _all_judged(verdicts, appended), warnings)
+
+
+def _container_of(run: Path, selection: Selection, source: Source) -> Candidates | None:
+    """Return what is in the one folder of `run` that holds its checkpoints, if there is one.
+
+    It is known by the names that trainers give it.
+    """
+    paths = [
+        path for glob in conventions.CONTAINERS for path in _matching(run, glob.split("/"), source)
+    ]
+    inside = [candidates_in(path, selection, source) for path in dict.fromkeys(paths)]
+    hits = [one for one in inside if one.numbered or one.unsupported]
+    # Folders of training state beside those of models (prime-rl's checkpoints/ beside weights/).
+    models = [one for one in hits if any(_is_model(entry) for entry in one.numbered)]
+    hits = models if len(models) == 1 else hits
+    if len(hits) > 1:
+        names = [os.path.relpath(one.folder, run) for one in hits]
+        raise RefusedError(
+            f"{run} contains {len(hits)} runs ({some(names)}), and an average across runs is not"
+            " one over training.",
+            "Pass one of them.",
+            code=Code.SEVERAL_RUNS,
+            path=run,
+        )
+    return hits[0] if hits else None
+
+
+def _is_model(entry: Entry) -> bool:
+    """Return whether it holds a model's files, and not what ranks have written."""
+    return entry.model is not None and entry.model.path.name != conventions.DCP_METADATA
+
+
+def _matching(folder: Path, globs: list[str], source: Source) -> Iterator[Path]:
+    """Yield the folders at a glob, one of whose parts each level of folders matches."""
+    if not globs:
+        yield folder
+    elif source.storage.can_list(folder):
+        for name in sorted(source.storage.names(folder)):
+            if fnmatchcase(name, globs[0]) and source.storage.is_folder(folder / name):
+                yield from _matching(folder / name, globs[1:], source)
 
 
 def _alone(candidates: Candidates, selection: Selection, source: Source) -> Found | None:
