@@ -7,7 +7,7 @@ the name of the checkpoint, or plain numbers in a torch file.
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,8 @@ def metric_values(
     if the metric is missing or NaN for some, with what was found.
     """
     logged = _logs(run, source)
-    found = []
-    for checkpoint in checkpoints:
-        log = logged.get(checkpoint.step, {}) if checkpoint.unit in STEP_UNITS else {}
-        found.append({**log, **_metrics(checkpoint, source)})
+    logs = [logged.get(one.step, {}) if one.unit in STEP_UNITS else {} for one in checkpoints]
+    found = [{**log, **_metrics(one, source)} for one, log in zip(checkpoints, logs, strict=True)]
     name = next((n for n in (metric, f"eval_{metric}") if any(n in one for one in found)), None)
     if name is None:
         known = sorted(set().union(*found))
@@ -52,18 +50,17 @@ def metric_values(
             f" {f'they record {some(known, 8)}' if known else 'no metrics found'}.",
             code=Code.NO_METRIC,
         )
-    names = [checkpoint.name for checkpoint in checkpoints]
     values = [one.get(name) for one in found]
-    missing = [n for n, value in zip(names, values, strict=True) if value is None]
-    undefined = [n for n, one in zip(names, found, strict=True) if math.isnan(one.get(name, 0))]
-    for problem, guilty in (("missing", missing), ("NaN", undefined)):
-        if guilty:
-            raise RefusedError(
-                f"{name} is {problem} for {len(guilty)} of {len(names)} checkpoints:"
-                f" {some(guilty)}.",
-                "Leave these out with --exclude, or choose without --best.",
-                code=Code.NO_METRIC,
-            )
+    rows = [*zip((checkpoint.name for checkpoint in checkpoints), values, strict=True)]
+    missing = [one for one, value in rows if value is None]
+    undefined = [one for one, value in rows if value is not None and math.isnan(value)]
+    if missing or undefined:
+        raise RefusedError(
+            f"{name} is {'missing' if missing else 'NaN'} for {len(missing or undefined)} of"
+            f" {len(rows)} checkpoints: {some(missing or undefined)}.",
+            "Leave these out with --exclude, or choose without --best.",
+            code=Code.NO_METRIC,
+        )
     return [value for value in values if value is not None]
 
 
@@ -145,12 +142,9 @@ def _json(path: Path, source: Source) -> Mapping[str, Any]:
 
 def _yaml(path: Path, source: Source) -> Mapping[str, Any]:
     """Return the numbers at the top of a YAML file, empty if there is none."""
-    return dict(_yaml_numbers((source.storage.read(path) or b"").decode("utf-8", "replace")))
-
-
-def _yaml_numbers(text: str) -> Iterator[tuple[str, float]]:
+    text = (source.storage.read(path) or b"").decode("utf-8", "replace")
+    found = {}
     for name, value in re.findall(r"^([A-Za-z_][\w/]*):\s*(\S+)\s*$", text, re.MULTILINE):
-        try:
-            yield name, float(value.replace(".nan", "nan").replace(".inf", "inf"))
-        except ValueError:
-            continue
+        with contextlib.suppress(ValueError):
+            found[name] = float(value.replace(".nan", "nan").replace(".inf", "inf"))
+    return found

@@ -5,7 +5,7 @@ the one number that varies from name to name. Text order and modification times 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 from ckpt_ema.errors import Code, RefusedError
@@ -57,35 +57,53 @@ def _keys(entries: Sequence[Entry], selection: Selection) -> _Keys:
         if all(matches):
             return "step", [_captured(match) for match in matches if match]
     _check_versions(entries)
-    beside = _recorded_keys(entries, selection) if selection.order != "name" else None
-    if beside:
-        return beside
+    recorded = _recorded_keys(entries, selection) if selection.order != "name" else None
+    if recorded:
+        return recorded
     named = named_keys(entries) if selection.order != "metadata" else None
-    if named:
-        if selection.order == "auto":
-            _check_rises(entries, *named)
-        return named
-    return _keys_inside(entries)
+    if named and selection.order == "auto":
+        _check_rises(entries, *named)
+    keys = named or _shared(entries, lambda entry: entry.recorded_anywhere)
+    if keys is None:
+        raise RefusedError(
+            f"the order of {entries[0].name} and {entries[-1].name} is unknown: their names differ"
+            " in several numbers or in none, and not all of them record a step.",
+            "Pick the number with --pattern, such as --pattern 'step(?P<step>[0-9]+)', or pass the"
+            " checkpoints one by one, oldest first.",
+            code=Code.UNKNOWN_ORDER,
+            path=entries[0].path,
+        )
+    return keys
+
+
+def _shared(
+    entries: Sequence[Entry],
+    facts: Callable[[Entry], Mapping[str, int]],
+    units: Iterable[str] = ("step", "epoch"),
+) -> _Keys | None:
+    """Return the first unit in which all entries have a number, and the numbers."""
+    for unit in units:
+        if all(unit in facts(entry) for entry in entries):
+            return unit, [facts(entry)[unit] for entry in entries]
+    return None
 
 
 def _recorded_keys(entries: Sequence[Entry], selection: Selection) -> _Keys | None:
     """Return the numbers recorded beside the weights or in headers, if all entries have them."""
     if all(conventions.NAMED_BY_DATE.search(entry.stem) for entry in entries):
         return "time", _by_date(entries)
-    for unit in ("step", "epoch"):
-        if all(unit in entry.recorded for entry in entries):
-            if selection.order == "auto":
-                _check_names(entries, unit)
-            return unit, [entry.recorded[unit] for entry in entries]
-    return None
+    recorded = _shared(entries, lambda entry: entry.recorded)
+    if recorded and selection.order == "auto":
+        _check_names(entries, recorded[0])
+    return recorded
 
 
 def named_keys(entries: Sequence[Entry]) -> _Keys | None:
     """Return the numbers in the names, with what they count; None if names give no order."""
-    for unit in conventions.STEP_NAMES:
-        if all(unit in entry.numbers for entry in entries):
-            keys = [entry.numbers[unit] for entry in entries]
-            return ("save" if _count_saves(entries, keys) else unit), keys
+    named = _shared(entries, lambda entry: entry.numbers, conventions.STEP_NAMES)
+    if named:
+        unit, keys = named
+        return ("save" if _count_saves(entries, keys) else unit), keys
     slots = _varying_slot(entries)
     return ("number", slots) if slots else None
 
@@ -204,17 +222,3 @@ def _varying_slot(entries: Sequence[Entry]) -> list[int] | None:
         return None
     varying = [list(column) for column in zip(*slots, strict=True) if len(set(column)) > 1]
     return varying[0] if len(varying) == 1 else None
-
-
-def _keys_inside(entries: Sequence[Entry]) -> _Keys:
-    for unit in ("step", "epoch"):
-        if all(unit in entry.recorded_anywhere for entry in entries):
-            return unit, [entry.recorded_anywhere[unit] for entry in entries]
-    raise RefusedError(
-        f"the order of {entries[0].name} and {entries[-1].name} is unknown: their names differ in"
-        " several numbers or in none, and not all of them record a step.",
-        "Pick the number with --pattern, such as --pattern 'step(?P<step>[0-9]+)', or pass the"
-        " checkpoints one by one, oldest first.",
-        code=Code.UNKNOWN_ORDER,
-        path=entries[0].path,
-    )
