@@ -13,8 +13,8 @@ from ckpt_ema.containers.compare import hold_the_same
 from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint
-from ckpt_ema.find.entries import Entry
-from ckpt_ema.find.globs import unselected
+from ckpt_ema.find.entries import STRANGE, Entry
+from ckpt_ema.find.given import unselected
 from ckpt_ema.find.names import is_unnumbered_of
 from ckpt_ema.find.order import as_checkpoint, deciding_unit
 from ckpt_ema.find.series import Series
@@ -128,7 +128,7 @@ def _same_file(entry: Entry, run: _Run) -> Verdict | None:
 _RULES: Rules[Entry, _Run] = (
     ("unrelated-name", _unrelated),
     ("not-selected", lambda entry, run: unselected(entry.name, run.selection)),
-    ("broken-link", lambda e, _: skipped(Reason.BROKEN_LINK) if e.is_strange else None),
+    ("broken-link", lambda e, _: skipped(Reason.BROKEN_LINK) if e.kind in STRANGE else None),
     ("best", lambda e, _: alias(Reason.BEST) if ALWAYS_A_COPY.search(e.stem) else None),
     ("same-file", _same_file),
     ("no-aliases", lambda _, run: None if run.selection.aliases else skipped(Reason.NO_ALIASES)),

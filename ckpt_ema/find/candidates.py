@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import RefusedError
-from ckpt_ema.find.entries import Entry, list_entries, names_in
-from ckpt_ema.find.globs import unselected
+from ckpt_ema.find.entries import STRANGE, Entry, list_entries, names_in
+from ckpt_ema.find.given import unselected
 from ckpt_ema.find.names import captures_step, is_unnumbered_of, stem_of
 from ckpt_ema.find.verdict import (
     APPENDED,
@@ -161,7 +161,8 @@ def _not_matched(entry: Entry, folder: _Folder) -> Verdict | None:
 
 def _not_regular(entry: Entry, _folder: _Folder) -> Verdict | None:
     may_be_weights = entry.numbers or entry.has_weights_extension
-    return skipped(Reason.NOT_REGULAR) if entry.is_strange and may_be_weights else None
+    is_strange = may_be_weights and entry.kind in STRANGE
+    return skipped(Reason.NOT_REGULAR) if is_strange else None
 
 
 def _part_of_something(entry: Entry, _folder: _Folder) -> Verdict | None:

@@ -1,7 +1,8 @@
-"""Checkpoints that a person names: a list, taken in the order given, and those of --append."""
+"""What a person names: a list of checkpoints, taken in the order given, --append, and globs."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,10 +11,10 @@ from ckpt_ema.containers.specs import ModelFiles
 from ckpt_ema.errors import Code, OptionError, RefusedError, flag, some
 from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.entries import Entry
-from ckpt_ema.find.globs import matches, none_selected, unmatched, unselected
 from ckpt_ema.find.model_files import locate, unsupported
+from ckpt_ema.find.names import stem_of
 from ckpt_ema.find.order import as_checkpoint, named_keys, step_in_name
-from ckpt_ema.find.verdict import Outcome, Reason, Verdict
+from ckpt_ema.find.verdict import Outcome, Reason, Verdict, skipped
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
 from ckpt_ema.storage.protocol import Kind
@@ -174,3 +175,50 @@ def _check_append(
 
 def _append_error(path: Path, why: str, code: Code) -> RefusedError:
     return RefusedError(f"--append {path.name}: {why}.", code=code, path=path)
+
+
+# --- --include and --exclude: whole names, matched as a shell matches them ------------------------
+
+
+def unselected(name: str, selection: Selection) -> Verdict | None:
+    """Return that the globs leave a name out; None if they do not."""
+    if any(matches(name, glob) for glob in selection.exclude):
+        return skipped(Reason.EXCLUDED)
+    if selection.include and not any(matches(name, glob) for glob in selection.include):
+        return skipped(Reason.NOT_INCLUDED)
+    return None
+
+
+def matches(name: str, glob: str) -> bool:
+    """Return whether a glob matches a whole name, with or without its extension.
+
+    >>> matches("step_100.pt", "step_100"), matches("step_1000.pt", "step_100")
+    (True, False)
+    """
+    glob = glob.rstrip("/")  # shells complete folders with it
+    return fnmatchcase(name, glob) or fnmatchcase(stem_of(name), glob)
+
+
+def unmatched(names: Iterable[str], selection: Selection) -> tuple[Notice, ...]:
+    """Return warnings of globs that exclude nothing; raises for one that includes nothing."""
+    known = sorted(names)
+    for glob in selection.include:
+        if not any(matches(name, glob) for name in known):
+            raise RefusedError(
+                f"--include {glob} matches nothing; the names are {some(known)}.",
+                "A glob must match the whole name: 'checkpoint-1*', not 'checkpoint-1'.",
+                code=Code.NO_MATCH,
+            )
+    return tuple(
+        Notice(Code.NO_MATCH, f"--exclude {glob} matches nothing.")
+        for glob in selection.exclude
+        if not any(matches(name, glob) for name in known)
+    )
+
+
+def none_selected(names: Iterable[str]) -> RefusedError:
+    """Return the error for globs that leave nothing."""
+    return RefusedError(
+        f"--include and --exclude leave none of {some(sorted(names))}.",
+        code=Code.NOTHING_SELECTED,
+    )

@@ -14,8 +14,8 @@ from typing import Any
 from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import Code, IncompleteError, OptionError, RefusedError, some
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint
+from ckpt_ema.find.entries import json_object
 from ckpt_ema.find.names import stem_of
-from ckpt_ema.find.recorded import json_object
 from ckpt_ema.trainers import conventions
 
 _LOWER_IS_BETTER = re.compile(
@@ -93,11 +93,11 @@ def _metrics(checkpoint: Checkpoint, source: Source) -> Metrics:
     if source.storage.is_folder(path):
         for name in sorted(source.storage.names(path)):
             if conventions.METRIC_FILES.search(name):
-                found.update(_numbers(_json(path / name, source)))
+                found.update(_numbers(json_object(source.storage.read(path / name))))
     else:
-        for extension, content in (("json", _json), ("yaml", _yaml)):
-            beside = path.with_name(f"{stem_of(path.name)}.{extension}")
-            found.update(_numbers(content(beside, source)))
+        for extension, parse in ((".json", json_object), (".yaml", _yaml_numbers)):
+            beside = path.with_name(stem_of(path.name) + extension)
+            found.update(_numbers(parse(source.storage.read(beside))))
         with contextlib.suppress(IncompleteError):  # judged if it is chosen
             found.update(source.read(checkpoint.model).numbers)
     return {**found, **_named(checkpoint.name)}
@@ -107,7 +107,7 @@ def _logs(folders: Sequence[Path], source: Source) -> dict[int | None, dict[str,
     """Return what `trainer_state.json` has logged, by step; a later checkpoint has all of it."""
     logged: dict[int | None, dict[str, float]] = {}
     for folder in folders:
-        state = _json(folder / conventions.TRAINER_STATE, source)
+        state = json_object(source.storage.read(folder / conventions.TRAINER_STATE))
         history = state.get("log_history")
         for entry in history if isinstance(history, list) else []:
             if isinstance(entry, dict) and isinstance(entry.get("step"), int):
@@ -135,15 +135,9 @@ def _numbers(content: Mapping[str, Any]) -> Metrics:
     }
 
 
-def _json(path: Path, source: Source) -> Mapping[str, Any]:
-    """Return the object in a JSON file, empty if there is none."""
-    return json_object(source.storage.read(path) or b"")
-
-
-def _yaml(path: Path, source: Source) -> Mapping[str, Any]:
-    """Return the numbers at the top of a YAML file, empty if there is none."""
-    text = (source.storage.read(path) or b"").decode("utf-8", "replace")
-    found = {}
+def _yaml_numbers(content: bytes | None) -> Metrics:
+    """Return the numbers at the top of a YAML text."""
+    text, found = (content or b"").decode("utf-8", "replace"), {}
     for name, value in re.findall(r"^([A-Za-z_][\w/]*):\s*(\S+)\s*$", text, re.MULTILINE):
         with contextlib.suppress(ValueError):
             found[name] = float(value.replace(".nan", "nan").replace(".inf", "inf"))

@@ -10,9 +10,8 @@ from itertools import pairwise
 
 from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint
-from ckpt_ema.find.entries import Entry
-from ckpt_ema.find.names import captures_step, slots_in
-from ckpt_ema.find.recorded import recorded_beside
+from ckpt_ema.find.entries import Entry, recorded_beside
+from ckpt_ema.find.names import captures_step, slots_in, stem_of
 from ckpt_ema.options import Selection
 from ckpt_ema.trainers import conventions
 
@@ -137,17 +136,18 @@ def _by_date(entries: Sequence[Entry]) -> list[int]:
 
 def _check_versions(entries: Sequence[Entry]) -> None:
     """Refuse a mixture of Lightning's versions: files of one name from two runs."""
-    first = next((entry for entry in entries if entry.version), None)
-    if first is None or len({entry.version for entry in entries}) == 1:
+    versions = {entry: stem_of(entry.name)[len(entry.stem) :] for entry in entries}  # "-v1"
+    first = next((entry for entry in entries if versions[entry]), None)
+    if first is None or len({*versions.values()}) == 1:
         return
-    other = next(entry for entry in entries if entry.version != first.version)
+    version = versions[first]
+    other = next(entry for entry in entries if versions[entry] != version)
     same = next((one for one in entries if one is not first and one.stem == first.stem), None)
     what = "are the same step from two runs" if same else "are from two runs"
     raise RefusedError(
-        f"{(same or other).name} and {first.name} {what} (Lightning adds {first.version} when a"
-        " name is taken).",
-        rf"Keep one set: --pattern '(?<!{first.version})\.ckpt$' or"
-        rf" --pattern '{first.version}\.ckpt$'.",
+        f"{(same or other).name} and {first.name} {what} (Lightning adds {version} when a name is"
+        " taken).",
+        rf"Keep one set: --pattern '(?<!{version})\.ckpt$' or --pattern '{version}\.ckpt$'.",
         code=Code.SEVERAL_RUNS,
         path=first.path,
     )

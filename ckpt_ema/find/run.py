@@ -19,8 +19,7 @@ from ckpt_ema.find.candidates import Candidates, candidates_in
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint, Found
 from ckpt_ema.find.complete import without_incomplete
 from ckpt_ema.find.entries import Entry, is_hub_cache
-from ckpt_ema.find.given import append, common_root, listed
-from ckpt_ema.find.globs import none_selected, unmatched
+from ckpt_ema.find.given import append, common_root, listed, none_selected, unmatched
 from ckpt_ema.find.model_files import locate, unsupported
 from ckpt_ema.find.names import numbers_in, stem_of, template_of
 from ckpt_ema.find.order import ordered, step_in_name
