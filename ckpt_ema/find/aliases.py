@@ -5,7 +5,7 @@ the last step. What they record or hold decides; where neither does, the run is 
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,25 +17,16 @@ from ckpt_ema.find.entries import STRANGE, Entry
 from ckpt_ema.find.given import unselected
 from ckpt_ema.find.names import is_unnumbered_of
 from ckpt_ema.find.order import as_checkpoint, deciding_unit
-from ckpt_ema.find.series import Series
 from ckpt_ema.find.verdict import Outcome, Reason, Rules, Verdict, alias, judge, skipped
-from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
 from ckpt_ema.trainers.conventions import ALIAS, ALWAYS_A_COPY, FOLDER_WEIGHTS
-
-
-class Aliases(NamedTuple):
-    """What became of the names without a number."""
-
-    later: tuple[Checkpoint, ...]  # steps after the last numbered one, oldest first
-    verdicts: Mapping[Entry, Verdict]
-    warnings: tuple[Notice, ...]
 
 
 class _Run(NamedTuple):
     """What rules know besides the entry."""
 
-    series: Series
+    steps: Sequence[Entry]
+    templates: Set[str]  # of the names of the steps
     checkpoints: Sequence[Checkpoint]
     selection: Selection
     source: Source
@@ -52,16 +43,16 @@ class _Place(NamedTuple):
 
 def place_aliases(
     unnumbered: Sequence[Entry],
-    series: Series,
+    steps: Sequence[Entry],
     checkpoints: Sequence[Checkpoint],
     selection: Selection,
     source: Source,
-) -> Aliases:
-    """Return which of the names without a number are later steps, and why others are not.
+) -> tuple[list[Checkpoint], dict[Entry, Verdict]]:
+    """Return which of the names without a number are later steps, and the verdict on each name.
 
     Raises `RefusedError` for one whose place is unknown.
     """
-    run = _Run(series, checkpoints, selection, source)
+    run = _Run(steps, {entry.template for entry in steps}, checkpoints, selection, source)
     verdicts: dict[Entry, Verdict] = {}
     places: dict[Entry, _Place] = {}
     for entry in unnumbered:
@@ -75,35 +66,30 @@ def place_aliases(
             places[entry] = place
         else:
             verdicts[entry] = decided or replace(_by_content(entry, run), rule="same-content")
-    return _in_order(places, verdicts, checkpoints[-1])
+    later, placed = _in_order(places, checkpoints[-1])
+    return later, verdicts | placed
 
 
 def _in_order(
-    places: Mapping[Entry, _Place], verdicts: Mapping[Entry, Verdict], newest: Checkpoint
-) -> Aliases:
+    places: Mapping[Entry, _Place], newest: Checkpoint
+) -> tuple[list[Checkpoint], dict[Entry, Verdict]]:
     """Put aliases that record a step after the numbered steps, or leave them out."""
     later: list[Checkpoint] = []
-    placed: dict[Entry, Verdict] = {}
-    warnings = [
-        Notice(Code.LEFT_OUT, f"{entry.name} is left out, {one.detail}.")
-        for entry, one in verdicts.items()
-        if one.reason is Reason.INCOMPLETE
-    ]
+    verdicts: dict[Entry, Verdict] = {}
     last: int | None = None
     for entry, place in sorted(places.items(), key=lambda row: (row[1].value, row[0].name)):
         records = f"records {place.unit} {place.value}"
         if place.value > (place.last if last is None else last):
             last = place.value
             later.append(as_checkpoint(entry, newest.unit, place.step, is_given=True))
-            verdict = Verdict(Outcome.STEP, Reason.LATER)
-            text = f"{entry.name} is used as the last step: it {records}, after {place.last} of"
-            warnings.append(Notice(Code.DECIDED, f"{text} {newest.name}."))
+            detail = f"{records}, after {place.last} of {newest.name}"
+            verdict = Verdict(Outcome.STEP, Reason.LATER, detail=detail)
         elif place.value in (last, place.last):
             verdict = alias(Reason.COPY, f"a copy of the last step: {records}")
         else:
             verdict = alias(Reason.EARLIER, f"an earlier step: {records}")
-        placed[entry] = replace(verdict, rule="recorded-step")
-    return Aliases(tuple(later), {**verdicts, **placed}, tuple(warnings))
+        verdicts[entry] = replace(verdict, rule="recorded-step")
+    return later, verdicts
 
 
 # --- Rules ----------------------------------------------------------------------------------------
@@ -111,8 +97,8 @@ def _in_order(
 
 def _unrelated(entry: Entry, run: _Run) -> Verdict | None:
     """Leave out names that no series has, and the model of the run's own folder."""
-    belongs = any(is_unnumbered_of(entry.stem, template) for template in run.series.templates)
-    if entry.name in FOLDER_WEIGHTS and not (belongs and not run.series.steps[0].is_folder):
+    belongs = any(is_unnumbered_of(entry.stem, template) for template in run.templates)
+    if entry.name in FOLDER_WEIGHTS and not (belongs and not run.steps[0].is_folder):
         return skipped(Reason.OWN_MODEL)
     return None if belongs or ALIAS.search(entry.stem) else skipped(Reason.NO_NUMBER)
 

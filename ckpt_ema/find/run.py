@@ -23,7 +23,7 @@ from ckpt_ema.find.given import append, common_root, listed, none_selected, unma
 from ckpt_ema.find.model_files import locate, unsupported
 from ckpt_ema.find.names import numbers_in, stem_of, template_of
 from ckpt_ema.find.order import ordered, step_in_name
-from ckpt_ema.find.series import Series, choose_series
+from ckpt_ema.find.series import choose_series
 from ckpt_ema.find.verdict import APPENDED, UNSELECTED, Judged, Outcome, Reason, Verdict
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
@@ -70,23 +70,21 @@ def _in_folder(run: Path, candidates: Candidates, selection: Selection, source: 
     """Return the checkpoints among the candidates of a folder, the run's own or one in it."""
     pattern_warnings = unmatched((entry.name for entry in candidates.entries), selection)
     series = choose_series(candidates, selection, source)
-    verdicts = {**candidates.verdicts, **series.verdicts}
-    if not series.steps:
-        raise _nothing_found(candidates, verdicts)
-    numbered = ordered(series.steps, selection)
-    aliases = place_aliases(candidates.unnumbered, series, numbered, selection, source)
-    appended = append((candidates.folder, run), [*numbered, *aliases.later], selection, source)
-    step = Verdict(Outcome.STEP, Reason.NUMBERED, "series")
-    verdicts |= {**dict.fromkeys(series.steps, step), **aliases.verdicts}
+    steps = [entry for entry, verdict in series.items() if verdict.outcome is Outcome.STEP]
+    if not steps:
+        raise _nothing_found(candidates, {**candidates.verdicts, **series})
+    numbered = ordered(steps, selection)
+    later, aliases = place_aliases(candidates.unnumbered, steps, numbered, selection, source)
+    appended = append((candidates.folder, run), [*numbered, *later], selection, source)
+    verdicts = {**candidates.verdicts, **series, **aliases}
     warnings = (
         *pattern_warnings,
-        *_without_model(candidates, series),
+        *_without_model(candidates, steps),
         *_later_left_out(numbered[-1], verdicts),
-        *_despite_number(appended, numbered[-1], series),
-        *aliases.warnings,
+        *_despite_number(appended, numbered[-1], steps),
+        *_about_aliases(aliases),
     )
-    checkpoints = (*numbered, *aliases.later, *appended)
-    return Found(run, checkpoints, _all_judged(verdicts, appended), warnings)
+    return Found(run, (*numbered, *later, *appended), _all_judged(verdicts, appended), warnings)
 
 
 def _container_of(run: Path, selection: Selection, source: Source) -> Candidates | None:
@@ -214,13 +212,24 @@ def _judged_alone(candidates: Candidates, model: ModelFiles) -> tuple[Judged, ..
     return _all_judged({**verdicts, **candidates.verdicts})
 
 
-def _without_model(candidates: Candidates, series: Series) -> list[Notice]:
+def _without_model(candidates: Candidates, steps: Sequence[Entry]) -> list[Notice]:
     """Return warnings of folders of the series that hold no model."""
+    templates = {entry.template for entry in steps if steps[0].is_folder}
     return [
         Notice(Code.INCOMPLETE, f"{entry.path} holds no model and is left out: unfinished save?")
         for entry in candidates.skipped(Reason.NO_MODEL)
-        if series.steps[0].is_folder and entry.template in series.templates
+        if entry.template in templates
     ]
+
+
+def _about_aliases(verdicts: Mapping[Entry, Verdict]) -> list[Notice]:
+    """Return warnings of names without a number that are used, or incomplete."""
+    texts = {
+        Reason.LATER: (Code.DECIDED, "is used as the last step: it"),
+        Reason.INCOMPLETE: (Code.LEFT_OUT, "is left out,"),
+    }
+    rows = [(entry, one, texts.get(one.reason)) for entry, one in verdicts.items()]
+    return [Notice(text[0], f"{e.name} {text[1]} {one.detail}.") for e, one, text in rows if text]
 
 
 def _later_left_out(newest: Checkpoint, verdicts: Mapping[Entry, Verdict]) -> list[Notice]:
@@ -238,12 +247,16 @@ def _later_left_out(newest: Checkpoint, verdicts: Mapping[Entry, Verdict]) -> li
 
 
 def _despite_number(
-    appended: Sequence[Checkpoint], newest: Checkpoint, series: Series
+    appended: Sequence[Checkpoint], newest: Checkpoint, steps: Sequence[Entry]
 ) -> list[Notice]:
     """Return warnings of appended checkpoints that have a number in the series."""
-    numbered = [one for one in appended if template_of(stem_of(one.name)) in series.templates]
+    templates = {entry.template for entry in steps}
     text = f"after {newest.name}, although its name has a number."
-    return [Notice(Code.OUT_OF_ORDER, f"--append {one.name} puts it {text}") for one in numbered]
+    return [
+        Notice(Code.OUT_OF_ORDER, f"--append {one.name} puts it {text}")
+        for one in appended
+        if template_of(stem_of(one.name)) in templates
+    ]
 
 
 def _beside_container(candidates: Candidates) -> list[Notice]:

@@ -5,7 +5,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from ckpt_ema.containers.compare import same_values
 from ckpt_ema.containers.source import Source
@@ -23,16 +22,8 @@ from ckpt_ema.trainers.table import Refusal
 _Verdicts = Mapping[Entry, Verdict]
 
 
-class Series(NamedTuple):
-    """The steps of a run, in any order, and the verdict on each other numbered entry."""
-
-    steps: tuple[Entry, ...]
-    templates: frozenset[str]  # of the names of the steps
-    verdicts: Mapping[Entry, Verdict]
-
-
-def choose_series(found: Candidates, selection: Selection, source: Source) -> Series:
-    """Return the series that is the run, without copies and without outputs of ours.
+def choose_series(found: Candidates, selection: Selection, source: Source) -> dict[Entry, Verdict]:
+    """Return the verdict on each numbered entry; steps are those of the series that is the run.
 
     Raises `RefusedError` if there are several, or if a step is in a format that is not read.
     """
@@ -44,17 +35,14 @@ def choose_series(found: Candidates, selection: Selection, source: Source) -> Se
         steps = tuple(entry for entry in steps if entry not in decided)
     for entry in found.unsupported:
         verdicts[entry] = _unsupported(entry, steps, selection)
-    return Series(steps, frozenset(entry.template for entry in steps), verdicts)
+    return verdicts | dict.fromkeys(steps, Verdict(Outcome.STEP, Reason.NUMBERED, "series"))
 
 
 def _beside_files(steps: Sequence[Entry], _selection: Selection, _source: Source) -> _Verdicts:
     """Leave out folders beside files of their names, which hold something else."""
     files = {entry.template for entry in steps if not entry.is_folder}
-    return {
-        entry: skipped(Reason.BESIDE_FILE)
-        for entry in steps
-        if entry.is_folder and entry.template in files
-    }
+    folders = [entry for entry in steps if entry.is_folder and entry.template in files]
+    return dict.fromkeys(folders, skipped(Reason.BESIDE_FILE))
 
 
 def _same_steps(steps: Sequence[Entry], selection: Selection, _source: Source) -> _Verdicts:
@@ -78,8 +66,19 @@ def _only_ones(steps: Sequence[Entry], selection: Selection, _source: Source) ->
     counts = Counter(entry.template for entry in steps)
     several = {t: n for t, n in counts.items() if n > 1} or counts
     if len(several) > 1:
-        raise _several_series(steps, several)
-    return {entry: skipped(Reason.ONLY_ONE) for entry in steps if entry.template not in several}
+        run = steps[0].path.parent
+        names = {entry.template: entry.name for entry in reversed(steps)}
+        series = " and ".join(f"{count} × {template}" for template, count in several.items())
+        patterns = [f"--pattern '{pattern_of(template, names[template])}'" for template in several]
+        raise RefusedError(
+            f"{run} holds {len(several)} series of checkpoints, {series}; they may be the same"
+            " states saved twice.",
+            f"Choose one: {' or '.join(patterns)}.",
+            code=Code.SEVERAL_SERIES,
+            path=run,
+        )
+    lone = skipped(Reason.ONLY_ONE)
+    return {entry: lone for entry in steps if entry.template not in several}
 
 
 def _outputs_of_ours(steps: Sequence[Entry], _selection: Selection, source: Source) -> _Verdicts:
@@ -144,20 +143,6 @@ def _record_their_steps(steps: Sequence[Entry], selection: Selection) -> bool:
         and selection.order != "name"
         and len({bare_of(template) for template in templates}) == 1
         and all("step" in entry.recorded for entry in steps)
-    )
-
-
-def _several_series(steps: Sequence[Entry], counts: Mapping[str, int]) -> RefusedError:
-    run = steps[0].path.parent
-    templates = [f"{count} × {template}" for template, count in counts.items()]
-    names = {entry.template: entry.name for entry in reversed(steps)}
-    patterns = [f"--pattern '{pattern_of(template, names[template])}'" for template in counts]
-    return RefusedError(
-        f"{run} holds {len(counts)} series of checkpoints, {' and '.join(templates)}; they may be"
-        " the same states saved twice.",
-        f"Choose one: {' or '.join(patterns)}.",
-        code=Code.SEVERAL_SERIES,
-        path=run,
     )
 
 
