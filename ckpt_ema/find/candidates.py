@@ -19,16 +19,7 @@ from ckpt_ema.errors import RefusedError
 from ckpt_ema.find.entries import STRANGE, Entry, list_entries, names_in
 from ckpt_ema.find.given import unselected
 from ckpt_ema.find.names import captures_step, is_unnumbered_of, stem_of
-from ckpt_ema.find.verdict import (
-    APPENDED,
-    Outcome,
-    Reason,
-    Rules,
-    Verdict,
-    judge,
-    other,
-    skipped,
-)
+from ckpt_ema.find.verdict import APPENDED, Outcome, Reason, Rules, Verdict, judge, other, skipped
 from ckpt_ema.options import Selection
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
@@ -115,9 +106,8 @@ def _is_model_of(entry: Entry, templates: set[str]) -> bool:
 def _is_unnumbered(entry: Entry, selection: Selection) -> bool:
     """Return whether a name belongs to no series by itself: "last", "best", or without a number."""
     is_alias = conventions.ALIAS.search(entry.stem) and not entry.is_revision
-    if is_alias and not (selection.pattern and entry.slots):
-        return True
-    return not (entry.numbers or entry.slots)
+    is_known = (entry.numbers or entry.slots) and not is_alias
+    return not is_known and not (selection.pattern and entry.slots)
 
 
 # --- Rules ----------------------------------------------------------------------------------------
@@ -144,11 +134,9 @@ def _no_weights_by_name(entry: Entry, _folder: _Folder) -> Verdict | None:
 
 
 def _not_selected(entry: Entry, folder: _Folder) -> Verdict | None:
-    verdict = (
-        None
-        if entry.name in conventions.FOLDER_WEIGHTS
-        else unselected(entry.name, folder.selection)
-    )
+    if entry.name in conventions.FOLDER_WEIGHTS:
+        return None
+    verdict = unselected(entry.name, folder.selection)
     is_told = entry.slots or not entry.is_folder or entry.is_revision
     return verdict if verdict is None or is_told else other(verdict.reason)
 

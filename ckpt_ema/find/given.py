@@ -45,21 +45,16 @@ def listed(given: Sequence[Path], selection: Selection, source: Source) -> Found
     if not selected:
         raise none_selected(names)
     _check_different(selected, source)
-    checkpoints = _in_order(selected)
+    named = named_keys(selected)  # of one unit, if possible
+    places = [(named[0], key) for key in named[1]] if named else map(step_in_name, selected)
+    rows = zip(selected, places, strict=True)
+    checkpoints = tuple(as_checkpoint(entry, *place, is_given=True) for entry, place in rows)
     return Found(
         common_root(checkpoints),
         checkpoints,
         tuple(judged),
         (*warnings, *_text_order(checkpoints)),
     )
-
-
-def _in_order(entries: Sequence[Entry]) -> tuple[Checkpoint, ...]:
-    """Return checkpoints in the order given, with steps of one unit if their names have one."""
-    named = named_keys(entries)
-    places = [(named[0], key) for key in named[1]] if named else [*map(step_in_name, entries)]
-    rows = zip(entries, places, strict=True)
-    return tuple(as_checkpoint(entry, *place, is_given=True) for entry, place in rows)
 
 
 def _check_different(entries: Sequence[Entry], source: Source) -> None:
@@ -142,12 +137,20 @@ def append(
     folders: tuple[Path, Path], found: Sequence[Checkpoint], selection: Selection, source: Source
 ) -> list[Checkpoint]:
     """Return the checkpoints to put after the last step, by names in these folders or by paths."""
-    appended: list[Checkpoint] = []
+    file_id, appended = source.storage.file_id, list[Checkpoint]()
     for name in selection.append:
         places = [*(folder / name for folder in folders), Path(name)]
-        there = (one for one in places if source.storage.kind(one) is not Kind.ABSENT)
-        path = next(there, places[0])
-        _check_append(path, [*found, *appended], selection, source)
+        there = [one for one in places if source.storage.kind(one) is not Kind.ABSENT]
+        path = (there or places)[0]
+        if any(matches(path.name, glob) for glob in selection.exclude):
+            text = f"--append {path.name} is also left out by --exclude."
+            raise OptionError(text, code=Code.CONFLICTING_OPTIONS)
+        if not there:
+            raise _append_error(path, f"{path} does not exist", Code.NOT_FOUND)
+        same = (one.name for one in (*found, *appended) if file_id(one.path) == file_id(path))
+        known = next(same, None)
+        if known:
+            raise _append_error(path, f"{known} is there already", Code.GIVEN_TWICE)
         model = locate(path, source)
         if isinstance(model, Refusal):
             raise unsupported(path, model)
@@ -155,22 +158,6 @@ def append(
             raise _append_error(path, "it holds no model weights", Code.NO_MODEL)
         appended.append(Checkpoint(path, None, model, found[-1].unit, is_given=True))
     return appended
-
-
-def _check_append(
-    path: Path, found: Sequence[Checkpoint], selection: Selection, source: Source
-) -> None:
-    """Refuse to append what is excluded, what does not exist, and what is there already."""
-    if any(matches(path.name, glob) for glob in selection.exclude):
-        raise OptionError(
-            f"--append {path.name} is also left out by --exclude.", code=Code.CONFLICTING_OPTIONS
-        )
-    if source.storage.kind(path) is Kind.ABSENT:
-        raise _append_error(path, f"{path} does not exist", Code.NOT_FOUND)
-    file_id = source.storage.file_id
-    for checkpoint in found:
-        if file_id(path) == file_id(checkpoint.path):
-            raise _append_error(path, f"{checkpoint.name} is there already", Code.GIVEN_TWICE)
 
 
 def _append_error(path: Path, why: str, code: Code) -> RefusedError:

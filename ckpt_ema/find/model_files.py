@@ -48,13 +48,16 @@ def locate(path: Path, source: Source, *, depth: int = _DEEPEST) -> Located:
     names = source.storage.names(path)
     if conventions.DCP_METADATA in names and "meta.pt" in names:
         return _refusal(["meta.pt"])
-    return (
+    found = (
         _in_folder(path, names, source)
         or _pipeline(path, source)
         or _in_model_folder(path, source)
         or _distributed(path, source)
-        or _unusual(path, depth, source)
     )
+    if found:
+        return found
+    below = _names_below(path, depth, source)
+    return _refusal(below, certain_only=True) or _only_file(path, source) or _refusal(below)
 
 
 def _in_folder(folder: Path, names: set[str], source: Source) -> ModelFiles | None:
@@ -186,12 +189,6 @@ def _distributed(path: Path, source: Source) -> Located:
                 return ModelFiles(folder, (Member(conventions.DCP_METADATA),))
             return ModelFiles(path, (Member(os.path.join(name, conventions.DCP_METADATA)),))
     return None
-
-
-def _unusual(path: Path, depth: int, source: Source) -> Located:
-    """Return what a folder without any of the usual names holds, by the names of all its files."""
-    names = _names_below(path, depth, source)
-    return _refusal(names, certain_only=True) or _only_file(path, source) or _refusal(names)
 
 
 def _only_file(path: Path, source: Source) -> ModelFiles | None:

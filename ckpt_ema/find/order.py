@@ -102,17 +102,12 @@ def named_keys(entries: Sequence[Entry]) -> _Keys | None:
     named = _shared(entries, lambda entry: entry.numbers, conventions.STEP_NAMES)
     if named:
         unit, keys = named
-        return ("save" if _count_saves(entries, keys) else unit), keys
+        is_index = all(conventions.SAVE_INDEX.search(e.stem) and e.is_folder for e in entries)
+        # accelerate counts its saves, which gives no distances.
+        is_save = is_index and sorted(keys) == [*range(min(keys), min(keys) + len(keys))]
+        return ("save" if is_save else unit), keys
     slots = _varying_slot(entries)
     return ("number", slots) if slots else None
-
-
-def _count_saves(entries: Sequence[Entry], keys: Sequence[int]) -> bool:
-    """Return whether the numbers are accelerate's, which count saves and give no distances."""
-    consecutive = sorted(keys) == list(range(min(keys), min(keys) + len(keys)))
-    return consecutive and all(
-        conventions.SAVE_INDEX.search(entry.stem) and entry.is_folder for entry in entries
-    )
 
 
 def _captured(match: re.Match[str]) -> int:

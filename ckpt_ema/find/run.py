@@ -6,6 +6,7 @@ are possible, the run is refused with the option that decides.
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -77,14 +78,13 @@ def _in_folder(run: Path, candidates: Candidates, selection: Selection, source: 
     later, aliases = place_aliases(candidates.unnumbered, steps, numbered, selection, source)
     appended = append((candidates.folder, run), [*numbered, *later], selection, source)
     verdicts = {**candidates.verdicts, **series, **aliases}
-    warnings = (
-        *pattern_warnings,
-        *_without_model(candidates, steps),
-        *_later_left_out(numbered[-1], verdicts),
-        *_despite_number(appended, numbered[-1], steps),
-        *_about_aliases(aliases),
+    warnings = _warnings(verdicts, steps, numbered[-1], appended)
+    return Found(
+        run,
+        (*numbered, *later, *appended),
+        _all_judged(verdicts, appended),
+        (*pattern_warnings, *warnings),
     )
-    return Found(run, (*numbered, *later, *appended), _all_judged(verdicts, appended), warnings)
 
 
 def _container_of(run: Path, selection: Selection, source: Source) -> Candidates | None:
@@ -97,8 +97,12 @@ def _container_of(run: Path, selection: Selection, source: Source) -> Candidates
     ]
     inside = [candidates_in(path, selection, source) for path in dict.fromkeys(paths)]
     hits = [one for one in inside if one.numbered or one.unsupported]
-    # Folders of training state beside those of models (prime-rl's checkpoints/ beside weights/).
-    models = [one for one in hits if any(_is_model(entry) for entry in one.numbered)]
+    # What ranks have written is training state beside a model (prime-rl's checkpoints/, weights/).
+    models = [
+        one
+        for one in hits
+        if any(e.model and e.model.path.name != conventions.DCP_METADATA for e in one.numbered)
+    ]
     hits = models if len(models) == 1 else hits
     if len(hits) > 1:
         names = [os.path.relpath(one.folder, run) for one in hits]
@@ -110,11 +114,6 @@ def _container_of(run: Path, selection: Selection, source: Source) -> Candidates
             path=run,
         )
     return hits[0] if hits else None
-
-
-def _is_model(entry: Entry) -> bool:
-    """Return whether it holds a model's files, and not what ranks have written."""
-    return entry.model is not None and entry.model.path.name != conventions.DCP_METADATA
 
 
 def _matching(folder: Path, globs: list[str], source: Source) -> Iterator[Path]:
@@ -142,7 +141,12 @@ def _alone(candidates: Candidates, selection: Selection, source: Source) -> Foun
     if isinstance(own, ModelFiles) and own.path not in {model.path for model in models}:
         unit, step = step_in_name(Entry(run, source))
         checkpoint = Checkpoint(run, step, own, unit)
-        return Found(common_root([checkpoint]), (checkpoint,), _judged_alone(candidates, own))
+        members = {member.name.split("/")[0] for member in own.members}
+        alone = Verdict(Outcome.STEP, Reason.ALONE, "alone")
+        rest = Verdict(Outcome.OTHER, Reason.NOT_A_CHECKPOINT, "alone")
+        verdicts = {e: alone if e.name in members else rest for e in candidates.entries}
+        judged = _all_judged({**verdicts, **candidates.verdicts})
+        return Found(common_root([checkpoint]), (checkpoint,), judged)
     if numbered:
         return None
     for path, located in [*((e.path, e.located) for e in candidates.unsupported), (run, own)]:
@@ -203,60 +207,39 @@ def _all_judged(
     return (*judged, *others)
 
 
-def _judged_alone(candidates: Candidates, model: ModelFiles) -> tuple[Judged, ...]:
-    """Return the verdicts on the entries of a folder that is a checkpoint itself."""
-    own = {member.name.split("/")[0] for member in model.members}
-    step = Verdict(Outcome.STEP, Reason.ALONE, "alone")
-    rest = Verdict(Outcome.OTHER, Reason.NOT_A_CHECKPOINT, "alone")
-    verdicts = {entry: step if entry.name in own else rest for entry in candidates.entries}
-    return _all_judged({**verdicts, **candidates.verdicts})
-
-
-def _without_model(candidates: Candidates, steps: Sequence[Entry]) -> list[Notice]:
-    """Return warnings of folders of the series that hold no model."""
-    templates = {entry.template for entry in steps if steps[0].is_folder}
-    return [
-        Notice(Code.INCOMPLETE, f"{entry.path} holds no model and is left out: unfinished save?")
-        for entry in candidates.skipped(Reason.NO_MODEL)
-        if entry.template in templates
-    ]
-
-
-def _about_aliases(verdicts: Mapping[Entry, Verdict]) -> list[Notice]:
-    """Return warnings of names without a number that are used, or incomplete."""
-    texts = {
-        Reason.LATER: (Code.DECIDED, "is used as the last step: it"),
-        Reason.INCOMPLETE: (Code.LEFT_OUT, "is left out,"),
-    }
-    rows = [(entry, one, texts.get(one.reason)) for entry, one in verdicts.items()]
-    return [Notice(text[0], f"{e.name} {text[1]} {one.detail}.") for e, one, text in rows if text]
-
-
-def _later_left_out(newest: Checkpoint, verdicts: Mapping[Entry, Verdict]) -> list[Notice]:
-    """Return a warning if an entry that is left out seems to be a later step than the newest."""
-    units = STEP_UNITS if newest.unit in STEP_UNITS else (newest.unit,)
-    lone = (entry for entry, one in verdicts.items() if one.reason is Reason.ONLY_ONE)
-    for entry in lone:
-        if any(entry.numbers.get(unit, 0) > (newest.step or 0) for unit in units):
-            text = (
-                f"{entry.name} seems to be later than {newest.name}, and is left out since no"
-                " other name is like it; --pattern can take it in."
-            )
-            return [Notice(Code.LEFT_OUT, text)]
-    return []
-
-
-def _despite_number(
-    appended: Sequence[Checkpoint], newest: Checkpoint, steps: Sequence[Entry]
-) -> list[Notice]:
-    """Return warnings of appended checkpoints that have a number in the series."""
+def _warnings(
+    verdicts: Mapping[Entry, Verdict],
+    steps: Sequence[Entry],
+    newest: Checkpoint,
+    appended: Sequence[Checkpoint],
+) -> Iterator[Notice]:
+    """Yield warnings of entries that are left out, and of those that come after the newest step."""
     templates = {entry.template for entry in steps}
-    text = f"after {newest.name}, although its name has a number."
-    return [
-        Notice(Code.OUT_OF_ORDER, f"--append {one.name} puts it {text}")
-        for one in appended
-        if template_of(stem_of(one.name)) in templates
-    ]
+    units = STEP_UNITS if newest.unit in STEP_UNITS else (newest.unit,)
+    of_reason = defaultdict(list)
+    for entry, verdict in verdicts.items():
+        of_reason[verdict.reason].append(entry)
+    for entry in of_reason[Reason.NO_MODEL]:
+        if entry.numbers and steps[0].is_folder and entry.template in templates:
+            text = f"{entry.path} holds no model and is left out: unfinished save?"
+            yield Notice(Code.INCOMPLETE, text)
+    lone = of_reason[Reason.ONLY_ONE]
+    later = [e for e in lone if any(e.numbers.get(u, 0) > (newest.step or 0) for u in units)]
+    for entry in later[:1]:
+        text = (
+            f"{entry.name} seems to be later than {newest.name}, and is left out since no other"
+            " name is like it; --pattern can take it in."
+        )
+        yield Notice(Code.LEFT_OUT, text)
+    for one in appended:
+        if template_of(stem_of(one.name)) in templates:
+            text = f"puts it after {newest.name}, although its name has a number."
+            yield Notice(Code.OUT_OF_ORDER, f"--append {one.name} {text}")
+    for entry in of_reason[Reason.INCOMPLETE]:
+        yield Notice(Code.LEFT_OUT, f"{entry.name} is left out, {verdicts[entry].detail}.")
+    for entry in of_reason[Reason.LATER]:
+        text = f"is used as the last step: it {verdicts[entry].detail}."
+        yield Notice(Code.DECIDED, f"{entry.name} {text}")
 
 
 def _beside_container(candidates: Candidates) -> list[Notice]:
