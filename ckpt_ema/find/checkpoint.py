@@ -52,10 +52,7 @@ def gaps(checkpoints: Sequence[Checkpoint]) -> list[int | None]:
     accelerate numbers its saves one after the other, which gives no distances.
     """
     steps = [None if one.unit == "save" else one.step for one in checkpoints]
-    return [
-        None,
-        *(None if one is None or two is None else two - one for one, two in pairwise(steps)),
-    ]
+    return [None, *(None if a is None or b is None else b - a for a, b in pairwise(steps))]
 
 
 def known_steps(checkpoints: Sequence[Checkpoint]) -> list[int] | None:

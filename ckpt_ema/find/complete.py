@@ -7,7 +7,7 @@ warning. One in the middle is a loss that somebody should know of: it is refused
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,19 +49,13 @@ def without_incomplete(found: Found, selection: Selection, source: Source) -> Fo
         one.name: Verdict(Outcome.SKIPPED, Reason.INCOMPLETE, "incomplete", f"incomplete: {why}")
         for one, why in incomplete.items()
     }
-    warnings = (
+    judged = (replace(one, verdict=verdicts.get(one.name, one.verdict)) for one in found.judged)
+    notices = (
         Notice(Code.INCOMPLETE, f"{one.name} is incomplete and left out: {why}.")
         for one, why in incomplete.items()
     )
-    return replace(
-        found,
-        checkpoints=complete,
-        judged=tuple(
-            replace(one, verdict=verdicts.get(one.name, one.verdict)) for one in found.judged
-        ),
-        warnings=(*found.warnings, *warnings),
-        problem_of=problem_of,
-    )
+    warnings = (*found.warnings, *notices)
+    return Found(found.root, complete, tuple(judged), warnings, problem_of)
 
 
 def check_complete(checkpoints: Sequence[Checkpoint], found: Found) -> None:
@@ -92,25 +86,25 @@ def _problems(
     run = checkpoints[-1].path.parent
     beside, saved = source.storage.names(run), _tracked(run, source)
 
-    @functools.cache
-    def problem_of(checkpoint: Checkpoint) -> str | None:
-        if saved is not None and checkpoint.unit == "step" and (checkpoint.step or 0) > saved[1]:
-            return f"{saved[0]} has {saved[1]} as the last step that was saved"
-        if not checkpoint.is_given:
-            for name in (checkpoint.path.name, stem_of(checkpoint.path.name)):
-                if f"{name}-unfinished" in beside:
-                    return f"{name}-unfinished lies beside it"
-            is_folder = source.storage.is_folder(checkpoint.path)
-            problem = _marked(markers[checkpoint.path], used if is_folder else set())
-            if problem:
-                return problem
+    def problems(one: Checkpoint) -> Iterator[str]:
+        if saved is not None and one.unit == "step" and (one.step or 0) > saved[1]:
+            yield f"{saved[0]} has {saved[1]} as the last step that was saved"
+        if not one.is_given:
+            names = (f"{name}-unfinished" for name in (one.path.name, stem_of(one.path.name)))
+            yield from (f"{name} lies beside it" for name in names if name in beside)
+            present = markers[one.path]
+            yield from (f"it holds {name}" for name in conventions.UNDONE if name in present)
+            if source.storage.is_folder(one.path):
+                lacking = (name for name in conventions.DONE if name in used - present)
+                yield from (
+                    f"it lacks {n}, which other checkpoints of the run have" for n in lacking
+                )
         try:
-            source.read(checkpoint.model)
+            source.read(one.model)
         except IncompleteError as error:
-            return error.message.rstrip(".")
-        return None
+            yield error.message.rstrip(".")
 
-    return problem_of
+    return functools.cache(lambda checkpoint: next(problems(checkpoint), None))
 
 
 def _tracked(run: Path, source: Source) -> tuple[str, int] | None:
@@ -133,14 +127,3 @@ def _markers(path: Path, source: Source) -> set[str]:
         if marker in names
         or (marker.split("/")[0] in names and source.storage.kind(path / marker) is not Kind.ABSENT)
     }
-
-
-def _marked(present: set[str], used: set[str]) -> str | None:
-    """Return what a trainer's markers have against a checkpoint; most have those in `used`."""
-    for name in conventions.UNDONE:
-        if name in present:
-            return f"it holds {name}"
-    for name in conventions.DONE:
-        if name in used and name not in present:
-            return f"it lacks {name}, which other checkpoints of the run have"
-    return None

@@ -1,5 +1,6 @@
 """The names in a run's folder, each with what is known of it without reading a tensor."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -100,12 +101,10 @@ class Entry:
         return self.recorded or self._recorded_inside()
 
     def _recorded_inside(self) -> Mapping[str, int]:
-        if self.model is None or self.is_folder:
-            return {}
-        try:
-            return self.source.read(self.model).recorded
-        except IncompleteError:
-            return {}
+        with contextlib.suppress(IncompleteError):
+            if self.model and not self.is_folder:
+                return self.source.read(self.model).recorded
+        return {}
 
     def judged(self, verdict: Verdict) -> Judged:
         """Return it with its verdict, at the path where its name is."""

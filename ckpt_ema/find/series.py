@@ -50,13 +50,12 @@ def _same_steps(steps: Sequence[Entry], selection: Selection, _source: Source) -
     if not _record_their_steps(steps, selection):
         return {}
     first: dict[int, Entry] = {}
+    verdicts: dict[Entry, Verdict] = {}
     for entry in steps:
-        first.setdefault(entry.recorded["step"], entry)
-    return {
-        entry: alias(Reason.SAME_STEP, f"the same step as {first[entry.recorded['step']].name}")
-        for entry in steps
-        if first[entry.recorded["step"]] is not entry
-    }
+        same = first.setdefault(entry.recorded["step"], entry)
+        if same is not entry:
+            verdicts[entry] = alias(Reason.SAME_STEP, f"the same step as {same.name}")
+    return verdicts
 
 
 def _only_ones(steps: Sequence[Entry], selection: Selection, _source: Source) -> _Verdicts:
@@ -82,13 +81,13 @@ def _only_ones(steps: Sequence[Entry], selection: Selection, _source: Source) ->
 
 
 def _outputs_of_ours(steps: Sequence[Entry], _selection: Selection, source: Source) -> _Verdicts:
-    """Leave out files that ckpt-ema wrote; `rules` has folders."""
+    """Leave out files that ckpt-ema wrote; `candidates` has folders."""
     ours: dict[Entry, Verdict] = {}
     for entry in steps:
         if is_safetensors(entry.path.name) and entry.model and not entry.is_folder:
             with contextlib.suppress(IncompleteError):  # judged later
                 if any(conventions.PROVENANCE_KEY in h for h in source.read(entry.model).metadata):
-                    ours[entry] = skipped(Reason.OWN_OUTPUT, "an average made by ckpt-ema")
+                    ours[entry] = skipped(Reason.OWN_OUTPUT)
     return ours
 
 
@@ -97,15 +96,15 @@ def _same_files(steps: Sequence[Entry], _selection: Selection, source: Source) -
 
     The files of the Hub's revisions are links to shared blobs: raises for two with one content.
     """
-    rulings: dict[Entry, Verdict] = {}
+    verdicts: dict[Entry, Verdict] = {}
     unique: dict[object, Entry] = {}
     for entry in sorted(steps, key=lambda one: (source.storage.is_link(one.path), one.path.name)):
         first = unique.setdefault(_identity(entry, source), entry)
         if first is not entry and not entry.is_revision:
-            rulings[entry] = alias(Reason.SAME_FILE, f"the same file as {first.name}")
+            verdicts[entry] = alias(Reason.SAME_FILE, f"the same file as {first.name}")
         elif first is not entry and not source.reading.allow_duplicates:
             raise same_values(first.name, entry.name)
-    return rulings
+    return verdicts
 
 
 _Rule = Callable[[Sequence[Entry], Selection, Source], _Verdicts]
@@ -122,9 +121,7 @@ def _unsupported(entry: Entry, steps: Sequence[Entry], selection: Selection) -> 
     """Refuse a step of the series in a format that is not read; others are left out."""
     located = entry.located
     assert isinstance(located, Refusal)
-    is_step = any(
-        entry.is_folder == one.is_folder and entry.template == one.template for one in steps
-    )
+    is_step = (entry.template, entry.is_folder) in {(one.template, one.is_folder) for one in steps}
     if is_step and not selection.skip_incomplete:
         raise RefusedError(
             f"{entry.path} is {located.what}, unlike other steps of the run.",
