@@ -95,7 +95,7 @@ def _in_order(
 # --- Rules ----------------------------------------------------------------------------------------
 
 
-def _unrelated(entry: Entry, run: _Run) -> Verdict | None:
+def _not_of_the_series(entry: Entry, run: _Run) -> Verdict | None:
     """Leave out names that no series has, and the model of the run's own folder."""
     belongs = any(is_unnumbered_of(entry.stem, template) for template in run.templates)
     if entry.name in FOLDER_WEIGHTS and not (belongs and not run.steps[0].is_folder):
@@ -112,7 +112,7 @@ def _same_file(entry: Entry, run: _Run) -> Verdict | None:
 
 
 _RULES: Rules[Entry, _Run] = (
-    ("unrelated-name", _unrelated),
+    ("not-of-the-series", _not_of_the_series),
     ("not-selected", lambda entry, run: unselected(entry.name, run.selection)),
     ("broken-link", lambda e, _: skipped(Reason.BROKEN_LINK) if e.kind in STRANGE else None),
     ("best", lambda e, _: alias(Reason.BEST) if ALWAYS_A_COPY.search(e.stem) else None),

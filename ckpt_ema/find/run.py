@@ -199,8 +199,8 @@ def _nothing_found(candidates: Candidates, verdicts: Mapping[Entry, Verdict]) ->
 def _all_judged(
     verdicts: Mapping[Entry, Verdict], appended: Sequence[Checkpoint] = ()
 ) -> tuple[Judged, ...]:
-    """Return the verdicts on all entries by name, and on what was appended from elsewhere."""
-    entries = sorted(verdicts, key=lambda entry: entry.name)
+    """Return the verdicts on all entries, series by number, and on appended ones from elsewhere."""
+    entries = sorted(verdicts, key=lambda entry: (entry.template, entry.slots, entry.name))
     judged = [entry.judged(verdicts[entry]) for entry in entries]
     known = {one.path for one in judged}
     others = [Judged(one.path, one.name, APPENDED) for one in appended if one.path not in known]

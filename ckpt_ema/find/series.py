@@ -111,7 +111,7 @@ _Rule = Callable[[Sequence[Entry], Selection, Source], _Verdicts]
 _RULES: tuple[tuple[str, _Rule], ...] = (
     ("folder-beside-file", _beside_files),
     ("same-step", _same_steps),
-    ("only-one-of-its-template", _only_ones),
+    ("only-one", _only_ones),
     ("output-of-ours", _outputs_of_ours),
     ("same-file", _same_files),
 )

@@ -1,9 +1,8 @@
 """Every trainer as data; longer than other modules, since it is a table.
 
-A new trainer is one entry here and one run in `tests/trainer_runs.py`. What the entries say is
-gathered in `conventions` and applied to every run, whoever wrote it: a run need not name its
-trainer. Tiers: 1 and 2 are read (1 by most people), R is recognised and refused with the way out,
-N is named.
+A new trainer is one entry here and one file in `tests/data/trainers`. `conventions` gathers what
+the entries hold and applies it to every run: a run need not name its trainer. Tiers: 1 and 2 are
+read (1 by most people), R is recognised and refused with the way out, N is named.
 """
 
 import re
