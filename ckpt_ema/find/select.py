@@ -66,7 +66,7 @@ def select(found: Found, selection: Selection, source: Source) -> Subsets:
 def _too_many(option: str, count: int | None, available: int) -> list[Notice]:
     if count is None or count <= available:
         return []
-    text = f"{option} {count} takes all {available} checkpoints."
+    text = f"{option} {count} takes all {available} checkpoints that there are."
     return [Notice(Code.FEW_CHECKPOINTS, text)]
 
 
