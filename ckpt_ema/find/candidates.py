@@ -47,10 +47,7 @@ class Candidates:
         return [e for e, one in rows if one.outcome is Outcome.SKIPPED and one.reason in reasons]
 
     def are_stray(self) -> bool:
-        """Return whether lone numbered files (`value_head_1.pt`) lie beside a model.
-
-        They do not make a run of their folder.
-        """
+        """Return whether lone numbered files (`value_head_1.pt`) lie beside a model: no run."""
         templates = {entry.template for entry in self.numbered}
         is_series = len(templates) < len(self.numbered) or any(e.is_folder for e in self.numbered)
         has_last = any(

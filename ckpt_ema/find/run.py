@@ -88,10 +88,7 @@ def _in_folder(run: Path, candidates: Candidates, selection: Selection, source: 
 
 
 def _container_of(run: Path, selection: Selection, source: Source) -> Candidates | None:
-    """Return what is in the one folder of `run` that holds its checkpoints, if there is one.
-
-    It is known by the names that trainers give it.
-    """
+    """Return what is in the folder that holds a run's checkpoints, which trainers name alike."""
     paths = [
         path for glob in conventions.CONTAINERS for path in _matching(run, glob.split("/"), source)
     ]
@@ -127,10 +124,7 @@ def _matching(folder: Path, globs: list[str], source: Source) -> Iterator[Path]:
 
 
 def _alone(candidates: Candidates, selection: Selection, source: Source) -> Found | None:
-    """Return the checkpoint that the folder itself is; None if there is a series in it after all.
-
-    Raises `RefusedError` if there is neither.
-    """
+    """Return the checkpoint that the folder itself is; None if it holds a series after all."""
     run, numbered = candidates.folder, candidates.numbered
     if not numbered:
         _check_selected(candidates, selection)

@@ -116,10 +116,7 @@ def _apart(checkpoints: list[Checkpoint], selection: Selection) -> list[Checkpoi
 def _best(
     checkpoints: Sequence[Checkpoint], found: Found, selection: Selection, source: Source
 ) -> list[tuple[int | None, list[Checkpoint]]]:
-    """Return for each value of --best so many checkpoints, in their order.
-
-    Ties go to the later checkpoint.
-    """
+    """Return that many checkpoints for each value of --best; ties go to the later checkpoint."""
     if selection.best is None or selection.metric is None:
         return [(None, list(checkpoints))]
     # Logs of those that do not take part may have values of these.
