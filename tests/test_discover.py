@@ -9,7 +9,7 @@ import pytest
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import ModelFiles, Specs
 from ckpt_ema.errors import Code, RefusedError
-from ckpt_ema.find.found import Found
+from ckpt_ema.find.checkpoint import Found
 from ckpt_ema.find.run import discover as discover_with
 from ckpt_ema.find.verdict import Outcome, Reason
 from ckpt_ema.options import Reading, Selection

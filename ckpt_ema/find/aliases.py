@@ -5,44 +5,34 @@ the last step. What they record or hold decides; where neither does, the run is 
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from typing import NamedTuple
 
 from ckpt_ema.containers.compare import hold_the_same
 from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint
-from ckpt_ema.find.entries import Entry
-from ckpt_ema.find.globs import unselected
+from ckpt_ema.find.entries import STRANGE, Entry
+from ckpt_ema.find.given import unselected
 from ckpt_ema.find.names import is_unnumbered_of
-from ckpt_ema.find.order import deciding_unit
-from ckpt_ema.find.series import Series
-from ckpt_ema.find.verdict import Outcome, Reason, Rules, Ruling, Verdict, judge, when
-from ckpt_ema.notices import Notice
+from ckpt_ema.find.order import as_checkpoint, deciding_unit
+from ckpt_ema.find.verdict import Outcome, Reason, Rules, Verdict, alias, judge, skipped
 from ckpt_ema.options import Selection
 from ckpt_ema.trainers.conventions import ALIAS, ALWAYS_A_COPY, FOLDER_WEIGHTS
-
-
-class Aliases(NamedTuple):
-    """What became of the names without a number."""
-
-    later: tuple[Checkpoint, ...]  # steps after the last numbered one, oldest first
-    verdicts: Mapping[Entry, Verdict]
-    warnings: tuple[Notice, ...]
 
 
 class _Run(NamedTuple):
     """What rules know besides the entry."""
 
-    series: Series
+    steps: Sequence[Entry]
+    templates: Set[str]  # of the names of the steps
     checkpoints: Sequence[Checkpoint]
     selection: Selection
     source: Source
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """Where an alias belongs by what it and the last step record, both in `unit`."""
 
     value: int
@@ -53,100 +43,82 @@ class _Place:
 
 def place_aliases(
     unnumbered: Sequence[Entry],
-    series: Series,
+    steps: Sequence[Entry],
     checkpoints: Sequence[Checkpoint],
     selection: Selection,
     source: Source,
-) -> Aliases:
-    """Return which of the names without a number are later steps, and why others are not.
+) -> tuple[list[Checkpoint], dict[Entry, Verdict]]:
+    """Return which of the names without a number are later steps, and the verdict on each name.
 
     Raises `RefusedError` for one whose place is unknown.
     """
-    run = _Run(series, checkpoints, selection, source)
+    run = _Run(steps, {entry.template for entry in steps}, checkpoints, selection, source)
     verdicts: dict[Entry, Verdict] = {}
-    places: dict[Entry, _Place | None] = {}
+    places: dict[Entry, _Place] = {}
     for entry in unnumbered:
         try:
             decided = judge(_RULES, entry, run)
-            if decided:
-                verdicts[entry] = decided
-            else:
-                places[entry] = _place(entry, checkpoints[-1])
+            place = None if decided else _place(entry, checkpoints[-1])
         except RefusedError as error:  # such as a pickled module beside state dicts
-            unreadable = Ruling(Outcome.REFUSED, Reason.UNREADABLE, f"unreadable: {error.message}")
-            verdicts[entry] = unreadable.by("unreadable")
-    known = {entry: place for entry, place in places.items() if place}
-    for entry in [entry for entry, place in places.items() if place is None]:
-        verdicts[entry] = _by_content(entry, run).by("same-content")
-    return _in_order(known, verdicts, run)
+            detail = f"unreadable: {error.message}"
+            decided, place = Verdict(Outcome.REFUSED, Reason.UNREADABLE, "unreadable", detail), None
+        if place:
+            places[entry] = place
+        else:
+            verdicts[entry] = decided or replace(_by_content(entry, run), rule="same-content")
+    later, placed = _in_order(places, checkpoints[-1])
+    return later, verdicts | placed
 
 
 def _in_order(
-    known: Mapping[Entry, _Place], verdicts: Mapping[Entry, Verdict], run: _Run
-) -> Aliases:
+    places: Mapping[Entry, _Place], newest: Checkpoint
+) -> tuple[list[Checkpoint], dict[Entry, Verdict]]:
     """Put aliases that record a step after the numbered steps, or leave them out."""
-    newest = run.checkpoints[-1]
     later: list[Checkpoint] = []
-    rulings: dict[Entry, Verdict] = {}
-    warnings = [
-        Notice(Code.LEFT_OUT, f"{entry.name} is left out, {one.detail}.")
-        for entry, one in verdicts.items()
-        if one.reason is Reason.INCOMPLETE
-    ]
+    verdicts: dict[Entry, Verdict] = {}
     last: int | None = None
-    for entry, place in sorted(known.items(), key=lambda row: (row[1].value, row[0].name)):
+    for entry, place in sorted(places.items(), key=lambda row: (row[1].value, row[0].name)):
         records = f"records {place.unit} {place.value}"
         if place.value > (place.last if last is None else last):
             last = place.value
-            assert entry.model is not None
-            later.append(
-                Checkpoint(entry.path, place.step, entry.model, newest.unit, is_given=True)
-            )
-            ruling = Ruling(Outcome.STEP, Reason.LATER)
-            text = f"{entry.name} is used as the last step: it {records}, after {place.last} of"
-            warnings.append(Notice(Code.DECIDED, f"{text} {newest.name}."))
+            later.append(as_checkpoint(entry, newest.unit, place.step, is_given=True))
+            detail = f"{records}, after {place.last} of {newest.name}"
+            verdict = Verdict(Outcome.STEP, Reason.LATER, detail=detail)
         elif place.value in (last, place.last):
-            ruling = Ruling(Outcome.ALIAS, Reason.COPY, f"a copy of the last step: {records}")
+            verdict = alias(Reason.COPY, f"a copy of the last step: {records}")
         else:
-            ruling = Ruling(Outcome.ALIAS, Reason.EARLIER, f"an earlier step: {records}")
-        rulings[entry] = ruling.by("recorded-step")
-    return Aliases(tuple(later), {**verdicts, **rulings}, tuple(warnings))
+            verdict = alias(Reason.EARLIER, f"an earlier step: {records}")
+        verdicts[entry] = replace(verdict, rule="recorded-step")
+    return later, verdicts
 
 
 # --- Rules ----------------------------------------------------------------------------------------
 
 
-def _unrelated(entry: Entry, run: _Run) -> Ruling | None:
+def _not_of_the_series(entry: Entry, run: _Run) -> Verdict | None:
     """Leave out names that no series has, and the model of the run's own folder."""
-    is_usual = entry.name in FOLDER_WEIGHTS
-    belongs = any(is_unnumbered_of(entry.stem, template) for template in run.series.templates)
-    if is_usual and not (belongs and not run.series.steps[0].is_folder):
-        return Ruling(Outcome.SKIPPED, Reason.OWN_MODEL)
-    if belongs or ALIAS.search(entry.stem):
-        return None
-    return Ruling(Outcome.SKIPPED, Reason.NO_NUMBER)
+    belongs = any(is_unnumbered_of(entry.stem, template) for template in run.templates)
+    if entry.name in FOLDER_WEIGHTS and not (belongs and not run.steps[0].is_folder):
+        return skipped(Reason.OWN_MODEL)
+    return None if belongs or ALIAS.search(entry.stem) else skipped(Reason.NO_NUMBER)
 
 
-def _same_file(entry: Entry, run: _Run) -> Ruling | None:
+def _same_file(entry: Entry, run: _Run) -> Verdict | None:
     file_id = run.source.storage.file_id
     own = file_id(entry.path)
-    for checkpoint in run.checkpoints:
-        if file_id(checkpoint.path) == own:
-            return Ruling(Outcome.ALIAS, Reason.SAME_FILE, f"the same file as {checkpoint.name}")
-    return None
+    same = (one.name for one in run.checkpoints if file_id(one.path) == own)
+    name = next(same, None)
+    return alias(Reason.SAME_FILE, f"the same file as {name}") if name else None
 
 
 _RULES: Rules[Entry, _Run] = (
-    ("unrelated-name", _unrelated),
+    ("not-of-the-series", _not_of_the_series),
     ("not-selected", lambda entry, run: unselected(entry.name, run.selection)),
-    ("broken-link", lambda e, _: when(e.is_strange, Outcome.SKIPPED, Reason.BROKEN_LINK)),
-    ("best", lambda e, _: when(ALWAYS_A_COPY.search(e.stem), Outcome.ALIAS, Reason.BEST)),
+    ("broken-link", lambda e, _: skipped(Reason.BROKEN_LINK) if e.kind in STRANGE else None),
+    ("best", lambda e, _: alias(Reason.BEST) if ALWAYS_A_COPY.search(e.stem) else None),
     ("same-file", _same_file),
-    (
-        "no-aliases",
-        lambda _, run: when(not run.selection.aliases, Outcome.SKIPPED, Reason.NO_ALIASES),
-    ),
-    ("no-model", lambda e, _: when(e.model is None, Outcome.SKIPPED, Reason.NO_MODEL)),
+    ("no-aliases", lambda _, run: None if run.selection.aliases else skipped(Reason.NO_ALIASES)),
+    ("no-model", lambda e, _: None if e.model else skipped(Reason.NO_MODEL)),
 )
 
 
@@ -167,7 +139,7 @@ def _place(entry: Entry, newest: Checkpoint) -> _Place | None:
     return None
 
 
-def _by_content(entry: Entry, run: _Run) -> Ruling:
+def _by_content(entry: Entry, run: _Run) -> Verdict:
     """Judge an alias that records nothing by its tensors; raises if it may be a later step."""
     assert entry.model is not None
     try:
@@ -178,12 +150,12 @@ def _by_content(entry: Entry, run: _Run) -> Ruling:
                 newest_first.append((one, (one.model, run.source.read(one.model))))
     except IncompleteError as error:
         detail = error.message.rstrip(".")
-        return Ruling(Outcome.SKIPPED, Reason.INCOMPLETE, f"incomplete: {detail}")
+        return skipped(Reason.INCOMPLETE, f"incomplete: {detail}")
     if newest_first and newest_first[0][1][1].tensors.keys() != mine[1].tensors.keys():
-        return Ruling(Outcome.SKIPPED, Reason.ANOTHER_MODEL)
+        return skipped(Reason.ANOTHER_MODEL)
     for one, theirs in newest_first:
         if hold_the_same(mine, theirs, run.source.storage):
-            return Ruling(Outcome.ALIAS, Reason.COPY, f"a copy of {one.name}")
+            return alias(Reason.COPY, f"a copy of {one.name}")
     name = entry.name
     raise RefusedError(
         f"cannot tell where {name} belongs: it has no number and records no step.",

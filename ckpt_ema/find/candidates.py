@@ -1,21 +1,29 @@
-"""The entries of one folder that may be steps, and the verdict on all others."""
+"""What each entry of a folder is by itself: one ordered table of rules; the first to decide counts.
+
+Rules on names come before those that look inside. An entry that no rule decides is a candidate: it
+may be a step or, without a number, a name for one. `series` and `aliases` judge the candidates by
+tables of the same kind.
+"""
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
+from re import Pattern
+from typing import NamedTuple
 
 from ckpt_ema.containers.source import Source
-from ckpt_ema.errors import Code, RefusedError, some
-from ckpt_ema.find.entries import Entry, list_entries
-from ckpt_ema.find.model_files import Unsupported
-from ckpt_ema.find.names import captures_step, is_unnumbered_of
-from ckpt_ema.find.rules import RULES, Folder, is_unnumbered
-from ckpt_ema.find.verdict import Outcome, Reason, Verdict, judge
+from ckpt_ema.errors import RefusedError
+from ckpt_ema.find.entries import STRANGE, Entry, list_entries, names_in
+from ckpt_ema.find.given import unselected
+from ckpt_ema.find.names import captures_step, is_unnumbered_of, stem_of
+from ckpt_ema.find.verdict import APPENDED, Outcome, Reason, Rules, Verdict, judge, other, skipped
 from ckpt_ema.options import Selection
+from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
+from ckpt_ema.trainers.table import Refusal
 
 
 @dataclass(frozen=True)
@@ -33,30 +41,19 @@ class Candidates:
         """All entries of the folder."""
         return [*self.verdicts, *self.numbered, *self.unnumbered, *self.unsupported]
 
-    @property
-    def skipped(self) -> list[Entry]:
-        """The entries that may hold a model, and that a rule left out."""
-        return [e for e, verdict in self.verdicts.items() if verdict.outcome is Outcome.SKIPPED]
-
-    @property
-    def without_model(self) -> list[Entry]:
-        """The numbered entries without a model."""
-        return [e for e in self.skipped if self.verdicts[e].reason is Reason.NO_MODEL]
+    def skipped(self, *reasons: Reason) -> list[Entry]:
+        """Return the entries that may hold a model and that a rule left out for these reasons."""
+        rows = self.verdicts.items()
+        return [e for e, one in rows if one.outcome is Outcome.SKIPPED and one.reason in reasons]
 
     def are_stray(self) -> bool:
-        """Return whether lone numbered files (`value_head_1.pt`) lie beside a model.
-
-        They do not make a run of their folder.
-        """
-        templates = Counter(entry.template for entry in self.numbered)
+        """Return whether lone numbered files (`value_head_1.pt`) lie beside a model: no run."""
+        templates = {entry.template for entry in self.numbered}
+        is_series = len(templates) < len(self.numbered) or any(e.is_folder for e in self.numbered)
         has_last = any(
-            is_unnumbered_of(entry.stem, template)
-            for entry in self.unnumbered
-            for template in templates
+            is_unnumbered_of(e.stem, template) for e in self.unnumbered for template in templates
         )
-        return not has_last and all(
-            templates[entry.template] == 1 and not entry.is_folder for entry in self.numbered
-        )
+        return not is_series and not has_last
 
 
 def candidates_in(folder: Path, selection: Selection, source: Source) -> Candidates:
@@ -67,80 +64,174 @@ def candidates_in(folder: Path, selection: Selection, source: Source) -> Candida
     entries = list_entries(folder, source)
     names = frozenset(entry.name for entry in entries)
     appended = frozenset(os.path.basename(os.path.normpath(name)) for name in selection.append)
-    context = Folder(names, appended, selection)
-    verdicts = {entry: judge(RULES, entry, context) for entry in entries}
+    context = _Folder(names, appended, selection)
+    verdicts = {entry: judge(_RULES, entry, context) for entry in entries}
     undecided = [entry for entry, verdict in verdicts.items() if verdict is None]
-    numbered = [entry for entry in undecided if not is_unnumbered(entry, selection)]
+    numbered = [entry for entry in undecided if not _is_unnumbered(entry, selection)]
     if not any(entry.model for entry in numbered):
-        numbered += _with_common_word([one for one in undecided if is_unnumbered(one, selection)])
+        # A series in which every name has `final` or `best`, a part of the run's name.
+        others = [e for e in undecided if e.slots and e.model and _is_unnumbered(e, selection)]
+        several = _several(others)
+        numbered += [entry for entry in others if entry.template in several]
     if not captures_step(selection.pattern):
-        numbered = _without_names_of_models(numbered)
+        # "resnet50.pt" beside "resnet50_epoch_1.pt": its number is in the model's name.
+        several = _several(entry for entry in numbered if entry.model)
+        numbered = [e for e in numbered if e.is_folder or not _is_model_of(e, several)]
     known = set(numbered)
     return Candidates(
         folder,
         tuple(entry for entry in numbered if entry.model),
         tuple(entry for entry in undecided if entry not in known),
-        tuple(entry for entry in numbered if isinstance(entry.located, Unsupported)),
+        tuple(entry for entry in numbered if isinstance(entry.located, Refusal)),
         {entry: verdict for entry, verdict in verdicts.items() if verdict},
     )
 
 
-def _with_common_word(unnumbered: list[Entry]) -> list[Entry]:
-    """Return series in which every name has `final` or `best`: a part of the run's name."""
-    numbered = [entry for entry in unnumbered if entry.slots and entry.model]
-    templates = Counter(entry.template for entry in numbered)
-    return [entry for entry in numbered if templates[entry.template] > 1]
+def _several(entries: Iterable[Entry]) -> set[str]:
+    """Return the templates that more than one of the entries has."""
+    counts = Counter(entry.template for entry in entries)
+    return {template for template, count in counts.items() if count > 1}
 
 
-def _without_names_of_models(numbered: list[Entry]) -> list[Entry]:
-    """Leave out "resnet50.pt" beside "resnet50_epoch_1.pt": its number is in the model's name."""
-    templates = Counter(entry.template for entry in numbered if entry.model)
-    larger = [template for template, count in templates.items() if count > 1]
-    return [
-        entry
-        for entry in numbered
-        if entry.is_folder
-        or templates[entry.template] > 1
-        or not any(is_unnumbered_of(entry.stem, template) for template in larger)
-    ]
+def _is_model_of(entry: Entry, templates: set[str]) -> bool:
+    """Return whether a name outside of these series is that of one with its number left out."""
+    return entry.template not in templates and any(
+        is_unnumbered_of(entry.stem, template) for template in templates
+    )
 
 
-def container_of(run: Path, selection: Selection, source: Source) -> Candidates | None:
-    """Return what is in the one folder of `run` that holds its checkpoints, if there is one.
-
-    It is known by the names that trainers give it.
-    """
-    paths = [
-        path for glob in conventions.CONTAINERS for path in _matching(run, glob.split("/"), source)
-    ]
-    inside = [candidates_in(path, selection, source) for path in dict.fromkeys(paths)]
-    hits = [one for one in inside if one.numbered or one.unsupported]
-    # Folders of training state beside those of models (prime-rl's checkpoints/ beside weights/).
-    models = [one for one in hits if any(_is_model(entry) for entry in one.numbered)]
-    if len(models) == 1:
-        hits = models
-    if len(hits) > 1:
-        names = [os.path.relpath(one.folder, run) for one in hits]
-        raise RefusedError(
-            f"{run} contains {len(hits)} runs ({some(names)}), and an average across runs is not"
-            " one over training.",
-            "Pass one of them.",
-            code=Code.SEVERAL_RUNS,
-            path=run,
-        )
-    return hits[0] if hits else None
+def _is_unnumbered(entry: Entry, selection: Selection) -> bool:
+    """Return whether a name belongs to no series by itself: "last", "best", or without a number."""
+    is_alias = conventions.ALIAS.search(entry.stem) and not entry.is_revision
+    is_known = (entry.numbers or entry.slots) and not is_alias
+    return not is_known and not (selection.pattern and entry.slots)
 
 
-def _is_model(entry: Entry) -> bool:
-    """Return whether it holds a model's files, and not what ranks have written."""
-    return entry.model is not None and entry.model.path.name != conventions.DCP_METADATA
+# --- Rules ----------------------------------------------------------------------------------------
 
 
-def _matching(folder: Path, globs: list[str], source: Source) -> Iterator[Path]:
-    """Yield the folders at a glob, one of whose parts each level of folders matches."""
-    if not globs:
-        yield folder
-    elif source.storage.can_list(folder):
-        for name in sorted(source.storage.names(folder)):
-            if fnmatchcase(name, globs[0]) and source.storage.is_folder(folder / name):
-                yield from _matching(folder / name, globs[1:], source)
+class _Folder(NamedTuple):
+    """What rules know besides the entry."""
+
+    names: frozenset[str]  # of everything in the folder
+    appended: frozenset[str]  # names given to --append
+    selection: Selection
+
+
+def _weights_elsewhere(entry: Entry, folder: _Folder) -> Verdict | None:
+    twin = f"{stem_of(entry.name)}.safetensors"
+    if entry.has_weights_extension and twin != entry.name and twin in folder.names:
+        return skipped(Reason.WEIGHTS_ELSEWHERE, f"{twin} has the weights")
+    return None
+
+
+def _no_weights_by_name(entry: Entry, _folder: _Folder) -> Verdict | None:
+    may_be = entry.has_weights_extension or entry.name in conventions.FOLDER_WEIGHTS or entry.slots
+    return None if may_be or entry.is_folder or entry.is_revision else other()
+
+
+def _not_selected(entry: Entry, folder: _Folder) -> Verdict | None:
+    if entry.name in conventions.FOLDER_WEIGHTS:
+        return None
+    verdict = unselected(entry.name, folder.selection)
+    is_told = entry.slots or not entry.is_folder or entry.is_revision
+    return verdict if verdict is None or is_told else other(verdict.reason)
+
+
+def _not_matched(entry: Entry, folder: _Folder) -> Verdict | None:
+    pattern = folder.selection.pattern
+    is_left_out = pattern and entry.slots and not re.search(pattern, entry.name)
+    return skipped(Reason.NOT_MATCHED) if is_left_out else None
+
+
+def _not_regular(entry: Entry, _folder: _Folder) -> Verdict | None:
+    may_be_weights = entry.numbers or entry.has_weights_extension
+    is_strange = may_be_weights and entry.kind in STRANGE
+    return skipped(Reason.NOT_REGULAR) if is_strange else None
+
+
+def _part_of_something(entry: Entry, _folder: _Folder) -> Verdict | None:
+    patterns = (conventions.NO_CHECKPOINTS, conventions.COMPONENT)
+    is_part = any(pattern.search(entry.name) for pattern in patterns)
+    return other() if entry.is_folder and not entry.numbers and is_part else None
+
+
+def _own_output(entry: Entry, folder: _Folder) -> Verdict | None:
+    if folder.selection.pattern or not entry.is_folder:
+        return None
+    manifest = entry.path / conventions.MANIFEST_NAME
+    try:
+        is_ours = entry.source.storage.kind(manifest) is not Kind.ABSENT
+    except RefusedError:  # a folder that may not be entered
+        if entry.numbers and not any(_matches(entry, name) for name in conventions.NOT_A_MODEL):
+            names_in(entry.path, entry.source)
+            raise
+        return None
+    return _not_a_step(entry, Reason.OWN_OUTPUT) if is_ours else None
+
+
+def _by_name(reason: Reason, pattern: Pattern[str]) -> Callable[[Entry, _Folder], Verdict | None]:
+    """Return the rule that names with a pattern are no steps, which --pattern overrides."""
+
+    def rule(entry: Entry, folder: _Folder) -> Verdict | None:
+        if folder.selection.pattern or not _matches(entry, pattern):
+            return None
+        if reason is Reason.SHARD and not folder.names.isdisjoint(conventions.FOLDER_WEIGHTS):
+            return other(Reason.SHARD)  # of the folder's own model
+        return _not_a_step(entry, reason)
+
+    return rule
+
+
+def _not_listable(entry: Entry, _folder: _Folder) -> Verdict | None:
+    may_be_step = not entry.is_folder or entry.numbers
+    is_listable = may_be_step or entry.source.storage.can_list(entry.path)
+    return None if is_listable else skipped(Reason.NOT_LISTABLE)
+
+
+def _no_model(entry: Entry, folder: _Folder) -> Verdict | None:
+    if _is_unnumbered(entry, folder.selection):
+        is_told = not entry.is_folder or conventions.ALIAS.search(entry.stem)
+        return None if is_told or entry.model else other(Reason.NO_MODEL)
+    if entry.located:
+        return None
+    if not entry.numbers:
+        return other(Reason.NO_MODEL)
+    component = entry.source.reading.component
+    detail = f"no model weights for --component {component}" if component else ""
+    return skipped(Reason.NO_MODEL, detail)
+
+
+_RULES: Rules[Entry, _Folder] = (
+    ("appended", lambda e, f: APPENDED if e.name in f.appended else None),
+    ("weights-elsewhere", _weights_elsewhere),
+    ("no-weights-by-name", _no_weights_by_name),
+    ("not-selected", _not_selected),
+    (
+        "revision-without-step",
+        lambda e, _: skipped(Reason.NO_NUMBER) if e.is_revision and not e.numbers else None,
+    ),
+    ("not-matched", _not_matched),
+    ("not-regular", _not_regular),
+    ("part-of-something", _part_of_something),
+    ("own-output", _own_output),
+    ("unfinished-name", _by_name(Reason.UNFINISHED_NAME, conventions.UNFINISHED_NAME)),
+    ("training-state", _by_name(Reason.TRAINING_STATE, conventions.STATE_NAME)),
+    ("shard-or-rank", _by_name(Reason.SHARD, conventions.SHARD_OR_RANK)),
+    ("merged", _by_name(Reason.MERGED, conventions.MERGED)),
+    ("module", _by_name(Reason.MODULE, conventions.MODULE_FOLDER)),
+    ("average-by-name", _by_name(Reason.AVERAGE, conventions.AVERAGED_NAME)),
+    ("not-listable", _not_listable),
+    ("no-model", _no_model),
+)
+
+
+def _matches(entry: Entry, pattern: Pattern[str]) -> bool:
+    """Return whether a pattern is in the name with or, for a file, without its extension."""
+    return bool(pattern.search(entry.name) or pattern.search(stem_of(entry.name)))
+
+
+def _not_a_step(entry: Entry, reason: Reason) -> Verdict:
+    """Return that an entry is no step, to be reported if one might have expected it to be."""
+    is_told = entry.numbers or not entry.is_folder or entry.model
+    return skipped(reason) if is_told else other(reason)

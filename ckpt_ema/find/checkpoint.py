@@ -1,12 +1,14 @@
-"""The checkpoints of a run in training order, and how far apart they are."""
+"""The checkpoints of a run in training order, and what was found beside them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from ckpt_ema.containers.specs import ModelFiles
 from ckpt_ema.errors import Code, RefusedError, some
+from ckpt_ema.find.verdict import Judged
+from ckpt_ema.notices import Notice
 
 # Units of numbers in names that may count training steps.
 STEP_UNITS = ("step", "checkpoint", "number")
@@ -27,18 +29,30 @@ class Checkpoint:
         object.__setattr__(self, "name", self.name or self.path.name)
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The checkpoints of a run, oldest first, and the verdict on every entry of its folder."""
+
+    root: Path  # the run's folder, or the one checkpoint that is all there is
+    checkpoints: tuple[Checkpoint, ...]
+    judged: tuple[Judged, ...]
+    warnings: tuple[Notice, ...] = ()
+    # Why a checkpoint is not complete, None if it is; opens it at the first call.
+    problem_of: Callable[[Checkpoint], str | None] = lambda _: None
+
+    @property
+    def left_out(self) -> tuple[Judged, ...]:
+        """The entries that do not take part although they might be expected to."""
+        return tuple(entry for entry in self.judged if entry.is_left_out)
+
+
 def gaps(checkpoints: Sequence[Checkpoint]) -> list[int | None]:
     """Return the steps from each checkpoint's predecessor to it; None where that is unknown.
 
     accelerate numbers its saves one after the other, which gives no distances.
     """
-    known: list[int | None] = [None]
-    for earlier, later in pairwise(checkpoints):
-        if earlier.step is None or later.step is None or later.unit == "save":
-            known.append(None)
-        else:
-            known.append(later.step - earlier.step)
-    return known
+    steps = [None if one.unit == "save" else one.step for one in checkpoints]
+    return [None, *(None if a is None or b is None else b - a for a, b in pairwise(steps))]
 
 
 def known_steps(checkpoints: Sequence[Checkpoint]) -> list[int] | None:

@@ -6,16 +6,16 @@ warning. One in the middle is a loss that somebody should know of: it is refused
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
-from ckpt_ema.find.checkpoint import Checkpoint
-from ckpt_ema.find.found import Found
+from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.names import stem_of
-from ckpt_ema.find.verdict import Judged, Outcome, Reason, Verdict
+from ckpt_ema.find.verdict import Outcome, Reason, Verdict
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
 from ckpt_ema.storage.protocol import Kind
@@ -30,36 +30,32 @@ def without_incomplete(found: Found, selection: Selection, source: Source) -> Fo
     """
     problem_of = _problems(found.checkpoints, source)
     *older, newest = found.checkpoints
-    incomplete: list[Checkpoint] = []
-    if selection.skip_incomplete:
-        incomplete = [one for one in found.checkpoints if problem_of(one)]
-    elif problem_of(newest) and (newest.is_given or not older):
+    doubtful = found.checkpoints if selection.skip_incomplete else (newest,)
+    incomplete = {one: problem for one in doubtful if (problem := problem_of(one))}
+    if incomplete and not selection.skip_incomplete and (newest.is_given or not older):
         raise IncompleteError(
-            f"{newest.path} is incomplete: {problem_of(newest)}.",
+            f"{newest.path} is incomplete: {incomplete[newest]}.",
             code=Code.INCOMPLETE,
             path=newest.path,
         )
-    elif problem_of(newest):
-        incomplete = [newest]
-    left, gone = {one.name: f"incomplete: {problem_of(one)}" for one in incomplete}, set(incomplete)
-    complete = tuple(one for one in found.checkpoints if one not in gone)
+    complete = tuple(one for one in found.checkpoints if one not in incomplete)
     if not complete:
         raise RefusedError(
             f"{found.root} holds no complete checkpoint.",
             code=Code.NO_CHECKPOINTS,
             path=found.root,
         )
+    verdicts = {
+        one.name: Verdict(Outcome.SKIPPED, Reason.INCOMPLETE, "incomplete", f"incomplete: {why}")
+        for one, why in incomplete.items()
+    }
+    judged = (replace(one, verdict=verdicts.get(one.name, one.verdict)) for one in found.judged)
     notices = (
-        Notice(Code.INCOMPLETE, f"{one.name} is incomplete and left out: {problem_of(one)}.")
-        for one in incomplete
+        Notice(Code.INCOMPLETE, f"{one.name} is incomplete and left out: {why}.")
+        for one, why in incomplete.items()
     )
-    return replace(
-        found,
-        checkpoints=complete,
-        judged=tuple(_incomplete(one, left.get(one.name)) for one in found.judged),
-        warnings=(*found.warnings, *notices),
-        problem_of=problem_of,
-    )
+    warnings = (*found.warnings, *notices)
+    return Found(found.root, complete, tuple(judged), warnings, problem_of)
 
 
 def check_complete(checkpoints: Sequence[Checkpoint], found: Found) -> None:
@@ -76,13 +72,6 @@ def check_complete(checkpoints: Sequence[Checkpoint], found: Found) -> None:
             )
 
 
-def _incomplete(judged: Judged, detail: str | None) -> Judged:
-    if detail is None:
-        return judged
-    verdict = Verdict(Outcome.SKIPPED, Reason.INCOMPLETE, "incomplete", detail)
-    return replace(judged, verdict=verdict)
-
-
 def _problems(
     checkpoints: Sequence[Checkpoint], source: Source
 ) -> Callable[[Checkpoint], str | None]:
@@ -92,30 +81,30 @@ def _problems(
     """
     markers = {checkpoint.path: _markers(checkpoint.path, source) for checkpoint in checkpoints}
     # A marker that few have means nothing: somebody may have cleaned up the others.
-    used = {
-        name
-        for name in set().union(*markers.values())
-        if 2 * sum(name in present for present in markers.values()) > len(markers)
-    }
+    counts = Counter(marker for present in markers.values() for marker in present)
+    used = {marker for marker, count in counts.items() if 2 * count > len(markers)}
     run = checkpoints[-1].path.parent
     beside, saved = source.storage.names(run), _tracked(run, source)
 
-    @functools.cache
-    def problem_of(checkpoint: Checkpoint) -> str | None:
-        if saved is not None and checkpoint.unit == "step" and (checkpoint.step or 0) > saved[1]:
-            return f"{saved[0]} has {saved[1]} as the last step that was saved"
-        if not checkpoint.is_given:
-            present = markers[checkpoint.path]
-            problem = _marked(checkpoint.path, present, used, beside, source)
-            if problem:
-                return problem
+    def problems(one: Checkpoint) -> Iterator[str]:
+        if saved is not None and one.unit == "step" and (one.step or 0) > saved[1]:
+            yield f"{saved[0]} has {saved[1]} as the last step that was saved"
+        if not one.is_given:
+            names = (f"{name}-unfinished" for name in (one.path.name, stem_of(one.path.name)))
+            yield from (f"{name} lies beside it" for name in names if name in beside)
+            present = markers[one.path]
+            yield from (f"it holds {name}" for name in conventions.UNDONE if name in present)
+            if source.storage.is_folder(one.path):
+                lacking = (name for name in conventions.DONE if name in used - present)
+                yield from (
+                    f"it lacks {n}, which other checkpoints of the run have" for n in lacking
+                )
         try:
-            source.read(checkpoint.model)
+            source.read(one.model)
         except IncompleteError as error:
-            return error.message.rstrip(".")
-        return None
+            yield error.message.rstrip(".")
 
-    return problem_of
+    return functools.cache(lambda checkpoint: next(problems(checkpoint), None))
 
 
 def _tracked(run: Path, source: Source) -> tuple[str, int] | None:
@@ -138,23 +127,3 @@ def _markers(path: Path, source: Source) -> set[str]:
         if marker in names
         or (marker.split("/")[0] in names and source.storage.kind(path / marker) is not Kind.ABSENT)
     }
-
-
-def _marked(
-    path: Path, present: set[str], used: set[str], beside: set[str], source: Source
-) -> str | None:
-    """Return what the trainer's own markers have against a checkpoint.
-
-    `present` are those in it, `used` those in most checkpoints of the run, `beside` the names in
-    the run's folder.
-    """
-    for name in (path.name, stem_of(path.name)):
-        if f"{name}-unfinished" in beside:
-            return f"{name}-unfinished lies beside it"
-    for name in conventions.UNDONE:
-        if name in present:
-            return f"it holds {name}"
-    for name in conventions.DONE if source.storage.is_folder(path) else ():
-        if name in used and name not in present:
-            return f"it lacks {name}, which other checkpoints of the run have"
-    return None

@@ -1,21 +1,30 @@
 """The names in a run's folder, each with what is known of it without reading a tensor."""
 
+import contextlib
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import ModelFiles, is_safetensors
-from ckpt_ema.errors import Code, RefusedError
-from ckpt_ema.find.model_files import Unsupported, locate
+from ckpt_ema.errors import Code, IncompleteError, RefusedError
+from ckpt_ema.find.model_files import Located, locate
 from ckpt_ema.find.names import numbers_in, slots_in, stem_of, template_of
-from ckpt_ema.find.recorded import recorded_beside, recorded_inside
 from ckpt_ema.find.verdict import Judged, Verdict
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 
+STRANGE = (Kind.ABSENT, Kind.OTHER)  # a broken link, a FIFO, a socket or a device
 _DEEPEST_REF = 5
+_HEAD_BYTES = 4096
+_LINES = {  # suffix of a file -> pattern of a line, with groups for an integer and its decimals
+    ".json": r'^\s*[{{,]?\s*"{key}":\s*(\d{{1,18}})()\s*[,}}]',
+    ".yaml": r"^{key}:\s*(\d{{1,15}})(?:\.(\d+))?\s*$",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +49,6 @@ class Entry:
         return self.kind is Kind.FOLDER
 
     @property
-    def is_strange(self) -> bool:
-        """Whether it is a broken link, a FIFO, a socket or a device."""
-        return self.kind in (Kind.ABSENT, Kind.OTHER)
-
-    @property
     def is_revision(self) -> bool:
         """Whether the Hub's cache has it under the name of a branch or tag."""
         return self.name != self.path.name
@@ -54,11 +58,6 @@ class Entry:
         """Its name without extension and without the suffix of a name that was taken."""
         stem = stem_of(self.name)
         return conventions.VERSION.sub("", stem) if self.name.endswith(".ckpt") else stem
-
-    @property
-    def version(self) -> str:
-        """The suffix that Lightning gave it since its name was taken, such as "-v1"."""
-        return stem_of(self.name)[len(self.stem) :]
 
     @cached_property
     def numbers(self) -> Mapping[str, int]:
@@ -75,14 +74,14 @@ class Entry:
         """Its name with the numbers left open, which it shares with its series."""
         return template_of(self.stem)
 
-    @cached_property
+    @property
     def has_weights_extension(self) -> bool:
         """Whether its name has the extension of a file that may be a model."""
-        return bool(conventions.WEIGHTS_EXTENSION.search(self.name))
+        return stem_of(self.name) != self.name
 
     @cached_property
-    def located(self) -> ModelFiles | Unsupported | None:
-        """The model that it holds, as far as names tell; None without one."""
+    def located(self) -> Located:
+        """The model that it holds, by names alone; None without one."""
         return locate(self.path, self.source)
 
     @property
@@ -93,17 +92,19 @@ class Entry:
     @cached_property
     def recorded(self) -> Mapping[str, int]:
         """The "step", "epoch" or "time" that it records outside of torch files."""
-        beside = recorded_beside(self.path, self.source).numbers
-        if beside or self.model is None or not is_safetensors(self.path.name):
-            return beside
-        return recorded_inside(self.path, self.model, self.source)
+        beside, _ = recorded_beside(self.path, self.source)
+        return beside or (self._recorded_inside() if is_safetensors(self.path.name) else {})
 
     @cached_property
     def recorded_anywhere(self) -> Mapping[str, int]:
         """The same, torch files included, which have to be opened for it."""
-        if self.recorded or self.model is None:
-            return self.recorded
-        return recorded_inside(self.path, self.model, self.source)
+        return self.recorded or self._recorded_inside()
+
+    def _recorded_inside(self) -> Mapping[str, int]:
+        with contextlib.suppress(IncompleteError):
+            if self.model and not self.is_folder:
+                return self.source.read(self.model).recorded
+        return {}
 
     def judged(self, verdict: Verdict) -> Judged:
         """Return it with its verdict, at the path where its name is."""
@@ -147,3 +148,48 @@ def _revisions(cache: Path, source: Source) -> list[Entry]:
         is_there = conventions.COMMIT.search(commit) and source.storage.is_folder(snapshot)
         found.append(Entry(snapshot if is_there else refs / name, source, name))
     return found
+
+
+# --- What files beside the weights record ---------------------------------------------------------
+
+
+def recorded_beside(path: Path, source: Source) -> tuple[Mapping[str, int], str]:
+    """Return the "step", "epoch" or "time" (in ms) of a checkpoint, and the file's name."""
+    is_folder = source.storage.is_folder(path)
+    stem = stem_of(path.name)
+    for record in conventions.RECORDS:
+        if is_folder == ("{stem}" in record.file):
+            continue
+        file = (path if is_folder else path.parent) / record.file.format(stem=stem)
+        # The trainer's log follows the step and can be megabytes.
+        for most_bytes in (_HEAD_BYTES, None):
+            content = source.storage.read(file, most_bytes) or b""
+            found = _numbers(content.decode("utf-8", "replace"), file.suffix, record.keys)
+            if found:
+                return found, file.name
+            if len(content) < _HEAD_BYTES:
+                break
+    return {}, ""
+
+
+def _numbers(text: str, suffix: str, keys: Mapping[str, str]) -> dict[str, int]:
+    """Return the numbers at the top of a JSON or YAML file, or of its head, by unit."""
+    found = {}
+    for unit, key in keys.items():
+        match = re.search(_LINES[suffix].format(key=key), text, re.MULTILINE)
+        if match:
+            decimals = (match[2] or "").ljust(3, "0")[:3] if unit == "time" else ""
+            found[unit] = int(match[1] + decimals)
+    if found or suffix != ".json":
+        return found
+    values = {unit: json_object(text).get(key) for unit, key in keys.items()}
+    return {unit: value for unit, value in values.items() if type(value) is int}
+
+
+def json_object(text: str | bytes | None) -> Mapping[str, Any]:
+    """Return the object in a JSON text, empty if there is none."""
+    try:
+        content = json.loads(text or "")
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

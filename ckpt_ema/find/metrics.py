@@ -5,16 +5,16 @@ the name of the checkpoint, or plain numbers in a torch file.
 """
 
 import contextlib
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import Code, IncompleteError, OptionError, RefusedError, some
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint
+from ckpt_ema.find.entries import json_object
 from ckpt_ema.find.names import stem_of
 from ckpt_ema.trainers import conventions
 
@@ -40,10 +40,8 @@ def metric_values(
     if the metric is missing or NaN for some, with what was found.
     """
     logged = _logs(run, source)
-    found = []
-    for checkpoint in checkpoints:
-        log = logged.get(checkpoint.step, {}) if checkpoint.unit in STEP_UNITS else {}
-        found.append({**log, **_metrics(checkpoint, source)})
+    logs = [logged.get(one.step, {}) if one.unit in STEP_UNITS else {} for one in checkpoints]
+    found = [{**log, **_metrics(one, source)} for one, log in zip(checkpoints, logs, strict=True)]
     name = next((n for n in (metric, f"eval_{metric}") if any(n in one for one in found)), None)
     if name is None:
         known = sorted(set().union(*found))
@@ -52,18 +50,17 @@ def metric_values(
             f" {f'they record {some(known, 8)}' if known else 'no metrics found'}.",
             code=Code.NO_METRIC,
         )
-    names = [checkpoint.name for checkpoint in checkpoints]
     values = [one.get(name) for one in found]
-    missing = [n for n, value in zip(names, values, strict=True) if value is None]
-    undefined = [n for n, one in zip(names, found, strict=True) if math.isnan(one.get(name, 0))]
-    for problem, guilty in (("missing", missing), ("NaN", undefined)):
-        if guilty:
-            raise RefusedError(
-                f"{name} is {problem} for {len(guilty)} of {len(names)} checkpoints:"
-                f" {some(guilty)}.",
-                "Leave these out with --exclude, or choose without --best.",
-                code=Code.NO_METRIC,
-            )
+    rows = [*zip((checkpoint.name for checkpoint in checkpoints), values, strict=True)]
+    missing = [one for one, value in rows if value is None]
+    undefined = [one for one, value in rows if value is not None and math.isnan(value)]
+    if missing or undefined:
+        raise RefusedError(
+            f"{name} is {'missing' if missing else 'NaN'} for {len(missing or undefined)} of"
+            f" {len(rows)} checkpoints: {some(missing or undefined)}.",
+            "Leave these out with --exclude, or choose without --best.",
+            code=Code.NO_METRIC,
+        )
     return [value for value in values if value is not None]
 
 
@@ -96,11 +93,11 @@ def _metrics(checkpoint: Checkpoint, source: Source) -> Metrics:
     if source.storage.is_folder(path):
         for name in sorted(source.storage.names(path)):
             if conventions.METRIC_FILES.search(name):
-                found.update(_numbers(_json(path / name, source)))
+                found.update(_numbers(json_object(source.storage.read(path / name))))
     else:
-        for extension, content in (("json", _json), ("yaml", _yaml)):
-            beside = path.with_name(f"{stem_of(path.name)}.{extension}")
-            found.update(_numbers(content(beside, source)))
+        for extension, parse in ((".json", json_object), (".yaml", _yaml_numbers)):
+            beside = path.with_name(stem_of(path.name) + extension)
+            found.update(_numbers(parse(source.storage.read(beside))))
         with contextlib.suppress(IncompleteError):  # judged if it is chosen
             found.update(source.read(checkpoint.model).numbers)
     return {**found, **_named(checkpoint.name)}
@@ -110,7 +107,7 @@ def _logs(folders: Sequence[Path], source: Source) -> dict[int | None, dict[str,
     """Return what `trainer_state.json` has logged, by step; a later checkpoint has all of it."""
     logged: dict[int | None, dict[str, float]] = {}
     for folder in folders:
-        state = _json(folder / conventions.TRAINER_STATE, source)
+        state = json_object(source.storage.read(folder / conventions.TRAINER_STATE))
         history = state.get("log_history")
         for entry in history if isinstance(history, list) else []:
             if isinstance(entry, dict) and isinstance(entry.get("step"), int):
@@ -138,23 +135,10 @@ def _numbers(content: Mapping[str, Any]) -> Metrics:
     }
 
 
-def _json(path: Path, source: Source) -> Mapping[str, Any]:
-    """Return the object in a JSON file, empty if there is none."""
-    try:
-        content = json.loads(source.storage.read(path) or b"")
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _yaml(path: Path, source: Source) -> Mapping[str, Any]:
-    """Return the numbers at the top of a YAML file, empty if there is none."""
-    return dict(_yaml_numbers((source.storage.read(path) or b"").decode("utf-8", "replace")))
-
-
-def _yaml_numbers(text: str) -> Iterator[tuple[str, float]]:
+def _yaml_numbers(content: bytes | None) -> Metrics:
+    """Return the numbers at the top of a YAML text."""
+    text, found = (content or b"").decode("utf-8", "replace"), {}
     for name, value in re.findall(r"^([A-Za-z_][\w/]*):\s*(\S+)\s*$", text, re.MULTILINE):
-        try:
-            yield name, float(value.replace(".nan", "nan").replace(".inf", "inf"))
-        except ValueError:
-            continue
+        with contextlib.suppress(ValueError):
+            found[name] = float(value.replace(".nan", "nan").replace(".inf", "inf"))
+    return found

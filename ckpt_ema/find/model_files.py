@@ -6,34 +6,29 @@ with the option that chooses.
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Member, ModelFiles
 from ckpt_ema.errors import Code, RefusedError, some
+from ckpt_ema.find.names import stem_of
 from ckpt_ema.notices import Notice
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
+from ckpt_ema.trainers.table import Refusal
 
 _DEEPEST = 5  # folders deep that signs of another format are looked for
 
 
-@dataclass(frozen=True, slots=True)
-class Unsupported:
-    """A checkpoint in a format that is not read."""
-
-    what: str
-    instead: str
-
-    def refusal(self, path: Path) -> RefusedError:
-        """Return the error for the checkpoint at `path`."""
-        return RefusedError(
-            f"{path} is {self.what}.", self.instead, code=Code.UNSUPPORTED_FORMAT, path=path
-        )
+# A refusal is for a format that is not read.
+Located = ModelFiles | Refusal | None
 
 
-Located = ModelFiles | Unsupported | None
+def unsupported(path: Path, refusal: Refusal) -> RefusedError:
+    """Return the error for a checkpoint in a format that is not read."""
+    return RefusedError(
+        f"{path} is {refusal.what}.", refusal.instead, code=Code.UNSUPPORTED_FORMAT, path=path
+    )
 
 
 def locate(path: Path, source: Source, *, depth: int = _DEEPEST) -> Located:
@@ -43,27 +38,29 @@ def locate(path: Path, source: Source, *, depth: int = _DEEPEST) -> Located:
     there are two forms of the model and no option chooses.
     """
     if not source.storage.is_folder(path):
-        unsupported = _unsupported([path.name])
+        refusal = _refusal([path.name])
         is_weights = conventions.WEIGHTS_EXTENSION.search(path.name)
-        if unsupported or not is_weights or source.reading.component:
-            return unsupported  # a file has no components; --key looks inside
+        if refusal or not is_weights or source.reading.component:
+            return refusal  # a file has no components; --key looks inside
         return ModelFiles(path.parent, (Member(path.name),))
     if source.reading.component:
         return _component(path, source.reading.component, source)
     names = source.storage.names(path)
     if conventions.DCP_METADATA in names and "meta.pt" in names:
-        return _unsupported(["meta.pt"])
-    return (
-        _in_folder(path, source, names)
+        return _refusal(["meta.pt"])
+    found = (
+        _in_folder(path, names, source)
         or _pipeline(path, source)
         or _in_model_folder(path, source)
         or _distributed(path, source)
-        or _unusual(path, depth, source)
     )
+    if found:
+        return found
+    below = _names_below(path, depth, source)
+    return _refusal(below, certain_only=True) or _only_file(path, source) or _refusal(below)
 
 
-def _in_folder(folder: Path, source: Source, names: set[str] | None = None) -> ModelFiles | None:
-    names = source.storage.names(folder) if names is None else names
+def _in_folder(folder: Path, names: set[str], source: Source) -> ModelFiles | None:
     main = _model_file(folder, names, source)
     members = [Member(main), *_further_models(names)] if main else []
     if conventions.MODULES_LIST in names:
@@ -79,7 +76,13 @@ def _model_file(folder: Path, names: set[str], source: Source) -> str | None:
     for single in reversed(conventions.MODEL_FILES):
         forms = [name for name in (single, single + conventions.INDEX_SUFFIX) if name in names]
         if len(forms) == 2 and wanted == "auto":
-            raise _two_forms(folder, *forms)
+            raise RefusedError(
+                f"{folder} holds both {single} and {forms[1]}: one of them is stale, and loaders"
+                f" take {single}.",
+                "Remove the stale one, or choose with --form single or --form sharded.",
+                code=Code.SEVERAL_MODELS,
+                path=folder,
+            )
         if len(forms) == 2:
             forms = [forms[wanted == "sharded"]]
         models = forms + models
@@ -101,22 +104,10 @@ def _model_file(folder: Path, names: set[str], source: Source) -> str | None:
     return models[0]
 
 
-def _two_forms(folder: Path, single: str, index: str) -> RefusedError:
-    return RefusedError(
-        f"{folder} holds both {single} and {index}: one of them is stale, and loaders take"
-        f" {single}.",
-        "Remove the stale one, or choose with --form single or --form sharded.",
-        code=Code.SEVERAL_MODELS,
-        path=folder,
-    )
-
-
 def _further_models(names: set[str]) -> list[Member]:
-    found: dict[str, str] = {}
-    for name in sorted(names, reverse=True):  # safetensors come last and win
-        match = conventions.FURTHER_MODEL.search(name)
-        if match:
-            found[match["model"].removeprefix("pytorch_")] = name
+    # Of two files of one model, that in safetensors comes last and wins.
+    matches = filter(None, map(conventions.FURTHER_MODEL.search, sorted(names, reverse=True)))
+    found = {match["model"].removeprefix("pytorch_"): match[0] for match in matches}
     return [Member(name, f"{model}/") for model, name in sorted(found.items())]
 
 
@@ -156,17 +147,12 @@ def _component(path: Path, component: str, source: Source) -> Located:
     inside = path / component
     if source.storage.is_folder(inside):
         return (
-            _in_folder(inside, source)
+            _in_folder(inside, source.storage.names(inside), source)
             or _in_model_folder(inside, source)
             or _distributed(inside, source)
-            or _unsupported(_names_below(inside, _DEEPEST, source))
+            or _refusal(_names_below(inside, _DEEPEST, source))
         )
-    files = [
-        name
-        for name in sorted(source.storage.names(path))
-        if conventions.WEIGHTS_EXTENSION.search(name)
-        and conventions.WEIGHTS_EXTENSION.sub("", name) == component
-    ]
+    files = [n for n in source.storage.names(path) if n != stem_of(n) == component]
     return ModelFiles(path, (Member(files[0]),)) if len(files) == 1 else None
 
 
@@ -184,35 +170,25 @@ def _pipeline(path: Path, source: Source, component: str | None = None) -> Model
 
 
 def _in_model_folder(path: Path, source: Source) -> ModelFiles | None:
-    for name in conventions.MODEL_FOLDERS:
-        if source.storage.is_folder(path / name):
-            found = _in_folder(path / name, source)
-            if found:
-                return found
-    return None
+    folders = (path / name for name in conventions.MODEL_FOLDERS)
+    there = (folder for folder in folders if source.storage.is_folder(folder))
+    found = (_in_folder(folder, source.storage.names(folder), source) for folder in there)
+    return next(filter(None, found), None)
 
 
 def _distributed(path: Path, source: Source) -> Located:
     """Return what torch.distributed.checkpoint wrote, in the checkpoint or a folder of it."""
     for name in conventions.DCP_FOLDERS:
-        metadata = os.path.join(name, conventions.DCP_METADATA)
-        names = (
-            source.storage.names(path / name) if source.storage.is_folder(path / name) else set()
-        )
+        folder = path / name
+        names = source.storage.names(folder) if source.storage.is_folder(folder) else set()
         # Without .metadata, which is written last, it is an unfinished save of the same format.
         if conventions.DCP_METADATA in names or any(file.endswith(".distcp") for file in names):
             if "common.pt" in names or source.storage.is_folder(path / "context"):
-                return _unsupported(["common.pt", "context/"])
+                return _refusal(["common.pt", "context/"])
             if name in conventions.MODEL_FOLDERS:
-                return ModelFiles(path / name, (Member(conventions.DCP_METADATA),))
-            return ModelFiles(path, (Member(metadata),))
+                return ModelFiles(folder, (Member(conventions.DCP_METADATA),))
+            return ModelFiles(path, (Member(os.path.join(name, conventions.DCP_METADATA)),))
     return None
-
-
-def _unusual(path: Path, depth: int, source: Source) -> Located:
-    """Return what a folder without any of the usual names holds, by the names of all its files."""
-    names = _names_below(path, depth, source)
-    return _unsupported(names, certain_only=True) or _only_file(path, source) or _unsupported(names)
 
 
 def _only_file(path: Path, source: Source) -> ModelFiles | None:
@@ -229,22 +205,12 @@ def _only_file(path: Path, source: Source) -> ModelFiles | None:
     return ModelFiles(path, (Member(files[0]),)) if len(files) == 1 else None
 
 
-def _unsupported(names: list[str], *, certain_only: bool = False) -> Unsupported | None:
-    for refusal in conventions.REFUSALS:
-        if certain_only and not refusal.is_certain:
-            continue
-        if any(refusal.name.search(name) for name in names):
-            return Unsupported(refusal.what, refusal.instead)
-    return None
+def _refusal(names: list[str], *, certain_only: bool = False) -> Refusal | None:
+    refusals = (one for one in conventions.REFUSALS if one.is_certain or not certain_only)
+    return next((one for one in refusals if any(map(one.name.search, names))), None)
 
 
 def _names_below(folder: Path, depth: int, source: Source) -> list[str]:
-    """Return names of files in a folder, relative to it, but for training state.
-
-    Training state comes in many formats beside models that are read.
-    """
-    return [
-        name
-        for name in source.storage.files_below(folder, depth)
-        if not conventions.STAYS_BEHIND.search(os.path.basename(name))
-    ]
+    """Return names of files in a folder, relative to it, but for training state of any format."""
+    files, stays = source.storage.files_below(folder, depth), conventions.STAYS_BEHIND
+    return [name for name in files if not stays.search(os.path.basename(name))]

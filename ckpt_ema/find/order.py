@@ -5,14 +5,13 @@ the one number that varies from name to name. Text order and modification times 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint
-from ckpt_ema.find.entries import Entry
-from ckpt_ema.find.names import captures_step, slots_in
-from ckpt_ema.find.recorded import recorded_beside
+from ckpt_ema.find.entries import Entry, recorded_beside
+from ckpt_ema.find.names import captures_step, slots_in, stem_of
 from ckpt_ema.options import Selection
 from ckpt_ema.trainers import conventions
 
@@ -57,46 +56,58 @@ def _keys(entries: Sequence[Entry], selection: Selection) -> _Keys:
         if all(matches):
             return "step", [_captured(match) for match in matches if match]
     _check_versions(entries)
-    beside = _recorded_keys(entries, selection) if selection.order != "name" else None
-    if beside:
-        return beside
+    recorded = _recorded_keys(entries, selection) if selection.order != "name" else None
+    if recorded:
+        return recorded
     named = named_keys(entries) if selection.order != "metadata" else None
-    if named:
-        if selection.order == "auto":
-            _check_rises(entries, *named)
-        return named
-    return _keys_inside(entries)
+    if named and selection.order == "auto":
+        _check_rises(entries, *named)
+    keys = named or _shared(entries, lambda entry: entry.recorded_anywhere)
+    if keys is None:
+        raise RefusedError(
+            f"the order of {entries[0].name} and {entries[-1].name} is unknown: their names differ"
+            " in several numbers or in none, and not all of them record a step.",
+            "Pick the number with --pattern, such as --pattern 'step(?P<step>[0-9]+)', or pass the"
+            " checkpoints one by one, oldest first.",
+            code=Code.UNKNOWN_ORDER,
+            path=entries[0].path,
+        )
+    return keys
+
+
+def _shared(
+    entries: Sequence[Entry],
+    facts: Callable[[Entry], Mapping[str, int]],
+    units: Iterable[str] = ("step", "epoch"),
+) -> _Keys | None:
+    """Return the first unit in which all entries have a number, and the numbers."""
+    for unit in units:
+        if all(unit in facts(entry) for entry in entries):
+            return unit, [facts(entry)[unit] for entry in entries]
+    return None
 
 
 def _recorded_keys(entries: Sequence[Entry], selection: Selection) -> _Keys | None:
     """Return the numbers recorded beside the weights or in headers, if all entries have them."""
     if all(conventions.NAMED_BY_DATE.search(entry.stem) for entry in entries):
         return "time", _by_date(entries)
-    recorded = [entry.recorded for entry in entries]
-    for unit in ("step", "epoch"):
-        if all(unit in numbers for numbers in recorded):
-            if selection.order == "auto":
-                _check_names(entries, unit)
-            return unit, [numbers[unit] for numbers in recorded]
-    return None
+    recorded = _shared(entries, lambda entry: entry.recorded)
+    if recorded and selection.order == "auto":
+        _check_names(entries, recorded[0])
+    return recorded
 
 
 def named_keys(entries: Sequence[Entry]) -> _Keys | None:
     """Return the numbers in the names, with what they count; None if names give no order."""
-    for unit in conventions.STEP_NAMES:
-        if all(unit in entry.numbers for entry in entries):
-            keys = [entry.numbers[unit] for entry in entries]
-            return ("save" if _count_saves(entries, keys) else unit), keys
+    named = _shared(entries, lambda entry: entry.numbers, conventions.STEP_NAMES)
+    if named:
+        unit, keys = named
+        is_index = all(conventions.SAVE_INDEX.search(e.stem) and e.is_folder for e in entries)
+        # accelerate counts its saves, which gives no distances.
+        is_save = is_index and sorted(keys) == [*range(min(keys), min(keys) + len(keys))]
+        return ("save" if is_save else unit), keys
     slots = _varying_slot(entries)
     return ("number", slots) if slots else None
-
-
-def _count_saves(entries: Sequence[Entry], keys: Sequence[int]) -> bool:
-    """Return whether the numbers are accelerate's, which count saves and give no distances."""
-    consecutive = sorted(keys) == list(range(min(keys), min(keys) + len(keys)))
-    return consecutive and all(
-        conventions.SAVE_INDEX.search(entry.stem) and entry.is_folder for entry in entries
-    )
 
 
 def _captured(match: re.Match[str]) -> int:
@@ -120,17 +131,18 @@ def _by_date(entries: Sequence[Entry]) -> list[int]:
 
 def _check_versions(entries: Sequence[Entry]) -> None:
     """Refuse a mixture of Lightning's versions: files of one name from two runs."""
-    first = next((entry for entry in entries if entry.version), None)
-    if first is None or len({entry.version for entry in entries}) == 1:
+    versions = {entry: stem_of(entry.name)[len(entry.stem) :] for entry in entries}  # "-v1"
+    first = next((entry for entry in entries if versions[entry]), None)
+    if first is None or len({*versions.values()}) == 1:
         return
-    other = next(entry for entry in entries if entry.version != first.version)
+    version = versions[first]
+    other = next(entry for entry in entries if versions[entry] != version)
     same = next((one for one in entries if one is not first and one.stem == first.stem), None)
     what = "are the same step from two runs" if same else "are from two runs"
     raise RefusedError(
-        f"{(same or other).name} and {first.name} {what} (Lightning adds {first.version} when a"
-        " name is taken).",
-        rf"Keep one set: --pattern '(?<!{first.version})\.ckpt$' or"
-        rf" --pattern '{first.version}\.ckpt$'.",
+        f"{(same or other).name} and {first.name} {what} (Lightning adds {version} when a name is"
+        " taken).",
+        rf"Keep one set: --pattern '(?<!{version})\.ckpt$' or --pattern '{version}\.ckpt$'.",
         code=Code.SEVERAL_RUNS,
         path=first.path,
     )
@@ -143,10 +155,10 @@ def _check_names(entries: Sequence[Entry], unit: str) -> None:
         recorded = entry.recorded[unit]
         named = next((entry.numbers[word] for word in units if word in entry.numbers), recorded)
         if named != recorded:
-            beside = recorded_beside(entry.path, entry.source)
-            file = beside.file if beside.numbers else "its header"
+            _, file = recorded_beside(entry.path, entry.source)
             raise RefusedError(
-                f"{entry.name} records {unit} {recorded} in {file}; was it renamed?",
+                f"{entry.name} records {unit} {recorded} in {file or 'its header'}; was it"
+                " renamed?",
                 "Order by what it records (--order metadata) or by its name (--order name).",
                 code=Code.CONTRADICTORY_STEPS,
                 path=entry.path,
@@ -205,17 +217,3 @@ def _varying_slot(entries: Sequence[Entry]) -> list[int] | None:
         return None
     varying = [list(column) for column in zip(*slots, strict=True) if len(set(column)) > 1]
     return varying[0] if len(varying) == 1 else None
-
-
-def _keys_inside(entries: Sequence[Entry]) -> _Keys:
-    for unit in ("step", "epoch"):
-        if all(unit in entry.recorded_anywhere for entry in entries):
-            return unit, [entry.recorded_anywhere[unit] for entry in entries]
-    raise RefusedError(
-        f"the order of {entries[0].name} and {entries[-1].name} is unknown: their names differ in"
-        " several numbers or in none, and not all of them record a step.",
-        "Pick the number with --pattern, such as --pattern 'step(?P<step>[0-9]+)', or pass the"
-        " checkpoints one by one, oldest first.",
-        code=Code.UNKNOWN_ORDER,
-        path=entries[0].path,
-    )

@@ -5,30 +5,31 @@ a number are placed, and an incomplete newest checkpoint is left out. Where two 
 are possible, the run is refused with the option that decides.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import ModelFiles
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.aliases import place_aliases
-from ckpt_ema.find.append import append, despite_number
-from ckpt_ema.find.candidates import Candidates, candidates_in, container_of
-from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint
+from ckpt_ema.find.candidates import Candidates, candidates_in
+from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint, Found
 from ckpt_ema.find.complete import without_incomplete
 from ckpt_ema.find.entries import Entry, is_hub_cache
-from ckpt_ema.find.found import Found
-from ckpt_ema.find.globs import none_selected, unmatched
-from ckpt_ema.find.listed import common_root, listed
-from ckpt_ema.find.model_files import Unsupported, locate
-from ckpt_ema.find.names import numbers_in
+from ckpt_ema.find.given import append, common_root, listed, none_selected, unmatched
+from ckpt_ema.find.model_files import locate, unsupported
+from ckpt_ema.find.names import numbers_in, stem_of, template_of
 from ckpt_ema.find.order import ordered, step_in_name
-from ckpt_ema.find.series import Series, choose_series
-from ckpt_ema.find.verdict import UNSELECTED, Judged, Outcome, Reason, Verdict
+from ckpt_ema.find.series import choose_series
+from ckpt_ema.find.verdict import APPENDED, UNSELECTED, Judged, Outcome, Reason, Verdict
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
 from ckpt_ema.trainers import conventions
+from ckpt_ema.trainers.table import Refusal
 
 
 def discover(paths: Sequence[Path], selection: Selection, source: Source) -> Found:
@@ -57,7 +58,7 @@ def _in_run(run: Path, candidates: Candidates, selection: Selection, source: Sou
     if candidates.numbered and not candidates.are_stray():
         return _in_folder(run, candidates, selection, source)
     folder = candidates.folder
-    inner = None if candidates.unsupported else container_of(folder, selection, source)
+    inner = None if candidates.unsupported else _container_of(folder, selection, source)
     if inner:
         found = _in_run(run, inner, selection, source)
         warnings = (*found.warnings, *_beside_container(candidates))
@@ -70,54 +71,82 @@ def _in_folder(run: Path, candidates: Candidates, selection: Selection, source: 
     """Return the checkpoints among the candidates of a folder, the run's own or one in it."""
     pattern_warnings = unmatched((entry.name for entry in candidates.entries), selection)
     series = choose_series(candidates, selection, source)
-    if not series.steps:
-        raise _nothing_found(candidates, series.verdicts)
-    numbered = ordered(series.steps, selection)
-    aliases = place_aliases(candidates.unnumbered, series, numbered, selection, source)
-    appended = append((candidates.folder, run), [*numbered, *aliases.later], selection, source)
-    steps = dict.fromkeys(series.steps, Verdict(Outcome.STEP, Reason.NUMBERED, "series"))
-    verdicts = {**candidates.verdicts, **series.verdicts, **steps, **aliases.verdicts}
+    steps = [entry for entry, verdict in series.items() if verdict.outcome is Outcome.STEP]
+    if not steps:
+        raise _nothing_found(candidates, {**candidates.verdicts, **series})
+    numbered = ordered(steps, selection)
+    later, aliases = place_aliases(candidates.unnumbered, steps, numbered, selection, source)
+    appended = append((candidates.folder, run), [*numbered, *later], selection, source)
+    verdicts = {**candidates.verdicts, **series, **aliases}
+    warnings = _warnings(verdicts, steps, numbered[-1], appended)
     return Found(
         run,
-        (*numbered, *aliases.later, *appended),
+        (*numbered, *later, *appended),
         _all_judged(verdicts, appended),
-        (
-            *pattern_warnings,
-            *_without_model(candidates, series),
-            *_later_left_out(numbered[-1], verdicts),
-            *despite_number(appended, numbered[-1], series),
-            *aliases.warnings,
-        ),
+        (*pattern_warnings, *warnings),
     )
 
 
-def _alone(candidates: Candidates, selection: Selection, source: Source) -> Found | None:
-    """Return the checkpoint that the folder itself is; None if there is a series in it after all.
+def _container_of(run: Path, selection: Selection, source: Source) -> Candidates | None:
+    """Return what is in the folder that holds a run's checkpoints, which trainers name alike."""
+    paths = [
+        path for glob in conventions.CONTAINERS for path in _matching(run, glob.split("/"), source)
+    ]
+    inside = [candidates_in(path, selection, source) for path in dict.fromkeys(paths)]
+    hits = [one for one in inside if one.numbered or one.unsupported]
+    # What ranks have written is training state beside a model (prime-rl's checkpoints/, weights/).
+    models = [
+        one
+        for one in hits
+        if any(e.model and e.model.path.name != conventions.DCP_METADATA for e in one.numbered)
+    ]
+    hits = models if len(models) == 1 else hits
+    if len(hits) > 1:
+        names = [os.path.relpath(one.folder, run) for one in hits]
+        raise RefusedError(
+            f"{run} contains {len(hits)} runs ({some(names)}), and an average across runs is not"
+            " one over training.",
+            "Pass one of them.",
+            code=Code.SEVERAL_RUNS,
+            path=run,
+        )
+    return hits[0] if hits else None
 
-    Raises `RefusedError` if there is neither.
-    """
+
+def _matching(folder: Path, globs: list[str], source: Source) -> Iterator[Path]:
+    """Yield the folders at a glob, one of whose parts each level of folders matches."""
+    if not globs:
+        yield folder
+    elif source.storage.can_list(folder):
+        for name in sorted(source.storage.names(folder)):
+            if fnmatchcase(name, globs[0]) and source.storage.is_folder(folder / name):
+                yield from _matching(folder / name, globs[1:], source)
+
+
+def _alone(candidates: Candidates, selection: Selection, source: Source) -> Found | None:
+    """Return the checkpoint that the folder itself is; None if it holds a series after all."""
     run, numbered = candidates.folder, candidates.numbered
     if not numbered:
         _check_selected(candidates, selection)
-    is_run = candidates.unsupported or candidates.without_model
+    is_run = candidates.unsupported or candidates.skipped(Reason.NO_MODEL)
     # A model deeper than a checkpoint's own folders, or beside unreadable steps, is no step.
     own = None if is_run and not numbers_in(run.name) else locate(run, source, depth=1)
-    if isinstance(own, ModelFiles) and own.path not in {one.path for one in _models(numbered)}:
+    models = [entry.model for entry in numbered if entry.model]
+    if isinstance(own, ModelFiles) and own.path not in {model.path for model in models}:
         unit, step = step_in_name(Entry(run, source))
         checkpoint = Checkpoint(run, step, own, unit)
-        return Found(common_root([checkpoint]), (checkpoint,), _judged_alone(candidates, own))
+        members = {member.name.split("/")[0] for member in own.members}
+        alone = Verdict(Outcome.STEP, Reason.ALONE, "alone")
+        rest = Verdict(Outcome.OTHER, Reason.NOT_A_CHECKPOINT, "alone")
+        verdicts = {e: alone if e.name in members else rest for e in candidates.entries}
+        judged = _all_judged({**verdicts, **candidates.verdicts})
+        return Found(common_root([checkpoint]), (checkpoint,), judged)
     if numbered:
         return None
-    for entry in candidates.unsupported:
-        if isinstance(entry.located, Unsupported):
-            raise entry.located.refusal(entry.path)
-    if isinstance(own, Unsupported):
-        raise own.refusal(run)
-    raise _nothing_found(candidates, {})
-
-
-def _models(entries: Sequence[Entry]) -> list[ModelFiles]:
-    return [entry.model for entry in entries if entry.model]
+    for path, located in [*((e.path, e.located) for e in candidates.unsupported), (run, own)]:
+        if isinstance(located, Refusal):
+            raise unsupported(path, located)
+    raise _nothing_found(candidates, candidates.verdicts)
 
 
 def _check_selected(candidates: Candidates, selection: Selection) -> None:
@@ -130,81 +159,19 @@ def _check_selected(candidates: Candidates, selection: Selection) -> None:
             code=Code.NO_MATCH,
             path=candidates.folder,
         )
-    unselected = [e.name for e in candidates.skipped if candidates.verdicts[e].reason in UNSELECTED]
+    unselected = candidates.skipped(*UNSELECTED)
     if unselected:
         unmatched(names, selection)
-        raise none_selected(unselected)
-
-
-# --- Verdicts and warnings ------------------------------------------------------------------------
-
-
-def _all_judged(
-    verdicts: Mapping[Entry, Verdict], appended: Sequence[Checkpoint]
-) -> tuple[Judged, ...]:
-    """Return the verdicts on all entries by name, and on what was appended from elsewhere."""
-    entries = sorted(verdicts, key=lambda entry: entry.name)
-    judged = [entry.judged(verdicts[entry]) for entry in entries]
-    known = {one.path for one in judged}
-    verdict = Verdict(Outcome.STEP, Reason.APPENDED, "appended")
-    others = [Judged(one.path, one.name, verdict) for one in appended if one.path not in known]
-    return (*judged, *others)
-
-
-def _judged_alone(candidates: Candidates, model: ModelFiles) -> tuple[Judged, ...]:
-    """Return the verdicts on the entries of a folder that is a checkpoint itself."""
-    own = {member.name.split("/")[0] for member in model.members}
-    step = Verdict(Outcome.STEP, Reason.ALONE, "alone")
-    other = Verdict(Outcome.OTHER, Reason.NOT_A_CHECKPOINT, "alone")
-    verdicts = {entry: step if entry.name in own else other for entry in candidates.entries}
-    return _all_judged({**verdicts, **candidates.verdicts}, ())
-
-
-def _without_model(candidates: Candidates, series: Series) -> list[Notice]:
-    """Return warnings of folders of the series that hold no model."""
-    return [
-        Notice(Code.INCOMPLETE, f"{entry.path} holds no model and is left out: unfinished save?")
-        for entry in candidates.without_model
-        if series.steps[0].is_folder and entry.template in series.templates
-    ]
-
-
-def _later_left_out(newest: Checkpoint, verdicts: Mapping[Entry, Verdict]) -> list[Notice]:
-    """Return a warning if an entry that is left out seems to be a later step than the newest."""
-    units = STEP_UNITS if newest.unit in STEP_UNITS else (newest.unit,)
-    for entry, verdict in verdicts.items():
-        is_later = any(entry.numbers.get(unit, 0) > (newest.step or 0) for unit in units)
-        if verdict.reason is Reason.ONLY_ONE and is_later:
-            text = (
-                f"{entry.name} seems to be later than {newest.name}, and is left out since no"
-                " other name is like it; --pattern can take it in."
-            )
-            return [Notice(Code.LEFT_OUT, text)]
-    return []
-
-
-def _beside_container(candidates: Candidates) -> list[Notice]:
-    """Return a warning of models beside the folder of checkpoints, which are not opened."""
-    names = [e.name for e in candidates.unnumbered if conventions.ALIAS.search(e.stem)]
-    if not names:
-        return []
-    text = (
-        f"{candidates.folder} also holds {some(names)}, outside its folder of checkpoints; if that"
-        f" is a later step, add it with --append {names[0]}."
-    )
-    return [Notice(Code.LEFT_OUT, text)]
+        raise none_selected(entry.name for entry in unselected)
 
 
 def _nothing_found(candidates: Candidates, verdicts: Mapping[Entry, Verdict]) -> RefusedError:
     """Return the error for a folder without checkpoints, with what is there."""
-    all_verdicts = {**candidates.verdicts, **verdicts}
     left_out = [
-        f"{entry.name} ({all_verdicts[entry]})"
-        for entry in all_verdicts
-        if all_verdicts[entry].outcome is not Outcome.OTHER
+        f"{e.name} ({one})" for e, one in verdicts.items() if one.outcome is not Outcome.OTHER
     ]
     left_out += [entry.name for entry in candidates.unnumbered]
-    others = [f"{entry.name}/" if entry.is_folder else entry.name for entry in all_verdicts]
+    others = [f"{entry.name}/" if entry.is_folder else entry.name for entry in verdicts]
     if left_out:
         seen = f" and left out {some(left_out)}"
     elif others:
@@ -218,3 +185,64 @@ def _nothing_found(candidates: Candidates, verdicts: Mapping[Entry, Verdict]) ->
         code=Code.NO_CHECKPOINTS,
         path=candidates.folder,
     )
+
+
+# --- Verdicts and warnings ------------------------------------------------------------------------
+
+
+def _all_judged(
+    verdicts: Mapping[Entry, Verdict], appended: Sequence[Checkpoint] = ()
+) -> tuple[Judged, ...]:
+    """Return the verdicts on all entries, series by number, and on appended ones from elsewhere."""
+    entries = sorted(verdicts, key=lambda entry: (entry.template, entry.slots, entry.name))
+    judged = [entry.judged(verdicts[entry]) for entry in entries]
+    known = {one.path for one in judged}
+    others = [Judged(one.path, one.name, APPENDED) for one in appended if one.path not in known]
+    return (*judged, *others)
+
+
+def _warnings(
+    verdicts: Mapping[Entry, Verdict],
+    steps: Sequence[Entry],
+    newest: Checkpoint,
+    appended: Sequence[Checkpoint],
+) -> Iterator[Notice]:
+    """Yield warnings of entries that are left out, and of those that come after the newest step."""
+    templates = {entry.template for entry in steps}
+    units = STEP_UNITS if newest.unit in STEP_UNITS else (newest.unit,)
+    of_reason = defaultdict(list)
+    for entry, verdict in verdicts.items():
+        of_reason[verdict.reason].append(entry)
+    for entry in of_reason[Reason.NO_MODEL]:
+        if entry.numbers and steps[0].is_folder and entry.template in templates:
+            text = f"{entry.path} holds no model and is left out: unfinished save?"
+            yield Notice(Code.INCOMPLETE, text)
+    lone = of_reason[Reason.ONLY_ONE]
+    later = [e for e in lone if any(e.numbers.get(u, 0) > (newest.step or 0) for u in units)]
+    for entry in later[:1]:
+        text = (
+            f"{entry.name} seems to be later than {newest.name}, and is left out since no other"
+            " name is like it; --pattern can take it in."
+        )
+        yield Notice(Code.LEFT_OUT, text)
+    for one in appended:
+        if template_of(stem_of(one.name)) in templates:
+            text = f"puts it after {newest.name}, although its name has a number."
+            yield Notice(Code.OUT_OF_ORDER, f"--append {one.name} {text}")
+    for entry in of_reason[Reason.INCOMPLETE]:
+        yield Notice(Code.LEFT_OUT, f"{entry.name} is left out, {verdicts[entry].detail}.")
+    for entry in of_reason[Reason.LATER]:
+        text = f"is used as the last step: it {verdicts[entry].detail}."
+        yield Notice(Code.DECIDED, f"{entry.name} {text}")
+
+
+def _beside_container(candidates: Candidates) -> list[Notice]:
+    """Return a warning of models beside the folder of checkpoints, which are not opened."""
+    names = [e.name for e in candidates.unnumbered if conventions.ALIAS.search(e.stem)]
+    if not names:
+        return []
+    text = (
+        f"{candidates.folder} also holds {some(names)}, outside its folder of checkpoints; if that"
+        f" is a later step, add it with --append {names[0]}."
+    )
+    return [Notice(Code.LEFT_OUT, text)]

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import Code, RefusedError, flag, some
-from ckpt_ema.find.checkpoint import Checkpoint, needed_steps
-from ckpt_ema.find.found import Found
+from ckpt_ema.find.checkpoint import Checkpoint, Found, needed_steps
 from ckpt_ema.find.metrics import higher_is_better, metric_values
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
@@ -38,11 +37,15 @@ def select(found: Found, selection: Selection, source: Source) -> Subsets:
     not have what an option counts.
     """
     checkpoints = found.checkpoints
-    chosen = _by_step(checkpoints, selection)
-    chosen = _apart(chosen, selection)
+    asked = _asked(selection)
+    chosen = _apart(_by_step(checkpoints, selection, asked), selection)
     chosen = chosen[::-1][:: selection.every or 1][::-1]
     if not chosen:
-        raise _nothing_left(checkpoints, selection)
+        raise RefusedError(
+            f"{asked} leaves none of {len(checkpoints)} checkpoints, {checkpoints[0].name} to"
+            f" {checkpoints[-1].name}.",
+            code=Code.NOTHING_SELECTED,
+        )
     warnings: list[Notice] = []
     subsets = []
     for last in selection.last or (None,):
@@ -55,11 +58,9 @@ def select(found: Found, selection: Selection, source: Source) -> Subsets:
     if len(subsets) == 1:
         subsets = [Subset("", subsets[0].checkpoints)]
     most = max(len(subset.checkpoints) for subset in subsets)
-    notes = []
-    if most < len(checkpoints):
-        text = f"{_asked(selection)} takes {most} of {len(checkpoints)} checkpoints."
-        notes.append(Notice(Code.DECIDED, text))
-    return Subsets(tuple(subsets), tuple(notes), tuple(dict.fromkeys(warnings)))
+    text = f"{asked} takes {most} of {len(checkpoints)} checkpoints."
+    notes = (Notice(Code.DECIDED, text),) if most < len(checkpoints) else ()
+    return Subsets(tuple(subsets), notes, tuple(dict.fromkeys(warnings)))
 
 
 def _too_many(option: str, count: int | None, available: int) -> list[Notice]:
@@ -69,37 +70,35 @@ def _too_many(option: str, count: int | None, available: int) -> list[Notice]:
     return [Notice(Code.FEW_CHECKPOINTS, text)]
 
 
-def _by_step(checkpoints: Sequence[Checkpoint], selection: Selection) -> list[Checkpoint]:
+def _by_step(
+    checkpoints: Sequence[Checkpoint], selection: Selection, asked: str
+) -> list[Checkpoint]:
     low, high, ranges = selection.from_step, selection.to_step, selection.steps
     if low is None and high is None and ranges is None:
         return list(checkpoints)
-    numbers = [_number(checkpoint, selection) for checkpoint in checkpoints]
+    chosen, steps = [], []
+    for checkpoint in checkpoints:
+        step = checkpoint.step
+        if step is None:
+            raise RefusedError(
+                f"{asked} chooses by step, and no step is known for {checkpoint.name}.",
+                "Choose by name, with --include and --exclude.",
+                code=Code.NO_STEPS,
+                path=checkpoint.path,
+            )
+        steps.append(step)
+        is_between = (low is None or low <= step) and (high is None or step <= high)
+        if is_between and (ranges is None or any(a <= step <= b for a, b in ranges)):
+            chosen.append(checkpoint)
     for first, last in ranges or ():
-        if first == last and first not in numbers:
-            nearest = sorted(numbers, key=lambda number: abs(number - first))[:3]
+        if first == last and first not in steps:
+            nearest = sorted(steps, key=lambda step: abs(step - first))[:3]
             raise RefusedError(
                 f"--steps {first}: no checkpoint has this number; the nearest are"
                 f" {some(sorted(nearest))}.",
                 code=Code.NO_SUCH_STEP,
             )
-    return [
-        checkpoint
-        for checkpoint, number in zip(checkpoints, numbers, strict=True)
-        if (low is None or low <= number)
-        and (high is None or number <= high)
-        and (ranges is None or any(first <= number <= last for first, last in ranges))
-    ]
-
-
-def _number(checkpoint: Checkpoint, selection: Selection) -> int:
-    if checkpoint.step is None:
-        raise RefusedError(
-            f"{_asked(selection)} chooses by step, and no step is known for {checkpoint.name}.",
-            "Choose by name, with --include and --exclude.",
-            code=Code.NO_STEPS,
-            path=checkpoint.path,
-        )
-    return checkpoint.step
+    return chosen
 
 
 def _apart(checkpoints: list[Checkpoint], selection: Selection) -> list[Checkpoint]:
@@ -107,8 +106,8 @@ def _apart(checkpoints: list[Checkpoint], selection: Selection) -> list[Checkpoi
     if selection.min_gap is None or not checkpoints:
         return checkpoints
     steps = needed_steps(checkpoints, "--min-gap")
-    kept: list[int] = [len(steps) - 1]
-    for number in range(len(steps) - 2, -1, -1):
+    kept = [len(steps) - 1]
+    for number in reversed(range(len(steps) - 1)):
         if steps[kept[-1]] - steps[number] >= selection.min_gap:
             kept.append(number)
     return [checkpoints[number] for number in reversed(kept)]
@@ -117,10 +116,7 @@ def _apart(checkpoints: list[Checkpoint], selection: Selection) -> list[Checkpoi
 def _best(
     checkpoints: Sequence[Checkpoint], found: Found, selection: Selection, source: Source
 ) -> list[tuple[int | None, list[Checkpoint]]]:
-    """Return for each value of --best so many checkpoints, in their order.
-
-    Ties go to the later checkpoint.
-    """
+    """Return that many checkpoints for each value of --best; ties go to the later checkpoint."""
     if selection.best is None or selection.metric is None:
         return [(None, list(checkpoints))]
     # Logs of those that do not take part may have values of these.
@@ -132,15 +128,6 @@ def _best(
     return [
         (best, [checkpoints[number] for number in sorted(ranked[:best])]) for best in selection.best
     ]
-
-
-def _nothing_left(checkpoints: Sequence[Checkpoint], selection: Selection) -> RefusedError:
-    first, last = checkpoints[0], checkpoints[-1]
-    return RefusedError(
-        f"{_asked(selection)} leaves none of {len(checkpoints)} checkpoints, {first.name} to"
-        f" {last.name}.",
-        code=Code.NOTHING_SELECTED,
-    )
 
 
 def _asked(selection: Selection) -> str:

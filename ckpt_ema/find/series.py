@@ -1,9 +1,10 @@
 """Which series of numbered names is the run: one, or several whose entries record their steps."""
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import replace
 
 from ckpt_ema.containers.compare import same_values
 from ckpt_ema.containers.source import Source
@@ -11,130 +12,116 @@ from ckpt_ema.containers.specs import is_safetensors
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
 from ckpt_ema.find.candidates import Candidates
 from ckpt_ema.find.entries import Entry
-from ckpt_ema.find.model_files import Unsupported
 from ckpt_ema.find.names import bare_of, captures_step, pattern_of
-from ckpt_ema.find.verdict import Outcome, Reason, Ruling, Verdict
+from ckpt_ema.find.verdict import Outcome, Reason, Verdict, alias, skipped
 from ckpt_ema.options import Selection
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
+from ckpt_ema.trainers.table import Refusal
 
-_Rulings = Mapping[Entry, Ruling]
-
-
-class Series(NamedTuple):
-    """The steps of a run, in any order, and the verdict on each other numbered entry."""
-
-    steps: tuple[Entry, ...]
-    templates: frozenset[str]  # of the names of the steps
-    verdicts: Mapping[Entry, Verdict]
+_Verdicts = Mapping[Entry, Verdict]
 
 
-def choose_series(found: Candidates, selection: Selection, source: Source) -> Series:
-    """Return the series that is the run, without copies and without outputs of ours.
+def choose_series(found: Candidates, selection: Selection, source: Source) -> dict[Entry, Verdict]:
+    """Return the verdict on each numbered entry; steps are those of the series that is the run.
 
     Raises `RefusedError` if there are several, or if a step is in a format that is not read.
     """
     steps = found.numbered
     verdicts: dict[Entry, Verdict] = {}
     for name, rule in _RULES:
-        rulings = rule(steps, selection, source)
-        verdicts |= {entry: ruling.by(name) for entry, ruling in rulings.items()}
-        steps = tuple(entry for entry in steps if entry not in rulings)
+        decided = rule(steps, selection, source)
+        verdicts |= {entry: replace(verdict, rule=name) for entry, verdict in decided.items()}
+        steps = tuple(entry for entry in steps if entry not in decided)
     for entry in found.unsupported:
-        verdicts[entry] = _unsupported(entry, steps, selection).by("unsupported")
-    return Series(steps, frozenset(entry.template for entry in steps), verdicts)
+        verdicts[entry] = _unsupported(entry, steps, selection)
+    return verdicts | dict.fromkeys(steps, Verdict(Outcome.STEP, Reason.NUMBERED, "series"))
 
 
-def _beside_files(steps: Sequence[Entry], _selection: Selection, _source: Source) -> _Rulings:
+def _beside_files(steps: Sequence[Entry], _selection: Selection, _source: Source) -> _Verdicts:
     """Leave out folders beside files of their names, which hold something else."""
     files = {entry.template for entry in steps if not entry.is_folder}
-    return {
-        entry: Ruling(Outcome.SKIPPED, Reason.BESIDE_FILE)
-        for entry in steps
-        if entry.is_folder and entry.template in files
-    }
+    folders = [entry for entry in steps if entry.is_folder and entry.template in files]
+    return dict.fromkeys(folders, skipped(Reason.BESIDE_FILE))
 
 
-def _same_steps(steps: Sequence[Entry], selection: Selection, _source: Source) -> _Rulings:
+def _same_steps(steps: Sequence[Entry], selection: Selection, _source: Source) -> _Verdicts:
     """Of several series that are one, leave out what records the step of an earlier entry."""
     if not _record_their_steps(steps, selection):
         return {}
     first: dict[int, Entry] = {}
+    verdicts: dict[Entry, Verdict] = {}
     for entry in steps:
-        first.setdefault(entry.recorded["step"], entry)
-    return {
-        entry: _alias(Reason.SAME_STEP, f"the same step as {first[entry.recorded['step']].name}")
-        for entry in steps
-        if first[entry.recorded["step"]] is not entry
-    }
+        same = first.setdefault(entry.recorded["step"], entry)
+        if same is not entry:
+            verdicts[entry] = alias(Reason.SAME_STEP, f"the same step as {same.name}")
+    return verdicts
 
 
-def _only_ones(steps: Sequence[Entry], selection: Selection, _source: Source) -> _Rulings:
+def _only_ones(steps: Sequence[Entry], selection: Selection, _source: Source) -> _Verdicts:
     """Leave out lone names beside a series; raises if several series remain."""
     if captures_step(selection.pattern) or _record_their_steps(steps, selection):
         return {}
     counts = Counter(entry.template for entry in steps)
     several = {t: n for t, n in counts.items() if n > 1} or counts
     if len(several) > 1:
-        raise _several_series(steps, several)
-    return {
-        entry: Ruling(Outcome.SKIPPED, Reason.ONLY_ONE)
-        for entry in steps
-        if entry.template not in several
-    }
-
-
-def _outputs_of_ours(steps: Sequence[Entry], _selection: Selection, source: Source) -> _Rulings:
-    """Leave out files that ckpt-ema wrote; `rules` has folders."""
-    return {
-        entry: Ruling(Outcome.SKIPPED, Reason.OWN_OUTPUT, "an average made by ckpt-ema")
-        for entry in steps
-        if is_safetensors(entry.path.name) and not entry.is_folder and _is_ours(entry, source)
-    }
-
-
-def _is_ours(entry: Entry, source: Source) -> bool:
-    try:
-        return entry.model is not None and any(
-            conventions.PROVENANCE_KEY in header for header in source.read(entry.model).metadata
+        run = steps[0].path.parent
+        names = {entry.template: entry.name for entry in reversed(steps)}
+        series = " and ".join(f"{count} × {template}" for template, count in several.items())
+        patterns = [f"--pattern '{pattern_of(template, names[template])}'" for template in several]
+        raise RefusedError(
+            f"{run} holds {len(several)} series of checkpoints, {series}; they may be the same"
+            " states saved twice.",
+            f"Choose one: {' or '.join(patterns)}.",
+            code=Code.SEVERAL_SERIES,
+            path=run,
         )
-    except IncompleteError:  # judged later
-        return False
+    lone = skipped(Reason.ONLY_ONE)
+    return {entry: lone for entry in steps if entry.template not in several}
 
 
-def _same_files(steps: Sequence[Entry], _selection: Selection, source: Source) -> _Rulings:
+def _outputs_of_ours(steps: Sequence[Entry], _selection: Selection, source: Source) -> _Verdicts:
+    """Leave out files that ckpt-ema wrote; `candidates` has folders."""
+    ours: dict[Entry, Verdict] = {}
+    for entry in steps:
+        if is_safetensors(entry.path.name) and entry.model and not entry.is_folder:
+            with contextlib.suppress(IncompleteError):  # judged later
+                if any(conventions.PROVENANCE_KEY in h for h in source.read(entry.model).metadata):
+                    ours[entry] = skipped(Reason.OWN_OUTPUT)
+    return ours
+
+
+def _same_files(steps: Sequence[Entry], _selection: Selection, source: Source) -> _Verdicts:
     """Leave out further names of a file or folder; links come after what they lead to.
 
     The files of the Hub's revisions are links to shared blobs: raises for two with one content.
     """
-    rulings: dict[Entry, Ruling] = {}
+    verdicts: dict[Entry, Verdict] = {}
     unique: dict[object, Entry] = {}
     for entry in sorted(steps, key=lambda one: (source.storage.is_link(one.path), one.path.name)):
         first = unique.setdefault(_identity(entry, source), entry)
         if first is not entry and not entry.is_revision:
-            rulings[entry] = _alias(Reason.SAME_FILE, f"the same file as {first.name}")
+            verdicts[entry] = alias(Reason.SAME_FILE, f"the same file as {first.name}")
         elif first is not entry and not source.reading.allow_duplicates:
             raise same_values(first.name, entry.name)
-    return rulings
+    return verdicts
 
 
-_Rule = Callable[[Sequence[Entry], Selection, Source], _Rulings]
+_Rule = Callable[[Sequence[Entry], Selection, Source], _Verdicts]
 _RULES: tuple[tuple[str, _Rule], ...] = (
     ("folder-beside-file", _beside_files),
     ("same-step", _same_steps),
-    ("only-one-of-its-template", _only_ones),
+    ("only-one", _only_ones),
     ("output-of-ours", _outputs_of_ours),
     ("same-file", _same_files),
 )
 
 
-def _unsupported(entry: Entry, steps: Sequence[Entry], selection: Selection) -> Ruling:
+def _unsupported(entry: Entry, steps: Sequence[Entry], selection: Selection) -> Verdict:
     """Refuse a step of the series in a format that is not read; others are left out."""
     located = entry.located
-    assert isinstance(located, Unsupported)
-    is_step = any(
-        entry.is_folder == one.is_folder and entry.template == one.template for one in steps
-    )
+    assert isinstance(located, Refusal)
+    is_step = (entry.template, entry.is_folder) in {(one.template, one.is_folder) for one in steps}
     if is_step and not selection.skip_incomplete:
         raise RefusedError(
             f"{entry.path} is {located.what}, unlike other steps of the run.",
@@ -142,7 +129,7 @@ def _unsupported(entry: Entry, steps: Sequence[Entry], selection: Selection) -> 
             code=Code.UNSUPPORTED_FORMAT,
             path=entry.path,
         )
-    return Ruling(Outcome.REFUSED, Reason.UNSUPPORTED, located.what)
+    return Verdict(Outcome.REFUSED, Reason.UNSUPPORTED, "unsupported", located.what)
 
 
 def _record_their_steps(steps: Sequence[Entry], selection: Selection) -> bool:
@@ -153,20 +140,6 @@ def _record_their_steps(steps: Sequence[Entry], selection: Selection) -> bool:
         and selection.order != "name"
         and len({bare_of(template) for template in templates}) == 1
         and all("step" in entry.recorded for entry in steps)
-    )
-
-
-def _several_series(steps: Sequence[Entry], counts: Mapping[str, int]) -> RefusedError:
-    run = steps[0].path.parent
-    templates = [f"{count} × {template}" for template, count in counts.items()]
-    names = {entry.template: entry.name for entry in reversed(steps)}
-    patterns = [f"--pattern '{pattern_of(template, names[template])}'" for template in counts]
-    return RefusedError(
-        f"{run} holds {len(counts)} series of checkpoints, {' and '.join(templates)}; they may be"
-        " the same states saved twice.",
-        f"Choose one: {' or '.join(patterns)}.",
-        code=Code.SEVERAL_SERIES,
-        path=run,
     )
 
 
@@ -181,7 +154,3 @@ def _identity(entry: Entry, source: Source) -> object:
     if is_list or any(source.storage.kind(file) is Kind.ABSENT for file in files):
         return source.storage.file_id(entry.path)
     return tuple(source.storage.file_id(file) for file in files)
-
-
-def _alias(reason: Reason, detail: str) -> Ruling:
-    return Ruling(Outcome.ALIAS, reason, detail)

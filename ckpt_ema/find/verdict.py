@@ -1,10 +1,10 @@
 """What becomes of each entry of a run, and why."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 
 class Outcome(Enum):
@@ -33,23 +33,23 @@ class Reason(Enum):
     TRAINING_STATE = "optimizer or trainer state"
     SHARD = "one shard or rank of a model"
     MERGED = "a merged copy"
-    MODULE = "a module of a model"
+    MODULE = "one module of a model"
     AVERAGE = "already an average"
     OWN_OUTPUT = "an output of ckpt-ema"
     WEIGHTS_ELSEWHERE = "its weights are in another file"
     NOT_REGULAR = "neither a regular file nor a folder"
     NOT_LISTABLE = "cannot be listed"
-    BROKEN_LINK = "a link that leads nowhere"
+    BROKEN_LINK = "a broken link"
     NO_MODEL = "no model weights in it"
     NO_NUMBER = "no number in its name"
-    BESIDE_FILE = "a folder beside a file of its name"
-    ONLY_ONE = "the only one of its name"
+    BESIDE_FILE = "a folder beside a file of the same name"
+    ONLY_ONE = "no other name is like it"
     SAME_STEP = "the same step as another"
     SAME_FILE = "the same file as another"
     BEST = "a copy of the best step"
     COPY = "a copy of a step"
     EARLIER = "an earlier step"
-    ANOTHER_MODEL = "a different model from the steps'"
+    ANOTHER_MODEL = "a different model"
     OWN_MODEL = "the run's own model, not a step"
     UNREADABLE = "cannot be read"
     INCOMPLETE = "incomplete"
@@ -63,15 +63,33 @@ UNSELECTED = (Reason.EXCLUDED, Reason.NOT_INCLUDED)
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The outcome of one entry, and the name of the rule that decided."""
+    """What became of one entry and why, with the name of the rule that decided."""
 
     outcome: Outcome
     reason: Reason
-    rule: str
+    rule: str = ""
     detail: str = ""  # the particulars for people, such as the other name
 
     def __str__(self) -> str:
         return self.detail or self.reason.value
+
+
+APPENDED = Verdict(Outcome.STEP, Reason.APPENDED, "appended")
+
+
+def skipped(reason: Reason, detail: str = "") -> Verdict:
+    """Return that an entry is left out, which users should know."""
+    return Verdict(Outcome.SKIPPED, reason, detail=detail)
+
+
+def alias(reason: Reason, detail: str = "") -> Verdict:
+    """Return that an entry is another name or a copy of a step, or an earlier state."""
+    return Verdict(Outcome.ALIAS, reason, detail=detail)
+
+
+def other(reason: Reason = Reason.NOT_A_CHECKPOINT) -> Verdict:
+    """Return that nobody would expect an entry to take part."""
+    return Verdict(Outcome.OTHER, reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,30 +106,12 @@ class Judged:
         return self.verdict.outcome in (Outcome.ALIAS, Outcome.SKIPPED, Outcome.REFUSED)
 
 
-class Ruling(NamedTuple):
-    """What a rule decides."""
-
-    outcome: Outcome
-    reason: Reason
-    detail: str = ""
-
-    def by(self, rule: str) -> Verdict:
-        """Return it as the verdict of a rule."""
-        return Verdict(self.outcome, self.reason, rule, self.detail)
-
-
-def when(condition: object, outcome: Outcome, reason: Reason, detail: str = "") -> Ruling | None:
-    """Return a ruling if the condition holds."""
-    return Ruling(outcome, reason, detail) if condition else None
-
-
 Subject = TypeVar("Subject")
 Context = TypeVar("Context")
-Rule = Callable[[Subject, Context], Ruling | None]
-Rules = Sequence[tuple[str, Rule[Subject, Context]]]
+Rules = Sequence[tuple[str, Callable[[Subject, Context], Verdict | None]]]
 
 
 def judge(rules: Rules[Subject, Context], one: Subject, context: Context) -> Verdict | None:
     """Return the verdict of the first rule that decides; None if none does."""
-    rulings = ((name, rule(one, context)) for name, rule in rules)
-    return next((ruling.by(name) for name, ruling in rulings if ruling), None)
+    verdicts = ((name, rule(one, context)) for name, rule in rules)
+    return next((replace(verdict, rule=name) for name, verdict in verdicts if verdict), None)

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import Code, OptionError, RefusedError
-from ckpt_ema.find.checkpoint import Checkpoint
-from ckpt_ema.find.found import Found
+from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.options import DTYPES
 from ckpt_ema.options import Output as OutputOptions
 from ckpt_ema.planning.average import Weighted

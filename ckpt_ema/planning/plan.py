@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import Code, OptionError, RefusedError
-from ckpt_ema.find.checkpoint import Checkpoint
+from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.complete import check_complete
-from ckpt_ema.find.found import Found
 from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
 from ckpt_ema.find.verdict import UNSELECTED, Judged

@@ -15,6 +15,10 @@ def _gathered(lists: Iterable[Iterable[str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for names in lists for name in names))
 
 
+def _any_case(pattern: str) -> Pattern[str]:
+    return re.compile(pattern, re.IGNORECASE)
+
+
 def _any_of(patterns: Iterable[str]) -> str:
     return "|".join(patterns)
 
@@ -22,9 +26,7 @@ def _any_of(patterns: Iterable[str]) -> str:
 # --- Where weights are ---------------------------------------------------------------------------
 
 # Extensions of files that can hold a model by themselves, longest first.
-WEIGHTS_EXTENSION = re.compile(
-    r"(\.pth\.tar|\.pth\.lora|\.safetensors|\.ckpt|\.pth|\.bin|\.pt)$", re.IGNORECASE
-)
+WEIGHTS_EXTENSION = _any_case(r"(\.pth\.tar|\.pth\.lora|\.safetensors|\.ckpt|\.pth|\.bin|\.pt)$")
 
 # How files of one model are numbered.
 SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
@@ -108,7 +110,7 @@ METADATA_KEYS: Mapping[str, tuple[str, ...]] = {
 # Where the trainer of transformers keeps its log.
 TRAINER_STATE = "trainer_state.json"
 # Files beside the weights that hold results of an evaluation.
-METRIC_FILES = re.compile(r"(^|_)(metrics?|results?)\.json$", re.IGNORECASE)
+METRIC_FILES = _any_case(r"(^|_)(metrics?|results?)\.json$")
 
 # --- What names say ------------------------------------------------------------------------------
 
@@ -119,19 +121,15 @@ _BOUNDARY = r"(?:^|(?<=[^A-Za-z]))"  # "timestep_5" is not "step_5"
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 # Names of single trainers, with groups "step" and "epoch".
-NAMES = tuple(
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in _gathered(trainer.names for trainer in TRAINERS)
-)
+NAMES = tuple(_any_case(pattern) for pattern in _gathered(trainer.names for trainer in TRAINERS))
 
 # The word before a number says what it counts.
 STEP_NAMES: dict[str, Pattern[str]] = {
-    "step": re.compile(
-        _BOUNDARY + r"(?:global[_-]?step|step|iteration|iter|updates?|ba)s?[-_=]?" + _NUMBER,
-        re.IGNORECASE,
+    "step": _any_case(
+        _BOUNDARY + r"(?:global[_-]?step|step|iteration|iter|updates?|ba)s?[-_=]?" + _NUMBER
     ),
-    "epoch": re.compile(_BOUNDARY + r"(?:epoch|ep)s?[-_=]?" + _NUMBER, re.IGNORECASE),
-    "checkpoint": re.compile(r"^(?:checkpoint|ckpt)[-_]?" + _NUMBER + r"$", re.IGNORECASE),
+    "epoch": _any_case(_BOUNDARY + r"(?:epoch|ep)s?[-_=]?" + _NUMBER),
+    "checkpoint": _any_case(r"^(?:checkpoint|ckpt)[-_]?" + _NUMBER + r"$"),
     "number": re.compile(r"^(\d+)$"),
 }
 
@@ -139,10 +137,9 @@ STEP_NAMES: dict[str, Pattern[str]] = {
 NUMBERS_A_RUN = r"(?i:(?<![a-z])(?:stage|ingredient|seed|fold|trial|version)[-_=]?\d+)"
 
 # The value of a metric, whatever its sign and notation: "val_loss=-3e-05", "acc=1", "loss=inf".
-METRIC = re.compile(
+METRIC = _any_case(
     r"(?<![a-z])(?!(?:global_step|step|iteration|iter|epoch|ep|ba)=)(?P<name>[a-z][a-z0-9_]*)="
-    r"[-+]?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|inf|nan)",
-    re.IGNORECASE,
+    r"[-+]?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|inf|nan)"
 )
 
 # Lightning's suffix for a name that was taken, by an earlier run.
@@ -158,44 +155,38 @@ NAMED_BY_DATE = re.compile(r"^CKPT\+(\d{4})-(\d\d)-(\d\d)\+(\d\d)-(\d\d)-(\d\d)\
 LORA_FACTOR = re.compile(r"lora_[AB]\.|lora_(up|down)\.|\.lora_[ab]($|\.)")
 
 # Names of weights that a trainer averaged itself.
-AVERAGED_NAME = re.compile(
-    r"(?:^|[-_./])(average|averaged|avg|ave|ave_\d+best|ema|bema)(?:$|[-_.])", re.IGNORECASE
-)
+AVERAGED_NAME = _any_case(r"(?:^|[-_./])(average|averaged|avg|ave|ave_\d+best|ema|bema)(?:$|[-_.])")
 
 # Names that hold a number or weights and still are no step of the run.
-UNFINISHED_NAME = re.compile(
+UNFINISHED_NAME = _any_case(
     r"^(\.|__|tmp([-_.]|$)|old_step_|recovery_tmp|recovery-)"
-    r"|(-tmp|\.tmp|-unfinished)$|\.orbax-checkpoint-tmp",
-    re.IGNORECASE,
+    r"|(-tmp|\.tmp|-unfinished)$|\.orbax-checkpoint-tmp"
 )
-SHARD_OR_RANK = re.compile(
+SHARD_OR_RANK = _any_case(
     SHARD_NUMBER.pattern + r"|^__\d+_\d+$|^mp_rank_\d+|(?:^|_)zero_pp_rank_\d+"
     r"|model_world_size_\d+_rank_\d+|(?:^|[_-])rank[_-]?[1-9]\d*\.(?:pt|pth|bin|ckpt)$"
-    r"|^layer_\d+-model_\d+|^expp_rank_|^consolidated\.\d+|_of_\d+|pp-rank-\d+-of-|^shard-\d+-",
-    re.IGNORECASE,
+    r"|^layer_\d+-model_\d+|^expp_rank_|^consolidated\.\d+|_of_\d+|pp-rank-\d+-of-|^shard-\d+-"
 )
-MERGED = re.compile(r"[-_](merged|hf_merged)$", re.IGNORECASE)
+MERGED = _any_case(r"[-_](merged|hf_merged)$")
 
 # Names that may be a copy of a step, or a step of its own.
-ALIAS = re.compile(r"(?:^|[-_./])(last|latest|best|final|release)(?:$|[-_.])", re.IGNORECASE)
-ALWAYS_A_COPY = re.compile(r"(?:^|[-_./])best(?:$|[-_.])", re.IGNORECASE)
+ALIAS = _any_case(r"(?:^|[-_./])(last|latest|best|final|release)(?:$|[-_.])")
+ALWAYS_A_COPY = _any_case(r"(?:^|[-_./])best(?:$|[-_.])")
 
 # Folders that are neither searched nor reported as checkpoints.
-NO_CHECKPOINTS = re.compile(
+NO_CHECKPOINTS = _any_case(
     r"^(wandb|runs|tensorboard|samples|evals|logs|"
     + _any_of(_gathered(trainer.folders for trainer in TRAINERS))
-    + r")$",
-    re.IGNORECASE,
+    + r")$"
 )
 
 # --- Training state: files, keys of a torch file, names in DCP's metadata -------------------------
 
 _STATE = _gathered(trainer.state for trainer in TRAINERS)
-STATE_NAME = re.compile(
+STATE_NAME = _any_case(
     r"^(optim_|opt\d*\.(?:pt|pth|bin)$|training-state|dataloader|CRITIC_|"
     + _any_of(_STATE)
-    + r")|[-_]state$|^(?:policy_)?(?:pre|post)processor_",
-    re.IGNORECASE,
+    + r")|[-_]state$|^(?:policy_)?(?:pre|post)processor_"
 )
 # Words in keys whose dicts of tensors are not the model.
 STATE_WORDS = (
@@ -219,7 +210,7 @@ PICTURE_STEM = "ckpt_ema"  # with .png or .svg
 OWN_FILES = (MANIFEST_NAME, CARD_NAME, f"{PICTURE_STEM}.png", f"{PICTURE_STEM}.svg")
 
 # What is not copied with the weights. Everything else travels.
-STAYS_BEHIND = re.compile(
+STAYS_BEHIND = _any_case(
     r"^(optim|training_state|training_step|training_info|meta|"
     + _any_of(_STATE)
     + r")([-_.]?\d+)*(\.(pt|pth|bin|pkl|json|yaml))?$"
@@ -227,28 +218,25 @@ STAYS_BEHIND = re.compile(
     + _any_of(_gathered(trainer.stays for trainer in TRAINERS))
     + "|"
     + _any_of(re.escape(name) for name in (*DONE, *UNDONE, *TRACKERS))
-    + r")$|^events\.out\.",
-    re.IGNORECASE,
+    + r")$|^events\.out\."
 )
 # Files that a trainer keeps once, in the run's folder, for all checkpoints.
 _TOKENIZER = (
     r"^(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template)[^/]*"
     r"\.(json|txt|model|jinja)$"
 )
-TOKENIZER_FILES = re.compile(_TOKENIZER, re.IGNORECASE)
-CONFIG_FILES = re.compile(
+TOKENIZER_FILES = _any_case(_TOKENIZER)
+CONFIG_FILES = _any_case(
     _any_of(f"^{one}$" for one in _gathered(trainer.travels for trainer in TRAINERS))
     + "|"
-    + _TOKENIZER,
-    re.IGNORECASE,
+    + _TOKENIZER
 )
 # What a model's folder may hold beside its weights, as far as names tell.
-MODEL_TEXTS = re.compile(r"\.(json|yaml|yml|txt|model|jinja|py|tiktoken)$", re.IGNORECASE)
+MODEL_TEXTS = _any_case(r"\.(json|yaml|yml|txt|model|jinja|py|tiktoken)$")
 
-WEIGHTS_LIKE = re.compile(
+WEIGHTS_LIKE = _any_case(
     r"(\.safetensors|\.ckpt|\.pth|\.pt|\.bin|\.tar|\.lora|\.pkl|\.npz|\.h5|\.msgpack|\.onnx|\.gguf"
-    r"|\.distcp|\.index\.json)$",
-    re.IGNORECASE,
+    r"|\.distcp|\.index\.json)$"
 )
 # Statistics of a processor (LeRobot), which are no weights though they look like them.
-PROCESSOR_STATE = re.compile(r"(^|_)(pre|post)processor_.*\.safetensors$", re.IGNORECASE)
+PROCESSOR_STATE = _any_case(r"(^|_)(pre|post)processor_.*\.safetensors$")

@@ -1,9 +1,8 @@
 """Every trainer as data; longer than other modules, since it is a table.
 
-A new trainer is one entry here and one run in `tests/trainer_runs.py`. What the entries say is
-gathered in `conventions` and applied to every run, whoever wrote it: a run need not name its
-trainer. Tiers: 1 and 2 are read (1 by most people), R is recognised and refused with the way out,
-N is named.
+A new trainer is one entry here and one file in `tests/data/trainers`. `conventions` gathers what
+the entries hold and applies it to every run: a run need not name its trainer. Tiers: 1 and 2 are
+read (1 by most people), R is recognised and refused with the way out, N is named.
 """
 
 import re
@@ -35,7 +34,7 @@ class Trainer:
     """How one trainer saves a model. Patterns are regular expressions that ignore case."""
 
     name: str
-    tier: str  # "1", "2", "R" or "N"
+    tier: str = "1"  # or "2", "R", "N"
     entry: str  # one checkpoint as it appears in a run
     weights: str  # where the model is in it
     # Names that need a pattern of their own, with groups "step" and "epoch".
@@ -65,8 +64,8 @@ class Trainer:
     refusals: tuple[Refusal, ...] = ()
 
 
-def _refusal(name: str, what: str, instead: str, is_certain: bool = True) -> Refusal:
-    return Refusal(re.compile(name, re.IGNORECASE), what, instead, is_certain)
+def _refused(name: str, what: str, instead: str, is_certain: bool = True) -> tuple[Refusal]:
+    return (Refusal(re.compile(name, re.IGNORECASE), what, instead, is_certain),)
 
 
 _OUT_OF_SCOPE = "Export it to safetensors or a state dict of PyTorch first."
@@ -74,7 +73,6 @@ _OUT_OF_SCOPE = "Export it to safetensors or a state dict of PyTorch first."
 TRAINERS = (
     Trainer(
         name="transformers Trainer, Unsloth, LLaMA-Factory, ms-swift, axolotl",
-        tier="1",
         entry="checkpoint-500/",
         weights="model.safetensors or pytorch_model.bin, single or sharded with an index",
         containers=("v[0-9]*-*",),
@@ -87,14 +85,12 @@ TRAINERS = (
     ),
     Trainer(
         name="PEFT",
-        tier="1",
         entry="checkpoint-500/",
         weights="adapter_model.safetensors or .bin; adapter_config.json must agree",
         travels=(r"adapter_config\.(json|ya?ml)",),
     ),
     Trainer(
         name="TRL",
-        tier="1",
         entry="checkpoint-500/",
         weights="as transformers or PEFT; merged/ and bema/ are left out",
         stays=("merged", "bema"),
@@ -102,20 +98,17 @@ TRAINERS = (
     ),
     Trainer(
         name="sentence-transformers",
-        tier="1",
         entry="checkpoint-500/",
         weights="model.safetensors, and that of each module in modules.json (2_Dense/ ...)",
     ),
     Trainer(
         name="diffusers",
-        tier="1",
         entry="checkpoint-500/",
         weights="unet/, transformer/ ...: diffusion_pytorch_model.safetensors;"
         " or pytorch_lora_weights.safetensors",
     ),
     Trainer(
         name="accelerate",
-        tier="1",
         entry="checkpoints/checkpoint_3/",
         weights="model.safetensors, model_1.safetensors ..., or pytorch_model.bin",
         containers=("checkpoints",),
@@ -126,7 +119,6 @@ TRAINERS = (
     ),
     Trainer(
         name="Lightning",
-        tier="1",
         entry="epoch=1-step=100.ckpt",
         weights="state_dict; with an averaging callback current_model_state",
         containers=("checkpoints", "lightning_logs/version_*/checkpoints", "version_*/checkpoints"),
@@ -138,32 +130,27 @@ TRAINERS = (
         tier="R",
         entry="epoch=1-step=100.ckpt/",
         weights=".metadata and meta.pt",
-        refusals=(
-            _refusal(
-                r"(^|/)meta\.pt$",
-                "a sharded checkpoint of Lightning",
-                "Consolidate each: `python -m lightning.pytorch.utilities.consolidate_checkpoint"
-                " CHECKPOINT`.",
-            ),
+        refusals=_refused(
+            r"(^|/)meta\.pt$",
+            "a sharded checkpoint of Lightning",
+            "Consolidate each: `python -m lightning.pytorch.utilities.consolidate_checkpoint"
+            " CHECKPOINT`.",
         ),
     ),
     Trainer(
         name="kohya sd-scripts, musubi-tuner",
-        tier="1",
         entry="name-000010.safetensors, name-step00001000.safetensors, name.safetensors",
         weights="the file; ss_steps in its header gives the order",
         metadata={"step": "ss_steps", "epoch": "ss_epoch"},
     ),
     Trainer(
         name="ai-toolkit",
-        tier="1",
         entry="name_000000250.safetensors",
         weights="the file; training_info in its header gives the step",
         metadata={"step": "training_info.step", "epoch": "training_info.epoch"},
     ),
     Trainer(
         name="timm",
-        tier="1",
         entry="checkpoint-12.pth.tar, last.pth.tar",
         weights="state_dict (not state_dict_ema)",
         averaged_keys=("state_dict_ema",),
@@ -177,7 +164,6 @@ TRAINERS = (
     ),
     Trainer(
         name="verl",
-        tier="1",
         entry="global_step_100/actor/huggingface/",
         weights="as transformers, if hf_model is among its save_contents",
         models=("actor/huggingface",),
@@ -189,18 +175,15 @@ TRAINERS = (
         tier="R",
         entry="global_step_100/actor/",
         weights="model_world_size_8_rank_0.pt ...",
-        refusals=(
-            _refusal(
-                r"model_world_size_\d+_rank_\d+",
-                "sharded over ranks (DTensor), so that each file holds a part of the model",
-                "Merge each step first: `python -m verl.model_merger merge --backend fsdp"
-                " --local_dir STEP/actor --target_dir OUT`.",
-            ),
+        refusals=_refused(
+            r"model_world_size_\d+_rank_\d+",
+            "sharded over ranks (DTensor), so that each file holds a part of the model",
+            "Merge each step first: `python -m verl.model_merger merge --backend fsdp"
+            " --local_dir STEP/actor --target_dir OUT`.",
         ),
     ),
     Trainer(
         name="OpenRLHF",
-        tier="1",
         entry="global_step50_hf/",
         weights="as transformers; global_step50/ beside it is DeepSpeed's",
         containers=("_actor",),
@@ -221,14 +204,12 @@ TRAINERS = (
         trackers=("latest_checkpointed_iteration.txt",),
         state=("distrib_optim",),
         folders=("energon",),
-        refusals=(
-            _refusal(
-                r"(^|/)(model_optim_rng\.pt|common\.pt|layer_\d+-model_\d+[^/]*\.pt)$",
-                "a Megatron checkpoint, with the weights in ranks and Megatron's names",
-                "Convert each step first: Megatron-Bridge `export_ckpt`; NeMo-RL"
-                " examples/converters/convert_megatron_to_hf.py; slime"
-                " tools/convert_torch_dist_to_hf.py; gpt-neox tools/ckpts/convert_neox_to_hf.py.",
-            ),
+        refusals=_refused(
+            r"(^|/)(model_optim_rng\.pt|common\.pt|layer_\d+-model_\d+[^/]*\.pt)$",
+            "a Megatron checkpoint, with the weights in ranks and Megatron's names",
+            "Convert each step first: Megatron-Bridge `export_ckpt`; NeMo-RL"
+            " examples/converters/convert_megatron_to_hf.py; slime"
+            " tools/convert_torch_dist_to_hf.py; gpt-neox tools/ckpts/convert_neox_to_hf.py.",
         ),
     ),
     Trainer(
@@ -237,13 +218,11 @@ TRAINERS = (
         entry="global_step100/",
         weights="mp_rank_00_model_states.pt, zero_pp_rank_*",
         stays=("latest", r"zero_to_fp32\.py", r"global_step\d+"),
-        refusals=(
-            _refusal(
-                r"zero_pp_rank_\d+|mp_rank_\d+(_\d+)?_model_states|^global_step\d+/.*_states\.pt$",
-                "a DeepSpeed checkpoint, with the weights in partitions",
-                "Gather each step first: `python zero_to_fp32.py RUN OUT -t global_stepN"
-                " --safe_serialization`.",
-            ),
+        refusals=_refused(
+            r"zero_pp_rank_\d+|mp_rank_\d+(_\d+)?_model_states|^global_step\d+/.*_states\.pt$",
+            "a DeepSpeed checkpoint, with the weights in partitions",
+            "Gather each step first: `python zero_to_fp32.py RUN OUT -t global_stepN"
+            " --safe_serialization`.",
         ),
     ),
     Trainer(
@@ -257,7 +236,6 @@ TRAINERS = (
     ),
     Trainer(
         name="NeMo 1",
-        tier="1",
         entry="name--val_loss=1.23-epoch=3-step=1000.ckpt",
         weights="state_dict; -last and -EMA are left out",
     ),
@@ -267,13 +245,11 @@ TRAINERS = (
         entry="name-epoch=3-step=1000/",
         weights="weights/ and context/ (hf_weights/ is read where it was exported)",
         models=("hf_weights",),
-        refusals=(
-            _refusal(
-                r"(^|/)context/|\.nemo$",
-                "a NeMo checkpoint",
-                "Export it first: `nemo llm export`, or NeMo-RL"
-                " examples/converters/convert_dcp_to_hf.py.",
-            ),
+        refusals=_refused(
+            r"(^|/)context/|\.nemo$",
+            "a NeMo checkpoint",
+            "Export it first: `nemo llm export`, or NeMo-RL"
+            " examples/converters/convert_dcp_to_hf.py.",
         ),
     ),
     Trainer(
@@ -284,25 +260,21 @@ TRAINERS = (
         models=("model/consolidated",),
         sharded=("model",),
         undone=(".incomplete",),
-        refusals=(
-            _refusal(
-                r"(^|/)shard-\d+-[^/]*\.safetensors$",
-                "sharded over ranks (slices in safetensors files)",
-                "Save with save_consolidated, or consolidate each step first with"
-                " torch.distributed.checkpoint.",
-            ),
+        refusals=_refused(
+            r"(^|/)shard-\d+-[^/]*\.safetensors$",
+            "sharded over ranks (slices in safetensors files)",
+            "Save with save_consolidated, or consolidate each step first with"
+            " torch.distributed.checkpoint.",
         ),
     ),
     Trainer(
         name="torchtune",
-        tier="1",
         entry="epoch_0/, step_100/",
         weights="as transformers; with adapter_model.* beside it, --form says which",
         folders=("recipe_state",),
     ),
     Trainer(
         name="open-instruct, prime-rl",
-        tier="1",
         entry="step_100/, weights/step_100/",
         weights="as transformers",
         containers=("weights",),
@@ -312,7 +284,6 @@ TRAINERS = (
     ),
     Trainer(
         name="LeRobot",
-        tier="1",
         entry="checkpoints/005000/",
         weights="pretrained_model/, as transformers or .metadata and .distcp",
         containers=("checkpoints",),
@@ -322,12 +293,7 @@ TRAINERS = (
         records=(Record("training_state/training_step.json", {"step": "step"}),),
         folders=("training_state",),
     ),
-    Trainer(
-        name="OLMo, unsharded",
-        tier="1",
-        entry="step1000-unsharded/",
-        weights="model.pt",
-    ),
+    Trainer(name="OLMo, unsharded", entry="step1000-unsharded/", weights="model.pt"),
     Trainer(
         name="OLMo-core",
         tier="2",
@@ -341,25 +307,21 @@ TRAINERS = (
         tier="R",
         entry="step1000/, 1000/",
         weights="rank files",
-        refusals=(
-            _refusal(
-                r"pp-rank-\d+-of-|(^|/)(model|optim)/rank\d+\.(pt|bin)$|(^|/)train/rank\d+\.pt$",
-                "sharded over ranks",
-                "Unshard each step first: OLMo scripts/unshard.py; OLMo-core"
-                " src/examples/huggingface/convert_checkpoint_to_hf.py; nanotron"
-                " examples/llama/convert_nanotron_to_hf.py.",
-            ),
+        refusals=_refused(
+            r"pp-rank-\d+-of-|(^|/)(model|optim)/rank\d+\.(pt|bin)$|(^|/)train/rank\d+\.pt$",
+            "sharded over ranks",
+            "Unshard each step first: OLMo scripts/unshard.py; OLMo-core"
+            " src/examples/huggingface/convert_checkpoint_to_hf.py; nanotron"
+            " examples/llama/convert_nanotron_to_hf.py.",
         ),
     ),
     Trainer(
         name="Hugging Face Hub cache",
-        tier="1",
         entry="models--org--name/refs/step1000",
         weights="the snapshot of each revision, as transformers",
     ),
     Trainer(
         name="LitGPT",
-        tier="1",
         entry="step-00000100/",
         weights="lit_model.pth or lit_model.pth.lora",
         files=("lit_model.pth", "lit_model.pth.lora"),
@@ -367,14 +329,12 @@ TRAINERS = (
     ),
     Trainer(
         name="nanoGPT, nanochat",
-        tier="1",
         entry="ckpt_1000.pt, model_000100.pt",
         weights="model, or the top",
         step_keys=("iter_num",),
     ),
     Trainer(
         name="Composer, LLM Foundry",
-        tier="1",
         entry="ep1-ba100-rank0.pt, huggingface/ba100/",
         weights="state.model; or as transformers",
         containers=("huggingface", "hf_format"),
@@ -383,7 +343,6 @@ TRAINERS = (
     ),
     Trainer(
         name="mmengine",
-        tier="1",
         entry="epoch_12.pth, iter_1000.pth",
         weights="state_dict; with EMAHook the raw ones, in ema_state_dict",
         averaged_keys=("ema_state_dict",),
@@ -392,7 +351,6 @@ TRAINERS = (
     ),
     Trainer(
         name="detectron2, fvcore",
-        tier="1",
         entry="model_0004999.pth",
         weights="model",
         step_keys=("iteration",),
@@ -400,7 +358,6 @@ TRAINERS = (
     ),
     Trainer(
         name="fairseq",
-        tier="1",
         entry="checkpoint12.pt, checkpoint_1_1000.pt",
         weights="model",
         names=(r"^checkpoint_(?P<epoch>\d+)_(?P<step>\d+)$",),
@@ -409,7 +366,6 @@ TRAINERS = (
     ),
     Trainer(
         name="ESPnet, WeNet, icefall",
-        tier="1",
         entry="12epoch.pth, epoch_12.pt, checkpoint-4000.pt",
         weights="the top, or model",
         names=(r"^(?P<epoch>\d+)epoch$", r"^checkpoint-(?P<step>\d+)-"),
@@ -435,7 +391,6 @@ TRAINERS = (
     ),
     Trainer(
         name="DiT, guided-diffusion, k-diffusion",
-        tier="1",
         entry="0050000.pt, model010000.pt, name_00010000.pth",
         weights="model or the top (not ema, model_ema, ema_0.9999_*.pt)",
         averaged_keys=("ema", "ema_model", "model_ema"),
@@ -445,24 +400,16 @@ TRAINERS = (
         tier="R",
         entry="network-snapshot-000200.pkl",
         weights="a pickled module",
-        refusals=(
-            _refusal(
-                r"\.pkl$",
-                "a pickle of whole objects, which cannot be read without running its code",
-                "Save the state_dict() of its module instead.",
-                is_certain=False,
-            ),
+        refusals=_refused(
+            r"\.pkl$",
+            "a pickle of whole objects, which cannot be read without running its code",
+            "Save the state_dict() of its module instead.",
+            is_certain=False,
         ),
     ),
-    Trainer(
-        name="MLX-LM",
-        tier="1",
-        entry="0000100_adapters.safetensors",
-        weights="the file",
-    ),
+    Trainer(name="MLX-LM", entry="0000100_adapters.safetensors", weights="the file"),
     Trainer(
         name="diffusion-pipe, SimpleTuner, Ray Train, InstructLab",
-        tier="1",
         entry="epoch10/, checkpoint-500/, checkpoint_000003/, samples_1234/",
         weights="as transformers or PEFT; checkpoint/ inside",
         models=("checkpoint",),
@@ -473,25 +420,25 @@ TRAINERS = (
         entry="1000/, weights.05-0.23.weights.h5, ckpt-12.index, model.iter1000.npz",
         weights="formats of JAX, TensorFlow and others",
         refusals=(
-            _refusal(
+            *_refused(
                 r"(^|/)(_CHECKPOINT_METADATA|_METADATA|manifest\.ocdbt|checkpoint\.msgpack)$"
                 r"|orbax-checkpoint|(^|/)(\.zarray|zarr\.json)$",
                 "a JAX checkpoint (orbax, levanter), not one of PyTorch",
                 _OUT_OF_SCOPE,
             ),
-            _refusal(
+            *_refused(
                 r"\.(h5|keras)$|(^|/)[^/]*\.data-\d{5}-of-\d{5}$|ckpt-\d+\.index$",
                 "a TensorFlow or Keras checkpoint, not one of PyTorch",
                 _OUT_OF_SCOPE,
                 is_certain=False,
             ),
-            _refusal(
+            *_refused(
                 r"\.gguf$",
                 "a GGUF file, not a checkpoint of PyTorch",
                 _OUT_OF_SCOPE,
                 is_certain=False,
             ),
-            _refusal(
+            *_refused(
                 r"\.(npz|msgpack)$",
                 "an array file of marian, JAX or numpy",
                 _OUT_OF_SCOPE,

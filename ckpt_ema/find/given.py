@@ -1,0 +1,211 @@
+"""What a person names: a list of checkpoints, taken in the order given, --append, and globs."""
+
+import os
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from pathlib import Path
+
+from ckpt_ema.containers.source import Source
+from ckpt_ema.containers.specs import ModelFiles
+from ckpt_ema.errors import Code, OptionError, RefusedError, flag, some
+from ckpt_ema.find.checkpoint import Checkpoint, Found
+from ckpt_ema.find.entries import Entry
+from ckpt_ema.find.model_files import locate, unsupported
+from ckpt_ema.find.names import stem_of
+from ckpt_ema.find.order import as_checkpoint, named_keys, step_in_name
+from ckpt_ema.find.verdict import Outcome, Reason, Verdict, skipped
+from ckpt_ema.notices import Notice
+from ckpt_ema.options import Selection
+from ckpt_ema.storage.protocol import Kind
+from ckpt_ema.trainers import conventions
+from ckpt_ema.trainers.table import Refusal
+
+
+def listed(given: Sequence[Path], selection: Selection, source: Source) -> Found:
+    """Return the checkpoints at these paths, in this order.
+
+    Raises `RefusedError` for a path that is no checkpoint, and for one that is given twice.
+    """
+    for option in ("pattern", "append", "order", "aliases"):
+        if getattr(selection, option) != getattr(Selection(), option):
+            raise OptionError(
+                f"{flag(option)} needs a run's folder, not a list of checkpoints.",
+                code=Code.CONFLICTING_OPTIONS,
+            )
+    paths = [_checkpoint_path(path, source) for path in given]
+    entries = [Entry(path, source, name) for path, name in zip(paths, _names(paths), strict=True)]
+    for entry in entries:
+        _check_model(entry)
+    step = Verdict(Outcome.STEP, Reason.GIVEN, "listed")
+    judged = [one.judged(unselected(one.name, selection) or step) for one in entries]
+    selected = [e for e, one in zip(entries, judged, strict=True) if one.verdict is step]
+    names = [entry.name for entry in entries]
+    warnings = unmatched(names, selection)
+    if not selected:
+        raise none_selected(names)
+    _check_different(selected, source)
+    named = named_keys(selected)  # of one unit, if possible
+    places = [(named[0], key) for key in named[1]] if named else map(step_in_name, selected)
+    rows = zip(selected, places, strict=True)
+    checkpoints = tuple(as_checkpoint(entry, *place, is_given=True) for entry, place in rows)
+    return Found(
+        common_root(checkpoints),
+        checkpoints,
+        tuple(judged),
+        (*warnings, *_text_order(checkpoints)),
+    )
+
+
+def _check_different(entries: Sequence[Entry], source: Source) -> None:
+    real_paths = source.storage.real_paths(entry.path for entry in entries)
+    first = dict(zip(reversed(real_paths), reversed(entries), strict=True))
+    for entry, real in zip(entries, real_paths, strict=True):
+        if first[real] is not entry:
+            raise RefusedError(
+                f"{entry.path} is given twice.", code=Code.GIVEN_TWICE, path=entry.path
+            )
+
+
+def _checkpoint_path(path: Path, source: Source) -> Path:
+    """Return the path of a checkpoint, which is its folder if a model file of it was given."""
+    if path.name in conventions.FOLDER_WEIGHTS:
+        whole = locate(path.parent, source)
+        if isinstance(whole, ModelFiles) and whole.path == path:
+            return path.parent
+    elif conventions.SHARD_NUMBER.search(path.name):
+        raise RefusedError(
+            f"{path} is one shard of a model.",
+            "Pass its folder, or the index of shards.",
+            code=Code.NOT_A_CHECKPOINT,
+            path=path,
+        )
+    return path
+
+
+def _check_model(entry: Entry) -> None:
+    """Refuse a path that holds no model that can be read."""
+    if entry.model:
+        return
+    if isinstance(entry.located, Refusal):
+        raise unsupported(entry.path, entry.located)
+    component = entry.source.reading.component
+    hint = "Pass a run's folder alone, or its checkpoints one by one."
+    if component:
+        why = f"holds no model weights for --component {component}"
+        hint = "Inside one torch file, --key chooses."
+    elif entry.is_folder:
+        why = f"is not a checkpoint: it holds none of {some(conventions.FOLDER_WEIGHTS)}"
+    else:
+        why = "is not a checkpoint: its extension is not one of a model's"
+    raise RefusedError(f"{entry.path} {why}.", hint, code=Code.NOT_A_CHECKPOINT, path=entry.path)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return what to call each path: its name, or the first of its folders that differs."""
+    if len({path.name for path in paths}) == len(paths):
+        return [path.name for path in paths]
+    columns = zip(*(Path(os.path.abspath(path)).parts for path in paths), strict=False)
+    differing = next((column for column in columns if len(set(column)) == len(paths)), None)
+    return list(differing) if differing else [str(path) for path in paths]
+
+
+def _text_order(checkpoints: Sequence[Checkpoint]) -> list[Notice]:
+    """Return a warning for a list that looks as if a shell had sorted it as text."""
+    for earlier, later in pairwise(checkpoints):
+        if None not in (earlier.step, later.step) and (earlier.step or 0) > (later.step or 0):
+            text = (
+                f"the list is kept in the order given, with {earlier.name} before {later.name}: a"
+                " shell sorts names as text; pass the run's folder to order it by number."
+            )
+            return [Notice(Code.OUT_OF_ORDER, text)]
+    return []
+
+
+def common_root(checkpoints: Sequence[Checkpoint]) -> Path:
+    """Return the folder that the checkpoints share; one without a number is its own root."""
+    if len(checkpoints) == 1 and checkpoints[0].step is None:
+        return checkpoints[0].path
+    parents = {Path(os.path.abspath(checkpoint.path)).parent for checkpoint in checkpoints}
+    return checkpoints[0].path.parent if len(parents) == 1 else Path(os.path.commonpath(parents))
+
+
+# --- --append -------------------------------------------------------------------------------------
+
+
+def append(
+    folders: tuple[Path, Path], found: Sequence[Checkpoint], selection: Selection, source: Source
+) -> list[Checkpoint]:
+    """Return the checkpoints to put after the last step, by names in these folders or by paths."""
+    file_id, appended = source.storage.file_id, list[Checkpoint]()
+    for name in selection.append:
+        places = [*(folder / name for folder in folders), Path(name)]
+        there = [one for one in places if source.storage.kind(one) is not Kind.ABSENT]
+        path = (there or places)[0]
+        if any(matches(path.name, glob) for glob in selection.exclude):
+            text = f"--append {path.name} is also left out by --exclude."
+            raise OptionError(text, code=Code.CONFLICTING_OPTIONS)
+        if not there:
+            raise _append_error(path, f"{path} does not exist", Code.NOT_FOUND)
+        same = (one.name for one in (*found, *appended) if file_id(one.path) == file_id(path))
+        known = next(same, None)
+        if known:
+            raise _append_error(path, f"{known} is there already", Code.GIVEN_TWICE)
+        model = locate(path, source)
+        if isinstance(model, Refusal):
+            raise unsupported(path, model)
+        if model is None:
+            raise _append_error(path, "it holds no model weights", Code.NO_MODEL)
+        appended.append(Checkpoint(path, None, model, found[-1].unit, is_given=True))
+    return appended
+
+
+def _append_error(path: Path, why: str, code: Code) -> RefusedError:
+    return RefusedError(f"--append {path.name}: {why}.", code=code, path=path)
+
+
+# --- --include and --exclude: whole names, matched as a shell matches them ------------------------
+
+
+def unselected(name: str, selection: Selection) -> Verdict | None:
+    """Return that the globs leave a name out; None if they do not."""
+    if any(matches(name, glob) for glob in selection.exclude):
+        return skipped(Reason.EXCLUDED)
+    if selection.include and not any(matches(name, glob) for glob in selection.include):
+        return skipped(Reason.NOT_INCLUDED)
+    return None
+
+
+def matches(name: str, glob: str) -> bool:
+    """Return whether a glob matches a whole name, with or without its extension.
+
+    >>> matches("step_100.pt", "step_100"), matches("step_1000.pt", "step_100")
+    (True, False)
+    """
+    glob = glob.rstrip("/")  # shells complete folders with it
+    return fnmatchcase(name, glob) or fnmatchcase(stem_of(name), glob)
+
+
+def unmatched(names: Iterable[str], selection: Selection) -> tuple[Notice, ...]:
+    """Return warnings of globs that exclude nothing; raises for one that includes nothing."""
+    known = sorted(names)
+    for glob in selection.include:
+        if not any(matches(name, glob) for name in known):
+            raise RefusedError(
+                f"--include {glob} matches nothing; the names are {some(known)}.",
+                "A glob must match the whole name: 'checkpoint-1*', not 'checkpoint-1'.",
+                code=Code.NO_MATCH,
+            )
+    return tuple(
+        Notice(Code.NO_MATCH, f"--exclude {glob} matches nothing.")
+        for glob in selection.exclude
+        if not any(matches(name, glob) for name in known)
+    )
+
+
+def none_selected(names: Iterable[str]) -> RefusedError:
+    """Return the error for globs that leave nothing."""
+    return RefusedError(
+        f"--include and --exclude leave none of {some(sorted(names))}.",
+        code=Code.NOTHING_SELECTED,
+    )
