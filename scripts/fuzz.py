@@ -140,7 +140,7 @@ def one_round(
     seeds: dict[str, tuple[Path, str, bytes]], chance: random.Random
 ) -> tuple[str, bytes, str]:
     """Break a file and read it; return its kind, its content and the outcome."""
-    from ckpt_ema.containers.read import read_specs
+    from ckpt_ema.containers.source import read_specs
     from ckpt_ema.containers.specs import Member, ModelFiles
     from ckpt_ema.storage.local import Local
 

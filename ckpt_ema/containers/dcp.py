@@ -23,13 +23,7 @@ from ckpt_ema.containers.pickles import (
     check_lengths,
     what_broke,
 )
-from ckpt_ema.containers.refusals import (
-    broken_tensor,
-    cut_short,
-    damaged,
-    is_plain_name,
-    missing,
-)
+from ckpt_ema.containers.refusals import cut_short, is_plain_name, missing, refused
 from ckpt_ema.containers.specs import FileSpec, Piece, Specs, TensorSpec, packed_strides
 from ckpt_ema.containers.torch_file import Region, read_tensor
 from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
@@ -143,7 +137,7 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
     with storage.open(path) as file:
         size_bytes = file.identity.size_bytes
         if size_bytes > _MAX_METADATA_BYTES:
-            raise damaged(path, "is too large to be the metadata of a checkpoint")
+            raise refused(path, "is too large to be the metadata of a checkpoint")
         raw = file.read(size_bytes, 0)
         metadata = FileSpec(path, *file.identity, hashlib.sha256(raw).hexdigest())
     tree, saved = _tree(path, _unpickled(path, raw))
@@ -175,16 +169,12 @@ def _unpickled(path: str, raw: bytes) -> _Record:
         check_lengths(stream)
         root = _MetadataUnpickler(stream).load()
     except _ForbiddenError as error:
-        raise RefusedError(
-            f"{path} names {error}, which no metadata of a checkpoint needs; torch would run it,"
-            " ckpt-ema does not.",
-            code=Code.UNSAFE,
-            path=path,
-        ) from error
+        why = "which no metadata of a checkpoint needs; torch would run it, ckpt-ema does not"
+        raise refused(path, f"names {error}, {why}", code=Code.UNSAFE) from error
     except BROKEN_PICKLE as error:
         raise cut_short(path, what_broke(error), or_damaged=True) from error
     if not isinstance(root, _Record) or not root.name.endswith(".Metadata"):
-        raise damaged(path, "is not the metadata of a checkpoint")
+        raise refused(path, "is not the metadata of a checkpoint")
     return root
 
 
@@ -195,12 +185,12 @@ def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Saved]:
     """Return what was saved, nested as it was (None for what is not a tensor), and where."""
     entries, stored = root.get("state_dict_metadata"), root.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(stored, dict):
-        raise damaged(path, "lists no tensors")
+        raise refused(path, "lists no tensors")
     paths = root.get("planner_data")
     tree: dict[str, Any] = {}
     for fqn, entry in entries.items():
         if not isinstance(fqn, str):
-            raise damaged(path, "has a tensor without a name")
+            raise refused(path, "has a tensor without a name")
         steps = paths.get(fqn) if isinstance(paths, dict) else None
         if not _is_path(steps):
             steps = (fqn,)
@@ -210,7 +200,7 @@ def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Saved]:
         for step in steps[:-1]:
             branch = branch.setdefault(str(step), {}) if isinstance(branch, dict) else None
         if not isinstance(branch, dict) or str(steps[-1]) in branch:
-            raise damaged(path, f"has two entries in the place of {fqn}")
+            raise refused(path, f"has two entries in the place of {fqn}")
         is_tensor = isinstance(entry, _Record) and entry.name.endswith(".TensorStorageMetadata")
         branch[str(steps[-1])] = _Announced(fqn, entry) if is_tensor else None
     return tree, {_index(index): info for index, info in stored.items()}
@@ -237,7 +227,7 @@ def _declared(path: str, announced: _Announced, saved: _Saved) -> _Declared:
     fqn, entry = announced
 
     def refuse(why: str, code: Code = Code.DAMAGED) -> RefusedError:
-        return broken_tensor(path, fqn, why, code=code)
+        return refused(path, why, code=code, tensor=fqn)
 
     properties, shape, boxes = entry.get("properties"), entry.get("size"), entry.get("chunks")
     state = properties.state if isinstance(properties, _Record) else None
@@ -360,7 +350,7 @@ def _piece(file: OpenFile, number: int, chunk: _Chunk, dtype: str) -> Piece:
             f"has a chunk of {spec.dtype} {list(spec.shape)}, but the metadata has {dtype}"
             f" {list(chunk.sizes)}"
         )
-        raise broken_tensor(file.path, chunk.tensor, why)
+        raise refused(file.path, why, tensor=chunk.tensor)
     strides = spec.pieces[0].strides if spec.pieces else packed_strides(chunk.sizes)
     return Piece(number, spec.offset, chunk.starts, chunk.sizes, strides)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from ckpt_ema.containers.refusals import refused
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.notices import Notice
 from ckpt_ema.trainers.conventions import (
@@ -47,12 +48,9 @@ def find_model(path: str, root: Any, key: str | None, tensor: _Kind) -> Model:
     if key is not None:
         value = _at(root, key)
         if not _is_model(value, tensor):
-            raise RefusedError(
-                f"{path} has no dict of tensors under {key}; it has"
-                f" {_listed(_models_in(root, tensor)) or 'none at all'}.",
-                code=Code.NO_MODEL,
-                path=path,
-            )
+            others = _listed(_models_in(root, tensor)) or "none at all"
+            why = f"has no dict of tensors under {key}; it has {others}"
+            raise refused(path, why, code=Code.NO_MODEL)
         return Model(value, (), _averaged(key) if _is_averaged(root, key) else ())
     return (
         _raw_beside_average(path, root, tensor)
@@ -180,13 +178,12 @@ def _raw_beside_average(path: str, root: Mapping[str, Any], tensor: _Kind) -> Mo
     if not (_is_model(swapped, tensor) and _is_model(root.get("state_dict"), tensor)):
         return None
     if "message_hub" not in root:
-        raise RefusedError(
-            f"{path} holds both state_dict and ema_state_dict, and either may be the average:"
-            " mmengine's EMAHook swaps them, others do not.",
-            "Choose the raw model weights with --key state_dict or --key ema_state_dict.",
-            code=Code.SEVERAL_MODELS,
-            path=path,
+        why = (
+            "holds both state_dict and ema_state_dict, and either may be the average: mmengine's"
+            " EMAHook swaps them, others do not"
         )
+        hint = "Choose the raw model weights with --key state_dict or --key ema_state_dict."
+        raise refused(path, why, hint, Code.SEVERAL_MODELS)
     names = {name.removeprefix("module."): value for name, value in swapped.items()}
     kept = {name: value for name, value in names.items() if name in root["state_dict"]}
     return Model(kept, _raw_taken("state_dict", "ema_state_dict"))
@@ -239,32 +236,20 @@ def _class_name(value: Any) -> str | None:
 
 
 def _several(path: str, found: Mapping[str, Any]) -> RefusedError:
-    return RefusedError(
-        f"{path} holds {len(found)} dicts of tensors, {_listed(found)}, and any of them may be the"
-        " model.",
-        f"Choose with --key {next(iter(found))}.",
-        code=Code.SEVERAL_MODELS,
-        path=path,
-    )
+    listed = f"{len(found)} dicts of tensors, {_listed(found)}"
+    why, hint = f"holds {listed}, and any of them may be the model", f"--key {next(iter(found))}"
+    return refused(path, why, f"Choose with {hint}.", Code.SEVERAL_MODELS)
 
 
 def _pickled(path: str, name: str) -> RefusedError:
-    return RefusedError(
-        f"{path} stores the model as a pickled {name}, not as tensors; reading it would run code"
-        " from the file.",
-        "Export its state_dict() instead.",
-        code=Code.PICKLED_OBJECT,
-        path=path,
-    )
+    stored = f"stores the model as a pickled {name}, not as tensors"
+    why = f"{stored}; reading it would run code from the file"
+    return refused(path, why, "Export its state_dict() instead.", Code.PICKLED_OBJECT)
 
 
 def _no_model(path: str, root: Any) -> RefusedError:
     name = _class_name(root)
     if name:
         return _pickled(path, name)
-    return RefusedError(
-        f"{path} holds no dict of tensors, neither at the top nor under {', '.join(MODEL_KEYS)}.",
-        "If it is elsewhere, name it with --key.",
-        code=Code.NO_MODEL,
-        path=path,
-    )
+    why = f"holds no dict of tensors, neither at the top nor under {', '.join(MODEL_KEYS)}"
+    return refused(path, why, "If it is elsewhere, name it with --key.", Code.NO_MODEL)

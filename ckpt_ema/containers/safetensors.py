@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ckpt_ema.containers.refusals import broken_tensor, check_start, cut_short, damaged
+from ckpt_ema.containers.refusals import AGAIN, check_start, cut_short, refused
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     FileSpec,
@@ -141,20 +141,12 @@ def _header_bytes(file: OpenFile) -> bytes:
     start = file.read(min(size_bytes, 64), 0)
     check_start(path, start)
     if start.startswith((b"PK\x03\x04", b"\x80\x02")):
-        raise RefusedError(
-            f"{path} is a torch file under a safetensors name.",
-            "Rename it to .bin.",
-            code=Code.WRONG_FORMAT,
-            path=path,
-        )
+        why = "is a torch file under a safetensors name"
+        raise refused(path, why, "Rename it to .bin.", Code.WRONG_FORMAT)
     length = int.from_bytes(start[:8], "little")
     if size_bytes < 8 or length > MAX_HEADER_BYTES or start[8:9] not in (b"{", b""):
-        raise RefusedError(
-            f"{path} is not a safetensors file: it does not start with a header.",
-            "Download or save it again.",
-            code=Code.WRONG_FORMAT,
-            path=path,
-        )
+        why = "is not a safetensors file: it does not start with a header"
+        raise refused(path, why, AGAIN, Code.WRONG_FORMAT)
     if 8 + length > size_bytes:
         why = f"its header alone takes {8 + length} bytes, the file has {size_bytes}"
         raise cut_short(path, why)
@@ -173,9 +165,9 @@ def _parse(path: str, raw: bytes) -> dict[str, Any]:
             json.dumps(header, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise damaged(path, f"has a broken header: {reason}") from error
+        raise refused(path, f"has a broken header: {reason}") from error
     if not isinstance(header, dict):
-        raise damaged(path, "has a broken header: it is not a JSON object")
+        raise refused(path, "has a broken header: it is not a JSON object")
     return header
 
 
@@ -200,14 +192,14 @@ def _no_sign(digits: str) -> int:
 
 def _check_metadata(path: str, metadata: object) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise damaged(path, "has a broken header: __metadata__ must map strings to strings")
+        raise refused(path, "has a broken header: __metadata__ must map strings to strings")
 
 
 def _tensor(path: str, name: str, entry: object, start: int) -> TensorSpec:
     """Check one entry of the header of a file whose data starts at byte `start`."""
 
     def refuse(reason: str) -> RefusedError:
-        return broken_tensor(path, name, reason)
+        return refused(path, reason, tensor=name)
 
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse("must have dtype, shape and data_offsets, and nothing else")
@@ -241,13 +233,13 @@ def _check_cover(path: str, ranges: Iterable[tuple[str, int, int]], data_bytes: 
     for name, start, following in ranges:
         if start != end:
             why = "overlaps another" if start < end else "leaves a gap before it"
-            raise broken_tensor(path, name, why)
+            raise refused(path, why, tensor=name)
         end = following
     if end > data_bytes:
         raise cut_short(path, f"its header promises {end} bytes of data, the file has {data_bytes}")
     if end < data_bytes:
-        raise damaged(
+        raise refused(
             path,
             f"has {data_bytes - end} bytes after its last tensor",
-            "Is it damaged, or two files in one? Download or save it again.",
+            f"Is it damaged, or two files in one? {AGAIN}",
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt_ema.containers import safetensors, torch_file
-from ckpt_ema.containers.refusals import damaged, is_plain_name, missing
+from ckpt_ema.containers.refusals import is_plain_name, missing, refused
 from ckpt_ema.containers.specs import Specs, TensorSpec
 from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
 from ckpt_ema.notices import Notice
@@ -42,7 +42,7 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
     absent = sorted(shard_of.keys() - specs.tensors.keys())
     if absent:
         why = f"names {len(absent)} tensors that its shards lack: {some(absent)}"
-        raise damaged(path, why)
+        raise refused(path, why)
     return replace(specs, warnings=(*_strays(index, shards, storage), *specs.warnings))
 
 
@@ -85,7 +85,7 @@ def _weight_map(index: Path, storage: Storage) -> Mapping[str, str]:
     with storage.open(index) as file:
         size_bytes = file.identity.size_bytes
         if size_bytes > _MAX_INDEX_BYTES:
-            raise damaged(file.path, "is too large to be an index of shards")
+            raise refused(file.path, "is too large to be an index of shards")
         raw = file.read(size_bytes, 0)
     try:
         content = json.loads(raw.decode("utf-8"))
@@ -98,20 +98,19 @@ def _weight_map(index: Path, storage: Storage) -> Mapping[str, str]:
         ) from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise damaged(file.path, "has no weight_map")
+        raise refused(file.path, "has no weight_map")
     if not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise damaged(file.path, "maps a tensor to something that is not a file name")
+        raise refused(file.path, "maps a tensor to something that is not a file name")
     return weight_map
 
 
 def _check_shard(index: Path, shard: str, storage: Storage) -> None:
     if not is_plain_name(shard):
-        raise RefusedError(
-            f"{index} names the shard {shard!r}, which is not a plain file name: a checkpoint may"
-            " not reach outside its folder.",
-            code=Code.UNSAFE,
-            path=index,
+        why = (
+            f"names the shard {shard!r}, which is not a plain file name: a checkpoint may not reach"
+            " outside its folder"
         )
+        raise refused(index, why, code=Code.UNSAFE)
     if storage.kind(index.parent / shard) is Kind.ABSENT:
         raise missing(index.parent, index.name, shard)
 

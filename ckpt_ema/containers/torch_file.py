@@ -22,7 +22,7 @@ from ckpt_ema.containers.pickles import (
     check_lengths,
     what_broke,
 )
-from ckpt_ema.containers.refusals import broken_tensor, check_start, cut_short, damaged
+from ckpt_ema.containers.refusals import AGAIN, check_start, cut_short, refused
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     FileSpec,
@@ -65,12 +65,8 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
             structure = _read_legacy(path, file)
         else:
             check_start(path, start)
-            raise RefusedError(
-                f"{path} is not a file written by torch.save.",
-                "Download or save it again.",
-                code=Code.WRONG_FORMAT,
-                path=path,
-            )
+            why = "is not a file written by torch.save"
+            raise refused(path, why, AGAIN, Code.WRONG_FORMAT)
         model = find_model(path, structure.root, key, (PickledTensor, UnreadTensor))
         tensors = {
             name: _place(path, name, tensor, structure.locate, size_bytes)
@@ -114,7 +110,7 @@ def read_tensor(path: str, region: Region) -> TensorSpec:
     """
     structure = _read_zip(path, region)
     if not isinstance(structure.root, PickledTensor):
-        raise damaged(path, "has something else where a tensor was expected")
+        raise refused(path, "has something else where a tensor was expected")
     name = f"at byte {region.start}"
     return _place(path, name, structure.root, structure.locate, region.size_bytes)
 
@@ -132,7 +128,7 @@ def _is_tensor(path: str, name: str, value: object) -> bool:
             " data)"
         )
         hint = "Save it dense, or leave it out of the state dict."
-    raise broken_tensor(path, name, why, hint, Code.UNREADABLE_TENSOR)
+    raise refused(path, why, hint, Code.UNREADABLE_TENSOR, tensor=name)
 
 
 _Locate = Callable[[PickledStorage], int]  # returns the position of a storage's first byte
@@ -151,17 +147,14 @@ def _read_zip(path: str, region: Region) -> _Structure:
     records = _zip_records(path, region)
     roots = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise RefusedError(
-            f"{path} is a zip file without one data.pkl, not written by torch.save.",
-            code=Code.WRONG_FORMAT,
-            path=path,
-        )
+        why = "is a zip file without one data.pkl, not written by torch.save"
+        raise refused(path, why, code=Code.WRONG_FORMAT)
     prefix = roots[0].removesuffix("data.pkl")
 
     def record(name: str) -> bytes:
         info = records[prefix + name]
         if info.file_size > _MAX_PICKLE_BYTES:
-            raise damaged(path, f"has a {name} of {info.file_size} bytes, which is no structure")
+            raise refused(path, f"has a {name} of {info.file_size} bytes, which is no structure")
         return region.file.read(info.file_size, _data_start(path, region, info))
 
     if prefix + "byteorder" in records and record("byteorder") != b"little":
@@ -173,16 +166,14 @@ def _read_zip(path: str, region: Region) -> _Structure:
         info = records.get(f"{prefix}data/{storage.key}")
         if info is None or info.file_size < _storage_bytes(storage):
             why = f"is damaged: storage {storage.key} is missing or shorter than declared"
-            raise damaged(path, why)
+            raise refused(path, why)
         return _data_start(path, region, info)
 
     return _Structure(root, unpickler.ignored, hashlib.sha256(pickled).hexdigest(), locate)
 
 
 def _big_endian(path: str) -> RefusedError:
-    return RefusedError(
-        f"{path} was saved on a big-endian machine.", code=Code.WRONG_FORMAT, path=path
-    )
+    return refused(path, "was saved on a big-endian machine", code=Code.WRONG_FORMAT)
 
 
 class _RegionStream(io.RawIOBase):
@@ -224,18 +215,14 @@ def _zip_records(path: str, region: Region) -> dict[str, zipfile.ZipInfo]:
         raise cut_short(path, "its zip directory cannot be read", or_damaged=True) from error
     records = {info.filename: info for info in infos}
     if any(name.endswith("/constants.pkl") for name in records):
-        raise RefusedError(
-            f"{path} is a TorchScript archive, a program and not a checkpoint.",
-            "Save the model's state_dict() instead.",
-            code=Code.NOT_A_CHECKPOINT,
-            path=path,
-        )
+        why = "is a TorchScript archive, a program and not a checkpoint"
+        raise refused(path, why, "Save the model's state_dict() instead.", Code.NOT_A_CHECKPOINT)
     stored = all(
         info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
         for info in infos
     )
     if len(records) != len(infos) or not stored:
-        raise damaged(path, "has compressed or repeated records, which torch.save never writes")
+        raise refused(path, "has compressed or repeated records, which torch.save never writes")
     return records
 
 
@@ -249,7 +236,7 @@ def _data_start(path: str, region: Region, info: zipfile.ZipInfo) -> int:
     start = offset + 30 + name_bytes + extra_bytes
     if not header.startswith(b"PK\x03\x04") or start + info.file_size > end:
         why = f"is damaged: record {info.filename} is not where its directory has it"
-        raise damaged(path, why)
+        raise refused(path, why)
     return start
 
 
@@ -272,7 +259,7 @@ def _read_legacy(path: str, file: OpenFile) -> _Structure:
     for key in keys if isinstance(keys, list) else []:
         storage = unpickler.storages.get(key) if isinstance(key, str) else None
         if storage is None:
-            raise damaged(path, "is damaged: it lists a storage that its structure lacks")
+            raise refused(path, "is damaged: it lists a storage that its structure lacks")
         starts[storage.key] = position + 8  # a count of elements comes first
         position += 8 + _storage_bytes(storage)
 
@@ -290,12 +277,9 @@ def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, TensorUnpickler]:
         check_lengths(stream)
         return unpickler.load(), unpickler
     except UnfitTensorError as error:
-        raise RefusedError(
-            f"{path} holds a tensor of a kind that safetensors cannot hold ({error}).",
-            "Leave it out of what is saved.",
-            code=Code.UNREADABLE_TENSOR,
-            path=path,
-        ) from error
+        why = f"holds a tensor of a kind that safetensors cannot hold ({error})"
+        hint = "Leave it out of what is saved."
+        raise refused(path, why, hint, Code.UNREADABLE_TENSOR) from error
     except BROKEN_PICKLE as error:
         is_cut = isinstance(error, EOFError) or "truncated" in str(error)
         raise (IncompleteError if is_cut else RefusedError)(
@@ -315,9 +299,8 @@ def _place(
     size_bytes = math.prod(shape) * item_bytes
     end = start + spanned(shape, strides) * item_bytes
     if end > _storage_bytes(tensor.storage) or size_bytes > max(file_bytes, _MAX_EXPANDED_BYTES):
-        raise broken_tensor(
-            path, name, "reaches beyond its storage", "Download or save the file again."
-        )
+        hint = "Download or save the file again."
+        raise refused(path, "reaches beyond its storage", hint, tensor=name)
     if not size_bytes:
         return TensorSpec(dtype, shape, 0, 0)
     offset = locate(tensor.storage) + start
