@@ -11,6 +11,7 @@ from operator import add
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     MOST_READ_PER_WANTED,
+    Box,
     Piece,
     TensorSpec,
     is_packed,
@@ -20,7 +21,6 @@ from ckpt_ema.containers.specs import (
 
 _INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}  # by their width in bytes
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # starts, sizes
 ReadInto = Callable[[int, memoryview, int], None]  # file, where to, offset in bytes
 
 

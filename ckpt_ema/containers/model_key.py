@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from ckpt_ema.containers.refusals import refused
+from ckpt_ema.containers.checks import refused
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.notices import Notice
 from ckpt_ema.trainers.conventions import (

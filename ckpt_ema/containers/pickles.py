@@ -8,7 +8,6 @@ accepts anything and does nothing. So no class is imported, unknown or hostile.
 import pickle
 import struct
 from collections.abc import Callable, Iterable
-from itertools import starmap
 from typing import IO, Any, ClassVar, NamedTuple
 
 # What safetensors calls a dtype, torch, and torch's class of storages with it.
@@ -74,23 +73,13 @@ class Inert:
         return object.__new__(cls if isinstance(cls, type) else type(cls))
 
     def __init__(self, *_args: Any, **_options: Any) -> None:
-        """Drop them."""
+        """Drop the arguments; likewise the state, and the items of what was a mapping or a list."""
+
+    __setstate__ = __setitem__ = append = extend = __init__
 
     def __call__(self, *_args: Any, **_options: Any) -> "Inert":
         """Accept a call of what a call has returned."""
         return self
-
-    def __setstate__(self, _state: Any) -> None:
-        """Drop the state."""
-
-    def __setitem__(self, _key: Any, _value: Any) -> None:
-        """Drop an item of what was a mapping."""
-
-    def append(self, _value: Any) -> None:
-        """Drop an item of what was a list."""
-
-    def extend(self, _values: Any) -> None:
-        """Drop the items of what was a list."""
 
 
 class UnreadTensor(Inert):
@@ -137,18 +126,8 @@ class UnfitTensorError(pickle.UnpicklingError):
 
 # What a malformed or hostile pickle can raise in the unpickler.
 BROKEN_PICKLE = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-    TypeError,
-    ValueError,
-    AssertionError,
-    struct.error,
+    *(pickle.UnpicklingError, AttributeError, EOFError, ImportError, LookupError, MemoryError),
+    *(OverflowError, RecursionError, TypeError, ValueError, AssertionError, struct.error),
 )
 
 
@@ -216,15 +195,15 @@ _KEYS_OF = {
 }
 
 
-def _checked(opcode: bytes, keys: slice) -> tuple[int, Callable[[Any], None]]:
-    """Return an opcode and a function that checks the keys before it does what the opcode does."""
+def _checked(opcode: bytes, keys: slice) -> Callable[[Any], None]:
+    """Return a function that checks the keys before it does what the opcode does."""
     load = _PythonUnpickler.dispatch[opcode[0]]
 
     def checked(unpickler: Any) -> None:
         _check_keys(unpickler.stack[keys])
         load(unpickler)
 
-    return opcode[0], checked
+    return checked
 
 
 class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
@@ -236,7 +215,7 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         **_PythonUnpickler.dispatch,
-        **dict(starmap(_checked, _KEYS_OF.items())),
+        **{opcode[0]: _checked(opcode, keys) for opcode, keys in _KEYS_OF.items()},
     }
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -262,10 +241,14 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
         if full_name not in self._stand_ins:
             if len(self._stand_ins) == _MAX_STAND_INS:
                 raise pickle.UnpicklingError("it has more kinds of objects than any checkpoint")
-            is_tensor = full_name.startswith("torch._utils._rebuild_") or name.endswith("Tensor")
-            kind = UnreadTensor if is_tensor else Inert
-            self._stand_ins[full_name] = type("StandIn", (kind,), {"name": full_name})
+            base = self.stand_in(module, name)
+            self._stand_ins[full_name] = type("StandIn", (base,), {"name": full_name})
         return self._stand_ins[full_name]
+
+    def stand_in(self, module: str, name: str) -> type[Inert]:
+        """Return the base of the class that stands in for an unknown global."""
+        is_rebuilt = f"{module}.{name}".startswith("torch._utils._rebuild_")
+        return UnreadTensor if is_rebuilt or name.endswith("Tensor") else Inert
 
     def persistent_load(self, pid: Any) -> Any:
         """Return a storage, which torch pickles as ("storage", type, key, device, count, ...).
@@ -296,23 +279,17 @@ def _rebuild_tensor(
     storage: PickledStorage, offset: int, shape: Any, strides: Any, *rest: Any
 ) -> PickledTensor:
     _check_lazy(rest[2:])  # requires_grad and the hooks come first
-    return _rebuild_typed(storage, offset, shape, strides, storage.dtype)
+    return _view(storage, offset, shape, strides, storage.dtype)
 
 
 def _rebuild_tensor_v3(
-    storage: PickledStorage,
-    offset: int,
-    shape: Any,
-    strides: Any,
-    _requires_grad: Any,
-    _hooks: Any,
-    dtype: Any,
-    *rest: Any,
+    storage: PickledStorage, offset: int, shape: Any, strides: Any, *rest: Any
 ) -> PickledTensor:
-    _check_lazy(rest)
+    _check_lazy(rest[3:])
+    dtype = rest[2]
     if not isinstance(dtype, Dtype):
         raise UnfitTensorError(str(getattr(dtype, "name", "an unknown dtype")))
-    return _rebuild_typed(storage, offset, shape, strides, dtype.name)
+    return _view(storage, offset, shape, strides, dtype.name)
 
 
 def _check_lazy(metadata: tuple[Any, ...]) -> None:
@@ -323,14 +300,12 @@ def _check_lazy(metadata: tuple[Any, ...]) -> None:
                 raise UnfitTensorError(f"its {flag} bit is set, so that its values are not stored")
 
 
-def _rebuild_typed(
+def _view(
     storage: PickledStorage, offset: int, shape: Any, strides: Any, dtype: str | None
 ) -> PickledTensor:
-    shape, strides = tuple(shape), tuple(strides)
+    shape, strides = _size(shape), tuple(strides)
     if not isinstance(storage, PickledStorage) or dtype is None or len(shape) != len(strides):
         raise pickle.UnpicklingError("a tensor has no typed storage")
-    if len(shape) > MAX_DIMENSIONS:
-        raise pickle.UnpicklingError("a tensor has too many dimensions")
     numbers = (offset, *shape, *strides)
     if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
         raise pickle.UnpicklingError("a tensor has an impossible shape, stride or offset")

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ckpt_ema.containers.refusals import AGAIN, check_start, cut_short, refused
+from ckpt_ema.containers.checks import AGAIN, check_start, cut_short, refused
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     FileSpec,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ckpt_ema.containers import dcp, safetensors, shards, torch_file
-from ckpt_ema.containers.refusals import refused
+from ckpt_ema.containers.checks import refused
 from ckpt_ema.containers.specs import Member, ModelFiles, Specs
 from ckpt_ema.errors import Code
 from ckpt_ema.options import Reading

@@ -57,6 +57,9 @@ def packed_bytes(dtype: str, shape: Sequence[int]) -> int:
     return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # starts, sizes
+
+
 class Piece(NamedTuple):
     """A box of one tensor and where its elements are: a strided view, or a chunk of a shard.
 

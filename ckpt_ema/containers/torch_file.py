@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from typing import IO, Any, NamedTuple, cast
 
+from ckpt_ema.containers.checks import AGAIN, check_start, cut_short, refused
 from ckpt_ema.containers.model_key import find_model, numbers, recorded
 from ckpt_ema.containers.pickles import (
     BROKEN_PICKLE,
@@ -22,7 +23,6 @@ from ckpt_ema.containers.pickles import (
     check_lengths,
     what_broke,
 )
-from ckpt_ema.containers.refusals import AGAIN, check_start, cut_short, refused
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     FileSpec,
@@ -39,6 +39,7 @@ from ckpt_ema.storage.protocol import OpenFile, Storage
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 _PLAIN = ("builtins.", "__builtin__.", "_codecs.", "typing.")  # not worth a note
 _ONE_RANK = ("ShardedTensor", "DTensor")  # classes of which each rank's file holds a part
+_BIG_ENDIAN = "was saved on a big-endian machine"
 _START_BYTES = 64
 _MAX_PICKLE_BYTES = 1 << 30
 _MAX_EXPANDED_BYTES = 1 << 20  # of a view with stride 0, where that is more than the whole file
@@ -69,7 +70,7 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
             raise refused(path, why, AGAIN, Code.WRONG_FORMAT)
         model = find_model(path, structure.root, key, (PickledTensor, UnreadTensor))
         tensors = {
-            name: _place(path, name, tensor, structure.locate, size_bytes)
+            name: _place(path, name, tensor, structure, size_bytes)
             for name, tensor in model.values.items()
             if _is_tensor(path, name, tensor)
         }
@@ -112,7 +113,7 @@ def read_tensor(path: str, region: Region) -> TensorSpec:
     if not isinstance(structure.root, PickledTensor):
         raise refused(path, "has something else where a tensor was expected")
     name = f"at byte {region.start}"
-    return _place(path, name, structure.root, structure.locate, region.size_bytes)
+    return _place(path, name, structure.root, structure, region.size_bytes)
 
 
 def _is_tensor(path: str, name: str, value: object) -> bool:
@@ -123,15 +124,10 @@ def _is_tensor(path: str, name: str, value: object) -> bool:
         why = f"is a {value.name}, of which each rank's file holds a part"
         hint = "Save the full state dict, or use torch.distributed.checkpoint."
     else:
-        why = (
-            f"is of a kind that safetensors cannot hold ({value.name}: sparse, quantised or without"
-            " data)"
-        )
+        kind = f"{value.name}: sparse, quantised or without data"
+        why = f"is of a kind that safetensors cannot hold ({kind})"
         hint = "Save it dense, or leave it out of the state dict."
     raise refused(path, why, hint, Code.UNREADABLE_TENSOR, tensor=name)
-
-
-_Locate = Callable[[PickledStorage], int]  # returns the position of a storage's first byte
 
 
 class _Structure(NamedTuple):
@@ -140,7 +136,7 @@ class _Structure(NamedTuple):
     root: Any
     ignored: list[str]  # classes and functions
     digest: str
-    locate: _Locate
+    locate: Callable[[PickledStorage], int]  # returns the position of a storage's first byte
 
 
 def _read_zip(path: str, region: Region) -> _Structure:
@@ -158,7 +154,7 @@ def _read_zip(path: str, region: Region) -> _Structure:
         return region.file.read(info.file_size, _data_start(path, region, info))
 
     if prefix + "byteorder" in records and record("byteorder") != b"little":
-        raise _big_endian(path)
+        raise refused(path, _BIG_ENDIAN, code=Code.WRONG_FORMAT)
     pickled = record("data.pkl")
     root, unpickler = _unpickle(path, io.BytesIO(pickled))
 
@@ -172,10 +168,6 @@ def _read_zip(path: str, region: Region) -> _Structure:
     return _Structure(root, unpickler.ignored, hashlib.sha256(pickled).hexdigest(), locate)
 
 
-def _big_endian(path: str) -> RefusedError:
-    return refused(path, "was saved on a big-endian machine", code=Code.WRONG_FORMAT)
-
-
 class _RegionStream(io.RawIOBase):
     """A range of a file, as a stream for the zip library and the unpickler."""
 
@@ -183,24 +175,19 @@ class _RegionStream(io.RawIOBase):
         self._region = region
         self._position = 0
 
-    def seekable(self) -> bool:
-        """Return that it has positions."""
+    def readable(self) -> bool:
         return True
 
+    seekable = readable
+
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Move to a position that counts from the start of the range."""
         start = (0, self._position, self._region.size_bytes)[whence]
         if start + offset < 0:
             raise OSError("a position before the start")
         self._position = start + offset
         return self._position
 
-    def readable(self) -> bool:
-        """Return that it can be read."""
-        return True
-
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer, or less of it at the end of the range."""
         count = max(0, min(len(buffer), self._region.size_bytes - self._position))
         buffer[:count] = self._region.file.read(count, self._region.start + self._position)
         self._position += count
@@ -249,7 +236,7 @@ def _read_legacy(path: str, file: OpenFile) -> _Structure:
         _unpickle(path, stream)  # the protocol's version
         system, _ = _unpickle(path, stream)
         if not isinstance(system, dict) or system.get("little_endian") is not True:
-            raise _big_endian(path)
+            raise refused(path, _BIG_ENDIAN, code=Code.WRONG_FORMAT)
         root_start = stream.tell()
         root, unpickler = _unpickle(path, stream)
         keys, _ = _unpickle(path, stream)
@@ -290,7 +277,7 @@ def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, TensorUnpickler]:
 
 
 def _place(
-    path: str, name: str, tensor: PickledTensor, locate: _Locate, file_bytes: int
+    path: str, name: str, tensor: PickledTensor, structure: _Structure, file_bytes: int
 ) -> TensorSpec:
     """Return where a tensor's elements are, checked to lie inside its storage."""
     dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides
@@ -303,11 +290,9 @@ def _place(
         raise refused(path, "reaches beyond its storage", hint, tensor=name)
     if not size_bytes:
         return TensorSpec(dtype, shape, 0, 0)
-    offset = locate(tensor.storage) + start
-    if is_packed(shape, strides):
-        return TensorSpec(dtype, shape, 0, offset)
+    offset = structure.locate(tensor.storage) + start
     piece = Piece(0, offset, (0,) * len(shape), shape, strides)
-    return TensorSpec(dtype, shape, 0, offset, (piece,))
+    return TensorSpec(dtype, shape, 0, offset, () if is_packed(shape, strides) else (piece,))
 
 
 def _storage_bytes(storage: PickledStorage) -> int:

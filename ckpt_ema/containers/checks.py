@@ -1,9 +1,9 @@
-"""The refusals that files of several containers share."""
+"""The checks of files, and the refusals, that several containers share."""
 
 import os
 
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
-from ckpt_ema.storage.protocol import Location
+from ckpt_ema.storage.protocol import Identity, Kind, Location, Storage
 
 AGAIN = "Download or save it again."
 _LEAVE_OUT = "Was its save interrupted? Leave it out."
@@ -30,14 +30,31 @@ def cut_short(
     return IncompleteError(message, _LEAVE_OUT, code=Code.CUT_SHORT, path=path, tensor=tensor)
 
 
-def missing(folder: Location, by: str, name: str) -> IncompleteError:
-    """Return the refusal of a folder that lacks the file `name`, which its file `by` names."""
-    return IncompleteError(
-        f"{folder} is incomplete: {by} names {name}, and that file is missing.",
-        "Was its save interrupted? Restore the file or leave the checkpoint out.",
-        code=Code.INCOMPLETE,
-        path=os.path.join(folder, name),
-    )
+def read_listing(
+    path: str, storage: Storage, most_bytes: int, what: str, listed: str
+) -> tuple[Identity, bytes]:
+    """Read the file that lists the others of its folder and is written last."""
+    if storage.kind(path) is Kind.ABSENT:
+        folder, name = os.path.split(path)
+        message = f"{folder} has {listed} but no {name}, which is written last."
+        raise IncompleteError(message, code=Code.INCOMPLETE, path=folder)
+    with storage.open(path) as file:
+        if file.identity.size_bytes > most_bytes:
+            raise refused(path, f"is too large to be {what}")
+        return file.identity, file.read(file.identity.size_bytes, 0)
+
+
+def present(folder: str, by: str, name: str, storage: Storage) -> str:
+    """Return the path of the file `name`; refuses a folder that lacks it, though `by` names it."""
+    path = os.path.join(folder, name)
+    if storage.kind(path) is Kind.ABSENT:
+        raise IncompleteError(
+            f"{folder} is incomplete: {by} names {name}, and that file is missing.",
+            "Was its save interrupted? Restore the file or leave the checkpoint out.",
+            code=Code.INCOMPLETE,
+            path=path,
+        )
+    return path
 
 
 def check_start(path: str, start: bytes) -> None:
