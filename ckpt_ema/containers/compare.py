@@ -1,7 +1,4 @@
-"""Whether two checkpoints hold the same tensors, byte for byte.
-
-Their files need not be equal for that: torch.save writes the name of a file into it.
-"""
+"""Whether two checkpoints hold the same tensors; their files need not be equal for that."""
 
 from ckpt_ema.containers.reader import Reader
 from ckpt_ema.containers.specs import ModelFiles, Specs, TensorSpec

@@ -1,8 +1,7 @@
 """Folders of torch.distributed.checkpoint: one .metadata, and .distcp files with chunks of tensors.
 
-`.metadata` is a pickle, which torch itself executes; here an unpickler with an allow-list reads it
-and runs nothing. Chunks are found by position, whichever ranks wrote them, so that no tensor is
-ever whole in memory. Entries that are not tensors are never opened.
+`.metadata` is a pickle, read with an allow-list. Chunks are found by position, whichever ranks
+wrote them, so that no tensor is ever whole in memory; what is not a tensor is never opened.
 """
 
 import hashlib
@@ -10,7 +9,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 from ckpt_ema.containers.checks import cut_short, is_plain_name, present, read_listing, refused
@@ -21,7 +20,6 @@ from ckpt_ema.containers.pickles import (
     Dtype,
     Inert,
     TensorUnpickler,
-    check_lengths,
     what_broke,
 )
 from ckpt_ema.containers.specs import Box, FileSpec, Piece, Specs, TensorSpec, packed_strides
@@ -104,14 +102,6 @@ class _Announced(NamedTuple):
     entry: _Record
 
 
-class _Declared(NamedTuple):
-    """One tensor as the metadata has it, checked."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: list[_Chunk]
-
-
 def claims(name: str) -> bool:
     """Return whether a file of this name is read here."""
     return name == DCP_METADATA
@@ -136,17 +126,19 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
     others = [name for name, value in model.values.items() if value is None]
     message = f"Not tensors, so not in the average: {some(others)}."
     notes = (*model.notes, Notice(Code.LEFT_OUT, message)) if others else model.notes
-    located = _located(os.path.dirname(path), tensors, storage)
+    every_chunk = [chunk for _, chunks in tensors.values() for chunk in chunks]
+    located = _located(os.path.dirname(path), every_chunk, storage)
     files = (metadata, *located.files)
-    joined = {name: _joined(tensor, located.pieces) for name, tensor in tensors.items()}
+    joined = {
+        name: _joined(tensor, [located.pieces[chunk] for chunk in chunks])
+        for name, (tensor, chunks) in tensors.items()
+    }
     return Specs(joined, files, ({},) * len(files), notes, model.warnings, located.holes)
 
 
 def _unpickled(path: str, raw: bytes) -> _Record:
-    stream = io.BytesIO(raw)
     try:
-        check_lengths(stream)
-        root = _MetadataUnpickler(stream).load()
+        root = _MetadataUnpickler(io.BytesIO(raw)).load()
     except _ForbiddenError as error:
         why = "which no metadata of a checkpoint needs; torch would run it, ckpt-ema does not"
         raise refused(path, f"names {error}, {why}", code=Code.UNSAFE) from error
@@ -199,8 +191,8 @@ def _index(index: Any) -> tuple[Any, Any]:
     return (fqn, offset if _sizes(offset) else None) if isinstance(fqn, str) else (None, None)
 
 
-def _declared(path: str, announced: _Announced, saved: _Saved) -> _Declared:
-    """Check what the metadata has on one tensor, as far as it goes without the data files."""
+def _declared(path: str, announced: _Announced, saved: _Saved) -> tuple[TensorSpec, list[_Chunk]]:
+    """Return a tensor, not located yet, and its chunks, checked without the data files."""
     fqn, entry = announced
 
     def refuse(why: str, code: Code = Code.DAMAGED) -> RefusedError:
@@ -225,7 +217,7 @@ def _declared(path: str, announced: _Announced, saved: _Saved) -> _Declared:
         chunks.append(_Chunk(fqn, dtype.name, starts, sizes, *place))
     if not _cover(shape, chunks):
         raise refuse(f"has chunks that do not cover its shape {list(shape)} exactly once")
-    return _Declared(dtype.name, shape, chunks)
+    return TensorSpec(dtype.name, shape, 0, 0), chunks
 
 
 def _place(info: Any, refuse: Callable[..., RefusedError]) -> tuple[str, int, int]:
@@ -291,12 +283,11 @@ class _Located(NamedTuple):
     holes: dict[str, int]
 
 
-def _located(folder: str, tensors: Mapping[str, _Declared], storage: Storage) -> _Located:
+def _located(folder: str, every_chunk: Iterable[_Chunk], storage: Storage) -> _Located:
     """Find the chunks of all tensors; every file is opened once."""
     by_file: dict[str, list[_Chunk]] = {}
-    for tensor in tensors.values():
-        for chunk in tensor.chunks:
-            by_file.setdefault(chunk.file, []).append(chunk)
+    for chunk in every_chunk:
+        by_file.setdefault(chunk.file, []).append(chunk)
     located = _Located([], {}, {})
     for number, (name, chunks) in enumerate(sorted(by_file.items()), start=1):
         path = present(folder, "its metadata", name, storage)
@@ -325,12 +316,11 @@ def _piece(file: OpenFile, number: int, chunk: _Chunk) -> Piece:
     return Piece(number, spec.offset, chunk.starts, chunk.sizes, strides)
 
 
-def _joined(tensor: _Declared, located: Mapping[_Chunk, Piece]) -> TensorSpec:
+def _joined(tensor: TensorSpec, pieces: Iterable[Piece]) -> TensorSpec:
     """Return a tensor of these pieces, without any where one piece is all of it in place."""
-    filled = [located[chunk] for chunk in tensor.chunks if 0 not in chunk.sizes]
+    filled = tuple(piece for piece in pieces if 0 not in piece.sizes)
     if not filled:
-        return TensorSpec(tensor.dtype, tensor.shape, 0, 0)
-    first = filled[0]
-    is_whole = len(filled) == 1 and first.strides == packed_strides(tensor.shape)
-    pieces = () if is_whole else tuple(filled)
-    return TensorSpec(tensor.dtype, tensor.shape, first.file, first.offset, pieces)
+        return tensor
+    is_whole = len(filled) == 1 and filled[0].strides == packed_strides(tensor.shape)
+    first, kept = filled[0], () if is_whole else filled
+    return tensor._replace(file=first.file, offset=first.offset, pieces=kept)

@@ -5,6 +5,7 @@ average of their own. The raw model is preferred, since an average of averages i
 Nothing here reads a tensor.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -24,6 +25,8 @@ ALREADY_AVERAGED = (
     "are averaged already (their decay is unknown); averaging them again smooths twice"
 )
 
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # in names of hostile pickles; cannot be written
 
 _Kind = type | tuple[type, ...]
 
@@ -51,7 +54,7 @@ def find_model(path: str, root: Any, key: str | None, tensor: _Kind) -> Model:
             others = _listed(_models_in(root, tensor)) or "none at all"
             why = f"has no dict of tensors under {key}; it has {others}"
             raise refused(path, why, code=Code.NO_MODEL)
-        return Model(value, (), _averaged(key) if _is_averaged(root, key) else ())
+        return _averaged(value, f"under {key}") if _is_averaged(root, key) else Model(value)
     return (
         _raw_beside_average(path, root, tensor)
         or _under_known_key(path, root, tensor)
@@ -66,14 +69,14 @@ def recorded(root: Any) -> dict[str, int]:
     >>> recorded({"global_step": 100, "meta": {"epoch": 3}, "model": {}})
     {'step': 100, 'epoch': 3}
     """
-    found = {}
     history = _at(root, "optimizer_history")
-    last = history[-1] if isinstance(history, list) and history else None
+    places = [root, *(history[-1:] if isinstance(history, list) else ())]
+    found = {}
     for unit, keys in (("step", STEP_KEYS), ("epoch", EPOCH_KEYS)):
-        values = [_at(root, key) for key in keys] + [_at(last, key) for key in keys]
-        numbers = [value for value in values if type(value) is int and value >= 0]
-        if numbers:
-            found[unit] = numbers[0]
+        values = [_at(place, key) for place in places for key in keys]
+        counts = [value for value in values if type(value) is int and value >= 0]
+        if counts:
+            found[unit] = counts[0]
     return found
 
 
@@ -107,7 +110,7 @@ def _is_model(value: Any, tensor: _Kind) -> TypeGuard[dict[str, Any]]:
     return (
         isinstance(value, dict)
         and any(isinstance(item, tensor) for item in value.values())
-        and all(isinstance(name, str) and _is_text(name) for name in value)
+        and all(isinstance(name, str) and not _SURROGATE.search(name) for name in value)
         and not any(_holds_tensors(item, tensor) for key, item in value.items() if _may_be(key))
     )
 
@@ -125,24 +128,13 @@ def _may_be(key: Any) -> bool:
     return isinstance(key, str) and not any(word in key.lower() for word in STATE_WORDS)
 
 
-def _is_text(name: str) -> bool:
-    """Return whether a name can be written: pickles can hold half a surrogate pair."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _models_in(root: Mapping[Any, Any], tensor: _Kind) -> dict[str, Any]:
     """Return every dict of tensors at the first two levels that is not training state."""
     found = {}
     for key, value in root.items():
-        if not _may_be(key):
-            continue
-        if _is_model(value, tensor):
+        if _may_be(key) and _is_model(value, tensor):
             found[key] = value
-        elif isinstance(value, dict):
+        elif _may_be(key) and isinstance(value, dict):
             inside = [(k, v) for k, v in value.items() if _may_be(k) and _is_model(v, tensor)]
             found |= {f"{key}.{inner}": item for inner, item in inside}
     return found
@@ -159,21 +151,21 @@ def _is_averaged(root: Mapping[Any, Any], key: str) -> bool:
     return key in AVERAGED_KEYS and "message_hub" not in root
 
 
-def _averaged(key: str) -> tuple[Notice, ...]:
-    message = f"The model weights under {key} {ALREADY_AVERAGED}."
-    return (Notice(Code.ALREADY_AVERAGED, message),)
+def _averaged(values: Mapping[str, Any], place: str) -> Model:
+    message = f"The model weights {place} {ALREADY_AVERAGED}."
+    return Model(values, warnings=(Notice(Code.ALREADY_AVERAGED, message),))
 
 
-def _raw_taken(average: str, key: str) -> tuple[Notice, ...]:
+def _raw(values: Mapping[str, Any], average: str, key: str) -> Model:
     message = f"{average} holds an average; the raw model weights are taken, from {key}."
-    return (Notice(Code.DECIDED, message),)
+    return Model(values, (Notice(Code.DECIDED, message),))
 
 
 def _raw_beside_average(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model | None:
     """Return the raw model of trainers that save an average where the model usually is."""
     raw = root.get("current_model_state")
     if _is_model(raw, tensor):
-        return Model(raw, _raw_taken("state_dict", "current_model_state"))  # Lightning
+        return _raw(raw, "state_dict", "current_model_state")  # Lightning
     swapped = root.get("ema_state_dict")
     if not (_is_model(swapped, tensor) and _is_model(root.get("state_dict"), tensor)):
         return None
@@ -186,7 +178,7 @@ def _raw_beside_average(path: str, root: Mapping[str, Any], tensor: _Kind) -> Mo
         raise refused(path, why, hint, Code.SEVERAL_MODELS)
     names = {name.removeprefix("module."): value for name, value in swapped.items()}
     kept = {name: value for name, value in names.items() if name in root["state_dict"]}
-    return Model(kept, _raw_taken("state_dict", "ema_state_dict"))
+    return _raw(kept, "state_dict", "ema_state_dict")
 
 
 def _under_known_key(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model | None:
@@ -194,9 +186,9 @@ def _under_known_key(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model
     if len(found) > 1:
         raise _several(path, found)
     if not found:
-        classes = [_class_name(_at(root, key)) for key in ("ema", *MODEL_KEYS)]
-        if name := next(filter(None, classes), None):
-            raise _pickled(path, name)
+        values = [_at(root, key) for key in ("ema", *MODEL_KEYS)]
+        if pickled := next(filter(_class_name, values), None):
+            raise _no_model(path, pickled)
         return None
     [(key, values)] = found.items()
     generator = root.get("generator")
@@ -204,15 +196,14 @@ def _under_known_key(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model
         # OpenNMT-py saves its output layer beside the model; its safetensors name it like this.
         values = {**values, **{f"generator.{name}": value for name, value in generator.items()}}
     averaged = [name for name in AVERAGED_KEYS if _is_model(_at(root, name), tensor)]
-    return Model(values, _raw_taken(some(averaged), key) if averaged else ())
+    return _raw(values, some(averaged), key) if averaged else Model(values)
 
 
 def _at_the_top(root: Mapping[str, Any], tensor: _Kind) -> Model | None:
     if not _is_model(root, tensor):
         return None
     if "n_averaged" in root and all(n.startswith("module.") or n == "n_averaged" for n in root):
-        message = f"The model weights of an AveragedModel {ALREADY_AVERAGED}."
-        return Model(root, (), (Notice(Code.ALREADY_AVERAGED, message),))
+        return _averaged(root, "of an AveragedModel")
     return Model(root)
 
 
@@ -226,7 +217,7 @@ def _under_any_key(path: str, root: Mapping[Any, Any], tensor: _Kind) -> Model:
     [(key, values)] = (raw or found).items()
     if raw:
         return Model(values, (Notice(Code.DECIDED, f"The model is taken from {key}."),))
-    return Model(values, (), _averaged(key))
+    return _averaged(values, f"under {key}")
 
 
 def _class_name(value: Any) -> str | None:
@@ -241,15 +232,10 @@ def _several(path: str, found: Mapping[str, Any]) -> RefusedError:
     return refused(path, why, f"Choose with {hint}.", Code.SEVERAL_MODELS)
 
 
-def _pickled(path: str, name: str) -> RefusedError:
-    stored = f"stores the model as a pickled {name}, not as tensors"
-    why = f"{stored}; reading it would run code from the file"
-    return refused(path, why, "Export its state_dict() instead.", Code.PICKLED_OBJECT)
-
-
-def _no_model(path: str, root: Any) -> RefusedError:
-    name = _class_name(root)
-    if name:
-        return _pickled(path, name)
+def _no_model(path: str, value: Any) -> RefusedError:
+    if name := _class_name(value):
+        stored = f"stores the model as a pickled {name}, not as tensors"
+        why = f"{stored}; reading it would run code from the file"
+        return refused(path, why, "Export its state_dict() instead.", Code.PICKLED_OBJECT)
     why = f"holds no dict of tensors, neither at the top nor under {', '.join(MODEL_KEYS)}"
     return refused(path, why, "If it is elsewhere, name it with --key.", Code.NO_MODEL)

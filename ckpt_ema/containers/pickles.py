@@ -220,8 +220,14 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="utf-8")
+        self._file = file
         self.storages: dict[str, PickledStorage] = {}
         self._stand_ins: dict[str, type[Inert]] = {}
+
+    def load(self) -> Any:
+        """Return the root object; raises one of `BROKEN_PICKLE`."""
+        check_lengths(self._file)
+        return super().load()
 
     @property
     def ignored(self) -> list[str]:

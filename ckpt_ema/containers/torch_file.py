@@ -20,7 +20,6 @@ from ckpt_ema.containers.pickles import (
     TensorUnpickler,
     UnfitTensorError,
     UnreadTensor,
-    check_lengths,
     what_broke,
 )
 from ckpt_ema.containers.specs import (
@@ -261,7 +260,6 @@ def _read_legacy(path: str, file: OpenFile) -> _Structure:
 def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, TensorUnpickler]:
     unpickler = TensorUnpickler(stream)
     try:
-        check_lengths(stream)
         return unpickler.load(), unpickler
     except UnfitTensorError as error:
         why = f"holds a tensor of a kind that safetensors cannot hold ({error})"

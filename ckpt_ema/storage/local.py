@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 from ckpt_ema.errors import Code, FailedError, RefusedError
 from ckpt_ema.storage.pool import LocalPool, checked_identity, inaccessible, open_fd, read_into
@@ -23,12 +24,12 @@ class Local:
         """See `Storage.kind`."""
         try:
             mode = os.stat(path).st_mode
+        except ValueError:  # a NUL in the name
+            return Kind.ABSENT
         except OSError as error:
             if error.errno in _ABSENT:
                 return Kind.ABSENT
             raise inaccessible(path, error) from error
-        except ValueError:  # a NUL in the name
-            return Kind.ABSENT
         if stat.S_ISDIR(mode):
             return Kind.FOLDER
         return Kind.FILE if stat.S_ISREG(mode) else Kind.OTHER
@@ -81,16 +82,13 @@ class Local:
 
     def real_paths(self, paths: Iterable[Location]) -> list[str]:
         """See `Storage.real_paths`; quick for many paths that share their folders."""
-        folders: dict[str, str] = {}
+        real_folder = cache(os.path.realpath)
         found = []
         for path in paths:
             folder, name = os.path.split(os.fspath(path))
-            if name in ("", ".", "..") or os.path.islink(path):
-                found.append(os.path.realpath(path))
-                continue
-            if folder not in folders:
-                folders[folder] = os.path.realpath(folder)
-            found.append(os.path.join(folders[folder], name))
+            is_plain = name not in ("", ".", "..") and not os.path.islink(path)
+            real = os.path.join(real_folder(folder), name) if is_plain else os.path.realpath(path)
+            found.append(real)
         return found
 
     def identity(self, path: Location) -> Identity:

@@ -38,9 +38,6 @@ def open_fd(path: Location) -> int:
         raise IncompleteError(f"{path} does not exist.", code=Code.NOT_FOUND, path=path) from error
     except OSError as error:
         raise inaccessible(path, error) from error
-    except ValueError as error:  # a NUL in the name
-        message = f"{path} cannot be a file name."
-        raise RefusedError(message, code=Code.NOT_A_FILE, path=path) from error
 
 
 def checked_identity(path: Location, fd: int) -> Identity:
