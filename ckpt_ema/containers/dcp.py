@@ -20,6 +20,7 @@ from ckpt_ema.containers.pickles import (
     Dtype,
     Inert,
     TensorUnpickler,
+    is_size,
     what_broke,
 )
 from ckpt_ema.containers.specs import Box, FileSpec, Piece, Specs, TensorSpec, packed_strides
@@ -179,11 +180,8 @@ def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Saved]:
 
 def _is_path(steps: Any) -> TypeGuard[tuple[str | int, ...]]:
     """Return whether it leads through dicts and lists, by keys of a sensible size."""
-    return (
-        isinstance(steps, tuple)
-        and 0 < len(steps) <= MAX_DIMENSIONS
-        and all(type(s) is str or (type(s) is int and 0 <= s < 2**63) for s in steps)
-    )
+    is_short = isinstance(steps, tuple) and 0 < len(steps) <= MAX_DIMENSIONS
+    return is_short and all(type(step) is str or is_size(step) for step in steps)
 
 
 def _index(index: Any) -> tuple[Any, Any]:
@@ -237,11 +235,8 @@ def _place(info: Any, refuse: Callable[..., RefusedError]) -> tuple[str, int, in
 
 
 def _sizes(values: Any) -> TypeGuard[tuple[int, ...]]:
-    return (
-        isinstance(values, tuple)
-        and len(values) <= MAX_DIMENSIONS
-        and all(type(n) is int and 0 <= n < 2**63 for n in values)
-    )
+    is_short = isinstance(values, tuple) and len(values) <= MAX_DIMENSIONS
+    return is_short and all(map(is_size, values))
 
 
 def _cover(shape: tuple[int, ...], chunks: list[_Chunk]) -> bool:

@@ -1,8 +1,7 @@
 """Which dict of tensors in a file that a training script saved is the model.
 
-Scripts save the model at the top, or under a key beside optimizer state, counters and perhaps an
-average of their own. The raw model is preferred, since an average of averages is smoothed twice.
-Nothing here reads a tensor.
+It is at the top, or under a key beside optimizer state, counters and perhaps an average. The raw
+model is preferred, since an average of averages is smoothed twice. Nothing here reads a tensor.
 """
 
 import re
@@ -186,8 +185,8 @@ def _under_known_key(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model
     if len(found) > 1:
         raise _several(path, found)
     if not found:
-        values = [_at(root, key) for key in ("ema", *MODEL_KEYS)]
-        if pickled := next(filter(_class_name, values), None):
+        objects = (_at(root, key) for key in ("ema", *MODEL_KEYS))
+        if pickled := next(filter(_class_name, objects), None):
             raise _no_model(path, pickled)
         return None
     [(key, values)] = found.items()

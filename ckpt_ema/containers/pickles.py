@@ -1,8 +1,7 @@
 """The structure of a torch pickle without torch and without trust: nothing from a file ever runs.
 
-A pickle builds objects by calling what it names. Here the few names that torch's tensors need lead
-to the functions below, which only take notes; every other name leads to an inert stand-in that
-accepts anything and does nothing. So no class is imported, unknown or hostile.
+A pickle builds objects by calling what it names. The few names that torch's tensors need lead to
+the functions below, which only take notes; every other name leads to an inert stand-in.
 """
 
 import pickle
@@ -65,11 +64,7 @@ class Inert:
     name = "?"
 
     def __new__(cls, *_args: Any, **_options: Any) -> "Inert":
-        """Accept the arguments of any constructor.
-
-        Some pickles look a class up by a call (`getattr` for a nested class), whose result is an
-        instance here, and then construct it.
-        """
+        """Accept any arguments; `cls` is an instance where a call looked the class up."""
         return object.__new__(cls if isinstance(cls, type) else type(cls))
 
     def __init__(self, *_args: Any, **_options: Any) -> None:
@@ -131,6 +126,11 @@ BROKEN_PICKLE = (
 )
 
 
+def is_size(value: Any) -> bool:
+    """Return whether a value is an integer that can be a size or an offset."""
+    return type(value) is int and 0 <= value < 2**63
+
+
 def what_broke(error: BaseException) -> str:
     """Return what is wrong with a pickle that raised this error."""
     if isinstance(error, KeyError):  # the unpickler's own message is the number of a byte
@@ -158,21 +158,16 @@ def check_lengths(stream: IO[bytes]) -> None:
                 limit = opcodes if code == _LONG_BINPUT else size_bytes
         elif code in _COUNTED:
             length = int.from_bytes(stream.read(_COUNTED[code]), "little")
-            if length <= size_bytes:
-                _skip(stream, length)
+            if length < 1 << 16:
+                stream.read(length)  # much faster than seek, for which a file asks the system
+            elif length <= size_bytes:
+                stream.seek(length, 1)
         elif code in _LINES:
             lines = [stream.readline() for _ in range(_LINES[code])]
             length, limit = (int(lines[0]), opcodes) if code == _PUT else (0, 0)
         if length > limit:
             raise pickle.UnpicklingError("it declares more than the file has")
     stream.seek(start)
-
-
-def _skip(stream: IO[bytes], count: int) -> None:
-    if count < 1 << 16:
-        stream.read(count)  # much faster than seek, for which a buffered file asks the system
-    else:
-        stream.seek(count, 1)
 
 
 def _check_keys(keys: Iterable[Any]) -> None:
@@ -207,10 +202,9 @@ def _checked(opcode: bytes, keys: slice) -> Callable[[Any], None]:
 
 
 class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
-    """Unpickles to dicts, lists and `PickledTensor`, taking notes on the way.
+    """Unpickles to dicts, lists and `PickledTensor`; `storages` has every storage by its key.
 
-    `storages` has every storage by its key. It is Python's own unpickler in Python: the one written
-    in C cannot check keys before it hashes them.
+    It extends the unpickler in Python: the one in C cannot check keys before it hashes them.
     """
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
@@ -268,7 +262,7 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
             raise UnfitTensorError(storage_type.name)
         if kind != "storage" or not isinstance(storage_type, _StorageType) or any(views):
             raise pickle.UnpicklingError("it has a storage of an unknown kind")
-        if not isinstance(key, str) or type(count) is not int or not 0 <= count < 2**63:
+        if not isinstance(key, str) or not is_size(count):
             raise pickle.UnpicklingError("a storage has an impossible key or size")
         self.storages[key] = PickledStorage(storage_type.dtype, key, count)
         return self.storages[key]
@@ -312,8 +306,7 @@ def _view(
     shape, strides = _size(shape), tuple(strides)
     if not isinstance(storage, PickledStorage) or dtype is None or len(shape) != len(strides):
         raise pickle.UnpicklingError("a tensor has no typed storage")
-    numbers = (offset, *shape, *strides)
-    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
+    if not all(map(is_size, (offset, *shape, *strides))):
         raise pickle.UnpicklingError("a tensor has an impossible shape, stride or offset")
     return PickledTensor(storage, offset, shape, strides, dtype)
 

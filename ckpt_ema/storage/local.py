@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ckpt_ema.errors import Code, FailedError, RefusedError
-from ckpt_ema.storage.pool import LocalPool, checked_identity, inaccessible, open_fd, read_into
+from ckpt_ema.storage.pool import LocalPool, identity_of, inaccessible, open_fd, read_into
 from ckpt_ema.storage.protocol import FilePool, Identity, Kind, Location
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
@@ -93,8 +93,7 @@ class Local:
 
     def identity(self, path: Location) -> Identity:
         """See `Storage.identity`."""
-        status = _status(path)
-        return Identity(status.st_size, status.st_mtime_ns)
+        return identity_of(_status(path))
 
     def read(self, path: Location, most_bytes: int | None = None) -> bytes | None:
         """See `Storage.read`; raises `RefusedError` for a file too large to be small."""
@@ -116,7 +115,11 @@ class Local:
         """See `Storage.open`; a FIFO or a device is refused, not waited for."""
         fd = open_fd(path)
         try:
-            yield LocalFile(os.fspath(path), fd, checked_identity(path, fd))
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                message = f"{path} is not a regular file."
+                raise RefusedError(message, code=Code.NOT_A_FILE, path=path)
+            yield LocalFile(os.fspath(path), fd, identity_of(status))
         finally:
             os.close(fd)
 

@@ -1,14 +1,12 @@
 """Positioned reads of many local files by many threads, through a bounded number of descriptors.
 
-A file that is cut short while it is read gives an ordinary error here, where a memory map would
-end the process with SIGBUS. Where the bytes have to come from a disk, the kernel is asked for the
-next ones before they are needed: many files are read in turn, which its own read-ahead, of 128 KiB
-on most systems, is not made for.
+A file that is cut short meanwhile gives an ordinary error, where a memory map would give SIGBUS.
+Bytes on a disk are requested before they are needed: many files are read in turn, for which the
+kernel's own read-ahead, of 128 KiB on most systems, is not made.
 """
 
 import os
 import resource
-import stat
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -40,11 +38,8 @@ def open_fd(path: Location) -> int:
         raise inaccessible(path, error) from error
 
 
-def checked_identity(path: Location, fd: int) -> Identity:
-    """Return the identity of an open file; raises `RefusedError` unless it is a regular file."""
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        raise RefusedError(f"{path} is not a regular file.", code=Code.NOT_A_FILE, path=path)
+def identity_of(status: os.stat_result) -> Identity:
+    """Return the identity of a file with this status."""
     return Identity(status.st_size, status.st_mtime_ns)
 
 
@@ -137,10 +132,10 @@ class LocalPool:
         """See `FilePool.verify`."""
         for path, identity in self.expected.items():
             try:
-                status = os.stat(path)
+                now = identity_of(os.stat(path))
             except OSError as error:
                 raise _changed(path) from error
-            if (status.st_size, status.st_mtime_ns) != identity:
+            if now != identity:
                 raise _changed(path)
 
     def close(self) -> None:
@@ -155,9 +150,8 @@ class LocalPool:
             file = self._files.get(path)
             if file is None:
                 self._make_room()
-                file = self._files[path] = _Pooled(
-                    path, self._open_expected(path), self.reads_ahead
-                )
+                file = _Pooled(path, self._open_expected(path), self.reads_ahead)
+                self._files[path] = file
             self._files.move_to_end(path)
             file.readers += 1
             return file
@@ -176,12 +170,9 @@ class LocalPool:
             raise _changed(path) from error
         except RefusedError as error:
             raise FailedError(error.message, code=error.code, path=path) from error
-        try:
-            if checked_identity(path, fd) != self.expected[path]:
-                raise _changed(path)
-        except BaseException:
+        if identity_of(os.fstat(fd)) != self.expected[path]:
             os.close(fd)
-            raise
+            raise _changed(path)
         return fd
 
 
