@@ -109,11 +109,7 @@ def claims(name: str) -> bool:
 
 
 def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
-    """Return the tensors of the model in the folder whose .metadata is at `path`.
-
-    Raises `IncompleteError` if a data file is missing or cut short, `RefusedError` for metadata
-    that is damaged, hostile or inconsistent.
-    """
+    """See `Container.read_specs`; `path` is that of the .metadata."""
     what = "the metadata of a checkpoint"
     identity, raw = read_listing(path, storage, _MAX_METADATA_BYTES, what, "data files")
     metadata = FileSpec(path, *identity, hashlib.sha256(raw).hexdigest())
@@ -179,7 +175,6 @@ def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Saved]:
 
 
 def _is_path(steps: Any) -> TypeGuard[tuple[str | int, ...]]:
-    """Return whether it leads through dicts and lists, by keys of a sensible size."""
     is_short = isinstance(steps, tuple) and 0 < len(steps) <= MAX_DIMENSIONS
     return is_short and all(type(step) is str or is_size(step) for step in steps)
 

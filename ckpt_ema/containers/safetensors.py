@@ -36,10 +36,7 @@ def claims(name: str) -> bool:
 
 
 def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
-    """Return the tensors of one safetensors file, in the order of their bytes.
-
-    Raises `RefusedError` unless the file is exactly what the format allows.
-    """
+    """See `Container.read_specs`; tensors are in the order of their bytes."""
     if key is not None:
         why = f"and {path} is a safetensors file, which has none"
         message = f"--key {key} names a dict in a torch file, {why}."

@@ -22,11 +22,7 @@ def claims(name: str) -> bool:
 
 
 def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
-    """Return the tensors of the shards that the index at `path` names.
-
-    Raises `IncompleteError` if the index or a shard is missing, `RefusedError` if the index is
-    broken, names a file outside its folder, or disagrees with its shards.
-    """
+    """See `Container.read_specs`; `path` is that of the index."""
     shard_of = _weight_map(path, storage)
     shards = sorted(set(shard_of.values()))
     paths = [_shard_path(path, shard, storage) for shard in shards]
@@ -84,10 +80,9 @@ def _weight_map(path: str, storage: Storage) -> Mapping[str, str]:
 
 def _shard_path(index: str, shard: str, storage: Storage) -> str:
     if not is_plain_name(shard):
-        why = f"names the shard {shard!r}, which is not a plain file name"
-        raise refused(
-            index, f"{why}: a checkpoint may not reach outside its folder", code=Code.UNSAFE
-        )
+        name = f"the shard {shard!r}, which is not a plain file name"
+        why = f"names {name}: a checkpoint may not reach outside its folder"
+        raise refused(index, why, code=Code.UNSAFE)
     folder, name = os.path.split(index)
     return present(folder, name, shard, storage)
 

@@ -54,10 +54,9 @@ class Source:
 
 
 def read_specs(model: ModelFiles, storage: Storage, key: str | None = None) -> Specs:
-    """Return the tensors of all members of a checkpoint.
+    """Return the tensors of all members of a checkpoint; files are named relative to its folder.
 
-    `key` is where the model is in a torch file. File names in the result are relative to the
-    model's folder. Raises what `Container.read_specs` raises.
+    `key` and what is raised are as for `Container.read_specs`.
     """
     read = [
         _read_member(model.folder, number, member, storage, key)

@@ -31,7 +31,7 @@ from ckpt_ema.containers.specs import (
     is_packed,
     spanned,
 )
-from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
+from ckpt_ema.errors import Code, some
 from ckpt_ema.notices import Notice
 from ckpt_ema.storage.protocol import OpenFile, Storage
 
@@ -50,12 +50,7 @@ def claims(_name: str) -> bool:
 
 
 def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
-    """Return the tensors of the model in one torch file, in the order of its state dict.
-
-    `key` is where the model is in it, None to look for it. Raises `IncompleteError` for a file that
-    is cut short, `RefusedError` for one that is not a torch file, is inconsistent, or holds no
-    model.
-    """
+    """See `Container.read_specs`; tensors are in the order of the state dict."""
     with storage.open(path) as file:
         size_bytes = file.identity.size_bytes
         start = file.read(min(size_bytes, _START_BYTES), 0)
@@ -104,10 +99,7 @@ class Region(NamedTuple):
 
 
 def read_tensor(path: str, region: Region) -> TensorSpec:
-    """Return where the one tensor is that was saved by itself in a range of the file at `path`.
-
-    Raises `RefusedError` for anything else.
-    """
+    """Return where the tensor is that was saved by itself in a range of the file at `path`."""
     structure = _read_zip(path, region)
     if not isinstance(structure.root, PickledTensor):
         raise refused(path, "has something else where a tensor was expected")
@@ -160,8 +152,8 @@ def _read_zip(path: str, region: Region) -> _Structure:
     def locate(storage: PickledStorage) -> int:
         info = records.get(f"{prefix}data/{storage.key}")
         if info is None or info.file_size < _storage_bytes(storage):
-            why = f"is damaged: storage {storage.key} is missing or shorter than declared"
-            raise refused(path, why)
+            why = "is missing or shorter than declared"
+            raise refused(path, f"is damaged: storage {storage.key} {why}")
         return _data_start(path, region, info)
 
     return _Structure(root, unpickler.ignored, hashlib.sha256(pickled).hexdigest(), locate)
@@ -266,12 +258,10 @@ def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, TensorUnpickler]:
         hint = "Leave it out of what is saved."
         raise refused(path, why, hint, Code.UNREADABLE_TENSOR) from error
     except BROKEN_PICKLE as error:
-        is_cut = isinstance(error, EOFError) or "truncated" in str(error)
-        raise (IncompleteError if is_cut else RefusedError)(
-            f"{path} is cut short or damaged: its structure cannot be read ({what_broke(error)}).",
-            code=Code.CUT_SHORT if is_cut else Code.DAMAGED,
-            path=path,
-        ) from error
+        why = f"its structure cannot be read ({what_broke(error)})"
+        if isinstance(error, EOFError) or "truncated" in str(error):
+            raise cut_short(path, why, or_damaged=True) from error
+        raise refused(path, f"is cut short or damaged: {why}") from error
 
 
 def _place(
