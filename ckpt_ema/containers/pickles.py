@@ -22,8 +22,6 @@ _DTYPES = [
     *(("F8_E4M3FNUZ", "float8_e4m3fnuz", ""), ("F8_E5M2FNUZ", "float8_e5m2fnuz", "")),
     *(("F8_E8M0", "float8_e8m0fnu", ""),),
 ]
-_TORCH_DTYPES = {name: dtype for dtype, name, _ in _DTYPES}
-_STORAGE_DTYPES = {storage: dtype for dtype, _, storage in _DTYPES if storage}
 
 # How long the arguments of opcodes are, as pickletools lists them; other opcodes have none.
 _FIXED = dict(
@@ -230,13 +228,8 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the inert counterpart of any global; never imports."""
-        known = _KNOWN.get((module, name))
-        if known is not None:
-            return known
-        if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
-            return _StorageType(_STORAGE_DTYPES[name])
-        if module == "torch" and name in _TORCH_DTYPES:
-            return Dtype(_TORCH_DTYPES[name])
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
         full_name = f"{module}.{name}"
         if full_name not in self._stand_ins:
             if len(self._stand_ins) == _MAX_STAND_INS:
@@ -327,6 +320,9 @@ def _reconstruct(kind: Any, *_rest: Any) -> Any:
 
 
 _KNOWN: dict[tuple[str, str], Any] = {
+    **{("torch", name): Dtype(dtype) for dtype, name, _ in _DTYPES},
+    **{("torch", storage): _StorageType(dtype) for dtype, _, storage in _DTYPES if storage},
+    **{("torch.storage", storage): _StorageType(dtype) for dtype, _, storage in _DTYPES if storage},
     ("copyreg", "_reconstructor"): _Known(_reconstruct),
     ("copy_reg", "_reconstructor"): _Known(_reconstruct),
     ("collections", "OrderedDict"): _Dict,

@@ -9,6 +9,7 @@ import io
 import math
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from typing import IO, Any, NamedTuple, cast
 
 from ckpt_ema.containers.checks import AGAIN, check_start, cut_short, refused
@@ -39,7 +40,6 @@ _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pic
 _PLAIN = ("builtins.", "__builtin__.", "_codecs.", "typing.")  # not worth a note
 _ONE_RANK = ("ShardedTensor", "DTensor")  # classes of which each rank's file holds a part
 _BIG_ENDIAN = "was saved on a big-endian machine"
-_START_BYTES = 64
 _MAX_PICKLE_BYTES = 1 << 30
 _MAX_EXPANDED_BYTES = 1 << 20  # of a view with stride 0, where that is more than the whole file
 
@@ -53,7 +53,7 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
     """See `Container.read_specs`; tensors are in the order of the state dict."""
     with storage.open(path) as file:
         size_bytes = file.identity.size_bytes
-        start = file.read(min(size_bytes, _START_BYTES), 0)
+        start = file.read(min(size_bytes, 64), 0)
         if start.startswith(b"PK\x03\x04"):
             structure = _read_zip(path, Region(file, 0, size_bytes))
         elif start.startswith(b"\x80") and _LEGACY_MAGIC in start:
@@ -70,16 +70,10 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
         }
         spec = FileSpec(path, *file.identity, structure.digest)
         hole = file.first_hole()
-    return Specs(
-        tensors,
-        (spec,),
-        ({},),
-        (*model.notes, *_left_out(model.values, tensors, structure.ignored)),
-        model.warnings,
-        {} if hole is None else {path: hole},
-        recorded(structure.root),
-        numbers=numbers(structure.root),
-    )
+    notes = (*model.notes, *_left_out(model.values, tensors, structure.ignored))
+    holes = {} if hole is None else {path: hole}
+    specs = Specs(tensors, (spec,), ({},), notes, model.warnings, holes)
+    return replace(specs, recorded=recorded(structure.root), numbers=numbers(structure.root))
 
 
 def _left_out(values: Any, tensors: Any, ignored: list[str]) -> list[Notice]:
@@ -195,11 +189,9 @@ def _zip_records(path: str, region: Region) -> dict[str, zipfile.ZipInfo]:
     if any(name.endswith("/constants.pkl") for name in records):
         why = "is a TorchScript archive, a program and not a checkpoint"
         raise refused(path, why, "Save the model's state_dict() instead.", Code.NOT_A_CHECKPOINT)
-    stored = all(
-        info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
-        for info in infos
-    )
-    if len(records) != len(infos) or not stored:
+    methods = {info.compress_type for info in infos}
+    stored = all(info.compress_size == info.file_size for info in infos)
+    if len(records) != len(infos) or not stored or methods - {zipfile.ZIP_STORED}:
         raise refused(path, "has compressed or repeated records, which torch.save never writes")
     return records
 
