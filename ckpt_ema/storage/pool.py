@@ -96,12 +96,17 @@ class _Pooled:
 
     def _ask_ahead(self, start: int, end: int, ahead_bytes: int) -> None:
         """Have the kernel fetch from `start` to some way beyond `end`, without waiting for it."""
-        # Threads read a little out of order; what is further away was asked for by another pass.
+        # Threads read a little out of order; what is further away was another pass's request.
         asked_until = self.asked_until if self.asked_until <= end + 2 * ahead_bytes else 0
         if asked_until < end + ahead_bytes // 2:
             self.asked_until = end + ahead_bytes
             for offset in range(max(start, asked_until), end + ahead_bytes, _ASKED_BYTES):
                 os.posix_fadvise(self.fd, offset, _ASKED_BYTES, os.POSIX_FADV_WILLNEED)
+
+
+def _descriptor_limit() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(8, min(1024, soft // 2 if soft != resource.RLIM_INFINITY else 1024))
 
 
 @dataclass(slots=True)
@@ -114,7 +119,7 @@ class LocalPool:
     expected: dict[str, Identity]
     read_in_turn: int = 1
     reads_ahead: bool = _CAN_READ_AHEAD
-    limit: int = field(default_factory=lambda: _descriptor_limit())
+    limit: int = field(default_factory=_descriptor_limit)
     _files: OrderedDict[str, _Pooled] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -183,8 +188,3 @@ def _changed(path: str) -> FailedError:
         code=Code.CHANGED,
         path=path,
     )
-
-
-def _descriptor_limit() -> int:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(8, min(1024, soft // 2 if soft != resource.RLIM_INFINITY else 1024))
