@@ -30,17 +30,8 @@ MOST_GROWTH_BYTES = 64 << 20  # of the process, over all rounds
 TOKENS = [
     *(b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b"0", b"-0", b"1e9", b"NaN", b"null", b"\0"),
     *(b"__metadata__", b"data_offsets", b"shape", b"dtype", b'"F64"', b"weight_map", b"../x"),
-    *(
-        b"PK\x03\x04",
-        b"PK\x01\x02",
-        b"PK\x05\x06",
-        b"\x80\x02",
-        b"\x80\x04",
-        b".",
-        b"(",
-        b")",
-        b"t",
-    ),
+    *(b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"\x80\x02", b"\x80\x04", b".", b"("),
+    *(b")", b"t"),
     *(b"R", b"c", b"os\nsystem\n", b"\x93", b"\x8c\x02os", b"Q", b"\x85", b"b", b"h\x00", b"q\xff"),
     *(b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"\0" * 8, b"\x8a\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf"),
 ]
@@ -57,28 +48,26 @@ def make_seeds(folder: Path) -> dict[str, tuple[Path, str, bytes]]:
         "layer.bias": torch.arange(4).bfloat16(),
         "steps": torch.tensor([1, 2, 3]),
     }
-    folders = {name: folder / name for name in ("safetensors", "index", "zip", "legacy", "dcp")}
+    files = {
+        "safetensors": "model.safetensors",
+        "index": "model.safetensors.index.json",
+        "zip": "pytorch_model.bin",
+        "legacy": "pytorch_model.bin",
+        "dcp": ".metadata",
+    }
+    folders = {name: folder / name for name in files}
     for each in folders.values():
         each.mkdir()
     save_file(state, folders["safetensors"] / "model.safetensors", {"format": "pt"})
     save_file(state, folders["index"] / "model-00001-of-00001.safetensors")
     weight_map = dict.fromkeys(state, "model-00001-of-00001.safetensors")
-    index = folders["index"] / "model.safetensors.index.json"
+    index = folders["index"] / files["index"]
     index.write_text(json.dumps({"metadata": {"total_size": 80}, "weight_map": weight_map}))
-    torch.save({"model": state, "step": 3}, folders["zip"] / "pytorch_model.bin")
-    torch.save(
-        {"model": state, "step": 3},
-        folders["legacy"] / "pytorch_model.bin",
-        _use_new_zipfile_serialization=False,
-    )
+    for name in ("zip", "legacy"):
+        path = folders[name] / files[name]
+        content = {"model": state, "step": 3}
+        torch.save(content, path, _use_new_zipfile_serialization=name == "zip")
     save({"model": state}, checkpoint_id=str(folders["dcp"]), no_dist=True)
-    files = {
-        "safetensors": "model.safetensors",
-        "index": index.name,
-        "zip": "pytorch_model.bin",
-        "legacy": "pytorch_model.bin",
-        "dcp": ".metadata",
-    }
     return {
         name: (folders[name], file, (folders[name] / file).read_bytes())
         for name, file in files.items()
@@ -140,7 +129,7 @@ def one_round(
     seeds: dict[str, tuple[Path, str, bytes]], chance: random.Random
 ) -> tuple[str, bytes, str]:
     """Break a file and read it; return its kind, its content and the outcome."""
-    from ckpt_ema.containers.read import read_specs
+    from ckpt_ema.containers.source import read_specs
     from ckpt_ema.containers.specs import Member, ModelFiles
     from ckpt_ema.storage.local import Local
 

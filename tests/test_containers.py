@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_ema.containers import read, registry
+from ckpt_ema.containers import source
 from ckpt_ema.containers.reader import Reader
 from ckpt_ema.containers.specs import FileSpec, Member, ModelFiles, Specs, TensorSpec
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
@@ -84,7 +84,7 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
 
 def read_specs(path: Path, key: str | None = None) -> Specs:
     """The specs of a checkpoint with one member."""
-    return read.read_specs(ModelFiles(path.parent, (Member(path.name),)), Local(), key)
+    return source.read_specs(ModelFiles(path.parent, (Member(path.name),)), Local(), key)
 
 
 @pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
@@ -274,7 +274,7 @@ def test_members_keep_their_tensors_apart_by_a_prefix(tmp_path: Path) -> None:
             tmp_path / f"{name}.safetensors", {"w": torch.ones(2), "b": torch.ones(1)}
         )
     members = (Member("unet.safetensors", "unet/"), Member("vae.safetensors", "vae/"))
-    specs = read.read_specs(ModelFiles(tmp_path, members), Local())
+    specs = source.read_specs(ModelFiles(tmp_path, members), Local())
     assert list(specs.tensors) == ["unet/w", "unet/b", "vae/w", "vae/b"]
     assert [(file.name, file.member) for file in specs.files] == [
         ("unet.safetensors", 0),
@@ -282,7 +282,7 @@ def test_members_keep_their_tensors_apart_by_a_prefix(tmp_path: Path) -> None:
     ]
     assert {specs.tensors[name].file for name in ("vae/w", "vae/b")} == {1}
     with pytest.raises(RefusedError) as caught:
-        read.read_specs(ModelFiles(tmp_path, (members[0], members[0])), Local())
+        source.read_specs(ModelFiles(tmp_path, (members[0], members[0])), Local())
     assert caught.value.tensor == "unet/w"
 
 
@@ -294,7 +294,7 @@ def test_a_key_names_a_dict_of_a_torch_file_alone(tmp_path: Path) -> None:
 
 
 def test_a_container_is_one_more_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its files are read like all others once the registry has it."""
+    """Its files are read like all others once the table has it."""
 
     class Raw:
         """One tensor of bytes, and nothing else."""
@@ -308,7 +308,7 @@ def test_a_container_is_one_more_entry(tmp_path: Path, monkeypatch: pytest.Monke
             tensor = TensorSpec("U8", (identity.size_bytes,), 0, 0)
             return Specs({"all": tensor}, (FileSpec(path, *identity, ""),), ({},))
 
-    monkeypatch.setattr(registry, "CONTAINERS", (Raw(), *registry.CONTAINERS))
+    monkeypatch.setattr(source, "CONTAINERS", (Raw(), *source.CONTAINERS))
     (tmp_path / "model.raw").write_bytes(b"abcdef")
     specs = read_specs(tmp_path / "model.raw")
     buffer = bytearray(4)
@@ -317,7 +317,7 @@ def test_a_container_is_one_more_entry(tmp_path: Path, monkeypatch: pytest.Monke
     assert bytes(buffer) == b"cdef"
 
 
-@pytest.mark.parametrize("module", ["registry", "compare", "source"])
+@pytest.mark.parametrize("module", ["compare", "source"])
 def test_reading_headers_and_comparing_import_no_torch(module: str) -> None:
     code = f"import sys, ckpt_ema.containers.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 import ckpt_ema
-from ckpt_ema.containers.read import read_specs
 from ckpt_ema.containers.reader import Reader
+from ckpt_ema.containers.source import read_specs
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     Member,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ckpt_ema.containers.compare import hold_the_same
-from ckpt_ema.containers.read import read_specs
 from ckpt_ema.containers.reader import Reader
+from ckpt_ema.containers.source import read_specs
 from ckpt_ema.containers.specs import Member, ModelFiles, Specs
 from ckpt_ema.errors import Code, FailedError
 from ckpt_ema.storage.local import Local

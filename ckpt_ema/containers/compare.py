@@ -1,7 +1,6 @@
-"""Whether two checkpoints hold the same tensors, byte for byte.
+"""Whether two checkpoints hold the same tensors; their files need not be equal for that."""
 
-Their files need not be equal for that: torch.save writes the name of a file into it.
-"""
+from contextlib import suppress
 
 from ckpt_ema.containers.reader import Reader
 from ckpt_ema.containers.specs import ModelFiles, Specs, TensorSpec
@@ -17,8 +16,8 @@ def hold_the_same(
 ) -> bool:
     """Return whether all tensors are equal in name, dtype, shape and bytes.
 
-    The first bytes of every tensor are compared before the rest of any, so that two states of one
-    run differ soon, frozen tensors or not. Checkpoints that cannot be read count as different.
+    The heads of all tensors are compared before the rest of any, since frozen tensors may come
+    first. Checkpoints that cannot be read count as different.
     """
     (model, specs), (other_model, other_specs) = one, other
     if specs.tensors.keys() != other_specs.tensors.keys():
@@ -27,15 +26,11 @@ def hold_the_same(
     if any((a.dtype, a.shape) != (b.dtype, b.shape) for a, b in pairs):
         return False
     opened = [(model.folder, specs), (other_model.folder, other_specs)]
-    with Reader(storage, opened) as reader:
-        try:
-            return all(
-                _equal(reader, mine, theirs, min(most, mine.size_bytes))
-                for most in (_HEAD_BYTES, max((mine.size_bytes for mine, _ in pairs), default=0))
-                for mine, theirs in pairs
-            )
-        except CkptEmaError:
-            return False
+    with suppress(CkptEmaError), Reader(storage, opened) as reader:
+        heads = [(*pair, min(_HEAD_BYTES, pair[0].size_bytes)) for pair in pairs]
+        wholes = [(*pair, pair[0].size_bytes) for pair in pairs]
+        return all(_equal(reader, *each) for each in (*heads, *wholes))
+    return False
 
 
 def same_values(earlier: str, later: str) -> RefusedError:

@@ -1,8 +1,7 @@
 """Folders of torch.distributed.checkpoint: one .metadata, and .distcp files with chunks of tensors.
 
-`.metadata` is a pickle, which torch itself executes; here an unpickler with an allow-list reads it
-and runs nothing. Chunks are found by position, whichever ranks wrote them, so that no tensor is
-ever whole in memory. Entries that are not tensors are never opened.
+`.metadata` is a pickle, read with an allow-list. Chunks are found by position, whichever ranks
+wrote them, so that no tensor is ever whole in memory; what is not a tensor is never opened.
 """
 
 import hashlib
@@ -10,9 +9,10 @@ import io
 import math
 import os
 import re
-from collections.abc import Mapping
-from typing import IO, Any, NamedTuple, TypeGuard
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeGuard
 
+from ckpt_ema.containers.checks import cut_short, is_plain_name, present, read_listing, refused
 from ckpt_ema.containers.model_key import find_model
 from ckpt_ema.containers.pickles import (
     BROKEN_PICKLE,
@@ -20,21 +20,14 @@ from ckpt_ema.containers.pickles import (
     Dtype,
     Inert,
     TensorUnpickler,
-    check_lengths,
+    is_size,
     what_broke,
 )
-from ckpt_ema.containers.refusals import (
-    broken_tensor,
-    cut_short,
-    damaged,
-    is_plain_name,
-    missing,
-)
-from ckpt_ema.containers.specs import FileSpec, Piece, Specs, TensorSpec, packed_strides
+from ckpt_ema.containers.specs import Box, FileSpec, Piece, Specs, TensorSpec, packed_strides
 from ckpt_ema.containers.torch_file import Region, read_tensor
-from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
+from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.notices import Notice
-from ckpt_ema.storage.protocol import Kind, OpenFile, Storage
+from ckpt_ema.storage.protocol import OpenFile, Storage
 from ckpt_ema.trainers.conventions import DCP_METADATA, STATE_PREFIXES
 
 _MAX_METADATA_BYTES = 1 << 30
@@ -63,32 +56,28 @@ class _Record(Inert):
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def get(self, name: str) -> Any:
-        """Return an attribute of the object, or None."""
-        return self.state.get(name) if isinstance(self.state, dict) else None
+
+def _get(record: Any, name: str) -> Any:
+    """Return an attribute of a record, or None."""
+    state = record.state if isinstance(record, _Record) else None
+    return state.get(name) if isinstance(state, dict) else None
 
 
 class _MetadataUnpickler(TensorUnpickler):
     """Unpickles to dicts, lists and records of the classes that metadata is made of."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file)
-        self._records: dict[str, type[_Record]] = {}
-
     def find_class(self, module: str, name: str) -> Any:
-        """Return a record for a class of the allow-list; raises for any other class."""
+        """Return what stands for a global; raises for what no metadata names."""
         if (module, name) == ("collections", "OrderedDict"):
             raise _ForbiddenError(f"{module}.{name}")
-        known = super().find_class(module, name)
-        if not (isinstance(known, type) and issubclass(known, Inert)):
-            return known
+        return super().find_class(module, name)
+
+    def stand_in(self, module: str, name: str) -> type[Inert]:
+        """Return a record for a class of the allow-list; raises for any other class."""
         is_allowed = module in _ALLOWED or (module, name) in _GETATTR
         if not is_allowed and not (module == "torch" and _TORCH_NAMES.search(name)):
             raise _ForbiddenError(f"{module}.{name}")
-        full_name = f"{module}.{name}"
-        if full_name not in self._records:
-            self._records[full_name] = type("Record", (_Record,), {"name": full_name})
-        return self._records[full_name]
+        return _Record
 
 
 class _ForbiddenError(Exception):
@@ -99,6 +88,7 @@ class _Chunk(NamedTuple):
     """One box of one tensor, and where it was saved."""
 
     tensor: str
+    dtype: str
     starts: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
@@ -113,39 +103,16 @@ class _Announced(NamedTuple):
     entry: _Record
 
 
-class _Declared(NamedTuple):
-    """One tensor as the metadata has it, checked."""
-
-    fqn: str
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: tuple[_Chunk, ...]
-
-
 def claims(name: str) -> bool:
     """Return whether a file of this name is read here."""
     return name == DCP_METADATA
 
 
 def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
-    """Return the tensors of the model in the folder whose .metadata is at `path`.
-
-    Raises `IncompleteError` if a data file is missing or cut short, `RefusedError` for metadata
-    that is damaged, hostile or inconsistent.
-    """
-    folder = os.path.dirname(path)
-    if storage.kind(path) is Kind.ABSENT:
-        raise IncompleteError(
-            f"{folder} has data files but no .metadata, which is written last.",
-            code=Code.INCOMPLETE,
-            path=folder,
-        )
-    with storage.open(path) as file:
-        size_bytes = file.identity.size_bytes
-        if size_bytes > _MAX_METADATA_BYTES:
-            raise damaged(path, "is too large to be the metadata of a checkpoint")
-        raw = file.read(size_bytes, 0)
-        metadata = FileSpec(path, *file.identity, hashlib.sha256(raw).hexdigest())
+    """See `Container.read_specs`; `path` is that of the .metadata."""
+    what = "the metadata of a checkpoint"
+    identity, raw = read_listing(path, storage, _MAX_METADATA_BYTES, what, "data files")
+    metadata = FileSpec(path, *identity, hashlib.sha256(raw).hexdigest())
     tree, saved = _tree(path, _unpickled(path, raw))
     model = find_model(path, tree, key, _Announced)
     tensors = {
@@ -153,38 +120,29 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
         for name, announced in model.values.items()
         if isinstance(announced, _Announced)
     }
-    others = [n for n, value in model.values.items() if n not in tensors and value is None]
-    notes = model.notes
-    if others:
-        message = f"Not tensors, so not in the average: {some(others)}."
-        notes = (*notes, Notice(Code.LEFT_OUT, message))
-    located = _located(folder, tensors, storage)
-    return Specs(
-        {name: _joined(tensor, located.pieces) for name, tensor in tensors.items()},
-        (metadata, *located.files),
-        ({},) * (1 + len(located.files)),
-        notes,
-        model.warnings,
-        located.holes,
-    )
+    others = [name for name, value in model.values.items() if value is None]
+    message = f"Not tensors, so not in the average: {some(others)}."
+    notes = (*model.notes, Notice(Code.LEFT_OUT, message)) if others else model.notes
+    every_chunk = [chunk for _, chunks in tensors.values() for chunk in chunks]
+    located = _located(os.path.dirname(path), every_chunk, storage)
+    files = (metadata, *located.files)
+    joined = {
+        name: _joined(tensor, [located.pieces[chunk] for chunk in chunks])
+        for name, (tensor, chunks) in tensors.items()
+    }
+    return Specs(joined, files, ({},) * len(files), notes, model.warnings, located.holes)
 
 
 def _unpickled(path: str, raw: bytes) -> _Record:
-    stream = io.BytesIO(raw)
     try:
-        check_lengths(stream)
-        root = _MetadataUnpickler(stream).load()
+        root = _MetadataUnpickler(io.BytesIO(raw)).load()
     except _ForbiddenError as error:
-        raise RefusedError(
-            f"{path} names {error}, which no metadata of a checkpoint needs; torch would run it,"
-            " ckpt-ema does not.",
-            code=Code.UNSAFE,
-            path=path,
-        ) from error
+        why = "which no metadata of a checkpoint needs; torch would run it, ckpt-ema does not"
+        raise refused(path, f"names {error}, {why}", code=Code.UNSAFE) from error
     except BROKEN_PICKLE as error:
         raise cut_short(path, what_broke(error), or_damaged=True) from error
     if not isinstance(root, _Record) or not root.name.endswith(".Metadata"):
-        raise damaged(path, "is not the metadata of a checkpoint")
+        raise refused(path, "is not the metadata of a checkpoint")
     return root
 
 
@@ -193,14 +151,14 @@ _Saved = Mapping[tuple[Any, Any], Any]  # (name, offsets) -> where a chunk was s
 
 def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Saved]:
     """Return what was saved, nested as it was (None for what is not a tensor), and where."""
-    entries, stored = root.get("state_dict_metadata"), root.get("storage_data")
+    entries, stored = _get(root, "state_dict_metadata"), _get(root, "storage_data")
     if not isinstance(entries, dict) or not isinstance(stored, dict):
-        raise damaged(path, "lists no tensors")
-    paths = root.get("planner_data")
+        raise refused(path, "lists no tensors")
+    paths = _get(root, "planner_data")
     tree: dict[str, Any] = {}
     for fqn, entry in entries.items():
         if not isinstance(fqn, str):
-            raise damaged(path, "has a tensor without a name")
+            raise refused(path, "has a tensor without a name")
         steps = paths.get(fqn) if isinstance(paths, dict) else None
         if not _is_path(steps):
             steps = (fqn,)
@@ -210,80 +168,70 @@ def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Saved]:
         for step in steps[:-1]:
             branch = branch.setdefault(str(step), {}) if isinstance(branch, dict) else None
         if not isinstance(branch, dict) or str(steps[-1]) in branch:
-            raise damaged(path, f"has two entries in the place of {fqn}")
+            raise refused(path, f"has two entries in the place of {fqn}")
         is_tensor = isinstance(entry, _Record) and entry.name.endswith(".TensorStorageMetadata")
         branch[str(steps[-1])] = _Announced(fqn, entry) if is_tensor else None
     return tree, {_index(index): info for index, info in stored.items()}
 
 
 def _is_path(steps: Any) -> TypeGuard[tuple[str | int, ...]]:
-    """Return whether it leads through dicts and lists, by keys of a sensible size."""
-    return (
-        isinstance(steps, tuple)
-        and 0 < len(steps) <= MAX_DIMENSIONS
-        and all(type(s) is str or (type(s) is int and 0 <= s < 2**63) for s in steps)
-    )
+    is_short = isinstance(steps, tuple) and 0 < len(steps) <= MAX_DIMENSIONS
+    return is_short and all(type(step) is str or is_size(step) for step in steps)
 
 
 def _index(index: Any) -> tuple[Any, Any]:
-    if not isinstance(index, _Record) or not isinstance(index.get("fqn"), str):
-        return None, None
-    offset = index.get("offset")
-    return index.get("fqn"), offset if _sizes(offset) else None
+    fqn, offset = _get(index, "fqn"), _get(index, "offset")
+    return (fqn, offset if _sizes(offset) else None) if isinstance(fqn, str) else (None, None)
 
 
-def _declared(path: str, announced: _Announced, saved: _Saved) -> _Declared:
-    """Check what the metadata has on one tensor, as far as it goes without the data files."""
+def _declared(path: str, announced: _Announced, saved: _Saved) -> tuple[TensorSpec, list[_Chunk]]:
+    """Return a tensor, not located yet, and its chunks, checked without the data files."""
     fqn, entry = announced
 
     def refuse(why: str, code: Code = Code.DAMAGED) -> RefusedError:
-        return broken_tensor(path, fqn, why, code=code)
+        return refused(path, why, code=code, tensor=fqn)
 
-    properties, shape, boxes = entry.get("properties"), entry.get("size"), entry.get("chunks")
-    state = properties.state if isinstance(properties, _Record) else None
-    dtype = state[0] if isinstance(state, tuple) and state else None
-    if isinstance(state, dict):
-        dtype = state.get("dtype")
+    properties, shape, boxes = (_get(entry, name) for name in ("properties", "size", "chunks"))
+    dtype = _get(properties, "dtype")
+    if isinstance(properties, _Record) and isinstance(properties.state, tuple):
+        dtype = next(iter(properties.state), None)
     if not isinstance(dtype, Dtype):
         raise refuse("has a dtype that safetensors cannot hold", Code.UNREADABLE_TENSOR)
     if not _sizes(shape) or not isinstance(boxes, list) or not boxes:
         raise refuse("has no shape or no chunks")
     chunks = []
     for box in boxes:
-        starts = box.get("offsets") if isinstance(box, _Record) else None
-        sizes = box.get("sizes") if isinstance(box, _Record) else None
+        starts, sizes = _get(box, "offsets"), _get(box, "sizes")
         if not _sizes(starts) or not _sizes(sizes) or not len(starts) == len(sizes) == len(shape):
             raise refuse("has a chunk without a place")
         if any(a + n > whole for a, n, whole in zip(starts, sizes, shape, strict=True)):
             raise refuse(f"has a chunk beyond its shape {list(shape)}")
-        info = saved.get((fqn, starts)) or saved.get((fqn, None))
-        chunks.append(_chunk(fqn, starts, sizes, info, refuse))
+        place = _place(saved.get((fqn, starts)) or saved.get((fqn, None)), refuse)
+        chunks.append(_Chunk(fqn, dtype.name, starts, sizes, *place))
     if not _cover(shape, chunks):
         raise refuse(f"has chunks that do not cover its shape {list(shape)} exactly once")
-    return _Declared(fqn, dtype.name, shape, tuple(chunks))
+    return TensorSpec(dtype.name, shape, 0, 0), chunks
 
 
-def _chunk(fqn: str, starts: Any, sizes: Any, info: Any, refuse: Any) -> _Chunk:
+def _place(info: Any, refuse: Callable[..., RefusedError]) -> tuple[str, int, int]:
+    """Return the file, offset and size of a chunk."""
     if not isinstance(info, _Record):
         raise refuse("has a chunk that was never saved")
-    file, offset, length = info.get("relative_path"), info.get("offset"), info.get("length")
+    file, offset, length = (_get(info, name) for name in ("relative_path", "offset", "length"))
     if not is_plain_name(file):
         name = file if isinstance(file, str) else "something"
         raise refuse(f"lies in {name!r}, which is not a plain file name", Code.UNSAFE)
     if not _sizes((offset, length)):
         raise refuse("has a chunk at an impossible position")
-    if info.get("transform_descriptors"):
+    if _get(info, "transform_descriptors"):
         why = "was compressed when it was saved, and only stored chunks can be read"
         raise refuse(why, Code.UNREADABLE_TENSOR)
-    return _Chunk(fqn, starts, sizes, file, offset, length)
+    return file, offset, length
 
 
 def _sizes(values: Any) -> TypeGuard[tuple[int, ...]]:
-    return (
-        isinstance(values, tuple)
-        and len(values) <= MAX_DIMENSIONS
-        and all(type(n) is int and 0 <= n < 2**63 for n in values)
-    )
+    is_short = isinstance(values, tuple) and len(values) <= MAX_DIMENSIONS
+    return is_short and all(map(is_size, values))
 
 
 def _cover(shape: tuple[int, ...], chunks: list[_Chunk]) -> bool:
@@ -294,9 +242,9 @@ def _cover(shape: tuple[int, ...], chunks: list[_Chunk]) -> bool:
     return not _overlap(sorted(boxes), 0)
 
 
-def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], axis: int) -> bool:
+def _overlap(boxes: list[Box], axis: int) -> bool:
     """Return whether two boxes share an element, comparing only boxes that meet along `axis`."""
-    groups: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = []
+    groups: list[list[Box]] = []
     end = -1
     for box in sorted(boxes, key=lambda box: box[0][axis : axis + 1]):
         start, size = (box[0][axis], box[1][axis]) if box[0] else (0, 1)
@@ -313,9 +261,8 @@ def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], axis: int) ->
     return any(_overlap(group, axis + 1) for group in crowded)
 
 
-def _meet(one: Any, other: Any) -> bool:
-    sides = zip(*one, *other, strict=True)
-    return all(a < b + m and b < a + n for a, n, b, m in sides)
+def _meet(one: Box, other: Box) -> bool:
+    return all(a < b + m and b < a + n for a, n, b, m in zip(*one, *other, strict=True))
 
 
 class _Located(NamedTuple):
@@ -326,27 +273,23 @@ class _Located(NamedTuple):
     holes: dict[str, int]
 
 
-def _located(folder: str, tensors: Mapping[str, _Declared], storage: Storage) -> _Located:
+def _located(folder: str, every_chunk: Iterable[_Chunk], storage: Storage) -> _Located:
     """Find the chunks of all tensors; every file is opened once."""
-    by_file: dict[str, list[tuple[_Chunk, str]]] = {}
-    for tensor in tensors.values():
-        for chunk in tensor.chunks:
-            by_file.setdefault(chunk.file, []).append((chunk, tensor.dtype))
+    by_file: dict[str, list[_Chunk]] = {}
+    for chunk in every_chunk:
+        by_file.setdefault(chunk.file, []).append(chunk)
     located = _Located([], {}, {})
     for number, (name, chunks) in enumerate(sorted(by_file.items()), start=1):
-        path = os.path.join(folder, name)
-        if storage.kind(path) is Kind.ABSENT:
-            raise missing(folder, "its metadata", name)
+        path = present(folder, "its metadata", name, storage)
         with storage.open(path) as file:
             located.files.append(FileSpec(path, *file.identity, ""))
             hole = file.first_hole()
             located.holes.update({} if hole is None else {path: hole})
-            for chunk, dtype in chunks:
-                located.pieces[chunk] = _piece(file, number, chunk, dtype)
+            located.pieces.update({chunk: _piece(file, number, chunk) for chunk in chunks})
     return located
 
 
-def _piece(file: OpenFile, number: int, chunk: _Chunk, dtype: str) -> Piece:
+def _piece(file: OpenFile, number: int, chunk: _Chunk) -> Piece:
     """Return where a chunk is in an open file, checked against the metadata."""
     end = chunk.offset + chunk.size_bytes
     if end > file.identity.size_bytes:
@@ -355,22 +298,19 @@ def _piece(file: OpenFile, number: int, chunk: _Chunk, dtype: str) -> Piece:
     if 0 in chunk.sizes:
         return Piece(number, 0, chunk.starts, chunk.sizes, packed_strides(chunk.sizes))
     spec = read_tensor(file.path, Region(file, chunk.offset, chunk.size_bytes))
-    if (spec.dtype, spec.shape) != (dtype, chunk.sizes):
-        why = (
-            f"has a chunk of {spec.dtype} {list(spec.shape)}, but the metadata has {dtype}"
-            f" {list(chunk.sizes)}"
-        )
-        raise broken_tensor(file.path, chunk.tensor, why)
+    if (spec.dtype, spec.shape) != (chunk.dtype, chunk.sizes):
+        found = f"{spec.dtype} {list(spec.shape)}"
+        why = f"has a chunk of {found}, but the metadata has {chunk.dtype} {list(chunk.sizes)}"
+        raise refused(file.path, why, tensor=chunk.tensor)
     strides = spec.pieces[0].strides if spec.pieces else packed_strides(chunk.sizes)
     return Piece(number, spec.offset, chunk.starts, chunk.sizes, strides)
 
 
-def _joined(tensor: _Declared, pieces: Mapping[_Chunk, Piece]) -> TensorSpec:
+def _joined(tensor: TensorSpec, pieces: Iterable[Piece]) -> TensorSpec:
     """Return a tensor of these pieces, without any where one piece is all of it in place."""
-    filled = [pieces[chunk] for chunk in tensor.chunks if 0 not in chunk.sizes]
+    filled = tuple(piece for piece in pieces if 0 not in piece.sizes)
     if not filled:
-        return TensorSpec(tensor.dtype, tensor.shape, 0, 0)
-    first = filled[0]
-    if len(filled) == 1 and first.strides == packed_strides(tensor.shape):
-        return TensorSpec(tensor.dtype, tensor.shape, first.file, first.offset)
-    return TensorSpec(tensor.dtype, tensor.shape, first.file, first.offset, tuple(filled))
+        return tensor
+    is_whole = len(filled) == 1 and filled[0].strides == packed_strides(tensor.shape)
+    first, kept = filled[0], () if is_whole else filled
+    return tensor._replace(file=first.file, offset=first.offset, pieces=kept)

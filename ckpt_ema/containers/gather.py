@@ -5,13 +5,13 @@ reads that fetch little else. So a tile costs the memory of a tile, however the 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import add
-from typing import NamedTuple
 
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     MOST_READ_PER_WANTED,
+    Box,
     Piece,
     TensorSpec,
     is_packed,
@@ -21,7 +21,6 @@ from ckpt_ema.containers.specs import (
 
 _INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}  # by their width in bytes
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # starts, sizes
 ReadInto = Callable[[int, memoryview, int], None]  # file, where to, offset in bytes
 
 
@@ -31,98 +30,77 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     >>> list(boxes((4, 3), 2, 10))
     [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
     """
-    if start >= stop:
+    if not shape and start < stop:
+        yield (), ()
         return
-    if len(shape) < 2:
-        yield ((start,), (stop - start,)) if shape else ((), ())
-        return
-    row = packed_strides(shape)[0]
-    first, last = -(-start // row), stop // row  # the complete rows
-    if first > last:  # all of it lies inside one row
-        yield from _in_row(shape, last, start - last * row, stop - last * row)
-        return
-    yield from _in_row(shape, first - 1, start - (first - 1) * row, row if start % row else 0)
-    if first < last:
-        yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
-    yield from _in_row(shape, last, 0, stop - last * row)
-
-
-def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[Box]:
-    for starts, sizes in boxes(shape[1:], start, stop):
-        yield (row, *starts), (1, *sizes)
+    while start < stop:
+        row_size = packed_strides(shape)[0]
+        row, within = divmod(start, row_size)
+        count = 0 if within else (stop - start) // row_size  # complete rows
+        if count:
+            yield (row, *[0] * (len(shape) - 1)), (count, *shape[1:])
+        else:
+            for starts, sizes in boxes(shape[1:], within, min(row_size, stop - row * row_size)):
+                yield (row, *starts), (1, *sizes)
+        start = (row + max(1, count)) * row_size
 
 
 def gather(tensor: TensorSpec, start: int, values: memoryview, read_into: ReadInto) -> None:
     """Fill `values` (bytes) with the elements of a tensor in pieces from element `start` on."""
     width = DTYPE_BITS[tensor.dtype] // 8
-    gatherer = _Gatherer(values, width, read_into)
-    at = 0
     for starts, sizes in boxes(tensor.shape, start, start + len(values) // width):
         strides = packed_strides(sizes)
         for piece in tensor.pieces:
-            begins, part = _overlap(piece, starts, sizes)
-            if 0 not in part:
+            for begins, part in _reads(piece, starts, sizes):
                 source = piece.offset + width * _distance(piece.starts, begins, piece.strides)
-                target = at + _distance(starts, begins, strides)
-                gatherer.copy(piece, source, part, target, strides)
-        at += math.prod(sizes)
+                target = values[width * _distance(starts, begins, strides) :]
+                if is_packed(part, piece.strides) and is_packed(part, strides):
+                    # The common case, a chunk of whole rows: straight to where it belongs.
+                    read_into(piece.file, target[: width * math.prod(part)], source)
+                    continue
+                raw = bytearray(width * spanned(part, piece.strides))
+                read_into(piece.file, memoryview(raw), source)
+                _scatter(raw, piece.strides, part, target, strides, width)
+        values = values[width * math.prod(sizes) :]
 
 
-def _overlap(piece: Piece, starts: Sequence[int], sizes: Sequence[int]) -> Box:
-    """Return the part of a box that a piece has; a size of it is 0 if it has none."""
+def _reads(piece: Piece, starts: Sequence[int], sizes: Sequence[int]) -> Iterable[Box]:
+    """Return the parts of a box that a piece has, each to be read at once."""
     begins = tuple(map(max, starts, piece.starts))
     ends = map(min, map(add, starts, sizes), map(add, piece.starts, piece.sizes))
-    return begins, tuple(max(0, end - begin) for begin, end in zip(begins, ends, strict=True))
+    part = tuple(end - begin for begin, end in zip(begins, ends, strict=True))
+    return _split(begins, part, piece.strides) if all(size > 0 for size in part) else ()
+
+
+def _split(
+    starts: tuple[int, ...], sizes: tuple[int, ...], strides: Sequence[int]
+) -> Iterator[Box]:
+    """Cut a box until a read of each part fetches little else."""
+    if spanned(sizes, strides) <= MOST_READ_PER_WANTED * math.prod(sizes):
+        yield starts, sizes
+        return
+    axis = max(range(len(sizes)), key=lambda axis: (sizes[axis] > 1) * strides[axis])
+    half = sizes[axis] // 2
+    for begin, size in ((0, half), (half, sizes[axis] - half)):
+        later = (*starts[:axis], starts[axis] + begin, *starts[axis + 1 :])
+        yield from _split(later, (*sizes[:axis], size, *sizes[axis + 1 :]), strides)
 
 
 def _distance(start: Sequence[int], end: Sequence[int], strides: Sequence[int]) -> int:
     return sum((e - s) * stride for s, e, stride in zip(start, end, strides, strict=True))
 
 
-class _Gatherer(NamedTuple):
-    """Where the elements go, and how they are read."""
+def _scatter(
+    raw: bytearray,
+    raw_strides: Sequence[int],
+    sizes: Sequence[int],
+    target: memoryview,
+    strides: Sequence[int],
+    width: int,
+) -> None:
+    """Copy a strided box of elements `width` bytes wide from the start of `raw` to `target`."""
+    import torch  # here, so that planning, which reads few tensors, rarely pays for it
 
-    values: memoryview
-    width: int  # of an element, in bytes
-    read_into: ReadInto
-
-    def copy(
-        self, piece: Piece, source: int, sizes: tuple[int, ...], target: int, strides: Sequence[int]
-    ) -> None:
-        """Read a box of `piece` that begins at byte `source` to element `target`."""
-        width, count = self.width, math.prod(sizes)
-        span = spanned(sizes, piece.strides)
-        if is_packed(sizes, piece.strides) and is_packed(sizes, strides):
-            # The common case, a chunk of whole rows: straight to where it belongs.
-            view = self.values[target * width : (target + count) * width]
-            self.read_into(piece.file, view, source)
-        elif span <= MOST_READ_PER_WANTED * count:
-            raw = bytearray(span * width)
-            self.read_into(piece.file, memoryview(raw), source)
-            self._scatter(raw, piece.strides, sizes, target, strides)
-        else:
-            axis = max(range(len(sizes)), key=lambda axis: (sizes[axis] > 1) * piece.strides[axis])
-            half = sizes[axis] // 2
-            for begin, size in ((0, half), (half, sizes[axis] - half)):
-                self.copy(
-                    piece,
-                    source + begin * piece.strides[axis] * width,
-                    (*sizes[:axis], size, *sizes[axis + 1 :]),
-                    target + begin * strides[axis],
-                    strides,
-                )
-
-    def _scatter(
-        self,
-        raw: bytearray,
-        raw_strides: Sequence[int],
-        sizes: Sequence[int],
-        target: int,
-        strides: Sequence[int],
-    ) -> None:
-        """Copy a strided box out of `raw` to element `target`."""
-        import torch  # here, so that planning, which reads few tensors, rarely pays for it
-
-        dtype = getattr(torch, _INTEGERS[self.width])
-        box = torch.frombuffer(raw, dtype=dtype).as_strided(sizes, raw_strides)
-        torch.frombuffer(self.values, dtype=dtype).as_strided(sizes, strides, target).copy_(box)
+    dtype = getattr(torch, _INTEGERS[width])
+    box = torch.frombuffer(raw, dtype=dtype).as_strided(sizes, raw_strides)
+    torch.frombuffer(target, dtype=dtype).as_strided(sizes, strides).copy_(box)

@@ -1,14 +1,15 @@
 """Which dict of tensors in a file that a training script saved is the model.
 
-Scripts save the model at the top, or under a key beside optimizer state, counters and perhaps an
-average of their own. The raw model is preferred, since an average of averages is smoothed twice.
-Nothing here reads a tensor.
+It is at the top, or under a key beside optimizer state, counters and perhaps an average. The raw
+model is preferred, since an average of averages is smoothed twice. Nothing here reads a tensor.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from ckpt_ema.containers.checks import refused
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.notices import Notice
 from ckpt_ema.trainers.conventions import (
@@ -23,6 +24,8 @@ ALREADY_AVERAGED = (
     "are averaged already (their decay is unknown); averaging them again smooths twice"
 )
 
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # in names of hostile pickles; cannot be written
 
 _Kind = type | tuple[type, ...]
 
@@ -47,13 +50,10 @@ def find_model(path: str, root: Any, key: str | None, tensor: _Kind) -> Model:
     if key is not None:
         value = _at(root, key)
         if not _is_model(value, tensor):
-            raise RefusedError(
-                f"{path} has no dict of tensors under {key}; it has"
-                f" {_listed(_models_in(root, tensor)) or 'none at all'}.",
-                code=Code.NO_MODEL,
-                path=path,
-            )
-        return Model(value, (), _averaged(key) if _is_averaged(root, key) else ())
+            others = _listed(_models_in(root, tensor)) or "none at all"
+            why = f"has no dict of tensors under {key}; it has {others}"
+            raise refused(path, why, code=Code.NO_MODEL)
+        return _averaged(value, f"under {key}") if _is_averaged(root, key) else Model(value)
     return (
         _raw_beside_average(path, root, tensor)
         or _under_known_key(path, root, tensor)
@@ -68,14 +68,14 @@ def recorded(root: Any) -> dict[str, int]:
     >>> recorded({"global_step": 100, "meta": {"epoch": 3}, "model": {}})
     {'step': 100, 'epoch': 3}
     """
-    found = {}
     history = _at(root, "optimizer_history")
-    last = history[-1] if isinstance(history, list) and history else None
+    places = [root, *(history[-1:] if isinstance(history, list) else ())]
+    found = {}
     for unit, keys in (("step", STEP_KEYS), ("epoch", EPOCH_KEYS)):
-        values = [_at(root, key) for key in keys] + [_at(last, key) for key in keys]
-        numbers = [value for value in values if type(value) is int and value >= 0]
-        if numbers:
-            found[unit] = numbers[0]
+        values = [_at(place, key) for place in places for key in keys]
+        counts = [value for value in values if type(value) is int and value >= 0]
+        if counts:
+            found[unit] = counts[0]
     return found
 
 
@@ -109,7 +109,7 @@ def _is_model(value: Any, tensor: _Kind) -> TypeGuard[dict[str, Any]]:
     return (
         isinstance(value, dict)
         and any(isinstance(item, tensor) for item in value.values())
-        and all(isinstance(name, str) and _is_text(name) for name in value)
+        and all(isinstance(name, str) and not _SURROGATE.search(name) for name in value)
         and not any(_holds_tensors(item, tensor) for key, item in value.items() if _may_be(key))
     )
 
@@ -127,24 +127,13 @@ def _may_be(key: Any) -> bool:
     return isinstance(key, str) and not any(word in key.lower() for word in STATE_WORDS)
 
 
-def _is_text(name: str) -> bool:
-    """Return whether a name can be written: pickles can hold half a surrogate pair."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _models_in(root: Mapping[Any, Any], tensor: _Kind) -> dict[str, Any]:
     """Return every dict of tensors at the first two levels that is not training state."""
     found = {}
     for key, value in root.items():
-        if not _may_be(key):
-            continue
-        if _is_model(value, tensor):
+        if _may_be(key) and _is_model(value, tensor):
             found[key] = value
-        elif isinstance(value, dict):
+        elif _may_be(key) and isinstance(value, dict):
             inside = [(k, v) for k, v in value.items() if _may_be(k) and _is_model(v, tensor)]
             found |= {f"{key}.{inner}": item for inner, item in inside}
     return found
@@ -161,35 +150,34 @@ def _is_averaged(root: Mapping[Any, Any], key: str) -> bool:
     return key in AVERAGED_KEYS and "message_hub" not in root
 
 
-def _averaged(key: str) -> tuple[Notice, ...]:
-    message = f"The model weights under {key} {ALREADY_AVERAGED}."
-    return (Notice(Code.ALREADY_AVERAGED, message),)
+def _averaged(values: Mapping[str, Any], place: str) -> Model:
+    message = f"The model weights {place} {ALREADY_AVERAGED}."
+    return Model(values, warnings=(Notice(Code.ALREADY_AVERAGED, message),))
 
 
-def _raw_taken(average: str, key: str) -> tuple[Notice, ...]:
+def _raw(values: Mapping[str, Any], average: str, key: str) -> Model:
     message = f"{average} holds an average; the raw model weights are taken, from {key}."
-    return (Notice(Code.DECIDED, message),)
+    return Model(values, (Notice(Code.DECIDED, message),))
 
 
 def _raw_beside_average(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model | None:
     """Return the raw model of trainers that save an average where the model usually is."""
     raw = root.get("current_model_state")
     if _is_model(raw, tensor):
-        return Model(raw, _raw_taken("state_dict", "current_model_state"))  # Lightning
+        return _raw(raw, "state_dict", "current_model_state")  # Lightning
     swapped = root.get("ema_state_dict")
     if not (_is_model(swapped, tensor) and _is_model(root.get("state_dict"), tensor)):
         return None
     if "message_hub" not in root:
-        raise RefusedError(
-            f"{path} holds both state_dict and ema_state_dict, and either may be the average:"
-            " mmengine's EMAHook swaps them, others do not.",
-            "Choose the raw model weights with --key state_dict or --key ema_state_dict.",
-            code=Code.SEVERAL_MODELS,
-            path=path,
+        why = (
+            "holds both state_dict and ema_state_dict, and either may be the average: mmengine's"
+            " EMAHook swaps them, others do not"
         )
+        hint = "Choose the raw model weights with --key state_dict or --key ema_state_dict."
+        raise refused(path, why, hint, Code.SEVERAL_MODELS)
     names = {name.removeprefix("module."): value for name, value in swapped.items()}
     kept = {name: value for name, value in names.items() if name in root["state_dict"]}
-    return Model(kept, _raw_taken("state_dict", "ema_state_dict"))
+    return _raw(kept, "state_dict", "ema_state_dict")
 
 
 def _under_known_key(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model | None:
@@ -197,9 +185,9 @@ def _under_known_key(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model
     if len(found) > 1:
         raise _several(path, found)
     if not found:
-        classes = [_class_name(_at(root, key)) for key in ("ema", *MODEL_KEYS)]
-        if name := next(filter(None, classes), None):
-            raise _pickled(path, name)
+        objects = (_at(root, key) for key in ("ema", *MODEL_KEYS))
+        if pickled := next(filter(_class_name, objects), None):
+            raise _no_model(path, pickled)
         return None
     [(key, values)] = found.items()
     generator = root.get("generator")
@@ -207,15 +195,14 @@ def _under_known_key(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model
         # OpenNMT-py saves its output layer beside the model; its safetensors name it like this.
         values = {**values, **{f"generator.{name}": value for name, value in generator.items()}}
     averaged = [name for name in AVERAGED_KEYS if _is_model(_at(root, name), tensor)]
-    return Model(values, _raw_taken(some(averaged), key) if averaged else ())
+    return _raw(values, some(averaged), key) if averaged else Model(values)
 
 
 def _at_the_top(root: Mapping[str, Any], tensor: _Kind) -> Model | None:
     if not _is_model(root, tensor):
         return None
     if "n_averaged" in root and all(n.startswith("module.") or n == "n_averaged" for n in root):
-        message = f"The model weights of an AveragedModel {ALREADY_AVERAGED}."
-        return Model(root, (), (Notice(Code.ALREADY_AVERAGED, message),))
+        return _averaged(root, "of an AveragedModel")
     return Model(root)
 
 
@@ -229,7 +216,7 @@ def _under_any_key(path: str, root: Mapping[Any, Any], tensor: _Kind) -> Model:
     [(key, values)] = (raw or found).items()
     if raw:
         return Model(values, (Notice(Code.DECIDED, f"The model is taken from {key}."),))
-    return Model(values, (), _averaged(key))
+    return _averaged(values, f"under {key}")
 
 
 def _class_name(value: Any) -> str | None:
@@ -239,32 +226,15 @@ def _class_name(value: Any) -> str | None:
 
 
 def _several(path: str, found: Mapping[str, Any]) -> RefusedError:
-    return RefusedError(
-        f"{path} holds {len(found)} dicts of tensors, {_listed(found)}, and any of them may be the"
-        " model.",
-        f"Choose with --key {next(iter(found))}.",
-        code=Code.SEVERAL_MODELS,
-        path=path,
-    )
+    listed = f"{len(found)} dicts of tensors, {_listed(found)}"
+    why, hint = f"holds {listed}, and any of them may be the model", f"--key {next(iter(found))}"
+    return refused(path, why, f"Choose with {hint}.", Code.SEVERAL_MODELS)
 
 
-def _pickled(path: str, name: str) -> RefusedError:
-    return RefusedError(
-        f"{path} stores the model as a pickled {name}, not as tensors; reading it would run code"
-        " from the file.",
-        "Export its state_dict() instead.",
-        code=Code.PICKLED_OBJECT,
-        path=path,
-    )
-
-
-def _no_model(path: str, root: Any) -> RefusedError:
-    name = _class_name(root)
-    if name:
-        return _pickled(path, name)
-    return RefusedError(
-        f"{path} holds no dict of tensors, neither at the top nor under {', '.join(MODEL_KEYS)}.",
-        "If it is elsewhere, name it with --key.",
-        code=Code.NO_MODEL,
-        path=path,
-    )
+def _no_model(path: str, value: Any) -> RefusedError:
+    if name := _class_name(value):
+        stored = f"stores the model as a pickled {name}, not as tensors"
+        why = f"{stored}; reading it would run code from the file"
+        return refused(path, why, "Export its state_dict() instead.", Code.PICKLED_OBJECT)
+    why = f"holds no dict of tensors, neither at the top nor under {', '.join(MODEL_KEYS)}"
+    return refused(path, why, "If it is elsewhere, name it with --key.", Code.NO_MODEL)

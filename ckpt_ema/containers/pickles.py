@@ -1,14 +1,12 @@
 """The structure of a torch pickle without torch and without trust: nothing from a file ever runs.
 
-A pickle builds objects by calling what it names. Here the few names that torch's tensors need lead
-to the functions below, which only take notes; every other name leads to an inert stand-in that
-accepts anything and does nothing. So no class is imported, unknown or hostile.
+A pickle builds objects by calling what it names. The few names that torch's tensors need lead to
+the functions below, which only take notes; every other name leads to an inert stand-in.
 """
 
 import pickle
 import struct
 from collections.abc import Callable, Iterable
-from itertools import starmap
 from typing import IO, Any, ClassVar, NamedTuple
 
 # What safetensors calls a dtype, torch, and torch's class of storages with it.
@@ -24,8 +22,6 @@ _DTYPES = [
     *(("F8_E4M3FNUZ", "float8_e4m3fnuz", ""), ("F8_E5M2FNUZ", "float8_e5m2fnuz", "")),
     *(("F8_E8M0", "float8_e8m0fnu", ""),),
 ]
-_TORCH_DTYPES = {name: dtype for dtype, name, _ in _DTYPES}
-_STORAGE_DTYPES = {storage: dtype for dtype, _, storage in _DTYPES if storage}
 
 # How long the arguments of opcodes are, as pickletools lists them; other opcodes have none.
 _FIXED = dict(
@@ -66,31 +62,17 @@ class Inert:
     name = "?"
 
     def __new__(cls, *_args: Any, **_options: Any) -> "Inert":
-        """Accept the arguments of any constructor.
-
-        Some pickles look a class up by a call (`getattr` for a nested class), whose result is an
-        instance here, and then construct it.
-        """
+        """Accept any arguments; `cls` is an instance where a call looked the class up."""
         return object.__new__(cls if isinstance(cls, type) else type(cls))
 
     def __init__(self, *_args: Any, **_options: Any) -> None:
-        """Drop them."""
+        """Drop the arguments; likewise the state, and the items of what was a mapping or a list."""
+
+    __setstate__ = __setitem__ = append = extend = __init__
 
     def __call__(self, *_args: Any, **_options: Any) -> "Inert":
         """Accept a call of what a call has returned."""
         return self
-
-    def __setstate__(self, _state: Any) -> None:
-        """Drop the state."""
-
-    def __setitem__(self, _key: Any, _value: Any) -> None:
-        """Drop an item of what was a mapping."""
-
-    def append(self, _value: Any) -> None:
-        """Drop an item of what was a list."""
-
-    def extend(self, _values: Any) -> None:
-        """Drop the items of what was a list."""
 
 
 class UnreadTensor(Inert):
@@ -137,19 +119,14 @@ class UnfitTensorError(pickle.UnpicklingError):
 
 # What a malformed or hostile pickle can raise in the unpickler.
 BROKEN_PICKLE = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-    TypeError,
-    ValueError,
-    AssertionError,
-    struct.error,
+    *(pickle.UnpicklingError, AttributeError, EOFError, ImportError, LookupError, MemoryError),
+    *(OverflowError, RecursionError, TypeError, ValueError, AssertionError, struct.error),
 )
+
+
+def is_size(value: Any) -> bool:
+    """Return whether a value is an integer that can be a size or an offset."""
+    return type(value) is int and 0 <= value < 2**63
 
 
 def what_broke(error: BaseException) -> str:
@@ -179,21 +156,16 @@ def check_lengths(stream: IO[bytes]) -> None:
                 limit = opcodes if code == _LONG_BINPUT else size_bytes
         elif code in _COUNTED:
             length = int.from_bytes(stream.read(_COUNTED[code]), "little")
-            if length <= size_bytes:
-                _skip(stream, length)
+            if length < 1 << 16:
+                stream.read(length)  # much faster than seek, for which a file asks the system
+            elif length <= size_bytes:
+                stream.seek(length, 1)
         elif code in _LINES:
             lines = [stream.readline() for _ in range(_LINES[code])]
             length, limit = (int(lines[0]), opcodes) if code == _PUT else (0, 0)
         if length > limit:
             raise pickle.UnpicklingError("it declares more than the file has")
     stream.seek(start)
-
-
-def _skip(stream: IO[bytes], count: int) -> None:
-    if count < 1 << 16:
-        stream.read(count)  # much faster than seek, for which a buffered file asks the system
-    else:
-        stream.seek(count, 1)
 
 
 def _check_keys(keys: Iterable[Any]) -> None:
@@ -216,33 +188,38 @@ _KEYS_OF = {
 }
 
 
-def _checked(opcode: bytes, keys: slice) -> tuple[int, Callable[[Any], None]]:
-    """Return an opcode and a function that checks the keys before it does what the opcode does."""
+def _checked(opcode: bytes, keys: slice) -> Callable[[Any], None]:
+    """Return a function that checks the keys before it does what the opcode does."""
     load = _PythonUnpickler.dispatch[opcode[0]]
 
     def checked(unpickler: Any) -> None:
         _check_keys(unpickler.stack[keys])
         load(unpickler)
 
-    return opcode[0], checked
+    return checked
 
 
 class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
-    """Unpickles to dicts, lists and `PickledTensor`, taking notes on the way.
+    """Unpickles to dicts, lists and `PickledTensor`; `storages` has every storage by its key.
 
-    `storages` has every storage by its key. It is Python's own unpickler in Python: the one written
-    in C cannot check keys before it hashes them.
+    It extends the unpickler in Python: the one in C cannot check keys before it hashes them.
     """
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         **_PythonUnpickler.dispatch,
-        **dict(starmap(_checked, _KEYS_OF.items())),
+        **{opcode[0]: _checked(opcode, keys) for opcode, keys in _KEYS_OF.items()},
     }
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="utf-8")
+        self._file = file
         self.storages: dict[str, PickledStorage] = {}
         self._stand_ins: dict[str, type[Inert]] = {}
+
+    def load(self) -> Any:
+        """Return the root object; raises one of `BROKEN_PICKLE`."""
+        check_lengths(self._file)
+        return super().load()
 
     @property
     def ignored(self) -> list[str]:
@@ -251,21 +228,20 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the inert counterpart of any global; never imports."""
-        known = _KNOWN.get((module, name))
-        if known is not None:
-            return known
-        if module in ("torch", "torch.storage") and name in _STORAGE_DTYPES:
-            return _StorageType(_STORAGE_DTYPES[name])
-        if module == "torch" and name in _TORCH_DTYPES:
-            return Dtype(_TORCH_DTYPES[name])
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
         full_name = f"{module}.{name}"
         if full_name not in self._stand_ins:
             if len(self._stand_ins) == _MAX_STAND_INS:
                 raise pickle.UnpicklingError("it has more kinds of objects than any checkpoint")
-            is_tensor = full_name.startswith("torch._utils._rebuild_") or name.endswith("Tensor")
-            kind = UnreadTensor if is_tensor else Inert
-            self._stand_ins[full_name] = type("StandIn", (kind,), {"name": full_name})
+            base = self.stand_in(module, name)
+            self._stand_ins[full_name] = type("StandIn", (base,), {"name": full_name})
         return self._stand_ins[full_name]
+
+    def stand_in(self, module: str, name: str) -> type[Inert]:
+        """Return the base of the class that stands in for an unknown global."""
+        is_rebuilt = f"{module}.{name}".startswith("torch._utils._rebuild_")
+        return UnreadTensor if is_rebuilt or name.endswith("Tensor") else Inert
 
     def persistent_load(self, pid: Any) -> Any:
         """Return a storage, which torch pickles as ("storage", type, key, device, count, ...).
@@ -279,7 +255,7 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
             raise UnfitTensorError(storage_type.name)
         if kind != "storage" or not isinstance(storage_type, _StorageType) or any(views):
             raise pickle.UnpicklingError("it has a storage of an unknown kind")
-        if not isinstance(key, str) or type(count) is not int or not 0 <= count < 2**63:
+        if not isinstance(key, str) or not is_size(count):
             raise pickle.UnpicklingError("a storage has an impossible key or size")
         self.storages[key] = PickledStorage(storage_type.dtype, key, count)
         return self.storages[key]
@@ -296,23 +272,17 @@ def _rebuild_tensor(
     storage: PickledStorage, offset: int, shape: Any, strides: Any, *rest: Any
 ) -> PickledTensor:
     _check_lazy(rest[2:])  # requires_grad and the hooks come first
-    return _rebuild_typed(storage, offset, shape, strides, storage.dtype)
+    return _view(storage, offset, shape, strides, storage.dtype)
 
 
 def _rebuild_tensor_v3(
-    storage: PickledStorage,
-    offset: int,
-    shape: Any,
-    strides: Any,
-    _requires_grad: Any,
-    _hooks: Any,
-    dtype: Any,
-    *rest: Any,
+    storage: PickledStorage, offset: int, shape: Any, strides: Any, *rest: Any
 ) -> PickledTensor:
-    _check_lazy(rest)
+    _check_lazy(rest[3:])
+    dtype = rest[2]
     if not isinstance(dtype, Dtype):
         raise UnfitTensorError(str(getattr(dtype, "name", "an unknown dtype")))
-    return _rebuild_typed(storage, offset, shape, strides, dtype.name)
+    return _view(storage, offset, shape, strides, dtype.name)
 
 
 def _check_lazy(metadata: tuple[Any, ...]) -> None:
@@ -323,16 +293,13 @@ def _check_lazy(metadata: tuple[Any, ...]) -> None:
                 raise UnfitTensorError(f"its {flag} bit is set, so that its values are not stored")
 
 
-def _rebuild_typed(
+def _view(
     storage: PickledStorage, offset: int, shape: Any, strides: Any, dtype: str | None
 ) -> PickledTensor:
-    shape, strides = tuple(shape), tuple(strides)
+    shape, strides = _size(shape), tuple(strides)
     if not isinstance(storage, PickledStorage) or dtype is None or len(shape) != len(strides):
         raise pickle.UnpicklingError("a tensor has no typed storage")
-    if len(shape) > MAX_DIMENSIONS:
-        raise pickle.UnpicklingError("a tensor has too many dimensions")
-    numbers = (offset, *shape, *strides)
-    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
+    if not all(map(is_size, (offset, *shape, *strides))):
         raise pickle.UnpicklingError("a tensor has an impossible shape, stride or offset")
     return PickledTensor(storage, offset, shape, strides, dtype)
 
@@ -353,6 +320,9 @@ def _reconstruct(kind: Any, *_rest: Any) -> Any:
 
 
 _KNOWN: dict[tuple[str, str], Any] = {
+    **{("torch", name): Dtype(dtype) for dtype, name, _ in _DTYPES},
+    **{("torch", storage): _StorageType(dtype) for dtype, _, storage in _DTYPES if storage},
+    **{("torch.storage", storage): _StorageType(dtype) for dtype, _, storage in _DTYPES if storage},
     ("copyreg", "_reconstructor"): _Known(_reconstruct),
     ("copy_reg", "_reconstructor"): _Known(_reconstruct),
     ("collections", "OrderedDict"): _Dict,

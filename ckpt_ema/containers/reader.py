@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ckpt_ema.containers.specs import DTYPE_BITS, Specs, TensorSpec
 from ckpt_ema.storage.protocol import Storage
 
 
-class Reader:
+class Reader(AbstractContextManager["Reader"]):
     """The tensor data of one or several checkpoints; for many threads.
 
     Files are opened as they are needed, a bounded number at a time. Each must be the one whose
@@ -27,9 +28,6 @@ class Reader:
         paths = [path for paths in self._paths for path in paths]
         expected = {path: file.identity for path, file in zip(paths, files, strict=True)}
         self._pool = storage.pool(expected, read_in_turn=len(checkpoints))
-
-    def __enter__(self) -> "Reader":
-        return self
 
     def __exit__(self, *_error: object) -> None:
         self.close()

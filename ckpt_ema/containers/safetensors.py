@@ -11,9 +11,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from ckpt_ema.containers.refusals import broken_tensor, check_start, cut_short, damaged
+from ckpt_ema.containers.checks import AGAIN, check_start, cut_short, refused
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     FileSpec,
@@ -36,17 +36,11 @@ def claims(name: str) -> bool:
 
 
 def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
-    """Return the tensors of one safetensors file, in the order of their bytes.
-
-    Raises `RefusedError` unless the file is exactly what the format allows.
-    """
+    """See `Container.read_specs`; tensors are in the order of their bytes."""
     if key is not None:
-        raise RefusedError(
-            f"--key {key} names a dict in a torch file, and {path} is a safetensors file, which"
-            " has none.",
-            code=Code.CONFLICTING_OPTIONS,
-            path=path,
-        )
+        why = f"and {path} is a safetensors file, which has none"
+        message = f"--key {key} names a dict in a torch file, {why}."
+        raise RefusedError(message, code=Code.CONFLICTING_OPTIONS, path=path)
     with storage.open(path) as file:
         size_bytes = file.identity.size_bytes
         raw = _header_bytes(file)
@@ -59,18 +53,12 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         _known[digest, size_bytes] = content
-    recorded = _recorded(content.metadata)
+    tensors, metadata = content
     holes = {} if hole is None else {path: hole}
-    return Specs(content.tensors, (spec,), (content.metadata,), holes=holes, recorded=recorded)
+    return Specs(tensors, (spec,), (metadata,), holes=holes, recorded=_recorded(metadata))
 
 
-class _Content(NamedTuple):
-    """What a header holds; offsets count from the start of the file."""
-
-    tensors: Mapping[str, TensorSpec]
-    metadata: Mapping[str, str]
-
-
+_Content = tuple[Mapping[str, TensorSpec], Mapping[str, str]]  # tensors and metadata of a header
 # By digest of the header and size of the file: most checkpoints of a run have the same headers.
 _known: dict[tuple[str, int], _Content] = {}
 _MOST_KNOWN = 4096  # more shards than a checkpoint has, so that the next one finds its own
@@ -79,14 +67,13 @@ _MOST_KNOWN = 4096  # more shards than a checkpoint has, so that the next one fi
 def _content(path: str, raw: bytes, size_bytes: int) -> _Content:
     header = _parse(path, raw)
     metadata = header.pop("__metadata__", {})
-    _check_metadata(path, metadata)
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise refused(path, "has a broken header: __metadata__ must map strings to strings")
     start = 8 + len(raw)
-    tensors = {name: _tensor(path, name, entry, start) for name, entry in header.items()}
-    ordered = sorted(header, key=lambda name: header[name]["data_offsets"])
-    _check_cover(
-        path, [(name, *header[name]["data_offsets"]) for name in ordered], size_bytes - start
-    )
-    return _Content({name: tensors[name] for name in ordered}, metadata)
+    tensors = [(name, _tensor(path, name, entry, start)) for name, entry in header.items()]
+    tensors.sort(key=lambda item: (item[1].offset, item[1].size_bytes))
+    _check_cover(path, tensors, start, size_bytes)
+    return dict(tensors), metadata
 
 
 def _recorded(metadata: Mapping[str, str]) -> dict[str, int]:
@@ -121,19 +108,16 @@ def make_header(
     padded with spaces to a multiple of 8 bytes, as the library does, so that data is aligned.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offsets: dict[str, int] = {}
     end = 0
     for name, dtype, shape in tensors:
         begin, end = end, end + packed_bytes(dtype, shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        offsets[name] = begin
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    offsets = {
-        name: start + entry["data_offsets"][0]
-        for name, entry in entries.items()
-        if name != "__metadata__"
-    }
-    return len(text).to_bytes(8, "little") + text, offsets
+    return len(text).to_bytes(8, "little") + text, {n: start + at for n, at in offsets.items()}
 
 
 def _header_bytes(file: OpenFile) -> bytes:
@@ -141,20 +125,12 @@ def _header_bytes(file: OpenFile) -> bytes:
     start = file.read(min(size_bytes, 64), 0)
     check_start(path, start)
     if start.startswith((b"PK\x03\x04", b"\x80\x02")):
-        raise RefusedError(
-            f"{path} is a torch file under a safetensors name.",
-            "Rename it to .bin.",
-            code=Code.WRONG_FORMAT,
-            path=path,
-        )
+        why = "is a torch file under a safetensors name"
+        raise refused(path, why, "Rename it to .bin.", Code.WRONG_FORMAT)
     length = int.from_bytes(start[:8], "little")
     if size_bytes < 8 or length > MAX_HEADER_BYTES or start[8:9] not in (b"{", b""):
-        raise RefusedError(
-            f"{path} is not a safetensors file: it does not start with a header.",
-            "Download or save it again.",
-            code=Code.WRONG_FORMAT,
-            path=path,
-        )
+        why = "is not a safetensors file: it does not start with a header"
+        raise refused(path, why, AGAIN, Code.WRONG_FORMAT)
     if 8 + length > size_bytes:
         why = f"its header alone takes {8 + length} bytes, the file has {size_bytes}"
         raise cut_short(path, why)
@@ -166,16 +142,16 @@ def _parse(path: str, raw: bytes) -> dict[str, Any]:
         header = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_unique,
-            parse_constant=_no_constant,
-            parse_int=_no_sign if re.search(rb"-[0-9]", raw) else int,
+            parse_constant=_size,
+            parse_int=_size if re.search(rb"-[0-9]", raw) else int,
         )
         if b"\\ud" in raw or b"\\uD" in raw:  # fails for lone surrogates
             json.dumps(header, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise damaged(path, f"has a broken header: {reason}") from error
+        raise refused(path, f"has a broken header: {reason}") from error
     if not isinstance(header, dict):
-        raise damaged(path, "has a broken header: it is not a JSON object")
+        raise refused(path, "has a broken header: it is not a JSON object")
     return header
 
 
@@ -188,26 +164,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _no_sign(digits: str) -> int:
-    if digits.startswith("-"):  # int() turns -0 into a size; the library refuses it
-        raise ValueError(f"{digits} is not a size")
-    return int(digits)
-
-
-def _check_metadata(path: str, metadata: object) -> None:
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise damaged(path, "has a broken header: __metadata__ must map strings to strings")
+def _size(text: str) -> int:
+    if not text.isdigit():  # int() turns -0 into a size; the library refuses it
+        raise ValueError(f"{text} is not a size")
+    return int(text)
 
 
 def _tensor(path: str, name: str, entry: object, start: int) -> TensorSpec:
     """Check one entry of the header of a file whose data starts at byte `start`."""
 
     def refuse(reason: str) -> RefusedError:
-        return broken_tensor(path, name, reason)
+        return refused(path, reason, tensor=name)
 
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse("must have dtype, shape and data_offsets, and nothing else")
@@ -221,11 +188,10 @@ def _tensor(path: str, name: str, entry: object, start: int) -> TensorSpec:
         bits *= factor
         if bits > _LARGEST:
             raise refuse(f"has a shape too large for 64 bits, {shape}")
-    if bits % 8 or offsets[1] - offsets[0] != bits // 8:
-        span_bytes = offsets[1] - offsets[0]
-        raise refuse(
-            f"spans {span_bytes} bytes, but its shape {shape} in {dtype} takes {bits / 8:g}"
-        )
+    span_bytes = offsets[1] - offsets[0]
+    if bits % 8 or span_bytes != bits // 8:
+        takes = f"{shape} in {dtype} takes {bits / 8:g}"
+        raise refuse(f"spans {span_bytes} bytes, but its shape {takes}")
     return TensorSpec(dtype, tuple(shape), 0, start + offsets[0])
 
 
@@ -235,19 +201,19 @@ def _sizes(values: object) -> bool:
     return not values or (min(values) >= 0 and max(values) <= _LARGEST)
 
 
-def _check_cover(path: str, ranges: Iterable[tuple[str, int, int]], data_bytes: int) -> None:
-    """Check that tensors (name, first byte, the one after the last) cover the data exactly."""
-    end = 0
-    for name, start, following in ranges:
-        if start != end:
-            why = "overlaps another" if start < end else "leaves a gap before it"
-            raise broken_tensor(path, name, why)
-        end = following
-    if end > data_bytes:
-        raise cut_short(path, f"its header promises {end} bytes of data, the file has {data_bytes}")
-    if end < data_bytes:
-        raise damaged(
-            path,
-            f"has {data_bytes - end} bytes after its last tensor",
-            "Is it damaged, or two files in one? Download or save it again.",
-        )
+def _check_cover(
+    path: str, tensors: Iterable[tuple[str, TensorSpec]], start: int, size_bytes: int
+) -> None:
+    """Check that tensors cover the data, from byte `start` to the end of the file, exactly."""
+    end = start
+    for name, tensor in tensors:
+        if tensor.offset != end:
+            why = "overlaps another" if tensor.offset < end else "leaves a gap before it"
+            raise refused(path, why, tensor=name)
+        end += tensor.size_bytes
+    if end > size_bytes:
+        promised = f"{end - start} bytes of data, the file has {size_bytes - start}"
+        raise cut_short(path, f"its header promises {promised}")
+    if end < size_bytes:
+        hint = f"Is it damaged, or two files in one? {AGAIN}"
+        raise refused(path, f"has {size_bytes - end} bytes after its last tensor", hint)

@@ -4,14 +4,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from ckpt_ema.containers import safetensors, torch_file
-from ckpt_ema.containers.refusals import damaged, is_plain_name, missing
+from ckpt_ema.containers.checks import is_plain_name, present, read_listing, refused
 from ckpt_ema.containers.specs import Specs, TensorSpec
 from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
 from ckpt_ema.notices import Notice
-from ckpt_ema.storage.protocol import Kind, Storage
+from ckpt_ema.storage.protocol import Storage
 from ckpt_ema.trainers.conventions import INDEX_SUFFIX, SHARD_OF_SEVERAL
 
 _MAX_INDEX_BYTES = 1 << 28
@@ -23,27 +22,21 @@ def claims(name: str) -> bool:
 
 
 def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
-    """Return the tensors of the shards that the index at `path` names.
-
-    Raises `IncompleteError` if the index or a shard is missing, `RefusedError` if the index is
-    broken, names a file outside its folder, or disagrees with its shards.
-    """
-    index = Path(path)
-    shard_of = _weight_map(index, storage)
+    """See `Container.read_specs`; `path` is that of the index."""
+    shard_of = _weight_map(path, storage)
     shards = sorted(set(shard_of.values()))
-    for shard in shards:
-        _check_shard(index, shard, storage)
-    read = [_read_shard(os.path.join(index.parent, shard), storage, key) for shard in shards]
-    for shard, specs in zip(shards, read, strict=True):
-        for name in specs.tensors:
-            if shard_of.get(name) != shard:
-                raise _disagreement(index, shard, name, shard_of.get(name, "no shard"))
+    paths = [_shard_path(path, shard, storage) for shard in shards]
+    read = [
+        (safetensors if safetensors.claims(shard) else torch_file).read_specs(each, storage, key)
+        for shard, each in zip(shards, paths, strict=True)
+    ]
+    for shard, one in zip(shards, read, strict=True):
+        _check_agreement(path, shard, one, shard_of)
     specs = joined(read)
     absent = sorted(shard_of.keys() - specs.tensors.keys())
     if absent:
-        why = f"names {len(absent)} tensors that its shards lack: {some(absent)}"
-        raise damaged(path, why)
-    return replace(specs, warnings=(*_strays(index, shards, storage), *specs.warnings))
+        raise refused(path, f"names {len(absent)} tensors that its shards lack: {some(absent)}")
+    return replace(specs, warnings=(*_strays(path, shards, storage), *specs.warnings))
 
 
 def joined(read: Sequence[Specs]) -> Specs:
@@ -69,69 +62,48 @@ def _moved(tensor: TensorSpec, files: int) -> TensorSpec:
     return tensor._replace(file=tensor.file + files, pieces=pieces)
 
 
-def _read_shard(path: str, storage: Storage, key: str | None) -> Specs:
-    if safetensors.claims(os.path.basename(path)):
-        return safetensors.read_specs(path, storage, key)
-    return torch_file.read_specs(path, storage, key)
-
-
-def _weight_map(index: Path, storage: Storage) -> Mapping[str, str]:
-    if storage.kind(index) is Kind.ABSENT:
-        raise IncompleteError(
-            f"{index.parent} has shards but no {index.name}, which is written last.",
-            code=Code.INCOMPLETE,
-            path=index.parent,
-        )
-    with storage.open(index) as file:
-        size_bytes = file.identity.size_bytes
-        if size_bytes > _MAX_INDEX_BYTES:
-            raise damaged(file.path, "is too large to be an index of shards")
-        raw = file.read(size_bytes, 0)
+def _weight_map(path: str, storage: Storage) -> Mapping[str, str]:
+    _, raw = read_listing(path, storage, _MAX_INDEX_BYTES, "an index of shards", "shards")
     try:
         content = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise IncompleteError(
-            f"{index} is not JSON.",
-            "Was its save interrupted? Leave the checkpoint out.",
-            code=Code.DAMAGED,
-            path=index,
-        ) from error
+        hint = "Was its save interrupted? Leave the checkpoint out."
+        message = f"{path} is not JSON."
+        raise IncompleteError(message, hint, code=Code.DAMAGED, path=path) from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise damaged(file.path, "has no weight_map")
+        raise refused(path, "has no weight_map")
     if not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise damaged(file.path, "maps a tensor to something that is not a file name")
+        raise refused(path, "maps a tensor to something that is not a file name")
     return weight_map
 
 
-def _check_shard(index: Path, shard: str, storage: Storage) -> None:
+def _shard_path(index: str, shard: str, storage: Storage) -> str:
     if not is_plain_name(shard):
-        raise RefusedError(
-            f"{index} names the shard {shard!r}, which is not a plain file name: a checkpoint may"
-            " not reach outside its folder.",
-            code=Code.UNSAFE,
-            path=index,
-        )
-    if storage.kind(index.parent / shard) is Kind.ABSENT:
-        raise missing(index.parent, index.name, shard)
+        name = f"the shard {shard!r}, which is not a plain file name"
+        why = f"names {name}: a checkpoint may not reach outside its folder"
+        raise refused(index, why, code=Code.UNSAFE)
+    folder, name = os.path.split(index)
+    return present(folder, name, shard, storage)
 
 
-def _disagreement(index: Path, shard: str, tensor: str, other: str) -> RefusedError:
-    return RefusedError(
-        f"{index} and {shard} disagree: the shard holds {tensor}, which the index has in {other}.",
-        code=Code.DAMAGED,
-        path=index,
-        tensor=tensor,
-    )
+def _check_agreement(index: str, shard: str, specs: Specs, shard_of: Mapping[str, str]) -> None:
+    for name in specs.tensors:
+        other = shard_of.get(name, "no shard")
+        if other != shard:
+            why = f"the shard holds {name}, which the index has in {other}"
+            message = f"{index} and {shard} disagree: {why}."
+            raise RefusedError(message, code=Code.DAMAGED, path=index, tensor=name)
 
 
-def _strays(index: Path, shards: list[str], storage: Storage) -> list[Notice]:
+def _strays(index: str, shards: list[str], storage: Storage) -> list[Notice]:
     """Return a warning of shards in the folder that the index does not name."""
+    folder, index_name = os.path.split(index)
     found = [
         name
-        for name in sorted(storage.names(index.parent) - set(shards))
-        if name + INDEX_SUFFIX != index.name
-        and SHARD_OF_SEVERAL.sub("", name) + INDEX_SUFFIX == index.name
+        for name in sorted(storage.names(folder) - set(shards))
+        if name + INDEX_SUFFIX != index_name
+        and SHARD_OF_SEVERAL.sub("", name) + INDEX_SUFFIX == index_name
     ]
     message = f"{index} does not name {some(found)}; their tensors are left out."
     return [Notice(Code.LEFT_OUT, message)] if found else []

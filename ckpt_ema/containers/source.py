@@ -1,12 +1,38 @@
-"""Where checkpoints are read from, and how: their storage and the options of reading."""
+"""Reading what checkpoints hold, from headers alone, whatever their containers.
 
-from dataclasses import dataclass, field
+One more container is one more module, with the functions of `Container`, and one more entry here.
+"""
 
-from ckpt_ema.containers.read import read_specs
-from ckpt_ema.containers.specs import ModelFiles, Specs
-from ckpt_ema.errors import Code, RefusedError
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from ckpt_ema.containers import dcp, safetensors, shards, torch_file
+from ckpt_ema.containers.checks import refused
+from ckpt_ema.containers.specs import Member, ModelFiles, Specs
+from ckpt_ema.errors import Code
 from ckpt_ema.options import Reading
 from ckpt_ema.storage import Storage
+
+
+class Container(Protocol):
+    """A way of storing tensors in files, entered by one of them."""
+
+    def claims(self, name: str) -> bool:
+        """Return whether a file of this name is read here."""
+
+    def read_specs(self, path: str, storage: Storage, key: str | None = None) -> Specs:
+        """Return the tensors of the model that is entered by the file at `path`, from headers.
+
+        `key` is where the model is in a file of several dicts. Names of files in the result are
+        paths. Raises `IncompleteError` for what is missing or cut short, `RefusedError` for what
+        breaks its format; and touches files only through `storage`.
+        """
+
+
+# The first to claim a name reads it; torch_file claims all that are left.
+CONTAINERS: tuple[Container, ...] = (dcp, shards, safetensors, torch_file)
 
 
 @dataclass(slots=True)
@@ -18,12 +44,44 @@ class Source:
     _specs: dict[ModelFiles, Specs] = field(default_factory=dict)
 
     def read(self, model: ModelFiles) -> Specs:
-        """Return what the headers of a checkpoint say; raises what `read_specs` raises."""
+        """Return the specs of a checkpoint, which has tensors; raises what `read_specs` raises."""
         if model not in self._specs:
             specs = read_specs(model, self.storage, self.reading.key)
             if not specs.tensors:
-                raise RefusedError(
-                    f"{model.path} holds no tensors.", code=Code.NO_MODEL, path=model.path
-                )
+                raise refused(model.path, "holds no tensors", code=Code.NO_MODEL)
             self._specs[model] = specs
         return self._specs[model]
+
+
+def read_specs(model: ModelFiles, storage: Storage, key: str | None = None) -> Specs:
+    """Return the tensors of all members of a checkpoint; files are named relative to its folder.
+
+    `key` and what is raised are as for `Container.read_specs`.
+    """
+    read = [
+        _read_member(model.folder, number, member, storage, key)
+        for number, member in enumerate(model.members)
+    ]
+    specs = read[0] if len(read) == 1 else shards.joined(read)
+    names = [name for one in read for name in one.tensors]
+    if len(names) > len(specs.tensors):
+        twice = next(name for name in specs.tensors if names.count(name) > 1)
+        raise refused(model.folder, "is in two of its model files", tensor=twice)
+    prefixes = tuple(member.prefix for member in model.members)
+    notes, recorded = model.notes + specs.notes, read[0].recorded
+    return replace(specs, notes=notes, recorded=recorded, prefixes=prefixes)
+
+
+def _read_member(
+    folder: Path, number: int, member: Member, storage: Storage, key: str | None
+) -> Specs:
+    """Read one member: names of files relative to the folder, names of tensors with its prefix."""
+    path = os.path.join(folder, member.name)
+    container = next(one for one in CONTAINERS if one.claims(os.path.basename(path)))
+    specs = container.read_specs(path, storage, key)
+    inside = len(os.path.join(folder, ""))
+    files = [file._replace(name=file.name[inside:], member=number) for file in specs.files]
+    tensors = specs.tensors
+    if member.prefix:
+        tensors = {member.prefix + name: tensor for name, tensor in tensors.items()}
+    return replace(specs, files=tuple(files), tensors=tensors)

@@ -1,7 +1,6 @@
 """What the headers of a checkpoint hold: names, dtypes, shapes, and where each tensor's bytes lie.
 
-Every container is brought to this one form, elements at offsets in regular files, so that the same
-positioned reads serve all of them. Nothing here reads a file.
+Every container is brought to this form, so that the same positioned reads serve all of them.
 """
 
 import math
@@ -55,6 +54,9 @@ def packed_bytes(dtype: str, shape: Sequence[int]) -> int:
     12
     """
     return math.prod(shape) * DTYPE_BITS[dtype] // 8
+
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # starts, sizes
 
 
 class Piece(NamedTuple):

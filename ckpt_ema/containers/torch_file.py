@@ -9,8 +9,10 @@ import io
 import math
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from typing import IO, Any, NamedTuple, cast
 
+from ckpt_ema.containers.checks import AGAIN, check_start, cut_short, refused
 from ckpt_ema.containers.model_key import find_model, numbers, recorded
 from ckpt_ema.containers.pickles import (
     BROKEN_PICKLE,
@@ -19,10 +21,8 @@ from ckpt_ema.containers.pickles import (
     TensorUnpickler,
     UnfitTensorError,
     UnreadTensor,
-    check_lengths,
     what_broke,
 )
-from ckpt_ema.containers.refusals import broken_tensor, check_start, cut_short, damaged
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     FileSpec,
@@ -32,14 +32,14 @@ from ckpt_ema.containers.specs import (
     is_packed,
     spanned,
 )
-from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
+from ckpt_ema.errors import Code, some
 from ckpt_ema.notices import Notice
 from ckpt_ema.storage.protocol import OpenFile, Storage
 
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 _PLAIN = ("builtins.", "__builtin__.", "_codecs.", "typing.")  # not worth a note
 _ONE_RANK = ("ShardedTensor", "DTensor")  # classes of which each rank's file holds a part
-_START_BYTES = 64
+_BIG_ENDIAN = "was saved on a big-endian machine"
 _MAX_PICKLE_BYTES = 1 << 30
 _MAX_EXPANDED_BYTES = 1 << 20  # of a view with stride 0, where that is more than the whole file
 
@@ -50,45 +50,30 @@ def claims(_name: str) -> bool:
 
 
 def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
-    """Return the tensors of the model in one torch file, in the order of its state dict.
-
-    `key` is where the model is in it, None to look for it. Raises `IncompleteError` for a file that
-    is cut short, `RefusedError` for one that is not a torch file, is inconsistent, or holds no
-    model.
-    """
+    """See `Container.read_specs`; tensors are in the order of the state dict."""
     with storage.open(path) as file:
         size_bytes = file.identity.size_bytes
-        start = file.read(min(size_bytes, _START_BYTES), 0)
+        start = file.read(min(size_bytes, 64), 0)
         if start.startswith(b"PK\x03\x04"):
             structure = _read_zip(path, Region(file, 0, size_bytes))
         elif start.startswith(b"\x80") and _LEGACY_MAGIC in start:
             structure = _read_legacy(path, file)
         else:
             check_start(path, start)
-            raise RefusedError(
-                f"{path} is not a file written by torch.save.",
-                "Download or save it again.",
-                code=Code.WRONG_FORMAT,
-                path=path,
-            )
+            why = "is not a file written by torch.save"
+            raise refused(path, why, AGAIN, Code.WRONG_FORMAT)
         model = find_model(path, structure.root, key, (PickledTensor, UnreadTensor))
         tensors = {
-            name: _place(path, name, tensor, structure.locate, size_bytes)
+            name: _place(path, name, tensor, structure, size_bytes)
             for name, tensor in model.values.items()
             if _is_tensor(path, name, tensor)
         }
         spec = FileSpec(path, *file.identity, structure.digest)
         hole = file.first_hole()
-    return Specs(
-        tensors,
-        (spec,),
-        ({},),
-        (*model.notes, *_left_out(model.values, tensors, structure.ignored)),
-        model.warnings,
-        {} if hole is None else {path: hole},
-        recorded(structure.root),
-        numbers=numbers(structure.root),
-    )
+    notes = (*model.notes, *_left_out(model.values, tensors, structure.ignored))
+    holes = {} if hole is None else {path: hole}
+    specs = Specs(tensors, (spec,), ({},), notes, model.warnings, holes)
+    return replace(specs, recorded=recorded(structure.root), numbers=numbers(structure.root))
 
 
 def _left_out(values: Any, tensors: Any, ignored: list[str]) -> list[Notice]:
@@ -108,15 +93,12 @@ class Region(NamedTuple):
 
 
 def read_tensor(path: str, region: Region) -> TensorSpec:
-    """Return where the one tensor is that was saved by itself in a range of the file at `path`.
-
-    Raises `RefusedError` for anything else.
-    """
+    """Return where the tensor is that was saved by itself in a range of the file at `path`."""
     structure = _read_zip(path, region)
     if not isinstance(structure.root, PickledTensor):
-        raise damaged(path, "has something else where a tensor was expected")
+        raise refused(path, "has something else where a tensor was expected")
     name = f"at byte {region.start}"
-    return _place(path, name, structure.root, structure.locate, region.size_bytes)
+    return _place(path, name, structure.root, structure, region.size_bytes)
 
 
 def _is_tensor(path: str, name: str, value: object) -> bool:
@@ -127,15 +109,10 @@ def _is_tensor(path: str, name: str, value: object) -> bool:
         why = f"is a {value.name}, of which each rank's file holds a part"
         hint = "Save the full state dict, or use torch.distributed.checkpoint."
     else:
-        why = (
-            f"is of a kind that safetensors cannot hold ({value.name}: sparse, quantised or without"
-            " data)"
-        )
+        kind = f"{value.name}: sparse, quantised or without data"
+        why = f"is of a kind that safetensors cannot hold ({kind})"
         hint = "Save it dense, or leave it out of the state dict."
-    raise broken_tensor(path, name, why, hint, Code.UNREADABLE_TENSOR)
-
-
-_Locate = Callable[[PickledStorage], int]  # returns the position of a storage's first byte
+    raise refused(path, why, hint, Code.UNREADABLE_TENSOR, tensor=name)
 
 
 class _Structure(NamedTuple):
@@ -144,45 +121,36 @@ class _Structure(NamedTuple):
     root: Any
     ignored: list[str]  # classes and functions
     digest: str
-    locate: _Locate
+    locate: Callable[[PickledStorage], int]  # returns the position of a storage's first byte
 
 
 def _read_zip(path: str, region: Region) -> _Structure:
     records = _zip_records(path, region)
     roots = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise RefusedError(
-            f"{path} is a zip file without one data.pkl, not written by torch.save.",
-            code=Code.WRONG_FORMAT,
-            path=path,
-        )
+        why = "is a zip file without one data.pkl, not written by torch.save"
+        raise refused(path, why, code=Code.WRONG_FORMAT)
     prefix = roots[0].removesuffix("data.pkl")
 
     def record(name: str) -> bytes:
         info = records[prefix + name]
         if info.file_size > _MAX_PICKLE_BYTES:
-            raise damaged(path, f"has a {name} of {info.file_size} bytes, which is no structure")
+            raise refused(path, f"has a {name} of {info.file_size} bytes, which is no structure")
         return region.file.read(info.file_size, _data_start(path, region, info))
 
     if prefix + "byteorder" in records and record("byteorder") != b"little":
-        raise _big_endian(path)
+        raise refused(path, _BIG_ENDIAN, code=Code.WRONG_FORMAT)
     pickled = record("data.pkl")
     root, unpickler = _unpickle(path, io.BytesIO(pickled))
 
     def locate(storage: PickledStorage) -> int:
         info = records.get(f"{prefix}data/{storage.key}")
         if info is None or info.file_size < _storage_bytes(storage):
-            why = f"is damaged: storage {storage.key} is missing or shorter than declared"
-            raise damaged(path, why)
+            why = "is missing or shorter than declared"
+            raise refused(path, f"is damaged: storage {storage.key} {why}")
         return _data_start(path, region, info)
 
     return _Structure(root, unpickler.ignored, hashlib.sha256(pickled).hexdigest(), locate)
-
-
-def _big_endian(path: str) -> RefusedError:
-    return RefusedError(
-        f"{path} was saved on a big-endian machine.", code=Code.WRONG_FORMAT, path=path
-    )
 
 
 class _RegionStream(io.RawIOBase):
@@ -192,24 +160,19 @@ class _RegionStream(io.RawIOBase):
         self._region = region
         self._position = 0
 
-    def seekable(self) -> bool:
-        """Return that it has positions."""
+    def readable(self) -> bool:
         return True
 
+    seekable = readable
+
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Move to a position that counts from the start of the range."""
         start = (0, self._position, self._region.size_bytes)[whence]
         if start + offset < 0:
             raise OSError("a position before the start")
         self._position = start + offset
         return self._position
 
-    def readable(self) -> bool:
-        """Return that it can be read."""
-        return True
-
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer, or less of it at the end of the range."""
         count = max(0, min(len(buffer), self._region.size_bytes - self._position))
         buffer[:count] = self._region.file.read(count, self._region.start + self._position)
         self._position += count
@@ -224,18 +187,12 @@ def _zip_records(path: str, region: Region) -> dict[str, zipfile.ZipInfo]:
         raise cut_short(path, "its zip directory cannot be read", or_damaged=True) from error
     records = {info.filename: info for info in infos}
     if any(name.endswith("/constants.pkl") for name in records):
-        raise RefusedError(
-            f"{path} is a TorchScript archive, a program and not a checkpoint.",
-            "Save the model's state_dict() instead.",
-            code=Code.NOT_A_CHECKPOINT,
-            path=path,
-        )
-    stored = all(
-        info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
-        for info in infos
-    )
-    if len(records) != len(infos) or not stored:
-        raise damaged(path, "has compressed or repeated records, which torch.save never writes")
+        why = "is a TorchScript archive, a program and not a checkpoint"
+        raise refused(path, why, "Save the model's state_dict() instead.", Code.NOT_A_CHECKPOINT)
+    methods = {info.compress_type for info in infos}
+    stored = all(info.compress_size == info.file_size for info in infos)
+    if len(records) != len(infos) or not stored or methods - {zipfile.ZIP_STORED}:
+        raise refused(path, "has compressed or repeated records, which torch.save never writes")
     return records
 
 
@@ -249,7 +206,7 @@ def _data_start(path: str, region: Region, info: zipfile.ZipInfo) -> int:
     start = offset + 30 + name_bytes + extra_bytes
     if not header.startswith(b"PK\x03\x04") or start + info.file_size > end:
         why = f"is damaged: record {info.filename} is not where its directory has it"
-        raise damaged(path, why)
+        raise refused(path, why)
     return start
 
 
@@ -262,7 +219,7 @@ def _read_legacy(path: str, file: OpenFile) -> _Structure:
         _unpickle(path, stream)  # the protocol's version
         system, _ = _unpickle(path, stream)
         if not isinstance(system, dict) or system.get("little_endian") is not True:
-            raise _big_endian(path)
+            raise refused(path, _BIG_ENDIAN, code=Code.WRONG_FORMAT)
         root_start = stream.tell()
         root, unpickler = _unpickle(path, stream)
         keys, _ = _unpickle(path, stream)
@@ -272,7 +229,7 @@ def _read_legacy(path: str, file: OpenFile) -> _Structure:
     for key in keys if isinstance(keys, list) else []:
         storage = unpickler.storages.get(key) if isinstance(key, str) else None
         if storage is None:
-            raise damaged(path, "is damaged: it lists a storage that its structure lacks")
+            raise refused(path, "is damaged: it lists a storage that its structure lacks")
         starts[storage.key] = position + 8  # a count of elements comes first
         position += 8 + _storage_bytes(storage)
 
@@ -287,26 +244,20 @@ def _read_legacy(path: str, file: OpenFile) -> _Structure:
 def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, TensorUnpickler]:
     unpickler = TensorUnpickler(stream)
     try:
-        check_lengths(stream)
         return unpickler.load(), unpickler
     except UnfitTensorError as error:
-        raise RefusedError(
-            f"{path} holds a tensor of a kind that safetensors cannot hold ({error}).",
-            "Leave it out of what is saved.",
-            code=Code.UNREADABLE_TENSOR,
-            path=path,
-        ) from error
+        why = f"holds a tensor of a kind that safetensors cannot hold ({error})"
+        hint = "Leave it out of what is saved."
+        raise refused(path, why, hint, Code.UNREADABLE_TENSOR) from error
     except BROKEN_PICKLE as error:
-        is_cut = isinstance(error, EOFError) or "truncated" in str(error)
-        raise (IncompleteError if is_cut else RefusedError)(
-            f"{path} is cut short or damaged: its structure cannot be read ({what_broke(error)}).",
-            code=Code.CUT_SHORT if is_cut else Code.DAMAGED,
-            path=path,
-        ) from error
+        why = f"its structure cannot be read ({what_broke(error)})"
+        if isinstance(error, EOFError) or "truncated" in str(error):
+            raise cut_short(path, why, or_damaged=True) from error
+        raise refused(path, f"is cut short or damaged: {why}") from error
 
 
 def _place(
-    path: str, name: str, tensor: PickledTensor, locate: _Locate, file_bytes: int
+    path: str, name: str, tensor: PickledTensor, structure: _Structure, file_bytes: int
 ) -> TensorSpec:
     """Return where a tensor's elements are, checked to lie inside its storage."""
     dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides
@@ -315,16 +266,13 @@ def _place(
     size_bytes = math.prod(shape) * item_bytes
     end = start + spanned(shape, strides) * item_bytes
     if end > _storage_bytes(tensor.storage) or size_bytes > max(file_bytes, _MAX_EXPANDED_BYTES):
-        raise broken_tensor(
-            path, name, "reaches beyond its storage", "Download or save the file again."
-        )
+        hint = "Download or save the file again."
+        raise refused(path, "reaches beyond its storage", hint, tensor=name)
     if not size_bytes:
         return TensorSpec(dtype, shape, 0, 0)
-    offset = locate(tensor.storage) + start
-    if is_packed(shape, strides):
-        return TensorSpec(dtype, shape, 0, offset)
+    offset = structure.locate(tensor.storage) + start
     piece = Piece(0, offset, (0,) * len(shape), shape, strides)
-    return TensorSpec(dtype, shape, 0, offset, (piece,))
+    return TensorSpec(dtype, shape, 0, offset, () if is_packed(shape, strides) else (piece,))
 
 
 def _storage_bytes(storage: PickledStorage) -> int:

@@ -6,9 +6,10 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 from ckpt_ema.errors import Code, FailedError, RefusedError
-from ckpt_ema.storage.pool import LocalPool, checked_identity, inaccessible, open_fd, read_into
+from ckpt_ema.storage.pool import LocalPool, identity_of, inaccessible, open_fd, read_into
 from ckpt_ema.storage.protocol import FilePool, Identity, Kind, Location
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
@@ -23,12 +24,12 @@ class Local:
         """See `Storage.kind`."""
         try:
             mode = os.stat(path).st_mode
+        except ValueError:  # a NUL in the name
+            return Kind.ABSENT
         except OSError as error:
             if error.errno in _ABSENT:
                 return Kind.ABSENT
             raise inaccessible(path, error) from error
-        except ValueError:  # a NUL in the name
-            return Kind.ABSENT
         if stat.S_ISDIR(mode):
             return Kind.FOLDER
         return Kind.FILE if stat.S_ISREG(mode) else Kind.OTHER
@@ -81,22 +82,18 @@ class Local:
 
     def real_paths(self, paths: Iterable[Location]) -> list[str]:
         """See `Storage.real_paths`; quick for many paths that share their folders."""
-        folders: dict[str, str] = {}
+        real_folder = cache(os.path.realpath)
         found = []
         for path in paths:
             folder, name = os.path.split(os.fspath(path))
-            if name in ("", ".", "..") or os.path.islink(path):
-                found.append(os.path.realpath(path))
-                continue
-            if folder not in folders:
-                folders[folder] = os.path.realpath(folder)
-            found.append(os.path.join(folders[folder], name))
+            is_plain = name not in ("", ".", "..") and not os.path.islink(path)
+            real = os.path.join(real_folder(folder), name) if is_plain else os.path.realpath(path)
+            found.append(real)
         return found
 
     def identity(self, path: Location) -> Identity:
         """See `Storage.identity`."""
-        status = _status(path)
-        return Identity(status.st_size, status.st_mtime_ns)
+        return identity_of(_status(path))
 
     def read(self, path: Location, most_bytes: int | None = None) -> bytes | None:
         """See `Storage.read`; raises `RefusedError` for a file too large to be small."""
@@ -118,7 +115,11 @@ class Local:
         """See `Storage.open`; a FIFO or a device is refused, not waited for."""
         fd = open_fd(path)
         try:
-            yield LocalFile(os.fspath(path), fd, checked_identity(path, fd))
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                message = f"{path} is not a regular file."
+                raise RefusedError(message, code=Code.NOT_A_FILE, path=path)
+            yield LocalFile(os.fspath(path), fd, identity_of(status))
         finally:
             os.close(fd)
 

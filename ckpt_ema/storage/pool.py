@@ -1,14 +1,12 @@
 """Positioned reads of many local files by many threads, through a bounded number of descriptors.
 
-A file that is cut short while it is read gives an ordinary error here, where a memory map would
-end the process with SIGBUS. Where the bytes have to come from a disk, the kernel is asked for the
-next ones before they are needed: many files are read in turn, which its own read-ahead, of 128 KiB
-on most systems, is not made for.
+A file that is cut short meanwhile gives an ordinary error, where a memory map would give SIGBUS.
+Bytes on a disk are requested before they are needed: many files are read in turn, for which the
+kernel's own read-ahead, of 128 KiB on most systems, is not made.
 """
 
 import os
 import resource
-import stat
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -38,16 +36,10 @@ def open_fd(path: Location) -> int:
         raise IncompleteError(f"{path} does not exist.", code=Code.NOT_FOUND, path=path) from error
     except OSError as error:
         raise inaccessible(path, error) from error
-    except ValueError as error:  # a NUL in the name
-        message = f"{path} cannot be a file name."
-        raise RefusedError(message, code=Code.NOT_A_FILE, path=path) from error
 
 
-def checked_identity(path: Location, fd: int) -> Identity:
-    """Return the identity of an open file; raises `RefusedError` unless it is a regular file."""
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        raise RefusedError(f"{path} is not a regular file.", code=Code.NOT_A_FILE, path=path)
+def identity_of(status: os.stat_result) -> Identity:
+    """Return the identity of a file with this status."""
     return Identity(status.st_size, status.st_mtime_ns)
 
 
@@ -104,12 +96,17 @@ class _Pooled:
 
     def _ask_ahead(self, start: int, end: int, ahead_bytes: int) -> None:
         """Have the kernel fetch from `start` to some way beyond `end`, without waiting for it."""
-        # Threads read a little out of order; what is further away was asked for by another pass.
+        # Threads read a little out of order; what is further away was another pass's request.
         asked_until = self.asked_until if self.asked_until <= end + 2 * ahead_bytes else 0
         if asked_until < end + ahead_bytes // 2:
             self.asked_until = end + ahead_bytes
             for offset in range(max(start, asked_until), end + ahead_bytes, _ASKED_BYTES):
                 os.posix_fadvise(self.fd, offset, _ASKED_BYTES, os.POSIX_FADV_WILLNEED)
+
+
+def _descriptor_limit() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(8, min(1024, soft // 2 if soft != resource.RLIM_INFINITY else 1024))
 
 
 @dataclass(slots=True)
@@ -122,7 +119,7 @@ class LocalPool:
     expected: dict[str, Identity]
     read_in_turn: int = 1
     reads_ahead: bool = _CAN_READ_AHEAD
-    limit: int = field(default_factory=lambda: _descriptor_limit())
+    limit: int = field(default_factory=_descriptor_limit)
     _files: OrderedDict[str, _Pooled] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -140,10 +137,10 @@ class LocalPool:
         """See `FilePool.verify`."""
         for path, identity in self.expected.items():
             try:
-                status = os.stat(path)
+                now = identity_of(os.stat(path))
             except OSError as error:
                 raise _changed(path) from error
-            if (status.st_size, status.st_mtime_ns) != identity:
+            if now != identity:
                 raise _changed(path)
 
     def close(self) -> None:
@@ -158,9 +155,8 @@ class LocalPool:
             file = self._files.get(path)
             if file is None:
                 self._make_room()
-                file = self._files[path] = _Pooled(
-                    path, self._open_expected(path), self.reads_ahead
-                )
+                file = _Pooled(path, self._open_expected(path), self.reads_ahead)
+                self._files[path] = file
             self._files.move_to_end(path)
             file.readers += 1
             return file
@@ -179,12 +175,9 @@ class LocalPool:
             raise _changed(path) from error
         except RefusedError as error:
             raise FailedError(error.message, code=error.code, path=path) from error
-        try:
-            if checked_identity(path, fd) != self.expected[path]:
-                raise _changed(path)
-        except BaseException:
+        if identity_of(os.fstat(fd)) != self.expected[path]:
             os.close(fd)
-            raise
+            raise _changed(path)
         return fd
 
 
@@ -195,8 +188,3 @@ def _changed(path: str) -> FailedError:
         code=Code.CHANGED,
         path=path,
     )
-
-
-def _descriptor_limit() -> int:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(8, min(1024, soft // 2 if soft != resource.RLIM_INFINITY else 1024))
