@@ -36,6 +36,8 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
     own = _shared(own)
     unity = unified(names, own)
     pairs = zip(checkpoints, own, unity.specs, strict=True)
+    # Before shapes: adapters of another rank have other shapes, and this names the reason.
+    warnings = compare_configs(checkpoints, unity.specs, source.storage)
     return Compared(
         dict(zip(checkpoints, unity.specs, strict=True)),
         frozenset(c for c, one, other in pairs if one.tensors.keys() != other.tensors.keys()),
@@ -43,7 +45,7 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
         (
             *unity.warnings,
             *compare_tensors(names, unity.specs),
-            *compare_configs(checkpoints, unity.specs, source.storage),
+            *warnings,
         ),
     )
 
