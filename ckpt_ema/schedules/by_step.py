@@ -7,15 +7,7 @@ import math
 from itertools import pairwise
 
 from ckpt_ema.errors import Code, RefusedError
-from ckpt_ema.schedules.schedule import (
-    BETWEEN_0_AND_1,
-    POSITIVE,
-    Schedule,
-    ScheduleOption,
-    Steps,
-    is_positive,
-    is_share,
-)
+from ckpt_ema.schedules.schedule import POSITIVE, SHARE, Limits, Schedule, ScheduleOption, Steps
 
 # At 1 / sqrt(12) the power function is uniform; above it, its profile falls over training time.
 MOST_SIGMA_REL = 1 / math.sqrt(12)
@@ -101,9 +93,11 @@ SCHEDULES = {
             "sigma_rel",
             "relative width of Karras et al.'s power-function EMA",
             several=True,
-            is_valid=lambda x: _LEAST_SIGMA_REL <= x < MOST_SIGMA_REL,
-            limits=f"lie between {_LEAST_SIGMA_REL:g} and 1 / sqrt(12) = {MOST_SIGMA_REL:.6f}, the"
-            " uniform mean",
+            limits=Limits(
+                lambda x: _LEAST_SIGMA_REL <= x < MOST_SIGMA_REL,
+                f"lie between {_LEAST_SIGMA_REL:g} and 1 / sqrt(12) = {MOST_SIGMA_REL:.6f}, the"
+                " uniform mean",
+            ),
         ),
         counts_steps=True,
         label="sigma-rel",
@@ -111,13 +105,7 @@ SCHEDULES = {
     "per-step": Schedule(
         per_step,
         "decay {} per {unit}",
-        ScheduleOption(
-            "decay_per_step",
-            "decay per training step",
-            several=True,
-            is_valid=is_share,
-            limits=BETWEEN_0_AND_1,
-        ),
+        ScheduleOption("decay_per_step", "decay per training step", several=True, limits=SHARE),
         counts_steps=True,
         is_implied=True,
     ),
@@ -125,11 +113,7 @@ SCHEDULES = {
         half_life,
         "half-life {} {units}",
         ScheduleOption(
-            "half_life",
-            "training steps in which a weight halves",
-            several=True,
-            is_valid=is_positive,
-            limits=POSITIVE,
+            "half_life", "training steps in which a weight halves", several=True, limits=POSITIVE
         ),
         counts_steps=True,
         is_implied=True,

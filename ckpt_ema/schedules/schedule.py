@@ -3,26 +3,33 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 Steps = Sequence[int]
 
 
+class Limits(NamedTuple):
+    """The values that an option may have."""
+
+    hold_for: Callable[[float], bool]
+    text: str  # completes "it must" in messages
+
+
+SHARE = Limits(lambda x: 0 <= x <= 1, "lie between 0 and 1")
+POSITIVE = Limits(lambda x: 0 < x < math.inf, "be above 0 and finite")
+
+
 @dataclass(frozen=True, slots=True)
 class ScheduleOption:
-    """An option of one or several schedules, by the name it has in Python.
-
-    With `several`, each value makes an average of its own.
-    """
+    """An option of one or several schedules, by the name it has in Python."""
 
     name: str
     help: str
     kind: type = float  # of each value: float, bool, or str for one of `choices`
-    several: bool = False
+    several: bool = False  # takes several values; each makes an average of its own
     default: Any = None
     choices: tuple[str, ...] = ()
-    is_valid: Callable[[float], bool] = lambda _: True
-    limits: str = ""  # what a value must do, for messages
+    limits: Limits | None = None
     label: str = ""  # in the name of an average, where it is not the default; "{}" is the value
     short: str = ""  # a short flag
 
@@ -45,26 +52,12 @@ class Schedule:
         return (*([self.varies] if self.varies else []), *self.settings)
 
 
-def is_share(x: float) -> bool:
-    """Return whether `x` lies between 0 and 1, both included."""
-    return 0 <= x <= 1
-
-
-def is_positive(x: float) -> bool:
-    """Return whether `x` is above 0 and finite."""
-    return 0 < x < math.inf
-
-
-BETWEEN_0_AND_1 = "lie between 0 and 1"
-POSITIVE = "be above 0 and finite"
-
 # The decay of every schedule that has one decay for each checkpoint.
 DECAY = ScheduleOption(
     "decay",
     "decay per checkpoint (dynamic: cap); default: 0.999",
     several=True,
     default=0.999,
-    is_valid=is_share,
-    limits=BETWEEN_0_AND_1,
+    limits=SHARE,
     short="-d",
 )

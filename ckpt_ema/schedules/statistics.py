@@ -35,11 +35,11 @@ def statistics(steps: Steps, decays: Sequence[float]) -> Statistics:
     weights = weights_of(decays)
     age = mean_age(steps, decays)
     newest = steps[-1]
-    late = [step == newest or 10 * step > 9 * newest for step in steps]
+    rows = zip(steps, weights, strict=True)
     return Statistics(
         1 / sum(weight * weight for weight in weights),
         age,
-        sum(weight for weight, is_late in zip(weights, late, strict=True) if is_late),
+        sum(weight for step, weight in rows if step == newest or 10 * step > 9 * newest),
         _equivalent_half_life(steps, age),
         _equivalent_sigma_rel(steps, age),
     )
@@ -52,11 +52,10 @@ def mean_age(steps: Steps, decays: Sequence[float]) -> float:
     12.5
     """
     age, older = 0.0, 1.0  # `older` is the weight before the gap
-    for decay, (before, after) in zip(
-        reversed(decays), reversed(list(pairwise(steps))), strict=True
-    ):
+    gaps = [after - before for before, after in pairwise(steps)]
+    for decay, gap in zip(reversed(decays), reversed(gaps), strict=True):
         older *= decay
-        age += older * (after - before)
+        age += older * gap
         if older < _NOTHING:
             break
     return age
