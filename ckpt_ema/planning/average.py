@@ -1,6 +1,6 @@
 """The averages that options ask for: each rule on each selection, with its weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,9 +62,8 @@ def weigh(subsets: Sequence[Subset], options: Weighting) -> list[Weighted]:
         for rule in options.rules:
             name = "-".join(filter(None, [rule.name, subset.name]))
             if name in found:
-                raise OptionError(
-                    f"{name} would be two averages of one name.", code=Code.CONFLICTING_OPTIONS
-                )
+                message = f"{name} would be two averages of one name."
+                raise OptionError(message, code=Code.CONFLICTING_OPTIONS)
             checkpoints, decays = _weighted(rule, subset.checkpoints, options)
             found[name] = Weighted(name, rule, checkpoints, tuple(decays))
     return list(found.values())
@@ -89,27 +88,19 @@ def _weighted(
     return checkpoints, rule.decays(steps)
 
 
-def make_average(weighted: Weighted, index_of: Mapping[Checkpoint, int], output: Output) -> Average:
-    """Make an average of a plan whose checkpoints have these indexes."""
-    checkpoints, decays = weighted.checkpoints, weighted.decays
-    steps, unit = _steps(checkpoints)
-    return Average(
-        weighted.name,
-        weighted.rule,
-        tuple(index_of[checkpoint] for checkpoint in checkpoints),
-        tuple(steps),
-        unit,
-        tuple(gaps(checkpoints)),
-        decays,
-        tuple(weights_of(decays)),
-        statistics(steps, decays),
-        output,
-    )
-
-
-def _steps(checkpoints: Sequence[Checkpoint]) -> tuple[Sequence[int], str]:
-    """Return training steps and their unit, or positions where steps are not known."""
-    steps = known_steps(checkpoints)
-    if steps is None:
-        return range(1, len(checkpoints) + 1), "checkpoints"
-    return steps, "epochs" if checkpoints[-1].unit == "epoch" else "steps"
+def make_averages(
+    weighted: Sequence[Weighted], checkpoints: Sequence[Checkpoint], outputs: Sequence[Output]
+) -> tuple[Average, ...]:
+    """Make the averages of a plan of these checkpoints, with their outputs."""
+    index_of = {checkpoint: index for index, checkpoint in enumerate(checkpoints)}
+    averages = []
+    for (name, rule, members, decays), output in zip(weighted, outputs, strict=True):
+        steps: Sequence[int] | None = known_steps(members)
+        unit = "epochs" if members[-1].unit == "epoch" else "steps"
+        if steps is None:
+            steps, unit = range(1, len(members) + 1), "checkpoints"
+        indexes = tuple(index_of[checkpoint] for checkpoint in members)
+        weights, figures = tuple(weights_of(decays)), statistics(steps, decays)
+        row = (name, rule, indexes, tuple(steps), unit, tuple(gaps(members)), decays, weights)
+        averages.append(Average(*row, figures, output))
+    return tuple(averages)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Specs
@@ -21,23 +21,14 @@ from ckpt_ema.find.complete import check_complete
 from ckpt_ema.find.found import Found
 from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
-from ckpt_ema.find.verdict import UNSELECTED, Judged
+from ckpt_ema.find.verdict import Judged
 from ckpt_ema.notices import Notice
-from ckpt_ema.options import (
-    Engine,
-    Keywords,
-    Options,
-    PathLike,
-    Selection,
-    Weighting,
-    make_options,
-)
-from ckpt_ema.planning.advice import weight_notes, weight_warnings
-from ckpt_ema.planning.average import Average, Weighted, make_average, weigh
+from ckpt_ema.options import Engine, Keywords, Options, PathLike, make_options
+from ckpt_ema.planning.average import Average, Weighted, make_averages, weigh
 from ckpt_ema.planning.fingerprint import deciding
-from ckpt_ema.planning.notices import run_notes, run_warnings
+from ckpt_ema.planning.notices import plan_notes, plan_warnings
 from ckpt_ema.planning.output import find_destination, lay_out, named
-from ckpt_ema.planning.roles import DROPPED, Rule, TensorRole, by_pattern
+from ckpt_ema.planning.roles import DROPPED, Ruling, TensorRole, by_pattern
 from ckpt_ema.planning.same_model import Compared, compare
 from ckpt_ema.planning.sizing import element_bytes, make_sizes
 from ckpt_ema.planning.work import Work, make_work
@@ -66,7 +57,7 @@ class Plan:
     run: str
     checkpoints: tuple[PlannedCheckpoint, ...]  # all that some average reads
     averages: tuple[Average, ...]
-    tensor_rules: Mapping[str, Rule]  # that decided on each tensor, by key
+    rulings: Mapping[str, Ruling]  # on each tensor, by key
     storage: Storage
     engine: Engine
     given: Mapping[str, Any]  # the options that are not at their defaults
@@ -90,7 +81,7 @@ class Plan:
     @property
     def tensor_roles(self) -> tuple[TensorRole, ...]:
         """What becomes of tensors, by pattern of their names."""
-        return by_pattern(self.tensor_rules)
+        return by_pattern(self.rulings)
 
     @property
     def is_single_file(self) -> bool:
@@ -157,39 +148,25 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
     """Find, select, weigh, compare, lay out: each stage takes its own options."""
     paths = _paths(run)
     source = Source(storage_for(paths[0]), options.reading)
-    chosen = _choose(paths, options.selection, options.weighting, source)
-    found = chosen.found
+    found = discover(paths, options.selection, source)
+    selected = select(found, options.selection, source)
+    weighted = weigh(selected.subsets, options.weighting)
+    checkpoints = _taken(weighted, found)
     destination = find_destination(options.output.output, found, paths, source.storage)
-    compared = compare(chosen.checkpoints, source)
-    _check_names(chosen.averages, compared)
+    compared = compare(checkpoints, source)
+    specs_of = compared.specs
+    _check_names(weighted, compared)
     laid_out = lay_out(
-        chosen.averages,
-        compared.specs,
-        found,
-        destination,
-        options.output,
-        deciding(options),
-        source.storage,
+        weighted, specs_of, found, destination, options.output, deciding(options), source.storage
     )
-    index_of = {checkpoint: index for index, checkpoint in enumerate(chosen.checkpoints)}
-    rows = zip(chosen.averages, laid_out.outputs, strict=True)
-    averages = tuple(make_average(weighted, index_of, output) for weighted, output in rows)
-    specs = list(compared.specs.values())
-    work = make_work(specs, [(average.newest, average.output.files) for average in averages])
-    sizes = make_sizes(options.engine, work, len(averages))
-    names = [checkpoint.name for checkpoint in chosen.checkpoints]
-    rulings, others = laid_out.rulings, laid_out.other_models
+    averages = make_averages(weighted, checkpoints, laid_out.outputs)
+    work = make_work([*specs_of.values()], [(one.newest, one.output.files) for one in averages])
+    tile_elements, threads = make_sizes(options.engine, work, len(averages))
     return Plan(
         run=os.fspath(found.root),
-        checkpoints=tuple(
-            PlannedCheckpoint(c.path, c.name, c.step, c.unit, c.model.folder, one)
-            for c, one in compared.specs.items()
-        ),
+        checkpoints=tuple(map(_planned, specs_of, specs_of.values())),
         averages=averages,
-        tensor_rules={
-            **{key: ruling.rule for key, ruling in rulings.items()},
-            **dict.fromkeys(compared.dropped, DROPPED),
-        },
+        rulings={**laid_out.rulings, **dict.fromkeys(compared.dropped, DROPPED)},
         storage=source.storage,
         engine=options.engine,
         given=options.given(),
@@ -199,20 +176,11 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
         allow_duplicates=options.reading.allow_duplicates,
         output=destination,
         work=work,
-        threads=sizes.threads,
-        tile_elements=sizes.tile_elements,
+        threads=threads,
+        tile_elements=tile_elements,
         judged=found.judged,
-        notes=(
-            *chosen.notes,
-            *weight_notes(averages),
-            *run_notes(compared.specs, _found_in_all(found), rulings, others),
-        ),
-        warnings=(
-            *chosen.warnings,
-            *weight_warnings(averages, names),
-            *run_warnings(compared.specs),
-            *compared.warnings,
-        ),
+        notes=(*selected.notes, *plan_notes(averages, specs_of, found, laid_out)),
+        warnings=(*found.warnings, *selected.warnings, *plan_warnings(averages, compared)),
     )
 
 
@@ -223,28 +191,12 @@ def _paths(run: PathLike | Sequence[PathLike]) -> list[Path]:
     return [named(path) for path in given]
 
 
-class _Chosen(NamedTuple):
-    """What takes part, before headers are compared."""
-
-    found: Found  # the run
-    checkpoints: list[Checkpoint]  # those that some average takes, oldest first
-    averages: list[Weighted]
-    notes: tuple[Notice, ...]
-    warnings: tuple[Notice, ...]
-
-
-def _choose(
-    paths: Sequence[Path], selection: Selection, weighting: Weighting, source: Source
-) -> _Chosen:
-    """Find the checkpoints, select among them, weigh them, and check that they are complete."""
-    found = discover(paths, selection, source)
-    selected = select(found, selection, source)
-    averages = weigh(selected.subsets, weighting)
+def _taken(averages: Sequence[Weighted], found: Found) -> list[Checkpoint]:
+    """Return the checkpoints that some average takes, oldest first, all of them complete."""
     taken = {checkpoint for average in averages for checkpoint in average.checkpoints}
     checkpoints = [checkpoint for checkpoint in found.checkpoints if checkpoint in taken]
     check_complete(checkpoints, found)
-    warnings = (*found.warnings, *selected.warnings)
-    return _Chosen(found, checkpoints, averages, selected.notes, warnings)
+    return checkpoints
 
 
 def _check_names(averages: Sequence[Weighted], compared: Compared) -> None:
@@ -253,8 +205,7 @@ def _check_names(averages: Sequence[Weighted], compared: Compared) -> None:
     An output takes the names of its newest checkpoint; all are read under those of the last one.
     """
     newest = list(compared.specs)[-1]
-    for average in averages:
-        last = average.checkpoints[-1]
+    for last in (average.checkpoints[-1] for average in averages):
         if last in compared.renamed:
             raise RefusedError(
                 f"{last.name} and {newest.name}, at which averages end, name their tensors"
@@ -265,6 +216,5 @@ def _check_names(averages: Sequence[Weighted], compared: Compared) -> None:
             )
 
 
-def _found_in_all(found: Found) -> int:
-    """Count the checkpoints of the run, with those that globs leave out."""
-    return len(found.checkpoints) + sum(one.verdict.reason in UNSELECTED for one in found.left_out)
+def _planned(one: Checkpoint, specs: Specs) -> PlannedCheckpoint:
+    return PlannedCheckpoint(one.path, one.name, one.step, one.unit, one.model.folder, specs)
