@@ -63,13 +63,9 @@ def compare_configs(
     if not differing:
         return []
     file = _MODEL_CONFIG if model else ADAPTER_CONFIG
-    return [
-        Notice(
-            Code.DIFFERENT_CONFIGS,
-            f"{file} of {next(iter(differing.values()))} and of {newest.name} differ in"
-            f" {some(sorted(differing))}; the output has the latter.",
-        )
-    ]
+    both = f"{file} of {next(iter(differing.values()))} and of {newest.name}"
+    message = f"{both} differ in {some(sorted(differing))}; the output has the latter."
+    return [Notice(Code.DIFFERENT_CONFIGS, message)]
 
 
 def _unlike(checkpoint: Checkpoint, name: str, newest: bytes, storage: Storage) -> _Fields | None:
@@ -80,12 +76,8 @@ def _unlike(checkpoint: Checkpoint, name: str, newest: bytes, storage: Storage) 
 
 def _differences(one: _Fields, other: _Fields, fields: Iterable[str]) -> dict[str, str]:
     """Return each field that differs, and how."""
-    found = {}
-    for field in fields:
-        first, second = _plain(one.get(field)), _plain(other.get(field))
-        if first != second:
-            found[field] = f"{field} ({first} → {second})"
-    return found
+    pairs = {field: (_plain(one.get(field)), _plain(other.get(field))) for field in fields}
+    return {f: f"{f} ({own} → {newest})" for f, (own, newest) in pairs.items() if own != newest}
 
 
 def _plain(value: Any) -> Any:

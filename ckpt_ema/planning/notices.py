@@ -126,12 +126,10 @@ def _uneven(average: Average, names: Sequence[str]) -> Iterator[Notice]:
         yield Notice(Code.FEW_CHECKPOINTS, "Only one checkpoint, so the average equals it.")
     elif average.rule.schedule != EXPLICIT:
         if weights[0] > 0.5:
-            remedy = _option_that_keeps(0.5, average, 0, "below", "less than half")
+            remedy = _remedy(0.5, average, 0, "below", "less than half")
             yield _too_much("oldest", names[average.members[0]], weights[0], remedy)
         if weights[-1] > _NEARLY_ALL:
-            remedy = _option_that_keeps(
-                1 - _NEARLY_ALL, average, -2, "above", "the others have more"
-            )
+            remedy = _remedy(1 - _NEARLY_ALL, average, -2, "above", "the others have more")
             yield _too_much("newest", names[average.newest], weights[-1], remedy)
         if not average.rule.counts_steps:
             yield from _irregular(average, names)
@@ -158,11 +156,10 @@ def _irregular(average: Average, names: Sequence[str]) -> Iterator[Notice]:
     )
 
 
-def _option_that_keeps(share: float, average: Average, since: int, side: str, effect: str) -> str:
-    """Return as a remedy the option of its schedule that leaves `share` of an earlier shadow.
+def _remedy(share: float, average: Average, since: int, side: str, effect: str) -> str:
+    """Return the value of an option at which `share` is left of the shadow after `since`.
 
-    The shadow is that after checkpoint number `since`; on the named side of the value the option
-    has the effect. Empty where no value of an option would do it.
+    On its named side the option has the effect. Empty where no value of an option would do it.
     """
     span = average.steps[-1] - average.steps[since]
     folds = len(average.steps[since:]) - 1
@@ -190,14 +187,30 @@ def _brief(steps: float) -> str:
 
 def _about_run(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
     specs = list(specs_of.values())
-    yield from _times(specs_of)
+    for (earlier, before), (later, after) in pairwise(specs_of.items()):
+        if before.files[0].mtime_ns - after.files[0].mtime_ns > _INVERSION_NS:
+            yield Notice(
+                Code.OUT_OF_ORDER,
+                f"{later.name} was written before {earlier.name}, though its step is later; the"
+                " folder may hold two runs.",
+            )
+            break
     if any(conventions.LORA_FACTOR.search(name) for name in specs[-1].tensors):
         yield Notice(
             Code.ADAPTER_FACTORS,
             "LoRA factors A and B are averaged separately, which only approximates the average of"
             " their products BA; for that, merge each adapter into its base model first.",
         )
-    yield from _averaged(specs_of)
+    by_name = [c.name for c in specs_of if conventions.AVERAGED_NAME.search(stem_of(c.name))]
+    by_header = [
+        checkpoint.name
+        for checkpoint, one in specs_of.items()
+        if any(conventions.PROVENANCE_KEY in of_file for of_file in one.metadata)
+    ]
+    for how, names in (("By their names", by_name), ("By their headers", by_header)):
+        if names:
+            message = f"{how}, {some(names, 2)} {ALREADY_AVERAGED}."
+            yield Notice(Code.ALREADY_AVERAGED, message)
     yield from dict.fromkeys(warning for one in specs for warning in one.warnings)
     holes = {path: hole for one in specs for path, hole in one.holes.items()}
     for path, offset in list(holes.items())[:1]:
@@ -207,28 +220,3 @@ def _about_run(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
             f"{path}{more} has a hole at byte {offset}, which reads as zeros: an interrupted save,"
             " or a sparse copy.",
         )
-
-
-def _times(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
-    rows = [(checkpoint, specs.files[0].mtime_ns) for checkpoint, specs in specs_of.items()]
-    for (earlier, first), (later, second) in pairwise(rows):
-        if first - second > _INVERSION_NS:
-            yield Notice(
-                Code.OUT_OF_ORDER,
-                f"{later.name} was written before {earlier.name}, though its step is later; the"
-                " folder may hold two runs.",
-            )
-            return
-
-
-def _averaged(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
-    by_name = [c.name for c in specs_of if conventions.AVERAGED_NAME.search(stem_of(c.name))]
-    by_header = [
-        checkpoint.name
-        for checkpoint, specs in specs_of.items()
-        if any(conventions.PROVENANCE_KEY in of_file for of_file in specs.metadata)
-    ]
-    for how, names in (("By their names", by_name), ("By their headers", by_header)):
-        if names:
-            message = f"{how}, {some(names, 2)} {ALREADY_AVERAGED}."
-            yield Notice(Code.ALREADY_AVERAGED, message)

@@ -1,6 +1,6 @@
 """Whether checkpoints are states of one model: the same names, shapes and kinds of dtype."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,8 +11,6 @@ from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.configs import compare_configs
 from ckpt_ema.planning.renaming import unified, without_prefix
-
-_HINT = "Pass only the checkpoints that belong together."
 
 
 class Compared(NamedTuple):
@@ -44,7 +42,7 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
         unity.dropped,
         (
             *unity.warnings,
-            *compare_tensors(names, unity.specs),
+            *_compare_tensors(names, unity.specs),
             *warnings,
         ),
     )
@@ -63,62 +61,53 @@ def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
     return shared
 
 
-def compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list[Notice]:
+def _compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list[Notice]:
     """Compare every checkpoint with the last; `names` are theirs, for messages.
 
     Raises `RefusedError` if tensors are missing, added or of another shape, or if a tensor is
     floating point in one checkpoint only. Returns warnings about dtypes that differ.
     """
-    newest = checkpoints[-1].tensors
+    newest_name, newest = names[-1], checkpoints[-1].tensors
     warnings = []
     for name, specs in zip(names, checkpoints, strict=True):
         if specs.tensors is newest:
             continue
-        _check_names(name, specs, names[-1], checkpoints[-1])
-        changed = []
-        for tensor, spec in newest.items():
-            other = specs.tensors[tensor]
-            if other.shape != spec.shape:
-                raise RefusedError(
-                    f"Tensor {tensor} has shape {list(other.shape)} in {name} and"
-                    f" {list(spec.shape)} in {names[-1]}.",
-                    _HINT,
-                    code=Code.DIFFERENT_MODELS,
-                    tensor=tensor,
+        _check_names(name, specs.tensors.keys(), newest_name, newest.keys())
+        pairs = [(tensor, specs.tensors[tensor], spec) for tensor, spec in newest.items()]
+        for tensor, one, other in pairs:
+            if one.shape != other.shape:
+                found = f"has shape {list(one.shape)} in {name} and {list(other.shape)}"
+                message = f"Tensor {tensor} {found} in {newest_name}."
+                raise _refused(message, Code.DIFFERENT_MODELS, tensor)
+            if (one.dtype in AVERAGED) != (other.dtype in AVERAGED):
+                found = f"is {one.dtype} in {name} and {other.dtype} in {newest_name}"
+                message = (
+                    f"Tensor {tensor} {found}; float and non-float tensors cannot be averaged."
                 )
-            if other.dtype == spec.dtype:
-                continue
-            if (other.dtype in AVERAGED) != (spec.dtype in AVERAGED):
-                raise RefusedError(
-                    f"Tensor {tensor} is {other.dtype} in {name} and {spec.dtype} in {names[-1]};"
-                    " float and non-float tensors cannot be averaged.",
-                    _HINT,
-                    code=Code.DIFFERENT_DTYPES,
-                    tensor=tensor,
-                )
-            changed.append(f"{tensor}: {other.dtype}, {spec.dtype}")
+                raise _refused(message, Code.DIFFERENT_DTYPES, tensor)
+        changed = [
+            f"{tensor}: {one.dtype}, {other.dtype}"
+            for tensor, one, other in pairs
+            if one.dtype != other.dtype
+        ]
         if changed:
-            warnings.append(
-                Notice(
-                    Code.DIFFERENT_DTYPES,
-                    f"{name} holds {len(changed)} tensors in another dtype than {names[-1]}"
-                    f" ({changed[0]}); the output takes those of {names[-1]}.",
-                )
-            )
+            message = f"{name} holds {len(changed)} tensors in another dtype than {newest_name}"
+            taken = f"({changed[0]}); the output takes those of {newest_name}."
+            warnings.append(Notice(Code.DIFFERENT_DTYPES, f"{message} {taken}"))
     return warnings
 
 
-def _check_names(name: str, specs: Specs, newest_name: str, newest: Specs) -> None:
-    if specs.tensors.keys() == newest.tensors.keys():
+def _check_names(name: str, own: Set[str], newest_name: str, newest: Set[str]) -> None:
+    if own == newest:
         return
-    extra = sorted(specs.tensors.keys() - newest.tensors.keys())
-    missing = sorted(newest.tensors.keys() - specs.tensors.keys())
+    extra, missing = sorted(own - newest), sorted(newest - own)
     differences = [f"{name} also has {some(extra)}"] * bool(extra)
     differences += [f"{name} lacks {some(missing)}"] * bool(missing)
-    raise RefusedError(
-        f"{name} has {len(specs.tensors)} tensors and {newest_name} has {len(newest.tensors)}:"
-        f" {' and '.join(differences)}.",
-        _HINT,
-        code=Code.DIFFERENT_MODELS,
-        tensor=(extra or missing)[0],
-    )
+    counts = f"{name} has {len(own)} tensors and {newest_name} has {len(newest)}"
+    message = f"{counts}: {' and '.join(differences)}."
+    raise _refused(message, Code.DIFFERENT_MODELS, (extra or missing)[0])
+
+
+def _refused(message: str, code: Code, tensor: str) -> RefusedError:
+    hint = "Pass only the checkpoints that belong together."
+    return RefusedError(message, hint, code=code, tensor=tensor)
