@@ -91,7 +91,7 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes of tensor data to read, each once."""
-        return self.work.bytes_read()
+        return sum(span.bytes_read(self.work.layout_of) for span in self.work.spans)
 
     @property
     def bytes_written(self) -> int:

@@ -1,25 +1,36 @@
-"""Whether checkpoints are states of one model: the same names, shapes and kinds of dtype."""
+"""Whether checkpoints are states of one model: the same names, shapes and kinds of dtype.
 
-from collections.abc import Sequence, Set
+Names are changed to the newest checkpoint's where only a wrapper or a tied name differs: a run
+resumed without torch.compile, or in another process group, changes the prefix of every name; one
+that changed its file format drops or gains the second name of a tied tensor.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import NamedTuple
 
 from ckpt_ema.containers.source import Source
-from ckpt_ema.containers.specs import AVERAGED, Specs
+from ckpt_ema.containers.specs import AVERAGED, Specs, TensorSpec
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.configs import compare_configs
-from ckpt_ema.planning.renaming import unified, without_prefix
+
+# What wrappers put before every name: torch.compile, DistributedDataParallel, FSDP.
+_WRAPPERS = re.compile(r"(_orig_mod\.|module\.|_fsdp_wrapped_module\.)*")
+
+_Tensors = Mapping[str, TensorSpec]
 
 
 class Compared(NamedTuple):
     """The checkpoints of a plan as states of one model."""
 
     specs: dict[Checkpoint, Specs]  # oldest first, all with the newest's tensor names
-    renamed: frozenset[Checkpoint]  # which have other names themselves
-    dropped: frozenset[str]  # second names of tied tensors that the newest lacks
-    warnings: tuple[Notice, ...]
+    renamed: set[Checkpoint]  # which have other names themselves
+    dropped: set[str]  # second names of tied tensors that the newest lacks
+    warnings: list[Notice]
 
 
 def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
@@ -32,20 +43,13 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
     if source.reading.strip_prefix:
         own = without_prefix(own, source.reading.strip_prefix)
     own = _shared(own)
-    unity = unified(names, own)
-    pairs = zip(checkpoints, own, unity.specs, strict=True)
+    specs, dropped, warnings = unified(names, own)
+    rows = zip(checkpoints, own, specs, strict=True)
+    renamed = {c for c, one, other in rows if one.tensors.keys() != other.tensors.keys()}
     # Before shapes: adapters of another rank have other shapes, and this names the reason.
-    warnings = compare_configs(checkpoints, unity.specs, source.storage)
-    return Compared(
-        dict(zip(checkpoints, unity.specs, strict=True)),
-        frozenset(c for c, one, other in pairs if one.tensors.keys() != other.tensors.keys()),
-        unity.dropped,
-        (
-            *unity.warnings,
-            *_compare_tensors(names, unity.specs),
-            *warnings,
-        ),
-    )
+    configs = compare_configs(checkpoints, specs, source.storage)
+    warnings += [*_compare_tensors(names, specs), *configs]
+    return Compared(dict(zip(checkpoints, specs, strict=True)), renamed, dropped, warnings)
 
 
 def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
@@ -59,6 +63,84 @@ def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
         same = specs.tensors is not earlier and specs.tensors == earlier
         shared.append(replace(specs, tensors=earlier) if same else specs)
     return shared
+
+
+def without_prefix(checkpoints: Sequence[Specs], prefix: str) -> list[Specs]:
+    """Remove `prefix` from the names of the tensors that have it.
+
+    Raises `RefusedError` if none has it, or if two tensors of a checkpoint would share a name.
+    """
+    result = []
+    for specs in checkpoints:
+        tensors = {name.removeprefix(prefix): spec for name, spec in specs.tensors.items()}
+        if len(tensors) != len(specs.tensors) or "" in tensors:
+            problem = f"--strip-prefix {prefix} would give two tensors one name, or one no name."
+            raise RefusedError(problem, code=Code.DIFFERENT_NAMES)
+        result.append(replace(specs, tensors=tensors))
+    if all(a.tensors.keys() == b.tensors.keys() for a, b in zip(result, checkpoints, strict=True)):
+        names = some(list(checkpoints[-1].tensors), 3)
+        message = f"--strip-prefix {prefix} matches no tensor; names are {names}."
+        raise RefusedError(message, code=Code.DIFFERENT_NAMES)
+    return result
+
+
+def unified(
+    names: Sequence[str], checkpoints: Sequence[Specs]
+) -> tuple[list[Specs], set[str], list[Notice]]:
+    """Give all tensors the newest checkpoint's names; `names` are the checkpoints', for messages.
+
+    Returns the checkpoints, second names of tied tensors that the newest lacks, and warnings.
+    Checkpoints that differ in more than wrappers and tied names are returned unchanged.
+    """
+    newest = checkpoints[-1].tensors
+    known: dict[int, _Tensors] = {}  # by identity: checkpoints of one layout keep sharing it
+    specs, dropped, warnings = [], set(), []
+    for name, one in zip(names, checkpoints, strict=True):
+        if id(one.tensors) not in known:
+            known[id(one.tensors)], wrapper, left = _like(one.tensors, newest)
+            dropped |= left
+            if wrapper:
+                how = f"{name} and {names[-1]} differ in the tensor prefix {wrapper}, which"
+                message = f"{how} a wrapper adds; the output has the names of {names[-1]}."
+                warnings.append(Notice(Code.DIFFERENT_NAMES, message))
+        tensors = known[id(one.tensors)]
+        specs.append(one if tensors is one.tensors else replace(one, tensors=tensors))
+    return specs, dropped, warnings
+
+
+def _like(tensors: _Tensors, newest: _Tensors) -> tuple[_Tensors, str, set[str]]:
+    """Return the tensors by the newest's names, the prefix that differed, and dropped names.
+
+    Tensors that differ in more are returned unchanged.
+    """
+    if tensors.keys() == newest.keys():
+        return tensors, "", set()
+    own, other = _wrapper(tensors), _wrapper(newest)
+    renamed = {other + name.removeprefix(own): spec for name, spec in tensors.items()}
+    matched = _with_tied_names(renamed, newest)
+    if matched.keys() != newest.keys():
+        return tensors, "", set()
+    return matched, (own or other) if own != other else "", renamed.keys() - newest.keys()
+
+
+def _wrapper(tensors: _Tensors) -> str:
+    """Return the prefix that wrappers put before all names."""
+    common = os.path.commonprefix(list(tensors))  # noqa: RUF071 - of characters, as is meant here
+    match = _WRAPPERS.match(common)
+    return match[0] if match else ""
+
+
+def _with_tied_names(tensors: _Tensors, newest: _Tensors) -> _Tensors:
+    """Drop or add second names of tied tensors, where both names lead to the same bytes."""
+    kept = {name: spec for name, spec in tensors.items() if name in newest}
+    places = set(kept.values())
+    if any(spec not in places for name, spec in tensors.items() if name not in newest):
+        return tensors
+    name_at = {spec: name for name, spec in newest.items() if name in kept}
+    for name, spec in newest.items():
+        if name not in kept and spec in name_at:
+            kept[name] = kept[name_at[spec]]
+    return kept
 
 
 def _compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list[Notice]:

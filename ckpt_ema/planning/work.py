@@ -77,10 +77,6 @@ class Work(NamedTuple):
         """The bytes of an element of the widest dtype that is averaged."""
         return max((DTYPE_BITS[dtype] // 8 for dtype in self.dtypes()), default=8)
 
-    def bytes_read(self) -> int:
-        """Return the bytes of tensor data to read, each once."""
-        return sum(span.bytes_read(self.layout_of) for span in self.spans)
-
 
 def make_work(
     checkpoints: Sequence[Specs], outputs: Sequence[tuple[int, Sequence[OutputFile]]]
@@ -107,8 +103,8 @@ def make_work(
         elif math.prod(tensor.shape):
             length = math.prod(tensor.shape) if averaged else sources[0].size_bytes
             untied[origin] = Span(length, kept_from, (place,), sources)
-    spans = tuple(_joined(untied.values()))
-    return Work(spans, tuple(number_of[id(specs.tensors)] for specs in checkpoints))
+    layout_of = tuple(number_of[id(specs.tensors)] for specs in checkpoints)
+    return Work(tuple(_joined(untied.values())), layout_of)
 
 
 def _tensors(
@@ -125,17 +121,20 @@ def _tensors(
 
 def _joined(spans: Iterable[Span]) -> Iterator[Span]:
     """Yield the spans, those that follow each other as one."""
-    group: list[Span] = []
+    joined = last = None
     was_alone = False
     for span in spans:
-        is_alone = span.in_pieces or _has_ties(span)
-        if group and (is_alone or was_alone or not _follows(group[-1], span)):
-            yield group[0]._replace(length=sum(one.length for one in group))
-            group = []
-        group.append(span)
-        was_alone = is_alone
-    if group:
-        yield group[0]._replace(length=sum(one.length for one in group))
+        # Tied names and pieces are never joined.
+        is_alone = span.in_pieces or len(span.dtypes) < len(span.places)
+        if joined and last and not (is_alone or was_alone) and _follows(last, span):
+            joined = joined._replace(length=joined.length + span.length)
+        else:
+            if joined:
+                yield joined
+            joined = span
+        last, was_alone = span, is_alone
+    if joined:
+        yield joined
 
 
 def _follows(span: Span, other: Span) -> bool:
@@ -145,17 +144,9 @@ def _follows(span: Span, other: Span) -> bool:
     before: tuple[Place | TensorSpec, ...] = span.places + span.sources
     after: tuple[Place | TensorSpec, ...] = other.places + other.sources
     for one, next_one in zip(before, after, strict=True):
-        if one.file != next_one.file or one.offset + _bytes(span, one.dtype) != next_one.offset:
+        size_bytes = span.length * DTYPE_BITS[one.dtype] // 8 if span.averaged else span.length
+        if one.file != next_one.file or one.offset + size_bytes != next_one.offset:
             return False
         if one.dtype != next_one.dtype and span.averaged:
             return False
     return True
-
-
-def _has_ties(span: Span) -> bool:
-    places = span.places
-    return len(places) > 1 and len({place.average for place in places}) < len(places)
-
-
-def _bytes(span: Span, dtype: str) -> int:
-    return span.length * DTYPE_BITS[dtype] // 8 if span.averaged else span.length
