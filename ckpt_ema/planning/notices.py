@@ -58,17 +58,12 @@ def plan_notes(
     unselected = [one for one in found.left_out if one.verdict.reason in UNSELECTED]
     found_in_all = len(found.checkpoints) + len(unselected)
     if 1 < found_in_all <= _FEW and not newest.is_given:
-        yield Notice(
-            Code.FEW_CHECKPOINTS,
-            f"Only {found_in_all} checkpoints; if the trainer removed older ones, raise its limit"
-            " (save_total_limit, save_top_k, max_history).",
-        )
+        remedy = "raise its limit (save_total_limit, save_top_k, max_history)"
+        message = f"Only {found_in_all} checkpoints; if the trainer removed older ones, {remedy}."
+        yield Notice(Code.FEW_CHECKPOINTS, message)
     if len(specs_of) > 1 and newest.unit == "save":
-        yield Notice(
-            Code.NO_STEPS,
-            "Numbers in the names count saves, not steps (accelerate); gaps between checkpoints"
-            " are unknown.",
-        )
+        message = "Numbers in the names count saves, not steps (accelerate); gaps are unknown."
+        yield Notice(Code.NO_STEPS, message)
     kept: dict[str, list[str]] = {}
     for name, ruling in laid_out.rulings.items():
         if ruling.made is Role.KEPT:

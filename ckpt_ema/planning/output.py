@@ -37,17 +37,12 @@ def find_destination(
     [real] = here.real_paths([output])
     for path, source in zip(inputs, storage.real_paths(inputs), strict=True):
         if f"{real}/".startswith(f"{source}/") or f"{source}/".startswith(f"{real}/"):
-            raise RefusedError(
-                f"{output} overlaps the input {path}.",
-                "Choose another output with --output.",
-                code=Code.OUTPUT_OVERLAPS_INPUT,
-                path=output,
-            )
+            message, hint = f"{output} overlaps the input {path}.", "Choose another with --output."
+            raise RefusedError(message, hint, code=Code.OUTPUT_OVERLAPS_INPUT, path=output)
     if not here.is_folder(output.parent):
         message = f"{output.parent}, the folder of the output, is not an existing folder."
-        raise RefusedError(
-            message, "Create it first.", code=Code.INVALID_OUTPUT, path=output.parent
-        )
+        hint = "Create it first."
+        raise RefusedError(message, hint, code=Code.INVALID_OUTPUT, path=output.parent)
     if here.exists(output) and here.kind(output) not in (Kind.FILE, Kind.FOLDER):
         message = f"{output} exists and is neither a file nor a folder."
         raise RefusedError(message, code=Code.INVALID_OUTPUT, path=output)
@@ -112,9 +107,8 @@ def lay_out(
         files = target.lay_out(Model(specs, roles, DTYPES[options.dtype], provenance))
         indexes = target.finish(files, [member.name for member in newest.model.members])
         other_models |= {*copied.models}
-        outputs.append(
-            Output(target.path, target.is_single_file, files, indexes, copied.files, digest)
-        )
+        row = (target.path, target.is_single_file, files, indexes, copied.files, digest)
+        outputs.append(Output(*row))
     return LaidOut(outputs, rulings[list(specs_of)[-1]], sorted(other_models))
 
 
@@ -124,11 +118,9 @@ def _targets(destination: Path, averages: Sequence[Weighted]) -> list[Target]:
     if len(averages) == 1:
         return [target]
     if target.is_single_file:
-        raise OptionError(
-            f"--output {destination} is one file, which cannot hold {len(averages)} averages; name"
-            " a folder.",
-            code=Code.CONFLICTING_OPTIONS,
-        )
+        problem = f"is one file, which cannot hold {len(averages)} averages; name a folder"
+        message = f"--output {destination} {problem}."
+        raise OptionError(message, code=Code.CONFLICTING_OPTIONS)
     return [target_for(destination / average.name) for average in averages]
 
 

@@ -3,11 +3,10 @@
 Inputs are checked here, from headers alone; what follows only executes the plan.
 """
 
-import contextlib
 import gc
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -96,17 +95,18 @@ class Plan:
     @property
     def bytes_written(self) -> int:
         """Bytes of the model files to write."""
-        return sum(file.size_bytes for c in self.averages for file in c.output.files)
+        return sum(file.size_bytes for one in self.averages for file in one.output.files)
 
     @property
     def neighbours(self) -> list[tuple[int, int]]:
         """The pairs of checkpoints that follow each other in some average, by index."""
-        return sorted({pair for c in self.averages for pair in pairwise(c.members)})
+        return sorted({pair for one in self.averages for pair in pairwise(one.members)})
 
     @property
     def work_id(self) -> str:
         """A short digest of what decides the output's bytes and the numbers of the tiles."""
-        parts = [f"{c.output.path.name}:{c.output.fingerprint}" for c in self.averages]
+        outputs = [one.output for one in self.averages]
+        parts = [f"{output.path.name}:{output.fingerprint}" for output in outputs]
         text = "\n".join([*parts, str(self.tile_elements)])
         return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
@@ -128,25 +128,17 @@ def plan(run: PathLike | Sequence[PathLike], **options: "Unpack[Keywords]") -> P
     Raises `OptionError` for an impossible option and `RefusedError` for inputs that cannot be
     averaged, or an output path that overlaps them.
     """
-    with _collector_paused():
-        return _plan(run, make_options(options))
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Pause garbage collection: plans are large, without cycles, and twice as quick without it."""
     was_enabled = gc.isenabled()
-    gc.disable()
+    gc.disable()  # a plan is large, without cycles, and twice as quick without it
     try:
-        yield
+        return _plan(_paths(run), make_options(options))
     finally:
         if was_enabled:
             gc.enable()
 
 
-def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
+def _plan(paths: Sequence[Path], options: Options) -> Plan:
     """Find, select, weigh, compare, lay out: each stage takes its own options."""
-    paths = _paths(run)
     source = Source(storage_for(paths[0]), options.reading)
     found = discover(paths, options.selection, source)
     selected = select(found, options.selection, source)
@@ -164,7 +156,10 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
     tile_elements, threads = make_sizes(options.engine, work, len(averages))
     return Plan(
         run=os.fspath(found.root),
-        checkpoints=tuple(map(_planned, specs_of, specs_of.values())),
+        checkpoints=tuple(
+            PlannedCheckpoint(one.path, one.name, one.step, one.unit, one.model.folder, specs)
+            for one, specs in specs_of.items()
+        ),
         averages=averages,
         rulings={**laid_out.rulings, **dict.fromkeys(compared.dropped, DROPPED)},
         storage=source.storage,
@@ -214,7 +209,3 @@ def _check_names(averages: Sequence[Weighted], compared: Compared) -> None:
                 code=Code.DIFFERENT_NAMES,
                 path=last.path,
             )
-
-
-def _planned(one: Checkpoint, specs: Specs) -> PlannedCheckpoint:
-    return PlannedCheckpoint(one.path, one.name, one.step, one.unit, one.model.folder, specs)

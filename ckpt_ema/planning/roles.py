@@ -14,7 +14,7 @@ from ckpt_ema.containers.specs import AVERAGED, Role, Specs, TensorSpec
 from ckpt_ema.errors import Code, RefusedError, some
 
 # What GPTQ, AWQ and bitsandbytes call the codes and scales of a quantised weight.
-_QUANTISED = re.compile(r"(^|\.)(qweight|qzeros|absmax|quant_state\.\w+|weight\.absmax)$")
+_CODE = re.compile(r"(^|\.)(qweight|qzeros|absmax|quant_state\.\w+|weight\.absmax)$")
 _NUMBER = re.compile(r"(?<![^\W_])\d+(?![^\W_])")
 
 
@@ -48,24 +48,18 @@ class Rule(NamedTuple):
     refusal: tuple[str, str] = ("", "")  # what a refused checkpoint holds, and what to do about it
 
 
-_QUANTISED_WEIGHTS = (
+_CODES = (
     "quantised weights, whose codes cannot be averaged",
     "Average the checkpoints before they are quantised.",
 )
-_ON_OTHER_RANKS = (
+_PLACEHOLDERS = (
     "tensors without elements, as ZeRO-3 leaves when the weights stay on their ranks",
     "Gather them first: `python zero_to_fp32.py RUN OUT -t global_stepN --safe_serialization`.",
 )
 # The first rule that takes a tensor decides.
 RULES = (
-    Rule(
-        "quantised",
-        Role.REFUSED,
-        Reason.QUANTISED,
-        lambda t: _QUANTISED.search(t.name),
-        _QUANTISED_WEIGHTS,
-    ),
-    Rule("emptied", Role.REFUSED, Reason.EMPTIED, lambda t: t.is_emptied, _ON_OTHER_RANKS),
+    Rule("quantised", Role.REFUSED, Reason.QUANTISED, lambda t: _CODE.search(t.name), _CODES),
+    Rule("emptied", Role.REFUSED, Reason.EMPTIED, lambda t: t.is_emptied, _PLACEHOLDERS),
     Rule("tied", Role.TIED, Reason.SHARED_BYTES, lambda t: t.is_tied),
     Rule("not-float", Role.KEPT, Reason.NOT_FLOAT, lambda t: t.spec.dtype not in AVERAGED),
     Rule("float", Role.AVERAGED, Reason.FLOAT, lambda _: True),
@@ -108,16 +102,12 @@ def judge(
     mostly_empty = 2 * sum(spec.shape == (0,) for spec in floats) > len(floats)
     first_of = _tied(newest.tensors, layouts)
     rulings: dict[str, Ruling] = {}
-    of_rule = {rule.name: Ruling(rule, rule.role) for rule in RULES}
     for key, spec in newest.tensors.items():
         is_emptied = mostly_empty and spec.shape == (0,) and spec.dtype in AVERAGED
         tensor = Tensor(key, spec, key in first_of, is_emptied)
-        for rule in RULES:
-            if rule.takes(tensor):
-                break
-        rulings[key] = of_rule[rule.name]
-        if rule.role is Role.TIED:
-            rulings[key] = Ruling(rule, rulings[first_of[key]].made)
+        rule = next(rule for rule in RULES if rule.takes(tensor))
+        made = rulings[first_of[key]].made if rule.role is Role.TIED else rule.role
+        rulings[key] = Ruling(rule, made)
     _check(rulings, name)
     return rulings
 

@@ -19,7 +19,8 @@ def make_sizes(engine: Engine, work: Work, averages: int) -> tuple[int, int]:
 
     Both as asked for, or as suits a core; smaller to fit --max-memory.
     """
-    threads = engine.threads or _cores()
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    threads = engine.threads or (len(affinity(0)) if affinity else os.cpu_count() or 1)
     if engine.tile_size is None:
         # The shadows, and what is folded into them, stay in a core's cache.
         tile_elements = max(_LEAST_TILE, min(_MOST_TILE, 2 * _MOST_TILE // averages))
@@ -47,9 +48,3 @@ def element_bytes(engine: Engine, work: Work, averages: int) -> int:
     # infinities that stay.
     folded = gathered + widest + halves + wide + (wide + widest) * averages + (wide + 4)
     return KEPT_BYTES + folded
-
-
-def _cores() -> int:
-    """Count the cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

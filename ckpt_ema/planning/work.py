@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from ckpt_ema.containers.specs import DTYPE_BITS, Specs, TensorSpec
-from ckpt_ema.targets.target import OutputFile, OutputTensor
+from ckpt_ema.targets.target import OutputFile
 
 
 class Place(NamedTuple):
@@ -90,33 +90,22 @@ def make_work(
     layouts = list(by_identity.values())
     # Tied tensors share their bytes in every checkpoint: they are one span with several places.
     untied: dict[tuple[object, ...], Span] = {}
-    for tensor, place, newest in _tensors(outputs):
-        averaged = tensor.averaged
-        kept_from = None if averaged else newest
-        sources = tuple(
-            specs.tensors[tensor.key] for specs in (layouts if averaged else [checkpoints[newest]])
-        )
-        origin = (kept_from, *sources)
-        twin = untied.get(origin)
-        if twin:
-            untied[origin] = twin._replace(places=(*twin.places, place))
-        elif math.prod(tensor.shape):
-            length = math.prod(tensor.shape) if averaged else sources[0].size_bytes
-            untied[origin] = Span(length, kept_from, (place,), sources)
+    files = [(j, newest, file) for j, (newest, files) in enumerate(outputs) for file in files]
+    for number, (average, newest, file) in enumerate(files):
+        for tensor in sorted(file.tensors, key=attrgetter("offset")):
+            place = Place(average, number, tensor.offset, tensor.dtype)
+            averaged, elements = tensor.averaged, math.prod(tensor.shape)
+            specs = layouts if averaged else [checkpoints[newest]]
+            sources = tuple(one.tensors[tensor.key] for one in specs)
+            origin = (None if averaged else newest, *sources)
+            twin = untied.get(origin)
+            if twin:
+                untied[origin] = twin._replace(places=(*twin.places, place))
+            elif elements:
+                length = elements if averaged else sources[0].size_bytes
+                untied[origin] = Span(length, None if averaged else newest, (place,), sources)
     layout_of = tuple(number_of[id(specs.tensors)] for specs in checkpoints)
     return Work(tuple(_joined(untied.values())), layout_of)
-
-
-def _tensors(
-    outputs: Sequence[tuple[int, Sequence[OutputFile]]],
-) -> Iterator[tuple[OutputTensor, Place, int]]:
-    """Yield every tensor of every output, its place, and the newest checkpoint of its average."""
-    number = 0
-    for average, (newest, files) in enumerate(outputs):
-        for file in files:
-            for tensor in sorted(file.tensors, key=attrgetter("offset")):
-                yield tensor, Place(average, number, tensor.offset, tensor.dtype), newest
-            number += 1
 
 
 def _joined(spans: Iterable[Span]) -> Iterator[Span]:
