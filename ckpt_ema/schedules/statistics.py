@@ -19,8 +19,8 @@ class Statistics(NamedTuple):
     effective_number: float  # of checkpoints, 1 / sum(w^2)
     mean_age: float  # of the checkpoints, before the newest
     last_tenth: float  # the weight on the last 10 % of training
-    half_life: float | None  # with which the mean age is the same
-    sigma_rel: float | None  # with which the mean age is the same
+    half_life: float | None  # equivalent: with the same mean age
+    sigma_rel: float | None  # equivalent: with the same mean age
 
 
 def statistics(steps: Steps, decays: Sequence[float]) -> Statistics:
@@ -71,13 +71,11 @@ def _equivalent_half_life(steps: Steps, age: float) -> float | None:
 def _equivalent_sigma_rel(steps: Steps, age: float) -> float | None:
     if steps[0] <= 0 or not age > 0:
         return None
-
-    def age_of(sigma_rel: float) -> float:
-        return mean_age(steps, power(steps, sigma_rel))
-
-    if not age_of(_LEAST_SIGMA_REL) <= age <= age_of(MOST_SIGMA_REL) * (1 + 1e-9):
+    low, high = _LEAST_SIGMA_REL, MOST_SIGMA_REL
+    youngest, oldest = (mean_age(steps, power(steps, sigma_rel)) for sigma_rel in (low, high))
+    if not youngest <= age <= oldest * (1 + 1e-9):
         return None
-    return _solved(age_of, age, _LEAST_SIGMA_REL, MOST_SIGMA_REL)
+    return _solved(lambda sigma_rel: mean_age(steps, power(steps, sigma_rel)), age, low, high)
 
 
 def _solved(rising: Callable[[float], float], value: float, low: float, high: float) -> float:
