@@ -4,7 +4,7 @@ import pytest
 
 from ckpt_ema.containers.specs import Specs, TensorSpec
 from ckpt_ema.errors import Code, RefusedError
-from ckpt_ema.planning.renaming import unified, without_prefix
+from ckpt_ema.planning.same_model import unified, without_prefix
 
 
 def specs(**places: int) -> Specs:
@@ -19,31 +19,30 @@ def names(found: Specs) -> dict[str, int]:
 
 def test_a_wrapper_around_some_checkpoints_is_removed_with_a_warning() -> None:
     runs = [specs(_orig_mod__module__w=0, _orig_mod__module__b=8), specs(w=0, b=8)]
-    found = unified(["a", "b"], runs)
-    assert [names(one) for one in found.specs] == [{"w": 0, "b": 8}] * 2
-    [warning] = found.warnings
+    found, _, [warning] = unified(["a", "b"], runs)
+    assert [names(one) for one in found] == [{"w": 0, "b": 8}] * 2
     assert warning.code is Code.DIFFERENT_NAMES
     assert "_orig_mod.module." in warning.message
 
 
 def test_the_newest_names_are_kept_when_it_is_the_newest_that_is_wrapped() -> None:
-    found = unified(["a", "b"], [specs(w=0), specs(module__w=0)])
-    assert [names(one) for one in found.specs] == [{"module.w": 0}] * 2
-    assert len(found.warnings) == 1
+    found, _, warnings = unified(["a", "b"], [specs(w=0), specs(module__w=0)])
+    assert [names(one) for one in found] == [{"module.w": 0}] * 2
+    assert len(warnings) == 1
 
 
 def test_a_prefix_that_all_have_stays() -> None:
-    found = unified(["a", "b"], [specs(module__w=0), specs(module__w=4)])
-    assert [names(one) for one in found.specs] == [{"module.w": 0}, {"module.w": 4}]
-    assert not found.warnings
+    found, _, warnings = unified(["a", "b"], [specs(module__w=0), specs(module__w=4)])
+    assert [names(one) for one in found] == [{"module.w": 0}, {"module.w": 4}]
+    assert not warnings
 
 
 def test_the_second_name_of_a_tied_tensor_is_dropped_or_added() -> None:
     tied, single = specs(emb=0, head=0, w=8), specs(emb=0, w=8)
-    dropped, added = (unified(["a", "b"], pair) for pair in ([tied, single], [single, tied]))
-    assert names(dropped.specs[0]) == {"emb": 0, "w": 8}
-    assert names(added.specs[0]) == {"emb": 0, "head": 0, "w": 8}
-    assert (set(dropped.dropped), set(added.dropped)) == ({"head"}, set())
+    [one, _], dropped, _ = unified(["a", "b"], [tied, single])
+    assert (names(one), dropped) == ({"emb": 0, "w": 8}, {"head"})
+    [one, _], dropped, _ = unified(["a", "b"], [single, tied])
+    assert (names(one), dropped) == ({"emb": 0, "head": 0, "w": 8}, set())
 
 
 @pytest.mark.parametrize(
@@ -52,9 +51,9 @@ def test_the_second_name_of_a_tied_tensor_is_dropped_or_added() -> None:
     ids=["not tied", "missing", "renamed", "partly wrapped"],
 )
 def test_other_differences_are_left_for_the_comparison(older: Specs) -> None:
-    found = unified(["a", "b"], [older, specs(emb=0, w=8)])
-    assert found.specs[0].tensors is older.tensors
-    assert not (found.warnings or found.dropped)
+    [found, _], dropped, warnings = unified(["a", "b"], [older, specs(emb=0, w=8)])
+    assert found.tensors is older.tensors
+    assert not (warnings or dropped)
 
 
 def test_a_prefix_is_stripped_where_it_is() -> None:

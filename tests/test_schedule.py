@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ckpt_ema.errors import Code, OptionError, RefusedError
+from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.schedules import by_checkpoint, by_step, dynamic
 from ckpt_ema.schedules.rules import make_rules
 from ckpt_ema.schedules.weights import decays_of, weights_of
@@ -47,7 +47,7 @@ GOLDEN = {
         1.9049000000,
     ),
     "constant 0.9, debiased": (
-        by_checkpoint.constant_debiased(EVEN, 0.9),
+        by_checkpoint.constant(EVEN, 0.9, zero_debias=True),
         [0.160216, 0.178018, 0.197797, 0.219775, 0.244194],
         3.2097140485,
     ),
@@ -129,7 +129,11 @@ BY_HAND: list[tuple[str, list[float], list[Fraction]]] = [
     ),
     ("constant", by_checkpoint.constant(T, 0.5), [Fraction(1, 4), Fraction(1, 4), Fraction(1, 2)]),
     # From zeros: 1/8, 1/4, 1/2, divided by their sum 7/8.
-    ("debiased", by_checkpoint.constant_debiased(T, 0.5), [Fraction(n, 7) for n in (1, 2, 4)]),
+    (
+        "debiased",
+        by_checkpoint.constant(T, 0.5, zero_debias=True),
+        [Fraction(n, 7) for n in (1, 2, 4)],
+    ),
     # Two folds over 10 and 20 steps, of which each 10 keep a half.
     ("half-life", by_step.half_life(T, 10), [Fraction(1, 8), Fraction(1, 8), Fraction(3, 4)]),
     (
@@ -235,7 +239,7 @@ def test_debiased_is_a_shadow_of_zeros_divided_by_its_mass(count: int, decay: fl
     moment = 0.0
     for value in values:
         moment = decay * moment + (1 - decay) * value
-    shares = weights_of(by_checkpoint.constant_debiased(range(count), decay))
+    shares = weights_of(by_checkpoint.constant(range(count), decay, zero_debias=True))
     found = sum(share * value for share, value in zip(shares, values, strict=True))
     assert found == pytest.approx(moment / (1 - decay**count), rel=1e-9)
 
@@ -349,9 +353,3 @@ def test_a_first_checkpoint_at_step_0_is_not_silently_given_no_weight() -> None:
         by_step.power([0, 1000, 2000], 0.1)
     assert caught.value.code is Code.WRONG_WEIGHTS
     assert "--from 1" in caught.value.hint
-
-
-def test_a_shape_that_rises_is_no_learning_rate_decay() -> None:
-    for shape in (lambda x: x, lambda x: x * math.nan):
-        with pytest.raises(OptionError):
-            by_checkpoint.wsm(range(5), shape)

@@ -62,9 +62,8 @@ def weigh(subsets: Sequence[Subset], options: Weighting) -> list[Weighted]:
         for rule in options.rules:
             name = "-".join(filter(None, [rule.name, subset.name]))
             if name in found:
-                raise OptionError(
-                    f"{name} would be two averages of one name.", code=Code.CONFLICTING_OPTIONS
-                )
+                message = f"{name} would be two averages of one name."
+                raise OptionError(message, code=Code.CONFLICTING_OPTIONS)
             checkpoints, decays = _weighted(rule, subset.checkpoints, options)
             found[name] = Weighted(name, rule, checkpoints, tuple(decays))
     return list(found.values())
@@ -90,27 +89,18 @@ def _weighted(
 
 
 def make_averages(
-    averages: Sequence[Weighted], outputs: Sequence[Output], checkpoints: Sequence[Checkpoint]
+    weighted: Sequence[Weighted], checkpoints: Sequence[Checkpoint], outputs: Sequence[Output]
 ) -> tuple[Average, ...]:
-    """Make the averages of a plan that has these checkpoints."""
+    """Make the averages of a plan of these checkpoints, with their outputs."""
     index_of = {checkpoint: index for index, checkpoint in enumerate(checkpoints)}
-    made = []
-    for (name, rule, taken, decays), output in zip(averages, outputs, strict=True):
-        members = tuple(index_of[checkpoint] for checkpoint in taken)
-        steps, unit = _steps(taken)
+    averages = []
+    for (name, rule, members, decays), output in zip(weighted, outputs, strict=True):
+        steps: Sequence[int] | None = known_steps(members)
+        unit = "epochs" if members[-1].unit == "epoch" else "steps"
+        if steps is None:
+            steps, unit = range(1, len(members) + 1), "checkpoints"
+        indexes = tuple(index_of[checkpoint] for checkpoint in members)
         weights, figures = tuple(weights_of(decays)), statistics(steps, decays)
-        made.append(
-            Average(
-                *(name, rule, members, tuple(steps), unit, tuple(gaps(taken))),
-                *(decays, weights, figures, output),
-            )
-        )
-    return tuple(made)
-
-
-def _steps(checkpoints: Sequence[Checkpoint]) -> tuple[Sequence[int], str]:
-    """Return training steps and their unit, or positions where steps are not known."""
-    steps = known_steps(checkpoints)
-    if steps is None:
-        return range(1, len(checkpoints) + 1), "checkpoints"
-    return steps, "epochs" if checkpoints[-1].unit == "epoch" else "steps"
+        row = (name, rule, indexes, tuple(steps), unit, tuple(gaps(members)), decays, weights)
+        averages.append(Average(*row, figures, output))
+    return tuple(averages)

@@ -40,43 +40,32 @@ def compare_configs(
     )
     differing: dict[str, str] = {}  # field -> the first checkpoint in which it differs
     for checkpoint, one in zip(checkpoints, specs, strict=True):
-        _check((checkpoint, newest), one.metadata[0], specs[-1].metadata[0], _HEADER_FIELDS)
-        changed: dict[str, str] = {}
+        header = one.metadata[0]
+        essential = _differences(header, specs[-1].metadata[0], _HEADER_FIELDS) if header else {}
         own = _unlike(checkpoint, ADAPTER_CONFIG, adapter, storage)
         if own:
-            _check((checkpoint, newest), own, _content(adapter), _ADAPTER_FIELDS)
+            essential |= _differences(own, _content(adapter), _ADAPTER_FIELDS)
             # The same base model may have been read from another place.
-            changed |= _differences(own, _content(adapter), (_BASE,))
+            for field in _differences(own, _content(adapter), (_BASE,)):
+                differing.setdefault(field, checkpoint.name)
+        if essential:
+            raise RefusedError(
+                f"{checkpoint.name} and {newest.name} differ in {', '.join(essential.values())}.",
+                "Pass only the checkpoints that belong together.",
+                code=Code.DIFFERENT_CONFIGS,
+                path=checkpoint.path,
+            )
         own = _unlike(checkpoint, _MODEL_CONFIG, model, storage)
         if own is not None:
             fields = {**own, **_content(model)}.keys() - set(_UNIMPORTANT)
-            changed |= _differences(own, _content(model), fields)
-        for field in changed:
-            differing.setdefault(field, checkpoint.name)
+            for field in _differences(own, _content(model), fields):
+                differing.setdefault(field, checkpoint.name)
     if not differing:
         return []
     file = _MODEL_CONFIG if model else ADAPTER_CONFIG
-    return [
-        Notice(
-            Code.DIFFERENT_CONFIGS,
-            f"{file} of {next(iter(differing.values()))} and of {newest.name} differ in"
-            f" {some(sorted(differing))}; the output has the latter.",
-        )
-    ]
-
-
-def _check(
-    both: tuple[Checkpoint, Checkpoint], one: _Fields, other: _Fields, fields: Iterable[str]
-) -> None:
-    """Refuse two adapters whose fields differ; one without any field is none."""
-    different = _differences(one, other, fields) if one else {}
-    if different:
-        raise RefusedError(
-            f"{both[0].name} and {both[1].name} differ in {', '.join(different.values())}.",
-            "Pass only the checkpoints that belong together.",
-            code=Code.DIFFERENT_CONFIGS,
-            path=both[0].path,
-        )
+    both = f"{file} of {next(iter(differing.values()))} and of {newest.name}"
+    message = f"{both} differ in {some(sorted(differing))}; the output has the latter."
+    return [Notice(Code.DIFFERENT_CONFIGS, message)]
 
 
 def _unlike(checkpoint: Checkpoint, name: str, newest: bytes, storage: Storage) -> _Fields | None:
@@ -87,12 +76,8 @@ def _unlike(checkpoint: Checkpoint, name: str, newest: bytes, storage: Storage) 
 
 def _differences(one: _Fields, other: _Fields, fields: Iterable[str]) -> dict[str, str]:
     """Return each field that differs, and how."""
-    found = {}
-    for field in fields:
-        first, second = _plain(one.get(field)), _plain(other.get(field))
-        if first != second:
-            found[field] = f"{field} ({first} → {second})"
-    return found
+    pairs = {field: (_plain(one.get(field)), _plain(other.get(field))) for field in fields}
+    return {f: f"{f} ({own} → {newest})" for f, (own, newest) in pairs.items() if own != newest}
 
 
 def _plain(value: Any) -> Any:

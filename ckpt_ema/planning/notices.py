@@ -1,34 +1,210 @@
-"""Warnings and notes about a run: its length, its times, and the kind of its weights."""
+"""Warnings and notes about weights and about the run, each with what would change it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from statistics import median
 
 from ckpt_ema.containers.model_key import ALREADY_AVERAGED
 from ckpt_ema.containers.specs import Role, Specs
 from ckpt_ema.errors import Code, some
-from ckpt_ema.find.checkpoint import Checkpoint
+from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.names import stem_of
+from ckpt_ema.find.verdict import UNSELECTED
 from ckpt_ema.notices import Notice
-from ckpt_ema.planning.roles import Ruling
+from ckpt_ema.planning.average import Average
+from ckpt_ema.planning.output import LaidOut
+from ckpt_ema.planning.same_model import Compared
+from ckpt_ema.schedules import dynamic
+from ckpt_ema.schedules.by_step import sigma_rel_of
+from ckpt_ema.schedules.rules import short
+from ckpt_ema.schedules.table import EXPLICIT
 from ckpt_ema.trainers import conventions
 
+# How much longer than usual a gap may be.
+_MOST_GAP = 1.5
+# A weight above which one checkpoint is nearly the whole average.
+_NEARLY_ALL = 0.95
 # Copies and downloads finish in any order; runs are further apart than this.
 _INVERSION_NS = 3600 * 10**9
 # With so few, the trainer has often removed the others.
 _FEW = 4
 
 
-def run_warnings(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
-    """Yield the warnings about the checkpoints that take part, oldest first."""
+def plan_warnings(averages: Sequence[Average], compared: Compared) -> Iterator[Notice]:
+    """Yield the warnings about weights, and about the checkpoints that take part."""
+    names = [checkpoint.name for checkpoint in compared.specs]
+    yield from _merged(averages, lambda average: _uneven(average, names))
+    alike: dict[object, list[str]] = {}
+    for average in averages:
+        alike.setdefault((average.members, average.weights), []).append(average.name)
+    for same in alike.values():
+        if len(same) > 1:
+            yield Notice(Code.SAME_WEIGHTS, f"{some(same)} have the same weights.")
+    yield from _about_run(compared.specs)
+    yield from compared.warnings
+
+
+def plan_notes(
+    averages: Sequence[Average],
+    specs_of: Mapping[Checkpoint, Specs],
+    found: Found,
+    laid_out: LaidOut,
+) -> Iterator[Notice]:
+    """Yield notes on options without effect, on the run, and on what is not averaged."""
+    yield from _merged(averages, _cap)
+    newest = list(specs_of)[-1]
+    unselected = [one for one in found.left_out if one.verdict.reason in UNSELECTED]
+    found_in_all = len(found.checkpoints) + len(unselected)
+    if 1 < found_in_all <= _FEW and not newest.is_given:
+        remedy = "raise its limit (save_total_limit, save_top_k, max_history)"
+        message = f"Only {found_in_all} checkpoints; if the trainer removed older ones, {remedy}."
+        yield Notice(Code.FEW_CHECKPOINTS, message)
+    if len(specs_of) > 1 and newest.unit == "save":
+        message = "Numbers in the names count saves, not steps (accelerate); gaps are unknown."
+        yield Notice(Code.NO_STEPS, message)
+    kept: dict[str, list[str]] = {}
+    for name, ruling in laid_out.rulings.items():
+        if ruling.made is Role.KEPT:
+            kept.setdefault(specs_of[newest].tensors[name].dtype, []).append(name)
+    for dtype, names in kept.items():
+        message = f"{dtype} tensors are not averaged and keep the value of {newest.name}"
+        yield Notice(Code.NOT_AVERAGED, f"{message}: {some(names)}.")
+    yield from dict.fromkeys(note for one in specs_of.values() for note in one.notes)
+    if laid_out.other_models:
+        message = f"Folders with other models are not copied: {some(laid_out.other_models)}."
+        yield Notice(Code.LEFT_OUT, message)
+
+
+def _merged(
+    averages: Sequence[Average], find: Callable[[Average], Iterable[Notice]]
+) -> list[Notice]:
+    """Return each notice once; of several averages, with the names of those it is about."""
+    about: dict[Notice, list[str]] = {}
+    for average in averages:
+        for notice in find(average):
+            about.setdefault(notice, []).append(average.name)
+    if len(averages) == 1:
+        return list(about)
+    return [Notice(one.code, f"{some(about[one], 3)}: {one.message}") for one in about]
+
+
+def _cap(average: Average) -> Iterator[Notice]:
+    """Note a cap of the decay that is never reached."""
+    schedule = average.rule.schedule
+    if schedule not in ("dynamic", "warmup") or len(average.members) == 1:
+        return
+    decay = average.rule.numbers["decay"]
+    at_steps = average.rule.counts_steps
+    count = average.steps[-1] if at_steps else len(average.members)
+    unit = average.unit if at_steps else "checkpoints"
+    first, effective = max(average.decays), ""
+    if schedule == "dynamic":
+        first = dynamic.first_decay_that_matters(count + at_steps)
+        if decay < 1:
+            below = dynamic.updates_below_the_cap(decay)
+            after = f"{unit.removesuffix('s')} {below}" if at_steps else f"{below + 1} {unit}"
+            effective = f" ({short(decay)} takes effect after {after})"
+    if decay > first or (decay == first and schedule == "dynamic"):
+        yield Notice(
+            Code.NO_EFFECT,
+            f"--decay {short(decay)} has no effect with {count} {unit}; use less than {first:.4g},"
+            f" or --half-life{effective}.",
+        )
+
+
+def _uneven(average: Average, names: Sequence[str]) -> Iterator[Notice]:
+    """Warn of nearly all weight on one checkpoint, and of gaps that the weights disregard."""
+    weights = average.weights
+    if len(weights) == 1:
+        yield Notice(Code.FEW_CHECKPOINTS, "Only one checkpoint, so the average equals it.")
+    elif average.rule.schedule != EXPLICIT:
+        if weights[0] > 0.5:
+            remedy = _remedy(0.5, average, 0, "below", "less than half")
+            yield _too_much("oldest", names[average.members[0]], weights[0], remedy)
+        if weights[-1] > _NEARLY_ALL:
+            remedy = _remedy(1 - _NEARLY_ALL, average, -2, "above", "the others have more")
+            yield _too_much("newest", names[average.newest], weights[-1], remedy)
+        if not average.rule.counts_steps:
+            yield from _irregular(average, names)
+
+
+def _too_much(which: str, name: str, weight: float, remedy: str) -> Notice:
+    message = f"The {which} checkpoint, {name}, has {weight:.1%} of the weight{remedy}."
+    return Notice(Code.UNEVEN_WEIGHTS, message)
+
+
+def _irregular(average: Average, names: Sequence[str]) -> Iterator[Notice]:
+    """Warn if weights count checkpoints that are not equally far apart."""
+    known = [gap for gap in average.gaps if gap is not None]
+    if average.unit == "checkpoints" or max(known) <= _MOST_GAP * median(known):
+        return
+    longest = average.gaps.index(max(known))
+    before, after = (names[average.members[n]] for n in (longest - 1, longest))
+    age, unit = average.statistics.half_life, average.unit
+    remedy = f"; --half-life {_brief(age)} counts {unit} and has the same mean age" if age else ""
+    yield Notice(
+        Code.UNEVEN_GAPS,
+        f"Weights count checkpoints, but their gaps differ: {max(known)} {unit} from {before} to"
+        f" {after}, median {median(known):g}{remedy}.",
+    )
+
+
+def _remedy(share: float, average: Average, since: int, side: str, effect: str) -> str:
+    """Return the value of an option at which `share` is left of the shadow after `since`.
+
+    On its named side the option has the effect. Empty where no value of an option would do it.
+    """
+    span = average.steps[-1] - average.steps[since]
+    folds = len(average.steps[since:]) - 1
+    schedule, option = average.rule.schedule, ""
+    # The ramp of a dynamic decay lies above `share` from the first fold on.
+    if schedule == "constant" or (
+        schedule == "dynamic" and folds == 1 and not average.rule.counts_steps
+    ):
+        option = f"--decay {side} {share ** (1 / folds):.4g}"
+    elif schedule == "per-step":
+        option = f"--decay-per-step {side} {share ** (1 / span):.6g}"
+    elif schedule == "half-life":
+        option = f"--half-life {side} {_brief(span * math.log(0.5) / math.log(share))}"
+    elif schedule == "power":
+        ratio = average.steps[since] / average.steps[-1]
+        gamma = math.log(share) / math.log(ratio) - 1
+        option = f"--sigma-rel {side} {sigma_rel_of(gamma):.3g}" if gamma > 0 else ""
+    return option and f"; with {option}, {effect}"
+
+
+def _brief(steps: float) -> str:
+    """Write a number of steps, to the step where there are many."""
+    return f"{steps:.4g}" if steps < 1000 else f"{steps:.0f}"
+
+
+def _about_run(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
     specs = list(specs_of.values())
-    yield from _times(specs_of)
+    for (earlier, before), (later, after) in pairwise(specs_of.items()):
+        if before.files[0].mtime_ns - after.files[0].mtime_ns > _INVERSION_NS:
+            yield Notice(
+                Code.OUT_OF_ORDER,
+                f"{later.name} was written before {earlier.name}, though its step is later; the"
+                " folder may hold two runs.",
+            )
+            break
     if any(conventions.LORA_FACTOR.search(name) for name in specs[-1].tensors):
         yield Notice(
             Code.ADAPTER_FACTORS,
             "LoRA factors A and B are averaged separately, which only approximates the average of"
             " their products BA; for that, merge each adapter into its base model first.",
         )
-    yield from _averaged(specs_of)
+    by_name = [c.name for c in specs_of if conventions.AVERAGED_NAME.search(stem_of(c.name))]
+    by_header = [
+        checkpoint.name
+        for checkpoint, one in specs_of.items()
+        if any(conventions.PROVENANCE_KEY in of_file for of_file in one.metadata)
+    ]
+    for how, names in (("By their names", by_name), ("By their headers", by_header)):
+        if names:
+            message = f"{how}, {some(names, 2)} {ALREADY_AVERAGED}."
+            yield Notice(Code.ALREADY_AVERAGED, message)
     yield from dict.fromkeys(warning for one in specs for warning in one.warnings)
     holes = {path: hole for one in specs for path, hole in one.holes.items()}
     for path, offset in list(holes.items())[:1]:
@@ -38,65 +214,3 @@ def run_warnings(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
             f"{path}{more} has a hole at byte {offset}, which reads as zeros: an interrupted save,"
             " or a sparse copy.",
         )
-
-
-def run_notes(
-    specs_of: Mapping[Checkpoint, Specs],
-    found_in_all: int,
-    rulings: Mapping[str, Ruling],
-    other_models: Sequence[str],
-) -> Iterator[Notice]:
-    """Yield notes on the checkpoints that take part, oldest first.
-
-    `found_in_all` is how many the run has, `rulings` are those on the tensors of the newest,
-    `other_models` are folders in it that are not copied.
-    """
-    newest = list(specs_of)[-1]
-    if 1 < found_in_all <= _FEW and not newest.is_given:
-        yield Notice(
-            Code.FEW_CHECKPOINTS,
-            f"Only {found_in_all} checkpoints; if the trainer removed older ones, raise its limit"
-            " (save_total_limit, save_top_k, max_history).",
-        )
-    if len(specs_of) > 1 and newest.unit == "save":
-        yield Notice(
-            Code.NO_STEPS,
-            "Numbers in the names count saves, not steps (accelerate); gaps between checkpoints"
-            " are unknown.",
-        )
-    kept: dict[str, list[str]] = {}
-    for name, ruling in rulings.items():
-        if ruling.made is Role.KEPT:
-            kept.setdefault(specs_of[newest].tensors[name].dtype, []).append(name)
-    for dtype, names in kept.items():
-        message = f"{dtype} tensors are not averaged and keep the value of {newest.name}"
-        yield Notice(Code.NOT_AVERAGED, f"{message}: {some(names)}.")
-    yield from dict.fromkeys(note for one in specs_of.values() for note in one.notes)
-    if other_models:
-        message = f"Folders with other models are not copied: {some(other_models)}."
-        yield Notice(Code.LEFT_OUT, message)
-
-
-def _times(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
-    rows = [(checkpoint, specs.files[0].mtime_ns) for checkpoint, specs in specs_of.items()]
-    for (earlier, first), (later, second) in pairwise(rows):
-        if first - second > _INVERSION_NS:
-            yield Notice(
-                Code.OUT_OF_ORDER,
-                f"{later.name} was written before {earlier.name}, though its step is later; the"
-                " folder may hold two runs.",
-            )
-            return
-
-
-def _averaged(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
-    by_name = [c.name for c in specs_of if conventions.AVERAGED_NAME.search(stem_of(c.name))]
-    by_header = [
-        checkpoint.name
-        for checkpoint, specs in specs_of.items()
-        if any(conventions.PROVENANCE_KEY in of_file for of_file in specs.metadata)
-    ]
-    for how, names in (("By their names", by_name), ("By their headers", by_header)):
-        if names:
-            message = f"{how}, {some(names, 2)} {ALREADY_AVERAGED}."
-            yield Notice(Code.ALREADY_AVERAGED, message)

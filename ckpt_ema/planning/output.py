@@ -36,26 +36,15 @@ def find_destination(
     [real] = here.real_paths([output])
     for path, source in zip(inputs, storage.real_paths(inputs), strict=True):
         if f"{real}/".startswith(f"{source}/") or f"{source}/".startswith(f"{real}/"):
-            raise RefusedError(
-                f"{output} overlaps the input {path}.",
-                "Choose another output with --output.",
-                code=Code.OUTPUT_OVERLAPS_INPUT,
-                path=output,
-            )
+            message, hint = f"{output} overlaps the input {path}.", "Choose another with --output."
+            raise RefusedError(message, hint, code=Code.OUTPUT_OVERLAPS_INPUT, path=output)
     if not here.is_folder(output.parent):
-        raise RefusedError(
-            f"{output.parent}, the folder of the output, is not an existing folder.",
-            "Create it first.",
-            code=Code.INVALID_OUTPUT,
-            path=output.parent,
-        )
-    kind = here.kind(output)
-    if kind is Kind.OTHER or (kind is Kind.ABSENT and here.is_link(output)):
-        raise RefusedError(
-            f"{output} exists and is neither a file nor a folder.",
-            code=Code.INVALID_OUTPUT,
-            path=output,
-        )
+        message = f"{output.parent}, the folder of the output, is not an existing folder."
+        hint = "Create it first."
+        raise RefusedError(message, hint, code=Code.INVALID_OUTPUT, path=output.parent)
+    if here.exists(output) and here.kind(output) not in (Kind.FILE, Kind.FOLDER):
+        message = f"{output} exists and is neither a file nor a folder."
+        raise RefusedError(message, code=Code.INVALID_OUTPUT, path=output)
     return output
 
 
@@ -68,9 +57,8 @@ def named(path: str | os.PathLike[str]) -> Path:
 def _sibling(root: Path) -> Path:
     run = named(root)
     if not run.name:
-        raise OptionError(
-            "--output is missing; the checkpoints share no folder.", code=Code.INVALID_OPTION
-        )
+        message = "--output is missing; the checkpoints share no folder."
+        raise OptionError(message, code=Code.INVALID_OPTION)
     return run.parent / f"{run.name.removesuffix('.safetensors')}-ema"
 
 
@@ -97,20 +85,29 @@ def lay_out(
     is in the order of the checkpoints; `choices` are those that `fingerprint.deciding` returns.
     """
     layouts = list({id(specs.tensors): specs.tensors for specs in specs_of.values()}.values())
-    newest = {average.checkpoints[-1] for average in averages} | {list(specs_of)[-1]}
-    rulings = {c: judge(specs_of[c], layouts, c.name) for c in specs_of if c in newest}
+    ends = {average.checkpoints[-1] for average in averages} | {list(specs_of)[-1]}
+    rulings = {c: judge(specs_of[c], layouts, c.name) for c in specs_of if c in ends}
     shared = _shared_folder(found)
     outputs, other_models = [], set()
     for average, target in zip(averages, _targets(destination, averages), strict=True):
-        copied = _companions(average.checkpoints[-1], specs_of, shared, target, options, storage)
-        other_models |= {*copied.models}
-        roles = {name: one.made for name, one in rulings[average.checkpoints[-1]].items()}
-        model = Model(
-            specs_of[average.checkpoints[-1]], roles, DTYPES[options.dtype], _provenance(average)
-        )
+        newest = average.checkpoints[-1]
+        specs = specs_of[newest]
+        copied = Companions()
+        if not target.is_single_file:
+            folder = newest.model.folder if storage.is_folder(newest.path) else None
+            config_from = Path(options.config_from) if options.config_from is not None else None
+            copied = companions(folder, [f.name for f in specs.files], shared, config_from, storage)
         inputs = [(c.model.folder, specs_of[c].files) for c in average.checkpoints]
-        digest = fingerprint(inputs, copied.files, model.provenance, choices, storage)
-        outputs.append(_output(target, model, average, copied, digest))
+        provenance = _provenance(average)
+        digest = fingerprint(inputs, copied.files, provenance, choices, storage)
+        if target.is_single_file:  # a folder has it in its manifest
+            provenance["fingerprint"] = digest
+        roles = {name: one.made for name, one in rulings[newest].items()}
+        files = target.lay_out(Model(specs, roles, DTYPES[options.dtype], provenance))
+        indexes = target.finish(files, [member.name for member in newest.model.members])
+        other_models |= {*copied.models}
+        row = (target.path, target.is_single_file, files, indexes, copied.files, digest)
+        outputs.append(Output(*row))
     return LaidOut(outputs, rulings[list(specs_of)[-1]], sorted(other_models))
 
 
@@ -120,31 +117,10 @@ def _targets(destination: Path, averages: Sequence[Weighted]) -> list[Target]:
     if len(averages) == 1:
         return [target]
     if target.is_single_file:
-        raise OptionError(
-            f"--output {destination} is one file, which cannot hold {len(averages)} averages; name"
-            " a folder.",
-            code=Code.CONFLICTING_OPTIONS,
-        )
+        problem = f"is one file, which cannot hold {len(averages)} averages; name a folder"
+        message = f"--output {destination} {problem}."
+        raise OptionError(message, code=Code.CONFLICTING_OPTIONS)
     return [target_for(destination / average.name) for average in averages]
-
-
-def _companions(
-    newest: Checkpoint,
-    specs_of: Mapping[Checkpoint, Specs],
-    shared_folder: Path | None,
-    target: Target,
-    options: OutputOptions,
-    storage: Storage,
-) -> Companions:
-    if target.is_single_file:
-        return Companions((), ())
-    return companions(
-        newest.model.folder if storage.is_folder(newest.path) else None,
-        [file.name for file in specs_of[newest].files],
-        shared_folder,
-        Path(options.config_from) if options.config_from is not None else None,
-        storage,
-    )
 
 
 def _shared_folder(found: Found) -> Path | None:
@@ -161,13 +137,3 @@ def _provenance(average: Weighted) -> dict[str, object]:
         **average.rule.numbers,
         "checkpoints": [{"name": c.name, "step": c.step, "weight": weight} for c, weight in rows],
     }
-
-
-def _output(
-    target: Target, model: Model, average: Weighted, copied: Companions, digest: str
-) -> Output:
-    if target.is_single_file:  # a folder has it in its manifest
-        model = model._replace(provenance={**model.provenance, "fingerprint": digest})
-    files = target.lay_out(model)
-    members = [member.name for member in average.checkpoints[-1].model.members]
-    return Output(target, files, target.finish(files, members), copied.files, digest)

@@ -3,15 +3,14 @@
 Inputs are checked here, from headers alone; what follows only executes the plan.
 """
 
-import contextlib
 import gc
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Specs
@@ -20,23 +19,14 @@ from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.complete import check_complete
 from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
-from ckpt_ema.find.verdict import UNSELECTED, Judged
+from ckpt_ema.find.verdict import Judged
 from ckpt_ema.notices import Notice
-from ckpt_ema.options import (
-    Engine,
-    Keywords,
-    Options,
-    PathLike,
-    Selection,
-    Weighting,
-    make_options,
-)
-from ckpt_ema.planning.advice import weight_notes, weight_warnings
+from ckpt_ema.options import Engine, Keywords, Options, PathLike, make_options
 from ckpt_ema.planning.average import Average, Weighted, make_averages, weigh
 from ckpt_ema.planning.fingerprint import deciding
-from ckpt_ema.planning.notices import run_notes, run_warnings
-from ckpt_ema.planning.output import LaidOut, find_destination, lay_out, named
-from ckpt_ema.planning.roles import Rule, TensorRole, all_rules, by_pattern
+from ckpt_ema.planning.notices import plan_notes, plan_warnings
+from ckpt_ema.planning.output import find_destination, lay_out, named
+from ckpt_ema.planning.roles import DROPPED, Ruling, TensorRole, by_pattern
 from ckpt_ema.planning.same_model import Compared, compare
 from ckpt_ema.planning.sizing import element_bytes, make_sizes
 from ckpt_ema.planning.work import Work, make_work
@@ -65,7 +55,7 @@ class Plan:
     run: str
     checkpoints: tuple[PlannedCheckpoint, ...]  # all that some average reads
     averages: tuple[Average, ...]
-    tensor_rules: Mapping[str, Rule]  # that decided on each tensor, by key
+    rulings: Mapping[str, Ruling]  # on each tensor, by key
     storage: Storage
     engine: Engine
     given: Mapping[str, Any]  # the options that are not at their defaults
@@ -89,7 +79,7 @@ class Plan:
     @property
     def tensor_roles(self) -> tuple[TensorRole, ...]:
         """What becomes of tensors, by pattern of their names."""
-        return by_pattern(self.tensor_rules)
+        return by_pattern(self.rulings)
 
     @property
     def is_single_file(self) -> bool:
@@ -99,22 +89,23 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes of tensor data to read, each once."""
-        return self.work.bytes_read()
+        return sum(span.bytes_read(self.work.layout_of) for span in self.work.spans)
 
     @property
     def bytes_written(self) -> int:
         """Bytes of the model files to write."""
-        return sum(file.size_bytes for c in self.averages for file in c.output.files)
+        return sum(file.size_bytes for one in self.averages for file in one.output.files)
 
     @property
     def neighbours(self) -> list[tuple[int, int]]:
         """The pairs of checkpoints that follow each other in some average, by index."""
-        return sorted({pair for c in self.averages for pair in pairwise(c.members)})
+        return sorted({pair for one in self.averages for pair in pairwise(one.members)})
 
     @property
     def work_id(self) -> str:
         """A short digest of what decides the output's bytes and the numbers of the tiles."""
-        parts = [f"{c.output.path.name}:{c.output.fingerprint}" for c in self.averages]
+        outputs = [one.output for one in self.averages]
+        parts = [f"{output.path.name}:{output.fingerprint}" for output in outputs]
         text = "\n".join([*parts, str(self.tile_elements)])
         return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
@@ -136,57 +127,54 @@ def plan(run: PathLike | Sequence[PathLike], **options: "Unpack[Keywords]") -> P
     Raises `OptionError` for an impossible option and `RefusedError` for inputs that cannot be
     averaged, or an output path that overlaps them.
     """
-    with _collector_paused():
-        return _plan(run, make_options(options))
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Pause garbage collection: plans are large, without cycles, and twice as quick without it."""
     was_enabled = gc.isenabled()
-    gc.disable()
+    gc.disable()  # a plan is large, without cycles, and twice as quick without it
     try:
-        yield
+        return _plan(_paths(run), make_options(options))
     finally:
         if was_enabled:
             gc.enable()
 
 
-def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
+def _plan(paths: Sequence[Path], options: Options) -> Plan:
     """Find, select, weigh, compare, lay out: each stage takes its own options."""
-    paths = _paths(run)
     source = Source(storage_for(paths[0]), options.reading)
-    chosen = _choose(paths, options.selection, options.weighting, source)
-    output, found, storage = options.output, chosen.found, source.storage
-    destination = find_destination(output.output, found, paths, storage)
-    compared = compare(chosen.checkpoints, source)
-    _check_names(chosen.averages, compared)
+    found = discover(paths, options.selection, source)
+    selected = select(found, options.selection, source)
+    weighted = weigh(selected.subsets, options.weighting)
+    checkpoints = _taken(weighted, found)
+    destination = find_destination(options.output.output, found, paths, source.storage)
+    compared = compare(checkpoints, source)
+    specs_of = compared.specs
+    _check_names(weighted, compared)
     laid_out = lay_out(
-        chosen.averages, compared.specs, found, destination, output, deciding(options), storage
+        weighted, specs_of, found, destination, options.output, deciding(options), source.storage
     )
-    averages = make_averages(chosen.averages, laid_out.outputs, chosen.checkpoints)
-    outputs = [(average.newest, average.output.files) for average in averages]
-    work = make_work(list(compared.specs.values()), outputs)
-    sizes = make_sizes(options.engine, work, len(averages))
+    averages = make_averages(weighted, checkpoints, laid_out.outputs)
+    work = make_work([*specs_of.values()], [(one.newest, one.output.files) for one in averages])
+    tile_elements, threads = make_sizes(options.engine, work, len(averages))
     return Plan(
         run=os.fspath(found.root),
-        checkpoints=_planned(compared.specs),
+        checkpoints=tuple(
+            PlannedCheckpoint(one.path, one.name, one.step, one.unit, one.model.folder, specs)
+            for one, specs in specs_of.items()
+        ),
         averages=averages,
-        tensor_rules=all_rules(laid_out.rulings, compared.dropped),
-        storage=storage,
+        rulings={**laid_out.rulings, **dict.fromkeys(compared.dropped, DROPPED)},
+        storage=source.storage,
         engine=options.engine,
         given=options.given(),
-        dtype=output.dtype,
-        card=output.card,
+        dtype=options.output.dtype,
+        card=options.output.card,
         allow_nonfinite=options.reading.allow_nonfinite,
         allow_duplicates=options.reading.allow_duplicates,
         output=destination,
         work=work,
-        threads=sizes.threads,
-        tile_elements=sizes.tile_elements,
+        threads=threads,
+        tile_elements=tile_elements,
         judged=found.judged,
-        notes=_notes(chosen, compared, laid_out, averages),
-        warnings=_warnings(chosen, compared, averages),
+        notes=(*selected.notes, *plan_notes(averages, specs_of, found, laid_out)),
+        warnings=(*found.warnings, *selected.warnings, *plan_warnings(averages, compared)),
     )
 
 
@@ -197,28 +185,12 @@ def _paths(run: PathLike | Sequence[PathLike]) -> list[Path]:
     return [named(path) for path in given]
 
 
-class _Chosen(NamedTuple):
-    """What takes part, before headers are compared."""
-
-    found: Found  # the run
-    checkpoints: list[Checkpoint]  # those that some average takes, oldest first
-    averages: list[Weighted]
-    notes: tuple[Notice, ...]
-    warnings: tuple[Notice, ...]
-
-
-def _choose(
-    paths: Sequence[Path], selection: Selection, weighting: Weighting, source: Source
-) -> _Chosen:
-    """Find the checkpoints, select among them, weigh them, and check that they are complete."""
-    found = discover(paths, selection, source)
-    selected = select(found, selection, source)
-    averages = weigh(selected.subsets, weighting)
+def _taken(averages: Sequence[Weighted], found: Found) -> list[Checkpoint]:
+    """Return the checkpoints that some average takes, oldest first, all of them complete."""
     taken = {checkpoint for average in averages for checkpoint in average.checkpoints}
     checkpoints = [checkpoint for checkpoint in found.checkpoints if checkpoint in taken]
     check_complete(checkpoints, found)
-    warnings = (*found.warnings, *selected.warnings)
-    return _Chosen(found, checkpoints, averages, selected.notes, warnings)
+    return checkpoints
 
 
 def _check_names(averages: Sequence[Weighted], compared: Compared) -> None:
@@ -227,8 +199,7 @@ def _check_names(averages: Sequence[Weighted], compared: Compared) -> None:
     An output takes the names of its newest checkpoint; all are read under those of the last one.
     """
     newest = list(compared.specs)[-1]
-    for average in averages:
-        last = average.checkpoints[-1]
+    for last in (average.checkpoints[-1] for average in averages):
         if last in compared.renamed:
             raise RefusedError(
                 f"{last.name} and {newest.name}, at which averages end, name their tensors"
@@ -237,31 +208,3 @@ def _check_names(averages: Sequence[Weighted], compared: Compared) -> None:
                 code=Code.DIFFERENT_NAMES,
                 path=last.path,
             )
-
-
-def _planned(specs_of: Mapping[Checkpoint, Specs]) -> tuple[PlannedCheckpoint, ...]:
-    return tuple(
-        PlannedCheckpoint(c.path, c.name, c.step, c.unit, c.model.folder, specs)
-        for c, specs in specs_of.items()
-    )
-
-
-def _notes(
-    chosen: _Chosen, compared: Compared, laid_out: LaidOut, averages: Sequence[Average]
-) -> tuple[Notice, ...]:
-    in_all = _found_in_all(chosen.found)
-    about_run = run_notes(compared.specs, in_all, laid_out.rulings, laid_out.other_models)
-    return (*chosen.notes, *weight_notes(averages), *about_run)
-
-
-def _warnings(
-    chosen: _Chosen, compared: Compared, averages: Sequence[Average]
-) -> tuple[Notice, ...]:
-    about_weights = weight_warnings(averages, [one.name for one in chosen.checkpoints])
-    about_run = run_warnings(compared.specs)
-    return (*chosen.warnings, *about_weights, *about_run, *compared.warnings)
-
-
-def _found_in_all(found: Found) -> int:
-    """Count the checkpoints of the run, with those that globs leave out."""
-    return len(found.checkpoints) + sum(one.verdict.reason in UNSELECTED for one in found.left_out)

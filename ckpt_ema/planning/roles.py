@@ -5,7 +5,7 @@ Codes and scales of quantised weights are known by name, everything else by dtyp
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from ckpt_ema.containers.specs import AVERAGED, Role, Specs, TensorSpec
 from ckpt_ema.errors import Code, RefusedError, some
 
 # What GPTQ, AWQ and bitsandbytes call the codes and scales of a quantised weight.
-_QUANTISED = re.compile(r"(^|\.)(qweight|qzeros|absmax|quant_state\.\w+|weight\.absmax)$")
+_CODE = re.compile(r"(^|\.)(qweight|qzeros|absmax|quant_state\.\w+|weight\.absmax)$")
 _NUMBER = re.compile(r"(?<![^\W_])\d+(?![^\W_])")
 
 
@@ -45,29 +45,38 @@ class Rule(NamedTuple):
     role: Role
     reason: Reason
     takes: Callable[[Tensor], object]
+    refusal: tuple[str, str] = ("", "")  # what a refused checkpoint holds, and what to do about it
 
 
+_CODES = (
+    "quantised weights, whose codes cannot be averaged",
+    "Average the checkpoints before they are quantised.",
+)
+_PLACEHOLDERS = (
+    "tensors without elements, as ZeRO-3 leaves when the weights stay on their ranks",
+    "Gather them first: `python zero_to_fp32.py RUN OUT -t global_stepN --safe_serialization`.",
+)
 # The first rule that takes a tensor decides.
 RULES = (
-    Rule("quantised", Role.REFUSED, Reason.QUANTISED, lambda t: _QUANTISED.search(t.name)),
-    Rule("emptied", Role.REFUSED, Reason.EMPTIED, lambda t: t.is_emptied),
+    Rule("quantised", Role.REFUSED, Reason.QUANTISED, lambda t: _CODE.search(t.name), _CODES),
+    Rule("emptied", Role.REFUSED, Reason.EMPTIED, lambda t: t.is_emptied, _PLACEHOLDERS),
     Rule("tied", Role.TIED, Reason.SHARED_BYTES, lambda t: t.is_tied),
     Rule("not-float", Role.KEPT, Reason.NOT_FLOAT, lambda t: t.spec.dtype not in AVERAGED),
     Rule("float", Role.AVERAGED, Reason.FLOAT, lambda _: True),
 )
-_REFUSALS = {
-    Reason.QUANTISED: (
-        "quantised weights, whose codes cannot be averaged",
-        "Average the checkpoints before they are quantised.",
-    ),
-    Reason.EMPTIED: (
-        "tensors without elements, as ZeRO-3 leaves when the weights stay on their ranks",
-        "Gather each step first: `python zero_to_fp32.py RUN OUT -t global_stepN"
-        " --safe_serialization`.",
-    ),
-}
-# Tensors that only checkpoints before the newest have.
-DROPPED = Rule("newest-names", Role.DROPPED, Reason.NOT_IN_NEWEST, lambda _: False)
+
+
+class Ruling(NamedTuple):
+    """What became of one tensor."""
+
+    rule: Rule  # that decided
+    made: Role  # how its value is made: that of a tied tensor is its other name's
+
+
+# Of tensors that only checkpoints before the newest have.
+DROPPED = Ruling(
+    Rule("newest-names", Role.DROPPED, Reason.NOT_IN_NEWEST, lambda _: False), Role.DROPPED
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +88,6 @@ class TensorRole:
     rule: str  # the name of the rule that decided
     reason: Reason
     count: int  # of tensors
-
-
-class Ruling(NamedTuple):
-    """What became of one tensor."""
-
-    rule: Rule  # that decided
-    made: Role  # how its value is made: that of a tied tensor is its other name's
 
 
 def judge(
@@ -100,32 +102,28 @@ def judge(
     mostly_empty = 2 * sum(spec.shape == (0,) for spec in floats) > len(floats)
     first_of = _tied(newest.tensors, layouts)
     rulings: dict[str, Ruling] = {}
-    of_rule = {rule.name: Ruling(rule, rule.role) for rule in RULES}
     for key, spec in newest.tensors.items():
         is_emptied = mostly_empty and spec.shape == (0,) and spec.dtype in AVERAGED
         tensor = Tensor(key, spec, key in first_of, is_emptied)
-        for rule in RULES:
-            if rule.takes(tensor):
-                break
-        rulings[key] = of_rule[rule.name]
-        if rule.role is Role.TIED:
-            rulings[key] = Ruling(rule, rulings[first_of[key]].made)
-    found = {id(ruling): ruling for ruling in rulings.values()}.values()
-    for ruling in found:
-        if ruling.rule.role is Role.REFUSED:
-            refused = [key for key, one in rulings.items() if one is ruling]
-            problem, hint = _REFUSALS[ruling.rule.reason]
-            raise RefusedError(
-                f"{name} holds {problem} ({some(refused, 3)}).",
-                hint,
-                code=Code.NOT_AVERAGEABLE,
-                tensor=refused[0],
-            )
-    if Role.AVERAGED not in {ruling.made for ruling in found}:
-        raise RefusedError(
-            f"{name} holds no floating-point tensor to average.", code=Code.NOT_AVERAGEABLE
-        )
+        rule = next(rule for rule in RULES if rule.takes(tensor))
+        made = rulings[first_of[key]].made if rule.role is Role.TIED else rule.role
+        rulings[key] = Ruling(rule, made)
+    _check(rulings, name)
     return rulings
+
+
+def _check(rulings: Mapping[str, Ruling], name: str) -> None:
+    """Raise `RefusedError` if a tensor rules the average out, or if none is averaged."""
+    made = {ruling.made for ruling in rulings.values()}
+    if Role.REFUSED in made:
+        rule = next(one.rule for one in rulings.values() if one.rule.role is Role.REFUSED)
+        refused = [key for key, one in rulings.items() if one.rule is rule]
+        problem, hint = rule.refusal
+        message = f"{name} holds {problem} ({some(refused, 3)})."
+        raise RefusedError(message, hint, code=Code.NOT_AVERAGEABLE, tensor=refused[0])
+    if Role.AVERAGED not in made:
+        message = f"{name} holds no floating-point tensor to average."
+        raise RefusedError(message, code=Code.NOT_AVERAGEABLE)
 
 
 def _tied(
@@ -144,17 +142,10 @@ def _tied(
     return tied
 
 
-def all_rules(rulings: Mapping[str, Ruling], dropped: Iterable[str]) -> dict[str, Rule]:
-    """Return the rule that decided on each tensor, those that the newest lacks included."""
-    rules = {name: ruling.rule for name, ruling in rulings.items()}
-    return {**rules, **dict.fromkeys(dropped, DROPPED)}
-
-
-def by_pattern(rules: Mapping[str, Rule]) -> tuple[TensorRole, ...]:
+def by_pattern(rulings: Mapping[str, Ruling]) -> tuple[TensorRole, ...]:
     """Return the roles of all tensors, those of one pattern and one rule as one."""
-    counts = Counter((_NUMBER.sub("*", name), rule.name) for name, rule in rules.items())
-    rule_of = {rule.name: rule for rule in rules.values()}
+    counts = Counter((_NUMBER.sub("*", name), one.rule) for name, one in rulings.items())
     return tuple(
-        TensorRole(pattern, rule_of[name].role, name, rule_of[name].reason, count)
-        for (pattern, name), count in counts.items()
+        TensorRole(pattern, rule.role, rule.name, rule.reason, count)
+        for (pattern, rule), count in counts.items()
     )

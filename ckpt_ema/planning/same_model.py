@@ -1,25 +1,36 @@
-"""Whether checkpoints are states of one model: the same names, shapes and kinds of dtype."""
+"""Whether checkpoints are states of one model: the same names, shapes and kinds of dtype.
 
-from collections.abc import Sequence
+Names are changed to the newest checkpoint's where only a wrapper or a tied name differs: a run
+resumed without torch.compile, or in another process group, changes the prefix of every name; one
+that changed its file format drops or gains the second name of a tied tensor.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import NamedTuple
 
 from ckpt_ema.containers.source import Source
-from ckpt_ema.containers.specs import AVERAGED, Specs
+from ckpt_ema.containers.specs import AVERAGED, Specs, TensorSpec
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.configs import compare_configs
-from ckpt_ema.planning.renaming import unified, without_prefix
+
+# What wrappers put before every name: torch.compile, DistributedDataParallel, FSDP.
+_WRAPPERS = re.compile(r"(_orig_mod\.|module\.|_fsdp_wrapped_module\.)*")
+
+_Tensors = Mapping[str, TensorSpec]
 
 
 class Compared(NamedTuple):
     """The checkpoints of a plan as states of one model."""
 
     specs: dict[Checkpoint, Specs]  # oldest first, all with the newest's tensor names
-    renamed: frozenset[Checkpoint]  # which have other names themselves
-    dropped: frozenset[str]  # second names of tied tensors that the newest lacks
-    warnings: tuple[Notice, ...]
+    renamed: set[Checkpoint]  # which have other names themselves
+    dropped: set[str]  # second names of tied tensors that the newest lacks
+    warnings: list[Notice]
 
 
 def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
@@ -32,20 +43,13 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
     if source.reading.strip_prefix:
         own = without_prefix(own, source.reading.strip_prefix)
     own = _shared(own)
-    unity = unified(names, own)
-    pairs = zip(checkpoints, own, unity.specs, strict=True)
-    # Configurations first: that ranks differ explains why shapes do.
-    config_warnings = compare_configs(checkpoints, unity.specs, source.storage)
-    return Compared(
-        dict(zip(checkpoints, unity.specs, strict=True)),
-        frozenset(c for c, one, other in pairs if one.tensors.keys() != other.tensors.keys()),
-        unity.dropped,
-        (
-            *unity.warnings,
-            *compare_tensors(names, unity.specs),
-            *config_warnings,
-        ),
-    )
+    specs, dropped, warnings = unified(names, own)
+    rows = zip(checkpoints, own, specs, strict=True)
+    renamed = {c for c, one, other in rows if one.tensors.keys() != other.tensors.keys()}
+    # Before shapes: adapters of another rank have other shapes, and this names the reason.
+    configs = compare_configs(checkpoints, specs, source.storage)
+    warnings += [*_compare_tensors(names, specs), *configs]
+    return Compared(dict(zip(checkpoints, specs, strict=True)), renamed, dropped, warnings)
 
 
 def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
@@ -61,59 +65,131 @@ def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
     return shared
 
 
-def compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list[Notice]:
+def without_prefix(checkpoints: Sequence[Specs], prefix: str) -> list[Specs]:
+    """Remove `prefix` from the names of the tensors that have it.
+
+    Raises `RefusedError` if none has it, or if two tensors of a checkpoint would share a name.
+    """
+    result = []
+    for specs in checkpoints:
+        tensors = {name.removeprefix(prefix): spec for name, spec in specs.tensors.items()}
+        if len(tensors) != len(specs.tensors) or "" in tensors:
+            problem = f"--strip-prefix {prefix} would give two tensors one name, or one no name."
+            raise RefusedError(problem, code=Code.DIFFERENT_NAMES)
+        result.append(replace(specs, tensors=tensors))
+    if all(a.tensors.keys() == b.tensors.keys() for a, b in zip(result, checkpoints, strict=True)):
+        names = some(list(checkpoints[-1].tensors), 3)
+        message = f"--strip-prefix {prefix} matches no tensor; names are {names}."
+        raise RefusedError(message, code=Code.DIFFERENT_NAMES)
+    return result
+
+
+def unified(
+    names: Sequence[str], checkpoints: Sequence[Specs]
+) -> tuple[list[Specs], set[str], list[Notice]]:
+    """Give all tensors the newest checkpoint's names; `names` are the checkpoints', for messages.
+
+    Returns the checkpoints, second names of tied tensors that the newest lacks, and warnings.
+    Checkpoints that differ in more than wrappers and tied names are returned unchanged.
+    """
+    newest = checkpoints[-1].tensors
+    known: dict[int, _Tensors] = {}  # by identity: checkpoints of one layout keep sharing it
+    specs, dropped, warnings = [], set(), []
+    for name, one in zip(names, checkpoints, strict=True):
+        if id(one.tensors) not in known:
+            known[id(one.tensors)], wrapper, left = _like(one.tensors, newest)
+            dropped |= left
+            if wrapper:
+                how = f"{name} and {names[-1]} differ in the tensor prefix {wrapper}, which"
+                message = f"{how} a wrapper adds; the output has the names of {names[-1]}."
+                warnings.append(Notice(Code.DIFFERENT_NAMES, message))
+        tensors = known[id(one.tensors)]
+        specs.append(one if tensors is one.tensors else replace(one, tensors=tensors))
+    return specs, dropped, warnings
+
+
+def _like(tensors: _Tensors, newest: _Tensors) -> tuple[_Tensors, str, set[str]]:
+    """Return the tensors by the newest's names, the prefix that differed, and dropped names.
+
+    Tensors that differ in more are returned unchanged.
+    """
+    if tensors.keys() == newest.keys():
+        return tensors, "", set()
+    own, other = _wrapper(tensors), _wrapper(newest)
+    renamed = {other + name.removeprefix(own): spec for name, spec in tensors.items()}
+    matched = _with_tied_names(renamed, newest)
+    if matched.keys() != newest.keys():
+        return tensors, "", set()
+    return matched, (own or other) if own != other else "", renamed.keys() - newest.keys()
+
+
+def _wrapper(tensors: _Tensors) -> str:
+    """Return the prefix that wrappers put before all names."""
+    common = os.path.commonprefix(list(tensors))  # noqa: RUF071 - of characters, as is meant here
+    match = _WRAPPERS.match(common)
+    return match[0] if match else ""
+
+
+def _with_tied_names(tensors: _Tensors, newest: _Tensors) -> _Tensors:
+    """Drop or add second names of tied tensors, where both names lead to the same bytes."""
+    kept = {name: spec for name, spec in tensors.items() if name in newest}
+    places = set(kept.values())
+    if any(spec not in places for name, spec in tensors.items() if name not in newest):
+        return tensors
+    name_at = {spec: name for name, spec in newest.items() if name in kept}
+    for name, spec in newest.items():
+        if name not in kept and spec in name_at:
+            kept[name] = kept[name_at[spec]]
+    return kept
+
+
+def _compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list[Notice]:
     """Compare every checkpoint with the last; `names` are theirs, for messages.
 
     Raises `RefusedError` if tensors are missing, added or of another shape, or if a tensor is
     floating point in one checkpoint only. Returns warnings about dtypes that differ.
     """
-    newest = checkpoints[-1].tensors
+    newest_name, newest = names[-1], checkpoints[-1].tensors
     warnings = []
     for name, specs in zip(names, checkpoints, strict=True):
         if specs.tensors is newest:
             continue
-        _check_names(name, specs, names[-1], checkpoints[-1])
-        changed = []
-        for tensor, spec in newest.items():
-            other = specs.tensors[tensor]
-            if other.shape != spec.shape:
-                what = f"has shape {list(other.shape)} in {name} and {list(spec.shape)}"
-                raise _different(f"Tensor {tensor} {what} in {names[-1]}.", tensor)
-            if other.dtype == spec.dtype:
-                continue
-            if (other.dtype in AVERAGED) != (spec.dtype in AVERAGED):
-                raise _different(
-                    f"Tensor {tensor} is {other.dtype} in {name} and {spec.dtype} in {names[-1]};"
-                    " float and non-float tensors cannot be averaged.",
-                    tensor,
-                    Code.DIFFERENT_DTYPES,
+        _check_names(name, specs.tensors.keys(), newest_name, newest.keys())
+        pairs = [(tensor, specs.tensors[tensor], spec) for tensor, spec in newest.items()]
+        for tensor, one, other in pairs:
+            if one.shape != other.shape:
+                found = f"has shape {list(one.shape)} in {name} and {list(other.shape)}"
+                message = f"Tensor {tensor} {found} in {newest_name}."
+                raise _refused(message, Code.DIFFERENT_MODELS, tensor)
+            if (one.dtype in AVERAGED) != (other.dtype in AVERAGED):
+                found = f"is {one.dtype} in {name} and {other.dtype} in {newest_name}"
+                message = (
+                    f"Tensor {tensor} {found}; float and non-float tensors cannot be averaged."
                 )
-            changed.append(f"{tensor}: {other.dtype}, {spec.dtype}")
+                raise _refused(message, Code.DIFFERENT_DTYPES, tensor)
+        changed = [
+            f"{tensor}: {one.dtype}, {other.dtype}"
+            for tensor, one, other in pairs
+            if one.dtype != other.dtype
+        ]
         if changed:
-            warnings.append(
-                Notice(
-                    Code.DIFFERENT_DTYPES,
-                    f"{name} holds {len(changed)} tensors in another dtype than {names[-1]}"
-                    f" ({changed[0]}); the output takes those of {names[-1]}.",
-                )
-            )
+            message = f"{name} holds {len(changed)} tensors in another dtype than {newest_name}"
+            taken = f"({changed[0]}); the output takes those of {newest_name}."
+            warnings.append(Notice(Code.DIFFERENT_DTYPES, f"{message} {taken}"))
     return warnings
 
 
-def _check_names(name: str, specs: Specs, newest_name: str, newest: Specs) -> None:
-    if specs.tensors.keys() == newest.tensors.keys():
+def _check_names(name: str, own: Set[str], newest_name: str, newest: Set[str]) -> None:
+    if own == newest:
         return
-    extra = sorted(specs.tensors.keys() - newest.tensors.keys())
-    missing = sorted(newest.tensors.keys() - specs.tensors.keys())
+    extra, missing = sorted(own - newest), sorted(newest - own)
     differences = [f"{name} also has {some(extra)}"] * bool(extra)
     differences += [f"{name} lacks {some(missing)}"] * bool(missing)
-    raise _different(
-        f"{name} has {len(specs.tensors)} tensors and {newest_name} has {len(newest.tensors)}:"
-        f" {' and '.join(differences)}.",
-        (extra or missing)[0],
-    )
+    counts = f"{name} has {len(own)} tensors and {newest_name} has {len(newest)}"
+    message = f"{counts}: {' and '.join(differences)}."
+    raise _refused(message, Code.DIFFERENT_MODELS, (extra or missing)[0])
 
 
-def _different(message: str, tensor: str, code: Code = Code.DIFFERENT_MODELS) -> RefusedError:
+def _refused(message: str, code: Code, tensor: str) -> RefusedError:
     hint = "Pass only the checkpoints that belong together."
     return RefusedError(message, hint, code=code, tensor=tensor)

@@ -1,7 +1,6 @@
 """Tile size and threads of the fold, within a limit of memory."""
 
 import os
-from typing import NamedTuple
 
 from ckpt_ema.containers.specs import MOST_READ_PER_WANTED
 from ckpt_ema.errors import Code, OptionError
@@ -15,34 +14,29 @@ _FEWEST_ELEMENTS = 1 << 10  # a limit that leaves no room for so many is refused
 _THREADS_TO_FIT = 4
 
 
-class Sizes(NamedTuple):
-    """What bounds the memory of a fold, whatever the size of the model."""
+def make_sizes(engine: Engine, work: Work, averages: int) -> tuple[int, int]:
+    """Return how many elements a thread folds at a time, and how many threads there are.
 
-    tile_elements: int  # elements that a thread folds at a time
-    threads: int
-
-
-def make_sizes(engine: Engine, work: Work, averages: int) -> Sizes:
-    """Return the sizes asked for, or those that suit a core; smaller to fit --max-memory."""
-    threads = engine.threads or _cores()
+    Both as asked for, or as suits a core; smaller to fit --max-memory.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    threads = engine.threads or (len(affinity(0)) if affinity else os.cpu_count() or 1)
     if engine.tile_size is None:
         # The shadows, and what is folded into them, stay in a core's cache.
         tile_elements = max(_LEAST_TILE, min(_MOST_TILE, 2 * _MOST_TILE // averages))
     else:
         tile_elements = max(1, engine.tile_size // work.widest_bytes)
     if engine.max_memory is None:
-        return Sizes(tile_elements, threads)
+        return tile_elements, threads
     each = element_bytes(engine, work, averages)
     room = engine.max_memory // each
     if room < _FEWEST_ELEMENTS:
-        raise OptionError(
-            f"--max-memory is {engine.max_memory} bytes; the fold needs at least"
-            f" {_FEWEST_ELEMENTS * each // 1024}KiB.",
-            code=Code.INVALID_OPTION,
-        )
+        least = f"the fold needs at least {_FEWEST_ELEMENTS * each // 1024}KiB"
+        message = f"--max-memory is {engine.max_memory} bytes; {least}."
+        raise OptionError(message, code=Code.INVALID_OPTION)
     # Independent of the cores here, so that parts made on other machines have the same tiles.
     tile_elements = min(tile_elements, room, max(_LEAST_TILE, room // _THREADS_TO_FIT))
-    return Sizes(tile_elements, min(threads, room // tile_elements))
+    return tile_elements, min(threads, room // tile_elements)
 
 
 def element_bytes(engine: Engine, work: Work, averages: int) -> int:
@@ -54,9 +48,3 @@ def element_bytes(engine: Engine, work: Work, averages: int) -> int:
     # infinities that stay.
     folded = gathered + widest + halves + wide + (wide + widest) * averages + (wide + 4)
     return KEPT_BYTES + folded
-
-
-def _cores() -> int:
-    """Count the cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

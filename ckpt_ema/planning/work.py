@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from ckpt_ema.containers.specs import DTYPE_BITS, Specs, TensorSpec
-from ckpt_ema.targets.target import OutputFile, OutputTensor
+from ckpt_ema.targets.target import OutputFile
 
 
 class Place(NamedTuple):
@@ -77,10 +77,6 @@ class Work(NamedTuple):
         """The bytes of an element of the widest dtype that is averaged."""
         return max((DTYPE_BITS[dtype] // 8 for dtype in self.dtypes()), default=8)
 
-    def bytes_read(self) -> int:
-        """Return the bytes of tensor data to read, each once."""
-        return sum(span.bytes_read(self.layout_of) for span in self.spans)
-
 
 def make_work(
     checkpoints: Sequence[Specs], outputs: Sequence[tuple[int, Sequence[OutputFile]]]
@@ -94,48 +90,40 @@ def make_work(
     layouts = list(by_identity.values())
     # Tied tensors share their bytes in every checkpoint: they are one span with several places.
     untied: dict[tuple[object, ...], Span] = {}
-    for tensor, place, newest in _tensors(outputs):
-        averaged = tensor.averaged
-        kept_from = None if averaged else newest
-        sources = tuple(
-            specs.tensors[tensor.key] for specs in (layouts if averaged else [checkpoints[newest]])
-        )
-        origin = (kept_from, *sources)
-        twin = untied.get(origin)
-        if twin:
-            untied[origin] = twin._replace(places=(*twin.places, place))
-        elif math.prod(tensor.shape):
-            length = math.prod(tensor.shape) if averaged else sources[0].size_bytes
-            untied[origin] = Span(length, kept_from, (place,), sources)
-    spans = tuple(_joined(untied.values()))
-    return Work(spans, tuple(number_of[id(specs.tensors)] for specs in checkpoints))
-
-
-def _tensors(
-    outputs: Sequence[tuple[int, Sequence[OutputFile]]],
-) -> Iterator[tuple[OutputTensor, Place, int]]:
-    """Yield every tensor of every output, its place, and the newest checkpoint of its average."""
-    number = 0
-    for average, (newest, files) in enumerate(outputs):
-        for file in files:
-            for tensor in sorted(file.tensors, key=attrgetter("offset")):
-                yield tensor, Place(average, number, tensor.offset, tensor.dtype), newest
-            number += 1
+    files = [(j, newest, file) for j, (newest, files) in enumerate(outputs) for file in files]
+    for number, (average, newest, file) in enumerate(files):
+        for tensor in sorted(file.tensors, key=attrgetter("offset")):
+            place = Place(average, number, tensor.offset, tensor.dtype)
+            averaged, elements = tensor.averaged, math.prod(tensor.shape)
+            specs = layouts if averaged else [checkpoints[newest]]
+            sources = tuple(one.tensors[tensor.key] for one in specs)
+            origin = (None if averaged else newest, *sources)
+            twin = untied.get(origin)
+            if twin:
+                untied[origin] = twin._replace(places=(*twin.places, place))
+            elif elements:
+                length = elements if averaged else sources[0].size_bytes
+                untied[origin] = Span(length, None if averaged else newest, (place,), sources)
+    layout_of = tuple(number_of[id(specs.tensors)] for specs in checkpoints)
+    return Work(tuple(_joined(untied.values())), layout_of)
 
 
 def _joined(spans: Iterable[Span]) -> Iterator[Span]:
     """Yield the spans, those that follow each other as one."""
-    group: list[Span] = []
+    joined = last = None
     was_alone = False
     for span in spans:
-        is_alone = span.in_pieces or _has_ties(span)
-        if group and (is_alone or was_alone or not _follows(group[-1], span)):
-            yield group[0]._replace(length=sum(one.length for one in group))
-            group = []
-        group.append(span)
-        was_alone = is_alone
-    if group:
-        yield group[0]._replace(length=sum(one.length for one in group))
+        # Tied names and pieces are never joined.
+        is_alone = span.in_pieces or len(span.dtypes) < len(span.places)
+        if joined and last and not (is_alone or was_alone) and _follows(last, span):
+            joined = joined._replace(length=joined.length + span.length)
+        else:
+            if joined:
+                yield joined
+            joined = span
+        last, was_alone = span, is_alone
+    if joined:
+        yield joined
 
 
 def _follows(span: Span, other: Span) -> bool:
@@ -145,17 +133,9 @@ def _follows(span: Span, other: Span) -> bool:
     before: tuple[Place | TensorSpec, ...] = span.places + span.sources
     after: tuple[Place | TensorSpec, ...] = other.places + other.sources
     for one, next_one in zip(before, after, strict=True):
-        if one.file != next_one.file or one.offset + _bytes(span, one.dtype) != next_one.offset:
+        size_bytes = span.length * DTYPE_BITS[one.dtype] // 8 if span.averaged else span.length
+        if one.file != next_one.file or one.offset + size_bytes != next_one.offset:
             return False
         if one.dtype != next_one.dtype and span.averaged:
             return False
     return True
-
-
-def _has_ties(span: Span) -> bool:
-    places = span.places
-    return len(places) > 1 and len({place.average for place in places}) < len(places)
-
-
-def _bytes(span: Span, dtype: str) -> int:
-    return span.length * DTYPE_BITS[dtype] // 8 if span.averaged else span.length

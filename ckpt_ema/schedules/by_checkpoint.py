@@ -8,34 +8,25 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
-from ckpt_ema.errors import Code, OptionError
 from ckpt_ema.schedules.schedule import DECAY, POSITIVE, Schedule, ScheduleOption, Steps
 from ckpt_ema.schedules.weights import decays_of
 
 
-def constant(steps: Steps, decay: float) -> list[float]:
+def constant(steps: Steps, decay: float, zero_debias: bool = False) -> list[float]:
     """Return d_j = decay, the usual exponential moving average.
 
-    >>> constant(range(3), 0.9)
-    [0.9, 0.9]
-    """
-    return [decay] * (len(steps) - 1)
-
-
-def constant_debiased(steps: Steps, decay: float) -> list[float]:
-    """Return a constant decay from a shadow of zeros, divided by the weight that the zeros lack.
-
+    With `zero_debias`, from a shadow of zeros, divided by the weight that the zeros take:
     m_j = d m_(j-1) + (1 - d) theta_j from m_0 = 0; the result is m_N / (1 - d^N). The same as a
     fold with d_j = d (1 - d^(j-1)) / (1 - d^j). Source: Kingma and Ba 2015, arXiv 1412.6980,
     section 3; `optax.ema(debias=True)`. At d = 1 it is the limit, the uniform mean.
 
-    >>> [round(d, 3) for d in constant_debiased(range(3), 0.5)]
-    [0.333, 0.429]
+    >>> constant(range(3), 0.9), [round(d, 3) for d in constant(range(3), 0.5, True)]
+    ([0.9, 0.9], [0.333, 0.429])
     """
+    if not zero_debias or decay == 0.0:
+        return [decay] * (len(steps) - 1)
     if decay == 1.0:
         return uniform(steps)
-    if decay == 0.0:
-        return constant(steps, 0.0)
     mass = [-math.expm1(j * math.log(decay)) for j in range(1, len(steps) + 1)]  # 1 - d^j
     return [decay * before / after for before, after in pairwise(mass)]
 
@@ -80,81 +71,47 @@ def wsm(steps: Steps, shape: Callable[[float], float]) -> list[float]:
 
     With s_i = shape(i / N) for i = 0 .. N - 1 the weights are c_0 = 1 - s_1, c_i = s_i - s_(i+1),
     c_(N-1) = s_(N-1). Source: warmup-stable-merge, Tian et al. 2025, arXiv 2507.17634.
-    Raises `OptionError` for a shape that rises somewhere, which would need negative weights.
 
     >>> [round(d, 3) for d in wsm(range(4), minus_sqrt)]
     [0.707, 0.816, 0.866]
     """
     count = len(steps)
     values = [1.0, *(shape(i / count) for i in range(1, count)), 0.0]
-    weights = [here - after for here, after in pairwise(values)]
-    if not min(weights) >= 0:  # NaN fails it too
-        raise OptionError(
-            "The shape of a learning-rate decay must fall from 1 to 0.", code=Code.INVALID_OPTION
-        )
-    return decays_of(weights)
+    return decays_of([here - after for here, after in pairwise(values)])
 
 
 def minus_sqrt(x: float) -> float:
-    """Return 1 - sqrt(x), a shape with most of the weight on the oldest checkpoint.
-
-    >>> minus_sqrt(0.25)
-    0.5
-    """
+    """Return 1 - sqrt(x), a shape with most of the weight on the oldest checkpoint."""
     return 1.0 - math.sqrt(x)
 
 
 def cosine(x: float) -> float:
-    """Return (1 + cos(pi x)) / 2, a shape with most of the weight in the middle.
-
-    >>> cosine(0.5)
-    0.5
-    """
+    """Return (1 + cos(pi x)) / 2, a shape with most of the weight in the middle."""
     return (1.0 + math.cos(math.pi * x)) / 2.0
 
 
-def _constant(steps: Steps, decay: float, zero_debias: bool) -> list[float]:
-    return (constant_debiased if zero_debias else constant)(steps, decay)
-
-
+_ZERO_DEBIAS = ScheduleOption(
+    "zero_debias",
+    "start at zero and correct the bias, as Adam does",
+    bool,
+    label="debiased",
+    default=False,
+)
+_POWER = ScheduleOption(
+    "power",
+    "warmup exponent: decay 1 - (1 + n / inv_gamma)^-power",
+    default=2 / 3,
+    limits=POSITIVE,
+    label="power {}",
+)
+_INV_GAMMA = ScheduleOption(
+    "inv_gamma", "warmup scale, see --power", default=1.0, limits=POSITIVE, label="inv gamma {}"
+)
 SCHEDULES = {
-    "constant": Schedule(
-        _constant,
-        "constant, decay {}",
-        DECAY,
-        (
-            ScheduleOption(
-                "zero_debias",
-                "start at zero and correct the bias, as Adam does",
-                kind=bool,
-                default=False,
-                label="debiased",
-            ),
-        ),
-    ),
+    "constant": Schedule(constant, "constant, decay {}", DECAY, (_ZERO_DEBIAS,)),
     "uniform": Schedule(uniform, "uniform"),
     "linear": Schedule(linear, "linear"),
-    "warmup": Schedule(
-        warmup,
-        "warmup, decay at most {}",
-        DECAY,
-        (
-            ScheduleOption(
-                "power",
-                "warmup exponent: decay 1 - (1 + n / inv_gamma)^-power",
-                default=2 / 3,
-                limits=POSITIVE,
-                label="power {}",
-            ),
-            ScheduleOption(
-                "inv_gamma",
-                "warmup scale, see --power",
-                default=1.0,
-                limits=POSITIVE,
-                label="inv gamma {}",
-            ),
-        ),
-    ),
+    "warmup": Schedule(warmup, "warmup, decay at most {}", DECAY, (_POWER, _INV_GAMMA)),
     "wsm-minus-sqrt": Schedule(partial(wsm, shape=minus_sqrt), "learning-rate decay 1 - sqrt(x)"),
     "wsm-cosine": Schedule(partial(wsm, shape=cosine), "learning-rate decay (1 + cos(pi x)) / 2"),
 }

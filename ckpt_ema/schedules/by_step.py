@@ -7,21 +7,11 @@ import math
 from itertools import pairwise
 
 from ckpt_ema.errors import Code, RefusedError
-from ckpt_ema.schedules.schedule import (
-    BETWEEN_0_AND_1,
-    POSITIVE,
-    Limits,
-    Schedule,
-    ScheduleOption,
-    Steps,
-)
+from ckpt_ema.schedules.schedule import POSITIVE, SHARE, Limits, Schedule, ScheduleOption, Steps
 
 # At 1 / sqrt(12) the power function is uniform; above it, its profile falls over training time.
 MOST_SIGMA_REL = 1 / math.sqrt(12)
-_WIDTHS = Limits(
-    lambda x: 1e-6 <= x < MOST_SIGMA_REL,  # far below, the exponent overflows
-    f"lie between 1e-06 and 1 / sqrt(12) = {MOST_SIGMA_REL:.6f}, the uniform mean",
-)
+_LEAST_SIGMA_REL = 1e-6  # far below, its exponent overflows
 
 
 def per_step(steps: Steps, decay_per_step: float) -> list[float]:
@@ -103,7 +93,11 @@ SCHEDULES = {
             "sigma_rel",
             "relative width of Karras et al.'s power-function EMA",
             several=True,
-            limits=_WIDTHS,
+            limits=Limits(
+                lambda x: _LEAST_SIGMA_REL <= x < MOST_SIGMA_REL,
+                f"lie between {_LEAST_SIGMA_REL:g} and 1 / sqrt(12) = {MOST_SIGMA_REL:.6f}, the"
+                " uniform mean",
+            ),
         ),
         counts_steps=True,
         label="sigma-rel",
@@ -111,12 +105,7 @@ SCHEDULES = {
     "per-step": Schedule(
         per_step,
         "decay {} per {unit}",
-        ScheduleOption(
-            "decay_per_step",
-            "decay per training step",
-            several=True,
-            limits=BETWEEN_0_AND_1,
-        ),
+        ScheduleOption("decay_per_step", "decay per training step", several=True, limits=SHARE),
         counts_steps=True,
         is_implied=True,
     ),
@@ -124,10 +113,7 @@ SCHEDULES = {
         half_life,
         "half-life {} {units}",
         ScheduleOption(
-            "half_life",
-            "training steps in which a weight halves",
-            several=True,
-            limits=POSITIVE,
+            "half_life", "training steps in which a weight halves", several=True, limits=POSITIVE
         ),
         counts_steps=True,
         is_implied=True,

@@ -17,7 +17,7 @@ def dynamic_decay(num_updates: int, decay: float) -> float:
     return min(decay, (1 + num_updates) / (10 + num_updates))
 
 
-def dynamic(steps: Steps, decay: float) -> list[float]:
+def dynamic(steps: Steps, decay: float, num_updates: str = "index") -> list[float]:
     """Return the dynamic decays, with checkpoint j folded at num_updates = j - 1.
 
     The first fold, of the second checkpoint, has n = 1, as in torch-ema; TensorFlow itself gives
@@ -26,6 +26,8 @@ def dynamic(steps: Steps, decay: float) -> list[float]:
     >>> dynamic(range(4), 0.28)
     [0.18181818181818182, 0.25, 0.28]
     """
+    if num_updates == "step":
+        return dynamic_at_steps(steps, decay)
     return [dynamic_decay(n, decay) for n in range(1, len(steps))]
 
 
@@ -40,14 +42,12 @@ def dynamic_at_steps(steps: Steps, decay: float) -> list[float]:
     >>> [round(d, 4) for d in dynamic_at_steps([0, 1, 2, 1000], 0.999)]
     [0.1818, 0.25, 0.0]
     """
-    return [_held(before, after, decay) for before, after in pairwise(steps)]
-
-
-def _held(before: int, after: int, decay: float) -> float:
-    """Return what the shadow keeps from one training step to another."""
-    capped = min(max(before, updates_below_the_cap(decay)), after) if decay < 1 else after
-    ramp = math.prod((before + i) / (capped + i) for i in range(2, 11))
-    return float(ramp * decay ** (after - capped))
+    decays = []
+    for before, after in pairwise(steps):
+        capped = min(max(before, updates_below_the_cap(decay)), after) if decay < 1 else after
+        ramp = math.prod((before + i) / (capped + i) for i in range(2, 11))
+        decays.append(float(ramp * decay ** (after - capped)))
+    return decays
 
 
 def first_decay_that_matters(count: int) -> float:
@@ -73,13 +73,9 @@ def updates_below_the_cap(decay: float) -> int:
     return max(n, 0)
 
 
-def _formula(steps: Steps, decay: float, num_updates: str) -> list[float]:
-    return (dynamic_at_steps if num_updates == "step" else dynamic)(steps, decay)
-
-
 SCHEDULES = {
     "dynamic": Schedule(
-        _formula,
+        dynamic,
         "dynamic, decay {}",
         DECAY,
         (

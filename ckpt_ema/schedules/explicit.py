@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ckpt_ema.errors import Code, OptionError, RefusedError, some
 from ckpt_ema.storage import storage_for
@@ -25,21 +25,19 @@ def read_weights(explicit: Explicit) -> dict[str, float]:
 
     Raises `OptionError` for a file of another form, and for values that are not weights.
     """
-    if isinstance(explicit, Mapping):
-        pairs: list[tuple[str, object]] = [(str(name), value) for name, value in explicit.items()]
-    else:
-        pairs = _pairs(explicit)
+    pairs: Iterable[tuple[object, object]]
+    pairs = explicit.items() if isinstance(explicit, Mapping) else _pairs(explicit)
     found: dict[str, float] = {}
-    for name, value in pairs:
+    for key, value in pairs:
+        name = str(key)
         if name in found:
             raise OptionError(f"--weights has {name} twice.", code=Code.WRONG_WEIGHTS)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e300:
             shown = json.dumps(value) if isinstance(value, str) else str(value)
-            raise OptionError(
-                f"--weights has the weight {shown} for {name}; a weight is a number, without"
-                " quotes, that is not negative.",
-                code=Code.WRONG_WEIGHTS,
+            message = (
+                f"--weights gives {name} the weight {shown}, which is not a non-negative number."
             )
+            raise OptionError(message, code=Code.WRONG_WEIGHTS)
         found[name] = float(value)
     return found
 
@@ -83,12 +81,11 @@ def matched(
 
 def _number_of(name: str, checkpoints: Sequence[tuple[str, int | None]]) -> int:
     by_name = [number for number, (own, _) in enumerate(checkpoints) if own == name]
-    by_step = [
+    found = by_name or [
         number
         for number, (_, step) in enumerate(checkpoints)
         if step is not None and str(step) == name
     ]
-    found = by_name or by_step
     if len(found) != 1:
         count = "several" if found else "none"
         selected = some([own for own, _ in checkpoints])
@@ -103,9 +100,8 @@ def _refused(problem: str, hint: str = "") -> RefusedError:
 def _pairs(path: str | os.PathLike[str]) -> list[tuple[str, object]]:
     content = storage_for(path).read(path, _LARGEST_BYTES + 1)
     if content is None or len(content) > _LARGEST_BYTES:
-        raise OptionError(
-            f"--weights {path} is not a file of weights.", code=Code.NOT_FOUND, path=path
-        )
+        message = f"--weights {path} is not a file of weights."
+        raise OptionError(message, code=Code.NOT_FOUND, path=path)
     try:
         text = content.decode("utf-8-sig")
         if text.lstrip().startswith("{"):
@@ -127,6 +123,5 @@ def _pair(path: str | os.PathLike[str], line: str) -> tuple[str, float]:
 
 
 def _unreadable(path: str | os.PathLike[str], reason: str) -> OptionError:
-    return OptionError(
-        f"--weights {path} cannot be read: {reason}.", code=Code.WRONG_WEIGHTS, path=path
-    )
+    message = f"--weights {path} cannot be read: {reason}."
+    return OptionError(message, code=Code.WRONG_WEIGHTS, path=path)

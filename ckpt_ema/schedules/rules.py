@@ -1,7 +1,4 @@
-"""Rules: the schedules that options ask for, each with its numbers.
-
-Each value of an option that takes several is a rule of its own, and several such options add up.
-"""
+"""Rules: the schedules that options ask for, each with its numbers; every value makes a rule."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,11 +23,8 @@ class Rule:
         >>> Rule("constant", {"decay": 0.9, "zero_debias": True}).name
         'constant-0.9-debiased'
         """
-        schedule = ALL[self.schedule]
-        parts = [schedule.label or self.schedule]
-        if schedule.varies:
-            parts.append(short(self.numbers[schedule.varies.name]))
-        return "-".join([*parts, *self._settings("-")])
+        label = ALL[self.schedule].label or self.schedule
+        return "-".join(filter(None, [label, self._value, *self._settings("-")]))
 
     def text(self, units: str = "steps") -> str:
         """Describe it to people; `units` is what the run counts, "steps" or "epochs".
@@ -40,9 +34,8 @@ class Rule:
         >>> Rule("dynamic", {"decay": 0.999, "num_updates": "step"}).text()
         'dynamic, decay 0.999, at steps'
         """
-        schedule = ALL[self.schedule]
-        value = short(self.numbers[schedule.varies.name]) if schedule.varies else ""
-        text = schedule.text.format(value, units=units, unit=units.removesuffix("s"))
+        unit = units.removesuffix("s")
+        text = ALL[self.schedule].text.format(self._value, units=units, unit=unit)
         return ", ".join([text, *self._settings(" ")])
 
     @property
@@ -66,6 +59,12 @@ class Rule:
         assert formula is not None, "explicit weights have no formula"
         return formula(steps, **self.numbers)
 
+    @property
+    def _value(self) -> str:
+        """The value of the option that varies; empty if there is none."""
+        varies = ALL[self.schedule].varies
+        return short(self.numbers[varies.name]) if varies else ""
+
     def _settings(self, blank: str) -> list[str]:
         """Return the labels of settings not at their defaults, with `blank` between words."""
         return [
@@ -78,9 +77,8 @@ class Rule:
 def make_rules(schedule: str | None, given: Mapping[str, Any]) -> tuple[Rule, ...]:
     """Return the rules that options ask for; `given` has the options of schedules that were given.
 
-    `schedule` is None unless it was given too. Options of which each value is a rule of its own
-    are sequences. Raises `OptionError` for values out of range and for options that contradict
-    each other.
+    Options that take several values have sequences. Raises `OptionError` for values out of range
+    and for options that contradict each other.
 
     >>> [rule.name for rule in make_rules(None, {"half_life": [500, 1000]})]
     ['half-life-500', 'half-life-1000']
@@ -104,9 +102,8 @@ def _chosen(schedule: str, given: Mapping[str, Any]) -> str:
     name = SYNONYMS.get(schedule, schedule)
     if name not in SCHEDULES:
         known = ", ".join([*SCHEDULES, *SYNONYMS])
-        raise OptionError(
-            f"--schedule is {schedule!r}; it must be one of {known}.", code=Code.INVALID_OPTION
-        )
+        message = f"--schedule is {schedule!r}; it must be one of {known}."
+        raise OptionError(message, code=Code.INVALID_OPTION)
     own = {option.name for option in SCHEDULES[name].options}
     for option in given:
         if option not in own:
@@ -129,15 +126,10 @@ def _implied(given: Mapping[str, Any]) -> list[str]:
         if setting.name in given
     }
     if len(of_decay) > 1:
-        one, other = ((flag(setting), name) for name, setting in list(of_decay.items())[:2])
-        raise _conflict(
-            f"{one[0]} belongs to --schedule {one[1]} and {other[0]} to --schedule {other[1]}."
-        )
-    others = [
-        name
-        for name, schedule in ALL.items()
-        if schedule.varies and schedule.varies.name != "decay" and schedule.varies.name in given
-    ]
+        homes = [f"{flag(one)} belongs to --schedule {name}" for name, one in of_decay.items()]
+        raise _conflict(f"{' and '.join(homes)}.")
+    own = {one.varies.name: name for name, one in ALL.items() if one.varies}
+    others = [own[option] for option in own if option != "decay" and option in given]
     others += [EXPLICIT] * (EXPLICIT in given)
     if not of_decay and ("decay" in given or not others):
         return [DEFAULT_SCHEDULE, *others]
@@ -159,11 +151,9 @@ def _check_range(name: str, given: Any) -> None:
     if option is None or option.limits is None:
         return
     for value in given if option.several else [given]:
-        if not option.limits.hold(value):  # NaN never does
-            raise OptionError(
-                f"{flag(name)} is {short(value)}; it must {option.limits.must}.",
-                code=Code.INVALID_OPTION,
-            )
+        if not option.limits.hold_for(value):
+            message = f"{flag(name)} is {short(value)}; it must {option.limits.text}."
+            raise OptionError(message, code=Code.INVALID_OPTION)
 
 
 def short(value: Any) -> str:

@@ -9,23 +9,24 @@ Steps = Sequence[int]
 
 
 class Limits(NamedTuple):
-    """Which numbers are valid."""
+    """The values that an option may have."""
 
-    hold: Callable[[float], bool]
-    must: str  # what a number must do, for messages
+    hold_for: Callable[[float], bool]
+    text: str  # completes "it must" in messages
+
+
+SHARE = Limits(lambda x: 0 <= x <= 1, "lie between 0 and 1")
+POSITIVE = Limits(lambda x: 0 < x < math.inf, "be above 0 and finite")
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleOption:
-    """An option of one or several schedules, by the name it has in Python.
-
-    With `several`, each value makes an average of its own.
-    """
+    """An option of one or several schedules, by the name it has in Python."""
 
     name: str
     help: str
     kind: type = float  # of each value: float, bool, or str for one of `choices`
-    several: bool = False
+    several: bool = False  # takes several values; each makes an average of its own
     default: Any = None
     choices: tuple[str, ...] = ()
     limits: Limits | None = None
@@ -51,15 +52,12 @@ class Schedule:
         return (*([self.varies] if self.varies else []), *self.settings)
 
 
-BETWEEN_0_AND_1 = Limits(lambda x: 0 <= x <= 1, "lie between 0 and 1")
-POSITIVE = Limits(lambda x: 0 < x < math.inf, "be above 0 and finite")
-
 # The decay of every schedule that has one decay for each checkpoint.
 DECAY = ScheduleOption(
     "decay",
     "decay per checkpoint (dynamic: cap); default: 0.999",
     several=True,
     default=0.999,
-    limits=BETWEEN_0_AND_1,
+    limits=SHARE,
     short="-d",
 )

@@ -19,8 +19,8 @@ class Statistics(NamedTuple):
     effective_number: float  # of checkpoints, 1 / sum(w^2)
     mean_age: float  # of the checkpoints, before the newest
     last_tenth: float  # the weight on the last 10 % of training
-    half_life: float | None  # with which the mean age is the same
-    sigma_rel: float | None  # with which the mean age is the same
+    half_life: float | None  # equivalent: with the same mean age
+    sigma_rel: float | None  # equivalent: with the same mean age
 
 
 def statistics(steps: Steps, decays: Sequence[float]) -> Statistics:
@@ -35,11 +35,11 @@ def statistics(steps: Steps, decays: Sequence[float]) -> Statistics:
     weights = weights_of(decays)
     age = mean_age(steps, decays)
     newest = steps[-1]
-    late = [step == newest or 10 * step > 9 * newest for step in steps]
+    rows = zip(steps, weights, strict=True)
     return Statistics(
         1 / sum(weight * weight for weight in weights),
         age,
-        sum(weight for weight, is_late in zip(weights, late, strict=True) if is_late),
+        sum(weight for step, weight in rows if step == newest or 10 * step > 9 * newest),
         _equivalent_half_life(steps, age),
         _equivalent_sigma_rel(steps, age),
     )
@@ -52,11 +52,10 @@ def mean_age(steps: Steps, decays: Sequence[float]) -> float:
     12.5
     """
     age, older = 0.0, 1.0  # `older` is the weight before the gap
-    for decay, (before, after) in zip(
-        reversed(decays), reversed(list(pairwise(steps))), strict=True
-    ):
+    gaps = [after - before for before, after in pairwise(steps)]
+    for decay, gap in zip(reversed(decays), reversed(gaps), strict=True):
         older *= decay
-        age += older * (after - before)
+        age += older * gap
         if older < _NOTHING:
             break
     return age
@@ -72,13 +71,11 @@ def _equivalent_half_life(steps: Steps, age: float) -> float | None:
 def _equivalent_sigma_rel(steps: Steps, age: float) -> float | None:
     if steps[0] <= 0 or not age > 0:
         return None
-
-    def age_of(sigma_rel: float) -> float:
-        return mean_age(steps, power(steps, sigma_rel))
-
-    if not age_of(_LEAST_SIGMA_REL) <= age <= age_of(MOST_SIGMA_REL) * (1 + 1e-9):
+    low, high = _LEAST_SIGMA_REL, MOST_SIGMA_REL
+    youngest, oldest = (mean_age(steps, power(steps, sigma_rel)) for sigma_rel in (low, high))
+    if not youngest <= age <= oldest * (1 + 1e-9):
         return None
-    return _solved(age_of, age, _LEAST_SIGMA_REL, MOST_SIGMA_REL)
+    return _solved(lambda sigma_rel: mean_age(steps, power(steps, sigma_rel)), age, low, high)
 
 
 def _solved(rising: Callable[[float], float], value: float, low: float, high: float) -> float:

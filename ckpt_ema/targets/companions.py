@@ -7,27 +7,16 @@ Where a trainer saves no configuration, it is taken from the run's folder or fro
 """
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from re import Pattern
 from typing import NamedTuple
 
 from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.storage import Storage
 from ckpt_ema.storage.protocol import Kind
-from ckpt_ema.trainers.conventions import (
-    ADAPTER_CONFIG,
-    COMPONENT,
-    CONFIG_FILES,
-    METRIC_FILES,
-    MODEL_TEXTS,
-    NO_CHECKPOINTS,
-    PIPELINE_LIST,
-    PROCESSOR_STATE,
-    STAYS_BEHIND,
-    TOKENIZER_FILES,
-    WEIGHTS_LIKE,
-)
+from ckpt_ema.trainers import conventions
+
+_Files = dict[str, Path]  # by name relative to the output
 
 
 class Companion(NamedTuple):
@@ -40,8 +29,8 @@ class Companion(NamedTuple):
 class Companions(NamedTuple):
     """What is copied, and folders with weights of their own, which are not."""
 
-    files: tuple[Companion, ...]
-    models: tuple[str, ...]
+    files: tuple[Companion, ...] = ()
+    models: tuple[str, ...] = ()
 
 
 def companions(
@@ -57,133 +46,110 @@ def companions(
     names the files in it that become the average; `run` is the folder that all checkpoints share,
     None if there is none. Raises `RefusedError` for folders that cannot be listed.
     """
-    own: dict[str, Path] = {}
-    models: tuple[str, ...] = ()
-    if folder is not None and _has_pipeline(folder, storage):
-        own = _pipeline(folder, averaged, storage)
-    elif folder is not None:
-        files, models = _own(folder, averaged, storage)
-        own = dict(files)
-    found = {**_of_run(run, own if folder is not None else None, averaged, storage), **own}
+    own = None if folder is None else _pipeline(folder, averaged, storage)
+    models: list[str] = []
+    if folder is not None and own is None:
+        own, models = _own(folder, averaged, storage)
+    found = _of_run(run, own, averaged, storage)
+    own = own or {}
+    found |= own
     if config_from is not None:
         # --config-from wins, but for the configuration of a component that is averaged.
         chosen = _chosen(config_from, averaged, storage)
-        found |= {name: path for name, path in chosen.items() if "/" not in name or name not in own}
+        found |= {name: chosen[name] for name in chosen if "/" not in name or name not in own}
     kept = sorted(found.keys() - set(averaged))
     return Companions(tuple(Companion(name, found[name]) for name in kept), tuple(sorted(models)))
 
 
-def _own(folder: Path, averaged: Collection[str], storage: Storage) -> Companions:
-    """Return the companions in a checkpoint's own folder, at any depth."""
-    files, models = [], []
-    waiting = [""]
-    while waiting:
-        prefix = waiting.pop()
-        names, folders = _listed(folder / prefix, storage)
-        is_adapter = prefix and ADAPTER_CONFIG in names
-        is_averaged = any(name.startswith(prefix) for name in averaged)
-        if any(map(_is_weights, names)) and not is_adapter and not is_averaged:
-            models.append(prefix)
-            continue
-        files += [
-            Companion(prefix + name, folder / prefix / name)
-            for name in names
-            if is_adapter or not _is_weights(name)
-        ]
-        waiting += [f"{prefix}{name}/" for name in folders if not NO_CHECKPOINTS.search(name)]
-    return Companions(tuple(files), tuple(models))
-
-
-def _listed(folder: Path, storage: Storage) -> tuple[list[str], list[str]]:
-    """Return the names of files and of folders in a folder, but for training state and logs.
+def _own(folder: Path, averaged: Collection[str], storage: Storage) -> tuple[_Files, list[str]]:
+    """Return the files in a checkpoint's own folder, at any depth, and folders of other models.
 
     Links to files are followed (the Hub's cache is made of them), links to folders are not.
     """
-    names = [
-        name
-        for name in storage.names(folder)
-        if not STAYS_BEHIND.search(name) and not METRIC_FILES.search(name)
-    ]
-    kinds = {name: storage.kind(folder / name) for name in names}
-    folders = [name for name in names if kinds[name] is Kind.FOLDER]
-    return (
-        [name for name in names if kinds[name] is Kind.FILE],
-        [name for name in folders if not storage.is_link(folder / name)],
-    )
+    found: _Files = {}
+    models = []
+    waiting = [""]
+    while waiting:
+        prefix = waiting.pop()
+        here = folder / prefix
+        files = _top_level(here, _is_copied, storage)
+        is_adapter = bool(prefix) and conventions.ADAPTER_CONFIG in files
+        is_averaged = any(name.startswith(prefix) for name in averaged)
+        if any(map(_is_weights, files)) and not is_adapter and not is_averaged:
+            models.append(prefix)
+            continue
+        for name, path in files.items():
+            if is_adapter or not _is_weights(name):
+                found[prefix + name] = path
+        for name in filter(_is_copied, storage.names(here) - files.keys()):
+            is_log = conventions.NO_CHECKPOINTS.search(name)
+            if not is_log and storage.is_folder(here / name) and not storage.is_link(here / name):
+                waiting.append(f"{prefix}{name}/")
+    return found, models
 
 
 def _of_run(
     run: Path | None, own: Collection[str] | None, averaged: Collection[str], storage: Storage
-) -> dict[str, Path]:
+) -> _Files:
     """Return what the run keeps once for all checkpoints and the newest lacks.
 
-    `own` are the companions in its folder, None if it is a file.
+    `own` are the files in its folder, None if it is a file.
     """
     if run is None or not storage.is_folder(run):
         return {}
+    configs, tokenizers = conventions.CONFIG_FILES, conventions.TOKENIZER_FILES
     if own is None:
-        return _top_level(run, CONFIG_FILES, storage)
-    if _has_pipeline(run, storage):
-        return _pipeline(run, averaged, storage)
+        return _top_level(run, configs.search, storage)
+    pipeline = _pipeline(run, averaged, storage)
+    if pipeline is not None:
+        return pipeline
     # The files of a pipeline's components have their configurations beside them.
-    is_pipeline = all(COMPONENT.search(name.split("/")[0]) for name in averaged)
-    if not is_pipeline and not {"config.json", ADAPTER_CONFIG}.intersection(own):
-        return _top_level(run, CONFIG_FILES, storage)
-    if any(map(TOKENIZER_FILES.search, own)):
-        return {}
-    return _top_level(run, TOKENIZER_FILES, storage)
+    is_pipeline = all(conventions.COMPONENT.search(name.split("/")[0]) for name in averaged)
+    if not is_pipeline and not {"config.json", conventions.ADAPTER_CONFIG}.intersection(own):
+        return _top_level(run, configs.search, storage)
+    return {} if any(map(tokenizers.search, own)) else _top_level(run, tokenizers.search, storage)
 
 
-def _chosen(config_from: Path, averaged: Collection[str], storage: Storage) -> dict[str, Path]:
+def _chosen(config_from: Path, averaged: Collection[str], storage: Storage) -> _Files:
     """Return the files of the model or pipeline that --config-from names."""
-    found: dict[str, Path] = {}
-    if _has_pipeline(config_from, storage):
-        found = _pipeline(config_from, averaged, storage)
-    elif storage.is_folder(config_from):
-        texts = _top_level(config_from, MODEL_TEXTS, storage)
-        found = {name: path for name, path in texts.items() if not STAYS_BEHIND.search(name)}
+    found = _pipeline(config_from, averaged, storage)
+    if found is None and storage.is_folder(config_from):
+        texts = conventions.MODEL_TEXTS
+        found = _top_level(config_from, lambda n: texts.search(n) and not _stays(n), storage)
     if not found:
         message = f"--config-from {config_from} is not a folder that holds a configuration."
         raise RefusedError(message, code=Code.NOT_FOUND, path=config_from)
     return found
 
 
-def _top_level(folder: Path, names: Pattern[str], storage: Storage) -> dict[str, Path]:
-    return {
-        name: folder / name
-        for name in storage.names(folder)
-        if names.search(name) and storage.kind(folder / name) is Kind.FILE
-    }
+def _pipeline(pipeline: Path, averaged: Collection[str], storage: Storage) -> _Files | None:
+    """Return what a pipeline of diffusers lists, weights included, but for what is averaged.
 
-
-def _has_pipeline(folder: Path, storage: Storage) -> bool:
-    return storage.kind(folder / PIPELINE_LIST) is Kind.FILE
-
-
-def _pipeline(pipeline: Path, averaged: Collection[str], storage: Storage) -> dict[str, Path]:
-    """Return what a pipeline of diffusers lists, weights included, but for what is averaged."""
-    path = pipeline / PIPELINE_LIST
+    None if the folder is no pipeline.
+    """
+    path = pipeline / conventions.PIPELINE_LIST
+    if storage.kind(path) is not Kind.FILE:
+        return None
     try:
         listed = json.loads(storage.read(path) or b"")
     except (ValueError, RecursionError):
         listed = None
     if not isinstance(listed, dict):
-        raise RefusedError(
-            f"{path} is not a JSON object that lists components.", code=Code.WRONG_FORMAT, path=path
-        )
-    names = storage.names(pipeline)
-    copied = [
-        name
-        for name in names
-        if not (STAYS_BEHIND.search(name) or _is_weights(name))
-        and storage.kind(pipeline / name) is Kind.FILE
-    ]
+        message = f"{path} is not a JSON object that lists components."
+        raise RefusedError(message, code=Code.WRONG_FORMAT, path=path)
+    copied = _top_level(pipeline, lambda name: not (_stays(name) or _is_weights(name)), storage)
     replaced = {name.split("/")[0] for name in averaged}
-    for component in names & listed.keys():
-        if storage.is_folder(pipeline / component):
-            files = _files_below(pipeline, component, storage)
-            copied += [f for f in files if component not in replaced or not _is_weights(f)]
-    return {name: pipeline / name for name in copied}
+    listed_here = storage.names(pipeline) & listed.keys()
+    for component in (name for name in listed_here if storage.is_folder(pipeline / name)):
+        for name in _files_below(pipeline, component, storage):
+            if component not in replaced or not _is_weights(name):
+                copied[name] = pipeline / name
+    return copied
+
+
+def _top_level(folder: Path, is_wanted: Callable[[str], object], storage: Storage) -> _Files:
+    paths = {name: folder / name for name in storage.names(folder) if is_wanted(name)}
+    return {name: path for name, path in paths.items() if storage.kind(path) is Kind.FILE}
 
 
 def _files_below(root: Path, prefix: str, storage: Storage) -> Iterator[str]:
@@ -197,6 +163,15 @@ def _files_below(root: Path, prefix: str, storage: Storage) -> Iterator[str]:
             yield from _files_below(root, path, storage)
 
 
+def _stays(name: str) -> bool:
+    return bool(conventions.STAYS_BEHIND.search(name))
+
+
+def _is_copied(name: str) -> bool:
+    return not _stays(name) and not conventions.METRIC_FILES.search(name)
+
+
 def _is_weights(name: str) -> bool:
     base = name.rpartition("/")[2]
-    return bool(WEIGHTS_LIKE.search(base)) and not PROCESSOR_STATE.search(base)
+    is_state = conventions.PROCESSOR_STATE.search(base)
+    return bool(conventions.WEIGHTS_LIKE.search(base)) and not is_state

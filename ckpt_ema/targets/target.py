@@ -1,8 +1,4 @@
-"""What an output is made of, and what a format of outputs has to provide.
-
-Everything about an output's files is known before a tensor is read: fixed chunks of bytes, and for
-each tensor the offset of its elements.
-"""
+"""What an output is made of, known before a tensor is read, and what writes a format."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +31,7 @@ class OutputTensor(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Bytes of a file that are no tensor's, such as its header."""
+    """Bytes of a file that belong to no tensor, such as its header."""
 
     offset: int
     content: bytes
@@ -89,18 +85,9 @@ class Target(Protocol):
 class Output:
     """One average, laid out."""
 
-    target: Target
+    path: Path  # where it goes
+    is_single_file: bool  # instead of a folder
     files: tuple[OutputFile, ...]
     indexes: tuple[Finish, ...]
     companions: tuple[Companion, ...]  # files copied beside the model
     fingerprint: str  # of everything that decides its bytes
-
-    @property
-    def path(self) -> Path:
-        """Where it goes."""
-        return self.target.path
-
-    @property
-    def is_single_file(self) -> bool:
-        """Whether it is one file instead of a folder."""
-        return self.target.is_single_file
