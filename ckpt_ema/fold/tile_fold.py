@@ -12,12 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ckpt_ema.fold.shadow import (
-    fold_,
-    fold_keeping_infinities_,
-    fold_rows_,
-    widest_float,
-)
+from ckpt_ema.fold.shadow import fold_, fold_keeping_infinities_, fold_rows_, widest_float
 
 
 class Staging:
@@ -72,11 +67,11 @@ class _Rows(NamedTuple):
 
 
 class _Shadows:
-    """The shadows of a tile, one for each average, and how each checkpoint is folded in."""
+    """The shadows of a tile, of shape (averages, capacity), and how each checkpoint is folded in."""
 
     def __init__(self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device) -> None:
         self._capacity = capacity
-        self._tiles = torch.empty(_averages(uses), capacity, dtype=wide, device=device)
+        self.tiles = torch.empty(_averages(uses), capacity, dtype=wide, device=device)
         self._rows = [list(_rows(of_checkpoint)) for of_checkpoint in uses]
         # While short rows stay in the cache, a call costs more than its arithmetic.
         self._in_rows = device.type == "cpu" and wide == torch.float64
@@ -84,7 +79,7 @@ class _Shadows:
         self._whole = [self._views(index, capacity) for index in range(len(uses))]
 
     def _views(self, index: int, count: int) -> list[torch.Tensor]:
-        return [self._tiles[rows.averages, :count] for rows in self._rows[index]]
+        return [self.tiles[rows.averages, :count] for rows in self._rows[index]]
 
     def fold(self, value: torch.Tensor, index: int, *, keeping_infinities: bool) -> None:
         """Fold the values of checkpoint number `index`, of shape (count,), into its averages."""
@@ -100,10 +95,6 @@ class _Shadows:
                 fold = fold_keeping_infinities_ if keeping_infinities else fold_
                 for shadow, decay in zip(shadows, decays, strict=True):
                     fold(shadow, value, decay or 0.0)
-
-    def of(self, averages: slice, count: int) -> torch.Tensor:
-        """Return the shadows of some averages, of shape (K, count)."""
-        return self._tiles[averages, :count]
 
 
 def _rows(uses: Sequence[Use]) -> Iterator[_Rows]:
@@ -154,7 +145,7 @@ class PlainFold:
 
     def rounded(self, averages: slice, count: int, dtype: torch.dtype) -> memoryview:
         """See `TileFold.rounded`."""
-        shadows = self._shadows.of(averages, count)
+        shadows = self._shadows.tiles[averages, :count]
         self._rounded.values(dtype, shadows.numel()).view(shadows.shape).copy_(shadows)
         return self._rounded.bytes[: shadows.numel() * dtype.itemsize]
 
@@ -207,7 +198,7 @@ class StreamedFold:
 
     def rounded(self, averages: slice, count: int, dtype: torch.dtype) -> memoryview:
         """See `TileFold.rounded`."""
-        shadows = self._shadows.of(averages, count)
+        shadows = self._shadows.tiles[averages, :count]
         size_bytes = shadows.numel() * dtype.itemsize
         with self._module.stream(self._folding):
             rounded = self._rounded[:size_bytes].view(dtype)

@@ -13,13 +13,15 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt_ema.errors import Code, FailedError, RefusedError
 from ckpt_ema.output.destination import averages_in
 from ckpt_ema.storage.local import Local
 from ckpt_ema.storage.protocol import Kind
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _MARK = ".ckpt-ema-"
 _OUTPUT = "output"
@@ -52,7 +54,7 @@ class Workspace:
         """The output, a folder or one file, before it gets its final name."""
         return self.path / _OUTPUT
 
-    def __enter__(self) -> "Workspace":
+    def __enter__(self) -> "Self":
         _remove_leftovers(self.final, spared=self.path)
         try:
             with as_failure(self.final):
@@ -64,12 +66,7 @@ class Workspace:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if not self.kept:
             try:
                 remove(self.path)
