@@ -11,12 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
-from ckpt_ema import __version__
 from ckpt_ema.errors import Code, FailedError, RefusedError
 from ckpt_ema.fold.monitors import make_monitors, watched
 from ckpt_ema.fold.tiles import WHOLE, Share, Tile, share_from, tiles
@@ -28,8 +27,9 @@ from ckpt_ema.output.ledger import Ledger, Outline, Part
 from ckpt_ema.output.publish import StagedOutput
 from ckpt_ema.output.result import Result
 from ckpt_ema.output.workspace import PART, Workspace, keys_with_parts, remove
+from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan, plan
-from ckpt_ema.ranks import Ranks, Waiting, joined
+from ckpt_ema.ranks import Ranks, joined
 from ckpt_ema.report.card import card
 from ckpt_ema.report.figure import Picture
 from ckpt_ema.report.figure import plot as draw
@@ -41,39 +41,30 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read in all
-Started = Callable[[Plan], None]
 
 _RANK = "rank-"  # the kind of records of ranks, which no other run may use
 
 
-class RunKeywords(Keywords, total=False):
-    """The keyword arguments of `average` and `average_part`: the options, and those of `How`."""
+class How(TypedDict, total=False):
+    """How a plan is executed; nothing here changes a byte of the models."""
 
     overwrite: bool
     resume: bool
     plot: PathLike | None
     command: str | None
     progress: Progress | None
-    started: Started | None
+    started: Callable[[Plan], None] | None
 
 
-@dataclass(frozen=True, slots=True)
-class How:
-    """How a plan is executed; nothing here changes a byte of the models."""
-
-    overwrite: bool = False
-    resume: bool = False
-    plot: PathLike | None = None
-    command: str | None = None
-    progress: Progress | None = None
-    started: Started | None = None
+class RunKeywords(Keywords, How, total=False):
+    """The keyword arguments of `average` and `average_part`."""
 
 
 def average(
     run: PathLike | Sequence[PathLike],
     *,
     launch: bool = False,
-    waiting: Callable[[Waiting], None] | None = None,
+    waiting: Callable[[str], None] | None = None,
     **keywords: "Unpack[RunKeywords]",
 ) -> Result:
     """Average the checkpoints in `run`, a folder or checkpoints oldest first, into an output.
@@ -87,7 +78,7 @@ def average(
 
     With `launch`, the processes that torchrun or srun started together share the work. Each of them
     calls this, and returns when the first has published or raises when one has failed; `waiting` is
-    called if others are late.
+    called with a sentence if others are late.
 
     Raises what `plan` raises; `RefusedError` also if something else is at the output path and
     `overwrite` is False, or if a checkpoint holds NaN; `FailedError` if reading or writing fails.
@@ -116,8 +107,6 @@ def finish(output: PathLike, *, overwrite: bool = False) -> Result:
     """
     final = Path(output)
     keys = keys_with_parts(final)
-    if not keys:
-        return _finished_before(final)
     if len(keys) > 1:
         folders = ", ".join(str(Workspace(final, key).path) for key in keys)
         raise RefusedError(
@@ -127,8 +116,19 @@ def finish(output: PathLike, *, overwrite: bool = False) -> Result:
             code=Code.PARTS_DISAGREE,
             path=final,
         )
-    check_free(final, overwrite)
-    return _publish_recorded(final, keys[0], PART, overwrite)
+    if keys:
+        check_free(final, overwrite)
+        return _publish_recorded(final, keys[0], PART, overwrite)
+    outputs = outputs_at(final)
+    manifests = [manifest.read_manifest(path) for path in outputs]
+    if not outputs or not all(manifests):
+        raise RefusedError(
+            f"{final} has no parts to finish.",
+            "Make them with ckpt-ema average --part 1/N, ... and the same --output.",
+            code=Code.NO_PARTS,
+            path=final,
+        )
+    return _made_before(final, outputs, manifests)
 
 
 def up_to_date(plan: Plan) -> Result | None:
@@ -137,7 +137,7 @@ def up_to_date(plan: Plan) -> Result | None:
         return None
     recorded = [
         # The header of a single file has no room for all of it.
-        {"ckpt_ema": __version__, **manifest.describe(plan, average)}
+        manifest.describe(plan, average)
         if average.output.is_single_file
         else manifest.read_manifest(average.output.path)
         for average in plan.averages
@@ -155,21 +155,22 @@ def _run(
     """Plan, and execute the plan, a part of it, or the share of a rank."""
     share = WHOLE if part is None else share_from(part)
     options: dict[str, Any] = {**keywords}
-    names = {field.name for field in fields(How)} & options.keys()
-    how = How(**{name: options.pop(name) for name in names})
+    given = {name: options.pop(name) for name in How.__annotations__ if name in options}
+    how = cast("How", given)
     decided = plan(run, **options)
     done = up_to_date(decided)
     if done is None:
-        check_free(decided.output, how.overwrite)
+        check_free(decided.output, how.get("overwrite", False))
     if ranks:
         ranks.agree("plan", f"{decided.work_id} {'to do' if done is None else 'is done'}")
         if ranks.rank:
-            how = replace(how, plot=None, started=None)
-    picture = draw(decided, how.plot) if how.plot is not None else None
+            how = {**how, "plot": None, "started": None}
+    plot = how.get("plot")
+    picture = None if plot is None else draw(decided, plot)
     if done:
         return replace(done, manifests=()) if ranks and ranks.rank else done
-    if how.started:
-        how.started(decided)
+    if started := how.get("started"):
+        started(decided)
     decided, device = _on_device(decided, ranks.local_rank if ranks else 0)
     if ranks:
         made = _execute_together(decided, how, device, picture, ranks)
@@ -187,13 +188,14 @@ def execute(
     kind: str = "",
 ) -> Result:
     """Fold a share of `plan`; publish it, or record it as one of a `kind` for whoever publishes."""
-    key = plan.work_id if how.resume or kind else ""
-    outline = _outline(plan, how.command)
-    with StagedOutput(plan.output, key, how.overwrite, is_shared=bool(kind)) as staged:
+    key = plan.work_id if kind or how.get("resume") else ""
+    outline = _outline(plan, how.get("command"))
+    overwrite = how.get("overwrite", False)
+    with StagedOutput(plan.output, key, overwrite, is_shared=bool(kind)) as staged:
         staged.kept = bool(key)
         staged.create(_files(plan))
         if share.part == 1:
-            _add_side_files(plan, staged, picture, how.command)
+            _add_side_files(plan, staged, picture, how.get("command"))
         try:
             part = _fold(plan, how, device, share, staged)
             if not kind:
@@ -213,15 +215,16 @@ def _execute_together(
 
     def tick(read: int, total: int) -> None:
         ranks.check()
-        if how.progress:
-            how.progress(read, total)
+        if progress := how.get("progress"):
+            progress(read, total)
 
     share = Share(ranks.rank + 1, ranks.size)
+    overwrite = how.get("overwrite", False)
     try:
-        made = execute(plan, replace(how, progress=tick), device, picture, share, _RANK)
+        made = execute(plan, {**how, "progress": tick}, device, picture, share, _RANK)
         ranks.wait("parts")
         if ranks.rank == 0:
-            published = _publish_recorded(plan.output, plan.work_id, _RANK, how.overwrite)
+            published = _publish_recorded(plan.output, plan.work_id, _RANK, overwrite)
             made = replace(published, seconds=made.seconds)
         ranks.wait("publication")
     except BaseException as error:
@@ -230,7 +233,7 @@ def _execute_together(
                 ranks.check_now()  # the failure of another rank may be the cause
             ranks.fail(error)  # before the others lose their workspace
         finally:
-            if not how.resume:
+            if not how.get("resume"):
                 remove(Workspace(plan.output, plan.work_id).path)
         raise
     return made
@@ -269,7 +272,7 @@ def _fold(plan: Plan, how: How, device: "torch.device", share: Share, staged: St
 
     start = time.monotonic()
     monitors = make_monitors(watched(plan))
-    kept = Ledger(staged, monitors, staged.make_durable, is_kept=how.resume)
+    kept = Ledger(staged, monitors, staged.make_durable, is_kept=how.get("resume", False))
 
     def todo() -> Iterator[Tile]:
         return (tile for tile in tiles(plan, share) if tile.numbers.start not in kept.done)
@@ -277,8 +280,8 @@ def _fold(plan: Plan, how: How, device: "torch.device", share: Share, staged: St
     total = sum(tile.span.bytes_read(plan.work.layout_of, tile.length) for tile in todo())
 
     def tick(bytes_read: int) -> None:
-        if how.progress:
-            how.progress(bytes_read, total)
+        if progress := how.get("progress"):
+            progress(bytes_read, total)
         kept.write_if_due()
 
     try:
@@ -304,22 +307,19 @@ def _on_device(plan: Plan, place: int) -> tuple[Plan, "torch.device"]:
     try:
         from ckpt_ema.fold import devices  # and with it torch, which is needed only now
     except (ImportError, OSError) as error:
-        raise FailedError(
-            f"torch cannot be imported: {error}.", code=Code.MISSING_DEPENDENCY
-        ) from error
+        message = f"torch cannot be imported: {error}."
+        raise FailedError(message, code=Code.MISSING_DEPENDENCY) from error
     device = devices.resolve_device(plan.engine.device, place)
     return devices.plan_on(plan, device), device
 
 
 def _outline(plan: Plan, command: str | None) -> Outline:
     """Return what all parts of a plan share."""
-    made_by = {"ckpt_ema": __version__, "command": command}
     manifests = {
-        folder: {**made_by, **manifest.describe(plan, average)}
-        for folder, average in zip(_folders(plan), plan.averages, strict=True)
+        folder: manifest.describe(plan, average, command) for folder, average in _placed(plan)
     }
-    names = [name for name, _ in _files(plan)]
-    return Outline(names, manifests, watched(plan), plan.bytes_written)
+    files = [name for name, _ in _files(plan)]
+    return Outline(files, manifests, watched(plan), plan.bytes_written)
 
 
 def _result(final: Path, outline: Outline, parts: Sequence[Part]) -> Result:
@@ -347,40 +347,25 @@ def _made_before(
     )
 
 
-def _finished_before(final: Path) -> Result:
-    """Return what an earlier `finish` published, if it is there."""
-    outputs = outputs_at(final)
-    manifests = [manifest.read_manifest(path) for path in outputs]
-    if not outputs or not all(manifests):
-        raise RefusedError(
-            f"{final} has no parts to finish.",
-            "Make them with ckpt-ema average --part 1/N, ... and the same --output.",
-            code=Code.NO_PARTS,
-            path=final,
-        )
-    return _made_before(final, outputs, manifests)
-
-
 def _files(plan: Plan) -> list[tuple[str, OutputFile]]:
     """Return the model files of all averages, with their names in the plan's output."""
     return [
         (os.path.join(folder, file.name), file)
-        for folder, average in zip(_folders(plan), plan.averages, strict=True)
+        for folder, average in _placed(plan)
         for file in average.output.files
     ]
 
 
-def _folders(plan: Plan) -> list[str]:
-    """Return the folder of each average in the plan's output; empty for the only one."""
-    inside = (average.output.path.relative_to(plan.output) for average in plan.averages)
-    return [os.fspath(folder).removeprefix(".") for folder in inside]
+def _placed(plan: Plan) -> list[tuple[str, Average]]:
+    """Return each average with its folder in the plan's output."""
+    return [(os.path.relpath(one.output.path, plan.output), one) for one in plan.averages]
 
 
 def _add_side_files(
     plan: Plan, staged: StagedOutput, picture: Picture | None, command: str | None
 ) -> None:
     """Write all other files of an output, except manifests, which record how it went."""
-    for folder, average in zip(_folders(plan), plan.averages, strict=True):
+    for folder, average in _placed(plan):
         if average.output.is_single_file:
             continue
         for name, content in average.output.indexes:

@@ -67,7 +67,7 @@ class _Rows(NamedTuple):
 
 
 class _Shadows:
-    """The shadows of a tile, of shape (averages, capacity), and how each checkpoint is folded in."""
+    """The shadows of a tile, one for each average, and how each checkpoint is folded in."""
 
     def __init__(self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device) -> None:
         self._capacity = capacity
