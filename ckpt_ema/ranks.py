@@ -36,7 +36,7 @@ class Place(NamedTuple):
     is_hosted: bool  # the launcher has the store; otherwise rank 0 has
     local_rank: int  # among those on its machine
 
-    def without(self, late: Sequence[int]) -> str:
+    def waiting_for(self, late: Sequence[int]) -> str:
         """Return a sentence: waiting for ranks 1, 3 of 4 at host:29500."""
         which = f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late))}"
         return f"waiting for {which} of {self.size} at {self.address}:{self.port}"
@@ -169,7 +169,7 @@ class Ranks:
         late = time.monotonic() + _SECONDS_BEFORE_SAYING
         while missing := [rank for rank in missing if not self._has(f"{name}/{rank}")]:
             if waiting and time.monotonic() > late:
-                waiting(self._place.without(missing))
+                waiting(self._place.waiting_for(missing))
                 waiting = None
             time.sleep(_POLL_SECONDS)
 
@@ -261,12 +261,14 @@ def joined(
 def _store(
     place: Place, environment: Mapping[str, str], waiting: Callable[[str], None] | None
 ) -> Any:
-    says = threading.Timer(_SECONDS_BEFORE_SAYING, lambda: waiting and waiting(place.without([0])))
+    says = threading.Timer(
+        _SECONDS_BEFORE_SAYING, lambda: waiting and waiting(place.waiting_for([0]))
+    )
     says.daemon = True
-    says.start()
     try:
         import torch.distributed
 
+        says.start()
         distributed: Any = torch.distributed
         store = distributed.TCPStore(
             place.address,

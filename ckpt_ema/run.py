@@ -163,13 +163,12 @@ def _run(
         check_free(decided.output, how.get("overwrite", False))
     if ranks:
         ranks.agree("plan", f"{decided.work_id} {'to do' if done is None else 'is done'}")
-        if ranks.rank:
-            how = {**how, "plot": None, "started": None}
-    plot = how.get("plot")
-    picture = None if plot is None else draw(decided, plot)
+    is_first = ranks is None or ranks.rank == 0
+    plot, started = how.get("plot"), how.get("started")
+    picture = draw(decided, plot) if is_first and plot is not None else None
     if done:
-        return replace(done, manifests=()) if ranks and ranks.rank else done
-    if started := how.get("started"):
+        return done if is_first else replace(done, manifests=())
+    if is_first and started:
         started(decided)
     decided, device = _on_device(decided, ranks.local_rank if ranks else 0)
     if ranks:

@@ -1,7 +1,6 @@
 """The one loop: which tile, which thread, which device.
 
-A thread takes the next tile, reads its range from every checkpoint, folds, rounds and writes it
-where it belongs. Threads share only the list of tiles, so the bytes do not depend on their number.
+Threads share only the list of tiles, so the bytes do not depend on their number.
 """
 
 import threading
@@ -132,10 +131,8 @@ class _Worker:
     """One thread's part, with memory of its own."""
 
     def __init__(self, job: _Job) -> None:
-        self._job = job
-        self._plan = job.plan
-        self._device = job.device
-        self._elements = job.elements
+        self._job, self._plan = job, job.plan
+        self._device, self._elements = job.device, job.elements
         self._fold: TileFold | None = None  # made for the first averaged tensor
         self._staging = Staging(0)  # for kept tensors, likewise
 

@@ -152,19 +152,17 @@ class Shadow:
         if value.dtype not in AVERAGED_DTYPES:
             self._shadow[name] = wide.clone()
             return
-        before = self._shadow[name]
-        after = before.clone()
+        after = self._shadow[name].clone()
         fold_(after, wide, decay)
         if not is_finite(after):
-            after = before.clone()
+            after.copy_(self._shadow[name])
             fold_keeping_infinities_(after, wide, decay)
         self._shadow[name] = after
 
     def _wide(self, value: torch.Tensor) -> torch.Tensor:
         device = self._device or value.device
-        if value.dtype not in AVERAGED_DTYPES:
-            return value.to(device)
-        return value.to(device, widest_float(device))
+        is_averaged = value.dtype in AVERAGED_DTYPES
+        return value.to(device, widest_float(device) if is_averaged else value.dtype)
 
     def _check(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         if state_dict.keys() != self._shadow.keys():
@@ -177,12 +175,9 @@ class Shadow:
                 message = f"Tensor {name} has shape {shape}; in the shadow it has {expected}."
                 raise _different(message, name)
             if (value.dtype in AVERAGED_DTYPES) != (mine.dtype in AVERAGED_DTYPES):
-                raise _different(
-                    f"Tensor {name} is {value.dtype} and in the shadow {self._dtypes[name]}; cannot"
-                    " average float and non-float tensors.",
-                    name,
-                    Code.DIFFERENT_DTYPES,
-                )
+                message = f"Tensor {name} is {value.dtype} and in the shadow {self._dtypes[name]};"
+                why = "cannot average float and non-float tensors."
+                raise _different(f"{message} {why}", name, Code.DIFFERENT_DTYPES)
 
 
 def _different(

@@ -1,14 +1,13 @@
 """Folding one tile, on the host or on an accelerator; `engine` decides which tile and where.
 
-A tile is folded oldest checkpoint first: its elements are read into a staging buffer, brought to
-the device, widened, and folded into the shadow of every average that takes the checkpoint. Each
-shadow is rounded once at the end, and does not depend on the others.
+A tile is folded oldest checkpoint first, in float64 or as wide as the device can; each shadow is
+rounded once at the end and does not depend on the others.
 """
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -161,9 +160,8 @@ class StreamedFold:
     def __init__(
         self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device, widest_bytes: int
     ) -> None:
-        module: Any = torch.get_device_module(device)
         self._checkpoints = len(uses)
-        self._module = module
+        self._module = module = torch.get_device_module(device)
         self._folding, self._copying = module.Stream(device=device), module.Stream(device=device)
         self._copied = [module.Event(), module.Event()]
         self._consumed = [module.Event(), module.Event()]
@@ -223,8 +221,8 @@ def device_element_bytes(averages: int, wide: torch.dtype, widest_bytes: int) ->
     """Return the bytes of device memory for each element that is folded at a time."""
     # Two landing buffers, the widened values, each shadow and its rounded form; to keep infinities,
     # one more shadow and masks.
-    landing, shadow = 2 * widest_bytes, wide.itemsize
-    return landing + shadow + (shadow + widest_bytes) * averages + (shadow + 4)
+    shadow = wide.itemsize
+    return 2 * widest_bytes + shadow + (shadow + widest_bytes) * averages + (shadow + 4)
 
 
 def _averages(uses: Uses) -> int:
@@ -232,18 +230,16 @@ def _averages(uses: Uses) -> int:
 
 
 def make_fold(
-    uses: Uses,
-    capacity: int,
-    wide: torch.dtype,
-    device: torch.device,
-    widest_bytes: int,
+    uses: Uses, capacity: int, wide: torch.dtype, device: torch.device, widest_bytes: int
 ) -> TileFold:
     """Make the fold for a device, streamed where it has streams.
 
     `widest_bytes` is the size of the widest element that is read or written. A device without
     float64 cannot hold such values, so the plain fold narrows them on the host.
     """
-    streamed = device.type != "cpu" and hasattr(torch.get_device_module(device), "Stream")
-    if widest_bytes > widest_float(device).itemsize:
-        streamed = False
+    streamed = (
+        device.type != "cpu"
+        and hasattr(torch.get_device_module(device), "Stream")
+        and widest_bytes <= widest_float(device).itemsize
+    )
     return (StreamedFold if streamed else PlainFold)(uses, capacity, wide, device, widest_bytes)

@@ -31,10 +31,6 @@ class Share(NamedTuple):
     part: int = 1
     of: int = 1
 
-    def __str__(self) -> str:
-        """Return it as people write it: 3/64."""
-        return f"{self.part}/{self.of}"
-
 
 WHOLE = Share()
 

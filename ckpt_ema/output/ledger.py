@@ -1,8 +1,7 @@
-"""The ledger of an unpublished output: which tiles are done, and what parts have to tell `finish`.
+"""The ledger of an unpublished output: which tiles are done, and how each part went.
 
-A line in the workspace counts tiles as done once their bytes are on disk, so that an interrupted
-run can resume. Tiles are numbers: the key of the workspace stands for everything else. Parts, and
-the ranks of a launch, also leave a record each, and one of what they are parts of.
+A line counts tiles, by number, as done once their bytes are on disk, so that an interrupted run can
+resume. Parts and ranks leave a record each, and the outline, which is what they are parts of.
 """
 
 import json

@@ -157,24 +157,18 @@ class StagedOutput(Workspace):
         try:
             fsync_folder(self.final.parent)
         except OSError as error:
-            raise FailedError(
-                f"{self.final} is published, but may not survive a power failure:"
-                f" {error.strerror}.",
-                code=Code.WRITE_FAILED,
-                path=self.final,
-            ) from error
+            why = f"may not survive a power failure: {error.strerror}"
+            message = f"{self.final} is published, but {why}."
+            raise FailedError(message, code=Code.WRITE_FAILED, path=self.final) from error
 
     def _give_name(self, ready: Path) -> None:
-        if self._overwrite and os.path.lexists(self.final):
-            self._replace(ready)
-        elif self.is_single_file:
-            _link_or_rename(ready, self.final)
-        else:
-            os.rename(ready, self.final)  # replaces nothing but an empty folder
+        """Replace nothing but an empty folder, or what `overwrite` applies to.
 
-    def _replace(self, ready: Path) -> None:
-        """Replace the old output, which ends up in the workspace or is removed."""
-        if self.is_single_file:
+        An old folder ends up in the workspace or is removed.
+        """
+        if not (self._overwrite and os.path.lexists(self.final)):
+            (_link_or_rename if self.is_single_file else os.rename)(ready, self.final)
+        elif self.is_single_file:
             os.replace(ready, self.final)
         elif not _exchange(ready, self.final):
             old = hidden_sibling(self.final)

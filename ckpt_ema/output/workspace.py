@@ -178,8 +178,7 @@ def _remove_leftovers(final: Path, spared: Path) -> None:
 def _is_wanted(path: Path, final: Path) -> bool:
     """Return whether a hidden sibling of an output is more than a leftover.
 
-    Finished parts hold no lock. The previous output is there if a run was killed between two
-    renames.
+    Finished parts hold no lock; a run killed between two renames leaves the previous output.
     """
     if any(Local().exists(path / name) for name in (_OUTPUT, PUBLISHED)):
         return _has_parts(path)

@@ -1,7 +1,6 @@
 """Finds two steps that hold the same state, from the bytes that are read anyway.
 
-Neighbours in an average are compared tile by tile until one tile differs. That is usually the
-first, so it costs nothing. Frozen tensors are equal in all checkpoints.
+Neighbours in an average are compared tile by tile until one differs, which is usually the first.
 """
 
 import hashlib
