@@ -155,8 +155,7 @@ def _run(
     """Plan, and execute the plan, a part of it, or the share of a rank."""
     share = WHOLE if part is None else share_from(part)
     options: dict[str, Any] = {**keywords}
-    given = {name: options.pop(name) for name in How.__annotations__ if name in options}
-    how = cast("How", given)
+    how = cast("How", {name: options.pop(name) for name in How.__annotations__ if name in options})
     decided = plan(run, **options)
     done = up_to_date(decided)
     if done is None:
