@@ -1,6 +1,6 @@
 """The averages that options ask for: each rule on each selection, with its weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,22 +89,23 @@ def _weighted(
     return checkpoints, rule.decays(steps)
 
 
-def make_average(weighted: Weighted, index_of: Mapping[Checkpoint, int], output: Output) -> Average:
-    """Make an average of a plan whose checkpoints have these indexes."""
-    checkpoints, decays = weighted.checkpoints, weighted.decays
-    steps, unit = _steps(checkpoints)
-    return Average(
-        weighted.name,
-        weighted.rule,
-        tuple(index_of[checkpoint] for checkpoint in checkpoints),
-        tuple(steps),
-        unit,
-        tuple(gaps(checkpoints)),
-        decays,
-        tuple(weights_of(decays)),
-        statistics(steps, decays),
-        output,
-    )
+def make_averages(
+    averages: Sequence[Weighted], outputs: Sequence[Output], checkpoints: Sequence[Checkpoint]
+) -> tuple[Average, ...]:
+    """Make the averages of a plan that has these checkpoints."""
+    index_of = {checkpoint: index for index, checkpoint in enumerate(checkpoints)}
+    made = []
+    for (name, rule, taken, decays), output in zip(averages, outputs, strict=True):
+        members = tuple(index_of[checkpoint] for checkpoint in taken)
+        steps, unit = _steps(taken)
+        weights, figures = tuple(weights_of(decays)), statistics(steps, decays)
+        made.append(
+            Average(
+                *(name, rule, members, tuple(steps), unit, tuple(gaps(taken))),
+                *(decays, weights, figures, output),
+            )
+        )
+    return tuple(made)
 
 
 def _steps(checkpoints: Sequence[Checkpoint]) -> tuple[Sequence[int], str]:

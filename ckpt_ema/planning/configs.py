@@ -40,26 +40,19 @@ def compare_configs(
     )
     differing: dict[str, str] = {}  # field -> the first checkpoint in which it differs
     for checkpoint, one in zip(checkpoints, specs, strict=True):
-        header = one.metadata[0]
-        essential = _differences(header, specs[-1].metadata[0], _HEADER_FIELDS) if header else {}
+        _check((checkpoint, newest), one.metadata[0], specs[-1].metadata[0], _HEADER_FIELDS)
+        changed: dict[str, str] = {}
         own = _unlike(checkpoint, ADAPTER_CONFIG, adapter, storage)
         if own:
-            essential |= _differences(own, _content(adapter), _ADAPTER_FIELDS)
+            _check((checkpoint, newest), own, _content(adapter), _ADAPTER_FIELDS)
             # The same base model may have been read from another place.
-            for field in _differences(own, _content(adapter), (_BASE,)):
-                differing.setdefault(field, checkpoint.name)
-        if essential:
-            raise RefusedError(
-                f"{checkpoint.name} and {newest.name} differ in {', '.join(essential.values())}.",
-                "Pass only the checkpoints that belong together.",
-                code=Code.DIFFERENT_CONFIGS,
-                path=checkpoint.path,
-            )
+            changed |= _differences(own, _content(adapter), (_BASE,))
         own = _unlike(checkpoint, _MODEL_CONFIG, model, storage)
         if own is not None:
             fields = {**own, **_content(model)}.keys() - set(_UNIMPORTANT)
-            for field in _differences(own, _content(model), fields):
-                differing.setdefault(field, checkpoint.name)
+            changed |= _differences(own, _content(model), fields)
+        for field in changed:
+            differing.setdefault(field, checkpoint.name)
     if not differing:
         return []
     file = _MODEL_CONFIG if model else ADAPTER_CONFIG
@@ -70,6 +63,20 @@ def compare_configs(
             f" {some(sorted(differing))}; the output has the latter.",
         )
     ]
+
+
+def _check(
+    both: tuple[Checkpoint, Checkpoint], one: _Fields, other: _Fields, fields: Iterable[str]
+) -> None:
+    """Refuse two adapters whose fields differ; one without any field is none."""
+    different = _differences(one, other, fields) if one else {}
+    if different:
+        raise RefusedError(
+            f"{both[0].name} and {both[1].name} differ in {', '.join(different.values())}.",
+            "Pass only the checkpoints that belong together.",
+            code=Code.DIFFERENT_CONFIGS,
+            path=both[0].path,
+        )
 
 
 def _unlike(checkpoint: Checkpoint, name: str, newest: bytes, storage: Storage) -> _Fields | None:

@@ -33,11 +33,11 @@ from ckpt_ema.options import (
     make_options,
 )
 from ckpt_ema.planning.advice import weight_notes, weight_warnings
-from ckpt_ema.planning.average import Average, Weighted, make_average, weigh
+from ckpt_ema.planning.average import Average, Weighted, make_averages, weigh
 from ckpt_ema.planning.fingerprint import deciding
 from ckpt_ema.planning.notices import run_notes, run_warnings
-from ckpt_ema.planning.output import find_destination, lay_out, named
-from ckpt_ema.planning.roles import DROPPED, Rule, TensorRole, by_pattern
+from ckpt_ema.planning.output import LaidOut, find_destination, lay_out, named
+from ckpt_ema.planning.roles import Rule, TensorRole, all_rules, by_pattern
 from ckpt_ema.planning.same_model import Compared, compare
 from ckpt_ema.planning.sizing import element_bytes, make_sizes
 from ckpt_ema.planning.work import Work, make_work
@@ -158,43 +158,27 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
     paths = _paths(run)
     source = Source(storage_for(paths[0]), options.reading)
     chosen = _choose(paths, options.selection, options.weighting, source)
-    found = chosen.found
-    destination = find_destination(options.output.output, found, paths, source.storage)
+    output, found, storage = options.output, chosen.found, source.storage
+    destination = find_destination(output.output, found, paths, storage)
     compared = compare(chosen.checkpoints, source)
     _check_names(chosen.averages, compared)
     laid_out = lay_out(
-        chosen.averages,
-        compared.specs,
-        found,
-        destination,
-        options.output,
-        deciding(options),
-        source.storage,
+        chosen.averages, compared.specs, found, destination, output, deciding(options), storage
     )
-    index_of = {checkpoint: index for index, checkpoint in enumerate(chosen.checkpoints)}
-    rows = zip(chosen.averages, laid_out.outputs, strict=True)
-    averages = tuple(make_average(weighted, index_of, output) for weighted, output in rows)
-    specs = list(compared.specs.values())
-    work = make_work(specs, [(average.newest, average.output.files) for average in averages])
+    averages = make_averages(chosen.averages, laid_out.outputs, chosen.checkpoints)
+    outputs = [(average.newest, average.output.files) for average in averages]
+    work = make_work(list(compared.specs.values()), outputs)
     sizes = make_sizes(options.engine, work, len(averages))
-    names = [checkpoint.name for checkpoint in chosen.checkpoints]
-    rulings, others = laid_out.rulings, laid_out.other_models
     return Plan(
         run=os.fspath(found.root),
-        checkpoints=tuple(
-            PlannedCheckpoint(c.path, c.name, c.step, c.unit, c.model.folder, one)
-            for c, one in compared.specs.items()
-        ),
+        checkpoints=_planned(compared.specs),
         averages=averages,
-        tensor_rules={
-            **{key: ruling.rule for key, ruling in rulings.items()},
-            **dict.fromkeys(compared.dropped, DROPPED),
-        },
-        storage=source.storage,
+        tensor_rules=all_rules(laid_out.rulings, compared.dropped),
+        storage=storage,
         engine=options.engine,
         given=options.given(),
-        dtype=options.output.dtype,
-        card=options.output.card,
+        dtype=output.dtype,
+        card=output.card,
         allow_nonfinite=options.reading.allow_nonfinite,
         allow_duplicates=options.reading.allow_duplicates,
         output=destination,
@@ -202,17 +186,8 @@ def _plan(run: PathLike | Sequence[PathLike], options: Options) -> Plan:
         threads=sizes.threads,
         tile_elements=sizes.tile_elements,
         judged=found.judged,
-        notes=(
-            *chosen.notes,
-            *weight_notes(averages),
-            *run_notes(compared.specs, _found_in_all(found), rulings, others),
-        ),
-        warnings=(
-            *chosen.warnings,
-            *weight_warnings(averages, names),
-            *run_warnings(compared.specs),
-            *compared.warnings,
-        ),
+        notes=_notes(chosen, compared, laid_out, averages),
+        warnings=_warnings(chosen, compared, averages),
     )
 
 
@@ -263,6 +238,29 @@ def _check_names(averages: Sequence[Weighted], compared: Compared) -> None:
                 code=Code.DIFFERENT_NAMES,
                 path=last.path,
             )
+
+
+def _planned(specs_of: Mapping[Checkpoint, Specs]) -> tuple[PlannedCheckpoint, ...]:
+    return tuple(
+        PlannedCheckpoint(c.path, c.name, c.step, c.unit, c.model.folder, specs)
+        for c, specs in specs_of.items()
+    )
+
+
+def _notes(
+    chosen: _Chosen, compared: Compared, laid_out: LaidOut, averages: Sequence[Average]
+) -> tuple[Notice, ...]:
+    in_all = _found_in_all(chosen.found)
+    about_run = run_notes(compared.specs, in_all, laid_out.rulings, laid_out.other_models)
+    return (*chosen.notes, *weight_notes(averages), *about_run)
+
+
+def _warnings(
+    chosen: _Chosen, compared: Compared, averages: Sequence[Average]
+) -> tuple[Notice, ...]:
+    about_weights = weight_warnings(averages, [one.name for one in chosen.checkpoints])
+    about_run = run_warnings(compared.specs)
+    return (*chosen.warnings, *about_weights, *about_run, *compared.warnings)
 
 
 def _found_in_all(found: Found) -> int:

@@ -5,7 +5,7 @@ Codes and scales of quantised weights are known by name, everything else by dtyp
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -142,6 +142,12 @@ def _tied(
             if first.setdefault(place, name) != name:
                 tied[name] = first[place]
     return tied
+
+
+def all_rules(rulings: Mapping[str, Ruling], dropped: Iterable[str]) -> dict[str, Rule]:
+    """Return the rule that decided on each tensor, those that the newest lacks included."""
+    rules = {name: ruling.rule for name, ruling in rulings.items()}
+    return {**rules, **dict.fromkeys(dropped, DROPPED)}
 
 
 def by_pattern(rules: Mapping[str, Rule]) -> tuple[TensorRole, ...]:

@@ -12,8 +12,6 @@ from ckpt_ema.notices import Notice
 from ckpt_ema.planning.configs import compare_configs
 from ckpt_ema.planning.renaming import unified, without_prefix
 
-_HINT = "Pass only the checkpoints that belong together."
-
 
 class Compared(NamedTuple):
     """The checkpoints of a plan as states of one model."""
@@ -36,6 +34,8 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
     own = _shared(own)
     unity = unified(names, own)
     pairs = zip(checkpoints, own, unity.specs, strict=True)
+    # Configurations first: that ranks differ explains why shapes do.
+    config_warnings = compare_configs(checkpoints, unity.specs, source.storage)
     return Compared(
         dict(zip(checkpoints, unity.specs, strict=True)),
         frozenset(c for c, one, other in pairs if one.tensors.keys() != other.tensors.keys()),
@@ -43,7 +43,7 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
         (
             *unity.warnings,
             *compare_tensors(names, unity.specs),
-            *compare_configs(checkpoints, unity.specs, source.storage),
+            *config_warnings,
         ),
     )
 
@@ -77,22 +77,16 @@ def compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list[
         for tensor, spec in newest.items():
             other = specs.tensors[tensor]
             if other.shape != spec.shape:
-                raise RefusedError(
-                    f"Tensor {tensor} has shape {list(other.shape)} in {name} and"
-                    f" {list(spec.shape)} in {names[-1]}.",
-                    _HINT,
-                    code=Code.DIFFERENT_MODELS,
-                    tensor=tensor,
-                )
+                what = f"has shape {list(other.shape)} in {name} and {list(spec.shape)}"
+                raise _different(f"Tensor {tensor} {what} in {names[-1]}.", tensor)
             if other.dtype == spec.dtype:
                 continue
             if (other.dtype in AVERAGED) != (spec.dtype in AVERAGED):
-                raise RefusedError(
+                raise _different(
                     f"Tensor {tensor} is {other.dtype} in {name} and {spec.dtype} in {names[-1]};"
                     " float and non-float tensors cannot be averaged.",
-                    _HINT,
-                    code=Code.DIFFERENT_DTYPES,
-                    tensor=tensor,
+                    tensor,
+                    Code.DIFFERENT_DTYPES,
                 )
             changed.append(f"{tensor}: {other.dtype}, {spec.dtype}")
         if changed:
@@ -113,10 +107,13 @@ def _check_names(name: str, specs: Specs, newest_name: str, newest: Specs) -> No
     missing = sorted(newest.tensors.keys() - specs.tensors.keys())
     differences = [f"{name} also has {some(extra)}"] * bool(extra)
     differences += [f"{name} lacks {some(missing)}"] * bool(missing)
-    raise RefusedError(
+    raise _different(
         f"{name} has {len(specs.tensors)} tensors and {newest_name} has {len(newest.tensors)}:"
         f" {' and '.join(differences)}.",
-        _HINT,
-        code=Code.DIFFERENT_MODELS,
-        tensor=(extra or missing)[0],
+        (extra or missing)[0],
     )
+
+
+def _different(message: str, tensor: str, code: Code = Code.DIFFERENT_MODELS) -> RefusedError:
+    hint = "Pass only the checkpoints that belong together."
+    return RefusedError(message, hint, code=code, tensor=tensor)

@@ -9,14 +9,7 @@ from functools import partial
 from itertools import pairwise
 
 from ckpt_ema.errors import Code, OptionError
-from ckpt_ema.schedules.schedule import (
-    DECAY,
-    POSITIVE,
-    Schedule,
-    ScheduleOption,
-    Steps,
-    is_positive,
-)
+from ckpt_ema.schedules.schedule import DECAY, POSITIVE, Schedule, ScheduleOption, Steps
 from ckpt_ema.schedules.weights import decays_of
 
 
@@ -150,7 +143,6 @@ SCHEDULES = {
                 "power",
                 "warmup exponent: decay 1 - (1 + n / inv_gamma)^-power",
                 default=2 / 3,
-                is_valid=is_positive,
                 limits=POSITIVE,
                 label="power {}",
             ),
@@ -158,7 +150,6 @@ SCHEDULES = {
                 "inv_gamma",
                 "warmup scale, see --power",
                 default=1.0,
-                is_valid=is_positive,
                 limits=POSITIVE,
                 label="inv gamma {}",
             ),

@@ -10,16 +10,18 @@ from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.schedules.schedule import (
     BETWEEN_0_AND_1,
     POSITIVE,
+    Limits,
     Schedule,
     ScheduleOption,
     Steps,
-    is_positive,
-    is_share,
 )
 
 # At 1 / sqrt(12) the power function is uniform; above it, its profile falls over training time.
 MOST_SIGMA_REL = 1 / math.sqrt(12)
-_LEAST_SIGMA_REL = 1e-6  # far below, its exponent overflows
+_WIDTHS = Limits(
+    lambda x: 1e-6 <= x < MOST_SIGMA_REL,  # far below, the exponent overflows
+    f"lie between 1e-06 and 1 / sqrt(12) = {MOST_SIGMA_REL:.6f}, the uniform mean",
+)
 
 
 def per_step(steps: Steps, decay_per_step: float) -> list[float]:
@@ -101,9 +103,7 @@ SCHEDULES = {
             "sigma_rel",
             "relative width of Karras et al.'s power-function EMA",
             several=True,
-            is_valid=lambda x: _LEAST_SIGMA_REL <= x < MOST_SIGMA_REL,
-            limits=f"lie between {_LEAST_SIGMA_REL:g} and 1 / sqrt(12) = {MOST_SIGMA_REL:.6f}, the"
-            " uniform mean",
+            limits=_WIDTHS,
         ),
         counts_steps=True,
         label="sigma-rel",
@@ -115,7 +115,6 @@ SCHEDULES = {
             "decay_per_step",
             "decay per training step",
             several=True,
-            is_valid=is_share,
             limits=BETWEEN_0_AND_1,
         ),
         counts_steps=True,
@@ -128,7 +127,6 @@ SCHEDULES = {
             "half_life",
             "training steps in which a weight halves",
             several=True,
-            is_valid=is_positive,
             limits=POSITIVE,
         ),
         counts_steps=True,

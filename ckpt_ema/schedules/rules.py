@@ -156,12 +156,12 @@ def _rules_of(name: str, given: Mapping[str, Any]) -> list[Rule]:
 
 def _check_range(name: str, given: Any) -> None:
     option = OPTIONS.get(name)
-    if option is None:
+    if option is None or option.limits is None:
         return
     for value in given if option.several else [given]:
-        if option.kind is float and not option.is_valid(value):  # NaN never is
+        if not option.limits.hold(value):  # NaN never does
             raise OptionError(
-                f"{flag(name)} is {short(value)}; it must {option.limits}.",
+                f"{flag(name)} is {short(value)}; it must {option.limits.must}.",
                 code=Code.INVALID_OPTION,
             )
 

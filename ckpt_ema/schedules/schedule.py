@@ -3,9 +3,16 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 Steps = Sequence[int]
+
+
+class Limits(NamedTuple):
+    """Which numbers are valid."""
+
+    hold: Callable[[float], bool]
+    must: str  # what a number must do, for messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +28,7 @@ class ScheduleOption:
     several: bool = False
     default: Any = None
     choices: tuple[str, ...] = ()
-    is_valid: Callable[[float], bool] = lambda _: True
-    limits: str = ""  # what a value must do, for messages
+    limits: Limits | None = None
     label: str = ""  # in the name of an average, where it is not the default; "{}" is the value
     short: str = ""  # a short flag
 
@@ -45,18 +51,8 @@ class Schedule:
         return (*([self.varies] if self.varies else []), *self.settings)
 
 
-def is_share(x: float) -> bool:
-    """Return whether `x` lies between 0 and 1, both included."""
-    return 0 <= x <= 1
-
-
-def is_positive(x: float) -> bool:
-    """Return whether `x` is above 0 and finite."""
-    return 0 < x < math.inf
-
-
-BETWEEN_0_AND_1 = "lie between 0 and 1"
-POSITIVE = "be above 0 and finite"
+BETWEEN_0_AND_1 = Limits(lambda x: 0 <= x <= 1, "lie between 0 and 1")
+POSITIVE = Limits(lambda x: 0 < x < math.inf, "be above 0 and finite")
 
 # The decay of every schedule that has one decay for each checkpoint.
 DECAY = ScheduleOption(
@@ -64,7 +60,6 @@ DECAY = ScheduleOption(
     "decay per checkpoint (dynamic: cap); default: 0.999",
     several=True,
     default=0.999,
-    is_valid=is_share,
     limits=BETWEEN_0_AND_1,
     short="-d",
 )
