@@ -52,7 +52,7 @@ class NonFinite(Monitor):
         tensor = tensor_at(plan, tile.span, average, first)
         raise RefusedError(
             f"The average of tensor {tensor.name} exceeds the range of {tensor.dtype}.",
-            "Choose another --dtype, such as bfloat16, or pass --allow-nonfinite.",
+            "Choose another --dtype (bfloat16 has float32's range), or pass --allow-nonfinite.",
             code=Code.OVERFLOW,
             tensor=tensor.name,
         )
