@@ -152,7 +152,8 @@ class _Worker:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            message, hint = "Out of memory; nothing was written.", "Try --max-memory 64MiB."
+            message = "The machine ran out of memory; nothing was written."
+            hint = "Try --max-memory 64MiB."
             raise FailedError(message, hint, code=Code.OUT_OF_MEMORY) from error
 
     def _average(self, tile: Tile) -> None:

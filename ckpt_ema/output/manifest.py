@@ -49,12 +49,7 @@ def _describe_average(plan: Plan, average: Average) -> dict[str, Any]:
         **average.rule.numbers,
         "convention": _CONVENTION,
         "checkpoints": [
-            {
-                **_describe_checkpoint(plan.checkpoints[number]),
-                "gap": gap,
-                "decay": decay,
-                "weight": weight,
-            }
+            _describe_checkpoint(plan.checkpoints[number], gap=gap, decay=decay, weight=weight)
             for number, gap, decay, weight in weighted
         ],
         "statistics": {"unit": average.unit, **average.statistics._asdict()},
@@ -69,12 +64,13 @@ def _describe_average(plan: Plan, average: Average) -> dict[str, Any]:
     }
 
 
-def _describe_checkpoint(checkpoint: PlannedCheckpoint) -> dict[str, Any]:
+def _describe_checkpoint(checkpoint: PlannedCheckpoint, **weighting: Any) -> dict[str, Any]:
     return {
         "path": os.fspath(checkpoint.path),
         "name": checkpoint.name,
         "step": checkpoint.step,
         "unit": checkpoint.unit,
+        **weighting,
         "files": [
             {
                 "name": file.name,
