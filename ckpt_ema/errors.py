@@ -178,8 +178,5 @@ def flag(name: str) -> str:
     >>> flag("skip_incomplete"), flag("from_step")
     ('--skip-incomplete', '--from')
     """
-    return _FLAGS.get(name) or "--" + name.replace("_", "-")
-
-
-# `from` is a keyword of Python.
-_FLAGS = {"from_step": "--from", "to_step": "--to"}
+    keywords = {"from_step": "--from", "to_step": "--to"}  # `from` is a keyword of Python
+    return keywords.get(name) or "--" + name.replace("_", "-")

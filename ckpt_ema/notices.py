@@ -1,9 +1,9 @@
 """Warnings and notes: what a person should know although nothing stops the work.
 
-A warning says that the result is right but may not be what the user wants; a note says what was
-decided. Both have a code, so that scripts need not parse the sentence.
+A warning says that the result is right but may not be wanted; a note says what was decided.
 """
 
+from contextlib import suppress
 from typing import NamedTuple
 
 from ckpt_ema.errors import Code, printable
@@ -29,11 +29,8 @@ def notices_from(described: object) -> tuple[Notice, ...]:
     >>> notices_from([{"code": "zeros", "message": "w turns to zeros."}, 5])
     (Notice(code=<Code.ZEROS: 'zeros'>, message='w turns to zeros.'),)
     """
-    codes = {code.value: code for code in Code}
-    listed = described if isinstance(described, list) else []
-    pairs = [(one.get("code"), one.get("message")) for one in listed if isinstance(one, dict)]
-    return tuple(
-        Notice(codes[code], message)
-        for code, message in pairs
-        if isinstance(code, str) and code in codes and isinstance(message, str)
-    )
+    found = []
+    for one in described if isinstance(described, list) else []:
+        with suppress(TypeError, KeyError, ValueError):
+            found.append(Notice(Code(one["code"]), str(one["message"])))
+    return tuple(found)

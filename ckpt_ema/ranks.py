@@ -36,18 +36,10 @@ class Place(NamedTuple):
     is_hosted: bool  # the launcher has the store; otherwise rank 0 has
     local_rank: int  # among those on its machine
 
-
-class Waiting(NamedTuple):
-    """Ranks that have not joined yet."""
-
-    ranks: Sequence[int]
-    place: Place
-
-    def __str__(self) -> str:
-        """Name them: waiting for ranks 1, 3 of 4 at host:29500."""
-        _, size, address, port, *_ = self.place
-        which = f"rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}"
-        return f"waiting for {which} of {size} at {address}:{port}"
+    def waiting_for(self, late: Sequence[int]) -> str:
+        """Return a sentence: waiting for ranks 1, 3 of 4 at host:29500."""
+        which = f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late))}"
+        return f"waiting for {which} of {self.size} at {self.address}:{self.port}"
 
 
 def place_from(environment: Mapping[str, str]) -> Place | None:
@@ -159,23 +151,25 @@ class Ranks:
 
     def agree(self, name: str, value: str) -> None:
         """Raise `FailedError` unless all processes have the same value."""
-        self._store.set(f"{name}/{self.rank}", value)
+        self.wait(name, value)
         for rank in range(self.size):
-            if self._get(f"{name}/{rank}") != value:
+            if self._store.get(f"{name}/{rank}").decode() != value:
                 raise FailedError(
                     f"ranks {self.rank} and {rank} do not see the same {name}.",
                     "Check that all machines see the same files, and all have the same options.",
                     code=Code.PARTS_DISAGREE,
                 )
 
-    def wait(self, name: str, waiting: Callable[[Waiting], None] | None = None) -> None:
+    def wait(
+        self, name: str, value: str = "", waiting: Callable[[str], None] | None = None
+    ) -> None:
         """Wait until all processes are here; `waiting` is called once if some are late."""
-        self._store.set(f"{name}/{self.rank}", "here")
+        self._store.set(f"{name}/{self.rank}", value)
         missing = [rank for rank in range(self.size) if rank != self.rank]
         late = time.monotonic() + _SECONDS_BEFORE_SAYING
         while missing := [rank for rank in missing if not self._has(f"{name}/{rank}")]:
             if waiting and time.monotonic() > late:
-                waiting(Waiting(missing, self._place))
+                waiting(self._place.waiting_for(missing))
                 waiting = None
             time.sleep(_POLL_SECONDS)
 
@@ -197,11 +191,6 @@ class Ranks:
         except RuntimeError as error:
             raise _gone(_LOST) from error
 
-    def _get(self, key: str) -> str:
-        while not self._has(key):
-            time.sleep(_POLL_SECONDS)
-        return str(self._store.get(key).decode())
-
     def _look(self) -> None:
         if self._store.check(["failed"]):
             self._problem = _error_from(json.loads(self._store.get("failed")))
@@ -221,8 +210,10 @@ class Ranks:
                 return
             if signs != seen or has_left:
                 seen, since = signs, time.monotonic()
-            elif time.monotonic() - since > (SECONDS_SILENT if signs else SECONDS_TO_MEET):
-                self.fail(_silent(following, has_joined=signs > 0))
+            elif time.monotonic() - since > (most := SECONDS_SILENT if signs else SECONDS_TO_MEET):
+                silent = "responded for" if signs else "joined within"
+                hint = "Nothing was published." if signs else _IF_ALONE
+                self.fail(_gone(f"rank {following} has not {silent} {most:.0f} s.", hint))
             self._left.wait(_SECONDS_BETWEEN_SIGNS)
 
 
@@ -230,18 +221,11 @@ def _gone(message: str, hint: str = "Nothing was published.") -> FailedError:
     return FailedError(message, hint, code=Code.RANK_FAILED)
 
 
-def _silent(rank: int, *, has_joined: bool) -> FailedError:
-    if has_joined:
-        return _gone(f"rank {rank} has not responded for {SECONDS_SILENT:.0f} s.")
-    return _gone(f"rank {rank} has not joined within {SECONDS_TO_MEET:.0f} s.", _IF_ALONE)
-
-
-def _error_from(facts: Mapping[str, Any]) -> CkptEmaError:
+def _error_from(facts: dict[str, Any]) -> CkptEmaError:
     """Return an error like that of another rank."""
     kinds = {kind.exit_code: kind for kind in (OptionError, RefusedError)}
-    kind = kinds.get(facts["exit_code"], FailedError)
-    code, path, tensor = Code(facts["code"]), facts["path"], facts["tensor"]
-    return kind(facts["message"], facts["hint"], code=code, path=path, tensor=tensor)
+    kind = kinds.get(facts.pop("exit_code"), FailedError)
+    return kind(**{**facts, "code": Code(facts["code"])})
 
 
 def _invalid(message: str) -> OptionError:
@@ -250,12 +234,13 @@ def _invalid(message: str) -> OptionError:
 
 @contextlib.contextmanager
 def joined(
-    environment: Mapping[str, str], waiting: Callable[[Waiting], None] | None = None
+    environment: Mapping[str, str], waiting: Callable[[str], None] | None = None
 ) -> Iterator[Ranks | None]:
     """Meet the others of a launch; yield None in a process that was started alone.
 
-    `waiting` is called, from any thread, if others are late. An error inside makes the others fail
-    too; all but one of them are `is_reported_elsewhere`. Raises `FailedError` if others never come.
+    `waiting` is called, from any thread, with a sentence if others are late. An error inside makes
+    the others fail too; all but one of them are `is_reported_elsewhere`. Raises `FailedError` if
+    others never come.
     """
     place = place_from(environment)
     if place is None:
@@ -263,7 +248,7 @@ def joined(
         return
     ranks = Ranks(place, _store(place, environment, waiting))
     try:
-        ranks.wait("met", None if place.rank else waiting)
+        ranks.wait("met", waiting=None if place.rank else waiting)
         yield ranks
     except BaseException as error:
         ranks.fail(error)
@@ -274,14 +259,16 @@ def joined(
 
 
 def _store(
-    place: Place, environment: Mapping[str, str], waiting: Callable[[Waiting], None] | None
+    place: Place, environment: Mapping[str, str], waiting: Callable[[str], None] | None
 ) -> Any:
-    says = threading.Timer(_SECONDS_BEFORE_SAYING, lambda: waiting and waiting(Waiting([0], place)))
+    says = threading.Timer(
+        _SECONDS_BEFORE_SAYING, lambda: waiting and waiting(place.waiting_for([0]))
+    )
     says.daemon = True
-    says.start()
     try:
         import torch.distributed
 
+        says.start()
         distributed: Any = torch.distributed
         store = distributed.TCPStore(
             place.address,
@@ -292,12 +279,9 @@ def _store(
             wait_for_workers=False,
         )
     except (RuntimeError, ImportError, AttributeError) as error:
-        raise FailedError(
-            f"rank {place.rank} of {place.size} cannot reach rank 0 at"
-            f" {place.address}:{place.port}.",
-            _IF_ALONE,
-            code=Code.RANK_FAILED,
-        ) from error
+        at = f"{place.address}:{place.port}"
+        message = f"rank {place.rank} of {place.size} cannot reach rank 0 at {at}."
+        raise _gone(message, _IF_ALONE) from error
     finally:
         says.cancel()
     # A launcher that restarts all ranks gives them new keys.

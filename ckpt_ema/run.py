@@ -1,6 +1,6 @@
-"""The whole job in one call: plan, fold, publish.
+"""The whole job in one call: plan, execute a share of the plan, then publish or record it.
 
-A plain run folds the only share of the work and publishes. Parts, and the ranks of a launch, fold a
+A plain run executes the only share and publishes it. Parts, and the ranks of a launch, execute a
 share each and record it in the ledger; `finish`, or the first rank, publishes.
 """
 
@@ -10,14 +10,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
-from ckpt_ema import __version__
 from ckpt_ema.errors import Code, FailedError, RefusedError
-from ckpt_ema.fold.monitors.registry import make_monitors, watched
+from ckpt_ema.fold.monitors import make_monitors, watched
 from ckpt_ema.fold.tiles import WHOLE, Share, Tile, share_from, tiles
 from ckpt_ema.notices import notices_from
 from ckpt_ema.options import Keywords, PathLike
@@ -27,12 +27,12 @@ from ckpt_ema.output.ledger import Ledger, Outline, Part
 from ckpt_ema.output.publish import StagedOutput
 from ckpt_ema.output.result import Result
 from ckpt_ema.output.workspace import PART, Workspace, keys_with_parts, remove
+from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan, plan
-from ckpt_ema.ranks import Ranks, Waiting, joined
+from ckpt_ema.ranks import Ranks, joined
 from ckpt_ema.report.card import card
 from ckpt_ema.report.figure import Picture
 from ckpt_ema.report.figure import plot as draw
-from ckpt_ema.targets.safetensors import target_for
 from ckpt_ema.targets.target import OutputFile
 from ckpt_ema.trainers.conventions import CARD_NAME, MANIFEST_NAME
 
@@ -41,39 +41,30 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read in all
-Started = Callable[[Plan], None]
 
 _RANK = "rank-"  # the kind of records of ranks, which no other run may use
 
 
-class RunKeywords(Keywords, total=False):
-    """The keyword arguments of `average` and `average_part`: the options, and those of `How`."""
+class How(TypedDict, total=False):
+    """How a plan is executed; nothing here changes a byte of the models."""
 
     overwrite: bool
     resume: bool
     plot: PathLike | None
     command: str | None
     progress: Progress | None
-    started: Started | None
+    started: Callable[[Plan], None] | None
 
 
-@dataclass(frozen=True, slots=True)
-class How:
-    """How a plan is executed; nothing here changes a byte of the models."""
-
-    overwrite: bool = False
-    resume: bool = False
-    plot: PathLike | None = None
-    command: str | None = None
-    progress: Progress | None = None
-    started: Started | None = None
+class RunKeywords(Keywords, How, total=False):
+    """The keyword arguments of `average` and `average_part`."""
 
 
 def average(
     run: PathLike | Sequence[PathLike],
     *,
     launch: bool = False,
-    waiting: Callable[[Waiting], None] | None = None,
+    waiting: Callable[[str], None] | None = None,
     **keywords: "Unpack[RunKeywords]",
 ) -> Result:
     """Average the checkpoints in `run`, a folder or checkpoints oldest first, into an output.
@@ -87,7 +78,7 @@ def average(
 
     With `launch`, the processes that torchrun or srun started together share the work. Each of them
     calls this, and returns when the first has published or raises when one has failed; `waiting` is
-    called if others are late.
+    called with a sentence if others are late.
 
     Raises what `plan` raises; `RefusedError` also if something else is at the output path and
     `overwrite` is False, or if a checkpoint holds NaN; `FailedError` if reading or writing fails.
@@ -104,7 +95,7 @@ def average_part(
     All parts are given the same run and options, which are those of `ckpt_ema.average`. Making a
     part twice does no harm. Raises what `ckpt_ema.average` raises.
     """
-    return _run(run, keywords, share_from(part))
+    return _run(run, keywords, part)
 
 
 def finish(output: PathLike, *, overwrite: bool = False) -> Result:
@@ -116,8 +107,6 @@ def finish(output: PathLike, *, overwrite: bool = False) -> Result:
     """
     final = Path(output)
     keys = keys_with_parts(final)
-    if not keys:
-        return _finished_before(final)
     if len(keys) > 1:
         folders = ", ".join(str(Workspace(final, key).path) for key in keys)
         raise RefusedError(
@@ -127,21 +116,28 @@ def finish(output: PathLike, *, overwrite: bool = False) -> Result:
             code=Code.PARTS_DISAGREE,
             path=final,
         )
-    check_free(final, overwrite)
-    return _publish_recorded(final, keys[0], PART, overwrite)
+    if keys:
+        check_free(final, overwrite)
+        return _publish_recorded(final, keys[0], PART, overwrite)
+    outputs = outputs_at(final)
+    manifests = [manifest.read_manifest(path) for path in outputs]
+    if not outputs or not all(manifests):
+        raise RefusedError(
+            f"{final} has no parts to finish.",
+            "Make them with ckpt-ema average --part 1/N, ... and the same --output.",
+            code=Code.NO_PARTS,
+            path=final,
+        )
+    return _made_before(final, outputs, manifests)
 
 
-def up_to_date(plan: Plan, *, overwrite: bool = False) -> Result | None:
-    """Return the result of `plan` if it is at the output path already, None if that is free.
-
-    Raises `RefusedError` if something else is there that may not be replaced.
-    """
+def up_to_date(plan: Plan) -> Result | None:
+    """Return the result of `plan` if it is at the output path already."""
     if not manifest.is_up_to_date(plan):
-        check_free(plan.output, overwrite)
         return None
     recorded = [
         # The header of a single file has no room for all of it.
-        {"ckpt_ema": __version__, **manifest.describe(plan, average)}
+        manifest.describe(plan, average)
         if average.output.is_single_file
         else manifest.read_manifest(average.output.path)
         for average in plan.averages
@@ -153,28 +149,32 @@ def up_to_date(plan: Plan, *, overwrite: bool = False) -> Result | None:
 def _run(
     run: PathLike | Sequence[PathLike],
     keywords: RunKeywords,
-    share: Share | None = None,
+    part: str | None = None,
     ranks: Ranks | None = None,
 ) -> Result:
-    """Plan and execute, all of it, a share, or the share of a rank."""
+    """Plan, and execute the plan, a part of it, or the share of a rank."""
+    share = WHOLE if part is None else share_from(part)
     options: dict[str, Any] = {**keywords}
-    names = {field.name for field in fields(How)} & options.keys()
-    how = How(**{name: options.pop(name) for name in names})
+    how = cast("How", {name: options.pop(name) for name in How.__annotations__ if name in options})
     decided = plan(run, **options)
-    done = up_to_date(decided, overwrite=how.overwrite)
+    done = up_to_date(decided)
+    if done is None:
+        check_free(decided.output, how.get("overwrite", False))
     if ranks:
         ranks.agree("plan", f"{decided.work_id} {'to do' if done is None else 'is done'}")
-        if ranks.rank:
-            how = replace(how, plot=None, started=None)
-    picture = draw(decided, how.plot) if how.plot is not None else None
+    is_first = ranks is None or ranks.rank == 0
+    plot, started = how.get("plot"), how.get("started")
+    picture = draw(decided, plot) if is_first and plot is not None else None
     if done:
-        return replace(done, manifests=()) if ranks and ranks.rank else done
-    if how.started:
-        how.started(decided)
+        return done if is_first else replace(done, manifests=())
+    if is_first and started:
+        started(decided)
     decided, device = _on_device(decided, ranks.local_rank if ranks else 0)
     if ranks:
-        return _execute_together(decided, how, device, picture, ranks)
-    return execute(decided, how, device, picture, share)
+        made = _execute_together(decided, how, device, picture, ranks)
+    else:
+        made = execute(decided, how, device, picture, share, PART if part else "")
+    return replace(made, plan=decided)
 
 
 def execute(
@@ -182,28 +182,28 @@ def execute(
     how: How,
     device: "torch.device",
     picture: Picture | None,
-    share: Share | None = None,
-    kind: str = PART,
+    share: Share = WHOLE,
+    kind: str = "",
 ) -> Result:
-    """Do what `plan` says and publish it; or do a share of it, recorded as one of a `kind`."""
-    key = plan.work_id if how.resume or share else ""
-    outline = _outline(plan, how.command)
-    with _opened(plan.output, key, how.overwrite, is_shared=bool(share)) as (workspace, staged):
-        workspace.kept = how.resume or bool(share)
+    """Fold a share of `plan`; publish it, or record it as one of a `kind` for whoever publishes."""
+    key = plan.work_id if kind or how.get("resume") else ""
+    outline = _outline(plan, how.get("command"))
+    overwrite = how.get("overwrite", False)
+    with StagedOutput(plan.output, key, overwrite, is_shared=bool(kind)) as staged:
+        staged.kept = bool(key)
         staged.create(_files(plan))
-        if not share or share.part == 1:
-            _add_side_files(plan, staged, picture, how.command)
+        if share.part == 1:
+            _add_side_files(plan, staged, picture, how.get("command"))
         try:
-            part = _fold(plan, how, device, share or WHOLE, workspace, staged)
-            if not share:
-                made = finalize(plan.output, outline, [part], workspace, staged)
-                return replace(made, plan=plan)
+            part = _fold(plan, how, device, share, staged)
+            if not kind:
+                return finalize(plan.output, outline, [part], staged)
         except RefusedError:
-            workspace.kept = bool(share)  # the same work would be refused again; others' is kept
+            staged.kept = bool(kind)  # the same work would be refused again; others' is kept
             raise
         staged.make_durable()
-        ledger.record(workspace, outline, kind, share, part)
-    return replace(_result(plan.output, outline, [part]), plan=plan)
+        ledger.record(staged, outline, kind, share, part)
+    return _result(plan.output, outline, [part])
 
 
 def _execute_together(
@@ -213,16 +213,17 @@ def _execute_together(
 
     def tick(read: int, total: int) -> None:
         ranks.check()
-        if how.progress:
-            how.progress(read, total)
+        if progress := how.get("progress"):
+            progress(read, total)
 
     share = Share(ranks.rank + 1, ranks.size)
+    overwrite = how.get("overwrite", False)
     try:
-        made = execute(plan, replace(how, progress=tick), device, picture, share, _RANK)
+        made = execute(plan, {**how, "progress": tick}, device, picture, share, _RANK)
         ranks.wait("parts")
         if ranks.rank == 0:
-            published = _publish_recorded(plan.output, plan.work_id, _RANK, how.overwrite)
-            made = replace(published, plan=plan, seconds=made.seconds)
+            published = _publish_recorded(plan.output, plan.work_id, _RANK, overwrite)
+            made = replace(published, seconds=made.seconds)
         ranks.wait("publication")
     except BaseException as error:
         try:
@@ -230,7 +231,7 @@ def _execute_together(
                 ranks.check_now()  # the failure of another rank may be the cause
             ranks.fail(error)  # before the others lose their workspace
         finally:
-            if not how.resume:
+            if not how.get("resume"):
                 remove(Workspace(plan.output, plan.work_id).path)
         raise
     return made
@@ -238,54 +239,38 @@ def _execute_together(
 
 def _publish_recorded(final: Path, key: str, kind: str, overwrite: bool) -> Result:
     """Publish an output all of whose parts were recorded."""
-    with _opened(final, key, overwrite) as (workspace, staged):
-        workspace.kept = True
-        outline, parts = ledger.recorded(workspace, kind)
+    with StagedOutput(final, key, overwrite) as staged:
+        staged.kept = True
+        outline, parts = ledger.recorded(staged, kind)
         staged.adopt(outline.files)
-        return finalize(final, outline, parts, workspace, staged)
+        return finalize(final, outline, parts, staged)
 
 
-def finalize(
-    final: Path,
-    outline: Outline,
-    parts: Sequence[Part],
-    workspace: Workspace,
-    staged: StagedOutput,
-) -> Result:
+def finalize(final: Path, outline: Outline, parts: Sequence[Part], staged: StagedOutput) -> Result:
     """Publish an output whose tiles are all done; raises what the verdicts of monitors raise."""
     monitors = make_monitors(outline.watched)
-    for monitor in monitors:
-        for part in parts:
-            monitor.merge(part.monitors[monitor.name])
+    for monitor, part in product(monitors, parts):
+        monitor.merge(part.monitors[monitor.name])
     warnings = tuple(warning for monitor in monitors for warning in monitor.verdict())
     made = replace(_result(final, outline, parts), warnings=warnings)
-    manifests = {
-        folder: {**record, **manifest.describe_making(made)}
-        for folder, record in outline.manifests.items()
-    }
-    for folder, record in {} if target_for(final).is_single_file else manifests.items():
+    how = manifest.describe_making(made)
+    manifests = {folder: {**record, **how} for folder, record in outline.manifests.items()}
+    for folder, record in {} if staged.is_single_file else manifests.items():
         content = json.dumps(record, indent=2).encode() + b"\n"
         staged.add(os.path.join(folder, MANIFEST_NAME), content)
     staged.check_loads()
     staged.publish()
-    workspace.kept = False
+    staged.kept = False
     return replace(made, manifests=tuple(manifests.values()))
 
 
-def _fold(
-    plan: Plan,
-    how: How,
-    device: "torch.device",
-    share: Share,
-    workspace: Workspace,
-    staged: StagedOutput,
-) -> Part:
+def _fold(plan: Plan, how: How, device: "torch.device", share: Share, staged: StagedOutput) -> Part:
     """Fold a share of the tiles, but for those that the ledger has already."""
     from ckpt_ema.fold import engine  # which imports torch
 
     start = time.monotonic()
     monitors = make_monitors(watched(plan))
-    kept = Ledger(workspace, monitors, staged.make_durable, is_kept=how.resume)
+    kept = Ledger(staged, monitors, staged.make_durable, is_kept=how.get("resume", False))
 
     def todo() -> Iterator[Tile]:
         return (tile for tile in tiles(plan, share) if tile.numbers.start not in kept.done)
@@ -293,18 +278,23 @@ def _fold(
     total = sum(tile.span.bytes_read(plan.work.layout_of, tile.length) for tile in todo())
 
     def tick(bytes_read: int) -> None:
-        if how.progress:
-            how.progress(bytes_read, total)
+        if progress := how.get("progress"):
+            progress(bytes_read, total)
         kept.write_if_due()
 
-    destination = engine.Destination(staged.write, kept.finish)
     try:
-        sufficed = engine.run(plan, todo(), device, destination, monitors, tick)
+        sufficed = engine.run(plan, todo(), device, staged.write, kept.finish, monitors, tick)
     finally:
         kept.write()
-    where = str(device) if sufficed else f"{device}, which ran out of memory, and cpu"
-    seconds, peak_bytes = time.monotonic() - start, _peak_memory_bytes()
-    return Part(ledger.states(monitors), where, round(seconds, 3), peak_bytes, total)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Part(
+        ledger.states(monitors),
+        str(device) if sufficed else f"{device}, which ran out of memory, and cpu",
+        seconds=round(time.monotonic() - start, 3),
+        # macOS counts bytes, Linux KiB.
+        peak_memory_bytes=peak if sys.platform == "darwin" else peak * 1024,
+        bytes_read=total,
+    )
 
 
 def _on_device(plan: Plan, place: int) -> tuple[Plan, "torch.device"]:
@@ -315,36 +305,19 @@ def _on_device(plan: Plan, place: int) -> tuple[Plan, "torch.device"]:
     try:
         from ckpt_ema.fold import devices  # and with it torch, which is needed only now
     except (ImportError, OSError) as error:
-        raise FailedError(
-            f"torch cannot be imported: {error}.", code=Code.MISSING_DEPENDENCY
-        ) from error
+        message = f"torch cannot be imported: {error}."
+        raise FailedError(message, code=Code.MISSING_DEPENDENCY) from error
     device = devices.resolve_device(plan.engine.device, place)
     return devices.plan_on(plan, device), device
 
 
-@contextmanager
-def _opened(
-    final: Path, key: str, overwrite: bool, *, is_shared: bool = False
-) -> Iterator[tuple[Workspace, StagedOutput]]:
-    """Open the workspace of an output, and the output in it."""
-    with (
-        Workspace(final, key, is_shared=is_shared) as workspace,
-        StagedOutput(
-            workspace, is_single_file=target_for(final).is_single_file, overwrite=overwrite
-        ) as staged,
-    ):
-        yield workspace, staged
-
-
 def _outline(plan: Plan, command: str | None) -> Outline:
     """Return what all parts of a plan share."""
-    made_by = {"ckpt_ema": __version__, "command": command}
     manifests = {
-        folder: {**made_by, **manifest.describe(plan, average)}
-        for folder, average in zip(_folders(plan), plan.averages, strict=True)
+        folder: manifest.describe(plan, average, command) for folder, average in _placed(plan)
     }
-    names = [name for name, _ in _files(plan)]
-    return Outline(names, manifests, watched(plan), plan.bytes_written)
+    files = [name for name, _ in _files(plan)]
+    return Outline(files, manifests, watched(plan), plan.bytes_written)
 
 
 def _result(final: Path, outline: Outline, parts: Sequence[Part]) -> Result:
@@ -372,40 +345,25 @@ def _made_before(
     )
 
 
-def _finished_before(final: Path) -> Result:
-    """Return what an earlier `finish` published, if it is there."""
-    outputs = outputs_at(final)
-    manifests = [manifest.read_manifest(path) for path in outputs]
-    if not outputs or not all(manifests):
-        raise RefusedError(
-            f"{final} has no parts to finish.",
-            "Make them with ckpt-ema average --part 1/N, ... and the same --output.",
-            code=Code.NO_PARTS,
-            path=final,
-        )
-    return _made_before(final, outputs, manifests)
-
-
 def _files(plan: Plan) -> list[tuple[str, OutputFile]]:
     """Return the model files of all averages, with their names in the plan's output."""
     return [
         (os.path.join(folder, file.name), file)
-        for folder, average in zip(_folders(plan), plan.averages, strict=True)
+        for folder, average in _placed(plan)
         for file in average.output.files
     ]
 
 
-def _folders(plan: Plan) -> list[str]:
-    """Return the folder of each average in the plan's output; empty for the only one."""
-    inside = (average.output.path.relative_to(plan.output) for average in plan.averages)
-    return [os.fspath(folder).removeprefix(".") for folder in inside]
+def _placed(plan: Plan) -> list[tuple[str, Average]]:
+    """Return each average with its folder in the plan's output."""
+    return [(os.path.relpath(one.output.path, plan.output), one) for one in plan.averages]
 
 
 def _add_side_files(
     plan: Plan, staged: StagedOutput, picture: Picture | None, command: str | None
 ) -> None:
     """Write all other files of an output, except manifests, which record how it went."""
-    for folder, average in zip(_folders(plan), plan.averages, strict=True):
+    for folder, average in _placed(plan):
         if average.output.is_single_file:
             continue
         for name, content in average.output.indexes:
@@ -417,8 +375,3 @@ def _add_side_files(
                 staged.add(os.path.join(folder, picture.name), picture.content)
         for companion in average.output.companions:
             staged.copy(companion.source, os.path.join(folder, companion.name), plan.storage)
-
-
-def _peak_memory_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -65,7 +65,7 @@ def replacing_in_parts(run: Path, output: Path) -> None:
     options: dict[str, Any] = {"decay": 0.1, "overwrite": True, "resume": True, "tile_size": 64}
     for part in ("1/2", "2/2"):
         ckpt_ema.average_part(run, part, output=output, device="cpu", threads=1, **options)
-    if not up_to_date(ckpt_ema.plan(run, output=output, decay=0.1, tile_size=64), overwrite=True):
+    if not up_to_date(ckpt_ema.plan(run, output=output, decay=0.1, tile_size=64)):
         ckpt_ema.finish(output, overwrite=True)
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import ckpt_ema
 from ckpt_ema import FailedError, RefusedError
 from ckpt_ema.errors import Code
+from ckpt_ema.fold.monitors import make_monitors, watched
 from ckpt_ema.fold.monitors.protocol import Monitor, TileView, Watched
-from ckpt_ema.fold.monitors.registry import make_monitors, watched
 from ckpt_ema.fold.monitors.twins import Twins
 from ckpt_ema.fold.monitors.zeros import Zeros
 from ckpt_ema.fold.tiles import Tile, tiles

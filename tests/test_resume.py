@@ -13,7 +13,7 @@ import torch
 
 import ckpt_ema
 from ckpt_ema.errors import Code, FailedError, RefusedError
-from ckpt_ema.fold.monitors.registry import make_monitors, watched
+from ckpt_ema.fold.monitors import make_monitors, watched
 from ckpt_ema.output import ledger
 from ckpt_ema.output.ledger import Ledger
 from ckpt_ema.output.workspace import Workspace

@@ -117,4 +117,4 @@ def test_what_is_no_part_is_a_usage_error(text: str) -> None:
 
 
 def test_parts_are_counted_from_1() -> None:
-    assert [str(share_from(text)) for text in ("1/1", "1/64", "64/64")] == ["1/1", "1/64", "64/64"]
+    assert [share_from(text) for text in ("1/1", "1/64", "64/64")] == [(1, 1), (1, 64), (64, 64)]

@@ -1,45 +1,40 @@
 """The one loop: which tile, which thread, which device.
 
-A thread takes the next tile, reads its range from every checkpoint, folds, rounds and writes it
-where it belongs. Threads share only the list of tiles, so the bytes do not depend on their number.
+Threads share only the list of tiles, so the bytes do not depend on their number.
 """
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 
-from ckpt_ema.containers.specs import TensorSpec
+from ckpt_ema.containers.reader import Reader
+from ckpt_ema.containers.specs import AVERAGED, TensorSpec
 from ckpt_ema.errors import Code, FailedError
 from ckpt_ema.fold.devices import CPU, accumulator, elements_at_a_time, is_out_of_memory
 from ckpt_ema.fold.monitors.protocol import Monitor, TileView
 from ckpt_ema.fold.shadow import is_finite
-from ckpt_ema.fold.sources import TORCH_DTYPES, Sources
 from ckpt_ema.fold.tile_fold import Staging, TileFold, Use, make_fold
 from ckpt_ema.fold.tiles import Tile, cut, joined
 from ckpt_ema.planning.plan import Plan
 
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, AVERAGED[name]) for name in AVERAGED}
 _POLL_SECONDS = 0.1  # the longest time before the main thread handles a signal
 _ROOM_TO_START = 16 << 20  # a thread's stack, and what it takes before it does anything
 
-
-class Destination(NamedTuple):
-    """Where finished bytes go; both are called from many threads."""
-
-    write: Callable[[int, memoryview, int], None]  # number of an output file, bytes, offset
-    finish: Callable[[range], None]  # numbers of tiles whose bytes have all been written
+Write = Callable[[int, memoryview, int], None]  # number of an output file, bytes, offset
+Finish = Callable[[range], None]  # numbers of tiles whose bytes have all been written
 
 
 def run(
     plan: Plan,
     tiles: Iterable[Tile],
     device: torch.device,
-    destination: Destination,
+    write: Write,
+    finish: Finish,
     monitors: Sequence[Monitor],
     tick: Callable[[int], None],
 ) -> bool:
@@ -49,19 +44,16 @@ def run(
     ends the work. A thread for which an accelerator has no memory left continues on the CPU;
     returns whether none had to.
 
-    Raises `FailedError` if a file changes or cannot be read, and whatever `destination` and
-    `monitors` raise; by then every thread has ended.
+    Raises `FailedError` if a file changes or cannot be read, and whatever `write` (which is called
+    from many threads, like `finish`) and `monitors` raise; by then every thread has ended.
     """
-    sources = Sources(plan)
-    try:
+    with Reader(plan.storage, [(c.folder, c.specs) for c in plan.checkpoints]) as reader:
         elements = elements_at_a_time(plan, device)
         wide_tiles = joined(tiles, elements)
-        job = _Job(plan, wide_tiles, device, elements, sources, destination, monitors)
+        job = _Job(plan, wide_tiles, device, elements, reader, write, finish, monitors)
         _run_threads(job, tick)
-        sources.verify()
+        reader.verify()
         return job.device_sufficed
-    finally:
-        sources.close()
 
 
 @dataclass(slots=True)
@@ -72,8 +64,9 @@ class _Job:
     tiles: Iterator[Tile]
     device: torch.device
     elements: int  # that a thread has on the device at a time
-    sources: Sources
-    destination: Destination
+    reader: Reader
+    write: Write
+    finish: Finish
     monitors: Sequence[Monitor]
     device_sufficed: bool = True
     bytes_read: int = 0
@@ -88,11 +81,20 @@ class _Job:
         with self.lock:
             self.bytes_read += size_bytes
 
-    def read_again(
-        self, checkpoint: int, source: TensorSpec, start: int, count: int
+    def read(
+        self,
+        checkpoint: int,
+        source: TensorSpec,
+        start: int,
+        count: int,
+        staging: Staging | None = None,
     ) -> torch.Tensor:
-        """See `TileView.read`."""
-        return self.sources.values(checkpoint, source, start, count, Staging(count * 8))
+        """Return `count` elements from element `start` of an averaged tensor on: shape (count,)."""
+        dtype = _DTYPES[source.dtype]
+        staging = staging or Staging(count * dtype.itemsize)
+        content = staging.bytes[: count * dtype.itemsize]
+        self.reader.read_into(checkpoint, source, start * dtype.itemsize, content)
+        return staging.values(dtype, count)
 
 
 def _run_threads(job: _Job, tick: Callable[[int], None]) -> None:
@@ -116,21 +118,8 @@ def _started(pool: ThreadPoolExecutor, job: _Job) -> Future[None]:
     try:
         return pool.submit(_Worker(job).work)
     except RuntimeError as error:
-        raise FailedError(
-            "The machine can start no more threads.",
-            "Try --threads 1 and --max-memory 64MiB.",
-            code=Code.OUT_OF_MEMORY,
-        ) from error
-
-
-@contextlib.contextmanager
-def _end_of_memory_reported() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        message, hint = "Out of memory; nothing was written.", "Try --max-memory 64MiB."
+        message = "The machine can start no more threads."
+        hint = "Try --threads 1 and --max-memory 64MiB."
         raise FailedError(message, hint, code=Code.OUT_OF_MEMORY) from error
 
 
@@ -142,10 +131,8 @@ class _Worker:
     """One thread's part, with memory of its own."""
 
     def __init__(self, job: _Job) -> None:
-        self._job = job
-        self._plan = job.plan
-        self._device = job.device
-        self._elements = job.elements
+        self._job, self._plan = job, job.plan
+        self._device, self._elements = job.device, job.elements
         self._fold: TileFold | None = None  # made for the first averaged tensor
         self._staging = Staging(0)  # for kept tensors, likewise
 
@@ -153,43 +140,45 @@ class _Worker:
         """Take tiles until there are none."""
         # There is one thread per core already; without this each would start a team of its own.
         torch.set_num_threads(1)
-        with contextlib.suppress(_StoppedError), _end_of_memory_reported():
+        try:
             while (tile := self._job.next_tile()) is not None:
                 if tile.span.averaged:
                     self._average(tile)
                 else:
                     self._keep(tile)
-                self._job.destination.finish(tile.numbers)
+                self._job.finish(tile.numbers)
+        except _StoppedError:
+            return
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            message = "The machine ran out of memory; nothing was written."
+            hint = "Try --max-memory 64MiB."
+            raise FailedError(message, hint, code=Code.OUT_OF_MEMORY) from error
 
     def _average(self, tile: Tile) -> None:
         """Fold a tile of every checkpoint and write each average; if need be, on the CPU."""
         for part in cut(tile, self._elements):
             if not self._fits(part):
-                self._leave_device()
+                self._device, self._elements, self._fold = CPU, self._plan.tile_elements, None
+                self._job.device_sufficed = False
                 rest = tile.length - (part.start - tile.start)
                 self._average(tile._replace(start=part.start, length=rest))
                 return
 
     def _fits(self, tile: Tile) -> bool:
         """Fold what the device has room for; return False if its memory is full."""
+        plan, device = self._plan, self._device
         try:
-            self._fold = self._fold or self._make_fold()
+            if self._fold is None:
+                wide, widest_bytes = accumulator(plan, device), plan.work.widest_bytes
+                self._fold = make_fold(uses(plan), self._elements, wide, device, widest_bytes)
             self._fold_tile(tile, self._fold)
         except RuntimeError as error:
-            if self._device == CPU or not is_out_of_memory(error):
+            if device == CPU or not is_out_of_memory(error):
                 raise
             return False
         return True
-
-    def _leave_device(self) -> None:
-        """Continue on the CPU."""
-        self._device, self._elements, self._fold = CPU, self._plan.tile_elements, None
-        self._job.device_sufficed = False
-
-    def _make_fold(self) -> TileFold:
-        wide = accumulator(self._plan, self._device)
-        of_checkpoints, widest_bytes = uses(self._plan), self._plan.work.widest_bytes
-        return make_fold(of_checkpoints, self._elements, wide, self._device, widest_bytes)
 
     def _keep(self, tile: Tile) -> None:
         """Copy the bytes of the newest checkpoint."""
@@ -197,23 +186,22 @@ class _Worker:
         assert span.kept_from is not None
         if tile.length > len(self._staging.bytes):
             self._staging = Staging(tile.length)
-        data = self._job.sources.read(
-            span.kept_from, span.sources[0], tile.start, tile.length, self._staging
-        )
+        data = self._staging.bytes[: tile.length]
+        self._job.reader.read_into(span.kept_from, span.sources[0], tile.start, data)
         self._job.count_read(tile.length)
         for target in span.places:
-            self._job.destination.write(target.file, data, target.offset + tile.start)
+            self._job.write(target.file, data, target.offset + tile.start)
 
     def _fold_tile(self, tile: Tile, fold: TileFold) -> None:
         span, layout_of = tile.span, self._plan.work.layout_of
-        view = TileView(self._plan, tile, self._job.read_again)
+        view = TileView(self._plan, tile, self._job.read)
         watching = [see for monitor in self._job.monitors if (see := monitor.watch(view))]
 
         def read(index: int, staging: Staging) -> torch.Tensor:
             if self._job.stopped:  # a tile of a thousand checkpoints takes its time
                 raise _StoppedError
             source = span.sources[layout_of[index]]
-            return self._job.sources.values(index, source, tile.start, tile.length, staging)
+            return self._job.read(index, source, tile.start, tile.length, staging)
 
         def read_and_show(index: int, staging: Staging) -> torch.Tensor:
             values = read(index, staging)
@@ -236,20 +224,20 @@ class _Worker:
         tile, dtypes = view.tile, view.tile.span.dtypes
         all_finite = True
         for name, same in groupby(sorted(dtypes), dtypes.__getitem__):
-            dtype, numbers = TORCH_DTYPES[name], list(same)
+            dtype, numbers = _DTYPES[name], list(same)
             data = fold.rounded(slice(numbers[0], numbers[-1] + 1), tile.length, dtype)
-            if not is_finite(torch.frombuffer(data, dtype=dtype)):
+            rounded = torch.frombuffer(data, dtype=dtype)
+            if not is_finite(rounded):
                 all_finite = False
                 if only_finite:
                     continue
-                self._show_nonfinite(view, numbers, torch.frombuffer(data, dtype=dtype))
+                self._show_nonfinite(view, numbers, rounded)
             size_bytes = tile.length * dtype.itemsize
             for target in tile.span.places:
                 if target.average in numbers:
                     row = numbers.index(target.average) * size_bytes
                     offset = target.offset + tile.start * dtype.itemsize
-                    part = data[row : row + size_bytes]
-                    self._job.destination.write(target.file, part, offset)
+                    self._job.write(target.file, data[row : row + size_bytes], offset)
         return all_finite
 
     def _show_nonfinite(

@@ -103,9 +103,8 @@ class Shadow:
         device: str | torch.device | None = None,
     ) -> None:
         if not 0.0 <= decay <= 1.0:
-            raise OptionError(
-                f"decay is {decay}; it must be between 0 and 1.", code=Code.INVALID_OPTION
-            )
+            message = f"decay is {decay}; it must be between 0 and 1."
+            raise OptionError(message, code=Code.INVALID_OPTION)
         self.decay = decay
         self.num_applied = 0
         self._device = torch.device(device) if device is not None else None
@@ -122,9 +121,8 @@ class Shadow:
         """
         n = self.num_applied if num_updates is None else num_updates
         if n < 0:
-            raise OptionError(
-                f"num_updates is {n}; it must not be negative.", code=Code.INVALID_OPTION
-            )
+            message = f"num_updates is {n}; it must not be negative."
+            raise OptionError(message, code=Code.INVALID_OPTION)
         if not self._shadow:
             self._start(state_dict)
         else:
@@ -136,9 +134,7 @@ class Shadow:
     def average(self, name: str) -> torch.Tensor:
         """Return the average of one tensor, in the dtype in which it was applied."""
         if name not in self._shadow:
-            raise RefusedError(
-                f"The shadow has no tensor {name}.", code=Code.DIFFERENT_MODELS, tensor=name
-            )
+            raise _different(f"The shadow has no tensor {name}.", name)
         return self._shadow[name].to(self._dtypes[name], copy=True)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -156,40 +152,35 @@ class Shadow:
         if value.dtype not in AVERAGED_DTYPES:
             self._shadow[name] = wide.clone()
             return
-        before = self._shadow[name]
-        after = before.clone()
+        after = self._shadow[name].clone()
         fold_(after, wide, decay)
         if not is_finite(after):
-            after = before.clone()
+            after.copy_(self._shadow[name])
             fold_keeping_infinities_(after, wide, decay)
         self._shadow[name] = after
 
     def _wide(self, value: torch.Tensor) -> torch.Tensor:
         device = self._device or value.device
-        if value.dtype not in AVERAGED_DTYPES:
-            return value.to(device)
-        return value.to(device, widest_float(device))
+        is_averaged = value.dtype in AVERAGED_DTYPES
+        return value.to(device, widest_float(device) if is_averaged else value.dtype)
 
     def _check(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         if state_dict.keys() != self._shadow.keys():
             different = sorted(state_dict.keys() ^ self._shadow.keys())
-            raise RefusedError(
-                f"The tensors differ from those of the shadow: {some(different)}.",
-                code=Code.DIFFERENT_MODELS,
-            )
+            raise _different(f"The tensors differ from those of the shadow: {some(different)}.")
         for name, value in state_dict.items():
             mine = self._shadow[name]
             if mine.shape != value.shape:
-                raise RefusedError(
-                    f"Tensor {name} has shape {list(value.shape)}; in the shadow it has"
-                    f" {list(mine.shape)}.",
-                    code=Code.DIFFERENT_MODELS,
-                    tensor=name,
-                )
+                shape, expected = list(value.shape), list(mine.shape)
+                message = f"Tensor {name} has shape {shape}; in the shadow it has {expected}."
+                raise _different(message, name)
             if (value.dtype in AVERAGED_DTYPES) != (mine.dtype in AVERAGED_DTYPES):
-                raise RefusedError(
-                    f"Tensor {name} is {value.dtype} and in the shadow {self._dtypes[name]}; cannot"
-                    " average float and non-float tensors.",
-                    code=Code.DIFFERENT_DTYPES,
-                    tensor=name,
-                )
+                message = f"Tensor {name} is {value.dtype} and in the shadow {self._dtypes[name]};"
+                why = "cannot average float and non-float tensors."
+                raise _different(f"{message} {why}", name, Code.DIFFERENT_DTYPES)
+
+
+def _different(
+    message: str, tensor: str | None = None, code: Code = Code.DIFFERENT_MODELS
+) -> RefusedError:
+    return RefusedError(message, code=code, tensor=tensor)

@@ -1,23 +1,17 @@
 """Folding one tile, on the host or on an accelerator; `engine` decides which tile and where.
 
-A tile is folded oldest checkpoint first: its elements are read into a staging buffer, brought to
-the device, widened, and folded into the shadow of every average that takes the checkpoint. Each
-shadow is rounded once at the end, and does not depend on the others.
+A tile is folded oldest checkpoint first, in float64 or as wide as the device can; each shadow is
+rounded once at the end and does not depend on the others.
 """
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from ckpt_ema.fold.shadow import (
-    fold_,
-    fold_keeping_infinities_,
-    fold_rows_,
-    widest_float,
-)
+from ckpt_ema.fold.shadow import fold_, fold_keeping_infinities_, fold_rows_, widest_float
 
 
 class Staging:
@@ -76,7 +70,7 @@ class _Shadows:
 
     def __init__(self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device) -> None:
         self._capacity = capacity
-        self._tiles = torch.empty(_averages(uses), capacity, dtype=wide, device=device)
+        self.tiles = torch.empty(_averages(uses), capacity, dtype=wide, device=device)
         self._rows = [list(_rows(of_checkpoint)) for of_checkpoint in uses]
         # While short rows stay in the cache, a call costs more than its arithmetic.
         self._in_rows = device.type == "cpu" and wide == torch.float64
@@ -84,7 +78,7 @@ class _Shadows:
         self._whole = [self._views(index, capacity) for index in range(len(uses))]
 
     def _views(self, index: int, count: int) -> list[torch.Tensor]:
-        return [self._tiles[rows.averages, :count] for rows in self._rows[index]]
+        return [self.tiles[rows.averages, :count] for rows in self._rows[index]]
 
     def fold(self, value: torch.Tensor, index: int, *, keeping_infinities: bool) -> None:
         """Fold the values of checkpoint number `index`, of shape (count,), into its averages."""
@@ -100,10 +94,6 @@ class _Shadows:
                 fold = fold_keeping_infinities_ if keeping_infinities else fold_
                 for shadow, decay in zip(shadows, decays, strict=True):
                     fold(shadow, value, decay or 0.0)
-
-    def of(self, averages: slice, count: int) -> torch.Tensor:
-        """Return the shadows of some averages, of shape (K, count)."""
-        return self._tiles[averages, :count]
 
 
 def _rows(uses: Sequence[Use]) -> Iterator[_Rows]:
@@ -154,7 +144,7 @@ class PlainFold:
 
     def rounded(self, averages: slice, count: int, dtype: torch.dtype) -> memoryview:
         """See `TileFold.rounded`."""
-        shadows = self._shadows.of(averages, count)
+        shadows = self._shadows.tiles[averages, :count]
         self._rounded.values(dtype, shadows.numel()).view(shadows.shape).copy_(shadows)
         return self._rounded.bytes[: shadows.numel() * dtype.itemsize]
 
@@ -170,9 +160,8 @@ class StreamedFold:
     def __init__(
         self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device, widest_bytes: int
     ) -> None:
-        module: Any = torch.get_device_module(device)
         self._checkpoints = len(uses)
-        self._module = module
+        self._module = module = torch.get_device_module(device)
         self._folding, self._copying = module.Stream(device=device), module.Stream(device=device)
         self._copied = [module.Event(), module.Event()]
         self._consumed = [module.Event(), module.Event()]
@@ -207,7 +196,7 @@ class StreamedFold:
 
     def rounded(self, averages: slice, count: int, dtype: torch.dtype) -> memoryview:
         """See `TileFold.rounded`."""
-        shadows = self._shadows.of(averages, count)
+        shadows = self._shadows.tiles[averages, :count]
         size_bytes = shadows.numel() * dtype.itemsize
         with self._module.stream(self._folding):
             rounded = self._rounded[:size_bytes].view(dtype)
@@ -232,8 +221,8 @@ def device_element_bytes(averages: int, wide: torch.dtype, widest_bytes: int) ->
     """Return the bytes of device memory for each element that is folded at a time."""
     # Two landing buffers, the widened values, each shadow and its rounded form; to keep infinities,
     # one more shadow and masks.
-    landing, shadow = 2 * widest_bytes, wide.itemsize
-    return landing + shadow + (shadow + widest_bytes) * averages + (shadow + 4)
+    shadow = wide.itemsize
+    return 2 * widest_bytes + shadow + (shadow + widest_bytes) * averages + (shadow + 4)
 
 
 def _averages(uses: Uses) -> int:
@@ -241,18 +230,16 @@ def _averages(uses: Uses) -> int:
 
 
 def make_fold(
-    uses: Uses,
-    capacity: int,
-    wide: torch.dtype,
-    device: torch.device,
-    widest_bytes: int,
+    uses: Uses, capacity: int, wide: torch.dtype, device: torch.device, widest_bytes: int
 ) -> TileFold:
     """Make the fold for a device, streamed where it has streams.
 
     `widest_bytes` is the size of the widest element that is read or written. A device without
     float64 cannot hold such values, so the plain fold narrows them on the host.
     """
-    streamed = device.type != "cpu" and hasattr(torch.get_device_module(device), "Stream")
-    if widest_bytes > widest_float(device).itemsize:
-        streamed = False
+    streamed = (
+        device.type != "cpu"
+        and hasattr(torch.get_device_module(device), "Stream")
+        and widest_bytes <= widest_float(device).itemsize
+    )
     return (StreamedFold if streamed else PlainFold)(uses, capacity, wide, device, widest_bytes)

@@ -5,7 +5,7 @@ result does not depend on how the work is cut or shared out.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ckpt_ema.containers.specs import DTYPE_BITS
@@ -31,10 +31,6 @@ class Share(NamedTuple):
     part: int = 1
     of: int = 1
 
-    def __str__(self) -> str:
-        """Return it as people write it: 3/64."""
-        return f"{self.part}/{self.of}"
-
 
 WHOLE = Share()
 
@@ -57,7 +53,8 @@ def share_from(text: str) -> Share:
 
 def tiles(plan: Plan, share: Share = WHOLE) -> Iterator[Tile]:
     """Yield the tiles of a share, in order; shares have equal bytes to within a tile."""
-    costs = [_bits(span, plan.work.layout_of) for span in plan.work.spans]
+    # The bits read and written for each unit of a span's length are the bytes of eight.
+    costs = [s.bytes_read(plan.work.layout_of, 8) + s.bytes_written(8) for s in plan.work.spans]
     total = sum(cost * span.length for cost, span in zip(costs, plan.work.spans, strict=True))
     number, before = 0, 0
     for span, cost in zip(plan.work.spans, costs, strict=True):
@@ -101,8 +98,3 @@ def tensor_at(plan: Plan, span: Span, average: int, element: int) -> OutputTenso
         if tensor.offset <= position < tensor.offset + tensor.size_bytes:
             return tensor
     raise AssertionError("spans cover tensors of the output only")
-
-
-def _bits(span: Span, layout_of: Sequence[int]) -> int:
-    """Return the bits read and written for each unit of a span's length: the bytes of eight."""
-    return span.bytes_read(layout_of, 8) + span.bytes_written(8)

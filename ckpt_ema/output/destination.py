@@ -24,25 +24,18 @@ def check_free(output: Path, overwrite: bool) -> None:
     folder, be it a run, a project or notes, is never deleted.
     """
     if output.suffix == ".safetensors" and os.path.isdir(output):
-        raise RefusedError(
-            f"The output {output} is a folder, but its name is that of a file.",
-            code=Code.INVALID_OUTPUT,
-            path=output,
-        )
+        is_folder = f"The output {output} is a folder, but its name is that of a file."
+        raise RefusedError(is_folder, code=Code.INVALID_OUTPUT, path=output)
     if is_free(output):
         return
     if not overwrite:
+        problem = f"The output {output} already exists and is not this average."
+        hint = "Choose another path with --output, or replace it with --overwrite."
+        raise RefusedError(problem, hint, code=Code.OUTPUT_EXISTS, path=output)
+    if others := sorted(_others(output)):
+        problem = f"The output {output} is more than a model; --overwrite would delete"
         raise RefusedError(
-            f"The output {output} already exists and is not this average.",
-            "Choose another path with --output, or replace it with --overwrite.",
-            code=Code.OUTPUT_EXISTS,
-            path=output,
-        )
-    others = sorted(_others(output))
-    if others:
-        raise RefusedError(
-            f"The output {output} is more than a model; --overwrite would delete"
-            f" {some(others, 3)}.",
+            f"{problem} {some(others, 3)}.",
             "Move those files, or choose another path with --output.",
             code=Code.OUTPUT_EXISTS,
             path=output,

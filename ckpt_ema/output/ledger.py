@@ -1,8 +1,7 @@
-"""The ledger of an unpublished output: which tiles are done, and what parts have to tell `finish`.
+"""The ledger of an unpublished output: which tiles are done, and how each part went.
 
-A line in the workspace counts tiles as done once their bytes are on disk, so that an interrupted
-run can resume. Tiles are numbers: the key of the workspace stands for everything else. Parts, and
-the ranks of a launch, also leave a record each, and one of what they are parts of.
+A line counts tiles, by number, as done once their bytes are on disk, so that an interrupted run can
+resume. Parts and ranks leave a record each, and the outline, which is what they are parts of.
 """
 
 import json
@@ -132,23 +131,16 @@ def recorded(workspace: Workspace, kind: str) -> tuple[Outline, list[Part]]:
 
     Raises `FailedError` if parts are missing, or records are missing or damaged.
     """
-    found = workspace.records(_OUTLINE).get(_OUTLINE)
-    if found is None:
-        raise FailedError(
-            f"The description of the parts in {workspace.path} is missing.",
-            "Make any part again.",
-            code=Code.PARTS_MISSING,
-            path=workspace.path,
-        )
+    described = workspace.records(_OUTLINE).get(_OUTLINE, {})
     parts = _whole_set(workspace, kind)
     try:
-        outline = Outline(**found)
+        outline = Outline(**described)
         watched = Watched(*outline.watched)
         return outline._replace(watched=watched), [Part(**part) for part in parts]
     except TypeError as error:
         raise FailedError(
-            f"The records in {workspace.path} are of another version of ckpt-ema.",
-            "Remove them, and make all parts again.",
+            f"The records in {workspace.path} are incomplete or of another version of ckpt-ema.",
+            "Make any part again; if that does not help, remove them and make all parts again.",
             code=Code.PARTS_MISSING,
             path=workspace.path,
         ) from error
@@ -163,21 +155,11 @@ def _whole_set(workspace: Workspace, kind: str) -> list[dict[str, Any]]:
     of, made = min(divisions.items(), key=lambda division: division[0] - len(division[1]))
     missing = [number for number in range(1, of + 1) if number not in made]
     if missing:
-        which = "part {} of {} is" if len(missing) == 1 else "parts {} of {} are"
+        listed = ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in ranges(missing))
+        which = f"part {listed} of {of} is" if len(missing) == 1 else f"parts {listed} of {of} are"
         raise FailedError(
-            f"{workspace.final} cannot be finished yet: {which.format(_listed(missing), of)}"
-            " missing.",
+            f"{workspace.final} cannot be finished yet: {which} missing.",
             code=Code.PARTS_MISSING,
             path=workspace.final,
         )
     return list(made.values())
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    """Return numbers with ranges.
-
-    >>> _listed([1, 2, 3, 7])
-    '1-3, 7'
-    """
-    found = ranges(numbers)
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)

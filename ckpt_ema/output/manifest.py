@@ -7,16 +7,17 @@ manifests follow the schemas in `docs/schema`; a change that breaks readers need
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ckpt_ema import __version__
 from ckpt_ema.containers.safetensors import read_specs
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.find.verdict import Judged
 from ckpt_ema.output.result import Result
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan, PlannedCheckpoint
-from ckpt_ema.planning.roles import TensorRole
 from ckpt_ema.storage.local import Local
 from ckpt_ema.targets.target import Output, OutputFile
 from ckpt_ema.trainers.conventions import MANIFEST_NAME, PROVENANCE_KEY
@@ -27,20 +28,31 @@ _CONVENTION = (
 )
 
 
-def describe(plan: Plan, average: Average) -> dict[str, Any]:
+def describe(plan: Plan, average: Average, command: str | None = None) -> dict[str, Any]:
     """Return one average of a plan as plain values, ready for JSON; sizes are in bytes.
 
     `checkpoints` is oldest first; `bytes_read` counts what is read for all averages of the plan.
     """
-    return {**_describe_run(plan), **_describe_average(plan, average)}
+    made_by = {"ckpt_ema": __version__, "command": command}
+    return {**made_by, **_describe_run(plan), **_describe_average(plan, average)}
 
 
 def _describe_average(plan: Plan, average: Average) -> dict[str, Any]:
     """Return what belongs to one average: its weights and its output."""
+    weighted = zip(
+        average.members, average.gaps, (None, *average.decays), average.weights, strict=True
+    )
     return {
         "name": average.name,
         "output": os.fspath(average.output.path),
-        **_describe_weights(plan, average),
+        "schedule": average.rule.schedule,
+        **average.rule.numbers,
+        "convention": _CONVENTION,
+        "checkpoints": [
+            _describe_checkpoint(plan.checkpoints[number], gap=gap, decay=decay, weight=weight)
+            for number, gap, decay, weight in weighted
+        ],
+        "statistics": {"unit": average.unit, **average.statistics._asdict()},
         "files": [
             {"name": file.name, "bytes": file.size_bytes, "tensors": len(file.tensors)}
             for file in average.output.files
@@ -49,6 +61,25 @@ def _describe_average(plan: Plan, average: Average) -> dict[str, Any]:
         "dtype": plan.dtype,
         "bytes_written": sum(file.size_bytes for file in average.output.files),
         "fingerprint": average.output.fingerprint,
+    }
+
+
+def _describe_checkpoint(checkpoint: PlannedCheckpoint, **weighting: Any) -> dict[str, Any]:
+    return {
+        "path": os.fspath(checkpoint.path),
+        "name": checkpoint.name,
+        "step": checkpoint.step,
+        "unit": checkpoint.unit,
+        **weighting,
+        "files": [
+            {
+                "name": file.name,
+                "bytes": file.size_bytes,
+                "mtime_ns": file.mtime_ns,
+                "header_sha256": file.digest,
+            }
+            for file in checkpoint.specs.files
+        ],
     }
 
 
@@ -69,7 +100,10 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "output": os.fspath(plan.output),
         "bytes_written": plan.bytes_written,
         "entries": [_describe_entry(one) for one in plan.judged],
-        "tensor_roles": [_describe_role(one) for one in plan.tensor_roles],
+        "tensor_roles": [
+            {**asdict(one), "role": one.role.value, "reason": one.reason.value}
+            for one in plan.tensor_roles
+        ],
         "averages": [
             {**_describe_average(plan, average), "tensors": _describe_tensors(average)}
             for average in plan.averages
@@ -94,50 +128,13 @@ def _describe_run(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _describe_weights(plan: Plan, average: Average) -> dict[str, Any]:
-    """Return the schedule, the checkpoints with their weights, and their statistics."""
-    rows = zip(
-        average.members,
-        average.gaps,
-        (None, *average.decays),
-        average.weights,
-        strict=True,
-    )
-    return {
-        "schedule": average.rule.schedule,
-        **average.rule.numbers,
-        "convention": _CONVENTION,
-        "checkpoints": [
-            _describe_checkpoint(plan.checkpoints[number], gap, decay, weight)
-            for number, gap, decay, weight in rows
-        ],
-        "statistics": {"unit": average.unit, **average.statistics._asdict()},
-    }
-
-
 def _describe_entry(judged: Judged) -> dict[str, str]:
     verdict = judged.verdict
-    return {
-        "path": os.fspath(judged.path),
-        "outcome": verdict.outcome.value,
-        "reason": verdict.reason.value,
-        "detail": verdict.detail,
-        "rule": verdict.rule,
-    }
-
-
-def _describe_role(role: TensorRole) -> dict[str, Any]:
-    return {
-        "pattern": role.pattern,
-        "count": role.count,
-        "role": role.role.value,
-        "reason": role.reason.value,
-        "rule": role.rule,
-    }
+    values = {"outcome": verdict.outcome.value, "reason": verdict.reason.value}
+    return {"path": os.fspath(judged.path), **asdict(verdict), **values}
 
 
 def _describe_tensors(average: Average) -> list[dict[str, Any]]:
-    """Return the tensors of the output."""
     return [
         {
             "name": tensor.name,
@@ -196,26 +193,3 @@ def read_manifest(output: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, CkptEmaError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
-
-
-def _describe_checkpoint(
-    checkpoint: PlannedCheckpoint, gap: int | None, decay: float | None, weight: float
-) -> dict[str, Any]:
-    return {
-        "path": os.fspath(checkpoint.path),
-        "name": checkpoint.name,
-        "step": checkpoint.step,
-        "unit": checkpoint.unit,
-        "gap": gap,
-        "decay": decay,
-        "weight": weight,
-        "files": [
-            {
-                "name": file.name,
-                "bytes": file.size_bytes,
-                "mtime_ns": file.mtime_ns,
-                "header_sha256": file.digest,
-            }
-            for file in checkpoint.specs.files
-        ],
-    }

@@ -6,7 +6,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from ckpt_ema.errors import Code, FailedError
 from ckpt_ema.output.workspace import (
@@ -21,34 +21,31 @@ from ckpt_ema.output.workspace import (
     write_all,
 )
 from ckpt_ema.storage import Storage
+from ckpt_ema.targets.safetensors import target_for
 from ckpt_ema.targets.target import OutputFile
 
 _MOST_OPEN_FILES = 16
 _COPIED_BYTES = 1 << 20  # at a time
 
 
-class StagedOutput:
-    """An output in its workspace; a context manager that closes its files."""
+class StagedOutput(Workspace):
+    """An output that is being made: a workspace with the files in it, which it closes."""
 
-    def __init__(self, workspace: Workspace, *, is_single_file: bool, overwrite: bool) -> None:
-        self._final, self._staging = workspace.final, workspace.output
-        self._single = is_single_file
+    def __init__(self, final: Path, key: str, overwrite: bool, *, is_shared: bool = False) -> None:
+        """See `Workspace`; `overwrite` is whether another output at `final` is replaced."""
+        super().__init__(final, key, is_shared=is_shared)
+        self.is_single_file = target_for(final).is_single_file
         self._overwrite = overwrite
         self._fds: list[int] = []  # of the first model files; there may be more files than that
         self._paths: list[Path] = []
 
-    def __enter__(self) -> "StagedOutput":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for fd in self._fds:
-            with contextlib.suppress(OSError):
-                os.close(fd)
+    def __exit__(self, *error: Any) -> None:
+        try:
+            for fd in self._fds:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        finally:
+            super().__exit__(*error)
 
     def create(self, files: Sequence[tuple[str, OutputFile]]) -> None:
         """Allocate the model files, by their names in the folder, and write their headers.
@@ -56,9 +53,9 @@ class StagedOutput:
         Data that was written to them before is kept.
         """
         for number, (name, file) in enumerate(files):
-            path = self._staging if self._single else self._staging / name
+            path = self._path_of(name)
             self._paths.append(path)
-            with as_failure(self._final):
+            with as_failure(self.final):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_CREAT, 0o666)
                 try:
@@ -73,11 +70,14 @@ class StagedOutput:
 
     def adopt(self, names: Sequence[str]) -> None:
         """Take over model files that others have written, by their names in the folder."""
-        self._paths = [self._staging if self._single else self._staging / name for name in names]
+        self._paths = [self._path_of(name) for name in names]
+
+    def _path_of(self, name: str) -> Path:
+        return self.output if self.is_single_file else self.output / name
 
     def write(self, file: int, data: memoryview, offset: int) -> None:
         """Write `data` at `offset` of model file number `file`; from any thread."""
-        with as_failure(self._final), self._opened(file) as fd:
+        with as_failure(self.final), self._opened(file) as fd:
             write_all(fd, data, offset)
             _start_writeback(fd, offset, len(data))
 
@@ -95,15 +95,15 @@ class StagedOutput:
 
     def add(self, name: str, content: bytes) -> None:
         """Write one small file of the output folder."""
-        path = self._staging / name
-        with as_failure(self._final / name):
+        path = self.output / name
+        with as_failure(self.final / name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, content, self._staging.parent)  # parts may write it concurrently
+            replace_file(path, content, self.output.parent)  # parts may write it concurrently
 
     def copy(self, source: Path, name: str, storage: Storage) -> None:
         """Copy a companion file, byte for byte."""
-        path = self._staging / name
-        with storage.open(source) as file, as_failure(self._final / name):
+        path = self.output / name
+        with storage.open(source) as file, as_failure(self.final / name):
             path.parent.mkdir(parents=True, exist_ok=True)
             with durable_file(path) as fd:
                 size_bytes = file.identity.size_bytes
@@ -121,74 +121,62 @@ class StagedOutput:
                 # By descriptor, since the library accepts only paths in UTF-8.
                 with self._opened(number) as fd, safe_open(f"/dev/fd/{fd}", "pt") as model:
                     model.keys()
-            except (OSError, RuntimeError) as error:  # the latter from torch, which maps it
+            except (OSError, RuntimeError, SafetensorError) as error:  # torch, which maps it, too
+                code = Code.DAMAGED if isinstance(error, SafetensorError) else Code.READ_FAILED
                 raise FailedError(
-                    f"{self._final} cannot be read after writing: {error}.",
+                    f"{self.final} cannot be loaded after writing: {error}.",
                     "Nothing was published.",
-                    code=Code.READ_FAILED,
-                    path=self._final,
-                ) from error
-            except SafetensorError as error:
-                raise FailedError(
-                    f"{self._final}: the safetensors library rejects the output: {error}.",
-                    "Nothing was published; please report this.",
-                    code=Code.DAMAGED,
-                    path=self._final,
+                    code=code,
+                    path=self.final,
                 ) from error
 
     def make_durable(self) -> None:
         """Make everything written so far survive a power failure."""
-        with as_failure(self._final):
+        with as_failure(self.final):
             for number in range(len(self._paths)):
                 with self._opened(number) as fd:
                     os.fsync(fd)
-            if not self._single:
-                for folder, _, _ in os.walk(self._staging):
+            if not self.is_single_file:
+                for folder, _, _ in os.walk(self.output):
                     fsync_folder(folder)
 
     def publish(self) -> None:
         """Give the output its final name, replacing what may be replaced there."""
         self.make_durable()
-        ready = self._staging.with_name(PUBLISHED)
-        with as_failure(self._final):
+        ready = self.output.with_name(PUBLISHED)
+        with as_failure(self.final):
             # This voids all records of the output; an exchange leaves the old one in its place.
             remove(ready)  # left by a run that was killed here
-            os.rename(self._staging, ready)
+            os.rename(self.output, ready)
             fsync_folder(ready.parent)
             try:
                 self._give_name(ready)
             except OSError:
-                os.rename(ready, self._staging)
+                os.rename(ready, self.output)
                 raise
         try:
-            fsync_folder(self._final.parent)
+            fsync_folder(self.final.parent)
         except OSError as error:
-            raise FailedError(
-                f"{self._final} is published, but may not survive a power failure:"
-                f" {error.strerror}.",
-                code=Code.WRITE_FAILED,
-                path=self._final,
-            ) from error
+            why = f"may not survive a power failure: {error.strerror}"
+            message = f"{self.final} is published, but {why}."
+            raise FailedError(message, code=Code.WRITE_FAILED, path=self.final) from error
 
     def _give_name(self, ready: Path) -> None:
-        if self._overwrite and os.path.lexists(self._final):
-            self._replace(ready)
-        elif self._single:
-            _link_or_rename(ready, self._final)
-        else:
-            os.rename(ready, self._final)  # replaces nothing but an empty folder
+        """Replace nothing but an empty folder, or what `overwrite` applies to.
 
-    def _replace(self, ready: Path) -> None:
-        """Replace the old output, which ends up in the workspace or is removed."""
-        if self._single:
-            os.replace(ready, self._final)
-        elif not _exchange(ready, self._final):
-            old = hidden_sibling(self._final)
-            os.rename(self._final, old)
+        An old folder ends up in the workspace or is removed.
+        """
+        if not (self._overwrite and os.path.lexists(self.final)):
+            (_link_or_rename if self.is_single_file else os.rename)(ready, self.final)
+        elif self.is_single_file:
+            os.replace(ready, self.final)
+        elif not _exchange(ready, self.final):
+            old = hidden_sibling(self.final)
+            os.rename(self.final, old)
             try:
-                os.rename(ready, self._final)
+                os.rename(ready, self.final)
             except BaseException:
-                os.rename(old, self._final)
+                os.rename(old, self.final)
                 raise
             remove(old)
 

@@ -13,13 +13,14 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt_ema.errors import Code, FailedError, RefusedError
 from ckpt_ema.output.destination import averages_in
 from ckpt_ema.storage.local import Local
-from ckpt_ema.storage.protocol import Kind
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _MARK = ".ckpt-ema-"
 _OUTPUT = "output"
@@ -52,63 +53,55 @@ class Workspace:
         """The output, a folder or one file, before it gets its final name."""
         return self.path / _OUTPUT
 
-    def __enter__(self) -> "Workspace":
+    def __enter__(self) -> "Self":
         _remove_leftovers(self.final, spared=self.path)
         try:
             with as_failure(self.final):
                 while not self._claim():
+                    self._unlock()
                     self.path = hidden_sibling(self.final, self._key)
         except BaseException:
             if not self._key:  # else others may use it
                 remove(self.path)
+            self._unlock()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if not self.kept:
             try:
                 remove(self.path)
             finally:  # a signal, of which there is only one, may have stopped it
                 remove(self.path)
-        with contextlib.suppress(OSError):
-            os.close(self._fd)
+        self._unlock()
 
     def _claim(self) -> bool:
         """Make the folder and lock it; return False if another run removed it as a leftover."""
         self.path.mkdir(exist_ok=bool(self._key))
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        with contextlib.ExitStack() as unless_claimed:
-            unless_claimed.callback(os.close, fd)
-            if _lock(fd, is_shared=self._is_shared) is False and self._key:
-                raise RefusedError(
-                    f"{self.final} is being made by another process, in {self.path}.",
-                    "Wait for that process, or stop it.",
-                    code=Code.OUTPUT_IN_USE,
-                    path=self.final,
-                )
-            try:
-                is_there = os.path.samestat(os.fstat(fd), self.path.stat())
-            except FileNotFoundError:
-                is_there = False
-            if is_there:
-                self._drop_void_records()
-                self._fd = fd
-                unless_claimed.pop_all()
-            return is_there
-
-    def _drop_void_records(self) -> None:
-        """Drop the records of an output that is not here.
-
-        A run was killed after publishing it, or could not clean up.
-        """
-        if Local().kind(self.output) is Kind.ABSENT:
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        if _lock(self._fd, is_shared=self._is_shared) is False and self._key:
+            raise RefusedError(
+                f"{self.final} is being made by another process, in {self.path}.",
+                "Wait for that process, or stop it.",
+                code=Code.OUTPUT_IN_USE,
+                path=self.final,
+            )
+        try:
+            if not os.path.samestat(os.fstat(self._fd), self.path.stat()):
+                return False
+        except FileNotFoundError:
+            return False
+        if not Local().exists(self.output):
+            # A run was killed after publishing the output, or could not clean up: its records are
+            # void.
             for path in [*_records(self.path, ""), *self.path.glob(f"*{LINES}")]:
                 path.unlink(missing_ok=True)  # another process may do the same
+        return True
+
+    def _unlock(self) -> None:
+        fd, self._fd = self._fd, -1
+        with contextlib.suppress(OSError):
+            os.close(fd)
 
     def record(self, name: str, content: dict[str, Any]) -> None:
         """Write a record, durably and atomically."""
@@ -139,21 +132,10 @@ def keys_with_parts(final: Path) -> list[str]:
     Raises `RefusedError` if they cannot be listed.
     """
     final = Path(os.path.realpath(final))
-    stem = _hidden_stem(final)
-    try:
-        return sorted(
-            path.name[len(stem) :]
-            for path in final.parent.iterdir()
-            if path.name.startswith(stem) and _has_parts(path)
-        )
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise RefusedError(
-            f"cannot access {final.parent} to look for parts: {error.strerror}.",
-            code=Code.INACCESSIBLE,
-            path=final.parent,
-        ) from error
+    stem, storage = _hidden_stem(final), Local()
+    names = storage.names(final.parent) if storage.is_folder(final.parent) else ()
+    found = [name for name in names if name.startswith(stem) and _has_parts(final.parent / name)]
+    return sorted(name[len(stem) :] for name in found)
 
 
 def hidden_sibling(final: Path, key: str = "") -> Path:
@@ -168,7 +150,7 @@ def _hidden_stem(final: Path) -> str:
 
 def _has_parts(folder: Path) -> bool:
     """Return whether a workspace holds an output and records of its parts."""
-    return bool(_records(folder, PART)) and Local().kind(folder / _OUTPUT) is not Kind.ABSENT
+    return bool(_records(folder, PART)) and Local().exists(folder / _OUTPUT)
 
 
 def _records(folder: Path, prefix: str) -> list[Path]:
@@ -196,10 +178,9 @@ def _remove_leftovers(final: Path, spared: Path) -> None:
 def _is_wanted(path: Path, final: Path) -> bool:
     """Return whether a hidden sibling of an output is more than a leftover.
 
-    Finished parts hold no lock. The previous output is there if a run was killed between two
-    renames.
+    Finished parts hold no lock; a run killed between two renames leaves the previous output.
     """
-    if any(Local().kind(path / name) is not Kind.ABSENT for name in (_OUTPUT, PUBLISHED)):
+    if any(Local().exists(path / name) for name in (_OUTPUT, PUBLISHED)):
         return _has_parts(path)
     return not os.path.lexists(final) and bool(averages_in(path))
 

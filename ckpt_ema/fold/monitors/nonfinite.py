@@ -49,16 +49,13 @@ class NonFinite(Monitor):
                 tensor = tensor_at(plan, tile.span, average, first)
                 raise _nonfinite(view, checkpoint, tensor)
         first = tile.start + int(problem.int().argmax())
-        raise _overflow(tensor_at(plan, tile.span, average, first))
-
-
-def _overflow(tensor: OutputTensor) -> RefusedError:
-    return RefusedError(
-        f"The average of tensor {tensor.name} exceeds the range of {tensor.dtype}.",
-        "Choose another --dtype (bfloat16 has the range of float32), or pass --allow-nonfinite.",
-        code=Code.OVERFLOW,
-        tensor=tensor.name,
-    )
+        tensor = tensor_at(plan, tile.span, average, first)
+        raise RefusedError(
+            f"The average of tensor {tensor.name} exceeds the range of {tensor.dtype}.",
+            "Choose another --dtype (bfloat16 has float32's range), or pass --allow-nonfinite.",
+            code=Code.OVERFLOW,
+            tensor=tensor.name,
+        )
 
 
 def _nonfinite(view: TileView, checkpoint: int, tensor: OutputTensor) -> RefusedError:

@@ -1,12 +1,10 @@
 """Finds two steps that hold the same state, from the bytes that are read anyway.
 
-Neighbours in an average are compared tile by tile until one tile differs. That is usually the
-first, so it costs nothing. Frozen tensors are equal in all checkpoints.
+Neighbours in an average are compared tile by tile until one differs, which is usually the first.
 """
 
 import hashlib
 import threading
-from collections.abc import Callable, Collection
 from typing import Any
 
 from ckpt_ema.containers.compare import same_values
@@ -26,9 +24,21 @@ class Twins(Monitor):
 
     def watch(self, _view: TileView) -> See | None:
         """See `Monitor.watch`."""
+        earlier: dict[int, list[int]] = {}  # of a checkpoint, those it may be equal to
         with self._lock:
-            equal = list(self._equal)
-        return _TileTwins(equal, self._differ).see if equal else None
+            for one, other in self._equal:
+                earlier.setdefault(other, []).append(one)
+        digests: dict[int, bytes] = {}
+        wanted = {number for other, ones in earlier.items() for number in (other, *ones)}
+
+        def see(checkpoint: int, values: memoryview, _itemsize: int) -> None:
+            if checkpoint in wanted:
+                digest = digests[checkpoint] = hashlib.blake2b(values).digest()
+                for one in earlier.get(checkpoint, ()):
+                    if digests.get(one, digest) != digest:
+                        self.merge([(one, checkpoint)])
+
+        return see if wanted else None
 
     def state(self) -> list[Pair]:
         """Return the pairs that differ."""
@@ -37,36 +47,11 @@ class Twins(Monitor):
 
     def merge(self, state: Any) -> None:
         """See `Monitor.merge`."""
-        for one, other in state:
-            self._differ((one, other))
+        with self._lock:
+            self._equal.difference_update(map(tuple, state))
 
     def verdict(self) -> tuple[Notice, ...]:
         """Raise `RefusedError` if two checkpoints are equal, unless that is allowed."""
         if self._equal and not self._watched.allow_duplicates:
             raise same_values(*(self._watched.checkpoints[number] for number in min(self._equal)))
         return ()
-
-    def _differ(self, pair: Pair) -> None:
-        with self._lock:
-            self._equal.discard(pair)
-
-
-class _TileTwins:
-    """The comparison within one tile."""
-
-    def __init__(self, pairs: Collection[Pair], differ: Callable[[Pair], None]) -> None:
-        self._differ = differ
-        self._wanted = {number for pair in pairs for number in pair}
-        self._earlier: dict[int, list[int]] = {}  # of a checkpoint, those it may be equal to
-        for one, other in pairs:
-            self._earlier.setdefault(other, []).append(one)
-        self._digests: dict[int, bytes] = {}
-
-    def see(self, number: int, values: memoryview, _itemsize: int) -> None:
-        """Compare a checkpoint with those before it."""
-        if number not in self._wanted:
-            return
-        digest = self._digests[number] = hashlib.blake2b(values).digest()
-        for earlier in self._earlier.get(number, ()):
-            if self._digests.get(earlier, digest) != digest:
-                self._differ((earlier, number))

@@ -1,7 +1,6 @@
 """Finds weights that turn to zeros, as an interrupted save leaves them if it set the size first.
 
-Headers do not show it. Tensors that are zero from the start, such as masks and fresh adapters, are
-ignored.
+Tensors that are zero from the start, such as masks and fresh adapters, are ignored.
 """
 
 import threading
