@@ -141,16 +141,16 @@ CASES = [
         )
     ),
     Running(
-        "out of memory in a thread", says="Out of memory", during=partial(raised, MemoryError())
+        "out of memory in a thread", says="out of memory", during=partial(raised, MemoryError())
     ),
     Running(
         "out of memory in torch's own library",
-        says="Out of memory",
+        says="out of memory",
         during=partial(raised, RuntimeError("std::bad_alloc")),
     ),
     Running(
         "out of memory in torch",
-        says="Out of memory",
+        says="out of memory",
         during=partial(
             raised, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
         ),
@@ -158,7 +158,7 @@ CASES = [
     *(
         Running(
             f"{size_bytes >> 20} MiB of address space left",
-            says="Out of memory|can start no more threads",
+            says="out of memory|can start no more threads",
             before=partial(has_little_memory, size_bytes),
         )
         for size_bytes in (0, 1 << 20, 4 << 20, 10 << 20, 16 << 20)
