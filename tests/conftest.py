@@ -14,6 +14,11 @@ __all__ = ["noise", "raw", "read_safetensors", "series", "write_safetensors", "w
 MakeRun = Callable[..., Path]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Offer to write what users read into the golden file, instead of comparing it."""
+    parser.addoption("--write-messages", action="store_true")
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
     """A function that writes a run of checkpoint folders and returns the run's folder."""

@@ -23,12 +23,14 @@ from tests.corpus.case import Case, good_run
 from tests.corpus.running import prepare
 from tests.corpus.torch_files import hostile, protocol_0
 
+# Every sentence, to be read side by side; written anew by `pytest -n 0 --write-messages FILE`.
+MESSAGES = Path(__file__).parent / "corpus" / "messages.txt"
 CPU_SECONDS, GROWN_BYTES = 10.0, 100 << 20
 
 PARAMETERS = [
-    pytest.param(case, id=f"{section}: {case.name}", marks=[pytest.mark.sweep] * case.is_slow)
+    pytest.param(name, case, id=name, marks=[pytest.mark.sweep] * case.is_slow)
     for section, cases in CASES.items()
-    for case in cases
+    for name, case in ((f"{section}: {case.name}", case) for case in cases)
 ]
 
 
@@ -45,25 +47,52 @@ def contents(folder: Path) -> dict[str, Any]:
     return found
 
 
-def check_words(done: Done, case: Case) -> None:
-    """One sentence that says what the case says, without a control character."""
-    assert all(line.isprintable() for line in done.stderr.splitlines())
-    assert "Traceback" not in done.stderr
-    if case.code == 0:
-        assert "error: " not in done.stderr
-        said = [line for line in done.stderr.splitlines() if re.match("warning: |note: ", line)]
-        assert not case.says or any(re.search(case.says, line) for line in said), said
-        return
-    *usage, line = done.stderr.splitlines()
-    assert not usage or (case.code == 2 and usage[0].startswith("Usage: ")), usage
-    assert re.search(case.says, line), line
-    assert case.names in line
-    if case.code in (1, 3):
-        assert re.fullmatch(r"error: .*\.", line), line
+def messages() -> dict[str, list[str]]:
+    """Read the golden file: of each case the lines that the user sees."""
+    found: dict[str, list[str]] = {}
+    for line in MESSAGES.read_text().splitlines():
+        if line.startswith("    "):
+            found[next(reversed(found))].append(line.strip())
+        elif line:
+            found[line] = []
+    return found
 
 
-@pytest.mark.parametrize("case", PARAMETERS)
-def test_what_the_user_sees_and_what_is_left(case: Case, tmp_path: Path) -> None:
+def write_message(name: str, lines: list[str]) -> None:
+    """Put the lines of one case into the golden file."""
+    known = {**messages(), name: lines}
+    names = [f"{section}: {case.name}" for section, cases in CASES.items() for case in cases]
+    blocks = ["\n    ".join([one, *known[one]]) for one in names if one in known]
+    MESSAGES.write_text("\n".join(blocks) + "\n")
+
+
+def lines_seen(done: Done, run: Path, output: Path) -> list[str]:
+    """Return the warnings and the error; and the notes that an ordinary run does not get."""
+    text = done.stderr.replace(str(output), "OUT").replace(str(run), "RUN")
+    lines = text.replace(str(run.parent), "FOLDER").splitlines()
+    if done.returncode:
+        return lines[-1:] if done.returncode == 2 else lines
+    ordinary = ("note: Only", "note: --decay", "note: I64")
+    said = [line for line in lines if line.startswith(("warning: ", "note: "))]
+    return [line for line in said if not line.startswith(ordinary)]
+
+
+def check_words(lines: list[str], case: Case) -> None:
+    """Check that an error is one printable sentence, about the thing that is wrong."""
+    assert all(line.isprintable() and "Traceback" not in line for line in lines)
+    assert not any("error: " in line for line in lines) or case.code
+    if case.says:
+        assert re.search(case.says, lines[-1]), lines
+    if case.code:
+        [line] = lines
+        assert case.names in line
+        assert case.code not in (1, 3) or re.fullmatch(r"error: .*\.", line)
+
+
+@pytest.mark.parametrize(("name", "case"), PARAMETERS)
+def test_what_the_user_sees_and_what_is_left(
+    name: str, case: Case, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     run, output = tmp_path / "run", tmp_path / "out"
     good_run(run, case.form)
     case.make(run)
@@ -74,7 +103,12 @@ def test_what_the_user_sees_and_what_is_left(case: Case, tmp_path: Path) -> None
     prepared = partial(prepare, case.before, case.during, run) if needed else None
     done = ckpt_ema(*words, before=prepared, cwd=tmp_path)
     assert done.returncode == case.code, done.stderr
-    check_words(done, case)
+    lines = lines_seen(done, run, output)
+    check_words(lines, case)
+    if not case.says:
+        if request.config.getoption("write_messages"):
+            write_message(name, lines)
+        assert lines == messages()[name]
     assert done.cpu_seconds < CPU_SECONDS * (1 + 9 * case.is_slow)
     assert done.grown_bytes < GROWN_BYTES * (1 + 9 * case.is_slow)
     after = contents(tmp_path)

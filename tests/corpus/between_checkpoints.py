@@ -31,77 +31,30 @@ def same_step(run: Path) -> None:
 
 
 CASES = [
-    Case(
-        "another shape",
-        in_all(lambda s: s.update(w=torch.ones(5, 8)), 2),
-        r"Tensor w has shape \[5, 8\] in",
-    ),
-    Case(
-        "a shape that would broadcast",
-        in_all(lambda s: s.update(w=torch.ones(1, 7)), 2),
-        r"Tensor w has shape \[1, 7\] in",
-    ),
-    Case(
-        "a name that is missing",
-        in_all(lambda s: s.pop("w"), 2),
-        "checkpoint-2 lacks w",
-    ),
-    Case(
-        "a name that is added",
-        in_all(lambda s: s.update(x=torch.ones(1)), 2),
-        "checkpoint-2 also has x",
-    ),
-    Case(
-        "a name that is another",
-        in_all(lambda s: s.update(x=s.pop("w")), 2),
-        "also has x and checkpoint-2 lacks w",
-    ),
-    Case(
-        "a wider dtype",
-        in_all(lambda s: s.update(b=s["b"].float()), 2),
-        "checkpoint-2 holds 1 tensors in another dtype than",
-        0,
-    ),
-    Case(
-        "a float that is an integer",
-        in_all(lambda s: s.update(w=s["w"].long()), 2),
-        "Tensor w is I64 in checkpoint-2 and F32",
-    ),
-    Case("the same step twice", same_step, "are both checkpoint 2", names="checkpoint-002"),
+    Case("another shape", in_all(lambda s: s.update(w=torch.ones(5, 8)), 2)),
+    Case("a shape that would broadcast", in_all(lambda s: s.update(w=torch.ones(1, 7)), 2)),
+    Case("a name that is missing", in_all(lambda s: s.pop("w"), 2)),
+    Case("a name that is added", in_all(lambda s: s.update(x=torch.ones(1)), 2)),
+    Case("a name that is another", in_all(lambda s: s.update(x=s.pop("w")), 2)),
+    Case("a wider dtype", in_all(lambda s: s.update(b=s["b"].float()), 2), code=0),
+    Case("a float that is an integer", in_all(lambda s: s.update(w=s["w"].long()), 2)),
+    Case("the same step twice", same_step, names="checkpoint-002"),
     Case(
         "identical files under two steps",
         lambda run: shutil.copy(
             run / "checkpoint-1/model.safetensors", run / "checkpoint-2/model.safetensors"
         ),
-        "checkpoint-1 and checkpoint-2 hold the same model weights",
         names="checkpoint-1",
     ),
-    Case(
-        "the newest is cut",
-        cut(-5, f"{NEWEST}/model.safetensors"),
-        f"{NEWEST} is incomplete and left out",
-        0,
-    ),
-    Case(
-        "the newest is empty",
-        cut(0, f"{NEWEST}/model.safetensors"),
-        f"{NEWEST} is incomplete and left out",
-        0,
-    ),
-    Case("the middle one is cut", cut(-5), "--skip-incomplete"),
-    Case(
-        "the middle one is skipped",
-        cut(-5),
-        f"{MIDDLE} is incomplete and left out",
-        0,
-        words=["--skip-incomplete"],
-    ),
-    Case("mixed formats", mixed, "", 0),
-    Case("one checkpoint only", only_one, "Only one checkpoint", 0),
+    Case("the newest is cut", cut(-5, f"{NEWEST}/model.safetensors"), code=0),
+    Case("the newest is empty", cut(0, f"{NEWEST}/model.safetensors"), code=0),
+    Case("the middle one is cut", cut(-5)),
+    Case("the middle one is skipped", cut(-5), code=0, words=["--skip-incomplete"]),
+    Case("mixed formats", mixed, code=0),
+    Case("one checkpoint only", only_one, code=0),
     Case(
         "none that is whole",
         several(*(cut(-5, f"checkpoint-{i}/model.safetensors") for i in (1, 2, 3))),
-        "is incomplete",
         names="checkpoint-",
     ),
 ]

@@ -22,11 +22,11 @@ FILE = f"{MIDDLE}/model.safetensors"
 
 @dataclass(frozen=True)
 class Case:
-    """One bad input or one fault."""
+    """One bad input or one fault; what the user reads is in `messages.txt`."""
 
     name: str
     make: Make  # changes a good run in this folder
-    says: str  # a regular expression that the error matches or, with code 0, a warning
+    says: str = ""  # a regular expression, where the sentence is not always the same
     code: int = 3
     form: Form = "safetensors"  # of the good run
     words: Sequence[str] = ()  # more arguments; RUN and OUT stand for the folders

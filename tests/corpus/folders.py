@@ -100,87 +100,61 @@ def not_utf8(run: Path) -> None:
 AS_ROOT = os.geteuid() == 0
 
 CASES = [
-    Case("does not exist", shutil.rmtree, "does not exist", names="run"),
-    Case("empty", emptied, "the folder is empty", names="run"),
-    Case("logs only", logs_only, "none with model weights: logs/, trainer_state.json", names="run"),
+    Case("does not exist", shutil.rmtree, names="RUN"),
+    Case("empty", emptied, names="RUN"),
+    Case("logs only", logs_only, names="RUN"),
     *(
-        Case(
-            f"{name} may not be read",
-            partial(locked, name),
-            f"/run/{name}( cannot be opened)?: Permission denied",
-            before=nobody,
-            names=f"run/{name}",
-        )
+        Case(f"{name} may not be read", partial(locked, name), before=nobody, names=f"RUN/{name}")
         for name in ("checkpoint-2", "checkpoint-2/model.safetensors")
         if AS_ROOT
     ),
     *(
         Case(
-            f"{name} may not be entered",
-            partial(locked, ""),
-            f"cannot access .*/{given}: Permission denied",
-            before=nobody,
-            names=given,
-            run=path,
+            f"{name} may not be entered", partial(locked, ""), before=nobody, names=given, run=path
         )
         for name, path, given in (
-            ("the run", "RUN", "run"),
-            ("the folder above the run", "RUN/checkpoint-2", "run/checkpoint-2"),
+            ("the run", "RUN", "RUN"),
+            ("the folder above the run", "RUN/checkpoint-2", "RUN/checkpoint-2"),
         )
         if AS_ROOT
     ),
-    Case("leftovers of interrupted saves", leftovers, "", 0),
-    Case("loops and dangling links", loops, "", 0),
-    Case("a FIFO, a socket, a device, a file of /proc", strange_files, "", 0),
+    Case("leftovers of interrupted saves", leftovers, code=0),
+    Case("loops and dangling links", loops, code=0),
+    Case("a FIFO, a socket, a device, a file of /proc", strange_files, code=0),
     Case(
         "a folder called as a file is",
         lambda run: (run / "checkpoint-3/config.json").mkdir(),
-        "",
-        0,
+        code=0,
     ),
-    Case("a FIFO beside the weights", lambda run: fifo(run / "checkpoint-3/config.json"), "", 0),
+    Case("a FIFO beside the weights", lambda run: fifo(run / "checkpoint-3/config.json"), code=0),
     Case(
         "a link to a device beside the weights",
         lambda run: links_to("/dev/zero")(run / "checkpoint-3/config.json"),
-        "",
-        0,
+        code=0,
     ),
-    Case("names that are not UTF-8", not_utf8, "", 0),
+    Case("names that are not UTF-8", not_utf8, code=0),
     Case(
         "a file is the run",
         several(shutil.rmtree, lambda run: run.write_text("notes")),
-        "is not a checkpoint: its extension",
-        names="run",
+        names="RUN",
     ),
-    Case(
-        "a FIFO is the run",
-        several(shutil.rmtree, fifo),
-        "is not a checkpoint",
-        names="run",
-    ),
+    Case("a FIFO is the run", several(shutil.rmtree, fifo), names="RUN"),
     Case(
         "/proc is the run",
         nothing,
-        "No checkpoints found|cannot be",
+        says="No checkpoints found|cannot be",
         run="/proc",
         names="/proc",
     ),
-    Case(
-        "a device is the run",
-        nothing,
-        "is not a checkpoint",
-        run="/dev/zero",
-        names="/dev/zero",
-    ),
-    Case("300 checkpoints", partial(many, 300), "", 0),
+    Case("a device is the run", nothing, run="/dev/zero", names="/dev/zero"),
+    Case("300 checkpoints", partial(many, 300), code=0),
     Case(
         "10 000 checkpoints with 256 descriptors",
         partial(many, 10_000),
-        "",
-        0,
+        code=0,
         before=partial(resource.setrlimit, resource.RLIMIT_NOFILE, (256, 256)),
         is_slow=True,
     ),
-    Case("300 shards", many_shards, "", 0),
-    Case("100 000 tensors", many_tensors, "", 0, is_slow=True),
+    Case("300 shards", many_shards, code=0),
+    Case("100 000 tensors", many_tensors, code=0, is_slow=True),
 ]

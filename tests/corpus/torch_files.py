@@ -129,7 +129,7 @@ def with_gradients(step: int) -> dict[str, Any]:
 
 CASES = [
     *(
-        Torch(f"hostile reduce in {label}", hostile(container, suffix, **extra), READ)
+        Torch(f"hostile reduce in {label}", hostile(container, suffix, **extra))
         for label, container, suffix, extra in (
             ("a zip", archive, ".bin", {"_0": DATA}),
             ("a legacy file", legacy, ".bin", {"keys": ["0"], "data": b"\6" + bytes(7) + DATA}),
@@ -139,7 +139,7 @@ CASES = [
         )
     ),
     *(
-        Torch(f"hostile reduce in {label}", hostile(container, suffix), "is not a file written by")
+        Torch(f"hostile reduce in {label}", hostile(container, suffix))
         for label, container, suffix in (
             ("a tar", tarred, ".bin"),
             ("a raw pickle", bare, ".bin"),
@@ -148,78 +148,50 @@ CASES = [
             ("a pickle in letters", protocol_0, ".bin"),
         )
     ),
-    Torch("compressed records", deflated, "has compressed or repeated records"),
-    Torch(
-        "a bytearray of 8 GB",
-        pickled(b"\x80\x02" + CLAIM),
-        "a pickled builtins.bytearray, not as tensors; reading it would run code",
-    ),
-    Torch(
-        "a storage of 2^62 elements", pickled(tensor_pickle(count=number(2**62))), "shorter than"
-    ),
-    Torch("a storage of 2^70 elements", pickled(tensor_pickle(count=number(2**70))), "impossible"),
+    Torch("compressed records", deflated),
+    Torch("a bytearray of 8 GB", pickled(b"\x80\x02" + CLAIM)),
+    Torch("a storage of 2^62 elements", pickled(tensor_pickle(count=number(2**62)))),
+    Torch("a storage of 2^70 elements", pickled(tensor_pickle(count=number(2**70)))),
     Torch(
         "10^12 elements of stride 0",
         pickled(tensor_pickle(shape=b"(" + number(10**12) + b"K\x01t", strides=b"(K\x00K\x00t")),
-        REACHES,
     ),
-    Torch("a storage shorter than declared", undersized, "shorter than declared"),
+    Torch("a storage shorter than declared", undersized),
+    Torch("a storage that is missing", lambda run: archive(run / FILE, tensor_pickle())),
+    Torch("a view outside of its storage", pickled(tensor_pickle(offset=b"K\x01"))),
+    Torch("a negative stride", pickled(tensor_pickle(strides=b"(J\xff\xff\xff\xffK\x01t"))),
+    Torch("a negative offset", pickled(tensor_pickle(offset=number(-1)))),
     Torch(
-        "a storage that is missing",
-        lambda run: archive(run / FILE, tensor_pickle()),
-        "storage 0 is missing",
+        "an opcode that claims a terabyte", pickled(b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40))
     ),
-    Torch("a view outside of its storage", pickled(tensor_pickle(offset=b"K\x01")), REACHES),
-    Torch(
-        "a negative stride",
-        pickled(tensor_pickle(strides=b"(J\xff\xff\xff\xffK\x01t")),
-        "impossible shape, stride or offset",
-    ),
-    Torch("a negative offset", pickled(tensor_pickle(offset=number(-1))), "impossible shape"),
-    Torch(
-        "an opcode that claims a terabyte",
-        pickled(b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40)),
-        "it declares more than the file has",
-    ),
-    Torch(
-        "a legacy file that is cut",
-        cut(-9, FILE),
-        "is cut short: storage .* is incomplete",
-        form="legacy",
-    ),
-    Torch("a zip that is cut", cut(-9, FILE), "its zip directory cannot be read"),
-    Torch("a zip of which half is there", cut(700, FILE), "its zip directory cannot be read"),
-    Torch("an empty file", holds(b"", FILE), "is empty"),
-    Torch("text", holds(b"loss 0.3\n" * 9, FILE), "is not a file written by torch.save"),
-    Torch("a legacy head alone", holds(LEGACY_HEAD, FILE), "it ends too soon"),
-    Torch("a list", saved(lambda: [torch.ones(2)]), "holds no dict of tensors"),
-    Torch("one bare tensor", saved(lambda: torch.ones(2)), "holds no dict of tensors"),
-    Torch("an empty dict", saved(dict), "holds no dict of tensors"),
-    Torch("a pickled module", saved(lambda: torch.nn.Linear(2, 2)), "would run code from the file"),
-    Torch("a sparse tensor", beside(s=torch.eye(2).to_sparse()), "tensor s is of a kind"),
-    Torch("a meta tensor", beside(s=torch.ones(3, device="meta")), "tensor s is of a kind"),
-    Torch("a quantised tensor", saved(lambda: {"w": torch.ones(2), "s": quantised()}), "QInt8"),
-    Torch(
-        "a ShardedTensor of one rank",
-        pickled(sharded_pickle()),
-        "tensor w is a torch.*ShardedTensor, of which each rank's file holds a part",
-    ),
-    Torch("names that are numbers", saved(lambda: {1: torch.ones(2)}), "holds no dict of tensors"),
+    Torch("a legacy file that is cut", cut(-9, FILE), form="legacy", says="is cut short: storage"),
+    Torch("a zip that is cut", cut(-9, FILE)),
+    Torch("a zip of which half is there", cut(700, FILE)),
+    Torch("an empty file", holds(b"", FILE)),
+    Torch("text", holds(b"loss 0.3\n" * 9, FILE)),
+    Torch("a legacy head alone", holds(LEGACY_HEAD, FILE)),
+    Torch("a list", saved(lambda: [torch.ones(2)])),
+    Torch("one bare tensor", saved(lambda: torch.ones(2))),
+    Torch("an empty dict", saved(dict)),
+    Torch("a pickled module", saved(lambda: torch.nn.Linear(2, 2))),
+    Torch("a sparse tensor", beside(s=torch.eye(2).to_sparse())),
+    Torch("a meta tensor", beside(s=torch.ones(3, device="meta"))),
+    Torch("a quantised tensor", saved(lambda: {"w": torch.ones(2), "s": quantised()})),
+    Torch("a ShardedTensor of one rank", pickled(sharded_pickle())),
+    Torch("names that are numbers", saved(lambda: {1: torch.ones(2)})),
     Torch(
         "a name that safetensors reserves",
         all_saved(lambda step: {"__metadata__": torch.ones(2) * step}),
-        "__metadata__",
         names="",
     ),
     Torch(
         "plain values beside tensors",
         all_saved(lambda step: {"w": torch.ones(2) * step, "version": 3, "extra": b"\0"}),
-        "Not tensors, so not in the average: version, extra",
-        0,
+        code=0,
     ),
-    Torch("tied, strided and sliced tensors", all_saved(tied), "", 0),
-    Torch("tied, strided and sliced tensors in the old form", all_saved(tied, "legacy"), "", 0),
-    Torch("parameters with gradients", all_saved(with_gradients), "", 0),
+    Torch("tied, strided and sliced tensors", all_saved(tied), code=0),
+    Torch("tied, strided and sliced tensors in the old form", all_saved(tied, "legacy"), code=0),
+    Torch("parameters with gradients", all_saved(with_gradients), code=0),
     Torch(
         "tensors saved on a GPU",
         lambda run: [
@@ -230,8 +202,7 @@ CASES = [
             )
             for step in (1, 2, 3)
         ],
-        "",
-        0,
+        code=0,
     ),
-    Torch("a pickle that is none", pickled(pickle.dumps({"w": 1})[:-1]), "it ends too soon"),
+    Torch("a pickle that is none", pickled(pickle.dumps({"w": 1})[:-1])),
 ]
