@@ -26,6 +26,9 @@ _LOST = "the connection to rank 0 was lost."
 _IF_ALONE = "If this process was started alone, unset WORLD_SIZE and SLURM_STEP_NUM_TASKS."
 
 
+Waiting = Callable[[str], None]  # called with a sentence
+
+
 class Place(NamedTuple):
     """Where a process stands among those that were launched with it, and where they meet."""
 
@@ -36,18 +39,10 @@ class Place(NamedTuple):
     is_hosted: bool  # the launcher has the store; otherwise rank 0 has
     local_rank: int  # among those on its machine
 
-
-class Waiting(NamedTuple):
-    """Ranks that have not joined yet."""
-
-    ranks: Sequence[int]
-    place: Place
-
-    def __str__(self) -> str:
-        """Name them: waiting for ranks 1, 3 of 4 at host:29500."""
-        _, size, address, port, *_ = self.place
-        which = f"rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}"
-        return f"waiting for {which} of {size} at {address}:{port}"
+    def waiting_for(self, ranks: Sequence[int]) -> str:
+        """Return a sentence on ranks that have not joined yet."""
+        which = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} of {self.size}"
+        return f"waiting for {which} at {self.address}:{self.port}"
 
 
 def place_from(environment: Mapping[str, str]) -> Place | None:
@@ -168,14 +163,14 @@ class Ranks:
                     code=Code.PARTS_DISAGREE,
                 )
 
-    def wait(self, name: str, waiting: Callable[[Waiting], None] | None = None) -> None:
+    def wait(self, name: str, waiting: Waiting | None = None) -> None:
         """Wait until all processes are here; `waiting` is called once if some are late."""
         self._store.set(f"{name}/{self.rank}", "here")
         missing = [rank for rank in range(self.size) if rank != self.rank]
         late = time.monotonic() + _SECONDS_BEFORE_SAYING
         while missing := [rank for rank in missing if not self._has(f"{name}/{rank}")]:
             if waiting and time.monotonic() > late:
-                waiting(Waiting(missing, self._place))
+                waiting(self._place.waiting_for(missing))
                 waiting = None
             time.sleep(_POLL_SECONDS)
 
@@ -250,7 +245,7 @@ def _invalid(message: str) -> OptionError:
 
 @contextlib.contextmanager
 def joined(
-    environment: Mapping[str, str], waiting: Callable[[Waiting], None] | None = None
+    environment: Mapping[str, str], waiting: Waiting | None = None
 ) -> Iterator[Ranks | None]:
     """Meet the others of a launch; yield None in a process that was started alone.
 
@@ -273,10 +268,9 @@ def joined(
         ranks.leave()
 
 
-def _store(
-    place: Place, environment: Mapping[str, str], waiting: Callable[[Waiting], None] | None
-) -> Any:
-    says = threading.Timer(_SECONDS_BEFORE_SAYING, lambda: waiting and waiting(Waiting([0], place)))
+def _store(place: Place, environment: Mapping[str, str], waiting: Waiting | None) -> Any:
+    text = place.waiting_for([0])
+    says = threading.Timer(_SECONDS_BEFORE_SAYING, lambda: waiting and waiting(text))
     says.daemon = True
     says.start()
     try:

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from ckpt_ema.output.publish import StagedOutput
 from ckpt_ema.output.result import Result
 from ckpt_ema.output.workspace import PART, Workspace, keys_with_parts, remove
 from ckpt_ema.planning.plan import Plan, plan
-from ckpt_ema.ranks import Ranks, Waiting, joined
+from ckpt_ema.ranks import Ranks, joined
 from ckpt_ema.report.card import card
 from ckpt_ema.report.figure import Picture
 from ckpt_ema.report.figure import plot as draw
@@ -73,7 +73,7 @@ def average(
     run: PathLike | Sequence[PathLike],
     *,
     launch: bool = False,
-    waiting: Callable[[Waiting], None] | None = None,
+    waiting: Callable[[str], None] | None = None,
     **keywords: "Unpack[RunKeywords]",
 ) -> Result:
     """Average the checkpoints in `run`, a folder or checkpoints oldest first, into an output.
@@ -87,7 +87,7 @@ def average(
 
     With `launch`, the processes that torchrun or srun started together share the work. Each of them
     calls this, and returns when the first has published or raises when one has failed; `waiting` is
-    called if others are late.
+    called with a sentence if others are late.
 
     Raises what `plan` raises; `RefusedError` also if something else is at the output path and
     `overwrite` is False, or if a checkpoint holds NaN; `FailedError` if reading or writing fails.
@@ -188,21 +188,23 @@ def execute(
     """Do what `plan` says and publish it; or do a share of it, recorded as one of a `kind`."""
     key = plan.work_id if how.resume or share else ""
     outline = _outline(plan, how.command)
-    with _opened(plan.output, key, how.overwrite, is_shared=bool(share)) as (workspace, staged):
-        workspace.kept = how.resume or bool(share)
+    is_shared = share is not None
+    with StagedOutput(plan.output, key, overwrite=how.overwrite, is_shared=is_shared) as staged:
+        staged.workspace.kept = how.resume or is_shared
         staged.create(_files(plan))
         if not share or share.part == 1:
             _add_side_files(plan, staged, picture, how.command)
         try:
-            part = _fold(plan, how, device, share or WHOLE, workspace, staged)
+            part = _fold(plan, how, device, share or WHOLE, staged)
             if not share:
-                made = finalize(plan.output, outline, [part], workspace, staged)
-                return replace(made, plan=plan)
+                return replace(finalize(plan.output, outline, [part], staged), plan=plan)
         except RefusedError:
-            workspace.kept = bool(share)  # the same work would be refused again; others' is kept
+            staged.workspace.kept = (
+                is_shared  # this work would be refused again, not that of others
+            )
             raise
         staged.make_durable()
-        ledger.record(workspace, outline, kind, share, part)
+        ledger.record(staged.workspace, outline, kind, share, part)
     return replace(_result(plan.output, outline, [part]), plan=plan)
 
 
@@ -238,20 +240,14 @@ def _execute_together(
 
 def _publish_recorded(final: Path, key: str, kind: str, overwrite: bool) -> Result:
     """Publish an output all of whose parts were recorded."""
-    with _opened(final, key, overwrite) as (workspace, staged):
-        workspace.kept = True
-        outline, parts = ledger.recorded(workspace, kind)
+    with StagedOutput(final, key, overwrite=overwrite) as staged:
+        staged.workspace.kept = True
+        outline, parts = ledger.recorded(staged.workspace, kind)
         staged.adopt(outline.files)
-        return finalize(final, outline, parts, workspace, staged)
+        return finalize(final, outline, parts, staged)
 
 
-def finalize(
-    final: Path,
-    outline: Outline,
-    parts: Sequence[Part],
-    workspace: Workspace,
-    staged: StagedOutput,
-) -> Result:
+def finalize(final: Path, outline: Outline, parts: Sequence[Part], staged: StagedOutput) -> Result:
     """Publish an output whose tiles are all done; raises what the verdicts of monitors raise."""
     monitors = make_monitors(outline.watched)
     for monitor in monitors:
@@ -268,24 +264,17 @@ def finalize(
         staged.add(os.path.join(folder, MANIFEST_NAME), content)
     staged.check_loads()
     staged.publish()
-    workspace.kept = False
+    staged.workspace.kept = False
     return replace(made, manifests=tuple(manifests.values()))
 
 
-def _fold(
-    plan: Plan,
-    how: How,
-    device: "torch.device",
-    share: Share,
-    workspace: Workspace,
-    staged: StagedOutput,
-) -> Part:
+def _fold(plan: Plan, how: How, device: "torch.device", share: Share, staged: StagedOutput) -> Part:
     """Fold a share of the tiles, but for those that the ledger has already."""
     from ckpt_ema.fold import engine  # which imports torch
 
     start = time.monotonic()
     monitors = make_monitors(watched(plan))
-    kept = Ledger(workspace, monitors, staged.make_durable, is_kept=how.resume)
+    kept = Ledger(staged.workspace, monitors, staged.make_durable, is_kept=how.resume)
 
     def todo() -> Iterator[Tile]:
         return (tile for tile in tiles(plan, share) if tile.numbers.start not in kept.done)
@@ -320,20 +309,6 @@ def _on_device(plan: Plan, place: int) -> tuple[Plan, "torch.device"]:
         ) from error
     device = devices.resolve_device(plan.engine.device, place)
     return devices.plan_on(plan, device), device
-
-
-@contextmanager
-def _opened(
-    final: Path, key: str, overwrite: bool, *, is_shared: bool = False
-) -> Iterator[tuple[Workspace, StagedOutput]]:
-    """Open the workspace of an output, and the output in it."""
-    with (
-        Workspace(final, key, is_shared=is_shared) as workspace,
-        StagedOutput(
-            workspace, is_single_file=target_for(final).is_single_file, overwrite=overwrite
-        ) as staged,
-    ):
-        yield workspace, staged
 
 
 def _outline(plan: Plan, command: str | None) -> Outline:

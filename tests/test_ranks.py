@@ -16,7 +16,7 @@ import torch
 import ckpt_ema
 from ckpt_ema import ranks
 from ckpt_ema.errors import Code, OptionError
-from ckpt_ema.ranks import Place, Waiting, first_host, place_from
+from ckpt_ema.ranks import Place, first_host, place_from
 from tests.command import Command, wait_for
 from tests.conftest import MakeRun, noise, series
 from tests.makers.faulty_os import slowed
@@ -220,7 +220,7 @@ def test_ranks_that_never_come_are_named_and_not_waited_for_forever(
 
 def test_late_ranks_have_a_sentence() -> None:
     place = Place(0, 4, "host", 29500, False, 0)
-    assert str(Waiting([1, 3], place)) == "waiting for ranks 1, 3 of 4 at host:29500"
+    assert place.waiting_for([1, 3]) == "waiting for ranks 1, 3 of 4 at host:29500"
 
 
 def test_parts_and_ranks_do_not_mix(run: Path) -> None:

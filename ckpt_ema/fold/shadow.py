@@ -136,9 +136,7 @@ class Shadow:
     def average(self, name: str) -> torch.Tensor:
         """Return the average of one tensor, in the dtype in which it was applied."""
         if name not in self._shadow:
-            raise RefusedError(
-                f"The shadow has no tensor {name}.", code=Code.DIFFERENT_MODELS, tensor=name
-            )
+            raise _refused(f"The shadow has no tensor {name}.", name)
         return self._shadow[name].to(self._dtypes[name], copy=True)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -173,23 +171,19 @@ class Shadow:
     def _check(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         if state_dict.keys() != self._shadow.keys():
             different = sorted(state_dict.keys() ^ self._shadow.keys())
-            raise RefusedError(
-                f"The tensors differ from those of the shadow: {some(different)}.",
-                code=Code.DIFFERENT_MODELS,
-            )
+            raise _refused(f"The tensors differ from those of the shadow: {some(different)}.")
         for name, value in state_dict.items():
             mine = self._shadow[name]
             if mine.shape != value.shape:
-                raise RefusedError(
-                    f"Tensor {name} has shape {list(value.shape)}; in the shadow it has"
-                    f" {list(mine.shape)}.",
-                    code=Code.DIFFERENT_MODELS,
-                    tensor=name,
-                )
+                shapes = f"{list(value.shape)}; in the shadow it has {list(mine.shape)}"
+                raise _refused(f"Tensor {name} has shape {shapes}.", name)
             if (value.dtype in AVERAGED_DTYPES) != (mine.dtype in AVERAGED_DTYPES):
-                raise RefusedError(
+                raise _refused(
                     f"Tensor {name} is {value.dtype} and in the shadow {self._dtypes[name]}; cannot"
                     " average float and non-float tensors.",
-                    code=Code.DIFFERENT_DTYPES,
-                    tensor=name,
+                    name,
                 )
+
+
+def _refused(message: str, tensor: str | None = None) -> RefusedError:
+    return RefusedError(message, code=Code.DIFFERENT_MODELS, tensor=tensor)

@@ -8,7 +8,7 @@ shadow is rounded once at the end, and does not depend on the others.
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,16 +50,6 @@ class Use(NamedTuple):
 
 
 Uses = Sequence[Sequence[Use]]  # for each checkpoint, in the order in which they are read
-
-
-class TileFold(Protocol):
-    """Folds tiles of up to a fixed number of elements with memory of its own; for one thread."""
-
-    def fold(self, count: int, read: ReadValues, *, keeping_infinities: bool = False) -> None:
-        """Read a tile from every checkpoint and fold it into the shadow of every average."""
-
-    def rounded(self, averages: slice, count: int, dtype: torch.dtype) -> memoryview:
-        """Return the bytes of some shadows, in order, rounded; valid until the next call."""
 
 
 class _Rows(NamedTuple):
@@ -128,7 +118,7 @@ def _rows(uses: Sequence[Use]) -> Iterator[_Rows]:
 
 
 class PlainFold:
-    """Folds in order on one device: the CPU, or a device without streams."""
+    """Folds tiles of up to a fixed size, in order on one device; for one thread."""
 
     def __init__(
         self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device, widest_bytes: int
@@ -141,7 +131,7 @@ class PlainFold:
         self._half = torch.empty(capacity, dtype=torch.float32, device=device)
 
     def fold(self, count: int, read: ReadValues, *, keeping_infinities: bool = False) -> None:
-        """See `TileFold.fold`."""
+        """Read a tile from every checkpoint and fold it into the shadow of every average."""
         wide = self._wide[:count]
         for index in range(self._checkpoints):
             value = read(index, self._staging)
@@ -153,7 +143,7 @@ class PlainFold:
             self._shadows.fold(value, index, keeping_infinities=keeping_infinities)
 
     def rounded(self, averages: slice, count: int, dtype: torch.dtype) -> memoryview:
-        """See `TileFold.rounded`."""
+        """Return the bytes of some shadows, in order, rounded; valid until the next call."""
         shadows = self._shadows.of(averages, count)
         self._rounded.values(dtype, shadows.numel()).view(shadows.shape).copy_(shadows)
         return self._rounded.bytes[: shadows.numel() * dtype.itemsize]
@@ -190,7 +180,7 @@ class StreamedFold:
             module.current_stream(device).synchronize()
 
     def fold(self, count: int, read: ReadValues, *, keeping_infinities: bool = False) -> None:
-        """See `TileFold.fold`."""
+        """See `PlainFold.fold`."""
         try:
             with self._module.stream(self._folding):
                 wide = self._wide[:count]
@@ -206,7 +196,7 @@ class StreamedFold:
             raise
 
     def rounded(self, averages: slice, count: int, dtype: torch.dtype) -> memoryview:
-        """See `TileFold.rounded`."""
+        """See `PlainFold.rounded`."""
         shadows = self._shadows.of(averages, count)
         size_bytes = shadows.numel() * dtype.itemsize
         with self._module.stream(self._folding):
@@ -226,6 +216,9 @@ class StreamedFold:
             landed.copy_(value, non_blocking=True)
             self._copied[slot].record()
         return landed
+
+
+TileFold = PlainFold | StreamedFold
 
 
 def device_element_bytes(averages: int, wide: torch.dtype, widest_bytes: int) -> int:

@@ -21,6 +21,7 @@ from ckpt_ema.output.workspace import (
     write_all,
 )
 from ckpt_ema.storage import Storage
+from ckpt_ema.targets.safetensors import target_for
 from ckpt_ema.targets.target import OutputFile
 
 _MOST_OPEN_FILES = 16
@@ -28,16 +29,21 @@ _COPIED_BYTES = 1 << 20  # at a time
 
 
 class StagedOutput:
-    """An output in its workspace; a context manager that closes its files."""
+    """An output in its `workspace`; a context manager that opens and closes both."""
 
-    def __init__(self, workspace: Workspace, *, is_single_file: bool, overwrite: bool) -> None:
-        self._final, self._staging = workspace.final, workspace.output
-        self._single = is_single_file
+    def __init__(
+        self, path: Path, key: str = "", *, overwrite: bool = False, is_shared: bool = False
+    ) -> None:
+        """For an output at `path`; `key` and `is_shared` are those of `Workspace`."""
+        self.workspace = Workspace(path, key, is_shared=is_shared)
+        self._final = self.workspace.final
+        self._single = target_for(path).is_single_file
         self._overwrite = overwrite
         self._fds: list[int] = []  # of the first model files; there may be more files than that
         self._paths: list[Path] = []
 
     def __enter__(self) -> "StagedOutput":
+        self.workspace.__enter__()
         return self
 
     def __exit__(
@@ -46,9 +52,16 @@ class StagedOutput:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for fd in self._fds:
-            with contextlib.suppress(OSError):
-                os.close(fd)
+        try:
+            for fd in self._fds:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        finally:
+            self.workspace.__exit__(kind, error, traceback)
+
+    @property
+    def _staging(self) -> Path:
+        return self.workspace.output
 
     def create(self, files: Sequence[tuple[str, OutputFile]]) -> None:
         """Allocate the model files, by their names in the folder, and write their headers.
