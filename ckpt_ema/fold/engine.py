@@ -130,7 +130,7 @@ def _end_of_memory_reported() -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        message, hint = "The machine ran out of memory.", "Try --max-memory 64MiB."
+        message, hint = "Out of memory; nothing was written.", "Try --max-memory 64MiB."
         raise FailedError(message, hint, code=Code.OUT_OF_MEMORY) from error
 
 
