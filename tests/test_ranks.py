@@ -161,6 +161,13 @@ def write_slowly() -> None:
     ranks.SECONDS_SILENT = 3.0
 
 
+def at_work(folder: Path) -> int:
+    """How many processes hold a lock on the workspace of `out`."""
+    inodes = [path.stat().st_ino for path in folder.glob(".out.*")]
+    locks = Path("/proc/locks").read_text().splitlines()
+    return sum(f":{inode} " in line for inode in inodes for line in locks)
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize(("size", "victim"), [(2, 0), (2, 1), (3, 0), (3, 2)])
 def test_a_rank_that_is_killed_ends_the_others(
@@ -170,7 +177,7 @@ def test_a_rank_that_is_killed_ends_the_others(
     port, output = free_port(), tmp_path / "out"
     words = (run, "-o", output, "-q", "--tile-size", "256")
     processes = [start(size, rank, port, *words, before=write_slowly) for rank in range(size)]
-    wait_for(lambda: list(tmp_path.glob(".out*/output/model*")))
+    wait_for(lambda: at_work(tmp_path) == len(processes))
     processes[victim].send_signal(signal.SIGKILL)
     begun = time.monotonic()
     left = ended(processes)
@@ -189,7 +196,7 @@ def test_a_launch_that_is_cancelled_says_so_once(run: Path, tmp_path: Path) -> N
     port = free_port()
     words = (run, "-o", tmp_path / "out", "-q", "--tile-size", "256")
     processes = [start(2, rank, port, *words, before=write_slowly) for rank in range(2)]
-    wait_for(lambda: list(tmp_path.glob(".out*/output/model*")))
+    wait_for(lambda: at_work(tmp_path) == len(processes))
     for process in processes:
         process.send_signal(signal.SIGTERM)
     left = ended(processes)

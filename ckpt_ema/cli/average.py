@@ -114,7 +114,7 @@ def _average(
     try:
         if part:
             return average_part(run, part, **keywords)
-        return average_whole(run, launch=True, waiting=lambda late: say(str(late)), **keywords)
+        return average_whole(run, launch=True, waiting=say, **keywords)
     except SignalError:
         made = up_to_date(plans[0]) if plans and is_up_to_date(plans[0]) else None
         if not made:

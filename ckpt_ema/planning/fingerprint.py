@@ -18,15 +18,15 @@ FOLD_VERSION = 1
 
 def deciding(options: Options) -> dict[str, Any]:
     """Return the choices that change the bytes of an output from the same checkpoints."""
-    precision = "float32" if _lacks_float64(options.engine) else options.engine.accumulate
-    return {**options.deciding(), "accumulate": precision, "fold": FOLD_VERSION}
+    return {**options.deciding(), "accumulate": precision(options.engine), "fold": FOLD_VERSION}
 
 
-def _lacks_float64(engine: Engine) -> bool:
-    """Return whether the fold runs on a device without float64, as far as known without torch."""
+def precision(engine: Engine) -> str:
+    """Return the dtype of the fold, as far as known without torch: some devices lack float64."""
+    lacks = engine.device.split(":")[0] == "mps"
     if engine.device == "auto":
-        return (platform.system(), platform.machine()) == ("Darwin", "arm64")
-    return engine.device.split(":")[0] == "mps"
+        lacks = (platform.system(), platform.machine()) == ("Darwin", "arm64")
+    return "float32" if lacks else engine.accumulate
 
 
 def fingerprint(

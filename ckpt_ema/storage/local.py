@@ -57,9 +57,11 @@ class Local:
         """See `Storage.exists`."""
         try:
             os.lstat(path)
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+        except ValueError:  # a NUL in the name
             return False
         except OSError as error:
+            if error.errno in _ABSENT:
+                return False
             raise inaccessible(path, error) from error
         return True
 
