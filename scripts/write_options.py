@@ -7,10 +7,9 @@ from itertools import groupby
 
 from ckpt_ema.cli.average import OWN_ROWS
 from ckpt_ema.cli.options import in_panels
-from ckpt_ema.options import Row, table
-from ckpt_ema.options.table import CHECKPOINTS, COMMON, ENGINE, MODEL, OUTPUT, SCHEDULE
-from ckpt_ema.options.values import FLAG
+from ckpt_ema.options import CHECKPOINTS, COMMON, ENGINE, MODEL, OUTPUT, SCHEDULE, Row, table
 from ckpt_ema.schedules.table import OPTIONS, SYNONYMS
+from ckpt_ema.values import FLAG
 
 _INTRODUCTION = """# Options
 

@@ -47,7 +47,7 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 
 # The way that data goes: each imports from itself and from what stands before it.
 LAYERS = (
-    *("errors", "notices", "trainers", "storage", "schedules", "options"),
+    *("errors", "notices", "trainers", "storage", "schedules", "values", "options"),
     *("containers", "find", "targets", "planning", "fold", "output", "report"),
     *("ranks", "run", "cli", "__main__"),
 )

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from ckpt_ema.errors import flag
-from ckpt_ema.options import Row, table
-from ckpt_ema.options.table import COMMON, ENGINE, OUTPUT, PANELS
-from ckpt_ema.options.values import ENTRIES, FLAG, GLOBS, PATH, Values
+from ckpt_ema.options import COMMON, ENGINE, OUTPUT, PANELS, Row, table
+from ckpt_ema.values import ENTRIES, FLAG, GLOBS, PATH, Values
 
 OVERWRITE = Row("overwrite", FLAG, "replace an existing output", COMMON, False)
 PLOT = Row("plot", PATH, "draw the weights as .png or .svg; needs matplotlib", OUTPUT)

@@ -1,19 +1,26 @@
 """The one table of options, in five frozen groups; each stage takes the group that it needs.
 
-A row has the option's name, values, help, panel on the command line and default, and whether it
-changes the bytes of the output. The command line, environment variables, manifests and fingerprints
-are made from these rows. Options of schedules stand beside their formulas, in `schedules.table`.
+The command line, environment variables, manifests and fingerprints are made from its rows. Options
+of schedules stand beside their formulas, in `schedules`; `Keywords` has the types of all of them.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
+from ckpt_ema import values as of
 from ckpt_ema.errors import Code, OptionError, flag
-from ckpt_ema.options import values as of
-from ckpt_ema.options.values import PathLike, StepRange, Values
 from ckpt_ema.schedules.rules import Rule, make_rules
 from ckpt_ema.schedules.table import DEFAULT_SCHEDULE, EXPLICIT, OPTIONS, SCHEDULES
+from ckpt_ema.values import Values
+
+PathLike = str | os.PathLike[str]
+StepRange = tuple[int, int]  # first and last, both included
+Numbers, Counts = float | Sequence[float] | str, int | Sequence[int] | str
+
+# The names that --dtype gives to the dtypes of safetensors; None keeps each tensor's own.
+DTYPES = {"same": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 # Panels of the command line's help, in the order in which they are shown.
 COMMON, SCHEDULE, CHECKPOINTS = "Most used", "Schedule", "Which checkpoints"
@@ -180,7 +187,10 @@ class Output(Group):
         of.OUTPUT, "folder or .safetensors file; default: RUN-ema", panel=COMMON, short="-o"
     )
     dtype: str = _row(
-        of.DTYPE, "of averages: same, float32, bfloat16 or float16", "same", changes_bytes=True
+        of.choice(*DTYPES),
+        "of averages: same, float32, bfloat16 or float16",
+        "same",
+        changes_bytes=True,
     )
     config_from: str | None = _row(of.PATH, "take the configuration from this model folder")
     card: bool = _row(of.FLAG, "do not write a model card (README.md)", True, changes_bytes=True)
@@ -228,6 +238,56 @@ class Options(NamedTuple):
             for row in group.rows()
             if row.changes_bytes
         }
+
+
+class Keywords(TypedDict, total=False):
+    """The keyword arguments of `average`, `plan` and the rest, one for each row.
+
+    Values may be texts, as on the command line; None is the default.
+    """
+
+    decay: Numbers | None
+    num_updates: str | None
+    zero_debias: bool
+    power: float | str | None
+    inv_gamma: float | str | None
+    sigma_rel: Numbers | None
+    decay_per_step: Numbers | None
+    half_life: Numbers | None
+    schedule: str | None
+    weights: PathLike | Mapping[str, float] | None
+    normalize: bool
+    last: Counts | None
+    best: Counts | None
+    metric: str | None
+    metric_mode: str
+    from_step: int | str | None
+    to_step: int | str | None
+    steps: str | Sequence[int | StepRange] | int | None
+    every: int | str | None
+    min_gap: int | str | None
+    include: Sequence[str]
+    exclude: Sequence[str]
+    pattern: str | None
+    order: str
+    append: Sequence[PathLike]
+    aliases: bool
+    skip_incomplete: bool
+    form: str
+    component: str | None
+    key: str | None
+    strip_prefix: str | None
+    allow_nonfinite: bool
+    allow_duplicates: bool
+    output: PathLike | None
+    dtype: str
+    config_from: PathLike | None
+    card: bool
+    device: str
+    threads: int | str | None
+    accumulate: str
+    tile_size: int | str | None
+    max_memory: int | str | None
 
 
 _GROUPS: tuple[type[Group], ...] = (Weighting, Selection, Reading, Output, Engine)
