@@ -48,10 +48,6 @@ def _output(given: Any) -> str:
     return _path(given)
 
 
-def _weights(given: Any) -> str | Mapping[str, float]:
-    return given if isinstance(given, Mapping) else _path(given)
-
-
 def _names(given: Any) -> tuple[str, ...]:
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise TypeError
@@ -112,15 +108,16 @@ def _size(given: Any, most: float = float("inf")) -> int:
 
 def _several(parse: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     """Parse one value, a sequence of values, or a text with commas."""
-    return lambda given: tuple(parse(value) for value in _listed(given))
 
+    def parse_all(given: Any) -> tuple[Any, ...]:
+        values = given.split(",") if isinstance(given, str) else given
+        if not isinstance(values, Sequence):
+            values = [values]
+        if not values:
+            raise ValueError
+        return tuple(map(parse, values))
 
-def _listed(given: Any) -> Sequence[Any]:
-    values = given.split(",") if isinstance(given, str) else given
-    values = values if isinstance(values, Sequence) else [values]
-    if not values:
-        raise ValueError
-    return values
+    return parse_all
 
 
 def _step_range(given: Any) -> tuple[int, int]:
@@ -139,7 +136,7 @@ def _step_range(given: Any) -> tuple[int, int]:
 TEXT = Values(_text, "be a text")
 PATH = Values(_path, "be a path", "PATH")
 OUTPUT = Values(_output, "be a folder or a .safetensors file", "PATH")
-WEIGHTS = Values(_weights, "be a path", "FILE")
+WEIGHTS = Values(lambda one: one if isinstance(one, Mapping) else _path(one), "be a path", "FILE")
 REGEX = Values(lambda given: re.compile(_text(given)).pattern, "be a regular expression", "REGEX")
 GLOBS = Values(_names, "be a list of globs", "GLOB")
 ENTRIES = Values(_entries, "be a list of names of entries of the run", "NAME")
