@@ -393,7 +393,7 @@ def test_a_limit_on_descriptors_is_respected(make_run: MakeRun) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--tile-size", "512MiB"], 1, "error: The machine ran out of memory"),
+        (["--tile-size", "512MiB"], 1, "error: Out of memory"),
         (["--tile-size", "512MiB", "--max-memory", "64MiB"], 0, ""),
     ],
 )
