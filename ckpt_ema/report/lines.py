@@ -1,9 +1,9 @@
 """Lines for people beside the plan itself: warnings, notes, sizes, the result."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-from ckpt_ema.errors import printable
+from ckpt_ema.errors import printable, some
 from ckpt_ema.notices import Notice
 from ckpt_ema.output.result import Result
 from ckpt_ema.planning.plan import Plan
@@ -18,7 +18,7 @@ def note_lines(plan: Plan) -> list[str]:
     """Return a line for each note of a plan, and one for the entries that were left out."""
     left_out = [f"{entry.name} ({entry.verdict})" for entry in plan.left_out]
     notes = [f"note: {note}" for note in plan.notes]
-    return [*notes, f"left out: {shortened(left_out)}"] if left_out else notes
+    return [*notes, f"left out: {some(left_out, 8)}"] if left_out else notes
 
 
 def result_line(result: Result) -> str:
@@ -59,9 +59,3 @@ def counted(number: int, thing: str) -> str:
     ('1 tensor', '2 tensors')
     """
     return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
-def shortened(names: Sequence[str], limit: int = 8) -> str:
-    """Return names in one line, not too many."""
-    shown = ", ".join(printable(name) for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
