@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -130,8 +132,11 @@ def print_result(result: "Result", *, quiet: bool, as_json: bool) -> None:
         raise FailedError(message, code=Code.WRITE_FAILED) from error
 
 
-def say(*lines: str) -> None:
-    """Print lines on stderr."""
-    for line in lines:
+def say(*texts: str) -> None:
+    """Print texts on stderr; a terminal gets them with no word broken in two."""
+    for text in texts:
         with contextlib.suppress(OSError):  # a full or closed stderr must not change the result
-            typer.echo(line, err=True)
+            if sys.stderr and sys.stderr.isatty() and "\n" not in text:
+                columns = shutil.get_terminal_size().columns
+                text = textwrap.fill(text, columns, break_long_words=False, break_on_hyphens=False)
+            typer.echo(text, err=True)

@@ -224,13 +224,14 @@ def _number(value: float | None) -> str:
 
 
 def _sizes(plan: Plan) -> Iterator[Text]:
-    averaged = sum(t.averaged for file in plan.averages[0].output.files for t in file.tensors)
-    count = len(plan.averages)
-    copied = list(dict.fromkeys(c.name for one in plan.averages for c in one.output.companions))
-    yield Text(
-        f"{counted(averaged, 'tensor')}{f' in each of {count} averages' if count > 1 else ''},"
-        f" {size(plan.bytes_read)} to read, {size(plan.bytes_written)} to write;"
-        f" working memory {size(plan.memory_bytes)} plus torch"
-    )
+    count, outputs = len(plan.averages), [average.output for average in plan.averages]
+    tensors = [tensor for file in outputs[0].files for tensor in file.tensors]
+    averaged, total = sum(tensor.averaged for tensor in tensors), counted(len(tensors), "tensor")
+    taken = f"{averaged} of {total}" if averaged < len(tensors) else total
+    where = f" in each of {count} averages" if count > 1 else ""
+    done = f"{size(plan.bytes_read)} to read, {size(plan.bytes_written)} to write"
+    yield Text(f"{taken} averaged{where}, {done}")
+    yield Text(f"working memory {size(plan.memory_bytes)} plus torch")
+    copied = dict.fromkeys(c.name for output in outputs for c in output.companions)
     if copied:
         yield Text(f"also copies {some(copied, 8)}")
