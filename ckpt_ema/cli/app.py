@@ -70,11 +70,9 @@ def plan(
             typer.echo(table.plan_text(decided, sys.stdout, _MOST_ROWS))
             if explain:
                 typer.echo("\n" + explanation(decided.run, decided.judged, decided.tensor_roles))
-        say(*lines.warning_lines(decided.warnings))
-        if not quiet:
-            say(*lines.note_lines(decided))
-            if not is_free(decided.output) and not is_up_to_date(decided):
-                say(f"note: {printable(decided.output)} exists and is not this average")
+        say(*lines.notice_lines(decided, quiet))
+        if not (quiet or is_free(decided.output) or is_up_to_date(decided)):
+            say(f"note: {printable(decided.output)} exists and is not this average")
 
 
 @app.command(cls=Command, epilog=_FINISH_EXAMPLES)

@@ -76,9 +76,7 @@ def _average(
         plans.append(plan)
         if not quiet:
             say(table.plan_text(plan, sys.stderr, _MOST_ROWS), "")
-        say(*lines.warning_lines(plan.warnings))
-        if not quiet:
-            say(*lines.note_lines(plan))
+        say(*lines.notice_lines(plan, quiet))
 
     def tick(done_bytes: int, total_bytes: int) -> None:
         exits.check_signals()

@@ -33,12 +33,13 @@ def card(plan: Plan, average: Average, command: str | None, picture: str | None)
     """
     statistics, unit = average.statistics, average.unit
     run = Path(plan.run).name or plan.run
+    title = re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", printable(average.output.path.name))
     return "\n".join(
         [
             "---",
             f"{front_matter(_own_card(plan, average))}---",
             "",
-            f"# {_markdown(average.output.path.name)}",
+            f"# {title}",
             "",
             f"Weighted average of {len(average.members)} checkpoints of `{printable(run)}`, made"
             " with ckpt-ema, without further training.",
@@ -101,7 +102,3 @@ def _own_card(plan: Plan, average: Average) -> str:
             if content is not None and len(content) <= _MOST_BYTES:
                 return content.decode("utf-8-sig")
     return ""
-
-
-def _markdown(text: str) -> str:
-    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", printable(text))

@@ -14,11 +14,12 @@ def warning_lines(warnings: Iterable[Notice]) -> list[str]:
     return [f"warning: {warning}" for warning in warnings]
 
 
-def note_lines(plan: Plan) -> list[str]:
-    """Return a line for each note of a plan, and one for the entries that were left out."""
+def notice_lines(plan: Plan, quiet: bool) -> list[str]:
+    """Return a plan's warnings; unless `quiet`, its notes and the entries left out too."""
     left_out = [f"{entry.name} ({entry.verdict})" for entry in plan.left_out]
     notes = [f"note: {note}" for note in plan.notes]
-    return [*notes, f"left out: {some(left_out, 8)}"] if left_out else notes
+    notes += [f"left out: {some(left_out, 8)}"] if left_out else []
+    return [*warning_lines(plan.warnings), *([] if quiet else notes)]
 
 
 def result_line(result: Result) -> str:
