@@ -34,28 +34,25 @@ def card(plan: Plan, average: Average, command: str | None, picture: str | None)
     statistics, unit = average.statistics, average.unit
     run = Path(plan.run).name or plan.run
     title = re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", printable(average.output.path.name))
-    return "\n".join(
-        [
-            "---",
-            f"{front_matter(_own_card(plan, average))}---",
-            "",
-            f"# {title}",
-            "",
-            f"Weighted average of {len(average.members)} checkpoints of `{printable(run)}`, made"
-            " with ckpt-ema, without further training.",
-            "",
-            f"- weights: {average.text}",
-            f"- effective number of checkpoints: {statistics.effective_number:.1f}",
-            f"- mean age: {statistics.mean_age:.4g} {unit}",
-            "",
-            *([f"![The weight of each checkpoint]({picture})", ""] if picture else []),
-            *markdown_lines(plan, [average]),
-            "",
-            *(["```console", f"$ {escaped(command)}", "```", ""] if command else []),
-            "See `ckpt_ema.json` for the full record.",
-            "",
-        ]
-    )
+    drawn = f"![The weight of each checkpoint]({picture})\n\n" if picture else ""
+    called = f"```console\n$ {escaped(command)}\n```\n\n" if command else ""
+    table = "\n".join(markdown_lines(plan, [average]))
+    return f"""---
+{front_matter(_own_card(plan, average))}---
+
+# {title}
+
+Weighted average of {len(average.members)} checkpoints of `{printable(run)}`, made with ckpt-ema, \
+without further training.
+
+- weights: {average.text}
+- effective number of checkpoints: {statistics.effective_number:.1f}
+- mean age: {statistics.mean_age:.4g} {unit}
+
+{drawn}{table}
+
+{called}See `ckpt_ema.json` for the full record.
+"""
 
 
 def front_matter(original: str) -> str:
