@@ -205,7 +205,8 @@ def test_an_explanation_has_a_line_for_each_entry_and_each_pattern_of_tensors() 
     ]
     assert explanation("runs/a", judged, roles).splitlines() == [
         "entry         taken for  rule             reason",
-        "other/logs    other      without weights  no model weights in it",
+        "other/",
+        "  logs        other      without weights  no model weights in it",
         "l\\x1b[31mast  alias      copies           a copy of step_1",
         "step_1        step       numbered         numbered",
         "",

@@ -3,6 +3,8 @@
 import os
 import re
 from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
 
 from ckpt_ema.errors import escaped
 from ckpt_ema.find.verdict import Judged
@@ -12,7 +14,6 @@ from ckpt_ema.planning.roles import TensorRole
 def explanation(run: str, judged: Sequence[Judged], roles: Sequence[TensorRole]) -> str:
     """Return two tables: the verdict on each entry, and the role of the tensors of each pattern.
 
-    >>> from pathlib import Path
     >>> from ckpt_ema.find.verdict import Outcome, Reason, Verdict
     >>> verdict = Verdict(Outcome.OTHER, Reason.NO_MODEL, "no-model")
     >>> print(explanation("run", [Judged(Path("run/logs"), "logs", verdict)], []))
@@ -20,10 +21,15 @@ def explanation(run: str, judged: Sequence[Judged], roles: Sequence[TensorRole])
     logs   other      no-model  no model weights in it
     """
     entries = [("entry", "taken for", "rule", "reason")]
-    for one in sorted(judged, key=lambda one: _numbered(os.fspath(one.path))):
-        path = one.path.relative_to(run) if one.path.is_relative_to(run) else one.path
-        verdict = one.verdict
-        entries.append((os.fspath(path), verdict.outcome.value, verdict.rule, str(verdict)))
+    found = [(one.path.parent, one.path.name, one.verdict) for one in judged]
+    found.sort(key=lambda one: (_numbered(os.fspath(one[0])), _numbered(one[1])))
+    for folder, members in groupby(found, key=lambda one: one[0]):
+        is_run = folder == Path(run)
+        inside = folder.relative_to(run) if folder.is_relative_to(run) else folder
+        entries += [] if is_run else [(f"{inside}/", "", "", "")]
+        for _, name, verdict in members:
+            shown = name if is_run else f"  {name}"
+            entries.append((shown, verdict.outcome.value, verdict.rule, str(verdict)))
     tensors = [("tensors", "count", "role", "rule", "reason")]
     for role in roles:
         count = str(role.count)
