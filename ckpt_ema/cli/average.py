@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_ema.cli import exits
 from ckpt_ema.cli.exits import say
 from ckpt_ema.cli.options import RunArgument, takes_options, variable
-from ckpt_ema.errors import Code, OptionError
+from ckpt_ema.errors import Code, OptionError, printable
 from ckpt_ema.ranks import place_from
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ def average(
     Every option can be set by an environment variable, CKPT_EMA_DECAY and so on.
     """
     with exits.errors_reported(kept=resume):
-        from ckpt_ema.report import lines
         from ckpt_ema.report.progress import ByteProgress
 
         if part and place_from(os.environ):
@@ -56,7 +55,9 @@ def average(
         with ByteProgress(quiet) as progress:
             result = _average(run, part, keywords, quiet, progress)
         if part and not result.is_up_to_date:
-            say(*[] if quiet else [lines.part_line(result.output, part)])
+            path = printable(result.output)
+            done = f"part {part} of {path} is done; when all parts are, run: ckpt-ema finish {path}"
+            say(*[] if quiet else [done])
         elif result.manifests:  # only the first rank has them
             exits.print_result(result, quiet=quiet, as_json=json)
 

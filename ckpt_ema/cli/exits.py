@@ -84,9 +84,11 @@ def errors_reported(*, kept: bool = False) -> Iterator[None]:
     except CkptEmaError as error:
         _report(error, f"error: {error}")
         raise typer.Exit(error.exit_code) from error
-    except (MemoryError, OSError) as error:
-        full = "Out of memory; nothing was written. Try --max-memory 64MiB"
-        _report(error, f"error: {full if isinstance(error, MemoryError) else printable(error)}.")
+    except MemoryError as error:
+        _report(error, "error: Out of memory; nothing was written. Try --max-memory 64MiB.")
+        raise typer.Exit(1) from error
+    except OSError as error:
+        _report(error, f"error: {printable(error)}.")
         raise typer.Exit(1) from error
     except SignalError as error:
         raise typer.Exit(say_signal(error, kept=kept)) from error

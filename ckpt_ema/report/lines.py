@@ -1,7 +1,6 @@
 """Lines for people beside the plan itself: warnings, notes, sizes, the result."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from ckpt_ema.errors import printable, some
 from ckpt_ema.notices import Notice
@@ -33,12 +32,6 @@ def result_line(result: Result) -> str:
         f"read {size(result.bytes_read)} and wrote {size(result.bytes_written)} in {seconds}"
         f" ({speed}/s) on {printable(result.device)}: {output}"
     )
-
-
-def part_line(output: Path, part: str) -> str:
-    """Return what to do once a part is made."""
-    path = printable(output)
-    return f"part {part} of {path} is done; when all parts are, run: ckpt-ema finish {path}"
 
 
 def size(size_bytes: float) -> str:
