@@ -106,7 +106,7 @@ class CkptEmaError(Exception):
         message: str,
         hint: str = "",
         *,
-        code: Code = Code.DECIDED,
+        code: Code,
         path: str | os.PathLike[str] | None = None,
         tensor: str | None = None,
     ) -> None:

@@ -5,12 +5,11 @@ python scripts/write_options.py > docs/options.md
 
 from itertools import groupby
 
-from ckpt_ema.cli.average import OWN_ROWS
-from ckpt_ema.cli.options import in_panels
-from ckpt_ema.options import Row, table
-from ckpt_ema.options.table import CHECKPOINTS, COMMON, ENGINE, MODEL, OUTPUT, SCHEDULE
-from ckpt_ema.options.values import FLAG
+from ckpt_ema.cli.average import average
+from ckpt_ema.cli.options import rows_of
+from ckpt_ema.options import CHECKPOINTS, COMMON, ENGINE, MODEL, OUTPUT, SCHEDULE, Row
 from ckpt_ema.schedules.table import OPTIONS, SYNONYMS
+from ckpt_ema.values import FLAG
 
 _INTRODUCTION = """# Options
 
@@ -57,7 +56,7 @@ def _line(row: Row) -> str:
 def main() -> None:
     """Print the page."""
     parts = [_INTRODUCTION]
-    for panel, rows in groupby(in_panels([*table(), *OWN_ROWS]), key=lambda row: row.panel):
+    for panel, rows in groupby(rows_of(average), key=lambda row: row.panel):
         head = ["| Option | Value | Default | Effect |", "|---|---|---|---|"]
         parts.append("\n".join([f"## {panel}\n", f"{_ABOUT[panel]}\n", *head, *map(_line, rows)]))
     print("\n\n".join(parts))

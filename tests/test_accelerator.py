@@ -406,7 +406,7 @@ def test_no_copy_is_under_way_when_a_fold_has_failed(
 
     def failing(path: Path, *_: object) -> None:
         if path.parent.name == "checkpoint-3":
-            raise FailedError("The disk is gone.")
+            raise FailedError("The disk is gone.", code=Code.READ_FAILED)
 
     with watching_reads(failing), pytest.raises(FailedError, match="The disk is gone"):
         _bytes(run, "npu", device="npu", threads=2)

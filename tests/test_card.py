@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ckpt_ema
@@ -129,16 +129,17 @@ def test_lines_that_end_as_on_windows_are_read() -> None:
     assert yaml.safe_load(front_matter("---\r\nlicense: mit\r\n---\r\n"))["license"] == "mit"
 
 
-words = st.text("abcdefgh-:# é'\"[]{}", min_size=1, max_size=8)
+WORDS = st.text("abcdefgh-:# é'\"[]{}", min_size=1, max_size=8)
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
-        words.filter(lambda key: key not in ("tags", "model-index")),
-        st.one_of(st.integers(), words, st.lists(words, max_size=3), st.none(), st.booleans()),
+        WORDS.filter(lambda key: key not in ("tags", "model-index")),
+        st.one_of(st.integers(), WORDS, st.lists(WORDS, max_size=3), st.none(), st.booleans()),
         max_size=5,
     ),
-    st.lists(words, max_size=4),
+    st.lists(WORDS, max_size=4),
     st.booleans(),
 )
 def test_whatever_yaml_holds_is_kept(content: dict[str, Any], tags: list[str], flow: bool) -> None:

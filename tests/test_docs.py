@@ -48,7 +48,7 @@ def test_the_readme_shows_what_plan_prints(make_run: MakeRun) -> None:
     assert shown
     done = ckpt_ema("plan", run, *shown[1].split())
     assert done.returncode == 0, done.stderr
-    part = slice(1, -2)  # without the paths above and the sizes below
+    part = slice(1, -3)  # without the paths above and the sizes below
     assert shown[2].splitlines()[part] == done.stdout.splitlines()[part]
 
 

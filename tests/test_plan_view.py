@@ -69,7 +69,8 @@ def test_one_average_on_80_columns(run: Path) -> None:
         "  equivalent half-life                 1000 steps",
         "  equivalent sigma_rel                 0.209",
         "",
-        "1 tensor, 100 B to read, 508 B to write; working memory 22.0 MiB plus torch",
+        "1 tensor averaged, 100 B to read, 508 B to write",
+        "working memory 22.0 MiB plus torch",
         "also copies config.json",
     ]
 
@@ -203,12 +204,13 @@ def test_an_explanation_has_a_line_for_each_entry_and_each_pattern_of_tensors() 
         TensorRole("steps", Role.KEPT, "other dtypes", Reason.NOT_FLOAT, 1),
     ]
     assert explanation("runs/a", judged, roles).splitlines() == [
-        "entry         taken for  reason                  rule",
-        "step_1        step       numbered                numbered",
-        "l\\x1b[31mast  alias      a copy of step_1        copies",
-        "other/logs    other      no model weights in it  without weights",
+        "entry         taken for  rule             reason",
+        "other/",
+        "  logs        other      without weights  no model weights in it",
+        "l\\x1b[31mast  alias      copies           a copy of step_1",
+        "step_1        step       numbered         numbered",
         "",
-        "tensors                count  role         reason              rule",
-        "model.layers.*.weight  24     averaged     floating point      floats",
-        "steps                  1      kept newest  not floating point  other dtypes",
+        "tensors                count  role         rule          reason",
+        "model.layers.*.weight  24     averaged     floats        floating point",
+        "steps                  1      kept newest  other dtypes  not floating point",
     ]

@@ -3,8 +3,10 @@
 import ast
 import doctest
 import importlib
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,24 @@ MODULES = sorted(
 )
 
 
+TESTS = sorted(path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py"))
+
+
+def source(module: str) -> Path:
+    """The file of a module."""
+    path = ROOT / Path(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def nodes(path: Path) -> Iterator[ast.AST]:
+    """All of a file's syntax."""
+    return ast.walk(ast.parse((ROOT / path).read_text()))
+
+
 def imports(module: str) -> set[str]:
     """The modules of the package that a module imports, at the top or inside functions."""
-    path = ROOT / Path(*module.split("."))
-    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     found = set()
-    for node in ast.walk(ast.parse(source.read_text())):
+    for node in nodes(source(module)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ckpt_ema"):
             names = {f"{node.module}.{alias.name}" for alias in node.names} & set(MODULES)
             found |= names or {node.module}
@@ -47,7 +61,7 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 
 # The way that data goes: each imports from itself and from what stands before it.
 LAYERS = (
-    *("errors", "notices", "trainers", "storage", "schedules", "options"),
+    *("errors", "notices", "trainers", "storage", "schedules", "values", "options"),
     *("containers", "find", "targets", "planning", "fold", "output", "report"),
     *("ranks", "run", "cli", "__main__"),
 )
@@ -95,3 +109,61 @@ def test_the_public_names_are_there_and_stay_what_they_are() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_in_docstrings_are_true(module: str) -> None:
     assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
+# --- Files, tests and functions -------------------------------------------------------------------
+
+# What may be asked of paths and of the system without touching a disk.
+PURE = {
+    *("os.PathLike", "os.fspath", "os.fsencode", "os.fsdecode", "os.environ", "os.environ.get"),
+    *("os.path.join", "os.path.split", "os.path.basename", "os.path.dirname", "os.path.normpath"),
+    *("os.path.relpath", "os.path.commonpath", "os.path.abspath"),
+    *("os.cpu_count", "os.sched_getaffinity"),
+}
+OF_THE_DISK = {
+    *("exists", "is_dir", "is_file", "is_symlink", "is_fifo", "stat", "lstat", "iterdir", "glob"),
+    *("rglob", "resolve", "read_text", "read_bytes", "write_text", "write_bytes", "unlink"),
+    *("mkdir", "rename", "touch", "samefile", "symlink_to", "readlink"),
+}
+
+
+TOUCHING = ("storage", "output", "cli", "report.figure")
+
+
+def touches_the_disk(node: ast.AST) -> bool:
+    """Whether this calls `os`, `open`, or a path's own methods, and not a `Storage`."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+        name = ast.unparse(node)
+        return name.startswith("os.") and not any(f"{one}.".startswith(f"{name}.") for one in PURE)
+    if not isinstance(node, ast.Call):
+        return False
+    holder, _, called = ast.unparse(node.func).rpartition(".")
+    if holder.rpartition(".")[2] == "storage":
+        return False
+    return called in OF_THE_DISK if holder not in ("", "io") else called == "open"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_are_touched_by_storages_outputs_and_the_command_alone(module: str) -> None:
+    if not module.startswith(tuple(f"ckpt_ema.{home}" for home in TOUCHING)):
+        assert [ast.unparse(n) for n in nodes(source(module)) if touches_the_disk(n)] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_function_is_longer_than_a_screen(module: str) -> None:
+    functions = [node for node in nodes(source(module)) if isinstance(node, ast.FunctionDef)]
+    lines = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert {name: count for name, count in lines.items() if count > 40} == {}
+
+
+@pytest.mark.parametrize("path", TESTS, ids=str)
+def test_tests_know_neither_each_other_nor_what_is_private(path: Path) -> None:
+    for node in nodes(path):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            if node.module.startswith(("tests", "ckpt_ema")):
+                assert not [name for name in names if re.search(r"\.(test)?_[a-z]", name)]
+        if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
+            holder = ast.unparse(node.value)
+            is_ours = not holder.startswith(("self", "torch", "operator"))
+            assert not is_ours or node.attr == "_replace", ast.unparse(node)

@@ -3,16 +3,31 @@
 stdout carries the output path (or JSON) and nothing else; everything for people goes to stderr.
 """
 
+import json as json_format
+import shutil
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ckpt_ema import __version__
-from ckpt_ema.cli import average, finish, formats, plan
-from ckpt_ema.cli.exits import SignalError, say_signal, take_signals
+from ckpt_ema.cli import average, exits
+from ckpt_ema.cli.exits import say
 from ckpt_ema.cli.help import Command
+from ckpt_ema.cli.options import RunArgument, takes_options
+from ckpt_ema.errors import printable
+
+_MOST_ROWS = 200  # of the table of checkpoints; --json has them all
+_PLAN_EXAMPLES = """
+ckpt-ema plan runs/ --explain
+ckpt-ema plan runs/ --half-life 500,2000 --plot weights.png
+ckpt-ema plan runs/ --decay 0.4 --json | jq '.averages[].checkpoints[].weight'
+"""
+_FINISH_EXAMPLES = """
+ckpt-ema average runs/ -o averaged --part 3/64   # in the third of 64 jobs
+ckpt-ema finish averaged                        # when all parts are made
+"""
 
 app = typer.Typer(
     name="ckpt-ema",
@@ -22,9 +37,77 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(cls=Command, epilog=average.EXAMPLES)(average.average)
-app.command(cls=Command, epilog=plan.EXAMPLES)(plan.plan)
-app.command(cls=Command, epilog=finish.EXAMPLES)(finish.finish)
-app.command(cls=Command, epilog=formats.EXAMPLES)(formats.formats)
+
+
+@app.command(cls=Command, epilog=_PLAN_EXAMPLES)
+@takes_options
+def plan(
+    run: RunArgument,
+    *,
+    options: dict[str, Any],
+    explain: bool,
+    plot: str | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Show what `ckpt-ema average` would do, without reading a tensor.
+
+    RUN and the options are those of `ckpt-ema average`.
+    """
+    with exits.errors_reported():
+        from ckpt_ema.output.destination import is_free
+        from ckpt_ema.output.manifest import describe_plan, is_up_to_date
+        from ckpt_ema.planning.plan import plan as make_plan
+        from ckpt_ema.report import figure, lines, table
+        from ckpt_ema.report.explain import explanation
+
+        decided = make_plan(run, **options)
+        if plot:
+            figure.plot(decided, plot)
+        if json:
+            typer.echo(json_format.dumps(describe_plan(decided), indent=2))
+        else:
+            typer.echo(table.plan_text(decided, sys.stdout, _MOST_ROWS))
+            if explain:
+                typer.echo("\n" + explanation(decided.run, decided.judged, decided.tensor_roles))
+        say(*lines.notice_lines(decided, quiet))
+        if not (quiet or is_free(decided.output) or is_up_to_date(decided)):
+            say(f"note: {printable(decided.output)} exists and is not this average")
+
+
+@app.command(cls=Command, epilog=_FINISH_EXAMPLES)
+@takes_options
+def finish(
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", readable=False)],
+    *,
+    overwrite: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Publish an output whose parts are all made, and print its path.
+
+    OUTPUT is what --output was, or its default.
+    """
+    with exits.errors_reported():
+        from ckpt_ema.run import finish as publish
+
+        exits.print_result(publish(output, overwrite=overwrite), quiet=quiet, as_json=json)
+
+
+@app.command(cls=Command, epilog="ckpt-ema formats")
+@takes_options
+def formats(*, json: bool, markdown: bool) -> None:
+    """List the trainers whose checkpoints are read, and where their model weights are."""
+    from ckpt_ema.report import trainers
+
+    with exits.errors_reported():
+        if json:
+            typer.echo(json_format.dumps(trainers.described(), indent=2))
+        elif markdown:
+            typer.echo("\n".join(trainers.markdown()))
+        else:
+            width = max(40, min(100, shutil.get_terminal_size().columns))
+            typer.echo("\n".join(trainers.lines(width)))
 
 
 @app.callback(invoke_without_command=True)
@@ -39,10 +122,10 @@ def _options(
 
 def main() -> None:
     """Run the command line; never returns."""
-    take_signals()
+    exits.take_signals()
     # torch warns at import where numpy is missing, which nothing here needs.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
         app()
-    except SignalError as error:  # before or after the command itself
-        sys.exit(say_signal(error))
+    except exits.SignalError as error:  # before or after the command itself
+        sys.exit(exits.say_signal(error))

@@ -1,32 +1,15 @@
 """`ckpt-ema average`: the whole job."""
 
-import contextlib
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt_ema.cli.exits import (
-    SignalError,
-    check_signals,
-    errors_reported,
-    ignore_signals,
-    print_outputs,
-    say,
-)
-from ckpt_ema.cli.options import (
-    JSON,
-    OVERWRITE,
-    PART,
-    PLOT,
-    QUIET,
-    RESUME,
-    RunArgument,
-    takes_options,
-    variable,
-)
-from ckpt_ema.errors import Code, OptionError
+from ckpt_ema.cli import exits
+from ckpt_ema.cli.exits import say
+from ckpt_ema.cli.options import RunArgument, takes_options, variable
+from ckpt_ema.errors import Code, OptionError, printable
 from ckpt_ema.ranks import place_from
 
 if TYPE_CHECKING:
@@ -41,11 +24,10 @@ ckpt-ema average runs/ --half-life 2000 -o averaged
 ckpt-ema average runs/ --decay 0.4,0.8 --last 4,8   # four averages, one pass
 OUT=$(ckpt-ema average runs/ -q) && evaluate "$OUT"
 """
-OWN_ROWS = (PLOT, OVERWRITE, PART, RESUME, JSON, QUIET)
 _MOST_ROWS = 24  # of the table of checkpoints; `ckpt-ema plan` shows more
 
 
-@takes_options(*OWN_ROWS)
+@takes_options
 def average(
     run: RunArgument,
     *,
@@ -61,8 +43,7 @@ def average(
 
     Every option can be set by an environment variable, CKPT_EMA_DECAY and so on.
     """
-    with errors_reported(kept=resume):
-        from ckpt_ema.report import lines, table
+    with exits.errors_reported(kept=resume):
         from ckpt_ema.report.progress import ByteProgress
 
         if part and place_from(os.environ):
@@ -74,16 +55,11 @@ def average(
         with ByteProgress(quiet) as progress:
             result = _average(run, part, keywords, quiet, progress)
         if part and not result.is_up_to_date:
-            if not quiet:
-                say(lines.part_line(result.output, part))
+            path = printable(result.output)
+            done = f"part {part} of {path} is done; when all parts are, run: ckpt-ema finish {path}"
+            say(*[] if quiet else [done])
         elif result.manifests:  # only the first rank has them
-            ignore_signals()  # the output is complete: from here on this is a success
-            known = result.plan.warnings if result.is_up_to_date else ()  # not shown at the start
-            say(*lines.warning_lines([*known, *result.warnings]))
-            if not quiet:
-                say(lines.result_line(result))
-            _append_step_summary(table.summary_lines(result.plan))
-            print_outputs(result, json)
+            exits.print_result(result, quiet=quiet, as_json=json)
 
 
 def _average(
@@ -101,12 +77,10 @@ def _average(
         plans.append(plan)
         if not quiet:
             say(table.plan_text(plan, sys.stderr, _MOST_ROWS), "")
-        say(*lines.warning_lines(plan.warnings))
-        if not quiet:
-            say(*lines.note_lines(plan))
+        say(*lines.notice_lines(plan, quiet))
 
     def tick(done_bytes: int, total_bytes: int) -> None:
-        check_signals()
+        exits.check_signals()
         if plans:
             progress(done_bytes, total_bytes)
 
@@ -115,7 +89,7 @@ def _average(
         if part:
             return average_part(run, part, **keywords)
         return average_whole(run, launch=True, waiting=say, **keywords)
-    except SignalError:
+    except exits.SignalError:
         made = up_to_date(plans[0]) if plans and is_up_to_date(plans[0]) else None
         if not made:
             raise
@@ -132,16 +106,8 @@ def command_line() -> str:
         if name.startswith("CKPT_EMA_") and name != variable("part")
     ]
     # Each part has its own --part.
-    words = [*called, *(word for word in sys.argv[1:] if not word.startswith("--part="))]
+    words = [word for word in sys.argv[1:] if not word.startswith("--part=")]
     if "--part" in words:
         place = words.index("--part")
         del words[place : place + 2]
-    return " ".join([*chosen, shlex.join(words)])
-
-
-def _append_step_summary(lines: list[str]) -> None:
-    """Add to the summary page of a GitHub job."""
-    path = os.environ.get("GITHUB_STEP_SUMMARY")
-    if path:
-        with contextlib.suppress(OSError), Path(path).open("a", encoding="utf-8") as summary:
-            summary.write("\n".join(lines) + "\n")
+    return " ".join([*chosen, shlex.join([*called, *words])])

@@ -1,11 +1,14 @@
-"""How a command ends: errors and signals as one line on stderr, and its exit code."""
+"""How a command ends: its result, or an error or signal as one line, and its exit code."""
 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -25,9 +28,6 @@ class SignalError(BaseException):
         self.number = number
 
 
-_OUT_OF_MEMORY = (
-    "error: The machine ran out of memory; nothing was written. Try --max-memory 64MiB."
-)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _noted: list[int] = []  # the signal that arrived, if any
 
@@ -85,7 +85,7 @@ def errors_reported(*, kept: bool = False) -> Iterator[None]:
         _report(error, f"error: {error}")
         raise typer.Exit(error.exit_code) from error
     except MemoryError as error:
-        _report(error, _OUT_OF_MEMORY)
+        _report(error, "error: Out of memory; nothing was written. Try --max-memory 64MiB.")
         raise typer.Exit(1) from error
     except OSError as error:
         _report(error, f"error: {printable(error)}.")
@@ -106,8 +106,23 @@ def _report(error: BaseException, text: str) -> None:
         say(text)
 
 
-def print_outputs(result: "Result", as_json: bool) -> None:
-    """Print the manifests, or the path of each output."""
+def print_result(result: "Result", *, quiet: bool, as_json: bool) -> None:
+    """Print warnings, what was done, and the manifests or the path of each output.
+
+    The output is complete: from here on the command is a success, whatever signal arrives.
+    """
+    from ckpt_ema.report import lines, table
+
+    ignore_signals()
+    plan = result.plan
+    known = plan.warnings if plan and result.is_up_to_date else ()  # not shown at the start
+    say(*lines.warning_lines([*known, *result.warnings]))
+    if not quiet:
+        say(lines.result_line(result))
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if plan and summary:
+        with contextlib.suppress(OSError), Path(summary).open("a", encoding="utf-8") as page:
+            page.write("\n".join(table.summary_lines(plan)) + "\n")
     try:
         if as_json:
             one, *more = result.manifests
@@ -115,14 +130,15 @@ def print_outputs(result: "Result", as_json: bool) -> None:
         for output in () if as_json else result.outputs:
             typer.echo(os.fsencode(output))  # a terminal may lack letters of a path, not its bytes
     except OSError as error:
-        raise FailedError(
-            f"stdout cannot be written: {error.strerror}; {result.output} is complete.",
-            code=Code.WRITE_FAILED,
-        ) from error
+        message = f"stdout cannot be written: {error.strerror}; {result.output} is complete."
+        raise FailedError(message, code=Code.WRITE_FAILED) from error
 
 
-def say(*lines: str) -> None:
-    """Print lines on stderr."""
-    for line in lines:
+def say(*texts: str) -> None:
+    """Print texts on stderr; a terminal gets them with no word broken in two."""
+    for text in texts:
         with contextlib.suppress(OSError):  # a full or closed stderr must not change the result
-            typer.echo(line, err=True)
+            if sys.stderr and sys.stderr.isatty() and "\n" not in text:
+                columns = shutil.get_terminal_size().columns
+                text = textwrap.fill(text, columns, break_long_words=False, break_on_hyphens=False)
+            typer.echo(text, err=True)

@@ -5,60 +5,53 @@ Every option can also be set by an environment variable: CKPT_EMA_ and its name.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from ckpt_ema.errors import flag
-from ckpt_ema.options import Row, table
-from ckpt_ema.options.table import COMMON, ENGINE, OUTPUT, PANELS
-from ckpt_ema.options.values import ENTRIES, FLAG, GLOBS, PATH, Values
+from ckpt_ema.options import COMMON, ENGINE, OUTPUT, PANELS, Row, table
+from ckpt_ema.values import ENTRIES, FLAG, GLOBS, PART, PATH
 
-OVERWRITE = Row("overwrite", FLAG, "replace an existing output", COMMON, False)
-PLOT = Row("plot", PATH, "draw the weights as .png or .svg; needs matplotlib", OUTPUT)
-EXPLAIN = Row("explain", FLAG, "show the role of every entry and tensor, and why", OUTPUT, False)
-JSON = Row("json", FLAG, "print JSON on stdout", OUTPUT, False)
-MARKDOWN = Row("markdown", FLAG, "print a table in Markdown", OUTPUT, False)
-QUIET = Row("quiet", FLAG, "hide notes and progress", OUTPUT, False, short="-q")
-PART = Row(
-    "part", Values(str, "be a part", "I/N"), "do part I of N; see `ckpt-ema finish --help`", ENGINE
+# Those of commands alone; a command takes those that its signature names.
+OWN = (
+    Row("explain", FLAG, "show the role of every entry and tensor, and why", OUTPUT, False),
+    Row("plot", PATH, "draw the weights as .png or .svg; needs matplotlib", OUTPUT),
+    Row("overwrite", FLAG, "replace an existing output", COMMON, False),
+    Row("part", PART, "do part I of N; see `ckpt-ema finish --help`", ENGINE),
+    Row("resume", FLAG, "keep partial work if interrupted, and continue it", ENGINE, False),
+    Row("json", FLAG, "print JSON on stdout", OUTPUT, False),
+    Row("markdown", FLAG, "print a table in Markdown", OUTPUT, False),
+    Row("quiet", FLAG, "hide notes and progress", OUTPUT, False, short="-q"),
 )
-RESUME = Row("resume", FLAG, "keep partial work if interrupted, and continue it", ENGINE, False)
 
 RunArgument = Annotated[
     list[str], typer.Argument(metavar="RUN", show_default=False, readable=False)
 ]
 
 
-def takes_options(*own: Row) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command its own rows, as keywords of their names.
-
-    A command with a parameter `options` takes those of the table too, and gets them in it.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        parameters = inspect.signature(command).parameters
-        shared = table() if "options" in parameters else []
-        rows = in_panels([*shared, *own])
-
-        @functools.wraps(command)
-        def run(**given: Any) -> None:
-            options = {row.name: given.pop(row.name) for row in shared}
-            command(**given, **({"options": options} if shared else {}))
-
-        argument = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        declared = [*argument, *map(_parameter, rows)]
-        run.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in declared}
-        return run
-
-    return decorate
-
-
-def in_panels(rows: Iterable[Row]) -> list[Row]:
-    """Sort rows by their panel."""
+def rows_of(command: Callable[..., None]) -> list[Row]:
+    """Return the rows of a command, by panel; with a parameter `options` it takes the table."""
+    names = inspect.signature(inspect.unwrap(command)).parameters
+    rows = [*(table() if "options" in names else []), *(row for row in OWN if row.name in names)]
     return sorted(rows, key=lambda row: PANELS.index(row.panel))
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Declare the rows of a command to Typer; those of the table reach it as `options`."""
+    parameters = inspect.signature(command).parameters
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        shared = {name: given.pop(name) for name in [*given] if name not in parameters}
+        command(**given, **({"options": shared} if shared else {}))
+
+    argument = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    declared = [*argument, *map(_parameter, rows_of(command))]
+    run.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in declared}
+    return run
 
 
 def variable(name: str) -> str:
@@ -72,11 +65,8 @@ def variable(name: str) -> str:
 
 def _parameter(row: Row) -> inspect.Parameter:
     """Declare one option to Typer; values stay texts, which the table parses."""
-    kind: Any = str | None
-    if row.values is FLAG:
-        kind = bool
-    elif row.values in (GLOBS, ENTRIES):
-        kind = list[str]
+    is_list = row.values in (GLOBS, ENTRIES)
+    kind: Any = bool if row.values is FLAG else list[str] if is_list else str | None
     declared = typer.Option(
         *row.flags,
         help=row.help,
@@ -85,10 +75,9 @@ def _parameter(row: Row) -> inspect.Parameter:
         rich_help_panel=row.panel,
         autocompletion=(lambda: list(row.values.choices)) if row.values.choices else None,
     )
-    default = [] if kind == list[str] else row.default
     return inspect.Parameter(
         row.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=default,
+        default=[] if is_list else row.default,
         annotation=Annotated[kind, declared],
     )

@@ -33,28 +33,26 @@ def card(plan: Plan, average: Average, command: str | None, picture: str | None)
     """
     statistics, unit = average.statistics, average.unit
     run = Path(plan.run).name or plan.run
-    return "\n".join(
-        [
-            "---",
-            f"{front_matter(_own_card(plan, average))}---",
-            "",
-            f"# {_markdown(average.output.path.name)}",
-            "",
-            f"Weighted average of {len(average.members)} checkpoints of `{printable(run)}`, made"
-            " with ckpt-ema, without further training.",
-            "",
-            f"- weights: {average.text}",
-            f"- effective number of checkpoints: {statistics.effective_number:.1f}",
-            f"- mean age: {statistics.mean_age:.4g} {unit}",
-            "",
-            *([f"![The weight of each checkpoint]({picture})", ""] if picture else []),
-            *markdown_lines(plan, [average]),
-            "",
-            *(["```console", f"$ {escaped(command)}", "```", ""] if command else []),
-            "See `ckpt_ema.json` for the full record.",
-            "",
-        ]
-    )
+    title = re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", printable(average.output.path.name))
+    drawn = f"![The weight of each checkpoint]({picture})\n\n" if picture else ""
+    called = f"```console\n$ {escaped(command)}\n```\n\n" if command else ""
+    table = "\n".join(markdown_lines(plan, [average]))
+    return f"""---
+{front_matter(_own_card(plan, average))}---
+
+# {title}
+
+Weighted average of {len(average.members)} checkpoints of `{printable(run)}`, made with ckpt-ema, \
+without further training.
+
+- weights: {average.text}
+- effective number of checkpoints: {statistics.effective_number:.1f}
+- mean age: {statistics.mean_age:.4g} {unit}
+
+{drawn}{table}
+
+{called}See `ckpt_ema.json` for the full record.
+"""
 
 
 def front_matter(original: str) -> str:
@@ -101,7 +99,3 @@ def _own_card(plan: Plan, average: Average) -> str:
             if content is not None and len(content) <= _MOST_BYTES:
                 return content.decode("utf-8-sig")
     return ""
-
-
-def _markdown(text: str) -> str:
-    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", printable(text))

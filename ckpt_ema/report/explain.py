@@ -1,7 +1,9 @@
 """The explanation of a plan: what every entry and every tensor was taken for, and by which rule."""
 
 import os
+import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from ckpt_ema.errors import escaped
@@ -13,36 +15,39 @@ def explanation(run: str, judged: Sequence[Judged], roles: Sequence[TensorRole])
     """Return two tables: the verdict on each entry, and the role of the tensors of each pattern.
 
     >>> from ckpt_ema.find.verdict import Outcome, Reason, Verdict
-    >>> verdict = Verdict(Outcome.OTHER, Reason.NO_MODEL, "without weights")
+    >>> verdict = Verdict(Outcome.OTHER, Reason.NO_MODEL, "no-model")
     >>> print(explanation("run", [Judged(Path("run/logs"), "logs", verdict)], []))
-    entry  taken for  reason                  rule
-    logs   other      no model weights in it  without weights
+    entry  taken for  rule      reason
+    logs   other      no-model  no model weights in it
     """
-    entries = [
-        (_relative(path, run), verdict.outcome.value, str(verdict), verdict.rule)
-        for path, verdict in ((one.path, one.verdict) for one in judged)
-    ]
-    tensors = [
-        (one.pattern, str(one.count), one.role.value, one.reason.value, one.rule) for one in roles
-    ]
-    tables = [
-        _table(("entry", "taken for", "reason", "rule"), entries),
-        _table(("tensors", "count", "role", "reason", "rule"), tensors),
-    ]
-    return "\n\n".join(text for text in tables if text)
+    entries = [("entry", "taken for", "rule", "reason")]
+    found = [(one.path.parent, one.path.name, one.verdict) for one in judged]
+    found.sort(key=lambda one: (_numbered(os.fspath(one[0])), _numbered(one[1])))
+    for folder, members in groupby(found, key=lambda one: one[0]):
+        is_run = folder == Path(run)
+        inside = folder.relative_to(run) if folder.is_relative_to(run) else folder
+        entries += [] if is_run else [(f"{inside}/", "", "", "")]
+        for _, name, verdict in members:
+            shown = name if is_run else f"  {name}"
+            entries.append((shown, verdict.outcome.value, verdict.rule, str(verdict)))
+    tensors = [("tensors", "count", "role", "rule", "reason")]
+    for role in roles:
+        count = str(role.count)
+        tensors.append((role.pattern, count, role.role.value, role.rule, role.reason.value))
+    return "\n\n".join(_table(rows) for rows in (entries, tensors) if len(rows) > 1)
 
 
-def _relative(path: Path, run: str) -> str:
-    return os.fspath(path.relative_to(run)) if path.is_relative_to(run) else os.fspath(path)
+def _numbered(text: str) -> list[str | int]:
+    """Return what sorts texts by the numbers in them.
+
+    >>> sorted(["step-10", "step-9"], key=_numbered)
+    ['step-9', 'step-10']
+    """
+    return [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", text)]
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    cells = [headings, *([escaped(cell) for cell in row] for row in rows)]
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    cells = [[escaped(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in cells
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    return "\n".join(lines)

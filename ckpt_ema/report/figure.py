@@ -111,7 +111,11 @@ def _draw(plan: Plan, kind: str) -> bytes:
         above, below = figure.subplots(2, 1, sharex=True)
         units = {average.unit for average in averages}
         unit = units.pop() if len(units) == 1 else "checkpoints"
-        lines = [(_along(average, unit), average.weights) for average in averages]
+        lines = [
+            # Where averages have different units, they share an axis of checkpoints.
+            (one.steps if one.unit == unit else [n + 1 for n in one.members], one.weights)
+            for one in averages
+        ]
         start = min(_start(steps) for steps, _ in lines)
         for number, (steps, weights) in enumerate(lines):
             look = _look(number, averages)
@@ -131,13 +135,6 @@ def _draw(plan: Plan, kind: str) -> bytes:
         metadata = {"Date" if kind == ".svg" else "Software": None}
         figure.savefig(content, format=kind[1:], dpi=_DOTS_PER_INCH, metadata=metadata)
     return content.getvalue()
-
-
-def _along(average: Average, unit: str) -> Sequence[int]:
-    """Return where the checkpoints of an average are along the run, in a unit common to all."""
-    if unit == average.unit:
-        return average.steps
-    return [number + 1 for number in average.members]
 
 
 def _look(number: int, averages: Sequence[Average]) -> dict[str, Any]:

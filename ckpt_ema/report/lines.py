@@ -1,9 +1,8 @@
 """Lines for people beside the plan itself: warnings, notes, sizes, the result."""
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
-from ckpt_ema.errors import printable
+from ckpt_ema.errors import printable, some
 from ckpt_ema.notices import Notice
 from ckpt_ema.output.result import Result
 from ckpt_ema.planning.plan import Plan
@@ -14,11 +13,12 @@ def warning_lines(warnings: Iterable[Notice]) -> list[str]:
     return [f"warning: {warning}" for warning in warnings]
 
 
-def note_lines(plan: Plan) -> list[str]:
-    """Return a line for each note of a plan, and one for the entries that were left out."""
+def notice_lines(plan: Plan, quiet: bool) -> list[str]:
+    """Return a plan's warnings; unless `quiet`, its notes and the entries left out too."""
     left_out = [f"{entry.name} ({entry.verdict})" for entry in plan.left_out]
     notes = [f"note: {note}" for note in plan.notes]
-    return [*notes, f"left out: {shortened(left_out)}"] if left_out else notes
+    notes += [f"left out: {some(left_out, 8)}"] if left_out else []
+    return [*warning_lines(plan.warnings), *([] if quiet else notes)]
 
 
 def result_line(result: Result) -> str:
@@ -26,17 +26,12 @@ def result_line(result: Result) -> str:
     output = printable(result.output)
     if result.is_up_to_date:
         return f"{output} is up to date: same checkpoints, weights and options"
+    seconds = f"{result.seconds:.{1 if result.seconds >= 1 else 2}f} s"
     speed = size(result.bytes_read / max(result.seconds, 1e-9))
     return (
-        f"read {size(result.bytes_read)} and wrote {size(result.bytes_written)} in"
-        f" {result.seconds:.1f} s ({speed}/s) on {printable(result.device)}: {output}"
+        f"read {size(result.bytes_read)} and wrote {size(result.bytes_written)} in {seconds}"
+        f" ({speed}/s) on {printable(result.device)}: {output}"
     )
-
-
-def part_line(output: Path, part: str) -> str:
-    """Return what to do once a part is made."""
-    path = printable(output)
-    return f"part {part} of {path} is done; when all parts are, run: ckpt-ema finish {path}"
 
 
 def size(size_bytes: float) -> str:
@@ -59,9 +54,3 @@ def counted(number: int, thing: str) -> str:
     ('1 tensor', '2 tensors')
     """
     return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
-def shortened(names: Sequence[str], limit: int = 8) -> str:
-    """Return names in one line, not too many."""
-    shown = ", ".join(printable(name) for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-from types import TracebackType
 from typing import Any
 
 from ckpt_ema.report.lines import size
@@ -22,12 +21,7 @@ class ByteProgress:
     def __enter__(self) -> "ByteProgress":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -53,11 +47,11 @@ class ByteProgress:
         class Bar(tqdm):  # type: ignore[type-arg]
             monitor_interval = 0  # updates are frequent, and a thread may lack memory
 
-        options: dict[str, Any] = {}
-        if "TQDM_DISABLE" not in os.environ:  # an explicit argument would override it
-            on_terminal = sys.stderr is not None and sys.stderr.isatty()
-            shown = on_terminal or os.environ.get("TQDM_POSITION") == "-1"
-            options["disable"] = self._quiet or not shown
+        on_terminal = sys.stderr is not None and sys.stderr.isatty()
+        shown = on_terminal or os.environ.get("TQDM_POSITION") == "-1"
+        # An explicit argument would override the variable.
+        disabled = {"disable": self._quiet or not shown}
+        options: Any = {} if "TQDM_DISABLE" in os.environ else disabled
         return Bar(
             total=total_bytes,
             unit="B",

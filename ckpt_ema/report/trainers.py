@@ -2,7 +2,7 @@
 
 import textwrap
 
-from ckpt_ema.trainers.table import TRAINERS, Trainer
+from ckpt_ema.trainers.table import TRAINERS
 
 TIERS = {
     "1": "supported",
@@ -18,39 +18,34 @@ def lines(width: int) -> list[str]:
     for tier, meaning in TIERS.items():
         found += [f"{meaning}:", ""]
         for trainer in (trainer for trainer in TRAINERS if trainer.tier == tier):
-            found += _wrapped("  ", trainer.name, width)
-            found += _wrapped("      found as  ", trainer.entry, width)
-            found += _wrapped("      weights   ", trainer.weights, width)
-            for instead in dict.fromkeys(refusal.instead for refusal in trainer.refusals):
-                found += _wrapped("      instead   ", instead, width)
+            instead = dict.fromkeys(refusal.instead for refusal in trainer.refusals)
+            for label, text in (
+                ("  ", trainer.name),
+                ("      found as  ", trainer.entry),
+                ("      weights   ", trainer.weights),
+                *(("      instead   ", text) for text in instead),
+            ):
+                rest = " " * max(4, len(label))
+                found += textwrap.wrap(
+                    text,
+                    width,
+                    initial_indent=label,
+                    subsequent_indent=rest,
+                    break_on_hyphens=False,
+                )
         found.append("")
     return found[:-1]
 
 
-def _wrapped(label: str, text: str, width: int) -> list[str]:
-    return textwrap.wrap(
-        text,
-        width,
-        initial_indent=label,
-        subsequent_indent=" " * max(4, len(label)),
-        break_on_hyphens=False,
-    )
-
-
 def markdown() -> list[str]:
     """Return the table in Markdown."""
-    rows = [_row(trainer) for tier in TIERS for trainer in TRAINERS if trainer.tier == tier]
-    return ["| Trainer | Found as | Weights | Tier |", "|---|---|---|---|", *rows]
-
-
-def _row(trainer: Trainer) -> str:
-    entry = "`, `".join(trainer.entry.split(", "))
-    return f"| {trainer.name} | `{entry}` | {_escaped(trainer.weights)} | {trainer.tier} |"
-
-
-def _escaped(text: str) -> str:
-    """Escape stars and underscores."""
-    return text.replace("*", "\\*").replace("_", "\\_")
+    found = ["| Trainer | Found as | Weights | Tier |", "|---|---|---|---|"]
+    for tier in TIERS:
+        for trainer in (trainer for trainer in TRAINERS if trainer.tier == tier):
+            entry = "`, `".join(trainer.entry.split(", "))
+            weights = trainer.weights.replace("*", "\\*").replace("_", "\\_")
+            found.append(f"| {trainer.name} | `{entry}` | {weights} | {tier} |")
+    return found
 
 
 def described() -> list[dict[str, str]]:

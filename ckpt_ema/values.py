@@ -7,11 +7,6 @@ from typing import Any, NamedTuple
 
 from ckpt_ema.errors import Code, OptionError, flag
 
-PathLike = str | os.PathLike[str]
-StepRange = tuple[int, int]  # first and last, both included
-
-# The names that --dtype gives to the dtypes of safetensors; None keeps each tensor's own.
-DTYPES = {"same": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Extensions of files that are not written; nobody gives them to a folder.
 _NOT_WRITTEN = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".gguf")
 _MOST_THREADS, _MOST_TILE_BYTES = 1024, 1 << 31
@@ -30,7 +25,7 @@ class Values(NamedTuple):
         """Return the value of the option `name`; raises `OptionError` for an impossible one."""
         try:
             return self.parse(given)
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, re.error) as error:
             shown = ",".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
             raise OptionError(
                 f"{flag(name)} is {shown!r}; it must {self.must}.", code=Code.INVALID_OPTION
@@ -51,18 +46,6 @@ def _output(given: Any) -> str:
     if _path(given).endswith(_NOT_WRITTEN):
         raise ValueError
     return _path(given)
-
-
-def _weights(given: Any) -> str | Mapping[str, float]:
-    return given if isinstance(given, Mapping) else _path(given)
-
-
-def _regex(given: Any) -> str:
-    try:
-        re.compile(_text(given))
-    except re.error as error:
-        raise ValueError from error
-    return str(given)
 
 
 def _names(given: Any) -> tuple[str, ...]:
@@ -125,18 +108,19 @@ def _size(given: Any, most: float = float("inf")) -> int:
 
 def _several(parse: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     """Parse one value, a sequence of values, or a text with commas."""
-    return lambda given: tuple(parse(value) for value in _listed(given))
+
+    def parse_all(given: Any) -> tuple[Any, ...]:
+        values = given.split(",") if isinstance(given, str) else given
+        if not isinstance(values, Sequence):
+            values = [values]
+        if not values:
+            raise ValueError
+        return tuple(map(parse, values))
+
+    return parse_all
 
 
-def _listed(given: Any) -> Sequence[Any]:
-    values = given.split(",") if isinstance(given, str) else given
-    values = values if isinstance(values, Sequence) else [values]
-    if not values:
-        raise ValueError
-    return values
-
-
-def _step_range(given: Any) -> StepRange:
+def _step_range(given: Any) -> tuple[int, int]:
     """Parse one step or a range of steps.
 
     >>> _step_range("100"), _step_range("1000-5000"), _step_range((200, 300))
@@ -152,8 +136,9 @@ def _step_range(given: Any) -> StepRange:
 TEXT = Values(_text, "be a text")
 PATH = Values(_path, "be a path", "PATH")
 OUTPUT = Values(_output, "be a folder or a .safetensors file", "PATH")
-WEIGHTS = Values(_weights, "be a path", "FILE")
-REGEX = Values(_regex, "be a regular expression", "REGEX")
+WEIGHTS = Values(lambda one: one if isinstance(one, Mapping) else _path(one), "be a path", "FILE")
+PART = Values(_text, "be a part, such as 3/64", "I/N")
+REGEX = Values(lambda given: re.compile(_text(given)).pattern, "be a regular expression", "REGEX")
 GLOBS = Values(_names, "be a list of globs", "GLOB")
 ENTRIES = Values(_entries, "be a list of names of entries of the run", "NAME")
 FLAG = Values(bool, "be true or false")
@@ -172,7 +157,6 @@ SIZE = Values(_size, "be a size, such as 64MiB", "SIZE")
 TILE = Values(
     lambda given: _size(given, _MOST_TILE_BYTES), "be a size of at most 2GiB, such as 4MiB", "SIZE"
 )
-DTYPE = choice(*DTYPES)
 ACCUMULATE = choice("float64", "float32")._replace(metavar="DTYPE")
 FORM, ORDER = choice("auto", "single", "sharded", "adapter"), choice("auto", "metadata", "name")
 METRIC_MODE = choice("auto", "min", "max")

@@ -1,19 +1,27 @@
 """The one table of options, in five frozen groups; each stage takes the group that it needs.
 
-A row has the option's name, values, help, panel on the command line and default, and whether it
-changes the bytes of the output. The command line, environment variables, manifests and fingerprints
-are made from these rows. Options of schedules stand beside their formulas, in `schedules.table`.
+The command line, environment variables, manifests and fingerprints are made from its rows. Options
+of schedules stand beside their formulas, in `schedules`; `Keywords` has the types of all of them.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
+from ckpt_ema import values as of
 from ckpt_ema.errors import Code, OptionError, flag
-from ckpt_ema.options import values as of
-from ckpt_ema.options.values import PathLike, StepRange, Values
 from ckpt_ema.schedules.rules import Rule, make_rules
 from ckpt_ema.schedules.table import DEFAULT_SCHEDULE, EXPLICIT, OPTIONS, SCHEDULES
+from ckpt_ema.values import Values
+
+PathLike = str | os.PathLike[str]
+StepRange = tuple[int, int]  # first and last, both included
+Numbers = float | Sequence[float] | str
+Counts = int | Sequence[int] | str
+
+# The names that --dtype gives to the dtypes of safetensors; None keeps each tensor's own.
+DTYPES = {"same": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 # Panels of the command line's help, in the order in which they are shown.
 COMMON, SCHEDULE, CHECKPOINTS = "Most used", "Schedule", "Which checkpoints"
@@ -49,9 +57,8 @@ class Row:
 
 
 def _row(values: Values, help_text: str, default: Any = None, **more: Any) -> Any:
-    return field(
-        default=default, metadata={"values": values, "help": help_text, "default": default, **more}
-    )
+    about = {"values": values, "help": help_text, "default": default, **more}
+    return field(default=default, metadata=about)
 
 
 class Group:
@@ -75,8 +82,11 @@ class Group:
     def rows(cls) -> list[Row]:
         """Return the rows of its options."""
         declared: Any = cls
-        found = [(one.name, {"panel": cls.panel, **one.metadata}) for one in fields(declared)]
-        return [Row(name, **about) for name, about in found if "values" in about]
+        return [
+            Row(one.name, **{"panel": cls.panel, **one.metadata})
+            for one in fields(declared)
+            if one.metadata
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,21 +125,15 @@ class Selection(Group):
 
     panel = CHECKPOINTS
 
-    last: tuple[int, ...] | None = _row(
-        of.COUNTS, "average only the N newest checkpoints", panel=COMMON
-    )
+    last: tuple[int, ...] | None = _row(of.COUNTS, "take the N newest checkpoints", panel=COMMON)
     best: tuple[int, ...] | None = _row(
         of.COUNTS, "take the N best by --metric; ties go to the later one"
     )
     metric: str | None = _row(of.TEXT, "metric used by --best, such as eval_loss")
-    metric_mode: str = _row(
-        of.METRIC_MODE, "whether lower or higher is better: auto, min or max", "auto"
-    )
+    metric_mode: str = _row(of.METRIC_MODE, "which values are better: auto, min or max", "auto")
     from_step: int | None = _row(of.STEP, "take this step and later ones")
     to_step: int | None = _row(of.STEP, "take this step and earlier ones")
-    steps: tuple[StepRange, ...] | None = _row(
-        of.STEPS, "take these steps, such as 100,200,1000-5000"
-    )
+    steps: tuple[StepRange, ...] | None = _row(of.STEPS, "take steps such as 100,200,1000-5000")
     every: int | None = _row(of.COUNT, "take every N-th, counting back from the newest")
     min_gap: int | None = _row(of.COUNT, "take checkpoints at least N steps apart")
     include: tuple[str, ...] = _row(of.GLOBS, "take only names matching this glob; repeatable", ())
@@ -180,7 +184,10 @@ class Output(Group):
         of.OUTPUT, "folder or .safetensors file; default: RUN-ema", panel=COMMON, short="-o"
     )
     dtype: str = _row(
-        of.DTYPE, "of averages: same, float32, bfloat16 or float16", "same", changes_bytes=True
+        of.choice(*DTYPES),
+        "of averages: same, float32, bfloat16 or float16",
+        "same",
+        changes_bytes=True,
     )
     config_from: str | None = _row(of.PATH, "take the configuration from this model folder")
     card: bool = _row(of.FLAG, "do not write a model card (README.md)", True, changes_bytes=True)
@@ -212,22 +219,65 @@ class Options(NamedTuple):
 
     def given(self) -> dict[str, Any]:
         """Return what is not at its default, as plain values for JSON."""
-        chosen = {
-            row.name: value
-            for group in self
-            for row in group.rows()
-            if (value := getattr(group, row.name)) != row.default
-        }
+        chosen = {row.name: value for row, value in self._values() if value != row.default}
         return {name: _plain(value) for name, value in {**chosen, **self.weighting.options}.items()}
 
     def deciding(self) -> dict[str, Any]:
         """Return the options that change the output's bytes, for the same checkpoints."""
-        return {
-            row.name: getattr(group, row.name)
-            for group in self
-            for row in group.rows()
-            if row.changes_bytes
-        }
+        return {row.name: value for row, value in self._values() if row.changes_bytes}
+
+    def _values(self) -> list[tuple[Row, Any]]:
+        return [(row, getattr(group, row.name)) for group in self for row in group.rows()]
+
+
+class Keywords(TypedDict, total=False):
+    """The keyword arguments of `average`, `plan` and the rest, one for each row.
+
+    Values may be texts, as on the command line; None is the default.
+    """
+
+    decay: Numbers | None
+    num_updates: str | None
+    zero_debias: bool
+    power: float | str | None
+    inv_gamma: float | str | None
+    sigma_rel: Numbers | None
+    decay_per_step: Numbers | None
+    half_life: Numbers | None
+    schedule: str | None
+    weights: PathLike | Mapping[str, float] | None
+    normalize: bool
+    last: Counts | None
+    best: Counts | None
+    metric: str | None
+    metric_mode: str
+    from_step: int | str | None
+    to_step: int | str | None
+    steps: str | Sequence[int | StepRange] | int | None
+    every: int | str | None
+    min_gap: int | str | None
+    include: Sequence[str]
+    exclude: Sequence[str]
+    pattern: str | None
+    order: str
+    append: Sequence[PathLike]
+    aliases: bool
+    skip_incomplete: bool
+    form: str
+    component: str | None
+    key: str | None
+    strip_prefix: str | None
+    allow_nonfinite: bool
+    allow_duplicates: bool
+    output: PathLike | None
+    dtype: str
+    config_from: PathLike | None
+    card: bool
+    device: str
+    threads: int | str | None
+    accumulate: str
+    tile_size: int | str | None
+    max_memory: int | str | None
 
 
 _GROUPS: tuple[type[Group], ...] = (Weighting, Selection, Reading, Output, Engine)
@@ -242,34 +292,24 @@ def make_options(given: Mapping[str, Any]) -> Options:
     if unknown:
         raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
 
-    def take(group: type[Group]) -> dict[str, Any]:
-        return {row.name: given[row.name] for row in group.rows() if row.name in given}
+    def take(group: type[Group], **more: Any) -> Any:
+        return group(
+            **{row.name: given[row.name] for row in group.rows() if row.name in given}, **more
+        )
 
     schedules = {name: given[name] for name in OPTIONS if name in given}
-    return Options(
-        Weighting(**take(Weighting), options=schedules),
-        Selection(**take(Selection)),
-        Reading(**take(Reading)),
-        Output(**take(Output)),
-        Engine(**take(Engine)),
-    )
+    return Options(take(Weighting, options=schedules), *map(take, _GROUPS[1:]))
 
 
 def table() -> list[Row]:
     """Return every option, those of schedules included, in the order of help texts."""
-    schedules = [
-        Row(
-            option.name,
-            _schedule_values(option.name),
-            option.help,
-            COMMON if option.name in ("decay", "half_life") else SCHEDULE,
-            False if option.kind is bool else None,
-            short=option.short,
-        )
-        for option in OPTIONS.values()
-    ]
-    first, *others = (group.rows() for group in _GROUPS)
-    rows = [*first, *schedules, *(row for group in others for row in group)]
+    rows = Weighting.rows()
+    for option in OPTIONS.values():
+        panel = COMMON if option.name in ("decay", "half_life") else SCHEDULE
+        default = False if option.kind is bool else None
+        values = _schedule_values(option.name)
+        rows.append(Row(option.name, values, option.help, panel, default, short=option.short))
+    rows += [row for group in _GROUPS[1:] for row in group.rows()]
     return sorted(rows, key=lambda row: PANELS.index(row.panel))
 
 
@@ -277,9 +317,8 @@ def _schedule_values(name: str) -> Values:
     option = OPTIONS[name]
     if option.choices:
         return of.choice(*option.choices)
-    if option.kind is bool:
-        return of.FLAG
-    return of.NUMBERS if option.several else of.NUMBER
+    numbers = of.NUMBERS if option.several else of.NUMBER
+    return of.FLAG if option.kind is bool else numbers
 
 
 def _plain(value: Any) -> Any:
