@@ -111,7 +111,7 @@ def print_result(result: "Result", *, quiet: bool, as_json: bool) -> None:
 
     The output is complete: from here on the command is a success, whatever signal arrives.
     """
-    from ckpt_ema.report import lines, table
+    from ckpt_ema.report import lines, rows
 
     ignore_signals()
     plan = result.plan
@@ -122,7 +122,7 @@ def print_result(result: "Result", *, quiet: bool, as_json: bool) -> None:
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if plan and summary:
         with contextlib.suppress(OSError), Path(summary).open("a", encoding="utf-8") as page:
-            page.write("\n".join(table.summary_lines(plan)) + "\n")
+            page.write("\n".join(rows.summary_lines(plan)) + "\n")
     try:
         if as_json:
             one, *more = result.manifests

@@ -69,3 +69,10 @@ def markdown_lines(plan: Plan, averages: Sequence[Average]) -> list[str]:
     ]
     ruler = [":---", *("---:" for _ in headings[1:])]
     return [f"| {' | '.join(cells)} |" for cells in (headings, ruler, *rows)]
+
+
+def summary_lines(plan: Plan) -> list[str]:
+    """Return the plan in Markdown, for the summary page of a CI job."""
+    title = f"### ckpt-ema: {printable(plan.run)} → {printable(plan.output)}"
+    rules = [f"- {average.name}: {average.text}" for average in plan.averages]
+    return [title, "", *rules, "", *markdown_lines(plan, plan.averages), ""]

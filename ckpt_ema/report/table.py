@@ -17,14 +17,7 @@ from ckpt_ema.errors import printable, some
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.report.lines import counted, size
-from ckpt_ema.report.rows import (
-    UNKNOWN,
-    Row,
-    cell_headings,
-    markdown_lines,
-    rows_of,
-    without_middle,
-)
+from ckpt_ema.report.rows import UNKNOWN, Row, cell_headings, rows_of, without_middle
 from ckpt_ema.schedules.statistics import Statistics
 
 _LEAST_COLUMNS = 40  # with less, nothing could be read
@@ -52,13 +45,6 @@ def plan_text(plan: Plan, stream: TextIO | None, most_rows: int) -> str:
     return "\n".join(line.rstrip() for line in page.read().splitlines())
 
 
-def summary_lines(plan: Plan) -> list[str]:
-    """Return the plan in Markdown, for the summary page of a CI job."""
-    title = f"### ckpt-ema: {printable(plan.run)} → {printable(plan.output)}"
-    rules = [f"- {average.name}: {average.text}" for average in plan.averages]
-    return [title, "", *rules, "", *markdown_lines(plan, plan.averages), ""]
-
-
 def _parts(plan: Plan, console: Console, most_rows: int) -> Iterator[RenderableType]:
     yield Text(f"{printable(plan.run)} -> {printable(plan.output)}")
     texts = [f"{one.text}; {counted(len(one.members), 'checkpoint')}" for one in plan.averages]
@@ -76,9 +62,6 @@ def _parts(plan: Plan, console: Console, most_rows: int) -> Iterator[RenderableT
         yield _figures(plan.averages[0])
     yield ""
     yield from _sizes(plan)
-
-
-# --- The weights ---------------------------------------------------------------------------------
 
 
 class _Columns(NamedTuple):
@@ -175,9 +158,6 @@ def _bar(columns: float, console: Console) -> str:
         return "#" * round(columns)
     whole, eighths = divmod(round(columns * 8), 8)
     return (_EIGHTHS[8] * whole + _EIGHTHS[eighths]).strip()
-
-
-# --- What the weights amount to -------------------------------------------------------------------
 
 
 # Each figure: its text for one average, its label for several, its value.
