@@ -128,14 +128,8 @@ class Ranks:
             how = f"failed: {error}" if isinstance(error, Exception) else "was stopped by a signal"
             error = _gone(f"rank {self.rank} {how}.")
         by = "" if error.code is Code.RANK_FAILED else f"rank {self.rank}: "
-        facts = {
-            "exit_code": error.exit_code,
-            "message": f"{by}{error.message}",
-            "hint": error.hint,
-            "code": error.code.value,
-            "path": error.path,
-            "tensor": error.tensor,
-        }
+        facts = {name: getattr(error, name) for name in ("exit_code", "hint", "path", "tensor")}
+        facts |= {"code": error.code.value, "message": f"{by}{error.message}"}
         with contextlib.suppress(RuntimeError):
             self._store.compare_set("failed", "", json.dumps(facts))
 
@@ -154,11 +148,9 @@ class Ranks:
         self.wait(name, value)
         for rank in range(self.size):
             if self._store.get(f"{name}/{rank}").decode() != value:
-                raise FailedError(
-                    f"ranks {self.rank} and {rank} do not see the same {name}.",
-                    "Check that all machines see the same files, and all have the same options.",
-                    code=Code.PARTS_DISAGREE,
-                )
+                message = f"ranks {self.rank} and {rank} do not see the same {name}."
+                hint = "Check that all machines see the same files, and all have the same options."
+                raise FailedError(message, hint, code=Code.PARTS_DISAGREE)
 
     def wait(
         self, name: str, value: str = "", waiting: Callable[[str], None] | None = None
@@ -261,14 +253,14 @@ def joined(
 def _store(
     place: Place, environment: Mapping[str, str], waiting: Callable[[str], None] | None
 ) -> Any:
-    says = threading.Timer(
+    late = threading.Timer(
         _SECONDS_BEFORE_SAYING, lambda: waiting and waiting(place.waiting_for([0]))
     )
-    says.daemon = True
+    late.daemon = True
     try:
         import torch.distributed
 
-        says.start()
+        late.start()
         distributed: Any = torch.distributed
         store = distributed.TCPStore(
             place.address,
@@ -283,7 +275,7 @@ def _store(
         message = f"rank {place.rank} of {place.size} cannot reach rank 0 at {at}."
         raise _gone(message, _IF_ALONE) from error
     finally:
-        says.cancel()
+        late.cancel()
     # A launcher that restarts all ranks gives them new keys.
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     return distributed.PrefixStore(f"ckpt-ema/{attempt}", store)

@@ -33,7 +33,6 @@ from ckpt_ema.ranks import Ranks, joined
 from ckpt_ema.report.card import card
 from ckpt_ema.report.figure import Picture
 from ckpt_ema.report.figure import plot as draw
-from ckpt_ema.targets.target import OutputFile
 from ckpt_ema.trainers.conventions import CARD_NAME, MANIFEST_NAME
 
 if TYPE_CHECKING:
@@ -109,25 +108,21 @@ def finish(output: PathLike, *, overwrite: bool = False) -> Result:
     keys = keys_with_parts(final)
     if len(keys) > 1:
         folders = ", ".join(str(Workspace(final, key).path) for key in keys)
-        raise RefusedError(
-            f"There are parts of {len(keys)} different averages for {final}: {folders}.",
+        message = f"There are parts of {len(keys)} different averages for {final}: {folders}."
+        hint = (
             "Parts belong together if their checkpoints and options are the same, including"
-            " --tile-size and --max-memory; remove those that are not wanted.",
-            code=Code.PARTS_DISAGREE,
-            path=final,
+            " --tile-size and --max-memory; remove those that are not wanted."
         )
+        raise RefusedError(message, hint, code=Code.PARTS_DISAGREE, path=final)
     if keys:
         check_free(final, overwrite)
         return _publish_recorded(final, keys[0], PART, overwrite)
     outputs = outputs_at(final)
     manifests = [manifest.read_manifest(path) for path in outputs]
     if not outputs or not all(manifests):
-        raise RefusedError(
-            f"{final} has no parts to finish.",
-            "Make them with ckpt-ema average --part 1/N, ... and the same --output.",
-            code=Code.NO_PARTS,
-            path=final,
-        )
+        hint = "Make them with ckpt-ema average --part 1/N, ... and the same --output."
+        message = f"{final} has no parts to finish."
+        raise RefusedError(message, hint, code=Code.NO_PARTS, path=final)
     return _made_before(final, outputs, manifests)
 
 
@@ -135,14 +130,11 @@ def up_to_date(plan: Plan) -> Result | None:
     """Return the result of `plan` if it is at the output path already."""
     if not manifest.is_up_to_date(plan):
         return None
-    recorded = [
-        # The header of a single file has no room for all of it.
-        manifest.describe(plan, average)
-        if average.output.is_single_file
-        else manifest.read_manifest(average.output.path)
-        for average in plan.averages
-    ]
     outputs = [average.output.path for average in plan.averages]
+    if plan.is_single_file:  # whose header has no room for all of it
+        recorded = [manifest.describe(plan, plan.averages[0])]
+    else:
+        recorded = [manifest.read_manifest(path) for path in outputs]
     return replace(_made_before(plan.output, outputs, recorded), plan=plan)
 
 
@@ -187,13 +179,20 @@ def execute(
 ) -> Result:
     """Fold a share of `plan`; publish it, or record it as one of a `kind` for whoever publishes."""
     key = plan.work_id if kind or how.get("resume") else ""
-    outline = _outline(plan, how.get("command"))
-    overwrite = how.get("overwrite", False)
+    command, overwrite = how.get("command"), how.get("overwrite", False)
+    manifests = {folder: manifest.describe(plan, one, command) for folder, one in _placed(plan)}
+    files = [
+        (os.path.join(folder, file.name), file)
+        for folder, average in _placed(plan)
+        for file in average.output.files
+    ]
+    names = [name for name, _ in files]
+    outline = Outline(names, manifests, watched(plan), plan.bytes_written)
     with StagedOutput(plan.output, key, overwrite, is_shared=bool(kind)) as staged:
         staged.kept = bool(key)
-        staged.create(_files(plan))
+        staged.create(files)
         if share.part == 1:
-            _add_side_files(plan, staged, picture, how.get("command"))
+            _add_side_files(plan, staged, picture, command)
         try:
             part = _fold(plan, how, device, share, staged)
             if not kind:
@@ -298,10 +297,7 @@ def _fold(plan: Plan, how: How, device: "torch.device", share: Share, staged: St
 
 
 def _on_device(plan: Plan, place: int) -> tuple[Plan, "torch.device"]:
-    """Return the device to fold on, and the plan as it is there.
-
-    `place` is the number of this process among those of a launch on this machine.
-    """
+    """Return the plan as it is on the device to fold on, and that device."""
     try:
         from ckpt_ema.fold import devices  # and with it torch, which is needed only now
     except (ImportError, OSError) as error:
@@ -309,15 +305,6 @@ def _on_device(plan: Plan, place: int) -> tuple[Plan, "torch.device"]:
         raise FailedError(message, code=Code.MISSING_DEPENDENCY) from error
     device = devices.resolve_device(plan.engine.device, place)
     return devices.plan_on(plan, device), device
-
-
-def _outline(plan: Plan, command: str | None) -> Outline:
-    """Return what all parts of a plan share."""
-    manifests = {
-        folder: manifest.describe(plan, average, command) for folder, average in _placed(plan)
-    }
-    files = [name for name, _ in _files(plan)]
-    return Outline(files, manifests, watched(plan), plan.bytes_written)
 
 
 def _result(final: Path, outline: Outline, parts: Sequence[Part]) -> Result:
@@ -343,15 +330,6 @@ def _made_before(
         warnings=notices_from(manifests[0].get("warnings_of_reading")),
         manifests=tuple(manifests),
     )
-
-
-def _files(plan: Plan) -> list[tuple[str, OutputFile]]:
-    """Return the model files of all averages, with their names in the plan's output."""
-    return [
-        (os.path.join(folder, file.name), file)
-        for folder, average in _placed(plan)
-        for file in average.output.files
-    ]
 
 
 def _placed(plan: Plan) -> list[tuple[str, Average]]:

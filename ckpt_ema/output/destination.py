@@ -33,13 +33,10 @@ def check_free(output: Path, overwrite: bool) -> None:
         hint = "Choose another path with --output, or replace it with --overwrite."
         raise RefusedError(problem, hint, code=Code.OUTPUT_EXISTS, path=output)
     if others := sorted(_others(output)):
-        problem = f"The output {output} is more than a model; --overwrite would delete"
-        raise RefusedError(
-            f"{problem} {some(others, 3)}.",
-            "Move those files, or choose another path with --output.",
-            code=Code.OUTPUT_EXISTS,
-            path=output,
-        )
+        delete = f"--overwrite would delete {some(others, 3)}"
+        problem = f"The output {output} is more than a model; {delete}."
+        hint = "Move those files, or choose another path with --output."
+        raise RefusedError(problem, hint, code=Code.OUTPUT_EXISTS, path=output)
 
 
 def is_free(output: Path) -> bool:

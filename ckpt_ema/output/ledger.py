@@ -34,10 +34,7 @@ class Ledger:
         *,
         is_kept: bool,
     ) -> None:
-        """Read what was kept, unless nothing `is_kept`; `monitors` get what they saw back.
-
-        `make_durable` brings what was written to the output to the disk.
-        """
+        """Read what was kept, unless nothing `is_kept`, and give `monitors` what they saw back."""
         self.done: set[int] = set()
         for line in _lines(workspace.path) if is_kept else ():
             self.done.update(n for first, last in line["tiles"] for n in range(first, last + 1))
@@ -133,17 +130,15 @@ def recorded(workspace: Workspace, kind: str) -> tuple[Outline, list[Part]]:
     """
     described = workspace.records(_OUTLINE).get(_OUTLINE, {})
     parts = _whole_set(workspace, kind)
+    path = workspace.path
     try:
         outline = Outline(**described)
         watched = Watched(*outline.watched)
         return outline._replace(watched=watched), [Part(**part) for part in parts]
     except TypeError as error:
-        raise FailedError(
-            f"The records in {workspace.path} are incomplete or of another version of ckpt-ema.",
-            "Make any part again; if that does not help, remove them and make all parts again.",
-            code=Code.PARTS_MISSING,
-            path=workspace.path,
-        ) from error
+        message = f"The records in {path} are incomplete or of another version of ckpt-ema."
+        hint = "Make any part again; if that does not help, remove them and make all parts again."
+        raise FailedError(message, hint, code=Code.PARTS_MISSING, path=path) from error
 
 
 def _whole_set(workspace: Workspace, kind: str) -> list[dict[str, Any]]:
@@ -157,9 +152,6 @@ def _whole_set(workspace: Workspace, kind: str) -> list[dict[str, Any]]:
     if missing:
         listed = ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in ranges(missing))
         which = f"part {listed} of {of} is" if len(missing) == 1 else f"parts {listed} of {of} are"
-        raise FailedError(
-            f"{workspace.final} cannot be finished yet: {which} missing.",
-            code=Code.PARTS_MISSING,
-            path=workspace.final,
-        )
+        message = f"{workspace.final} cannot be finished yet: {which} missing."
+        raise FailedError(message, code=Code.PARTS_MISSING, path=workspace.final)
     return list(made.values())

@@ -73,12 +73,12 @@ def _describe_checkpoint(checkpoint: PlannedCheckpoint, **weighting: Any) -> dic
         **weighting,
         "files": [
             {
-                "name": file.name,
-                "bytes": file.size_bytes,
-                "mtime_ns": file.mtime_ns,
-                "header_sha256": file.digest,
+                "name": f.name,
+                "bytes": f.size_bytes,
+                "mtime_ns": f.mtime_ns,
+                "header_sha256": f.digest,
             }
-            for file in checkpoint.specs.files
+            for f in checkpoint.specs.files
         ],
     }
 

@@ -48,10 +48,7 @@ class StagedOutput(Workspace):
             super().__exit__(*error)
 
     def create(self, files: Sequence[tuple[str, OutputFile]]) -> None:
-        """Allocate the model files, by their names in the folder, and write their headers.
-
-        Data that was written to them before is kept.
-        """
+        """Allocate the model files, keeping data that they have, and write their headers."""
         for number, (name, file) in enumerate(files):
             path = self._path_of(name)
             self._paths.append(path)
@@ -123,12 +120,9 @@ class StagedOutput(Workspace):
                     model.keys()
             except (OSError, RuntimeError, SafetensorError) as error:  # torch, which maps it, too
                 code = Code.DAMAGED if isinstance(error, SafetensorError) else Code.READ_FAILED
-                raise FailedError(
-                    f"{self.final} cannot be loaded after writing: {error}.",
-                    "Nothing was published.",
-                    code=code,
-                    path=self.final,
-                ) from error
+                message = f"{self.final} cannot be loaded after writing: {error}."
+                hint = "Nothing was published."
+                raise FailedError(message, hint, code=code, path=self.final) from error
 
     def make_durable(self) -> None:
         """Make everything written so far survive a power failure."""
@@ -162,10 +156,7 @@ class StagedOutput(Workspace):
             raise FailedError(message, code=Code.WRITE_FAILED, path=self.final) from error
 
     def _give_name(self, ready: Path) -> None:
-        """Replace nothing but an empty folder, or what `overwrite` applies to.
-
-        An old folder ends up in the workspace or is removed.
-        """
+        """Replace nothing but an empty folder, or what `overwrite` applies to."""
         if not (self._overwrite and os.path.lexists(self.final)):
             (_link_or_rename if self.is_single_file else os.rename)(ready, self.final)
         elif self.is_single_file:
@@ -204,18 +195,14 @@ def _reserve(fd: int, size_bytes: int) -> None:
     """Allocate the file's space now, so that a full disk fails before the work is done."""
     try:
         os.posix_fallocate(fd, 0, size_bytes)
-    except AttributeError:  # macOS
-        os.ftruncate(fd, size_bytes)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+    except (AttributeError, OSError) as error:  # macOS has no such function
+        code = getattr(error, "errno", errno.ENOSYS)
+        if code not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
         os.ftruncate(fd, size_bytes)
 
 
 def _start_writeback(fd: int, offset: int, size_bytes: int) -> None:
-    """Make the kernel start to write these bytes, so that fsync need not wait for them.
-
-    On Linux this advice does that to dirty pages, and drops only clean ones.
-    """
-    if hasattr(os, "posix_fadvise"):  # macOS has none
+    """Make the kernel start to write these bytes, so that fsync need not wait for them."""
+    if hasattr(os, "posix_fadvise"):  # macOS has none; Linux writes dirty pages, drops clean ones
         os.posix_fadvise(fd, offset, size_bytes, os.POSIX_FADV_DONTNEED)

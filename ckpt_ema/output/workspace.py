@@ -80,20 +80,16 @@ class Workspace:
         self.path.mkdir(exist_ok=bool(self._key))
         self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         if _lock(self._fd, is_shared=self._is_shared) is False and self._key:
-            raise RefusedError(
-                f"{self.final} is being made by another process, in {self.path}.",
-                "Wait for that process, or stop it.",
-                code=Code.OUTPUT_IN_USE,
-                path=self.final,
-            )
+            message = f"{self.final} is being made by another process, in {self.path}."
+            hint = "Wait for that process, or stop it."
+            raise RefusedError(message, hint, code=Code.OUTPUT_IN_USE, path=self.final)
         try:
             if not os.path.samestat(os.fstat(self._fd), self.path.stat()):
                 return False
         except FileNotFoundError:
             return False
         if not Local().exists(self.output):
-            # A run was killed after publishing the output, or could not clean up: its records are
-            # void.
+            # A run published the output and was killed, or could not clean up: records are void.
             for path in [*_records(self.path, ""), *self.path.glob(f"*{LINES}")]:
                 path.unlink(missing_ok=True)  # another process may do the same
         return True
@@ -117,20 +113,13 @@ class Workspace:
             try:
                 found[path.stem] = json.loads(path.read_bytes())
             except (OSError, ValueError) as error:
-                raise FailedError(
-                    f"{path} is damaged.",
-                    "Remove it, and make that part again.",
-                    code=Code.DAMAGED,
-                    path=path,
-                ) from error
+                message, hint = f"{path} is damaged.", "Remove it, and make that part again."
+                raise FailedError(message, hint, code=Code.DAMAGED, path=path) from error
         return found
 
 
 def keys_with_parts(final: Path) -> list[str]:
-    """Return the keys of the workspaces of an output in which parts were made.
-
-    Raises `RefusedError` if they cannot be listed.
-    """
+    """Return the keys of the workspaces of an output in which parts were made."""
     final = Path(os.path.realpath(final))
     stem, storage = _hidden_stem(final), Local()
     names = storage.names(final.parent) if storage.is_folder(final.parent) else ()
@@ -250,15 +239,8 @@ def as_failure(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            raise RefusedError(
-                f"{path} appeared while this average was made: another run wrote it.",
-                "Nothing was replaced.",
-                code=Code.OUTPUT_EXISTS,
-                path=path,
-            ) from error
-        raise FailedError(
-            f"{path} cannot be written: {error.strerror}.",
-            "Nothing was published.",
-            code=Code.WRITE_FAILED,
-            path=path,
-        ) from error
+            message = f"{path} appeared while this average was made: another run wrote it."
+            hint = "Nothing was replaced."
+            raise RefusedError(message, hint, code=Code.OUTPUT_EXISTS, path=path) from error
+        message, hint = f"{path} cannot be written: {error.strerror}.", "Nothing was published."
+        raise FailedError(message, hint, code=Code.WRITE_FAILED, path=path) from error
