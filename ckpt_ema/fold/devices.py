@@ -22,9 +22,8 @@ _SHARE = 4  # one in so many of the free bytes
 def resolve_device(name: str, place: int = 0) -> torch.device:
     """Return the device that `name` asks for; "auto" is the accelerator if there is one.
 
-    Where there are several and `name` leaves open which, processes on one machine take turns:
-    `place` is the number of this one. Raises `OptionError` for a device that this machine, or this
-    build of torch, does not have.
+    Where there are several and `name` leaves open which, the process with number `place` on this
+    machine takes the next. Raises `OptionError` for a device that is not available.
     """
     if name.partition(":")[0] == "cpu":
         return CPU
@@ -56,11 +55,7 @@ def accumulator(plan: Plan, device: torch.device) -> torch.dtype:
 
 
 def plan_on(plan: Plan, device: torch.device) -> Plan:
-    """Return the plan with the precision that a device has.
-
-    If the plan assumed another one, its bytes differ: the fingerprints change, and no later plan
-    takes the output for up to date.
-    """
+    """Return the plan with the precision of a device; fingerprints change if it assumed another."""
     wide = str(accumulator(plan, device)).removeprefix("torch.")
     averages = plan.averages
     if wide != precision(plan.engine):
@@ -79,10 +74,7 @@ def _marked(output: Output, mark: str) -> Output:
 
 
 def elements_at_a_time(plan: Plan, device: torch.device) -> int:
-    """Return the most elements that each thread has on the device at a time.
-
-    All threads together take what `--max-memory` allows, or a share of the free memory.
-    """
+    """Return the most elements that each thread has on the device at a time."""
     if device == CPU:
         return plan.tile_elements
     longest = max((span.length for span in plan.work.spans if span.averaged), default=1)

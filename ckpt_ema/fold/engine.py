@@ -1,7 +1,4 @@
-"""The one loop: which tile, which thread, which device.
-
-Threads share only the list of tiles, so the bytes do not depend on their number.
-"""
+"""The one loop: which tile, which thread, which device; the number of threads changes no byte."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,12 +37,9 @@ def run(
 ) -> bool:
     """Fold tiles of `plan` on `device`, and show the values to monitors.
 
-    `tick` is called in this thread, ten times a second, with the bytes read so far; what it raises
-    ends the work. A thread for which an accelerator has no memory left continues on the CPU;
-    returns whether none had to.
-
-    Raises `FailedError` if a file changes or cannot be read, and whatever `write` (which is called
-    from many threads, like `finish`) and `monitors` raise; by then every thread has ended.
+    `write` and `finish` are called from many threads, `tick` from this one, ten times a second,
+    with the bytes read so far; what they raise ends the work, and every thread. A thread for which
+    an accelerator has no memory left continues on the CPU; returns whether none had to.
     """
     with Reader(plan.storage, [(c.folder, c.specs) for c in plan.checkpoints]) as reader:
         elements = elements_at_a_time(plan, device)
@@ -83,7 +77,7 @@ class _Job:
 
     def read(
         self,
-        checkpoint: int,
+        number: int,
         source: TensorSpec,
         start: int,
         count: int,
@@ -93,7 +87,7 @@ class _Job:
         dtype = _DTYPES[source.dtype]
         staging = staging or Staging(count * dtype.itemsize)
         content = staging.bytes[: count * dtype.itemsize]
-        self.reader.read_into(checkpoint, source, start * dtype.itemsize, content)
+        self.reader.read_into(number, source, start * dtype.itemsize, content)
         return staging.values(dtype, count)
 
 
@@ -217,10 +211,7 @@ class _Worker:
         self._job.count_read(span.bytes_read(layout_of, tile.length))
 
     def _hand_on(self, view: TileView, fold: TileFold, *, only_finite: bool) -> bool:
-        """Write the averages of a tile where they belong; return whether all are finite.
-
-        Those that are not are left out (`only_finite`), or shown to the monitors and written.
-        """
+        """Write the averages of a tile, or those `only_finite`; return whether all are finite."""
         tile, dtypes = view.tile, view.tile.span.dtypes
         all_finite = True
         for name, same in groupby(sorted(dtypes), dtypes.__getitem__):
@@ -240,9 +231,7 @@ class _Worker:
                     self._job.write(target.file, data[row : row + size_bytes], offset)
         return all_finite
 
-    def _show_nonfinite(
-        self, view: TileView, averages: Sequence[int], rounded: torch.Tensor
-    ) -> None:
+    def _show_nonfinite(self, view: TileView, averages: list[int], rounded: torch.Tensor) -> None:
         rows = rounded.view(len(averages), view.tile.length)
         for average, values in zip(averages, rows, strict=True):
             for monitor in () if is_finite(values) else self._job.monitors:
@@ -252,7 +241,7 @@ class _Worker:
 def uses(plan: Plan) -> list[list[Use]]:
     """Return how each checkpoint of a plan is used by each of its averages."""
     found: list[list[Use]] = [[] for _ in plan.checkpoints]
-    for number_of_average, average in enumerate(plan.averages):
+    for number, average in enumerate(plan.averages):
         for checkpoint, decay in zip(average.members, (None, *average.decays), strict=True):
-            found[checkpoint].append(Use(number_of_average, decay))
+            found[checkpoint].append(Use(number, decay))
     return found

@@ -41,10 +41,8 @@ def fold_rows_(
     `shadows` has the shape (K, count), `value` (count,), all float64. `weights`, of shape (K, 1),
     are the decays where these are `above_half`, otherwise 1 - decay.
     """
-    if above_half:
-        torch.lerp(value, shadows, weights, out=shadows)
-    else:
-        torch.lerp(shadows, value, weights, out=shadows)
+    start, end = (value, shadows) if above_half else (shadows, value)
+    torch.lerp(start, end, weights, out=shadows)
 
 
 def fold_keeping_infinities_(shadow: torch.Tensor, value: torch.Tensor, decay: float) -> None:

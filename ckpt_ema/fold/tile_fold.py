@@ -1,13 +1,9 @@
-"""Folding one tile, on the host or on an accelerator; `engine` decides which tile and where.
-
-A tile is folded oldest checkpoint first, in float64 or as wide as the device can; each shadow is
-rounded once at the end and does not depend on the others.
-"""
+"""Folding one tile, on the host or on an accelerator; `engine` decides which tile and where."""
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -44,16 +40,6 @@ class Use(NamedTuple):
 
 
 Uses = Sequence[Sequence[Use]]  # for each checkpoint, in the order in which they are read
-
-
-class TileFold(Protocol):
-    """Folds tiles of up to a fixed number of elements with memory of its own; for one thread."""
-
-    def fold(self, count: int, read: ReadValues, *, keeping_infinities: bool = False) -> None:
-        """Read a tile from every checkpoint and fold it into the shadow of every average."""
-
-    def rounded(self, averages: slice, count: int, dtype: torch.dtype) -> memoryview:
-        """Return the bytes of some shadows, in order, rounded; valid until the next call."""
 
 
 class _Rows(NamedTuple):
@@ -118,7 +104,7 @@ def _rows(uses: Sequence[Use]) -> Iterator[_Rows]:
 
 
 class PlainFold:
-    """Folds in order on one device: the CPU, or a device without streams."""
+    """Folds in order on one device: the CPU, or a device without streams; for one thread."""
 
     def __init__(
         self, uses: Uses, capacity: int, wide: torch.dtype, device: torch.device, widest_bytes: int
@@ -131,7 +117,7 @@ class PlainFold:
         self._half = torch.empty(capacity, dtype=torch.float32, device=device)
 
     def fold(self, count: int, read: ReadValues, *, keeping_infinities: bool = False) -> None:
-        """See `TileFold.fold`."""
+        """Read a tile from every checkpoint and fold it into the shadow of every average."""
         wide = self._wide[:count]
         for index in range(self._checkpoints):
             value = read(index, self._staging)
@@ -143,7 +129,7 @@ class PlainFold:
             self._shadows.fold(value, index, keeping_infinities=keeping_infinities)
 
     def rounded(self, averages: slice, count: int, dtype: torch.dtype) -> memoryview:
-        """See `TileFold.rounded`."""
+        """Return the bytes of some shadows, in order, rounded; valid until the next call."""
         shadows = self._shadows.tiles[averages, :count]
         self._rounded.values(dtype, shadows.numel()).view(shadows.shape).copy_(shadows)
         return self._rounded.bytes[: shadows.numel() * dtype.itemsize]
@@ -179,7 +165,7 @@ class StreamedFold:
             module.current_stream(device).synchronize()
 
     def fold(self, count: int, read: ReadValues, *, keeping_infinities: bool = False) -> None:
-        """See `TileFold.fold`."""
+        """See `PlainFold.fold`."""
         try:
             with self._module.stream(self._folding):
                 wide = self._wide[:count]
@@ -195,7 +181,7 @@ class StreamedFold:
             raise
 
     def rounded(self, averages: slice, count: int, dtype: torch.dtype) -> memoryview:
-        """See `TileFold.rounded`."""
+        """See `PlainFold.rounded`."""
         shadows = self._shadows.tiles[averages, :count]
         size_bytes = shadows.numel() * dtype.itemsize
         with self._module.stream(self._folding):
@@ -229,17 +215,17 @@ def _averages(uses: Uses) -> int:
     return 1 + max(use.average for of_checkpoint in uses for use in of_checkpoint)
 
 
+TileFold = PlainFold | StreamedFold
+
+
 def make_fold(
     uses: Uses, capacity: int, wide: torch.dtype, device: torch.device, widest_bytes: int
 ) -> TileFold:
-    """Make the fold for a device, streamed where it has streams.
-
-    `widest_bytes` is the size of the widest element that is read or written. A device without
-    float64 cannot hold such values, so the plain fold narrows them on the host.
-    """
+    """Make the fold for a device; `widest_bytes` is of the widest element read or written."""
     streamed = (
         device.type != "cpu"
         and hasattr(torch.get_device_module(device), "Stream")
+        # A device without float64 cannot hold such values: the plain fold narrows them on the host.
         and widest_bytes <= widest_float(device).itemsize
     )
     return (StreamedFold if streamed else PlainFold)(uses, capacity, wide, device, widest_bytes)

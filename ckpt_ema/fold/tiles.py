@@ -1,8 +1,4 @@
-"""The work in tiles: pieces of the output small enough to be folded in a cache.
-
-They are numbered in the order of the output's bytes, so that a share is a range of every file. The
-result does not depend on how the work is cut or shared out.
-"""
+"""The work in tiles, numbered in the order of the output's bytes: a share is a range of a file."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -44,10 +40,8 @@ def share_from(text: str) -> Share:
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     share = Share(*map(int, match.groups())) if match else Share(0)
     if not 1 <= share.part <= share.of:
-        raise OptionError(
-            f"--part is {text!r}; it must be 1/64 for the first of 64 parts, up to 64/64.",
-            code=Code.INVALID_OPTION,
-        )
+        message = f"--part is {text!r}; it must be 1/64 for the first of 64 parts, up to 64/64."
+        raise OptionError(message, code=Code.INVALID_OPTION)
     return share
 
 

@@ -1,7 +1,4 @@
-"""Finds the NaN or infinity behind an average that is not finite: tensor, checkpoint, count.
-
-It looks at such averages only, so it may read again what it needs.
-"""
+"""Finds the NaN or infinity behind an average that is not finite: tensor, checkpoint, count."""
 
 import math
 from typing import TYPE_CHECKING
@@ -35,6 +32,10 @@ class NonFinite(Monitor):
             source = tile.span.sources[plan.work.layout_of[checkpoint]]
             return view.read(checkpoint, source, tile.start, len(values))
 
+        def tensor_of(elements: "torch.Tensor") -> OutputTensor:
+            first = tile.start + int(elements.int().argmax())
+            return tensor_at(plan, tile.span, average, first)
+
         members = plan.averages[average].members
         unchanged = values.isinf()
         for checkpoint in members:
@@ -45,17 +46,11 @@ class NonFinite(Monitor):
         for checkpoint in members:
             guilty = problem & ~read(checkpoint).isfinite()
             if bool(guilty.any()):
-                first = tile.start + int(guilty.int().argmax())
-                tensor = tensor_at(plan, tile.span, average, first)
-                raise _nonfinite(view, checkpoint, tensor)
-        first = tile.start + int(problem.int().argmax())
-        tensor = tensor_at(plan, tile.span, average, first)
-        raise RefusedError(
-            f"The average of tensor {tensor.name} exceeds the range of {tensor.dtype}.",
-            "Choose another --dtype (bfloat16 has float32's range), or pass --allow-nonfinite.",
-            code=Code.OVERFLOW,
-            tensor=tensor.name,
-        )
+                raise _nonfinite(view, checkpoint, tensor_of(guilty))
+        tensor = tensor_of(problem)
+        message = f"The average of tensor {tensor.name} exceeds the range of {tensor.dtype}."
+        hint = "Choose another --dtype (bfloat16 has float32's range), or pass --allow-nonfinite."
+        raise RefusedError(message, hint, code=Code.OVERFLOW, tensor=tensor.name)
 
 
 def _nonfinite(view: TileView, checkpoint: int, tensor: OutputTensor) -> RefusedError:
@@ -69,10 +64,7 @@ def _nonfinite(view: TileView, checkpoint: int, tensor: OutputTensor) -> Refused
         nans += int(value.isnan().sum())
         infinities += int(value.isinf().sum())
     found = [f"{nans} NaN"] * bool(nans) + [f"{infinities} infinite"] * bool(infinities)
-    return RefusedError(
-        f"{planned.path}: tensor {tensor.name} holds {' and '.join(found)} values (of {total}).",
-        "Leave that checkpoint out, or pass --allow-nonfinite to average it as it is.",
-        code=Code.NONFINITE,
-        path=planned.path,
-        tensor=tensor.name,
-    )
+    path, name = planned.path, tensor.name
+    message = f"{path}: tensor {name} holds {' and '.join(found)} values (of {total})."
+    hint = "Leave that checkpoint out, or pass --allow-nonfinite to average it as it is."
+    return RefusedError(message, hint, code=Code.NONFINITE, path=path, tensor=name)

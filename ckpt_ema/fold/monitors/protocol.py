@@ -1,8 +1,4 @@
-"""The protocol of monitors: see values while they are folded, and judge them at the end.
-
-The engine shows values to monitors. The ledger keeps their state for a run that resumes, for
-`finish` and for other ranks. None of them knows what a monitor looks for.
-"""
+"""The protocol of monitors: see values while they are folded, and judge them at the end."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -40,10 +36,7 @@ class TileView(NamedTuple):
 
 
 class Monitor(Protocol):
-    """Looks at all values of a plan, or of a share; called from many threads.
-
-    A subclass has what it needs of these methods; the others do nothing.
-    """
+    """Looks at all values of a plan, or of a share, from many threads; methods do nothing here."""
 
     name: str  # of its state in records
 
@@ -52,10 +45,7 @@ class Monitor(Protocol):
         return None
 
     def see_nonfinite(self, _view: TileView, _average: int, _values: "torch.Tensor") -> None:
-        """Look at finished values of an average, some of which are not finite.
-
-        It may read checkpoints again. Raises `RefusedError` to end the work at once.
-        """
+        """Look at an average that is not finite; raise `RefusedError` to end the work at once."""
         return
 
     def state(self) -> Any:

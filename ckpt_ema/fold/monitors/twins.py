@@ -1,7 +1,4 @@
-"""Finds two steps that hold the same state, from the bytes that are read anyway.
-
-Neighbours in an average are compared tile by tile until one differs, which is usually the first.
-"""
+"""Finds neighbours in an average that hold the same state, from the bytes that are read anyway."""
 
 import hashlib
 import threading

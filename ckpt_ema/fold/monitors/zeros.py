@@ -1,7 +1,4 @@
-"""Finds weights that turn to zeros, as an interrupted save leaves them if it set the size first.
-
-Tensors that are zero from the start, such as masks and fresh adapters, are ignored.
-"""
+"""Finds weights that turn to zeros, as an interrupted save leaves them if it set the size first."""
 
 import threading
 from typing import Any, NamedTuple
