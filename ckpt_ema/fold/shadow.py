@@ -46,10 +46,7 @@ def fold_rows_(
 
 
 def fold_keeping_infinities_(shadow: torch.Tensor, value: torch.Tensor, decay: float) -> None:
-    """Fold like `fold_`, but keep an infinity that never changes, which `fold_` turns into NaN.
-
-    Masks hold such -inf. Finite elements get the same bits as from `fold_`.
-    """
+    """Fold like `fold_`, but keep infinities that never change, as in masks, instead of NaN."""
     unchanged = shadow.isinf() & (shadow == value)
     kept = shadow.clone()
     fold_(shadow, value, decay)
@@ -132,7 +129,8 @@ class Shadow:
     def average(self, name: str) -> torch.Tensor:
         """Return the average of one tensor, in the dtype in which it was applied."""
         if name not in self._shadow:
-            raise _different(f"The shadow has no tensor {name}.", name)
+            message = f"The shadow has no tensor {name}."
+            raise RefusedError(message, code=Code.DIFFERENT_MODELS, tensor=name)
         return self._shadow[name].to(self._dtypes[name], copy=True)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -164,21 +162,16 @@ class Shadow:
 
     def _check(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         if state_dict.keys() != self._shadow.keys():
-            different = sorted(state_dict.keys() ^ self._shadow.keys())
-            raise _different(f"The tensors differ from those of the shadow: {some(different)}.")
+            different = some(sorted(state_dict.keys() ^ self._shadow.keys()))
+            message = f"The tensors differ from those of the shadow: {different}."
+            raise RefusedError(message, code=Code.DIFFERENT_MODELS)
         for name, value in state_dict.items():
             mine = self._shadow[name]
             if mine.shape != value.shape:
                 shape, expected = list(value.shape), list(mine.shape)
                 message = f"Tensor {name} has shape {shape}; in the shadow it has {expected}."
-                raise _different(message, name)
+                raise RefusedError(message, code=Code.DIFFERENT_MODELS, tensor=name)
             if (value.dtype in AVERAGED_DTYPES) != (mine.dtype in AVERAGED_DTYPES):
                 message = f"Tensor {name} is {value.dtype} and in the shadow {self._dtypes[name]};"
-                why = "cannot average float and non-float tensors."
-                raise _different(f"{message} {why}", name, Code.DIFFERENT_DTYPES)
-
-
-def _different(
-    message: str, tensor: str | None = None, code: Code = Code.DIFFERENT_MODELS
-) -> RefusedError:
-    return RefusedError(message, code=code, tensor=tensor)
+                message = f"{message} cannot average float and non-float tensors."
+                raise RefusedError(message, code=Code.DIFFERENT_DTYPES, tensor=name)

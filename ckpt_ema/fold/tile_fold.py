@@ -138,9 +138,8 @@ class PlainFold:
 class StreamedFold:
     """Folds on an accelerator while the next checkpoint is read and copied.
 
-    Two pinned staging buffers and two landing buffers take turns. Reading waits for the copy out of
-    its staging buffer, copying for the fold out of its landing buffer, folding for the copy into
-    its landing buffer; nothing else waits.
+    Of two buffers each, reading waits for the copy out of its staging buffer, copying for the fold
+    out of its landing buffer, folding for the copy into it; nothing else waits.
     """
 
     def __init__(

@@ -68,10 +68,7 @@ class Zeros(Monitor):
         )
 
     def _note(self, view: TileView, checkpoint: int, zeros: range) -> None:
-        """Add a turn if these elements of a tile, zeros now, are all that it has of a tensor.
-
-        The last of them is the last in the tile that was not zero in the checkpoint before.
-        """
+        """Add a turn if these elements of a tile, zeros now, are all that it has of a tensor."""
         tile = view.tile
         target = tile.span.places[0]
         last = tile.start + zeros[-1]
