@@ -25,6 +25,8 @@ _POLL_SECONDS = 0.05
 _LOST = "the connection to rank 0 was lost."
 _IF_ALONE = "If this process was started alone, unset WORLD_SIZE and SLURM_STEP_NUM_TASKS."
 
+Waiting = Callable[[str], None] | None  # is called with a sentence if other processes are late
+
 
 class Place(NamedTuple):
     """Where a process stands among those that were launched with it, and where they meet."""
@@ -43,10 +45,7 @@ class Place(NamedTuple):
 
 
 def place_from(environment: Mapping[str, str]) -> Place | None:
-    """Return the place that torchrun or srun gave this process; None if it is alone.
-
-    Raises `OptionError` for variables that are missing or invalid.
-    """
+    """Return the place that torchrun or srun gave this process; None if it is alone."""
 
     def text(name: str) -> str:
         if not environment.get(name):
@@ -61,25 +60,16 @@ def place_from(environment: Mapping[str, str]) -> Place | None:
         return int(text(name))
 
     if environment.get("RANK") and number("WORLD_SIZE", 1) > 1:
-        return Place(
-            number("RANK"),
-            number("WORLD_SIZE"),
-            text("MASTER_ADDR"),
-            number("MASTER_PORT"),
-            environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            number("LOCAL_RANK", 0),
-        )
+        rank, size = number("RANK"), number("WORLD_SIZE")
+        address, port = text("MASTER_ADDR"), number("MASTER_PORT")
+        is_hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return Place(rank, size, address, port, is_hosted, number("LOCAL_RANK", 0))
     # Only srun sets the variables of a step: a batch script has SLURM_NTASKS without tasks.
     if number("SLURM_STEP_NUM_TASKS", 1) > 1:
         port = 20000 + (number("SLURM_JOB_ID") * 31 + number("SLURM_STEP_ID")) % 20000
-        return Place(
-            number("SLURM_PROCID"),
-            number("SLURM_STEP_NUM_TASKS"),
-            first_host(text("SLURM_STEP_NODELIST")),
-            number("MASTER_PORT", port),
-            False,
-            number("SLURM_LOCALID", 0),
-        )
+        rank, size = number("SLURM_PROCID"), number("SLURM_STEP_NUM_TASKS")
+        address, port = first_host(text("SLURM_STEP_NODELIST")), number("MASTER_PORT", port)
+        return Place(rank, size, address, port, False, number("SLURM_LOCALID", 0))
     return None
 
 
@@ -152,9 +142,7 @@ class Ranks:
                 hint = "Check that all machines see the same files, and all have the same options."
                 raise FailedError(message, hint, code=Code.PARTS_DISAGREE)
 
-    def wait(
-        self, name: str, value: str = "", waiting: Callable[[str], None] | None = None
-    ) -> None:
+    def wait(self, name: str, value: str = "", waiting: Waiting = None) -> None:
         """Wait until all processes are here; `waiting` is called once if some are late."""
         self._store.set(f"{name}/{self.rank}", value)
         missing = [rank for rank in range(self.size) if rank != self.rank]
@@ -225,9 +213,7 @@ def _invalid(message: str) -> OptionError:
 
 
 @contextlib.contextmanager
-def joined(
-    environment: Mapping[str, str], waiting: Callable[[str], None] | None = None
-) -> Iterator[Ranks | None]:
+def joined(environment: Mapping[str, str], waiting: Waiting = None) -> Iterator[Ranks | None]:
     """Meet the others of a launch; yield None in a process that was started alone.
 
     `waiting` is called, from any thread, with a sentence if others are late. An error inside makes
@@ -250,9 +236,7 @@ def joined(
         ranks.leave()
 
 
-def _store(
-    place: Place, environment: Mapping[str, str], waiting: Callable[[str], None] | None
-) -> Any:
+def _store(place: Place, environment: Mapping[str, str], waiting: Waiting) -> Any:
     late = threading.Timer(
         _SECONDS_BEFORE_SAYING, lambda: waiting and waiting(place.waiting_for([0]))
     )
