@@ -1,8 +1,4 @@
-"""The whole job in one call: plan, execute a share of the plan, then publish or record it.
-
-A plain run executes the only share and publishes it. Parts, and the ranks of a launch, execute a
-share each and record it in the ledger; `finish`, or the first rank, publishes.
-"""
+"""The whole job in one call: plan, execute a share of the plan, then publish or record it."""
 
 import json
 import os
@@ -323,13 +319,9 @@ def _made_before(
     final: Path, outputs: Sequence[Path], manifests: Sequence[Mapping[str, Any]]
 ) -> Result:
     """Return the result of a process that has ended; anybody may have changed its manifests."""
-    return Result(
-        final,
-        tuple(outputs),
-        is_up_to_date=True,
-        warnings=notices_from(manifests[0].get("warnings_of_reading")),
-        manifests=tuple(manifests),
-    )
+    warnings = notices_from(manifests[0].get("warnings_of_reading"))
+    made = Result(final, tuple(outputs), is_up_to_date=True, warnings=warnings)
+    return replace(made, manifests=tuple(manifests))
 
 
 def _placed(plan: Plan) -> list[tuple[str, Average]]:

@@ -18,11 +18,7 @@ from ckpt_ema.trainers.conventions import (
 
 
 def check_free(output: Path, overwrite: bool) -> None:
-    """Raise `RefusedError` unless the path is free, or `overwrite` is given and applies to it.
-
-    It applies to files that ckpt-ema wrote and to the files of a model. Whatever else is in their
-    folder, be it a run, a project or notes, is never deleted.
-    """
+    """Raise `RefusedError` unless the path is free, or `overwrite` deletes only a model there."""
     if output.suffix == ".safetensors" and os.path.isdir(output):
         is_folder = f"The output {output} is a folder, but its name is that of a file."
         raise RefusedError(is_folder, code=Code.INVALID_OUTPUT, path=output)

@@ -1,8 +1,4 @@
-"""The ledger of an unpublished output: which tiles are done, and how each part went.
-
-A line counts tiles, by number, as done once their bytes are on disk, so that an interrupted run can
-resume. Parts and ranks leave a record each, and the outline, which is what they are parts of.
-"""
+"""The ledger of an unpublished output: which tiles are on disk, and how each part went."""
 
 import json
 import os
@@ -124,10 +120,7 @@ def record(workspace: Workspace, outline: Outline, kind: str, share: Share, part
 
 
 def recorded(workspace: Workspace, kind: str) -> tuple[Outline, list[Part]]:
-    """Return what was recorded of a complete set of parts.
-
-    Raises `FailedError` if parts are missing, or records are missing or damaged.
-    """
+    """Return what was recorded of a complete set of parts; raises `FailedError` without one."""
     described = workspace.records(_OUTLINE).get(_OUTLINE, {})
     parts = _whole_set(workspace, kind)
     path = workspace.path

@@ -29,16 +29,12 @@ _CONVENTION = (
 
 
 def describe(plan: Plan, average: Average, command: str | None = None) -> dict[str, Any]:
-    """Return one average of a plan as plain values, ready for JSON; sizes are in bytes.
-
-    `checkpoints` is oldest first; `bytes_read` counts what is read for all averages of the plan.
-    """
+    """Return one average of a plan as plain values, ready for JSON; sizes are in bytes."""
     made_by = {"ckpt_ema": __version__, "command": command}
     return {**made_by, **_describe_run(plan), **_describe_average(plan, average)}
 
 
 def _describe_average(plan: Plan, average: Average) -> dict[str, Any]:
-    """Return what belongs to one average: its weights and its output."""
     weighted = zip(
         average.members, average.gaps, (None, *average.decays), average.weights, strict=True
     )
@@ -73,12 +69,12 @@ def _describe_checkpoint(checkpoint: PlannedCheckpoint, **weighting: Any) -> dic
         **weighting,
         "files": [
             {
-                "name": f.name,
-                "bytes": f.size_bytes,
-                "mtime_ns": f.mtime_ns,
-                "header_sha256": f.digest,
+                "name": file.name,
+                "bytes": file.size_bytes,
+                "mtime_ns": file.mtime_ns,
+                "header_sha256": file.digest,
             }
-            for f in checkpoint.specs.files
+            for file in checkpoint.specs.files
         ],
     }
 
@@ -112,7 +108,6 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 
 
 def _describe_run(plan: Plan) -> dict[str, Any]:
-    """Return what all averages of a plan share."""
     return {
         "version": VERSION,
         "run": plan.run,

@@ -174,11 +174,10 @@ class StagedOutput(Workspace):
 
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two paths atomically, so that there always is an output; return whether it worked."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+    names = (here, os.fsencode(one), here, os.fsencode(other))
+    return bool(renameat2 and renameat2(*names, exchange) == 0)
 
 
 def _link_or_rename(staging: Path, final: Path) -> None:

@@ -1,6 +1,5 @@
 """The workspace: a hidden folder beside an output's final path, in which the output is made.
 
-It holds the output itself and, for parts and for runs that can resume, records of what is done.
 Every process at work in it holds a lock on it; a killed run leaves one that nobody has locked.
 """
 
@@ -31,16 +30,10 @@ PART = "part-"  # the kind of records of parts that `finish` publishes
 
 
 class Workspace:
-    """A context manager: the folder exists and is locked inside, and is removed after.
-
-    Set `kept` to keep it, for others or for later.
-    """
+    """A context manager: the folder exists and is locked inside; removed after unless `kept`."""
 
     def __init__(self, final: Path, key: str = "", *, is_shared: bool = False) -> None:
-        """For an output at `final`; the same `key` leads to the same folder.
-
-        Without a key the folder is a new one. Where it `is_shared`, others may work in it too.
-        """
+        """For an output at `final`: the folder of a `key`, which others may share, or a new one."""
         self.final = Path(os.path.realpath(final))  # follows a link
         self.kept = False
         self._key = key
@@ -165,10 +158,8 @@ def _remove_leftovers(final: Path, spared: Path) -> None:
 
 
 def _is_wanted(path: Path, final: Path) -> bool:
-    """Return whether a hidden sibling of an output is more than a leftover.
-
-    Finished parts hold no lock; a run killed between two renames leaves the previous output.
-    """
+    """Return whether a hidden sibling of an output is more than a leftover."""
+    # Finished parts hold no lock; a run killed between two renames leaves the previous output.
     if any(Local().exists(path / name) for name in (_OUTPUT, PUBLISHED)):
         return _has_parts(path)
     return not os.path.lexists(final) and bool(averages_in(path))
