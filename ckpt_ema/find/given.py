@@ -23,16 +23,11 @@ from ckpt_ema.trainers.table import Refusal
 
 
 def listed(given: Sequence[Path], selection: Selection, source: Source) -> Found:
-    """Return the checkpoints at these paths, in this order.
-
-    Raises `RefusedError` for a path that is no checkpoint, and for one that is given twice.
-    """
+    """Return the checkpoints at these paths, in this order; raises for one given twice."""
     for option in ("pattern", "append", "order", "aliases"):
         if getattr(selection, option) != getattr(Selection(), option):
-            raise OptionError(
-                f"{flag(option)} needs a run's folder, not a list of checkpoints.",
-                code=Code.CONFLICTING_OPTIONS,
-            )
+            text = f"{flag(option)} needs a run's folder, not a list of checkpoints."
+            raise OptionError(text, code=Code.CONFLICTING_OPTIONS)
     paths = [_checkpoint_path(path, source) for path in given]
     entries = [Entry(path, source, name) for path, name in zip(paths, _names(paths), strict=True)]
     for entry in entries:
@@ -49,12 +44,8 @@ def listed(given: Sequence[Path], selection: Selection, source: Source) -> Found
     places = [(named[0], key) for key in named[1]] if named else map(step_in_name, selected)
     rows = zip(selected, places, strict=True)
     checkpoints = tuple(as_checkpoint(entry, *place, is_given=True) for entry, place in rows)
-    return Found(
-        common_root(checkpoints),
-        checkpoints,
-        tuple(judged),
-        (*warnings, *_text_order(checkpoints)),
-    )
+    warnings = (*warnings, *_text_order(checkpoints))
+    return Found(common_root(checkpoints), checkpoints, tuple(judged), warnings)
 
 
 def _check_different(entries: Sequence[Entry], source: Source) -> None:
@@ -62,9 +53,8 @@ def _check_different(entries: Sequence[Entry], source: Source) -> None:
     first = dict(zip(reversed(real_paths), reversed(entries), strict=True))
     for entry, real in zip(entries, real_paths, strict=True):
         if first[real] is not entry:
-            raise RefusedError(
-                f"{entry.path} is given twice.", code=Code.GIVEN_TWICE, path=entry.path
-            )
+            text = f"{entry.path} is given twice."
+            raise RefusedError(text, code=Code.GIVEN_TWICE, path=entry.path)
 
 
 def _checkpoint_path(path: Path, source: Source) -> Path:
@@ -74,12 +64,8 @@ def _checkpoint_path(path: Path, source: Source) -> Path:
         if isinstance(whole, ModelFiles) and whole.path == path:
             return path.parent
     elif conventions.SHARD_NUMBER.search(path.name):
-        raise RefusedError(
-            f"{path} is one shard of a model.",
-            "Pass its folder, or the index of shards.",
-            code=Code.NOT_A_CHECKPOINT,
-            path=path,
-        )
+        text, hint = f"{path} is one shard of a model.", "Pass its folder, or the index of shards."
+        raise RefusedError(text, hint, code=Code.NOT_A_CHECKPOINT, path=path)
     return path
 
 
@@ -137,7 +123,7 @@ def append(
     folders: tuple[Path, Path], found: Sequence[Checkpoint], selection: Selection, source: Source
 ) -> list[Checkpoint]:
     """Return the checkpoints to put after the last step, by names in these folders or by paths."""
-    file_id, appended = source.storage.file_id, list[Checkpoint]()
+    appended: list[Checkpoint] = []
     for name in selection.append:
         places = [*(folder / name for folder in folders), Path(name)]
         there = [one for one in places if source.storage.kind(one) is not Kind.ABSENT]
@@ -147,8 +133,7 @@ def append(
             raise OptionError(text, code=Code.CONFLICTING_OPTIONS)
         if not there:
             raise _append_error(path, f"{path} does not exist", Code.NOT_FOUND)
-        same = (one.name for one in (*found, *appended) if file_id(one.path) == file_id(path))
-        known = next(same, None)
+        known = same_path(path, (*found, *appended), source)
         if known:
             raise _append_error(path, f"{known} is there already", Code.GIVEN_TWICE)
         model = locate(path, source)
@@ -158,6 +143,13 @@ def append(
             raise _append_error(path, "it holds no model weights", Code.NO_MODEL)
         appended.append(Checkpoint(path, None, model, found[-1].unit, is_given=True))
     return appended
+
+
+def same_path(path: Path, checkpoints: Iterable[Checkpoint], source: Source) -> str | None:
+    """Return the name of the first checkpoint that is the same file or folder; None without one."""
+    own = source.storage.file_id(path)
+    same = (one.name for one in checkpoints if source.storage.file_id(one.path) == own)
+    return next(same, None)
 
 
 def _append_error(path: Path, why: str, code: Code) -> RefusedError:
@@ -191,11 +183,9 @@ def unmatched(names: Iterable[str], selection: Selection) -> tuple[Notice, ...]:
     known = sorted(names)
     for glob in selection.include:
         if not any(matches(name, glob) for name in known):
-            raise RefusedError(
-                f"--include {glob} matches nothing; the names are {some(known)}.",
-                "A glob must match the whole name: 'checkpoint-1*', not 'checkpoint-1'.",
-                code=Code.NO_MATCH,
-            )
+            text = f"--include {glob} matches nothing; the names are {some(known)}."
+            hint = "A glob must match the whole name: 'checkpoint-1*', not 'checkpoint-1'."
+            raise RefusedError(text, hint, code=Code.NO_MATCH)
     return tuple(
         Notice(Code.NO_MATCH, f"--exclude {glob} matches nothing.")
         for glob in selection.exclude
@@ -205,7 +195,5 @@ def unmatched(names: Iterable[str], selection: Selection) -> tuple[Notice, ...]:
 
 def none_selected(names: Iterable[str]) -> RefusedError:
     """Return the error for globs that leave nothing."""
-    return RefusedError(
-        f"--include and --exclude leave none of {some(sorted(names))}.",
-        code=Code.NOTHING_SELECTED,
-    )
+    text = f"--include and --exclude leave none of {some(sorted(names))}."
+    return RefusedError(text, code=Code.NOTHING_SELECTED)

@@ -1,8 +1,4 @@
-"""Metrics of checkpoints for `--best`, and whether lower or higher is better.
-
-Values come from what a trainer wrote: its log in `trainer_state.json`, results beside the weights,
-the name of the checkpoint, or plain numbers in a torch file.
-"""
+"""Metrics of checkpoints for `--best`, from logs and results of trainers, names and torch files."""
 
 import contextlib
 import math
@@ -26,18 +22,15 @@ _HIGHER_IS_BETTER = re.compile(
     r"|match|r2|pearson|spearman|psnr|ssim|score|rewards?|mcc|correlation|dice|ndcg|mrr|pass)\d*$"
 )
 
-_LARGEST = 10**300
-
 Metrics = Mapping[str, float]
 
 
 def metric_values(
     checkpoints: Sequence[Checkpoint], run: Sequence[Path], metric: str, source: Source
 ) -> list[float]:
-    """Return the value of `metric` for each checkpoint, from the logs of the whole run too.
+    """Return the value of `metric` for each checkpoint; raises if it is missing or NaN for some.
 
-    A name without `eval_` also finds the metric with it, as in transformers. Raises `RefusedError`
-    if the metric is missing or NaN for some, with what was found.
+    A name without `eval_` also finds the metric with it, as in transformers.
     """
     logged = _logs(run, source)
     logs = [logged.get(one.step, {}) if one.unit in STEP_UNITS else {} for one in checkpoints]
@@ -45,29 +38,22 @@ def metric_values(
     name = next((n for n in (metric, f"eval_{metric}") if any(n in one for one in found)), None)
     if name is None:
         known = sorted(set().union(*found))
-        raise RefusedError(
-            f"no checkpoint records {metric!r};"
-            f" {f'they record {some(known, 8)}' if known else 'no metrics found'}.",
-            code=Code.NO_METRIC,
-        )
+        instead = f"they record {some(known, 8)}" if known else "no metrics found"
+        raise RefusedError(f"no checkpoint records {metric!r}; {instead}.", code=Code.NO_METRIC)
     values = [one.get(name) for one in found]
     rows = [*zip((checkpoint.name for checkpoint in checkpoints), values, strict=True)]
     missing = [one for one, value in rows if value is None]
     undefined = [one for one, value in rows if value is not None and math.isnan(value)]
     if missing or undefined:
-        raise RefusedError(
-            f"{name} is {'missing' if missing else 'NaN'} for {len(missing or undefined)} of"
-            f" {len(rows)} checkpoints: {some(missing or undefined)}.",
-            "Leave these out with --exclude, or choose without --best.",
-            code=Code.NO_METRIC,
-        )
+        where = f"{len(missing or undefined)} of {len(rows)} checkpoints"
+        what = f"{name} is {'missing' if missing else 'NaN'} for {where}"
+        hint = "Leave these out with --exclude, or choose without --best."
+        raise RefusedError(f"{what}: {some(missing or undefined)}.", hint, code=Code.NO_METRIC)
     return [value for value in values if value is not None]
 
 
 def higher_is_better(metric: str, mode: str) -> bool:
     """Return whether higher is better, by `mode` ("min", "max") or, for "auto", by the name.
-
-    Raises `OptionError` if the name does not show it.
 
     >>> higher_is_better("eval_loss", "auto"), higher_is_better("val/top1", "auto")
     (False, True)
@@ -78,11 +64,9 @@ def higher_is_better(metric: str, mode: str) -> bool:
     lower = any(_LOWER_IS_BETTER.match(word) for word in words)
     higher = any(_HIGHER_IS_BETTER.match(word) for word in words)
     if lower == higher:
-        raise OptionError(
-            f"cannot tell from its name whether a high or a low {metric} is better.",
-            "Add --metric-mode max or --metric-mode min.",
-            code=Code.CONFLICTING_OPTIONS,
-        )
+        text = f"cannot tell from its name whether a high or a low {metric} is better."
+        hint = "Add --metric-mode max or --metric-mode min."
+        raise OptionError(text, hint, code=Code.CONFLICTING_OPTIONS)
     return higher
 
 
@@ -131,7 +115,7 @@ def _numbers(content: Mapping[str, Any]) -> Metrics:
         str(name): float(value)
         for name, value in content.items()
         if isinstance(value, float)
-        or (type(value) is int and abs(value) < _LARGEST)  # no bool, and none that overflows
+        or (type(value) is int and abs(value) < 10**300)  # no bool, and none that overflows
     }
 
 

@@ -1,8 +1,4 @@
-"""Which of a run's checkpoints take part: by steps, distances, position, or a metric.
-
-Options apply in this order: steps, distances, --last, --best. Each of several values of --last or
---best is a selection of its own.
-"""
+"""Which of a run's checkpoints take part: by steps, then distances, then --last, then --best."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,7 +19,7 @@ class Subset(NamedTuple):
 
 
 class Subsets(NamedTuple):
-    """The selections, and what to say of them."""
+    """The selections, one for each value of --last and --best, and what to say of them."""
 
     subsets: tuple[Subset, ...]
     notes: tuple[Notice, ...]
@@ -31,21 +27,14 @@ class Subsets(NamedTuple):
 
 
 def select(found: Found, selection: Selection, source: Source) -> Subsets:
-    """Choose among a run's checkpoints.
-
-    Raises `RefusedError` if nothing is left, if a requested step does not exist, or if the run does
-    not have what an option counts.
-    """
+    """Choose among a run's checkpoints; raises if nothing is left or a step does not exist."""
     checkpoints = found.checkpoints
     asked = _asked(selection)
     chosen = _apart(_by_step(checkpoints, selection, asked), selection)
     chosen = chosen[::-1][:: selection.every or 1][::-1]
     if not chosen:
-        raise RefusedError(
-            f"{asked} leaves none of {len(checkpoints)} checkpoints, {checkpoints[0].name} to"
-            f" {checkpoints[-1].name}.",
-            code=Code.NOTHING_SELECTED,
-        )
+        run = f"{len(checkpoints)} checkpoints, {checkpoints[0].name} to {checkpoints[-1].name}"
+        raise RefusedError(f"{asked} leaves none of {run}.", code=Code.NOTHING_SELECTED)
     warnings: list[Notice] = []
     subsets = []
     for last in selection.last or (None,):
@@ -80,24 +69,18 @@ def _by_step(
     for checkpoint in checkpoints:
         step = checkpoint.step
         if step is None:
-            raise RefusedError(
-                f"{asked} chooses by step, and no step is known for {checkpoint.name}.",
-                "Choose by name, with --include and --exclude.",
-                code=Code.NO_STEPS,
-                path=checkpoint.path,
-            )
+            text = f"{asked} chooses by step, and no step is known for {checkpoint.name}."
+            hint = "Choose by name, with --include and --exclude."
+            raise RefusedError(text, hint, code=Code.NO_STEPS, path=checkpoint.path)
         steps.append(step)
         is_between = (low is None or low <= step) and (high is None or step <= high)
         if is_between and (ranges is None or any(a <= step <= b for a, b in ranges)):
             chosen.append(checkpoint)
     for first, last in ranges or ():
         if first == last and first not in steps:
-            nearest = sorted(steps, key=lambda step: abs(step - first))[:3]
-            raise RefusedError(
-                f"--steps {first}: no checkpoint has this number; the nearest are"
-                f" {some(sorted(nearest))}.",
-                code=Code.NO_SUCH_STEP,
-            )
+            nearest = some(sorted(sorted(steps, key=lambda step: abs(step - first))[:3]))
+            text = f"--steps {first}: no checkpoint has this number; the nearest are {nearest}."
+            raise RefusedError(text, code=Code.NO_SUCH_STEP)
     return chosen
 
 
@@ -125,9 +108,7 @@ def _best(
     values = metric_values(checkpoints, run, selection.metric, source)
     sign = -1 if higher_is_better(selection.metric, selection.metric_mode) else 1
     ranked = sorted(range(len(values)), key=lambda number: (sign * values[number], -number))
-    return [
-        (best, [checkpoints[number] for number in sorted(ranked[:best])]) for best in selection.best
-    ]
+    return [(best, [checkpoints[n] for n in sorted(ranked[:best])]) for best in selection.best]
 
 
 def _asked(selection: Selection) -> str:
