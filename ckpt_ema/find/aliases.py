@@ -4,7 +4,7 @@ What they record or hold decides: kohya, timm and Lightning's save_last save the
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -23,7 +23,6 @@ class _Run(NamedTuple):
     """What rules know besides the entry."""
 
     steps: Sequence[Entry]
-    templates: Set[str]  # of the names of the steps
     checkpoints: Sequence[Checkpoint]
     selection: Selection
 
@@ -44,7 +43,7 @@ def place_aliases(
     selection: Selection,
 ) -> tuple[list[Checkpoint], dict[Entry, Verdict]]:
     """Return which names without a number are later steps, and all verdicts; raises if unknown."""
-    run = _Run(steps, {entry.template for entry in steps}, checkpoints, selection)
+    run = _Run(steps, checkpoints, selection)
     verdicts: dict[Entry, Verdict] = {}
     places: dict[Entry, _Place] = {}
     for entry in unnumbered:
@@ -86,7 +85,7 @@ def _in_order(
 
 def _not_of_the_series(entry: Entry, run: _Run) -> Verdict | None:
     """Leave out names that no series has, and the model of the run's own folder."""
-    belongs = entry.is_unnumbered_of(run.templates)
+    belongs = entry.is_unnumbered_of(step.template for step in run.steps)
     if entry.name in FOLDER_WEIGHTS and not (belongs and not run.steps[0].is_folder):
         return skipped(Reason.OWN_MODEL)
     return None if belongs or ALIAS.search(entry.stem) else skipped(Reason.NO_NUMBER)

@@ -1,7 +1,4 @@
-"""What each entry of a folder is by itself: one ordered table of rules; the first to decide counts.
-
-Rules on names come before those that look inside. An entry that no rule decides is a candidate.
-"""
+"""What each entry of a folder is by itself; an entry that no rule decides is a candidate."""
 
 import os
 import re
@@ -68,11 +65,9 @@ def candidates_in(folder: Path, selection: Selection, source: Source) -> Candida
     if not captures_step(selection.pattern):
         # "resnet50.pt" beside "resnet50_epoch_1.pt": its number is in the model's name.
         several = _several(entry for entry in numbered if entry.model)
-        numbered = [
-            e
-            for e in numbered
-            if e.is_folder or e.template in several or not e.is_unnumbered_of(several)
-        ]
+        files = [e for e in numbered if not e.is_folder and e.template not in several]
+        models = {entry for entry in files if entry.is_unnumbered_of(several)}
+        numbered = [entry for entry in numbered if entry not in models]
     known = set(numbered)
     return Candidates(
         folder,
@@ -132,13 +127,11 @@ def _not_matched(entry: Entry, folder: _Folder) -> Verdict | None:
 
 def _not_regular(entry: Entry, _folder: _Folder) -> Verdict | None:
     may_be_weights = entry.numbers or entry.has_weights_extension
-    is_strange = may_be_weights and entry.kind in STRANGE
-    return skipped(Reason.NOT_REGULAR) if is_strange else None
+    return skipped(Reason.NOT_REGULAR) if may_be_weights and entry.kind in STRANGE else None
 
 
 def _part_of_something(entry: Entry, _folder: _Folder) -> Verdict | None:
-    patterns = (conventions.NO_CHECKPOINTS, conventions.COMPONENT)
-    is_part = any(pattern.search(entry.name) for pattern in patterns)
+    is_part = any(p.search(entry.name) for p in (conventions.NO_CHECKPOINTS, conventions.COMPONENT))
     return other() if entry.is_folder and not entry.numbers and is_part else None
 
 
@@ -188,6 +181,7 @@ def _no_model(entry: Entry, folder: _Folder) -> Verdict | None:
     return skipped(Reason.NO_MODEL, detail)
 
 
+# The first to decide counts; rules on names come before those that look inside.
 _RULES: Rules[Entry, _Folder] = (
     ("appended", lambda e, f: APPENDED if e.name in f.appended else None),
     ("weights-elsewhere", _weights_elsewhere),

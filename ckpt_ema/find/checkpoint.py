@@ -47,10 +47,8 @@ class Found:
 
 
 def gaps(checkpoints: Sequence[Checkpoint]) -> list[int | None]:
-    """Return the steps from each checkpoint's predecessor to it; None where that is unknown.
-
-    accelerate numbers its saves one after the other, which gives no distances.
-    """
+    """Return the steps from each checkpoint's predecessor to it; None where that is unknown."""
+    # accelerate numbers its saves one after the other, which gives no distances.
     steps = [None if one.unit == "save" else one.step for one in checkpoints]
     return [None, *(None if a is None or b is None else b - a for a, b in pairwise(steps))]
 

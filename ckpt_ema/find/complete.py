@@ -19,10 +19,7 @@ from ckpt_ema.trainers import conventions
 
 
 def without_incomplete(found: Found, selection: Selection, source: Source) -> Found:
-    """Return what was found without an incomplete newest checkpoint, or any as options ask.
-
-    Raises `RefusedError` if nothing is left, and for a newest one that was given by name.
-    """
+    """Return what was found without a newest checkpoint that is incomplete, or, if asked, any."""
     problem_of = _problems(found.checkpoints, source)
     *older, newest = found.checkpoints
     doubtful = found.checkpoints if selection.skip_incomplete else (newest,)

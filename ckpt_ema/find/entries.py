@@ -117,6 +117,9 @@ class Entry:
         return Judged(path, self.name, verdict)
 
 
+Verdicts = Mapping[Entry, Verdict]
+
+
 def list_entries(folder: Path, source: Source) -> list[Entry]:
     """Return the entries of a folder by name, or the revisions in a cache of the Hub."""
     names = names_in(folder, source)

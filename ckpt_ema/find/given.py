@@ -31,7 +31,8 @@ def listed(given: Sequence[Path], selection: Selection, source: Source) -> Found
     paths = [_checkpoint_path(path, source) for path in given]
     entries = [Entry(path, source, name) for path, name in zip(paths, _names(paths), strict=True)]
     for entry in entries:
-        _check_model(entry)
+        if not entry.model:
+            raise _not_a_checkpoint(entry)
     step = Verdict(Outcome.STEP, Reason.GIVEN, "listed")
     judged = [one.judged(unselected(one.name, selection) or step) for one in entries]
     selected = [e for e, one in zip(entries, judged, strict=True) if one.verdict is step]
@@ -39,22 +40,18 @@ def listed(given: Sequence[Path], selection: Selection, source: Source) -> Found
     warnings = unmatched(names, selection)
     if not selected:
         raise none_selected(names)
-    _check_different(selected, source)
+    real_paths = source.storage.real_paths(entry.path for entry in selected)
+    first: dict[str, Entry] = {}
+    for entry, real in zip(selected, real_paths, strict=True):
+        if first.setdefault(real, entry) is not entry:
+            text = f"{entry.path} is given twice."
+            raise RefusedError(text, code=Code.GIVEN_TWICE, path=entry.path)
     named = named_keys(selected)  # of one unit, if possible
     places = [(named[0], key) for key in named[1]] if named else map(step_in_name, selected)
     rows = zip(selected, places, strict=True)
     checkpoints = tuple(as_checkpoint(entry, *place, is_given=True) for entry, place in rows)
     warnings = (*warnings, *_text_order(checkpoints))
     return Found(common_root(checkpoints), checkpoints, tuple(judged), warnings)
-
-
-def _check_different(entries: Sequence[Entry], source: Source) -> None:
-    real_paths = source.storage.real_paths(entry.path for entry in entries)
-    first = dict(zip(reversed(real_paths), reversed(entries), strict=True))
-    for entry, real in zip(entries, real_paths, strict=True):
-        if first[real] is not entry:
-            text = f"{entry.path} is given twice."
-            raise RefusedError(text, code=Code.GIVEN_TWICE, path=entry.path)
 
 
 def _checkpoint_path(path: Path, source: Source) -> Path:
@@ -69,12 +66,10 @@ def _checkpoint_path(path: Path, source: Source) -> Path:
     return path
 
 
-def _check_model(entry: Entry) -> None:
-    """Refuse a path that holds no model that can be read."""
-    if entry.model:
-        return
+def _not_a_checkpoint(entry: Entry) -> RefusedError:
+    """Return the error for a path that holds no model that can be read."""
     if isinstance(entry.located, Refusal):
-        raise unsupported(entry.path, entry.located)
+        return unsupported(entry.path, entry.located)
     component = entry.source.reading.component
     hint = "Pass a run's folder alone, or its checkpoints one by one."
     if component:
@@ -84,7 +79,7 @@ def _check_model(entry: Entry) -> None:
         why = f"is not a checkpoint: it holds none of {some(conventions.FOLDER_WEIGHTS)}"
     else:
         why = "is not a checkpoint: its extension is not one of a model's"
-    raise RefusedError(f"{entry.path} {why}.", hint, code=Code.NOT_A_CHECKPOINT, path=entry.path)
+    return RefusedError(f"{entry.path} {why}.", hint, code=Code.NOT_A_CHECKPOINT, path=entry.path)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -116,13 +111,10 @@ def common_root(checkpoints: Sequence[Checkpoint]) -> Path:
     return checkpoints[0].path.parent if len(parents) == 1 else Path(os.path.commonpath(parents))
 
 
-# --- --append -------------------------------------------------------------------------------------
-
-
 def append(
     folders: tuple[Path, Path], found: Sequence[Checkpoint], selection: Selection, source: Source
 ) -> list[Checkpoint]:
-    """Return the checkpoints to put after the last step, by names in these folders or by paths."""
+    """Return the checkpoints of --append: names in these folders, or paths."""
     appended: list[Checkpoint] = []
     for name in selection.append:
         places = [*(folder / name for folder in folders), Path(name)]
@@ -156,11 +148,8 @@ def _append_error(path: Path, why: str, code: Code) -> RefusedError:
     return RefusedError(f"--append {path.name}: {why}.", code=code, path=path)
 
 
-# --- --include and --exclude: whole names, matched as a shell matches them ------------------------
-
-
 def unselected(name: str, selection: Selection) -> Verdict | None:
-    """Return that the globs leave a name out; None if they do not."""
+    """Return that --include or --exclude leaves a name out; None if they do not."""
     if any(matches(name, glob) for glob in selection.exclude):
         return skipped(Reason.EXCLUDED)
     if selection.include and not any(matches(name, glob) for glob in selection.include):

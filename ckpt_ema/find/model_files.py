@@ -19,16 +19,12 @@ Located = ModelFiles | Refusal | None  # a refusal is for a format that is not r
 
 def unsupported(path: Path, refusal: Refusal) -> RefusedError:
     """Return the error for a checkpoint in a format that is not read."""
-    return RefusedError(
-        f"{path} is {refusal.what}.", refusal.instead, code=Code.UNSUPPORTED_FORMAT, path=path
-    )
+    text = f"{path} is {refusal.what}."
+    return RefusedError(text, refusal.instead, code=Code.UNSUPPORTED_FORMAT, path=path)
 
 
 def locate(path: Path, source: Source, *, depth: int = _DEEPEST) -> Located:
-    """Return the model files of the checkpoint at `path`; raises if no option chooses of two.
-
-    `depth` is how many folders deep to look for signs of another format.
-    """
+    """Return the model files of the checkpoint at `path`; raises if no option chooses of two."""
     if not source.storage.is_folder(path):
         refusal = _refusal([path.name])
         is_weights = conventions.WEIGHTS_EXTENSION.search(path.name)

@@ -1,7 +1,6 @@
-"""Training order: by what checkpoints record of themselves, or by their names.
+"""Training order: by what checkpoints record, then by the words in names, then by a varying number.
 
-What a trainer wrote inside a checkpoint comes first, then the words in its name (step, epoch), then
-the one number that varies from name to name. Text order and modification times never order.
+Text order and modification times never order.
 """
 
 import re
@@ -16,6 +15,8 @@ from ckpt_ema.options import Selection
 from ckpt_ema.trainers import conventions
 
 _Keys = tuple[str, list[int]]  # what is counted, and the number of each entry
+_Facts = Callable[[Entry], Mapping[str, int]]
+_UNITS = ("step", "epoch")
 
 
 def ordered(entries: Sequence[Entry], selection: Selection) -> list[Checkpoint]:
@@ -69,11 +70,7 @@ def _keys(entries: Sequence[Entry], selection: Selection) -> _Keys:
     return keys
 
 
-def _shared(
-    entries: Sequence[Entry],
-    facts: Callable[[Entry], Mapping[str, int]],
-    units: Iterable[str] = ("step", "epoch"),
-) -> _Keys | None:
+def _shared(entries: Sequence[Entry], facts: _Facts, units: Iterable[str] = _UNITS) -> _Keys | None:
     """Return the first unit in which all entries have a number, and the numbers."""
     for unit in units:
         if all(unit in facts(entry) for entry in entries):
@@ -178,7 +175,7 @@ def deciding_unit(one: Mapping[str, int], other: Mapping[str, int]) -> str | Non
     >>> deciding_unit({"step": 500, "epoch": 1}, {"step": 120, "epoch": 2})
     'epoch'
     """
-    shared = [unit for unit in ("step", "epoch") if unit in one and unit in other]
+    shared = [unit for unit in _UNITS if unit in one and unit in other]
     if len(shared) == 2 and (one["step"] - other["step"]) * (one["epoch"] - other["epoch"]) < 0:
         return "epoch"
     return shared[0] if shared else None

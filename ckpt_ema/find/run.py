@@ -1,11 +1,8 @@
-"""From a folder, or a list of paths, to checkpoints in training order; no tensor is read.
-
-Where two readings of a folder are possible, the run is refused with the option that decides.
-"""
+"""From a folder or a list of paths to checkpoints in training order; two readings are refused."""
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +14,7 @@ from ckpt_ema.find.aliases import place_aliases
 from ckpt_ema.find.candidates import Candidates, candidates_in
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint, Found
 from ckpt_ema.find.complete import without_incomplete
-from ckpt_ema.find.entries import Entry, is_hub_cache
+from ckpt_ema.find.entries import Entry, Verdicts, is_hub_cache
 from ckpt_ema.find.given import append, common_root, listed, none_selected, unmatched
 from ckpt_ema.find.model_files import locate, unsupported
 from ckpt_ema.find.names import numbers_in, stem_of, template_of
@@ -113,8 +110,7 @@ def _alone(candidates: Candidates, selection: Selection, source: Source) -> Foun
     is_run = candidates.unsupported or candidates.skipped(Reason.NO_MODEL)
     # A model deeper than a checkpoint's own folders, or beside unreadable steps, is no step.
     own = None if is_run and not numbers_in(run.name) else locate(run, source, depth=1)
-    models = [entry.model for entry in numbered if entry.model]
-    if isinstance(own, ModelFiles) and own.path not in {model.path for model in models}:
+    if isinstance(own, ModelFiles) and own.path not in {e.model.path for e in numbered if e.model}:
         unit, step = step_in_name(Entry(run, source))
         checkpoint = Checkpoint(run, step, own, unit)
         members = {member.name.split("/")[0] for member in own.members}
@@ -144,7 +140,7 @@ def _check_selected(candidates: Candidates, selection: Selection) -> None:
         raise none_selected(entry.name for entry in unselected)
 
 
-def _nothing_found(candidates: Candidates, verdicts: Mapping[Entry, Verdict]) -> RefusedError:
+def _nothing_found(candidates: Candidates, verdicts: Verdicts) -> RefusedError:
     """Return the error for a folder without checkpoints, with what is there."""
     rows = verdicts.items()
     left_out = [f"{e.name} ({one})" for e, one in rows if one.outcome is not Outcome.OTHER]
@@ -164,9 +160,7 @@ def _nothing_found(candidates: Candidates, verdicts: Mapping[Entry, Verdict]) ->
     return RefusedError(text, hint, code=Code.NO_CHECKPOINTS, path=candidates.folder)
 
 
-def _all_judged(
-    verdicts: Mapping[Entry, Verdict], appended: Sequence[Checkpoint] = ()
-) -> tuple[Judged, ...]:
+def _all_judged(verdicts: Verdicts, appended: Sequence[Checkpoint] = ()) -> tuple[Judged, ...]:
     """Return the verdicts on all entries, series by number, and on appended ones from elsewhere."""
     entries = sorted(verdicts, key=lambda entry: (entry.template, entry.slots, entry.name))
     judged = [entry.judged(verdicts[entry]) for entry in entries]
@@ -176,10 +170,7 @@ def _all_judged(
 
 
 def _warnings(
-    verdicts: Mapping[Entry, Verdict],
-    steps: Sequence[Entry],
-    newest: Checkpoint,
-    appended: Sequence[Checkpoint],
+    verdicts: Verdicts, steps: Sequence[Entry], newest: Checkpoint, appended: Sequence[Checkpoint]
 ) -> Iterator[Notice]:
     """Yield warnings of entries that are left out, and of those that come after the newest step."""
     templates = {entry.template for entry in steps}

@@ -3,22 +3,20 @@
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ckpt_ema.containers.compare import same_values
 from ckpt_ema.containers.specs import is_safetensors
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
 from ckpt_ema.find.candidates import Candidates
-from ckpt_ema.find.entries import Entry
+from ckpt_ema.find.entries import Entry, Verdicts
 from ckpt_ema.find.names import bare_of, captures_step, pattern_of
 from ckpt_ema.find.verdict import Outcome, Reason, Verdict, alias, skipped
 from ckpt_ema.options import Selection
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 from ckpt_ema.trainers.table import Refusal
-
-_Verdicts = Mapping[Entry, Verdict]
 
 
 def choose_series(found: Candidates, selection: Selection) -> dict[Entry, Verdict]:
@@ -34,14 +32,14 @@ def choose_series(found: Candidates, selection: Selection) -> dict[Entry, Verdic
     return verdicts | dict.fromkeys(steps, Verdict(Outcome.STEP, Reason.NUMBERED, "series"))
 
 
-def _beside_files(steps: Sequence[Entry], _selection: Selection) -> _Verdicts:
+def _beside_files(steps: Sequence[Entry], _selection: Selection) -> Verdicts:
     """Leave out folders beside files of their names, which hold something else."""
     files = {entry.template for entry in steps if not entry.is_folder}
     folders = [entry for entry in steps if entry.is_folder and entry.template in files]
     return dict.fromkeys(folders, skipped(Reason.BESIDE_FILE))
 
 
-def _same_steps(steps: Sequence[Entry], selection: Selection) -> _Verdicts:
+def _same_steps(steps: Sequence[Entry], selection: Selection) -> Verdicts:
     """Of several series that are one, leave out what records the step of an earlier entry."""
     if not _record_their_steps(steps, selection):
         return {}
@@ -54,7 +52,7 @@ def _same_steps(steps: Sequence[Entry], selection: Selection) -> _Verdicts:
     return verdicts
 
 
-def _only_ones(steps: Sequence[Entry], selection: Selection) -> _Verdicts:
+def _only_ones(steps: Sequence[Entry], selection: Selection) -> Verdicts:
     """Leave out lone names beside a series; raises if several series remain."""
     if captures_step(selection.pattern) or _record_their_steps(steps, selection):
         return {}
@@ -72,7 +70,7 @@ def _only_ones(steps: Sequence[Entry], selection: Selection) -> _Verdicts:
     return {entry: lone for entry in steps if entry.template not in several}
 
 
-def _outputs_of_ours(steps: Sequence[Entry], _selection: Selection) -> _Verdicts:
+def _outputs_of_ours(steps: Sequence[Entry], _selection: Selection) -> Verdicts:
     """Leave out files that ckpt-ema wrote; `candidates` has folders."""
     ours: dict[Entry, Verdict] = {}
     for entry in steps:
@@ -84,7 +82,7 @@ def _outputs_of_ours(steps: Sequence[Entry], _selection: Selection) -> _Verdicts
     return ours
 
 
-def _same_files(steps: Sequence[Entry], _selection: Selection) -> _Verdicts:
+def _same_files(steps: Sequence[Entry], _selection: Selection) -> Verdicts:
     """Leave out further names of a file or folder; raises for revisions with one content."""
     verdicts: dict[Entry, Verdict] = {}
     unique: dict[object, Entry] = {}
@@ -98,7 +96,7 @@ def _same_files(steps: Sequence[Entry], _selection: Selection) -> _Verdicts:
     return verdicts
 
 
-_Rule = Callable[[Sequence[Entry], Selection], _Verdicts]
+_Rule = Callable[[Sequence[Entry], Selection], Verdicts]
 _RULES: tuple[tuple[str, _Rule], ...] = (
     ("folder-beside-file", _beside_files),
     ("same-step", _same_steps),
