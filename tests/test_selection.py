@@ -11,7 +11,7 @@ import torch
 import ckpt_ema
 from ckpt_ema import OptionError, RefusedError
 from ckpt_ema.errors import Code
-from ckpt_ema.find.metrics import higher_is_better
+from ckpt_ema.find.select import higher_is_better
 from ckpt_ema.find.verdict import Reason
 from tests.conftest import MakeRun, noise, series, write_safetensors
 

@@ -1,21 +1,18 @@
 """`last`, `best`, `final` and names without a number: copies of a step, or a later step.
 
-In most runs they are copies; in some (kohya, timm, Lightning's save_last) they are the only save of
-the last step. What they record or hold decides; where neither does, the run is refused.
+What they record or hold decides: kohya, timm and Lightning's save_last save the last step as one.
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from ckpt_ema.containers.compare import hold_the_same
-from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint
 from ckpt_ema.find.entries import STRANGE, Entry
-from ckpt_ema.find.given import unselected
-from ckpt_ema.find.names import is_unnumbered_of
+from ckpt_ema.find.given import same_path, unselected
 from ckpt_ema.find.order import as_checkpoint, deciding_unit
 from ckpt_ema.find.verdict import Outcome, Reason, Rules, Verdict, alias, judge, skipped
 from ckpt_ema.options import Selection
@@ -26,10 +23,8 @@ class _Run(NamedTuple):
     """What rules know besides the entry."""
 
     steps: Sequence[Entry]
-    templates: Set[str]  # of the names of the steps
     checkpoints: Sequence[Checkpoint]
     selection: Selection
-    source: Source
 
 
 class _Place(NamedTuple):
@@ -46,13 +41,9 @@ def place_aliases(
     steps: Sequence[Entry],
     checkpoints: Sequence[Checkpoint],
     selection: Selection,
-    source: Source,
 ) -> tuple[list[Checkpoint], dict[Entry, Verdict]]:
-    """Return which of the names without a number are later steps, and the verdict on each name.
-
-    Raises `RefusedError` for one whose place is unknown.
-    """
-    run = _Run(steps, {entry.template for entry in steps}, checkpoints, selection, source)
+    """Return which names without a number are later steps, and all verdicts; raises if unknown."""
+    run = _Run(steps, checkpoints, selection)
     verdicts: dict[Entry, Verdict] = {}
     places: dict[Entry, _Place] = {}
     for entry in unnumbered:
@@ -92,22 +83,16 @@ def _in_order(
     return later, verdicts
 
 
-# --- Rules ----------------------------------------------------------------------------------------
-
-
 def _not_of_the_series(entry: Entry, run: _Run) -> Verdict | None:
     """Leave out names that no series has, and the model of the run's own folder."""
-    belongs = any(is_unnumbered_of(entry.stem, template) for template in run.templates)
+    belongs = entry.is_unnumbered_of(step.template for step in run.steps)
     if entry.name in FOLDER_WEIGHTS and not (belongs and not run.steps[0].is_folder):
         return skipped(Reason.OWN_MODEL)
     return None if belongs or ALIAS.search(entry.stem) else skipped(Reason.NO_NUMBER)
 
 
 def _same_file(entry: Entry, run: _Run) -> Verdict | None:
-    file_id = run.source.storage.file_id
-    own = file_id(entry.path)
-    same = (one.name for one in run.checkpoints if file_id(one.path) == own)
-    name = next(same, None)
+    name = same_path(entry.path, run.checkpoints, entry.source)
     return alias(Reason.SAME_FILE, f"the same file as {name}") if name else None
 
 
@@ -142,24 +127,20 @@ def _place(entry: Entry, newest: Checkpoint) -> _Place | None:
 def _by_content(entry: Entry, run: _Run) -> Verdict:
     """Judge an alias that records nothing by its tensors; raises if it may be a later step."""
     assert entry.model is not None
+    source, newest_first = entry.source, []
     try:
-        mine = (entry.model, run.source.read(entry.model))
-        newest_first = []
+        mine = (entry.model, source.read(entry.model))
         for one in reversed(run.checkpoints):
             with contextlib.suppress(IncompleteError):  # judged later
-                newest_first.append((one, (one.model, run.source.read(one.model))))
+                newest_first.append((one, (one.model, source.read(one.model))))
     except IncompleteError as error:
-        detail = error.message.rstrip(".")
-        return skipped(Reason.INCOMPLETE, f"incomplete: {detail}")
+        return skipped(Reason.INCOMPLETE, f"incomplete: {error.message.rstrip('.')}")
     if newest_first and newest_first[0][1][1].tensors.keys() != mine[1].tensors.keys():
         return skipped(Reason.ANOTHER_MODEL)
     for one, theirs in newest_first:
-        if hold_the_same(mine, theirs, run.source.storage):
+        if hold_the_same(mine, theirs, source.storage):
             return alias(Reason.COPY, f"a copy of {one.name}")
     name = entry.name
-    raise RefusedError(
-        f"cannot tell where {name} belongs: it has no number and records no step.",
-        f"Add it after the last step with --append {name}, or leave it out with --no-aliases.",
-        code=Code.UNKNOWN_ORDER,
-        path=entry.path,
-    )
+    text = f"cannot tell where {name} belongs: it has no number and records no step."
+    hint = f"Add it after the last step with --append {name}, or leave it out with --no-aliases."
+    raise RefusedError(text, hint, code=Code.UNKNOWN_ORDER, path=entry.path)

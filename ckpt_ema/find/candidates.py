@@ -1,9 +1,4 @@
-"""What each entry of a folder is by itself: one ordered table of rules; the first to decide counts.
-
-Rules on names come before those that look inside. An entry that no rule decides is a candidate: it
-may be a step or, without a number, a name for one. `series` and `aliases` judge the candidates by
-tables of the same kind.
-"""
+"""What each entry of a folder is by itself; an entry that no rule decides is a candidate."""
 
 import os
 import re
@@ -18,7 +13,7 @@ from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import RefusedError
 from ckpt_ema.find.entries import STRANGE, Entry, list_entries, names_in
 from ckpt_ema.find.given import unselected
-from ckpt_ema.find.names import captures_step, is_unnumbered_of, stem_of
+from ckpt_ema.find.names import captures_step, stem_of
 from ckpt_ema.find.verdict import APPENDED, Outcome, Reason, Rules, Verdict, judge, other, skipped
 from ckpt_ema.options import Selection
 from ckpt_ema.storage.protocol import Kind
@@ -50,17 +45,11 @@ class Candidates:
         """Return whether lone numbered files (`value_head_1.pt`) lie beside a model: no run."""
         templates = {entry.template for entry in self.numbered}
         is_series = len(templates) < len(self.numbered) or any(e.is_folder for e in self.numbered)
-        has_last = any(
-            is_unnumbered_of(e.stem, template) for e in self.unnumbered for template in templates
-        )
-        return not is_series and not has_last
+        return not is_series and not any(e.is_unnumbered_of(templates) for e in self.unnumbered)
 
 
 def candidates_in(folder: Path, selection: Selection, source: Source) -> Candidates:
-    """List a folder and judge its entries one by one.
-
-    Raises `RefusedError` if a folder cannot be listed, or holds two forms of its model.
-    """
+    """List a folder and judge its entries one by one."""
     entries = list_entries(folder, source)
     names = frozenset(entry.name for entry in entries)
     appended = frozenset(os.path.basename(os.path.normpath(name)) for name in selection.append)
@@ -76,7 +65,9 @@ def candidates_in(folder: Path, selection: Selection, source: Source) -> Candida
     if not captures_step(selection.pattern):
         # "resnet50.pt" beside "resnet50_epoch_1.pt": its number is in the model's name.
         several = _several(entry for entry in numbered if entry.model)
-        numbered = [e for e in numbered if e.is_folder or not _is_model_of(e, several)]
+        files = [e for e in numbered if not e.is_folder and e.template not in several]
+        models = {entry for entry in files if entry.is_unnumbered_of(several)}
+        numbered = [entry for entry in numbered if entry not in models]
     known = set(numbered)
     return Candidates(
         folder,
@@ -93,21 +84,11 @@ def _several(entries: Iterable[Entry]) -> set[str]:
     return {template for template, count in counts.items() if count > 1}
 
 
-def _is_model_of(entry: Entry, templates: set[str]) -> bool:
-    """Return whether a name outside of these series is that of one with its number left out."""
-    return entry.template not in templates and any(
-        is_unnumbered_of(entry.stem, template) for template in templates
-    )
-
-
 def _is_unnumbered(entry: Entry, selection: Selection) -> bool:
     """Return whether a name belongs to no series by itself: "last", "best", or without a number."""
     is_alias = conventions.ALIAS.search(entry.stem) and not entry.is_revision
     is_known = (entry.numbers or entry.slots) and not is_alias
     return not is_known and not (selection.pattern and entry.slots)
-
-
-# --- Rules ----------------------------------------------------------------------------------------
 
 
 class _Folder(NamedTuple):
@@ -146,13 +127,11 @@ def _not_matched(entry: Entry, folder: _Folder) -> Verdict | None:
 
 def _not_regular(entry: Entry, _folder: _Folder) -> Verdict | None:
     may_be_weights = entry.numbers or entry.has_weights_extension
-    is_strange = may_be_weights and entry.kind in STRANGE
-    return skipped(Reason.NOT_REGULAR) if is_strange else None
+    return skipped(Reason.NOT_REGULAR) if may_be_weights and entry.kind in STRANGE else None
 
 
 def _part_of_something(entry: Entry, _folder: _Folder) -> Verdict | None:
-    patterns = (conventions.NO_CHECKPOINTS, conventions.COMPONENT)
-    is_part = any(pattern.search(entry.name) for pattern in patterns)
+    is_part = any(p.search(entry.name) for p in (conventions.NO_CHECKPOINTS, conventions.COMPONENT))
     return other() if entry.is_folder and not entry.numbers and is_part else None
 
 
@@ -202,6 +181,7 @@ def _no_model(entry: Entry, folder: _Folder) -> Verdict | None:
     return skipped(Reason.NO_MODEL, detail)
 
 
+# The first to decide counts; rules on names come before those that look inside.
 _RULES: Rules[Entry, _Folder] = (
     ("appended", lambda e, f: APPENDED if e.name in f.appended else None),
     ("weights-elsewhere", _weights_elsewhere),

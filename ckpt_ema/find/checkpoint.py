@@ -47,10 +47,8 @@ class Found:
 
 
 def gaps(checkpoints: Sequence[Checkpoint]) -> list[int | None]:
-    """Return the steps from each checkpoint's predecessor to it; None where that is unknown.
-
-    accelerate numbers its saves one after the other, which gives no distances.
-    """
+    """Return the steps from each checkpoint's predecessor to it; None where that is unknown."""
+    # accelerate numbers its saves one after the other, which gives no distances.
     steps = [None if one.unit == "save" else one.step for one in checkpoints]
     return [None, *(None if a is None or b is None else b - a for a, b in pairwise(steps))]
 
@@ -61,10 +59,7 @@ def known_steps(checkpoints: Sequence[Checkpoint]) -> list[int] | None:
 
 
 def needed_steps(checkpoints: Sequence[Checkpoint], option: str) -> list[int]:
-    """Return the steps of all checkpoints, which rise, for an option that needs them.
-
-    Raises `RefusedError` if they are not known, or count saves instead of training steps.
-    """
+    """Return the steps of all checkpoints, which rise, for an option; raises if not known."""
     obstacle = _obstacle(checkpoints)
     if obstacle:
         why, hint = obstacle
@@ -76,20 +71,17 @@ def _obstacle(checkpoints: Sequence[Checkpoint]) -> tuple[str, str] | None:
     """Return why steps are not known and what to do about it; None if they are."""
     saves = [checkpoint.name for checkpoint in checkpoints if checkpoint.unit == "save"]
     if saves:
+        why = f"the number in {saves[0]} counts saves (accelerate), any number of steps apart"
         return (
-            f"the number in {saves[0]} counts saves (accelerate), any number of steps apart",
+            why,
             "Choose a schedule that counts checkpoints, or rename the folders by their steps.",
         )
     unknown = [checkpoint.name for checkpoint in checkpoints if checkpoint.step is None]
     if unknown:
-        return (
-            f"no step is known for {some(unknown)}",
-            "Choose a schedule that counts checkpoints, or leave these out.",
-        )
+        why = f"no step is known for {some(unknown)}"
+        return why, "Choose a schedule that counts checkpoints, or leave these out."
     for earlier, later in pairwise(checkpoints):
         if (earlier.step or 0) >= (later.step or 0):
-            return (
-                f"{later.name} follows {earlier.name} in the list without being a later step",
-                "List the checkpoints in training order.",
-            )
+            why = f"{later.name} follows {earlier.name} in the list without being a later step"
+            return why, "List the checkpoints in training order."
     return None

@@ -1,8 +1,4 @@
-"""Whether each checkpoint of a run is complete.
-
-The newest may be incomplete, since a run crashes or is still being saved: it is left out with a
-warning. One in the middle is a loss that somebody should know of: it is refused.
-"""
+"""Whether checkpoints are complete: a newest that is not is left out, one in the middle refused."""
 
 import functools
 import re
@@ -23,38 +19,25 @@ from ckpt_ema.trainers import conventions
 
 
 def without_incomplete(found: Found, selection: Selection, source: Source) -> Found:
-    """Return what was found without a newest checkpoint that is incomplete.
-
-    With `skip_incomplete`, no incomplete one stays. Raises `RefusedError` if nothing is left, and
-    for a newest one that was given by name.
-    """
+    """Return what was found without a newest checkpoint that is incomplete, or, if asked, any."""
     problem_of = _problems(found.checkpoints, source)
     *older, newest = found.checkpoints
     doubtful = found.checkpoints if selection.skip_incomplete else (newest,)
     incomplete = {one: problem for one in doubtful if (problem := problem_of(one))}
     if incomplete and not selection.skip_incomplete and (newest.is_given or not older):
-        raise IncompleteError(
-            f"{newest.path} is incomplete: {incomplete[newest]}.",
-            code=Code.INCOMPLETE,
-            path=newest.path,
-        )
+        text = f"{newest.path} is incomplete: {incomplete[newest]}."
+        raise IncompleteError(text, code=Code.INCOMPLETE, path=newest.path)
     complete = tuple(one for one in found.checkpoints if one not in incomplete)
     if not complete:
-        raise RefusedError(
-            f"{found.root} holds no complete checkpoint.",
-            code=Code.NO_CHECKPOINTS,
-            path=found.root,
-        )
+        text = f"{found.root} holds no complete checkpoint."
+        raise RefusedError(text, code=Code.NO_CHECKPOINTS, path=found.root)
     verdicts = {
         one.name: Verdict(Outcome.SKIPPED, Reason.INCOMPLETE, "incomplete", f"incomplete: {why}")
         for one, why in incomplete.items()
     }
     judged = (replace(one, verdict=verdicts.get(one.name, one.verdict)) for one in found.judged)
-    notices = (
-        Notice(Code.INCOMPLETE, f"{one.name} is incomplete and left out: {why}.")
-        for one, why in incomplete.items()
-    )
-    warnings = (*found.warnings, *notices)
+    texts = (f"{one.name} is incomplete and left out: {why}." for one, why in incomplete.items())
+    warnings = (*found.warnings, *(Notice(Code.INCOMPLETE, text) for text in texts))
     return Found(found.root, complete, tuple(judged), warnings, problem_of)
 
 
@@ -63,22 +46,18 @@ def check_complete(checkpoints: Sequence[Checkpoint], found: Found) -> None:
     for checkpoint in checkpoints:
         problem = found.problem_of(checkpoint)
         if problem:
-            raise IncompleteError(
-                f"{checkpoint.path} is incomplete, but later checkpoints exist: {problem}.",
+            text = f"{checkpoint.path} is incomplete, but later checkpoints exist: {problem}."
+            hint = (
                 f"Restore it, or leave it out with --exclude {checkpoint.name}, or all such"
-                " checkpoints with --skip-incomplete.",
-                code=Code.INCOMPLETE,
-                path=checkpoint.path,
+                " checkpoints with --skip-incomplete."
             )
+            raise IncompleteError(text, hint, code=Code.INCOMPLETE, path=checkpoint.path)
 
 
 def _problems(
     checkpoints: Sequence[Checkpoint], source: Source
 ) -> Callable[[Checkpoint], str | None]:
-    """Return a function that gives what a checkpoint lacks, None for a complete one.
-
-    It opens a checkpoint when it is asked about it, not before.
-    """
+    """Return a function that opens a checkpoint when asked, and gives what it lacks, if it does."""
     markers = {checkpoint.path: _markers(checkpoint.path, source) for checkpoint in checkpoints}
     # A marker that few have means nothing: somebody may have cleaned up the others.
     counts = Counter(marker for present in markers.values() for marker in present)
@@ -121,9 +100,5 @@ def _markers(path: Path, source: Source) -> set[str]:
     if not source.storage.is_folder(path):
         return set()
     names = source.storage.names(path)
-    return {
-        marker
-        for marker in (*conventions.DONE, *conventions.UNDONE)
-        if marker in names
-        or (marker.split("/")[0] in names and source.storage.kind(path / marker) is not Kind.ABSENT)
-    }
+    markers = (m for m in (*conventions.DONE, *conventions.UNDONE) if m.split("/")[0] in names)
+    return {m for m in markers if m in names or source.storage.kind(path / m) is not Kind.ABSENT}

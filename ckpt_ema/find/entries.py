@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import ModelFiles, is_safetensors
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
 from ckpt_ema.find.model_files import Located, locate
-from ckpt_ema.find.names import numbers_in, slots_in, stem_of, template_of
+from ckpt_ema.find.names import is_unnumbered_of, numbers_in, slots_in, stem_of, template_of
 from ckpt_ema.find.verdict import Judged, Verdict
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
@@ -74,6 +74,10 @@ class Entry:
         """Its name with the numbers left open, which it shares with its series."""
         return template_of(self.stem)
 
+    def is_unnumbered_of(self, templates: Iterable[str]) -> bool:
+        """Return whether its name is that of one of these series with a number left out."""
+        return any(is_unnumbered_of(self.stem, template) for template in templates)
+
     @property
     def has_weights_extension(self) -> bool:
         """Whether its name has the extension of a file that may be a model."""
@@ -113,11 +117,11 @@ class Entry:
         return Judged(path, self.name, verdict)
 
 
-def list_entries(folder: Path, source: Source) -> list[Entry]:
-    """Return the entries of a folder by name, or the revisions in a cache of the Hub.
+Verdicts = Mapping[Entry, Verdict]
 
-    Raises `RefusedError` for a folder that may not be listed and entered.
-    """
+
+def list_entries(folder: Path, source: Source) -> list[Entry]:
+    """Return the entries of a folder by name, or the revisions in a cache of the Hub."""
     names = names_in(folder, source)
     if is_hub_cache(folder, source):
         return _revisions(folder, source)
@@ -128,9 +132,8 @@ def names_in(folder: Path, source: Source) -> set[str]:
     """Return the names in a folder; raises if it may not be listed and entered."""
     names = source.storage.names(folder)
     if not source.storage.can_list(folder):
-        raise RefusedError(
-            f"cannot access {folder}: Permission denied.", code=Code.INACCESSIBLE, path=folder
-        )
+        text = f"cannot access {folder}: Permission denied."
+        raise RefusedError(text, code=Code.INACCESSIBLE, path=folder)
     return names
 
 
@@ -148,9 +151,6 @@ def _revisions(cache: Path, source: Source) -> list[Entry]:
         is_there = conventions.COMMIT.search(commit) and source.storage.is_folder(snapshot)
         found.append(Entry(snapshot if is_there else refs / name, source, name))
     return found
-
-
-# --- What files beside the weights record ---------------------------------------------------------
 
 
 def recorded_beside(path: Path, source: Source) -> tuple[Mapping[str, int], str]:

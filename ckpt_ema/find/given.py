@@ -23,20 +23,16 @@ from ckpt_ema.trainers.table import Refusal
 
 
 def listed(given: Sequence[Path], selection: Selection, source: Source) -> Found:
-    """Return the checkpoints at these paths, in this order.
-
-    Raises `RefusedError` for a path that is no checkpoint, and for one that is given twice.
-    """
+    """Return the checkpoints at these paths, in this order; raises for one given twice."""
     for option in ("pattern", "append", "order", "aliases"):
         if getattr(selection, option) != getattr(Selection(), option):
-            raise OptionError(
-                f"{flag(option)} needs a run's folder, not a list of checkpoints.",
-                code=Code.CONFLICTING_OPTIONS,
-            )
+            text = f"{flag(option)} needs a run's folder, not a list of checkpoints."
+            raise OptionError(text, code=Code.CONFLICTING_OPTIONS)
     paths = [_checkpoint_path(path, source) for path in given]
     entries = [Entry(path, source, name) for path, name in zip(paths, _names(paths), strict=True)]
     for entry in entries:
-        _check_model(entry)
+        if not entry.model:
+            raise _not_a_checkpoint(entry)
     step = Verdict(Outcome.STEP, Reason.GIVEN, "listed")
     judged = [one.judged(unselected(one.name, selection) or step) for one in entries]
     selected = [e for e, one in zip(entries, judged, strict=True) if one.verdict is step]
@@ -44,27 +40,18 @@ def listed(given: Sequence[Path], selection: Selection, source: Source) -> Found
     warnings = unmatched(names, selection)
     if not selected:
         raise none_selected(names)
-    _check_different(selected, source)
+    real_paths = source.storage.real_paths(entry.path for entry in selected)
+    first: dict[str, Entry] = {}
+    for entry, real in zip(selected, real_paths, strict=True):
+        if first.setdefault(real, entry) is not entry:
+            text = f"{entry.path} is given twice."
+            raise RefusedError(text, code=Code.GIVEN_TWICE, path=entry.path)
     named = named_keys(selected)  # of one unit, if possible
     places = [(named[0], key) for key in named[1]] if named else map(step_in_name, selected)
     rows = zip(selected, places, strict=True)
     checkpoints = tuple(as_checkpoint(entry, *place, is_given=True) for entry, place in rows)
-    return Found(
-        common_root(checkpoints),
-        checkpoints,
-        tuple(judged),
-        (*warnings, *_text_order(checkpoints)),
-    )
-
-
-def _check_different(entries: Sequence[Entry], source: Source) -> None:
-    real_paths = source.storage.real_paths(entry.path for entry in entries)
-    first = dict(zip(reversed(real_paths), reversed(entries), strict=True))
-    for entry, real in zip(entries, real_paths, strict=True):
-        if first[real] is not entry:
-            raise RefusedError(
-                f"{entry.path} is given twice.", code=Code.GIVEN_TWICE, path=entry.path
-            )
+    warnings = (*warnings, *_text_order(checkpoints))
+    return Found(common_root(checkpoints), checkpoints, tuple(judged), warnings)
 
 
 def _checkpoint_path(path: Path, source: Source) -> Path:
@@ -74,21 +61,15 @@ def _checkpoint_path(path: Path, source: Source) -> Path:
         if isinstance(whole, ModelFiles) and whole.path == path:
             return path.parent
     elif conventions.SHARD_NUMBER.search(path.name):
-        raise RefusedError(
-            f"{path} is one shard of a model.",
-            "Pass its folder, or the index of shards.",
-            code=Code.NOT_A_CHECKPOINT,
-            path=path,
-        )
+        text, hint = f"{path} is one shard of a model.", "Pass its folder, or the index of shards."
+        raise RefusedError(text, hint, code=Code.NOT_A_CHECKPOINT, path=path)
     return path
 
 
-def _check_model(entry: Entry) -> None:
-    """Refuse a path that holds no model that can be read."""
-    if entry.model:
-        return
+def _not_a_checkpoint(entry: Entry) -> RefusedError:
+    """Return the error for a path that holds no model that can be read."""
     if isinstance(entry.located, Refusal):
-        raise unsupported(entry.path, entry.located)
+        return unsupported(entry.path, entry.located)
     component = entry.source.reading.component
     hint = "Pass a run's folder alone, or its checkpoints one by one."
     if component:
@@ -98,7 +79,7 @@ def _check_model(entry: Entry) -> None:
         why = f"is not a checkpoint: it holds none of {some(conventions.FOLDER_WEIGHTS)}"
     else:
         why = "is not a checkpoint: its extension is not one of a model's"
-    raise RefusedError(f"{entry.path} {why}.", hint, code=Code.NOT_A_CHECKPOINT, path=entry.path)
+    return RefusedError(f"{entry.path} {why}.", hint, code=Code.NOT_A_CHECKPOINT, path=entry.path)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -130,14 +111,11 @@ def common_root(checkpoints: Sequence[Checkpoint]) -> Path:
     return checkpoints[0].path.parent if len(parents) == 1 else Path(os.path.commonpath(parents))
 
 
-# --- --append -------------------------------------------------------------------------------------
-
-
 def append(
     folders: tuple[Path, Path], found: Sequence[Checkpoint], selection: Selection, source: Source
 ) -> list[Checkpoint]:
-    """Return the checkpoints to put after the last step, by names in these folders or by paths."""
-    file_id, appended = source.storage.file_id, list[Checkpoint]()
+    """Return the checkpoints of --append: names in these folders, or paths."""
+    appended: list[Checkpoint] = []
     for name in selection.append:
         places = [*(folder / name for folder in folders), Path(name)]
         there = [one for one in places if source.storage.kind(one) is not Kind.ABSENT]
@@ -147,8 +125,7 @@ def append(
             raise OptionError(text, code=Code.CONFLICTING_OPTIONS)
         if not there:
             raise _append_error(path, f"{path} does not exist", Code.NOT_FOUND)
-        same = (one.name for one in (*found, *appended) if file_id(one.path) == file_id(path))
-        known = next(same, None)
+        known = same_path(path, (*found, *appended), source)
         if known:
             raise _append_error(path, f"{known} is there already", Code.GIVEN_TWICE)
         model = locate(path, source)
@@ -160,15 +137,19 @@ def append(
     return appended
 
 
+def same_path(path: Path, checkpoints: Iterable[Checkpoint], source: Source) -> str | None:
+    """Return the name of the first checkpoint that is the same file or folder; None without one."""
+    own = source.storage.file_id(path)
+    same = (one.name for one in checkpoints if source.storage.file_id(one.path) == own)
+    return next(same, None)
+
+
 def _append_error(path: Path, why: str, code: Code) -> RefusedError:
     return RefusedError(f"--append {path.name}: {why}.", code=code, path=path)
 
 
-# --- --include and --exclude: whole names, matched as a shell matches them ------------------------
-
-
 def unselected(name: str, selection: Selection) -> Verdict | None:
-    """Return that the globs leave a name out; None if they do not."""
+    """Return that --include or --exclude leaves a name out; None if they do not."""
     if any(matches(name, glob) for glob in selection.exclude):
         return skipped(Reason.EXCLUDED)
     if selection.include and not any(matches(name, glob) for glob in selection.include):
@@ -191,11 +172,9 @@ def unmatched(names: Iterable[str], selection: Selection) -> tuple[Notice, ...]:
     known = sorted(names)
     for glob in selection.include:
         if not any(matches(name, glob) for name in known):
-            raise RefusedError(
-                f"--include {glob} matches nothing; the names are {some(known)}.",
-                "A glob must match the whole name: 'checkpoint-1*', not 'checkpoint-1'.",
-                code=Code.NO_MATCH,
-            )
+            text = f"--include {glob} matches nothing; the names are {some(known)}."
+            hint = "A glob must match the whole name: 'checkpoint-1*', not 'checkpoint-1'."
+            raise RefusedError(text, hint, code=Code.NO_MATCH)
     return tuple(
         Notice(Code.NO_MATCH, f"--exclude {glob} matches nothing.")
         for glob in selection.exclude
@@ -205,7 +184,5 @@ def unmatched(names: Iterable[str], selection: Selection) -> tuple[Notice, ...]:
 
 def none_selected(names: Iterable[str]) -> RefusedError:
     """Return the error for globs that leave nothing."""
-    return RefusedError(
-        f"--include and --exclude leave none of {some(sorted(names))}.",
-        code=Code.NOTHING_SELECTED,
-    )
+    text = f"--include and --exclude leave none of {some(sorted(names))}."
+    return RefusedError(text, code=Code.NOTHING_SELECTED)

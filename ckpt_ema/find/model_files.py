@@ -1,8 +1,4 @@
-"""Where the model is in a checkpoint: which files, in which folder, by names alone.
-
-Names are tried in the order of the loaders. A checkpoint with two forms of its model is refused
-with the option that chooses.
-"""
+"""Which files in which folder are a checkpoint's model, by names alone, in the order of loaders."""
 
 import json
 import os
@@ -18,25 +14,17 @@ from ckpt_ema.trainers import conventions
 from ckpt_ema.trainers.table import Refusal
 
 _DEEPEST = 5  # folders deep that signs of another format are looked for
-
-
-# A refusal is for a format that is not read.
-Located = ModelFiles | Refusal | None
+Located = ModelFiles | Refusal | None  # a refusal is for a format that is not read
 
 
 def unsupported(path: Path, refusal: Refusal) -> RefusedError:
     """Return the error for a checkpoint in a format that is not read."""
-    return RefusedError(
-        f"{path} is {refusal.what}.", refusal.instead, code=Code.UNSUPPORTED_FORMAT, path=path
-    )
+    text = f"{path} is {refusal.what}."
+    return RefusedError(text, refusal.instead, code=Code.UNSUPPORTED_FORMAT, path=path)
 
 
 def locate(path: Path, source: Source, *, depth: int = _DEEPEST) -> Located:
-    """Return the model files of the checkpoint file or folder at `path`; None without any.
-
-    `depth` is how many folders deep to look for signs of another format. Raises `RefusedError` if
-    there are two forms of the model and no option chooses.
-    """
+    """Return the model files of the checkpoint at `path`; raises if no option chooses of two."""
     if not source.storage.is_folder(path):
         refusal = _refusal([path.name])
         is_weights = conventions.WEIGHTS_EXTENSION.search(path.name)
@@ -76,32 +64,28 @@ def _model_file(folder: Path, names: set[str], source: Source) -> str | None:
     for single in reversed(conventions.MODEL_FILES):
         forms = [name for name in (single, single + conventions.INDEX_SUFFIX) if name in names]
         if len(forms) == 2 and wanted == "auto":
-            raise RefusedError(
-                f"{folder} holds both {single} and {forms[1]}: one of them is stale, and loaders"
-                f" take {single}.",
-                "Remove the stale one, or choose with --form single or --form sharded.",
-                code=Code.SEVERAL_MODELS,
-                path=folder,
-            )
+            both = f"both {single} and {forms[1]}: one of them is stale, and loaders take {single}"
+            hint = "Remove the stale one, or choose with --form single or --form sharded."
+            raise _several_models(folder, both, hint)
         if len(forms) == 2:
             forms = [forms[wanted == "sharded"]]
         models = forms + models
     if not models and not adapters:
         # Shards without their index, which is written last: an unfinished save.
         sharded = {conventions.SHARD_OF_SEVERAL.sub("", name) for name in names}
-        models = [
-            one + conventions.INDEX_SUFFIX for one in conventions.MODEL_FILES if one in sharded
-        ]
+        unindexed = (one for one in conventions.MODEL_FILES if one in sharded)
+        models = [one + conventions.INDEX_SUFFIX for one in unindexed]
     if wanted == "adapter" or not models:
         return adapters[0] if adapters else None
     if adapters and wanted == "auto":
-        raise RefusedError(
-            f"{folder} holds both a model ({models[0]}) and an adapter ({adapters[0]}).",
-            "Choose one with --form single (or sharded) or --form adapter.",
-            code=Code.SEVERAL_MODELS,
-            path=folder,
-        )
+        both = f"both a model ({models[0]}) and an adapter ({adapters[0]})"
+        hint = "Choose one with --form single (or sharded) or --form adapter."
+        raise _several_models(folder, both, hint)
     return models[0]
+
+
+def _several_models(folder: Path, both: str, hint: str) -> RefusedError:
+    return RefusedError(f"{folder} holds {both}.", hint, code=Code.SEVERAL_MODELS, path=folder)
 
 
 def _further_models(names: set[str]) -> list[Member]:
@@ -117,9 +101,8 @@ def _modules(folder: Path, source: Source) -> list[Member]:
     try:
         modules = json.loads(source.storage.read(listing) or b"")
     except (ValueError, RecursionError) as error:
-        raise RefusedError(
-            f"{listing} is not JSON.", code=Code.WRONG_FORMAT, path=listing
-        ) from error
+        text = f"{listing} is not JSON."
+        raise RefusedError(text, code=Code.WRONG_FORMAT, path=listing) from error
     members = []
     for module in modules if isinstance(modules, list) else []:
         name = module.get("path") if isinstance(module, dict) else None
@@ -139,9 +122,8 @@ def _member(folder: Path, name: str, source: Source) -> list[Member]:
 
 def _component(path: Path, component: str, source: Source) -> Located:
     if not component or component in (".", "..") or "/" in component:
-        raise RefusedError(
-            f"--component {component!r} is not the name of a folder.", code=Code.INVALID_OPTION
-        )
+        text = f"--component {component!r} is not the name of a folder."
+        raise RefusedError(text, code=Code.INVALID_OPTION)
     if conventions.COMPONENT.search(component.removesuffix("_ema")):
         return _pipeline(path, source, component)
     inside = path / component

@@ -1,7 +1,6 @@
-"""Training order: by what checkpoints record of themselves, or by their names.
+"""Training order: by what checkpoints record, then by the words in names, then by a varying number.
 
-What a trainer wrote inside a checkpoint comes first, then the words in its name (step, epoch), then
-the one number that varies from name to name. Text order and modification times never order.
+Text order and modification times never order.
 """
 
 import re
@@ -16,25 +15,21 @@ from ckpt_ema.options import Selection
 from ckpt_ema.trainers import conventions
 
 _Keys = tuple[str, list[int]]  # what is counted, and the number of each entry
+_Facts = Callable[[Entry], Mapping[str, int]]
+_UNITS = ("step", "epoch")
 
 
 def ordered(entries: Sequence[Entry], selection: Selection) -> list[Checkpoint]:
-    """Return the entries of one series as checkpoints, oldest first.
-
-    Raises `RefusedError` if nothing orders them, if names and records disagree, or if two are the
-    same step.
-    """
+    """Return the entries of one series as checkpoints, oldest first; raises if that is unknown."""
     unit, keys = _keys(entries, selection)
     rows = sorted(zip(keys, entries, strict=True), key=lambda row: (row[0], row[1].name))
     for (key, earlier), (next_key, later) in pairwise(rows):
         if key == next_key:
-            raise RefusedError(
-                f"{earlier.name} and {later.name} are both {unit} {key}.",
-                "Choose with --pattern, or pass the checkpoints that belong together, oldest"
-                " first.",
-                code=Code.SAME_STEP,
-                path=earlier.path,
+            text = f"{earlier.name} and {later.name} are both {unit} {key}."
+            hint = (
+                "Choose with --pattern, or pass the checkpoints that belong together, oldest first."
             )
+            raise RefusedError(text, hint, code=Code.SAME_STEP, path=earlier.path)
     return [as_checkpoint(entry, unit, None if unit == "time" else key) for key, entry in rows]
 
 
@@ -75,11 +70,7 @@ def _keys(entries: Sequence[Entry], selection: Selection) -> _Keys:
     return keys
 
 
-def _shared(
-    entries: Sequence[Entry],
-    facts: Callable[[Entry], Mapping[str, int]],
-    units: Iterable[str] = ("step", "epoch"),
-) -> _Keys | None:
+def _shared(entries: Sequence[Entry], facts: _Facts, units: Iterable[str] = _UNITS) -> _Keys | None:
     """Return the first unit in which all entries have a number, and the numbers."""
     for unit in units:
         if all(unit in facts(entry) for entry in entries):
@@ -113,10 +104,8 @@ def named_keys(entries: Sequence[Entry]) -> _Keys | None:
 def _captured(match: re.Match[str]) -> int:
     text = match.groupdict().get("step") or match.group(1)
     if not text or not re.fullmatch(r"[0-9]+", text):
-        raise RefusedError(
-            f"--pattern captures {text!r} in {match.string}, which is not a step.",
-            code=Code.NO_STEPS,
-        )
+        why = f"--pattern captures {text!r} in {match.string}, which is not a step."
+        raise RefusedError(why, code=Code.NO_STEPS)
     return int(text)
 
 
@@ -138,14 +127,10 @@ def _check_versions(entries: Sequence[Entry]) -> None:
     version = versions[first]
     other = next(entry for entry in entries if versions[entry] != version)
     same = next((one for one in entries if one is not first and one.stem == first.stem), None)
-    what = "are the same step from two runs" if same else "are from two runs"
-    raise RefusedError(
-        f"{(same or other).name} and {first.name} {what} (Lightning adds {version} when a name is"
-        " taken).",
-        rf"Keep one set: --pattern '(?<!{version})\.ckpt$' or --pattern '{version}\.ckpt$'.",
-        code=Code.SEVERAL_RUNS,
-        path=first.path,
-    )
+    what = f"{first.name} are {'the same step ' if same else ''}from two runs"
+    text = f"{(same or other).name} and {what} (Lightning adds {version} when a name is taken)."
+    hint = rf"Keep one set: --pattern '(?<!{version})\.ckpt$' or --pattern '{version}\.ckpt$'."
+    raise RefusedError(text, hint, code=Code.SEVERAL_RUNS, path=first.path)
 
 
 def _check_names(entries: Sequence[Entry], unit: str) -> None:
@@ -156,13 +141,10 @@ def _check_names(entries: Sequence[Entry], unit: str) -> None:
         named = next((entry.numbers[word] for word in units if word in entry.numbers), recorded)
         if named != recorded:
             _, file = recorded_beside(entry.path, entry.source)
-            raise RefusedError(
-                f"{entry.name} records {unit} {recorded} in {file or 'its header'}; was it"
-                " renamed?",
-                "Order by what it records (--order metadata) or by its name (--order name).",
-                code=Code.CONTRADICTORY_STEPS,
-                path=entry.path,
-            )
+            where = f"{unit} {recorded} in {file or 'its header'}"
+            text = f"{entry.name} records {where}; was it renamed?"
+            hint = "Order by what it records (--order metadata) or by its name (--order name)."
+            raise RefusedError(text, hint, code=Code.CONTRADICTORY_STEPS, path=entry.path)
 
 
 def _check_rises(entries: Sequence[Entry], unit: str, keys: Sequence[int]) -> None:
@@ -193,7 +175,7 @@ def deciding_unit(one: Mapping[str, int], other: Mapping[str, int]) -> str | Non
     >>> deciding_unit({"step": 500, "epoch": 1}, {"step": 120, "epoch": 2})
     'epoch'
     """
-    shared = [unit for unit in ("step", "epoch") if unit in one and unit in other]
+    shared = [unit for unit in _UNITS if unit in one and unit in other]
     if len(shared) == 2 and (one["step"] - other["step"]) * (one["epoch"] - other["epoch"]) < 0:
         return "epoch"
     return shared[0] if shared else None

@@ -1,13 +1,8 @@
-"""From a folder, or a list of paths, to checkpoints in training order; no tensor is read.
-
-Every entry of the folder is judged, one series of candidates is chosen and ordered, names without
-a number are placed, and an incomplete newest checkpoint is left out. Where two readings of a folder
-are possible, the run is refused with the option that decides.
-"""
+"""From a folder or a list of paths to checkpoints in training order; two readings are refused."""
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,7 +14,7 @@ from ckpt_ema.find.aliases import place_aliases
 from ckpt_ema.find.candidates import Candidates, candidates_in
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint, Found
 from ckpt_ema.find.complete import without_incomplete
-from ckpt_ema.find.entries import Entry, is_hub_cache
+from ckpt_ema.find.entries import Entry, Verdicts, is_hub_cache
 from ckpt_ema.find.given import append, common_root, listed, none_selected, unmatched
 from ckpt_ema.find.model_files import locate, unsupported
 from ckpt_ema.find.names import numbers_in, stem_of, template_of
@@ -33,16 +28,11 @@ from ckpt_ema.trainers.table import Refusal
 
 
 def discover(paths: Sequence[Path], selection: Selection, source: Source) -> Found:
-    """Find the checkpoints in one folder, or take the given folders and files in their order.
-
-    Raises `RefusedError` if a path does not exist, if nothing is found, if it is in a format that
-    is not read, or if the folder can be read in two ways.
-    """
+    """Find the checkpoints in one folder, or take the given folders and files in their order."""
     for path in paths:
         if not source.storage.exists(path):
-            raise RefusedError(
-                f"{path} does not exist.", "Check the path.", code=Code.NOT_FOUND, path=path
-            )
+            text = f"{path} does not exist."
+            raise RefusedError(text, "Check the path.", code=Code.NOT_FOUND, path=path)
     if len(paths) == 1 and source.storage.is_folder(paths[0]):
         run = paths[0]
         if run.name == "snapshots" and is_hub_cache(run.parent, source):
@@ -63,36 +53,30 @@ def _in_run(run: Path, candidates: Candidates, selection: Selection, source: Sou
         found = _in_run(run, inner, selection, source)
         warnings = (*found.warnings, *_beside_container(candidates))
         return replace(found, root=run, warnings=warnings)
-    alone = _alone(candidates, selection, source)
-    return alone or _in_folder(run, candidates, selection, source)
+    return _alone(candidates, selection, source) or _in_folder(run, candidates, selection, source)
 
 
 def _in_folder(run: Path, candidates: Candidates, selection: Selection, source: Source) -> Found:
     """Return the checkpoints among the candidates of a folder, the run's own or one in it."""
     pattern_warnings = unmatched((entry.name for entry in candidates.entries), selection)
-    series = choose_series(candidates, selection, source)
+    series = choose_series(candidates, selection)
     steps = [entry for entry, verdict in series.items() if verdict.outcome is Outcome.STEP]
     if not steps:
         raise _nothing_found(candidates, {**candidates.verdicts, **series})
     numbered = ordered(steps, selection)
-    later, aliases = place_aliases(candidates.unnumbered, steps, numbered, selection, source)
+    later, aliases = place_aliases(candidates.unnumbered, steps, numbered, selection)
     appended = append((candidates.folder, run), [*numbered, *later], selection, source)
     verdicts = {**candidates.verdicts, **series, **aliases}
-    warnings = _warnings(verdicts, steps, numbered[-1], appended)
-    return Found(
-        run,
-        (*numbered, *later, *appended),
-        _all_judged(verdicts, appended),
-        (*pattern_warnings, *warnings),
-    )
+    warnings = (*pattern_warnings, *_warnings(verdicts, steps, numbered[-1], appended))
+    checkpoints = (*numbered, *later, *appended)
+    return Found(run, checkpoints, _all_judged(verdicts, appended), warnings)
 
 
 def _container_of(run: Path, selection: Selection, source: Source) -> Candidates | None:
     """Return what is in the folder that holds a run's checkpoints, which trainers name alike."""
-    paths = [
-        path for glob in conventions.CONTAINERS for path in _matching(run, glob.split("/"), source)
-    ]
-    inside = [candidates_in(path, selection, source) for path in dict.fromkeys(paths)]
+    globs = (glob.split("/") for glob in conventions.CONTAINERS)
+    paths = dict.fromkeys(path for glob in globs for path in _matching(run, glob, source))
+    inside = [candidates_in(path, selection, source) for path in paths]
     hits = [one for one in inside if one.numbered or one.unsupported]
     # What ranks have written is training state beside a model (prime-rl's checkpoints/, weights/).
     models = [
@@ -102,14 +86,9 @@ def _container_of(run: Path, selection: Selection, source: Source) -> Candidates
     ]
     hits = models if len(models) == 1 else hits
     if len(hits) > 1:
-        names = [os.path.relpath(one.folder, run) for one in hits]
-        raise RefusedError(
-            f"{run} contains {len(hits)} runs ({some(names)}), and an average across runs is not"
-            " one over training.",
-            "Pass one of them.",
-            code=Code.SEVERAL_RUNS,
-            path=run,
-        )
+        what = f"{len(hits)} runs ({some([os.path.relpath(one.folder, run) for one in hits])})"
+        text = f"{run} contains {what}, and an average across runs is not one over training."
+        raise RefusedError(text, "Pass one of them.", code=Code.SEVERAL_RUNS, path=run)
     return hits[0] if hits else None
 
 
@@ -131,8 +110,7 @@ def _alone(candidates: Candidates, selection: Selection, source: Source) -> Foun
     is_run = candidates.unsupported or candidates.skipped(Reason.NO_MODEL)
     # A model deeper than a checkpoint's own folders, or beside unreadable steps, is no step.
     own = None if is_run and not numbers_in(run.name) else locate(run, source, depth=1)
-    models = [entry.model for entry in numbered if entry.model]
-    if isinstance(own, ModelFiles) and own.path not in {model.path for model in models}:
+    if isinstance(own, ModelFiles) and own.path not in {e.model.path for e in numbered if e.model}:
         unit, step = step_in_name(Entry(run, source))
         checkpoint = Checkpoint(run, step, own, unit)
         members = {member.name.split("/")[0] for member in own.members}
@@ -153,23 +131,19 @@ def _check_selected(candidates: Candidates, selection: Selection) -> None:
     """Refuse a pattern or globs that leave nothing of a folder."""
     names = [entry.name for entry in candidates.entries]
     if selection.pattern and not candidates.unsupported:
-        raise RefusedError(
-            f"{candidates.folder} holds no checkpoint that matches --pattern {selection.pattern};"
-            f" its names are {some(names)}.",
-            code=Code.NO_MATCH,
-            path=candidates.folder,
-        )
+        what = f"{candidates.folder} holds no checkpoint that matches --pattern {selection.pattern}"
+        text = f"{what}; its names are {some(names)}."
+        raise RefusedError(text, code=Code.NO_MATCH, path=candidates.folder)
     unselected = candidates.skipped(*UNSELECTED)
     if unselected:
         unmatched(names, selection)
         raise none_selected(entry.name for entry in unselected)
 
 
-def _nothing_found(candidates: Candidates, verdicts: Mapping[Entry, Verdict]) -> RefusedError:
+def _nothing_found(candidates: Candidates, verdicts: Verdicts) -> RefusedError:
     """Return the error for a folder without checkpoints, with what is there."""
-    left_out = [
-        f"{e.name} ({one})" for e, one in verdicts.items() if one.outcome is not Outcome.OTHER
-    ]
+    rows = verdicts.items()
+    left_out = [f"{e.name} ({one})" for e, one in rows if one.outcome is not Outcome.OTHER]
     left_out += [entry.name for entry in candidates.unnumbered]
     others = [f"{entry.name}/" if entry.is_folder else entry.name for entry in verdicts]
     if left_out:
@@ -178,21 +152,15 @@ def _nothing_found(candidates: Candidates, verdicts: Mapping[Entry, Verdict]) ->
         seen = f" and found {len(others)} entries, none with model weights: {some(others)}"
     else:
         seen = "; the folder is empty"
-    return RefusedError(
+    text = (
         f"No checkpoints found in {candidates.folder}; looked for numbered folders or files with"
-        f" model weights (checkpoint-500, step_100, epoch=1-step=100.ckpt, ...){seen}.",
-        "If the weights are deeper, pass that folder, or choose names with --pattern.",
-        code=Code.NO_CHECKPOINTS,
-        path=candidates.folder,
+        f" model weights (checkpoint-500, step_100, epoch=1-step=100.ckpt, ...){seen}."
     )
+    hint = "If the weights are deeper, pass that folder, or choose names with --pattern."
+    return RefusedError(text, hint, code=Code.NO_CHECKPOINTS, path=candidates.folder)
 
 
-# --- Verdicts and warnings ------------------------------------------------------------------------
-
-
-def _all_judged(
-    verdicts: Mapping[Entry, Verdict], appended: Sequence[Checkpoint] = ()
-) -> tuple[Judged, ...]:
+def _all_judged(verdicts: Verdicts, appended: Sequence[Checkpoint] = ()) -> tuple[Judged, ...]:
     """Return the verdicts on all entries, series by number, and on appended ones from elsewhere."""
     entries = sorted(verdicts, key=lambda entry: (entry.template, entry.slots, entry.name))
     judged = [entry.judged(verdicts[entry]) for entry in entries]
@@ -202,10 +170,7 @@ def _all_judged(
 
 
 def _warnings(
-    verdicts: Mapping[Entry, Verdict],
-    steps: Sequence[Entry],
-    newest: Checkpoint,
-    appended: Sequence[Checkpoint],
+    verdicts: Verdicts, steps: Sequence[Entry], newest: Checkpoint, appended: Sequence[Checkpoint]
 ) -> Iterator[Notice]:
     """Yield warnings of entries that are left out, and of those that come after the newest step."""
     templates = {entry.template for entry in steps}
@@ -232,8 +197,8 @@ def _warnings(
     for entry in of_reason[Reason.INCOMPLETE]:
         yield Notice(Code.LEFT_OUT, f"{entry.name} is left out, {verdicts[entry].detail}.")
     for entry in of_reason[Reason.LATER]:
-        text = f"is used as the last step: it {verdicts[entry].detail}."
-        yield Notice(Code.DECIDED, f"{entry.name} {text}")
+        text = f"{entry.name} is used as the last step: it {verdicts[entry].detail}."
+        yield Notice(Code.DECIDED, text)
 
 
 def _beside_container(candidates: Candidates) -> list[Notice]:

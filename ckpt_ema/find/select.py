@@ -1,18 +1,30 @@
-"""Which of a run's checkpoints take part: by steps, distances, position, or a metric.
+"""Which of a run's checkpoints take part: by steps, then distances, then --last, then --best."""
 
-Options apply in this order: steps, distances, --last, --best. Each of several values of --last or
---best is a selection of its own.
-"""
-
-from collections.abc import Sequence
-from typing import NamedTuple
+import contextlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ckpt_ema.containers.source import Source
-from ckpt_ema.errors import Code, RefusedError, flag, some
-from ckpt_ema.find.checkpoint import Checkpoint, Found, needed_steps
-from ckpt_ema.find.metrics import higher_is_better, metric_values
+from ckpt_ema.errors import Code, IncompleteError, OptionError, RefusedError, flag, some
+from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint, Found, needed_steps
+from ckpt_ema.find.entries import json_object
+from ckpt_ema.find.names import stem_of
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
+from ckpt_ema.trainers import conventions
+
+_LOWER_IS_BETTER = re.compile(
+    r"(loss|perplexity|ppl|wer|cer|ter|eer|error|err|mae|mse|rmse|nll|fid|kid|bpb|bpc)\d*$"
+)
+_HIGHER_IS_BETTER = re.compile(
+    r"(acc|accuracy|f1|bleu|rouge[a-z]*|chrf|meteor|map|iou|miou|auc|auroc|precision|recall|top|em"
+    r"|match|r2|pearson|spearman|psnr|ssim|score|rewards?|mcc|correlation|dice|ndcg|mrr|pass)\d*$"
+)
+
+Metrics = Mapping[str, float]
 
 
 class Subset(NamedTuple):
@@ -23,7 +35,7 @@ class Subset(NamedTuple):
 
 
 class Subsets(NamedTuple):
-    """The selections, and what to say of them."""
+    """The selections, one for each value of --last and --best, and what to say of them."""
 
     subsets: tuple[Subset, ...]
     notes: tuple[Notice, ...]
@@ -31,21 +43,14 @@ class Subsets(NamedTuple):
 
 
 def select(found: Found, selection: Selection, source: Source) -> Subsets:
-    """Choose among a run's checkpoints.
-
-    Raises `RefusedError` if nothing is left, if a requested step does not exist, or if the run does
-    not have what an option counts.
-    """
+    """Choose among a run's checkpoints; raises if nothing is left or a step does not exist."""
     checkpoints = found.checkpoints
     asked = _asked(selection)
     chosen = _apart(_by_step(checkpoints, selection, asked), selection)
     chosen = chosen[::-1][:: selection.every or 1][::-1]
     if not chosen:
-        raise RefusedError(
-            f"{asked} leaves none of {len(checkpoints)} checkpoints, {checkpoints[0].name} to"
-            f" {checkpoints[-1].name}.",
-            code=Code.NOTHING_SELECTED,
-        )
+        run = f"{len(checkpoints)} checkpoints, {checkpoints[0].name} to {checkpoints[-1].name}"
+        raise RefusedError(f"{asked} leaves none of {run}.", code=Code.NOTHING_SELECTED)
     warnings: list[Notice] = []
     subsets = []
     for last in selection.last or (None,):
@@ -64,10 +69,8 @@ def select(found: Found, selection: Selection, source: Source) -> Subsets:
 
 
 def _too_many(option: str, count: int | None, available: int) -> list[Notice]:
-    if count is None or count <= available:
-        return []
     text = f"{option} {count} takes all {available} checkpoints that there are."
-    return [Notice(Code.FEW_CHECKPOINTS, text)]
+    return [Notice(Code.FEW_CHECKPOINTS, text)] if count and count > available else []
 
 
 def _by_step(
@@ -80,24 +83,18 @@ def _by_step(
     for checkpoint in checkpoints:
         step = checkpoint.step
         if step is None:
-            raise RefusedError(
-                f"{asked} chooses by step, and no step is known for {checkpoint.name}.",
-                "Choose by name, with --include and --exclude.",
-                code=Code.NO_STEPS,
-                path=checkpoint.path,
-            )
+            text = f"{asked} chooses by step, and no step is known for {checkpoint.name}."
+            hint = "Choose by name, with --include and --exclude."
+            raise RefusedError(text, hint, code=Code.NO_STEPS, path=checkpoint.path)
         steps.append(step)
         is_between = (low is None or low <= step) and (high is None or step <= high)
         if is_between and (ranges is None or any(a <= step <= b for a, b in ranges)):
             chosen.append(checkpoint)
     for first, last in ranges or ():
         if first == last and first not in steps:
-            nearest = sorted(steps, key=lambda step: abs(step - first))[:3]
-            raise RefusedError(
-                f"--steps {first}: no checkpoint has this number; the nearest are"
-                f" {some(sorted(nearest))}.",
-                code=Code.NO_SUCH_STEP,
-            )
+            nearest = some(sorted(sorted(steps, key=lambda step: abs(step - first))[:3]))
+            text = f"--steps {first}: no checkpoint has this number; the nearest are {nearest}."
+            raise RefusedError(text, code=Code.NO_SUCH_STEP)
     return chosen
 
 
@@ -122,12 +119,10 @@ def _best(
     # Logs of those that do not take part may have values of these.
     run = [*(one.path for one in found.left_out), *(one.path for one in found.checkpoints)]
     # Before the direction is asked for: the name may be a slip.
-    values = metric_values(checkpoints, run, selection.metric, source)
+    values = _metric_values(checkpoints, run, selection.metric, source)
     sign = -1 if higher_is_better(selection.metric, selection.metric_mode) else 1
     ranked = sorted(range(len(values)), key=lambda number: (sign * values[number], -number))
-    return [
-        (best, [checkpoints[number] for number in sorted(ranked[:best])]) for best in selection.best
-    ]
+    return [(best, [checkpoints[n] for n in sorted(ranked[:best])]) for best in selection.best]
 
 
 def _asked(selection: Selection) -> str:
@@ -142,3 +137,107 @@ def _asked(selection: Selection) -> str:
         "--best": ",".join(map(str, selection.best or ())),
     }
     return " ".join(f"{name} {value}" for name, value in values.items() if value not in (None, ""))
+
+
+# --- Metrics: from logs and results of trainers, names and torch files ----------------------------
+
+
+def _metric_values(
+    checkpoints: Sequence[Checkpoint], run: Sequence[Path], metric: str, source: Source
+) -> list[float]:
+    """Return the value of `metric` for each checkpoint; raises if it is missing or NaN for some."""
+    logged = _logs(run, source)
+    logs = [logged.get(one.step, {}) if one.unit in STEP_UNITS else {} for one in checkpoints]
+    found = [{**log, **_metrics(one, source)} for one, log in zip(checkpoints, logs, strict=True)]
+    # transformers takes the name without "eval_" too.
+    name = next((n for n in (metric, f"eval_{metric}") if any(n in one for one in found)), None)
+    if name is None:
+        known = sorted(set().union(*found))
+        instead = f"they record {some(known, 8)}" if known else "no metrics found"
+        raise RefusedError(f"no checkpoint records {metric!r}; {instead}.", code=Code.NO_METRIC)
+    values = [one.get(name) for one in found]
+    rows = [*zip((checkpoint.name for checkpoint in checkpoints), values, strict=True)]
+    missing = [one for one, value in rows if value is None]
+    undefined = [one for one, value in rows if value is not None and math.isnan(value)]
+    if missing or undefined:
+        where = f"{len(missing or undefined)} of {len(rows)} checkpoints"
+        what = f"{name} is {'missing' if missing else 'NaN'} for {where}"
+        hint = "Leave these out with --exclude, or choose without --best."
+        raise RefusedError(f"{what}: {some(missing or undefined)}.", hint, code=Code.NO_METRIC)
+    return [value for value in values if value is not None]
+
+
+def higher_is_better(metric: str, mode: str) -> bool:
+    """Return whether higher is better, by `mode` ("min", "max") or, for "auto", by the name.
+
+    >>> higher_is_better("eval_loss", "auto"), higher_is_better("val/top1", "auto")
+    (False, True)
+    """
+    if mode != "auto":
+        return mode == "max"
+    words = re.findall(r"[a-z]+[0-9]*", metric.lower())
+    lower = any(_LOWER_IS_BETTER.match(word) for word in words)
+    higher = any(_HIGHER_IS_BETTER.match(word) for word in words)
+    if lower == higher:
+        text = f"cannot tell from its name whether a high or a low {metric} is better."
+        hint = "Add --metric-mode max or --metric-mode min."
+        raise OptionError(text, hint, code=Code.CONFLICTING_OPTIONS)
+    return higher
+
+
+def _metrics(checkpoint: Checkpoint, source: Source) -> Metrics:
+    """Return what one checkpoint has by itself; values closest to the weights win."""
+    path = checkpoint.path
+    found: dict[str, float] = {}
+    if source.storage.is_folder(path):
+        for name in sorted(source.storage.names(path)):
+            if conventions.METRIC_FILES.search(name):
+                found.update(_numbers(json_object(source.storage.read(path / name))))
+    else:
+        for extension, parse in ((".json", json_object), (".yaml", _yaml_numbers)):
+            beside = path.with_name(stem_of(path.name) + extension)
+            found.update(_numbers(parse(source.storage.read(beside))))
+        with contextlib.suppress(IncompleteError):  # judged if it is chosen
+            found.update(source.read(checkpoint.model).numbers)
+    return {**found, **_named(checkpoint.name)}
+
+
+def _logs(folders: Sequence[Path], source: Source) -> dict[int | None, dict[str, float]]:
+    """Return what `trainer_state.json` has logged, by step; a later checkpoint has all of it."""
+    logged: dict[int | None, dict[str, float]] = {}
+    for folder in folders:
+        state = json_object(source.storage.read(folder / conventions.TRAINER_STATE))
+        history = state.get("log_history")
+        for entry in history if isinstance(history, list) else []:
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                values = {k: v for k, v in _numbers(entry).items() if k not in ("step", "epoch")}
+                logged.setdefault(entry["step"], {}).update(values)
+    return logged
+
+
+def _named(name: str) -> Metrics:
+    """Return the metrics in a name, as Lightning writes them: `epoch=3-val_loss=0.12.ckpt`.
+
+    >>> _named("epoch=3-val_loss=-1e-2.ckpt")
+    {'val_loss': -0.01}
+    """
+    pairs = (match[0].split("=", 1) for match in conventions.METRIC.finditer(stem_of(name)))
+    return {word: float(value) for word, value in pairs}
+
+
+def _numbers(content: Mapping[str, Any]) -> Metrics:
+    return {
+        str(name): float(value)
+        for name, value in content.items()
+        if isinstance(value, float)
+        or (type(value) is int and abs(value) < 10**300)  # no bool, and none that overflows
+    }
+
+
+def _yaml_numbers(content: bytes | None) -> Metrics:
+    """Return the numbers at the top of a YAML text."""
+    text, found = (content or b"").decode("utf-8", "replace"), {}
+    for name, value in re.findall(r"^([A-Za-z_][\w/]*):\s*(\S+)\s*$", text, re.MULTILINE):
+        with contextlib.suppress(ValueError):
+            found[name] = float(value.replace(".nan", "nan").replace(".inf", "inf"))
+    return found

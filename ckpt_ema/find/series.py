@@ -3,15 +3,14 @@
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ckpt_ema.containers.compare import same_values
-from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import is_safetensors
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
 from ckpt_ema.find.candidates import Candidates
-from ckpt_ema.find.entries import Entry
+from ckpt_ema.find.entries import Entry, Verdicts
 from ckpt_ema.find.names import bare_of, captures_step, pattern_of
 from ckpt_ema.find.verdict import Outcome, Reason, Verdict, alias, skipped
 from ckpt_ema.options import Selection
@@ -19,18 +18,13 @@ from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 from ckpt_ema.trainers.table import Refusal
 
-_Verdicts = Mapping[Entry, Verdict]
 
-
-def choose_series(found: Candidates, selection: Selection, source: Source) -> dict[Entry, Verdict]:
-    """Return the verdict on each numbered entry; steps are those of the series that is the run.
-
-    Raises `RefusedError` if there are several, or if a step is in a format that is not read.
-    """
+def choose_series(found: Candidates, selection: Selection) -> dict[Entry, Verdict]:
+    """Return the verdict on each numbered entry; raises if several series may be the run."""
     steps = found.numbered
     verdicts: dict[Entry, Verdict] = {}
     for name, rule in _RULES:
-        decided = rule(steps, selection, source)
+        decided = rule(steps, selection)
         verdicts |= {entry: replace(verdict, rule=name) for entry, verdict in decided.items()}
         steps = tuple(entry for entry in steps if entry not in decided)
     for entry in found.unsupported:
@@ -38,14 +32,14 @@ def choose_series(found: Candidates, selection: Selection, source: Source) -> di
     return verdicts | dict.fromkeys(steps, Verdict(Outcome.STEP, Reason.NUMBERED, "series"))
 
 
-def _beside_files(steps: Sequence[Entry], _selection: Selection, _source: Source) -> _Verdicts:
+def _beside_files(steps: Sequence[Entry], _selection: Selection) -> Verdicts:
     """Leave out folders beside files of their names, which hold something else."""
     files = {entry.template for entry in steps if not entry.is_folder}
     folders = [entry for entry in steps if entry.is_folder and entry.template in files]
     return dict.fromkeys(folders, skipped(Reason.BESIDE_FILE))
 
 
-def _same_steps(steps: Sequence[Entry], selection: Selection, _source: Source) -> _Verdicts:
+def _same_steps(steps: Sequence[Entry], selection: Selection) -> Verdicts:
     """Of several series that are one, leave out what records the step of an earlier entry."""
     if not _record_their_steps(steps, selection):
         return {}
@@ -58,7 +52,7 @@ def _same_steps(steps: Sequence[Entry], selection: Selection, _source: Source) -
     return verdicts
 
 
-def _only_ones(steps: Sequence[Entry], selection: Selection, _source: Source) -> _Verdicts:
+def _only_ones(steps: Sequence[Entry], selection: Selection) -> Verdicts:
     """Leave out lone names beside a series; raises if several series remain."""
     if captures_step(selection.pattern) or _record_their_steps(steps, selection):
         return {}
@@ -69,45 +63,40 @@ def _only_ones(steps: Sequence[Entry], selection: Selection, _source: Source) ->
         names = {entry.template: entry.name for entry in reversed(steps)}
         series = " and ".join(f"{count} × {template}" for template, count in several.items())
         patterns = [f"--pattern '{pattern_of(template, names[template])}'" for template in several]
-        raise RefusedError(
-            f"{run} holds {len(several)} series of checkpoints, {series}; they may be the same"
-            " states saved twice.",
-            f"Choose one: {' or '.join(patterns)}.",
-            code=Code.SEVERAL_SERIES,
-            path=run,
-        )
+        what = f"{run} holds {len(several)} series of checkpoints, {series}"
+        text, hint = f"{what}; they may be the same states saved twice.", " or ".join(patterns)
+        raise RefusedError(text, f"Choose one: {hint}.", code=Code.SEVERAL_SERIES, path=run)
     lone = skipped(Reason.ONLY_ONE)
     return {entry: lone for entry in steps if entry.template not in several}
 
 
-def _outputs_of_ours(steps: Sequence[Entry], _selection: Selection, source: Source) -> _Verdicts:
+def _outputs_of_ours(steps: Sequence[Entry], _selection: Selection) -> Verdicts:
     """Leave out files that ckpt-ema wrote; `candidates` has folders."""
     ours: dict[Entry, Verdict] = {}
     for entry in steps:
         if is_safetensors(entry.path.name) and entry.model and not entry.is_folder:
             with contextlib.suppress(IncompleteError):  # judged later
-                if any(conventions.PROVENANCE_KEY in h for h in source.read(entry.model).metadata):
+                headers = entry.source.read(entry.model).metadata
+                if any(conventions.PROVENANCE_KEY in header for header in headers):
                     ours[entry] = skipped(Reason.OWN_OUTPUT)
     return ours
 
 
-def _same_files(steps: Sequence[Entry], _selection: Selection, source: Source) -> _Verdicts:
-    """Leave out further names of a file or folder; links come after what they lead to.
-
-    The files of the Hub's revisions are links to shared blobs: raises for two with one content.
-    """
+def _same_files(steps: Sequence[Entry], _selection: Selection) -> Verdicts:
+    """Leave out further names of a file or folder; raises for revisions with one content."""
     verdicts: dict[Entry, Verdict] = {}
     unique: dict[object, Entry] = {}
-    for entry in sorted(steps, key=lambda one: (source.storage.is_link(one.path), one.path.name)):
-        first = unique.setdefault(_identity(entry, source), entry)
+    # Links come after what they lead to.
+    for entry in sorted(steps, key=lambda e: (e.source.storage.is_link(e.path), e.path.name)):
+        first = unique.setdefault(_identity(entry), entry)
         if first is not entry and not entry.is_revision:
             verdicts[entry] = alias(Reason.SAME_FILE, f"the same file as {first.name}")
-        elif first is not entry and not source.reading.allow_duplicates:
+        elif first is not entry and not entry.source.reading.allow_duplicates:
             raise same_values(first.name, entry.name)
     return verdicts
 
 
-_Rule = Callable[[Sequence[Entry], Selection, Source], _Verdicts]
+_Rule = Callable[[Sequence[Entry], Selection], Verdicts]
 _RULES: tuple[tuple[str, _Rule], ...] = (
     ("folder-beside-file", _beside_files),
     ("same-step", _same_steps),
@@ -123,12 +112,9 @@ def _unsupported(entry: Entry, steps: Sequence[Entry], selection: Selection) -> 
     assert isinstance(located, Refusal)
     is_step = (entry.template, entry.is_folder) in {(one.template, one.is_folder) for one in steps}
     if is_step and not selection.skip_incomplete:
-        raise RefusedError(
-            f"{entry.path} is {located.what}, unlike other steps of the run.",
-            f"{located.instead} Or leave such steps out with --skip-incomplete.",
-            code=Code.UNSUPPORTED_FORMAT,
-            path=entry.path,
-        )
+        text = f"{entry.path} is {located.what}, unlike other steps of the run."
+        hint = f"{located.instead} Or leave such steps out with --skip-incomplete."
+        raise RefusedError(text, hint, code=Code.UNSUPPORTED_FORMAT, path=entry.path)
     return Verdict(Outcome.REFUSED, Reason.UNSUPPORTED, "unsupported", located.what)
 
 
@@ -143,14 +129,13 @@ def _record_their_steps(steps: Sequence[Entry], selection: Selection) -> bool:
     )
 
 
-def _identity(entry: Entry, source: Source) -> object:
-    """Return a value that is equal for two names of one checkpoint: of its files, or its folder.
-
-    Different checkpoints may share an index of shards or chunks, or one of several models.
-    """
+def _identity(entry: Entry) -> object:
+    """Return a value that is equal for two names of one checkpoint: of its files, or its folder."""
     assert entry.model is not None
+    storage = entry.source.storage
+    # Different checkpoints may share an index of shards or chunks, or one of several models.
     files = [os.path.join(entry.model.folder, member.name) for member in entry.model.members]
     is_list = any(f.endswith((conventions.INDEX_SUFFIX, conventions.DCP_METADATA)) for f in files)
-    if is_list or any(source.storage.kind(file) is Kind.ABSENT for file in files):
-        return source.storage.file_id(entry.path)
-    return tuple(source.storage.file_id(file) for file in files)
+    if is_list or any(storage.kind(file) is Kind.ABSENT for file in files):
+        return storage.file_id(entry.path)
+    return tuple(map(storage.file_id, files))
