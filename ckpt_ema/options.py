@@ -11,8 +11,14 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 
 from ckpt_ema import values as of
 from ckpt_ema.errors import Code, OptionError, flag
-from ckpt_ema.schedules.rules import Rule, make_rules
-from ckpt_ema.schedules.table import DEFAULT_SCHEDULE, EXPLICIT, OPTIONS, SCHEDULES
+from ckpt_ema.schedules.rules import (
+    DEFAULT_SCHEDULE,
+    EXPLICIT,
+    OPTIONS,
+    SCHEDULES,
+    Rule,
+    make_rules,
+)
 from ckpt_ema.values import Values
 
 PathLike = str | os.PathLike[str]

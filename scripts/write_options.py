@@ -8,7 +8,7 @@ from itertools import groupby
 from ckpt_ema.cli.average import average
 from ckpt_ema.cli.options import rows_of
 from ckpt_ema.options import CHECKPOINTS, COMMON, ENGINE, MODEL, OUTPUT, SCHEDULE, Row
-from ckpt_ema.schedules.table import OPTIONS, SYNONYMS
+from ckpt_ema.schedules.rules import OPTIONS, SYNONYMS
 from ckpt_ema.values import FLAG
 
 _INTRODUCTION = """# Options

@@ -117,7 +117,7 @@ def test_examples_in_docstrings_are_true(module: str) -> None:
 PURE = {
     *("os.PathLike", "os.fspath", "os.fsencode", "os.fsdecode", "os.environ", "os.environ.get"),
     *("os.path.join", "os.path.split", "os.path.basename", "os.path.dirname", "os.path.normpath"),
-    *("os.path.relpath", "os.path.commonpath", "os.path.abspath"),
+    *("os.path.relpath", "os.path.commonpath", "os.path.commonprefix", "os.path.abspath"),
     *("os.cpu_count", "os.sched_getaffinity"),
 }
 OF_THE_DISK = {

@@ -124,13 +124,13 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
     message = f"Not tensors, so not in the average: {some(others)}."
     notes = (*model.notes, Notice(Code.LEFT_OUT, message)) if others else model.notes
     every_chunk = [chunk for _, chunks in tensors.values() for chunk in chunks]
-    located = _located(os.path.dirname(path), every_chunk, storage)
-    files = (metadata, *located.files)
+    data_files, pieces, holes = _located(os.path.dirname(path), every_chunk, storage)
+    files = (metadata, *data_files)
     joined = {
-        name: _joined(tensor, [located.pieces[chunk] for chunk in chunks])
+        name: _joined(tensor, [pieces[chunk] for chunk in chunks])
         for name, (tensor, chunks) in tensors.items()
     }
-    return Specs(joined, files, ({},) * len(files), notes, model.warnings, located.holes)
+    return Specs(joined, files, ({},) * len(files), notes, model.warnings, holes)
 
 
 def _unpickled(path: str, raw: bytes) -> _Record:
@@ -265,28 +265,22 @@ def _meet(one: Box, other: Box) -> bool:
     return all(a < b + m and b < a + n for a, n, b, m in zip(*one, *other, strict=True))
 
 
-class _Located(NamedTuple):
-    """The data files, and where in them the elements of each chunk are."""
-
-    files: list[FileSpec]
-    pieces: dict[_Chunk, Piece]
-    holes: dict[str, int]
-
-
-def _located(folder: str, every_chunk: Iterable[_Chunk], storage: Storage) -> _Located:
-    """Find the chunks of all tensors; every file is opened once."""
+def _located(
+    folder: str, every_chunk: Iterable[_Chunk], storage: Storage
+) -> tuple[list[FileSpec], dict[_Chunk, Piece], dict[str, int]]:
+    """Return the data files, where each chunk is in them, and their holes; each is opened once."""
     by_file: dict[str, list[_Chunk]] = {}
     for chunk in every_chunk:
         by_file.setdefault(chunk.file, []).append(chunk)
-    located = _Located([], {}, {})
+    files, pieces, holes = list[FileSpec](), dict[_Chunk, Piece](), dict[str, int]()
     for number, (name, chunks) in enumerate(sorted(by_file.items()), start=1):
         path = present(folder, "its metadata", name, storage)
         with storage.open(path) as file:
-            located.files.append(FileSpec(path, *file.identity, ""))
+            files.append(FileSpec(path, *file.identity, ""))
             hole = file.first_hole()
-            located.holes.update({} if hole is None else {path: hole})
-            located.pieces.update({chunk: _piece(file, number, chunk) for chunk in chunks})
-    return located
+            holes |= {} if hole is None else {path: hole}
+            pieces |= {chunk: _piece(file, number, chunk) for chunk in chunks}
+    return files, pieces, holes
 
 
 def _piece(file: OpenFile, number: int, chunk: _Chunk) -> Piece:

@@ -23,8 +23,6 @@ from ckpt_ema.trainers.conventions import (
 ALREADY_AVERAGED = (
     "are averaged already (their decay is unknown); averaging them again smooths twice"
 )
-
-
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # in names of hostile pickles; cannot be written
 
 _Kind = type | tuple[type, ...]

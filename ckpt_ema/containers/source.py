@@ -63,9 +63,8 @@ def read_specs(model: ModelFiles, storage: Storage, key: str | None = None) -> S
         for number, member in enumerate(model.members)
     ]
     specs = read[0] if len(read) == 1 else shards.joined(read)
-    names = [name for one in read for name in one.tensors]
-    if len(names) > len(specs.tensors):
-        twice = next(name for name in specs.tensors if names.count(name) > 1)
+    if sum(len(one.tensors) for one in read) > len(specs.tensors):
+        twice = next(n for n in specs.tensors if sum(n in one.tensors for one in read) > 1)
         raise refused(model.folder, "is in two of its model files", tensor=twice)
     prefixes = tuple(member.prefix for member in model.members)
     notes, recorded = model.notes + specs.notes, read[0].recorded

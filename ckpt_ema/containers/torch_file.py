@@ -77,7 +77,6 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
 
 
 def _left_out(values: Any, tensors: Any, ignored: list[str]) -> list[Notice]:
-    """Return notes on what is not read: in the model, and beside it."""
     others = [name for name in values if name not in tensors]
     classes = [name for name in ignored if not name.startswith(_PLAIN)]
     rows = (("Not tensors, so not in the average", others), ("Pickled objects not read", classes))

@@ -9,9 +9,8 @@ from ckpt_ema.find.checkpoint import Checkpoint, gaps, known_steps, needed_steps
 from ckpt_ema.find.select import Subset
 from ckpt_ema.options import Weighting
 from ckpt_ema.schedules.explicit import matched, read_weights
-from ckpt_ema.schedules.rules import Rule
+from ckpt_ema.schedules.rules import EXPLICIT, Rule
 from ckpt_ema.schedules.statistics import Statistics, statistics
-from ckpt_ema.schedules.table import EXPLICIT
 from ckpt_ema.schedules.weights import decays_of, weights_of
 from ckpt_ema.targets.target import Output
 

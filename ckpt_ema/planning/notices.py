@@ -17,8 +17,7 @@ from ckpt_ema.planning.output import LaidOut
 from ckpt_ema.planning.same_model import Compared
 from ckpt_ema.schedules import dynamic
 from ckpt_ema.schedules.by_step import sigma_rel_of
-from ckpt_ema.schedules.rules import short
-from ckpt_ema.schedules.table import EXPLICIT
+from ckpt_ema.schedules.rules import EXPLICIT, short
 from ckpt_ema.trainers import conventions
 
 # How much longer than usual a gap may be.

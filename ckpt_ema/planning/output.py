@@ -32,17 +32,18 @@ def find_destination(
     output = Path(asked) if asked is not None else _sibling(found.root)
     links = [c.model.path for c in found.checkpoints if storage.is_link(c.model.path)]
     inputs = [*paths, *(checkpoint.path for checkpoint in found.checkpoints), *links]
-    here = storage_for(output)
-    [real] = here.real_paths([output])
-    for path, source in zip(inputs, storage.real_paths(inputs), strict=True):
+    sources = storage.real_paths(inputs)
+    storage = storage_for(output)
+    [real] = storage.real_paths([output])
+    for path, source in zip(inputs, sources, strict=True):
         if f"{real}/".startswith(f"{source}/") or f"{source}/".startswith(f"{real}/"):
             message, hint = f"{output} overlaps the input {path}.", "Choose another with --output."
             raise RefusedError(message, hint, code=Code.OUTPUT_OVERLAPS_INPUT, path=output)
-    if not here.is_folder(output.parent):
+    if not storage.is_folder(output.parent):
         message = f"{output.parent}, the folder of the output, is not an existing folder."
         hint = "Create it first."
         raise RefusedError(message, hint, code=Code.INVALID_OUTPUT, path=output.parent)
-    if here.exists(output) and here.kind(output) not in (Kind.FILE, Kind.FOLDER):
+    if storage.exists(output) and storage.kind(output) not in (Kind.FILE, Kind.FOLDER):
         message = f"{output} exists and is neither a file nor a folder."
         raise RefusedError(message, code=Code.INVALID_OUTPUT, path=output)
     return output

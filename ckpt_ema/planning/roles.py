@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import NamedTuple
 
 from ckpt_ema.containers.specs import AVERAGED, Role, Specs, TensorSpec
 from ckpt_ema.errors import Code, RefusedError, some
 
 # What GPTQ, AWQ and bitsandbytes call the codes and scales of a quantised weight.
-_CODE = re.compile(r"(^|\.)(qweight|qzeros|absmax|quant_state\.\w+|weight\.absmax)$")
+_CODE = re.compile(r"(?:^|\.)(?:qweight|qzeros|absmax|quant_state\.\w+)$")
 _NUMBER = re.compile(r"(?<![^\W_])\d+(?![^\W_])")
 
 
@@ -29,13 +30,13 @@ class Reason(Enum):
     NOT_IN_NEWEST = "not in the newest checkpoint"
 
 
-class Tensor(NamedTuple):
+class Facts(NamedTuple):
     """What rules judge by."""
 
-    name: str
-    spec: TensorSpec
-    is_tied: bool  # an earlier name has the same bytes in every checkpoint
+    is_code: bool  # by its name
     is_emptied: bool  # without elements, like most tensors of its checkpoint
+    is_tied: bool  # an earlier name has the same bytes in every checkpoint
+    is_float: bool
 
 
 class Rule(NamedTuple):
@@ -44,7 +45,7 @@ class Rule(NamedTuple):
     name: str
     role: Role
     reason: Reason
-    takes: Callable[[Tensor], object]
+    takes: Callable[[Facts], bool]
     refusal: tuple[str, str] = ("", "")  # what a refused checkpoint holds, and what to do about it
 
 
@@ -58,10 +59,10 @@ _PLACEHOLDERS = (
 )
 # The first rule that takes a tensor decides.
 RULES = (
-    Rule("quantised", Role.REFUSED, Reason.QUANTISED, lambda t: _CODE.search(t.name), _CODES),
-    Rule("emptied", Role.REFUSED, Reason.EMPTIED, lambda t: t.is_emptied, _PLACEHOLDERS),
-    Rule("tied", Role.TIED, Reason.SHARED_BYTES, lambda t: t.is_tied),
-    Rule("not-float", Role.KEPT, Reason.NOT_FLOAT, lambda t: t.spec.dtype not in AVERAGED),
+    Rule("quantised", Role.REFUSED, Reason.QUANTISED, lambda one: one.is_code, _CODES),
+    Rule("emptied", Role.REFUSED, Reason.EMPTIED, lambda one: one.is_emptied, _PLACEHOLDERS),
+    Rule("tied", Role.TIED, Reason.SHARED_BYTES, lambda one: one.is_tied),
+    Rule("not-float", Role.KEPT, Reason.NOT_FLOAT, lambda one: not one.is_float),
     Rule("float", Role.AVERAGED, Reason.FLOAT, lambda _: True),
 )
 
@@ -100,16 +101,23 @@ def judge(
     """
     floats = [spec for spec in newest.tensors.values() if spec.dtype in AVERAGED]
     mostly_empty = 2 * sum(spec.shape == (0,) for spec in floats) > len(floats)
-    first_of = _tied(newest.tensors, layouts)
+    codes, first_of = set(filter(_CODE.search, newest.tensors)), _tied(newest.tensors, layouts)
     rulings: dict[str, Ruling] = {}
     for key, spec in newest.tensors.items():
-        is_emptied = mostly_empty and spec.shape == (0,) and spec.dtype in AVERAGED
-        tensor = Tensor(key, spec, key in first_of, is_emptied)
-        rule = next(rule for rule in RULES if rule.takes(tensor))
-        made = rulings[first_of[key]].made if rule.role is Role.TIED else rule.role
-        rulings[key] = Ruling(rule, made)
+        is_float = spec.dtype in AVERAGED
+        is_emptied = mostly_empty and is_float and spec.shape == (0,)
+        ruling = _ruling(key in codes, is_emptied, key in first_of, is_float)
+        if ruling.made is Role.TIED:
+            ruling = Ruling(ruling.rule, rulings[first_of[key]].made)
+        rulings[key] = ruling
     _check(rulings, name)
     return rulings
+
+
+@cache  # a model may have 100 000 tensors, of few kinds
+def _ruling(*facts: bool) -> Ruling:
+    rule = next(rule for rule in RULES if rule.takes(Facts(*facts)))
+    return Ruling(rule, rule.role)
 
 
 def _check(rulings: Mapping[str, Ruling], name: str) -> None:

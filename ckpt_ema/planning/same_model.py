@@ -57,9 +57,9 @@ def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
 
     Memory then does not grow with the number of checkpoints.
     """
-    shared: list[Specs] = []
-    for specs in checkpoints:
-        earlier = shared[-1].tensors if shared else specs.tensors
+    shared = [*checkpoints[:1]]
+    for specs in checkpoints[1:]:
+        earlier = shared[-1].tensors
         same = specs.tensors is not earlier and specs.tensors == earlier
         shared.append(replace(specs, tensors=earlier) if same else specs)
     return shared

@@ -89,21 +89,20 @@ def make_work(
     number_of = {identity: number for number, identity in enumerate(by_identity)}
     layouts = list(by_identity.values())
     # Tied tensors share their bytes in every checkpoint: they are one span with several places.
-    untied: dict[tuple[object, ...], Span] = {}
+    untied: dict[object, Span] = {}
     files = [(j, newest, file) for j, (newest, files) in enumerate(outputs) for file in files]
     for number, (average, newest, file) in enumerate(files):
         for tensor in sorted(file.tensors, key=attrgetter("offset")):
             place = Place(average, number, tensor.offset, tensor.dtype)
-            averaged, elements = tensor.averaged, math.prod(tensor.shape)
-            specs = layouts if averaged else [checkpoints[newest]]
-            sources = tuple(one.tensors[tensor.key] for one in specs)
-            origin = (None if averaged else newest, *sources)
-            twin = untied.get(origin)
-            if twin:
-                untied[origin] = twin._replace(places=(*twin.places, place))
-            elif elements:
-                length = elements if averaged else sources[0].size_bytes
-                untied[origin] = Span(length, None if averaged else newest, (place,), sources)
+            kept_from = None if tensor.averaged else newest
+            specs = layouts if tensor.averaged else [checkpoints[newest]]
+            sources = tuple([one.tensors[tensor.key] for one in specs])
+            elements = math.prod(tensor.shape)
+            length = elements if tensor.averaged else sources[0].size_bytes
+            first = Span(length, kept_from, (place,), sources)
+            span = untied.setdefault((kept_from, sources), first) if elements else first
+            if span is not first:
+                untied[kept_from, sources] = span._replace(places=(*span.places, place))
     layout_of = tuple(number_of[id(specs.tensors)] for specs in checkpoints)
     return Work(tuple(_joined(untied.values())), layout_of)
 
@@ -114,7 +113,8 @@ def _joined(spans: Iterable[Span]) -> Iterator[Span]:
     was_alone = False
     for span in spans:
         # Tied names and pieces are never joined.
-        is_alone = span.in_pieces or len(span.dtypes) < len(span.places)
+        has_tied = len(span.places) > 1 and len(span.dtypes) < len(span.places)
+        is_alone = has_tied or span.in_pieces
         if joined and last and not (is_alone or was_alone) and _follows(last, span):
             joined = joined._replace(length=joined.length + span.length)
         else:
@@ -130,12 +130,13 @@ def _follows(span: Span, other: Span) -> bool:
     """Return whether `other` begins where `span` ends, in every checkpoint and in every output."""
     if span.kept_from != other.kept_from or len(span.places) != len(other.places):
         return False
+    averaged, length = span.averaged, span.length
     before: tuple[Place | TensorSpec, ...] = span.places + span.sources
     after: tuple[Place | TensorSpec, ...] = other.places + other.sources
     for one, next_one in zip(before, after, strict=True):
-        size_bytes = span.length * DTYPE_BITS[one.dtype] // 8 if span.averaged else span.length
+        size_bytes = length * DTYPE_BITS[one.dtype] // 8 if averaged else length
         if one.file != next_one.file or one.offset + size_bytes != next_one.offset:
             return False
-        if one.dtype != next_one.dtype and span.averaged:
+        if averaged and one.dtype != next_one.dtype:
             return False
     return True

@@ -1,12 +1,34 @@
-"""Rules: the schedules that options ask for, each with its numbers; every value makes a rule."""
+"""Every schedule by name, and rules: the schedules that options ask for, each with its numbers.
+
+A new schedule is a formula and an entry in one of the modules below, and a type for each new option
+in `options.Keywords`.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckpt_ema.errors import Code, OptionError, flag
-from ckpt_ema.schedules.schedule import Steps
-from ckpt_ema.schedules.table import ALL, DEFAULT_SCHEDULE, EXPLICIT, OPTIONS, SCHEDULES, SYNONYMS
+from ckpt_ema.schedules import by_checkpoint, by_step, dynamic
+from ckpt_ema.schedules.schedule import Schedule, Steps
+
+DEFAULT_SCHEDULE = "dynamic"
+EXPLICIT = "weights"  # the schedule whose weights a file gives
+
+# Other names that people know.
+SYNONYMS = {"ema": "dynamic", "swa": "uniform", "lawa": "uniform", "karras": "power"}
+
+ALL = {
+    **dynamic.SCHEDULES,
+    **by_checkpoint.SCHEDULES,
+    **by_step.SCHEDULES,
+    EXPLICIT: Schedule(None, "explicit weights", is_implied=True),
+}
+# Those that --schedule may name.
+SCHEDULES = {name: schedule for name, schedule in ALL.items() if not schedule.is_implied}
+
+# Every option of every schedule, by name.
+OPTIONS = {option.name: option for schedule in ALL.values() for option in schedule.options}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -22,14 +22,9 @@ class Local:
 
     def kind(self, path: Location) -> Kind:
         """See `Storage.kind`."""
-        try:
-            mode = os.stat(path).st_mode
-        except ValueError:  # a NUL in the name
+        mode = _mode(path, os.stat)
+        if mode is None:
             return Kind.ABSENT
-        except OSError as error:
-            if error.errno in _ABSENT:
-                return Kind.ABSENT
-            raise inaccessible(path, error) from error
         if stat.S_ISDIR(mode):
             return Kind.FOLDER
         return Kind.FILE if stat.S_ISREG(mode) else Kind.OTHER
@@ -55,15 +50,7 @@ class Local:
 
     def exists(self, path: Location) -> bool:
         """See `Storage.exists`."""
-        try:
-            os.lstat(path)
-        except ValueError:  # a NUL in the name
-            return False
-        except OSError as error:
-            if error.errno in _ABSENT:
-                return False
-            raise inaccessible(path, error) from error
-        return True
+        return _mode(path, os.lstat) is not None
 
     def files_below(self, folder: Location, most_depth: int) -> Iterator[str]:
         """See `Storage.files_below`; it ends some way beyond a thousand files."""
@@ -151,6 +138,18 @@ class LocalFile:
         except (OSError, AttributeError):  # a file system, or a system, without holes
             return None
         return hole if hole < self.identity.size_bytes else None
+
+
+def _mode(path: Location, look: Callable[[Location], os.stat_result]) -> int | None:
+    """Return the mode of what is at a path; None if nothing is."""
+    try:
+        return look(path).st_mode
+    except ValueError:  # a NUL in the name
+        return None
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise inaccessible(path, error) from error
 
 
 def _status(path: Location) -> os.stat_result:
