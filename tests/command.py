@@ -32,7 +32,7 @@ ENVIRONMENT = {
 _PRELOADED = [
     *("torch.distributed.checkpoint", "torch.distributed.tensor"),
     *("typer._adapters", "safetensors.torch", "tqdm.auto"),
-    *("ckpt_ema.cli.app", "ckpt_ema.run", "ckpt_ema.fold.engine", "ckpt_ema.report.table"),
+    *("ckpt_ema.cli.app", "ckpt_ema.run", "ckpt_ema.fold.engine", "ckpt_ema.report.terminal"),
     *("tests.command", "tests.conftest", "tests.corpus"),
 ]
 

@@ -21,7 +21,7 @@ from ckpt_ema.cli.options import variable
 from ckpt_ema.errors import flag
 from ckpt_ema.options import table
 from ckpt_ema.report.progress import ByteProgress
-from ckpt_ema.storage.pool import LocalPool
+from ckpt_ema.storage.local import LocalPool
 from tests.command import ENVIRONMENT, Command, ckpt_ema, wait_for
 from tests.conftest import MakeRun, noise, series
 
@@ -393,7 +393,7 @@ def test_a_limit_on_descriptors_is_respected(make_run: MakeRun) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--tile-size", "512MiB"], 1, "error: Out of memory"),
+        (["--tile-size", "512MiB"], 1, "error: The machine ran out of memory"),
         (["--tile-size", "512MiB", "--max-memory", "64MiB"], 0, ""),
     ],
 )

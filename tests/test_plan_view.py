@@ -12,8 +12,8 @@ from ckpt_ema.find.verdict import Judged, Outcome, Verdict
 from ckpt_ema.find.verdict import Reason as EntryReason
 from ckpt_ema.planning.roles import Reason, TensorRole
 from ckpt_ema.report.explain import explanation
-from ckpt_ema.report.rows import markdown_lines
-from ckpt_ema.report.table import plan_text
+from ckpt_ema.report.table import markdown_lines
+from ckpt_ema.report.terminal import plan_text
 from tests.conftest import MakeRun, noise, series
 
 

@@ -12,8 +12,7 @@ from ckpt_ema.containers.reader import Reader
 from ckpt_ema.containers.source import read_specs
 from ckpt_ema.containers.specs import Member, ModelFiles, Specs
 from ckpt_ema.errors import Code, FailedError
-from ckpt_ema.storage.local import Local
-from ckpt_ema.storage.pool import LocalPool
+from ckpt_ema.storage.local import Local, LocalPool
 from ckpt_ema.storage.protocol import FilePool, Identity
 from tests.makers import dcp_folders, torch_files
 from tests.makers.safetensors_files import write_safetensors, write_shards

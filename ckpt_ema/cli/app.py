@@ -58,7 +58,7 @@ def plan(
         from ckpt_ema.output.destination import is_free
         from ckpt_ema.output.manifest import describe_plan, is_up_to_date
         from ckpt_ema.planning.plan import plan as make_plan
-        from ckpt_ema.report import figure, lines, table
+        from ckpt_ema.report import figure, lines, terminal
         from ckpt_ema.report.explain import explanation
 
         decided = make_plan(run, **options)
@@ -67,7 +67,7 @@ def plan(
         if json:
             typer.echo(json_format.dumps(describe_plan(decided), indent=2))
         else:
-            typer.echo(table.plan_text(decided, sys.stdout, _MOST_ROWS))
+            typer.echo(terminal.plan_text(decided, sys.stdout, _MOST_ROWS))
             if explain:
                 typer.echo("\n" + explanation(decided.run, decided.judged, decided.tensor_roles))
         say(*lines.notice_lines(decided, quiet))

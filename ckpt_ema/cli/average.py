@@ -67,7 +67,7 @@ def _average(
 ) -> "Result":
     """Make the averages or a part of them; the first rank shows the plan and the progress."""
     from ckpt_ema.output.manifest import is_up_to_date
-    from ckpt_ema.report import lines, table
+    from ckpt_ema.report import lines, terminal
     from ckpt_ema.run import average as average_whole
     from ckpt_ema.run import average_part, up_to_date
 
@@ -76,7 +76,7 @@ def _average(
     def started(plan: "Plan") -> None:
         plans.append(plan)
         if not quiet:
-            say(table.plan_text(plan, sys.stderr, _MOST_ROWS), "")
+            say(terminal.plan_text(plan, sys.stderr, _MOST_ROWS), "")
         say(*lines.notice_lines(plan, quiet))
 
     def tick(done_bytes: int, total_bytes: int) -> None:

@@ -85,7 +85,10 @@ def errors_reported(*, kept: bool = False) -> Iterator[None]:
         _report(error, f"error: {error}")
         raise typer.Exit(error.exit_code) from error
     except MemoryError as error:
-        _report(error, "error: Out of memory; nothing was written. Try --max-memory 64MiB.")
+        _report(
+            error,
+            "error: The machine ran out of memory; nothing was written. Try --max-memory 64MiB.",
+        )
         raise typer.Exit(1) from error
     except OSError as error:
         _report(error, f"error: {printable(error)}.")
@@ -111,7 +114,7 @@ def print_result(result: "Result", *, quiet: bool, as_json: bool) -> None:
 
     The output is complete: from here on the command is a success, whatever signal arrives.
     """
-    from ckpt_ema.report import lines, rows
+    from ckpt_ema.report import lines, table
 
     ignore_signals()
     plan = result.plan
@@ -122,7 +125,7 @@ def print_result(result: "Result", *, quiet: bool, as_json: bool) -> None:
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if plan and summary:
         with contextlib.suppress(OSError), Path(summary).open("a", encoding="utf-8") as page:
-            page.write("\n".join(rows.summary_lines(plan)) + "\n")
+            page.write("\n".join(table.summary_lines(plan)) + "\n")
     try:
         if as_json:
             one, *more = result.manifests

@@ -12,7 +12,7 @@ from pathlib import Path
 from ckpt_ema.errors import RefusedError, escaped, printable
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
-from ckpt_ema.report.rows import markdown_lines
+from ckpt_ema.report.table import markdown_lines
 from ckpt_ema.trainers.conventions import CARD_NAME
 
 TAGS = ("weight-averaging", "ckpt-ema")
