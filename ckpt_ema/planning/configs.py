@@ -49,12 +49,11 @@ def compare_configs(
             for field in _differences(own, _content(adapter), (_BASE,)):
                 differing.setdefault(field, checkpoint.name)
         if essential:
-            raise RefusedError(
-                f"{checkpoint.name} and {newest.name} differ in {', '.join(essential.values())}.",
-                "Pass only the checkpoints that belong together.",
-                code=Code.DIFFERENT_CONFIGS,
-                path=checkpoint.path,
+            message = (
+                f"{checkpoint.name} and {newest.name} differ in {', '.join(essential.values())}."
             )
+            hint = "Pass only the checkpoints that belong together."
+            raise RefusedError(message, hint, code=Code.DIFFERENT_CONFIGS, path=checkpoint.path)
         own = _unlike(checkpoint, _MODEL_CONFIG, model, storage)
         if own is not None:
             fields = {**own, **_content(model)}.keys() - set(_UNIMPORTANT)

@@ -105,11 +105,9 @@ def _cap(average: Average) -> Iterator[Notice]:
             after = f"{unit.removesuffix('s')} {below}" if at_steps else f"{below + 1} {unit}"
             effective = f" ({short(decay)} takes effect after {after})"
     if decay > first or (decay == first and schedule == "dynamic"):
-        yield Notice(
-            Code.NO_EFFECT,
-            f"--decay {short(decay)} has no effect with {count} {unit}; use less than {first:.4g},"
-            f" or --half-life{effective}.",
-        )
+        remedy = f"use less than {first:.4g}, or --half-life{effective}"
+        message = f"--decay {short(decay)} has no effect with {count} {unit}; {remedy}."
+        yield Notice(Code.NO_EFFECT, message)
 
 
 def _uneven(average: Average, names: Sequence[str]) -> Iterator[Notice]:
@@ -142,25 +140,19 @@ def _irregular(average: Average, names: Sequence[str]) -> Iterator[Notice]:
     before, after = (names[average.members[n]] for n in (longest - 1, longest))
     age, unit = average.statistics.half_life, average.unit
     remedy = f"; --half-life {_brief(age)} counts {unit} and has the same mean age" if age else ""
-    yield Notice(
-        Code.UNEVEN_GAPS,
-        f"Weights count checkpoints, but their gaps differ: {max(known)} {unit} from {before} to"
-        f" {after}, median {median(known):g}{remedy}.",
-    )
+    found = f"{max(known)} {unit} from {before} to {after}, median {median(known):g}"
+    message = f"Weights count checkpoints, but their gaps differ: {found}{remedy}."
+    yield Notice(Code.UNEVEN_GAPS, message)
 
 
 def _remedy(share: float, average: Average, since: int, side: str, effect: str) -> str:
-    """Return the value of an option at which `share` is left of the shadow after `since`.
-
-    On its named side the option has the effect. Empty where no value of an option would do it.
-    """
+    """Return the option that leaves `share` of the shadow after `since`; empty if none would."""
     span = average.steps[-1] - average.steps[since]
     folds = len(average.steps[since:]) - 1
     schedule, option = average.rule.schedule, ""
     # The ramp of a dynamic decay lies above `share` from the first fold on.
-    if schedule == "constant" or (
-        schedule == "dynamic" and folds == 1 and not average.rule.counts_steps
-    ):
+    is_one_fold = schedule == "dynamic" and folds == 1 and not average.rule.counts_steps
+    if schedule == "constant" or is_one_fold:
         option = f"--decay {side} {share ** (1 / folds):.4g}"
     elif schedule == "per-step":
         option = f"--decay-per-step {side} {share ** (1 / span):.6g}"
@@ -182,24 +174,17 @@ def _about_run(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
     specs = list(specs_of.values())
     for (earlier, before), (later, after) in pairwise(specs_of.items()):
         if before.files[0].mtime_ns - after.files[0].mtime_ns > _INVERSION_NS:
-            yield Notice(
-                Code.OUT_OF_ORDER,
-                f"{later.name} was written before {earlier.name}, though its step is later; the"
-                " folder may hold two runs.",
-            )
+            found = f"{later.name} was written before {earlier.name}, though its step is later"
+            yield Notice(Code.OUT_OF_ORDER, f"{found}; the folder may hold two runs.")
             break
     if any(conventions.LORA_FACTOR.search(name) for name in specs[-1].tensors):
-        yield Notice(
-            Code.ADAPTER_FACTORS,
-            "LoRA factors A and B are averaged separately, which only approximates the average of"
-            " their products BA; for that, merge each adapter into its base model first.",
-        )
+        effect = "which only approximates the average of their products BA"
+        remedy = "for that, merge each adapter into its base model first"
+        message = f"LoRA factors A and B are averaged separately, {effect}; {remedy}."
+        yield Notice(Code.ADAPTER_FACTORS, message)
     by_name = [c.name for c in specs_of if conventions.AVERAGED_NAME.search(stem_of(c.name))]
-    by_header = [
-        checkpoint.name
-        for checkpoint, one in specs_of.items()
-        if any(conventions.PROVENANCE_KEY in of_file for of_file in one.metadata)
-    ]
+    key = conventions.PROVENANCE_KEY
+    by_header = [c.name for c, one in specs_of.items() if any(key in own for own in one.metadata)]
     for how, names in (("By their names", by_name), ("By their headers", by_header)):
         if names:
             message = f"{how}, {some(names, 2)} {ALREADY_AVERAGED}."
@@ -208,8 +193,5 @@ def _about_run(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
     holes = {path: hole for one in specs for path, hole in one.holes.items()}
     for path, offset in list(holes.items())[:1]:
         more = f" (and {len(holes) - 1} more files)" if len(holes) > 1 else ""
-        yield Notice(
-            Code.HOLES,
-            f"{path}{more} has a hole at byte {offset}, which reads as zeros: an interrupted save,"
-            " or a sparse copy.",
-        )
+        found = f"{path}{more} has a hole at byte {offset}, which reads as zeros"
+        yield Notice(Code.HOLES, f"{found}: an interrupted save, or a sparse copy.")

@@ -37,10 +37,8 @@ def find_destination(
     [real] = storage.real_paths([output])
     for path, source in zip(inputs, sources, strict=True):
         if f"{real}/".startswith(f"{source}/") or f"{source}/".startswith(f"{real}/"):
-            message, hint = (
-                f"{output} overlaps the input {path}.",
-                "Choose another output with --output.",
-            )
+            message = f"{output} overlaps the input {path}."
+            hint = "Choose another output with --output."
             raise RefusedError(message, hint, code=Code.OUTPUT_OVERLAPS_INPUT, path=output)
     if not storage.is_folder(output.parent):
         message = f"{output.parent}, the folder of the output, is not an existing folder."

@@ -194,17 +194,11 @@ def _taken(averages: Sequence[Weighted], found: Found) -> list[Checkpoint]:
 
 
 def _check_names(averages: Sequence[Weighted], compared: Compared) -> None:
-    """Refuse averages together whose outputs would have other tensor names when made alone.
-
-    An output takes the names of its newest checkpoint; all are read under those of the last one.
-    """
+    """Refuse averages together whose outputs would have other tensor names when made alone."""
     newest = list(compared.specs)[-1]
     for last in (average.checkpoints[-1] for average in averages):
         if last in compared.renamed:
-            raise RefusedError(
-                f"{last.name} and {newest.name}, at which averages end, name their tensors"
-                " differently.",
-                "Make the averages one at a time.",
-                code=Code.DIFFERENT_NAMES,
-                path=last.path,
-            )
+            both = f"{last.name} and {newest.name}, at which averages end,"
+            message = f"{both} name their tensors differently."
+            hint = "Make the averages one at a time."
+            raise RefusedError(message, hint, code=Code.DIFFERENT_NAMES, path=last.path)

@@ -75,9 +75,8 @@ class Ruling(NamedTuple):
 
 
 # Of tensors that only checkpoints before the newest have.
-DROPPED = Ruling(
-    Rule("newest-names", Role.DROPPED, Reason.NOT_IN_NEWEST, lambda _: False), Role.DROPPED
-)
+_NEWEST_NAMES = Rule("newest-names", Role.DROPPED, Reason.NOT_IN_NEWEST, lambda _: False)
+DROPPED = Ruling(_NEWEST_NAMES, Role.DROPPED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,10 +53,7 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
 
 
 def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
-    """Share one mapping of tensors among neighbours that have equal ones.
-
-    Memory then does not grow with the number of checkpoints.
-    """
+    """Share one mapping of tensors among neighbours that have equal ones, to save memory."""
     shared = [*checkpoints[:1]]
     for specs in checkpoints[1:]:
         earlier = shared[-1].tensors
@@ -109,10 +106,7 @@ def unified(
 
 
 def _like(tensors: _Tensors, newest: _Tensors) -> tuple[_Tensors, str, set[str]]:
-    """Return the tensors by the newest's names, the prefix that differed, and dropped names.
-
-    Tensors that differ in more are returned unchanged.
-    """
+    """Return the tensors by the newest's names if they match, the wrapper, and dropped names."""
     if tensors.keys() == newest.keys():
         return tensors, "", set()
     own, other = _wrapper(tensors), _wrapper(newest)
@@ -144,11 +138,7 @@ def _with_tied_names(tensors: _Tensors, newest: _Tensors) -> _Tensors:
 
 
 def _compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list[Notice]:
-    """Compare every checkpoint with the last; `names` are theirs, for messages.
-
-    Raises `RefusedError` if tensors are missing, added or of another shape, or if a tensor is
-    floating point in one checkpoint only. Returns warnings about dtypes that differ.
-    """
+    """Refuse other tensors than the last checkpoint's; return warnings about their dtypes."""
     newest_name, newest = names[-1], checkpoints[-1].tensors
     warnings = []
     for name, specs in zip(names, checkpoints, strict=True):
@@ -163,15 +153,10 @@ def _compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list
                 raise _refused(message, Code.DIFFERENT_MODELS, tensor)
             if (one.dtype in AVERAGED) != (other.dtype in AVERAGED):
                 found = f"is {one.dtype} in {name} and {other.dtype} in {newest_name}"
-                message = (
-                    f"Tensor {tensor} {found}; float and non-float tensors cannot be averaged."
-                )
+                why = "float and non-float tensors cannot be averaged"
+                message = f"Tensor {tensor} {found}; {why}."
                 raise _refused(message, Code.DIFFERENT_DTYPES, tensor)
-        changed = [
-            f"{tensor}: {one.dtype}, {other.dtype}"
-            for tensor, one, other in pairs
-            if one.dtype != other.dtype
-        ]
+        changed = [f"{key}: {a.dtype}, {b.dtype}" for key, a, b in pairs if a.dtype != b.dtype]
         if changed:
             message = f"{name} holds {len(changed)} tensors in another dtype than {newest_name}"
             taken = f"({changed[0]}); the output takes those of {newest_name}."
