@@ -11,14 +11,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 
 from ckpt_ema import values as of
 from ckpt_ema.errors import Code, OptionError, flag
-from ckpt_ema.schedules.rules import (
-    DEFAULT_SCHEDULE,
-    EXPLICIT,
-    OPTIONS,
-    SCHEDULES,
-    Rule,
-    make_rules,
-)
+from ckpt_ema.schedules.rules import DEFAULT, EXPLICIT, OPTIONS, SCHEDULES, Rule, make_rules
 from ckpt_ema.values import Values
 
 PathLike = str | os.PathLike[str]
@@ -88,11 +81,8 @@ class Group:
     def rows(cls) -> list[Row]:
         """Return the rows of its options."""
         declared: Any = cls
-        return [
-            Row(one.name, **{"panel": cls.panel, **one.metadata})
-            for one in fields(declared)
-            if one.metadata
-        ]
+        own = [one for one in fields(declared) if one.metadata]
+        return [Row(one.name, **{"panel": cls.panel, **one.metadata}) for one in own]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +92,7 @@ class Weighting(Group):
     panel = SCHEDULE
 
     schedule: str | None = _row(
-        of.TEXT,
-        ", ".join(SCHEDULES).replace(DEFAULT_SCHEDULE, f"{DEFAULT_SCHEDULE} (default)"),
+        of.TEXT, ", ".join(SCHEDULES).replace(DEFAULT, f"{DEFAULT} (default)")
     )
     weights: PathLike | Mapping[str, float] | None = _row(
         of.WEIGHTS, "explicit weights by checkpoint name or step"
@@ -299,9 +288,8 @@ def make_options(given: Mapping[str, Any]) -> Options:
         raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
 
     def take(group: type[Group], **more: Any) -> Any:
-        return group(
-            **{row.name: given[row.name] for row in group.rows() if row.name in given}, **more
-        )
+        own = {row.name: given[row.name] for row in group.rows() if row.name in given}
+        return group(**own, **more)
 
     schedules = {name: given[name] for name in OPTIONS if name in given}
     return Options(take(Weighting, options=schedules), *map(take, _GROUPS[1:]))

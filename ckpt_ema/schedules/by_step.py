@@ -43,12 +43,9 @@ def power(steps: Steps, sigma_rel: float) -> list[float]:
     [0.141, 0.3179]
     """
     if steps[0] <= 0:
-        raise RefusedError(
-            f"The first checkpoint is at step {steps[0]}, which has no weight in the power"
-            " function.",
-            "Leave it out with --from 1.",
-            code=Code.WRONG_WEIGHTS,
-        )
+        where = f"The first checkpoint is at step {steps[0]}"
+        message = f"{where}, which has no weight in the power function."
+        raise RefusedError(message, "Leave it out with --from 1.", code=Code.WRONG_WEIGHTS)
     exponent = gamma_of(sigma_rel) + 1
     return [float((before / after) ** exponent) for before, after in pairwise(steps)]
 
@@ -85,37 +82,28 @@ def sigma_rel_of(gamma: float) -> float:
     return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
+_LEAST, _MOST = f"{_LEAST_SIGMA_REL:g}", f"1 / sqrt(12) = {MOST_SIGMA_REL:.6f}"
+_SIGMA_REL = ScheduleOption(
+    "sigma_rel",
+    "relative width of Karras et al.'s power-function EMA",
+    several=True,
+    limits=Limits(
+        lambda x: _LEAST_SIGMA_REL <= x < MOST_SIGMA_REL,
+        f"lie between {_LEAST} and {_MOST}, the uniform mean",
+    ),
+)
+_PER_STEP = ScheduleOption("decay_per_step", "decay per training step", several=True, limits=SHARE)
+_HALF_LIFE = ScheduleOption(
+    "half_life", "training steps in which a weight halves", several=True, limits=POSITIVE
+)
 SCHEDULES = {
     "power": Schedule(
-        power,
-        "power function, sigma_rel {}",
-        ScheduleOption(
-            "sigma_rel",
-            "relative width of Karras et al.'s power-function EMA",
-            several=True,
-            limits=Limits(
-                lambda x: _LEAST_SIGMA_REL <= x < MOST_SIGMA_REL,
-                f"lie between {_LEAST_SIGMA_REL:g} and 1 / sqrt(12) = {MOST_SIGMA_REL:.6f}, the"
-                " uniform mean",
-            ),
-        ),
-        counts_steps=True,
-        label="sigma-rel",
+        power, "power function, sigma_rel {}", _SIGMA_REL, counts_steps=True, label="sigma-rel"
     ),
     "per-step": Schedule(
-        per_step,
-        "decay {} per {unit}",
-        ScheduleOption("decay_per_step", "decay per training step", several=True, limits=SHARE),
-        counts_steps=True,
-        is_implied=True,
+        per_step, "decay {} per {unit}", _PER_STEP, counts_steps=True, is_implied=True
     ),
     "half-life": Schedule(
-        half_life,
-        "half-life {} {units}",
-        ScheduleOption(
-            "half_life", "training steps in which a weight halves", several=True, limits=POSITIVE
-        ),
-        counts_steps=True,
-        is_implied=True,
+        half_life, "half-life {} {units}", _HALF_LIFE, counts_steps=True, is_implied=True
     ),
 }

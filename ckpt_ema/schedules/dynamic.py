@@ -73,20 +73,12 @@ def updates_below_the_cap(decay: float) -> int:
     return max(n, 0)
 
 
-SCHEDULES = {
-    "dynamic": Schedule(
-        dynamic,
-        "dynamic, decay {}",
-        DECAY,
-        (
-            ScheduleOption(
-                "num_updates",
-                "counter for the dynamic decay: index or step",
-                kind=str,
-                default="index",
-                choices=("index", "step"),
-                label="at {}s",
-            ),
-        ),
-    )
-}
+_NUM_UPDATES = ScheduleOption(
+    "num_updates",
+    "counter for the dynamic decay: index or step",
+    kind=str,
+    default="index",
+    choices=("index", "step"),
+    label="at {}s",
+)
+SCHEDULES = {"dynamic": Schedule(dynamic, "dynamic, decay {}", DECAY, (_NUM_UPDATES,))}

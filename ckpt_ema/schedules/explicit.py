@@ -34,10 +34,8 @@ def read_weights(explicit: Explicit) -> dict[str, float]:
             raise OptionError(f"--weights has {name} twice.", code=Code.WRONG_WEIGHTS)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e300:
             shown = json.dumps(value) if isinstance(value, str) else str(value)
-            message = (
-                f"--weights gives {name} the weight {shown}, which is not a non-negative number."
-            )
-            raise OptionError(message, code=Code.WRONG_WEIGHTS)
+            problem = f"the weight {shown}, which is not a non-negative number"
+            raise OptionError(f"--weights gives {name} {problem}.", code=Code.WRONG_WEIGHTS)
         found[name] = float(value)
     return found
 
@@ -62,9 +60,8 @@ def matched(
     for name, weight in explicit.items():
         number = _number_of(name, checkpoints)
         if number in taken_by:
-            raise _refused(
-                f"has two weights for {checkpoints[number][0]}: as {taken_by[number]} and as {name}"
-            )
+            names = f"as {taken_by[number]} and as {name}"
+            raise _refused(f"has two weights for {checkpoints[number][0]}: {names}")
         taken_by[number] = name
         weights[number] = weight
     total = math.fsum(weights)
@@ -72,20 +69,15 @@ def matched(
         raise _refused("gives no checkpoint a weight above 0")
     if abs(total - 1) > _TOLERANCE and not normalize:
         how = "more" if total > 1 else "less"
-        raise _refused(
-            f"sums to {total:.12g}, {abs(total - 1):.3g} {how} than 1",
-            "Correct the weights, or divide them by their sum with --normalize.",
-        )
+        hint = "Correct the weights, or divide them by their sum with --normalize."
+        raise _refused(f"sums to {total:.12g}, {abs(total - 1):.3g} {how} than 1", hint)
     return weights
 
 
 def _number_of(name: str, checkpoints: Sequence[tuple[str, int | None]]) -> int:
     by_name = [number for number, (own, _) in enumerate(checkpoints) if own == name]
-    found = by_name or [
-        number
-        for number, (_, step) in enumerate(checkpoints)
-        if step is not None and str(step) == name
-    ]
+    steps = [None if step is None else str(step) for _, step in checkpoints]
+    found = by_name or [number for number, step in enumerate(steps) if step == name]
     if len(found) != 1:
         count = "several" if found else "none"
         selected = some([own for own, _ in checkpoints])

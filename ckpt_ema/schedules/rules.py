@@ -12,7 +12,7 @@ from ckpt_ema.errors import Code, OptionError, flag
 from ckpt_ema.schedules import by_checkpoint, by_step, dynamic
 from ckpt_ema.schedules.schedule import Schedule, Steps
 
-DEFAULT_SCHEDULE = "dynamic"
+DEFAULT = "dynamic"  # the schedule where options select none
 EXPLICIT = "weights"  # the schedule whose weights a file gives
 
 # Other names that people know.
@@ -154,7 +154,7 @@ def _implied(given: Mapping[str, Any]) -> list[str]:
     others = [own[option] for option in own if option != "decay" and option in given]
     others += [EXPLICIT] * (EXPLICIT in given)
     if not of_decay and ("decay" in given or not others):
-        return [DEFAULT_SCHEDULE, *others]
+        return [DEFAULT, *others]
     return [*of_decay, *others]
 
 
