@@ -27,9 +27,8 @@ class Values(NamedTuple):
             return self.parse(given)
         except (TypeError, ValueError, OverflowError, re.error) as error:
             shown = ",".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
-            raise OptionError(
-                f"{flag(name)} is {shown!r}; it must {self.must}.", code=Code.INVALID_OPTION
-            ) from error
+            message = f"{flag(name)} is {shown!r}; it must {self.must}."
+            raise OptionError(message, code=Code.INVALID_OPTION) from error
 
 
 def _text(given: Any) -> str:

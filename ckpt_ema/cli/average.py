@@ -47,10 +47,9 @@ def average(
         from ckpt_ema.report.progress import ByteProgress
 
         if part and place_from(os.environ):
-            raise OptionError(
-                "--part is for separate jobs; the ranks of a launch share the work by themselves.",
-                code=Code.CONFLICTING_OPTIONS,
-            )
+            why = "the ranks of a launch share the work by themselves"
+            message = f"--part is for separate jobs; {why}."
+            raise OptionError(message, code=Code.CONFLICTING_OPTIONS)
         keywords = {**options, "plot": plot, "overwrite": overwrite, "resume": resume}
         with ByteProgress(quiet) as progress:
             result = _average(run, part, keywords, quiet, progress)

@@ -85,10 +85,8 @@ def errors_reported(*, kept: bool = False) -> Iterator[None]:
         _report(error, f"error: {error}")
         raise typer.Exit(error.exit_code) from error
     except MemoryError as error:
-        _report(
-            error,
-            "error: The machine ran out of memory; nothing was written. Try --max-memory 64MiB.",
-        )
+        message = "The machine ran out of memory; nothing was written. Try --max-memory 64MiB."
+        _report(error, f"error: {message}")
         raise typer.Exit(1) from error
     except OSError as error:
         _report(error, f"error: {printable(error)}.")

@@ -63,9 +63,8 @@ def plot(plan: Plan, path: PathLike) -> Picture:
     try:
         target.write_bytes(picture.content)
     except OSError as error:
-        raise FailedError(
-            f"{target} cannot be written: {error.strerror}.", code=Code.WRITE_FAILED, path=target
-        ) from error
+        message = f"{target} cannot be written: {error.strerror}."
+        raise FailedError(message, code=Code.WRITE_FAILED, path=target) from error
     return picture
 
 
@@ -79,17 +78,14 @@ def _check_drawable(path: Path, plan: Plan) -> None:
     real, *insides = plan.storage.real_paths([path, *folders])
     for folder, inside in zip(folders, insides, strict=True):
         if f"{real}/".startswith(f"{inside}/"):
-            raise _invalid(
-                path, f"is inside {folder}.", "Draw it elsewhere; the model card gets a copy."
-            )
+            hint = "Draw it elsewhere; the model card gets a copy."
+            raise _invalid(path, f"is inside {folder}.", hint)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise FailedError(
-            "--plot needs matplotlib, which is not installed.",
-            "Run: pip install 'ckpt-ema[plot]'",
-            code=Code.MISSING_DEPENDENCY,
-        ) from error
+        message = "--plot needs matplotlib, which is not installed."
+        hint = "Run: pip install 'ckpt-ema[plot]'"
+        raise FailedError(message, hint, code=Code.MISSING_DEPENDENCY) from error
 
 
 def _invalid(path: Path, why: str, hint: str = "") -> OptionError:
@@ -138,10 +134,7 @@ def _draw(plan: Plan, kind: str) -> bytes:
 
 
 def _look(number: int, averages: Sequence[Average]) -> dict[str, Any]:
-    """Return how to draw one average: thicker than those drawn over it, so that none is hidden.
-
-    With more averages than colours there is no room for thick lines.
-    """
+    """Return how to draw one average: thicker than those drawn over it, if colours suffice."""
     later = len(averages) - 1 - number if len(averages) <= len(_COLOURS) else 0
     group, colour = divmod(number, len(_COLOURS))
     return {

@@ -28,10 +28,8 @@ def result_line(result: Result) -> str:
         return f"{output} is up to date: same checkpoints, weights and options"
     seconds = f"{result.seconds:.{1 if result.seconds >= 1 else 2}f} s"
     speed = size(result.bytes_read / max(result.seconds, 1e-9))
-    return (
-        f"read {size(result.bytes_read)} and wrote {size(result.bytes_written)} in {seconds}"
-        f" ({speed}/s) on {printable(result.device)}: {output}"
-    )
+    done = f"read {size(result.bytes_read)} and wrote {size(result.bytes_written)} in {seconds}"
+    return f"{done} ({speed}/s) on {printable(result.device)}: {output}"
 
 
 def size(size_bytes: float) -> str:

@@ -37,9 +37,8 @@ class ByteProgress:
             self._bar.n = done_bytes  # a disabled bar does not count
             speed = done_bytes / (now - self._start)
             left = (total_bytes - done_bytes) / max(speed, 1)
-            sys.stderr.write(
-                f"{size(done_bytes)} of {size(total_bytes)}, {size(speed)}/s, {left:.0f} s left\n"
-            )
+            done = f"{size(done_bytes)} of {size(total_bytes)}"
+            sys.stderr.write(f"{done}, {size(speed)}/s, {left:.0f} s left\n")
 
     def _make_bar(self, total_bytes: int) -> Any:
         from tqdm import tqdm

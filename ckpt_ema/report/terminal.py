@@ -76,10 +76,7 @@ class _Columns(NamedTuple):
 
 
 def _tables(plan: Plan, console: Console, most_rows: int) -> Iterator[Table]:
-    """Yield tables of the weights; for several averages, with their figures below.
-
-    As many averages as fit stand side by side; the others follow in further tables.
-    """
+    """Yield tables of the weights, each of as many averages as fit; several with figures."""
     count, headings = len(plan.averages), cell_headings(plan.averages)
     names = [f"({number + 1})" for number in range(count)] if count > 1 else ["weight"]
     rows = without_middle(rows_of(plan, plan.averages), most_rows)
@@ -122,10 +119,8 @@ def _columns(
     """Fit the table into `width` columns: numbers first, then names, then bars."""
     shares = [*names, *(share for row in rows for share in row.shares)]
     share = max(map(len, [*shares, *(value for _, values in figures for value in values)]))
-    cells = [
-        _BETWEEN + max(map(len, column))
-        for column in zip(headings, *(row.cells for row in rows), strict=True)
-    ]
+    columns = zip(headings, *(row.cells for row in rows), strict=True)
+    cells = [_BETWEEN + max(map(len, column)) for column in columns]
     label = max(map(len, ["checkpoint", *(label for label, _ in figures)]))
     name = max(label, min(max(len(row.name) for row in rows), _LONGEST_NAME))
     each = _BETWEEN + share

@@ -26,13 +26,7 @@ def lines(width: int) -> list[str]:
                 *(("      instead   ", text) for text in instead),
             ):
                 rest = " " * max(4, len(label))
-                found += textwrap.wrap(
-                    text,
-                    width,
-                    initial_indent=label,
-                    subsequent_indent=rest,
-                    break_on_hyphens=False,
-                )
+                found += textwrap.TextWrapper(width, label, rest, break_on_hyphens=False).wrap(text)
         found.append("")
     return found[:-1]
 
