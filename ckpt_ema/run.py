@@ -20,8 +20,8 @@ from ckpt_ema.options import Keywords, PathLike
 from ckpt_ema.output import ledger, manifest
 from ckpt_ema.output.destination import check_free, outputs_at
 from ckpt_ema.output.ledger import Ledger, Outline, Part
+from ckpt_ema.output.manifest import Result
 from ckpt_ema.output.publish import StagedOutput
-from ckpt_ema.output.result import Result
 from ckpt_ema.output.workspace import PART, Workspace, keys_with_parts, remove
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan, plan

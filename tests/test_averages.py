@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import ckpt_ema
 from ckpt_ema import OptionError, RefusedError
 from ckpt_ema.errors import Code
-from ckpt_ema.output.result import Result
+from ckpt_ema.output.manifest import Result
 from tests.conftest import MakeRun, noise, read_safetensors, series, write_safetensors
 from tests.makers.faulty_storage import watching_reads
 

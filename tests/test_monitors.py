@@ -18,7 +18,7 @@ from ckpt_ema.fold.monitors.protocol import Monitor, TileView, Watched
 from ckpt_ema.fold.monitors.twins import Twins
 from ckpt_ema.fold.monitors.zeros import Zeros
 from ckpt_ema.fold.tiles import Tile, tiles
-from ckpt_ema.output.result import Result
+from ckpt_ema.output.manifest import Result
 from ckpt_ema.planning.plan import Plan
 from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, raw, read_safetensors, series, write_safetensors

@@ -33,7 +33,7 @@ import torch
 import ckpt_ema
 from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.find.names import numbers_in
-from ckpt_ema.output.result import Result
+from ckpt_ema.output.manifest import Result
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.trainers.table import TRAINERS
 from tests.makers import trainer_runs as runs

@@ -13,7 +13,7 @@ from ckpt_ema.errors import Code, OptionError, printable
 from ckpt_ema.ranks import place_from
 
 if TYPE_CHECKING:
-    from ckpt_ema.output.result import Result
+    from ckpt_ema.output.manifest import Result
     from ckpt_ema.planning.plan import Plan
     from ckpt_ema.run import Progress
 

@@ -18,7 +18,7 @@ from ckpt_ema.errors import CkptEmaError, Code, FailedError, printable
 from ckpt_ema.ranks import is_reported_elsewhere
 
 if TYPE_CHECKING:
-    from ckpt_ema.output.result import Result
+    from ckpt_ema.output.manifest import Result
 
 
 class SignalError(BaseException):

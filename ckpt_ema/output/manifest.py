@@ -1,4 +1,4 @@
-"""Provenance as plain values: what was averaged into what; kept with every output.
+"""Results, and provenance as plain values: what was averaged into what; kept with every output.
 
 A folder holds it as `ckpt_ema.json`, a single file in its header. It marks an output as ours, and
 shows a second run with the same inputs and options that the output is up to date. Plans and
@@ -7,7 +7,8 @@ manifests follow the schemas in `docs/schema`; a change that breaks readers need
 
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ckpt_ema import __version__
 from ckpt_ema.containers.safetensors import read_specs
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.find.verdict import Judged
-from ckpt_ema.output.result import Result
+from ckpt_ema.notices import Notice
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan, PlannedCheckpoint
 from ckpt_ema.storage.local import Local
@@ -28,6 +29,28 @@ _CONVENTION = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Averages that were made, or a share of their work.
+
+    Whoever publishes the output has its manifests; for a part, and for every rank of a launch but
+    the first, `manifests` is empty.
+    """
+
+    output: Path  # the folder or the file; of several averages, the folder of all
+    outputs: tuple[Path, ...]  # of each average
+    is_up_to_date: bool = False  # they were there already, and nothing was read
+    device: str = ""  # what they were folded on; empty if nothing was folded
+    seconds: float = 0.0  # of reading, folding and writing; the sum over parts
+    peak_memory_bytes: int = 0  # resident; of the largest process
+    bytes_read: int = 0  # of tensor data
+    bytes_written: int = 0  # of model files
+    warnings: tuple[Notice, ...] = ()  # what only reading shows
+    # None of `finish` alone, which needs none; callers of `average` need not ask.
+    plan: Plan = None  # type: ignore[assignment]
+    manifests: tuple[Mapping[str, Any], ...] = ()  # the content of each ckpt_ema.json
+
+
 def describe(plan: Plan, average: Average, command: str | None = None) -> dict[str, Any]:
     """Return one average of a plan as plain values, ready for JSON; sizes are in bytes."""
     made_by = {"ckpt_ema": __version__, "command": command}
@@ -35,9 +58,8 @@ def describe(plan: Plan, average: Average, command: str | None = None) -> dict[s
 
 
 def _describe_average(plan: Plan, average: Average) -> dict[str, Any]:
-    weighted = zip(
-        average.members, average.gaps, (None, *average.decays), average.weights, strict=True
-    )
+    decays = (None, *average.decays)
+    weighted = zip(average.members, average.gaps, decays, average.weights, strict=True)
     return {
         "name": average.name,
         "output": os.fspath(average.output.path),
@@ -61,21 +83,17 @@ def _describe_average(plan: Plan, average: Average) -> dict[str, Any]:
 
 
 def _describe_checkpoint(checkpoint: PlannedCheckpoint, **weighting: Any) -> dict[str, Any]:
+    files = [
+        {"name": f.name, "bytes": f.size_bytes, "mtime_ns": f.mtime_ns, "header_sha256": f.digest}
+        for f in checkpoint.specs.files
+    ]
     return {
         "path": os.fspath(checkpoint.path),
         "name": checkpoint.name,
         "step": checkpoint.step,
         "unit": checkpoint.unit,
         **weighting,
-        "files": [
-            {
-                "name": file.name,
-                "bytes": file.size_bytes,
-                "mtime_ns": file.mtime_ns,
-                "header_sha256": file.digest,
-            }
-            for file in checkpoint.specs.files
-        ],
+        "files": files,
     }
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ckpt_ema.errors import printable, some
 from ckpt_ema.notices import Notice
-from ckpt_ema.output.result import Result
+from ckpt_ema.output.manifest import Result
 from ckpt_ema.planning.plan import Plan
 
 
