@@ -317,7 +317,7 @@ def test_a_container_is_one_more_entry(tmp_path: Path, monkeypatch: pytest.Monke
     assert bytes(buffer) == b"cdef"
 
 
-@pytest.mark.parametrize("module", ["compare", "source"])
+@pytest.mark.parametrize("module", ["reader", "source"])
 def test_reading_headers_and_comparing_import_no_torch(module: str) -> None:
     code = f"import sys, ckpt_ema.containers.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

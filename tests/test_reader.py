@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckpt_ema.containers.compare import hold_the_same
-from ckpt_ema.containers.reader import Reader
+from ckpt_ema.containers.reader import Reader, hold_the_same
 from ckpt_ema.containers.source import read_specs
 from ckpt_ema.containers.specs import Member, ModelFiles, Specs
 from ckpt_ema.errors import Code, FailedError

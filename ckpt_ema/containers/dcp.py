@@ -10,19 +10,12 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeGuard
 
+from ckpt_ema.containers import pickles
 from ckpt_ema.containers.checks import cut_short, is_plain_name, present, read_listing, refused
 from ckpt_ema.containers.model_key import find_model
-from ckpt_ema.containers.pickles import (
-    BROKEN_PICKLE,
-    MAX_DIMENSIONS,
-    Dtype,
-    Inert,
-    TensorUnpickler,
-    is_size,
-    what_broke,
-)
 from ckpt_ema.containers.specs import Box, FileSpec, Piece, Specs, TensorSpec, packed_strides
 from ckpt_ema.containers.torch_file import Region, read_tensor
 from ckpt_ema.errors import Code, RefusedError, some
@@ -48,7 +41,7 @@ _GETATTR = (("builtins", "getattr"), ("__builtin__", "getattr"))
 _MOST_COMPARISONS = 200_000
 
 
-class _Record(Inert):
+class _Record(pickles.Inert):
     """An object of the metadata: its state as it was pickled."""
 
     state: Any = None
@@ -63,7 +56,7 @@ def _get(record: Any, name: str) -> Any:
     return state.get(name) if isinstance(state, dict) else None
 
 
-class _MetadataUnpickler(TensorUnpickler):
+class _MetadataUnpickler(pickles.TensorUnpickler):
     """Unpickles to dicts, lists and records of the classes that metadata is made of."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -72,7 +65,7 @@ class _MetadataUnpickler(TensorUnpickler):
             raise _ForbiddenError(f"{module}.{name}")
         return super().find_class(module, name)
 
-    def stand_in(self, module: str, name: str) -> type[Inert]:
+    def stand_in(self, module: str, name: str) -> type[pickles.Inert]:
         """Return a record for a class of the allow-list; raises for any other class."""
         is_allowed = module in _ALLOWED or (module, name) in _GETATTR
         if not is_allowed and not (module == "torch" and _TORCH_NAMES.search(name)):
@@ -139,8 +132,8 @@ def _unpickled(path: str, raw: bytes) -> _Record:
     except _ForbiddenError as error:
         why = "which no metadata of a checkpoint needs; torch would run it, ckpt-ema does not"
         raise refused(path, f"names {error}, {why}", code=Code.UNSAFE) from error
-    except BROKEN_PICKLE as error:
-        raise cut_short(path, what_broke(error), or_damaged=True) from error
+    except pickles.BROKEN_PICKLE as error:
+        raise cut_short(path, pickles.what_broke(error), or_damaged=True) from error
     if not isinstance(root, _Record) or not root.name.endswith(".Metadata"):
         raise refused(path, "is not the metadata of a checkpoint")
     return root
@@ -159,8 +152,9 @@ def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Saved]:
     for fqn, entry in entries.items():
         if not isinstance(fqn, str):
             raise refused(path, "has a tensor without a name")
-        steps = paths.get(fqn) if isinstance(paths, dict) else None
-        if not _is_path(steps):
+        steps: Any = paths.get(fqn) if isinstance(paths, dict) else None
+        is_short = isinstance(steps, tuple) and 0 < len(steps) <= pickles.MAX_DIMENSIONS
+        if not is_short or not all(type(step) is str or pickles.is_size(step) for step in steps):
             steps = (fqn,)
         if len(steps) == 1 and fqn.startswith(STATE_PREFIXES):
             continue
@@ -174,11 +168,6 @@ def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Saved]:
     return tree, {_index(index): info for index, info in stored.items()}
 
 
-def _is_path(steps: Any) -> TypeGuard[tuple[str | int, ...]]:
-    is_short = isinstance(steps, tuple) and 0 < len(steps) <= MAX_DIMENSIONS
-    return is_short and all(type(step) is str or is_size(step) for step in steps)
-
-
 def _index(index: Any) -> tuple[Any, Any]:
     fqn, offset = _get(index, "fqn"), _get(index, "offset")
     return (fqn, offset if _sizes(offset) else None) if isinstance(fqn, str) else (None, None)
@@ -187,16 +176,13 @@ def _index(index: Any) -> tuple[Any, Any]:
 def _declared(path: str, announced: _Announced, saved: _Saved) -> tuple[TensorSpec, list[_Chunk]]:
     """Return a tensor, not located yet, and its chunks, checked without the data files."""
     fqn, entry = announced
-
-    def refuse(why: str, code: Code = Code.DAMAGED) -> RefusedError:
-        return refused(path, why, code=code, tensor=fqn)
-
+    refuse = partial(refused, path, tensor=fqn)
     properties, shape, boxes = (_get(entry, name) for name in ("properties", "size", "chunks"))
     dtype = _get(properties, "dtype")
     if isinstance(properties, _Record) and isinstance(properties.state, tuple):
         dtype = next(iter(properties.state), None)
-    if not isinstance(dtype, Dtype):
-        raise refuse("has a dtype that safetensors cannot hold", Code.UNREADABLE_TENSOR)
+    if not isinstance(dtype, pickles.Dtype):
+        raise refuse("has a dtype that safetensors cannot hold", code=Code.UNREADABLE_TENSOR)
     if not _sizes(shape) or not isinstance(boxes, list) or not boxes:
         raise refuse("has no shape or no chunks")
     chunks = []
@@ -208,7 +194,9 @@ def _declared(path: str, announced: _Announced, saved: _Saved) -> tuple[TensorSp
             raise refuse(f"has a chunk beyond its shape {list(shape)}")
         place = _place(saved.get((fqn, starts)) or saved.get((fqn, None)), refuse)
         chunks.append(_Chunk(fqn, dtype.name, starts, sizes, *place))
-    if not _cover(shape, chunks):
+    filled = [(chunk.starts, chunk.sizes) for chunk in chunks if 0 not in chunk.sizes]
+    count = sum(math.prod(sizes) for _, sizes in filled)
+    if count != math.prod(shape) or _overlap(sorted(filled), 0):
         raise refuse(f"has chunks that do not cover its shape {list(shape)} exactly once")
     return TensorSpec(dtype.name, shape, 0, 0), chunks
 
@@ -220,26 +208,18 @@ def _place(info: Any, refuse: Callable[..., RefusedError]) -> tuple[str, int, in
     file, offset, length = (_get(info, name) for name in ("relative_path", "offset", "length"))
     if not is_plain_name(file):
         name = file if isinstance(file, str) else "something"
-        raise refuse(f"lies in {name!r}, which is not a plain file name", Code.UNSAFE)
+        raise refuse(f"lies in {name!r}, which is not a plain file name", code=Code.UNSAFE)
     if not _sizes((offset, length)):
         raise refuse("has a chunk at an impossible position")
     if _get(info, "transform_descriptors"):
         why = "was compressed when it was saved, and only stored chunks can be read"
-        raise refuse(why, Code.UNREADABLE_TENSOR)
+        raise refuse(why, code=Code.UNREADABLE_TENSOR)
     return file, offset, length
 
 
 def _sizes(values: Any) -> TypeGuard[tuple[int, ...]]:
-    is_short = isinstance(values, tuple) and len(values) <= MAX_DIMENSIONS
-    return is_short and all(map(is_size, values))
-
-
-def _cover(shape: tuple[int, ...], chunks: list[_Chunk]) -> bool:
-    """Return whether boxes inside a shape have all its elements, each once."""
-    boxes = [(chunk.starts, chunk.sizes) for chunk in chunks if 0 not in chunk.sizes]
-    if sum(math.prod(sizes) for _, sizes in boxes) != math.prod(shape):
-        return False
-    return not _overlap(sorted(boxes), 0)
+    is_short = isinstance(values, tuple) and len(values) <= pickles.MAX_DIMENSIONS
+    return is_short and all(map(pickles.is_size, values))
 
 
 def _overlap(boxes: list[Box], axis: int) -> bool:

@@ -60,7 +60,11 @@ def gather(tensor: TensorSpec, start: int, values: memoryview, read_into: ReadIn
                     continue
                 raw = bytearray(width * spanned(part, piece.strides))
                 read_into(piece.file, memoryview(raw), source)
-                _scatter(raw, piece.strides, part, target, strides, width)
+                import torch  # here, so that planning, which reads few tensors, rarely pays for it
+
+                dtype = getattr(torch, _INTEGERS[width])
+                box = torch.frombuffer(raw, dtype=dtype).as_strided(part, piece.strides)
+                torch.frombuffer(target, dtype=dtype).as_strided(part, strides).copy_(box)
         values = values[width * math.prod(sizes) :]
 
 
@@ -88,19 +92,3 @@ def _split(
 
 def _distance(start: Sequence[int], end: Sequence[int], strides: Sequence[int]) -> int:
     return sum((e - s) * stride for s, e, stride in zip(start, end, strides, strict=True))
-
-
-def _scatter(
-    raw: bytearray,
-    raw_strides: Sequence[int],
-    sizes: Sequence[int],
-    target: memoryview,
-    strides: Sequence[int],
-    width: int,
-) -> None:
-    """Copy a strided box of elements `width` bytes wide from the start of `raw` to `target`."""
-    import torch  # here, so that planning, which reads few tensors, rarely pays for it
-
-    dtype = getattr(torch, _INTEGERS[width])
-    box = torch.frombuffer(raw, dtype=dtype).as_strided(sizes, raw_strides)
-    torch.frombuffer(target, dtype=dtype).as_strided(sizes, strides).copy_(box)

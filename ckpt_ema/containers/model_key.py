@@ -12,13 +12,7 @@ from typing import Any, TypeGuard
 from ckpt_ema.containers.checks import refused
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.notices import Notice
-from ckpt_ema.trainers.conventions import (
-    AVERAGED_KEYS,
-    EPOCH_KEYS,
-    MODEL_KEYS,
-    STATE_WORDS,
-    STEP_KEYS,
-)
+from ckpt_ema.trainers import conventions
 
 ALREADY_AVERAGED = (
     "are averaged already (their decay is unknown); averaging them again smooths twice"
@@ -69,7 +63,7 @@ def recorded(root: Any) -> dict[str, int]:
     history = _at(root, "optimizer_history")
     places = [root, *(history[-1:] if isinstance(history, list) else ())]
     found = {}
-    for unit, keys in (("step", STEP_KEYS), ("epoch", EPOCH_KEYS)):
+    for unit, keys in (("step", conventions.STEP_KEYS), ("epoch", conventions.EPOCH_KEYS)):
         values = [_at(place, key) for place in places for key in keys]
         counts = [value for value in values if type(value) is int and value >= 0]
         if counts:
@@ -122,7 +116,7 @@ def _holds_tensors(value: Any, tensor: _Kind, depth: int = 4) -> bool:
 
 def _may_be(key: Any) -> bool:
     """Return whether a key may lead to a model rather than to training state."""
-    return isinstance(key, str) and not any(word in key.lower() for word in STATE_WORDS)
+    return isinstance(key, str) and not any(word in key.lower() for word in conventions.STATE_WORDS)
 
 
 def _models_in(root: Mapping[Any, Any], tensor: _Kind) -> dict[str, Any]:
@@ -145,7 +139,7 @@ def _is_averaged(root: Mapping[Any, Any], key: str) -> bool:
     """Return whether trainers save an average under this key."""
     if key == "state_dict":
         return "current_model_state" in root or "message_hub" in root
-    return key in AVERAGED_KEYS and "message_hub" not in root
+    return key in conventions.AVERAGED_KEYS and "message_hub" not in root
 
 
 def _averaged(values: Mapping[str, Any], place: str) -> Model:
@@ -167,10 +161,8 @@ def _raw_beside_average(path: str, root: Mapping[str, Any], tensor: _Kind) -> Mo
     if not (_is_model(swapped, tensor) and _is_model(root.get("state_dict"), tensor)):
         return None
     if "message_hub" not in root:
-        why = (
-            "holds both state_dict and ema_state_dict, and either may be the average: mmengine's"
-            " EMAHook swaps them, others do not"
-        )
+        either = "either may be the average: mmengine's EMAHook swaps them, others do not"
+        why = f"holds both state_dict and ema_state_dict, and {either}"
         hint = "Choose the raw model weights with --key state_dict or --key ema_state_dict."
         raise refused(path, why, hint, Code.SEVERAL_MODELS)
     names = {name.removeprefix("module."): value for name, value in swapped.items()}
@@ -179,11 +171,11 @@ def _raw_beside_average(path: str, root: Mapping[str, Any], tensor: _Kind) -> Mo
 
 
 def _under_known_key(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model | None:
-    found = {key: _at(root, key) for key in MODEL_KEYS if _is_model(_at(root, key), tensor)}
+    found = {k: _at(root, k) for k in conventions.MODEL_KEYS if _is_model(_at(root, k), tensor)}
     if len(found) > 1:
         raise _several(path, found)
     if not found:
-        objects = (_at(root, key) for key in ("ema", *MODEL_KEYS))
+        objects = (_at(root, key) for key in ("ema", *conventions.MODEL_KEYS))
         if pickled := next(filter(_class_name, objects), None):
             raise _no_model(path, pickled)
         return None
@@ -192,7 +184,7 @@ def _under_known_key(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model
     if key == "model" and _is_model(generator, tensor) and ("opt" in root or "vocab" in root):
         # OpenNMT-py saves its output layer beside the model; its safetensors name it like this.
         values = {**values, **{f"generator.{name}": value for name, value in generator.items()}}
-    averaged = [name for name in AVERAGED_KEYS if _is_model(_at(root, name), tensor)]
+    averaged = [name for name in conventions.AVERAGED_KEYS if _is_model(_at(root, name), tensor)]
     return _raw(values, some(averaged), key) if averaged else Model(values)
 
 
@@ -206,7 +198,7 @@ def _at_the_top(root: Mapping[str, Any], tensor: _Kind) -> Model | None:
 
 def _under_any_key(path: str, root: Mapping[Any, Any], tensor: _Kind) -> Model:
     found = _models_in(root, tensor)
-    raw = {key: value for key, value in found.items() if key not in AVERAGED_KEYS}
+    raw = {key: value for key, value in found.items() if key not in conventions.AVERAGED_KEYS}
     if len(raw) > 1 or (not raw and len(found) > 1):
         raise _several(path, found)
     if not found:
@@ -234,5 +226,6 @@ def _no_model(path: str, value: Any) -> RefusedError:
         stored = f"stores the model as a pickled {name}, not as tensors"
         why = f"{stored}; reading it would run code from the file"
         return refused(path, why, "Export its state_dict() instead.", Code.PICKLED_OBJECT)
-    why = f"holds no dict of tensors, neither at the top nor under {', '.join(MODEL_KEYS)}"
+    keys = ", ".join(conventions.MODEL_KEYS)
+    why = f"holds no dict of tensors, neither at the top nor under {keys}"
     return refused(path, why, "If it is elsewhere, name it with --key.", Code.NO_MODEL)

@@ -177,14 +177,11 @@ def _check_keys(keys: Iterable[Any]) -> None:
 
 _PythonUnpickler: Any = pickle._Unpickler  # whose methods the type stubs do not list
 
-
 # Which of the values on the stack become keys of a dict or members of a set.
 _KEYS_OF = {
     pickle.SETITEM: slice(-2, -1),
-    pickle.SETITEMS: slice(0, None, 2),
-    pickle.DICT: slice(0, None, 2),
-    pickle.ADDITEMS: slice(None),
-    pickle.FROZENSET: slice(None),
+    **dict.fromkeys((pickle.SETITEMS, pickle.DICT), slice(0, None, 2)),
+    **dict.fromkeys((pickle.ADDITEMS, pickle.FROZENSET), slice(None)),
 }
 
 
@@ -214,29 +211,24 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
         super().__init__(file, encoding="utf-8")
         self._file = file
         self.storages: dict[str, PickledStorage] = {}
-        self._stand_ins: dict[str, type[Inert]] = {}
+        self.stand_ins: dict[str, type[Inert]] = {}  # by full names of classes and functions
 
     def load(self) -> Any:
         """Return the root object; raises one of `BROKEN_PICKLE`."""
         check_lengths(self._file)
         return super().load()
 
-    @property
-    def ignored(self) -> list[str]:
-        """The full names of the classes and functions that a stand-in replaced."""
-        return list(self._stand_ins)
-
     def find_class(self, module: str, name: str) -> Any:
         """Return the inert counterpart of any global; never imports."""
         if (module, name) in _KNOWN:
             return _KNOWN[module, name]
         full_name = f"{module}.{name}"
-        if full_name not in self._stand_ins:
-            if len(self._stand_ins) == _MAX_STAND_INS:
+        if full_name not in self.stand_ins:
+            if len(self.stand_ins) == _MAX_STAND_INS:
                 raise pickle.UnpicklingError("it has more kinds of objects than any checkpoint")
             base = self.stand_in(module, name)
-            self._stand_ins[full_name] = type("StandIn", (base,), {"name": full_name})
-        return self._stand_ins[full_name]
+            self.stand_ins[full_name] = type("StandIn", (base,), {"name": full_name})
+        return self.stand_ins[full_name]
 
     def stand_in(self, module: str, name: str) -> type[Inert]:
         """Return the base of the class that stands in for an unknown global."""
@@ -268,16 +260,12 @@ def _size(sizes: Any = ()) -> tuple[Any, ...]:
     return tuple(sizes)
 
 
-def _rebuild_tensor(
-    storage: PickledStorage, offset: int, shape: Any, strides: Any, *rest: Any
-) -> PickledTensor:
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Any:
     _check_lazy(rest[2:])  # requires_grad and the hooks come first
     return _view(storage, offset, shape, strides, storage.dtype)
 
 
-def _rebuild_tensor_v3(
-    storage: PickledStorage, offset: int, shape: Any, strides: Any, *rest: Any
-) -> PickledTensor:
+def _rebuild_tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Any:
     _check_lazy(rest[3:])
     dtype = rest[2]
     if not isinstance(dtype, Dtype):
@@ -287,15 +275,12 @@ def _rebuild_tensor_v3(
 
 def _check_lazy(metadata: tuple[Any, ...]) -> None:
     """Refuse a tensor whose values are the conjugate or the negative of the stored ones."""
-    if metadata and isinstance(metadata[0], dict):
-        for flag in ("conj", "neg"):
-            if metadata[0].get(flag):
-                raise UnfitTensorError(f"its {flag} bit is set, so that its values are not stored")
+    flags = metadata[0] if metadata and isinstance(metadata[0], dict) else {}
+    if flag := next(filter(flags.get, ("conj", "neg")), None):
+        raise UnfitTensorError(f"its {flag} bit is set, so that its values are not stored")
 
 
-def _view(
-    storage: PickledStorage, offset: int, shape: Any, strides: Any, dtype: str | None
-) -> PickledTensor:
+def _view(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any) -> PickledTensor:
     shape, strides = _size(shape), tuple(strides)
     if not isinstance(storage, PickledStorage) or dtype is None or len(shape) != len(strides):
         raise pickle.UnpicklingError("a tensor has no typed storage")
@@ -319,16 +304,15 @@ def _reconstruct(kind: Any, *_rest: Any) -> Any:
     return kind() if isinstance(kind, type) and issubclass(kind, Inert) else Inert()
 
 
+_STORAGES = ("torch", "torch.storage")  # modules with the classes of storages
 _KNOWN: dict[tuple[str, str], Any] = {
     **{("torch", name): Dtype(dtype) for dtype, name, _ in _DTYPES},
-    **{("torch", storage): _StorageType(dtype) for dtype, _, storage in _DTYPES if storage},
-    **{("torch.storage", storage): _StorageType(dtype) for dtype, _, storage in _DTYPES if storage},
+    **{(m, s): _StorageType(dtype) for m in _STORAGES for dtype, _, s in _DTYPES if s},
+    **{(m, "UntypedStorage"): _StorageType(None) for m in _STORAGES},
     ("copyreg", "_reconstructor"): _Known(_reconstruct),
     ("copy_reg", "_reconstructor"): _Known(_reconstruct),
     ("collections", "OrderedDict"): _Dict,
     ("torch", "Size"): _Known(_size),
-    ("torch.storage", "UntypedStorage"): _StorageType(None),
-    ("torch", "UntypedStorage"): _StorageType(None),
     ("torch._utils", "_rebuild_tensor"): _Known(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): _Known(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v3"): _Known(_rebuild_tensor_v3),

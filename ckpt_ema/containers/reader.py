@@ -1,14 +1,18 @@
-"""Reading elements of the tensors of checkpoints, whatever the containers and layouts."""
+"""Reading and comparing the tensors of checkpoints, whatever the containers and layouts."""
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 
 from ckpt_ema.containers.gather import gather
-from ckpt_ema.containers.specs import DTYPE_BITS, Specs, TensorSpec
+from ckpt_ema.containers.specs import DTYPE_BITS, ModelFiles, Specs, TensorSpec
+from ckpt_ema.errors import CkptEmaError, Code, RefusedError
 from ckpt_ema.storage.protocol import Storage
+
+_CHUNK_BYTES = 1 << 20
+_HEAD_BYTES = 1 << 12
 
 
 class Reader(AbstractContextManager["Reader"]):
@@ -56,3 +60,45 @@ class Reader(AbstractContextManager["Reader"]):
     def close(self) -> None:
         """Close the files; no thread may be reading."""
         self._pool.close()
+
+
+def hold_the_same(
+    one: tuple[ModelFiles, Specs], other: tuple[ModelFiles, Specs], storage: Storage
+) -> bool:
+    """Return whether all tensors are equal in name, dtype, shape and bytes.
+
+    The heads of all tensors are compared before the rest of any, since frozen tensors may come
+    first. Checkpoints that cannot be read count as different.
+    """
+    (model, specs), (other_model, other_specs) = one, other
+    if specs.tensors.keys() != other_specs.tensors.keys():
+        return False
+    pairs = [(tensor, other_specs.tensors[name]) for name, tensor in specs.tensors.items()]
+    if any((a.dtype, a.shape) != (b.dtype, b.shape) for a, b in pairs):
+        return False
+    opened = [(model.folder, specs), (other_model.folder, other_specs)]
+    with suppress(CkptEmaError), Reader(storage, opened) as reader:
+        heads = [(*pair, min(_HEAD_BYTES, pair[0].size_bytes)) for pair in pairs]
+        wholes = [(*pair, pair[0].size_bytes) for pair in pairs]
+        return all(_equal(reader, *each) for each in (*heads, *wholes))
+    return False
+
+
+def same_values(earlier: str, later: str) -> RefusedError:
+    """Return the refusal of two steps that hold the same model."""
+    why = "one of them is mislabelled, and an average would count it twice"
+    message = f"{earlier} and {later} hold the same model weights; {why}."
+    hint = "Leave one out, or pass --allow-duplicates."
+    return RefusedError(message, hint, code=Code.DUPLICATES)
+
+
+def _equal(reader: Reader, mine: TensorSpec, theirs: TensorSpec, size_bytes: int) -> bool:
+    """Return whether two tensors start with the same `size_bytes` bytes."""
+    here, there = (memoryview(bytearray(min(_CHUNK_BYTES, size_bytes))) for _ in range(2))
+    for start in range(0, size_bytes, _CHUNK_BYTES):
+        count = min(_CHUNK_BYTES, size_bytes - start)
+        reader.read_into(0, mine, start, here[:count])
+        reader.read_into(1, theirs, start, there[:count])
+        if here[:count] != there[:count]:
+            return False
+    return True

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from ckpt_ema.containers.checks import AGAIN, check_start, cut_short, refused
@@ -30,9 +31,7 @@ MAX_HEADER_BYTES = 100_000_000
 _LARGEST = 2**64 - 1  # sizes are 64-bit in the format
 
 
-def claims(name: str) -> bool:
-    """Return whether a file of this name is read here."""
-    return is_safetensors(name)
+claims = is_safetensors
 
 
 def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
@@ -72,7 +71,18 @@ def _content(path: str, raw: bytes, size_bytes: int) -> _Content:
     start = 8 + len(raw)
     tensors = [(name, _tensor(path, name, entry, start)) for name, entry in header.items()]
     tensors.sort(key=lambda item: (item[1].offset, item[1].size_bytes))
-    _check_cover(path, tensors, start, size_bytes)
+    end = start
+    for name, tensor in tensors:
+        if tensor.offset != end:
+            why = "overlaps another" if tensor.offset < end else "leaves a gap before it"
+            raise refused(path, why, tensor=name)
+        end += tensor.size_bytes
+    if end > size_bytes:
+        promised = f"{end - start} bytes of data, the file has {size_bytes - start}"
+        raise cut_short(path, f"its header promises {promised}")
+    if end < size_bytes:
+        hint = f"Is it damaged, or two files in one? {AGAIN}"
+        raise refused(path, f"has {size_bytes - end} bytes after its last tensor", hint)
     return dict(tensors), metadata
 
 
@@ -172,10 +182,7 @@ def _size(text: str) -> int:
 
 def _tensor(path: str, name: str, entry: object, start: int) -> TensorSpec:
     """Check one entry of the header of a file whose data starts at byte `start`."""
-
-    def refuse(reason: str) -> RefusedError:
-        return refused(path, reason, tensor=name)
-
+    refuse = partial(refused, path, tensor=name)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse("must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -199,21 +206,3 @@ def _sizes(values: object) -> bool:
     if not isinstance(values, list) or not set(map(type, values)) <= {int}:
         return False
     return not values or (min(values) >= 0 and max(values) <= _LARGEST)
-
-
-def _check_cover(
-    path: str, tensors: Iterable[tuple[str, TensorSpec]], start: int, size_bytes: int
-) -> None:
-    """Check that tensors cover the data, from byte `start` to the end of the file, exactly."""
-    end = start
-    for name, tensor in tensors:
-        if tensor.offset != end:
-            why = "overlaps another" if tensor.offset < end else "leaves a gap before it"
-            raise refused(path, why, tensor=name)
-        end += tensor.size_bytes
-    if end > size_bytes:
-        promised = f"{end - start} bytes of data, the file has {size_bytes - start}"
-        raise cut_short(path, f"its header promises {promised}")
-    if end < size_bytes:
-        hint = f"Is it damaged, or two files in one? {AGAIN}"
-        raise refused(path, f"has {size_bytes - end} bytes after its last tensor", hint)

@@ -31,7 +31,12 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
         for shard, each in zip(shards, paths, strict=True)
     ]
     for shard, one in zip(shards, read, strict=True):
-        _check_agreement(path, shard, one, shard_of)
+        for name in one.tensors:
+            other = shard_of.get(name, "no shard")
+            if other != shard:
+                why = f"the shard holds {name}, which the index has in {other}"
+                message = f"{path} and {shard} disagree: {why}."
+                raise RefusedError(message, code=Code.DAMAGED, path=path, tensor=name)
     specs = joined(read)
     absent = sorted(shard_of.keys() - specs.tensors.keys())
     if absent:
@@ -68,8 +73,7 @@ def _weight_map(path: str, storage: Storage) -> Mapping[str, str]:
         content = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         hint = "Was its save interrupted? Leave the checkpoint out."
-        message = f"{path} is not JSON."
-        raise IncompleteError(message, hint, code=Code.DAMAGED, path=path) from error
+        raise IncompleteError(f"{path} is not JSON.", hint, code=Code.DAMAGED, path=path) from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise refused(path, "has no weight_map")
@@ -87,23 +91,11 @@ def _shard_path(index: str, shard: str, storage: Storage) -> str:
     return present(folder, name, shard, storage)
 
 
-def _check_agreement(index: str, shard: str, specs: Specs, shard_of: Mapping[str, str]) -> None:
-    for name in specs.tensors:
-        other = shard_of.get(name, "no shard")
-        if other != shard:
-            why = f"the shard holds {name}, which the index has in {other}"
-            message = f"{index} and {shard} disagree: {why}."
-            raise RefusedError(message, code=Code.DAMAGED, path=index, tensor=name)
-
-
 def _strays(index: str, shards: list[str], storage: Storage) -> list[Notice]:
     """Return a warning of shards in the folder that the index does not name."""
     folder, index_name = os.path.split(index)
-    found = [
-        name
-        for name in sorted(storage.names(folder) - set(shards))
-        if name + INDEX_SUFFIX != index_name
-        and SHARD_OF_SEVERAL.sub("", name) + INDEX_SUFFIX == index_name
-    ]
+    whole = index_name.removesuffix(INDEX_SUFFIX)
+    unnamed = sorted(storage.names(folder) - set(shards))
+    found = [n for n in unnamed if n != whole and SHARD_OF_SEVERAL.sub("", n) == whole]
     message = f"{index} does not name {some(found)}; their tensors are left out."
     return [Notice(Code.LEFT_OUT, message)] if found else []

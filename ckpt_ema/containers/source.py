@@ -5,12 +5,11 @@ One more container is one more module, with the functions of `Container`, and on
 
 import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Protocol
 
 from ckpt_ema.containers import dcp, safetensors, shards, torch_file
 from ckpt_ema.containers.checks import refused
-from ckpt_ema.containers.specs import Member, ModelFiles, Specs
+from ckpt_ema.containers.specs import ModelFiles, Specs
 from ckpt_ema.errors import Code
 from ckpt_ema.options import Reading
 from ckpt_ema.storage import Storage
@@ -58,10 +57,17 @@ def read_specs(model: ModelFiles, storage: Storage, key: str | None = None) -> S
 
     `key` and what is raised are as for `Container.read_specs`.
     """
-    read = [
-        _read_member(model.folder, number, member, storage, key)
-        for number, member in enumerate(model.members)
-    ]
+    read = []
+    inside = len(os.path.join(model.folder, ""))
+    for number, member in enumerate(model.members):
+        path = os.path.join(model.folder, member.name)
+        container = next(one for one in CONTAINERS if one.claims(os.path.basename(path)))
+        one = container.read_specs(path, storage, key)
+        files = tuple(f._replace(name=f.name[inside:], member=number) for f in one.files)
+        tensors = one.tensors
+        if member.prefix:
+            tensors = {member.prefix + name: tensor for name, tensor in tensors.items()}
+        read.append(replace(one, files=files, tensors=tensors))
     specs = read[0] if len(read) == 1 else shards.joined(read)
     if sum(len(one.tensors) for one in read) > len(specs.tensors):
         twice = next(n for n in specs.tensors if sum(n in one.tensors for one in read) > 1)
@@ -69,18 +75,3 @@ def read_specs(model: ModelFiles, storage: Storage, key: str | None = None) -> S
     prefixes = tuple(member.prefix for member in model.members)
     notes, recorded = model.notes + specs.notes, read[0].recorded
     return replace(specs, notes=notes, recorded=recorded, prefixes=prefixes)
-
-
-def _read_member(
-    folder: Path, number: int, member: Member, storage: Storage, key: str | None
-) -> Specs:
-    """Read one member: names of files relative to the folder, names of tensors with its prefix."""
-    path = os.path.join(folder, member.name)
-    container = next(one for one in CONTAINERS if one.claims(os.path.basename(path)))
-    specs = container.read_specs(path, storage, key)
-    inside = len(os.path.join(folder, ""))
-    files = [file._replace(name=file.name[inside:], member=number) for file in specs.files]
-    tensors = specs.tensors
-    if member.prefix:
-        tensors = {member.prefix + name: tensor for name, tensor in tensors.items()}
-    return replace(specs, files=tuple(files), tensors=tensors)

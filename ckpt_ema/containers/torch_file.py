@@ -8,21 +8,13 @@ import hashlib
 import io
 import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import IO, Any, NamedTuple, cast
 
+from ckpt_ema.containers import pickles
 from ckpt_ema.containers.checks import AGAIN, check_start, cut_short, refused
 from ckpt_ema.containers.model_key import find_model, numbers, recorded
-from ckpt_ema.containers.pickles import (
-    BROKEN_PICKLE,
-    PickledStorage,
-    PickledTensor,
-    TensorUnpickler,
-    UnfitTensorError,
-    UnreadTensor,
-    what_broke,
-)
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     FileSpec,
@@ -60,9 +52,8 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
             structure = _read_legacy(path, file)
         else:
             check_start(path, start)
-            why = "is not a file written by torch.save"
-            raise refused(path, why, AGAIN, Code.WRONG_FORMAT)
-        model = find_model(path, structure.root, key, (PickledTensor, UnreadTensor))
+            raise refused(path, "is not a file written by torch.save", AGAIN, Code.WRONG_FORMAT)
+        model = find_model(path, structure.root, key, (pickles.PickledTensor, pickles.UnreadTensor))
         tensors = {
             name: _place(path, name, tensor, structure, size_bytes)
             for name, tensor in model.values.items()
@@ -70,17 +61,14 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
         }
         spec = FileSpec(path, *file.identity, structure.digest)
         hole = file.first_hole()
-    notes = (*model.notes, *_left_out(model.values, tensors, structure.ignored))
+    others = [name for name in model.values if name not in tensors]
+    classes = [name for name in structure.ignored if not name.startswith(_PLAIN)]
+    rows = (("Not tensors, so not in the average", others), ("Pickled objects not read", classes))
+    left_out = [Notice(Code.LEFT_OUT, f"{what}: {some(names)}.") for what, names in rows if names]
+    notes = (*model.notes, *left_out)
     holes = {} if hole is None else {path: hole}
     specs = Specs(tensors, (spec,), ({},), notes, model.warnings, holes)
     return replace(specs, recorded=recorded(structure.root), numbers=numbers(structure.root))
-
-
-def _left_out(values: Any, tensors: Any, ignored: list[str]) -> list[Notice]:
-    others = [name for name in values if name not in tensors]
-    classes = [name for name in ignored if not name.startswith(_PLAIN)]
-    rows = (("Not tensors, so not in the average", others), ("Pickled objects not read", classes))
-    return [Notice(Code.LEFT_OUT, f"{what}: {some(names)}.") for what, names in rows if names]
 
 
 class Region(NamedTuple):
@@ -94,16 +82,15 @@ class Region(NamedTuple):
 def read_tensor(path: str, region: Region) -> TensorSpec:
     """Return where the tensor is that was saved by itself in a range of the file at `path`."""
     structure = _read_zip(path, region)
-    if not isinstance(structure.root, PickledTensor):
+    if not isinstance(structure.root, pickles.PickledTensor):
         raise refused(path, "has something else where a tensor was expected")
-    name = f"at byte {region.start}"
-    return _place(path, name, structure.root, structure, region.size_bytes)
+    return _place(path, f"at byte {region.start}", structure.root, structure, region.size_bytes)
 
 
 def _is_tensor(path: str, name: str, value: object) -> bool:
     """Return whether it is a tensor; raises `RefusedError` for one that cannot be read."""
-    if not isinstance(value, UnreadTensor):
-        return isinstance(value, PickledTensor)
+    if not isinstance(value, pickles.UnreadTensor):
+        return isinstance(value, pickles.PickledTensor)
     if value.name.endswith(_ONE_RANK):
         why = f"is a {value.name}, of which each rank's file holds a part"
         hint = "Save the full state dict, or use torch.distributed.checkpoint."
@@ -118,9 +105,9 @@ class _Structure(NamedTuple):
     """What a torch file holds, and how its tensors are found."""
 
     root: Any
-    ignored: list[str]  # classes and functions
+    ignored: Iterable[str]  # classes and functions
     digest: str
-    locate: Callable[[PickledStorage], int]  # returns the position of a storage's first byte
+    locate: Callable[[pickles.PickledStorage], int]  # returns where a storage's first byte is
 
 
 def _read_zip(path: str, region: Region) -> _Structure:
@@ -142,14 +129,14 @@ def _read_zip(path: str, region: Region) -> _Structure:
     pickled = record("data.pkl")
     root, unpickler = _unpickle(path, io.BytesIO(pickled))
 
-    def locate(storage: PickledStorage) -> int:
+    def locate(storage: pickles.PickledStorage) -> int:
         info = records.get(f"{prefix}data/{storage.key}")
         if info is None or info.file_size < _storage_bytes(storage):
             why = "is missing or shorter than declared"
             raise refused(path, f"is damaged: storage {storage.key} {why}")
         return _data_start(path, region, info)
 
-    return _Structure(root, unpickler.ignored, hashlib.sha256(pickled).hexdigest(), locate)
+    return _Structure(root, unpickler.stand_ins, hashlib.sha256(pickled).hexdigest(), locate)
 
 
 class _RegionStream(io.RawIOBase):
@@ -200,12 +187,10 @@ def _data_start(path: str, region: Region, info: zipfile.ZipInfo) -> int:
     offset, end = region.start + info.header_offset, region.start + region.size_bytes
     inside = region.start <= offset <= end - 30
     header = region.file.read(30, offset) if inside else b""
-    name_bytes = int.from_bytes(header[26:28], "little")
-    extra_bytes = int.from_bytes(header[28:30], "little")
-    start = offset + 30 + name_bytes + extra_bytes
+    lengths = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    start = offset + 30 + sum(lengths)
     if not header.startswith(b"PK\x03\x04") or start + info.file_size > end:
-        why = f"is damaged: record {info.filename} is not where its directory has it"
-        raise refused(path, why)
+        raise refused(path, f"is damaged: record {info.filename} is not where its directory has it")
     return start
 
 
@@ -232,31 +217,31 @@ def _read_legacy(path: str, file: OpenFile) -> _Structure:
         starts[storage.key] = position + 8  # a count of elements comes first
         position += 8 + _storage_bytes(storage)
 
-    def locate(storage: PickledStorage) -> int:
+    def locate(storage: pickles.PickledStorage) -> int:
         if starts.get(storage.key, size_bytes) + _storage_bytes(storage) > size_bytes:
             raise cut_short(path, f"storage {storage.key} is incomplete")
         return starts[storage.key]
 
-    return _Structure(root, unpickler.ignored, digest.hexdigest(), locate)
+    return _Structure(root, unpickler.stand_ins, digest.hexdigest(), locate)
 
 
-def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, TensorUnpickler]:
-    unpickler = TensorUnpickler(stream)
+def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, pickles.TensorUnpickler]:
+    unpickler = pickles.TensorUnpickler(stream)
     try:
         return unpickler.load(), unpickler
-    except UnfitTensorError as error:
+    except pickles.UnfitTensorError as error:
         why = f"holds a tensor of a kind that safetensors cannot hold ({error})"
         hint = "Leave it out of what is saved."
         raise refused(path, why, hint, Code.UNREADABLE_TENSOR) from error
-    except BROKEN_PICKLE as error:
-        why = f"its structure cannot be read ({what_broke(error)})"
+    except pickles.BROKEN_PICKLE as error:
+        why = f"its structure cannot be read ({pickles.what_broke(error)})"
         if isinstance(error, EOFError) or "truncated" in str(error):
             raise cut_short(path, why, or_damaged=True) from error
         raise refused(path, f"is cut short or damaged: {why}") from error
 
 
 def _place(
-    path: str, name: str, tensor: PickledTensor, structure: _Structure, file_bytes: int
+    path: str, name: str, tensor: pickles.PickledTensor, structure: _Structure, file_bytes: int
 ) -> TensorSpec:
     """Return where a tensor's elements are, checked to lie inside its storage."""
     dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides
@@ -274,5 +259,5 @@ def _place(
     return TensorSpec(dtype, shape, 0, offset, () if is_packed(shape, strides) else (piece,))
 
 
-def _storage_bytes(storage: PickledStorage) -> int:
+def _storage_bytes(storage: pickles.PickledStorage) -> int:
     return storage.length * (DTYPE_BITS[storage.dtype] // 8 if storage.dtype else 1)

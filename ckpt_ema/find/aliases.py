@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from ckpt_ema.containers.compare import hold_the_same
+from ckpt_ema.containers.reader import hold_the_same
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint
 from ckpt_ema.find.entries import STRANGE, Entry

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ckpt_ema.containers.compare import same_values
+from ckpt_ema.containers.reader import same_values
 from ckpt_ema.containers.specs import is_safetensors
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
 from ckpt_ema.find.candidates import Candidates

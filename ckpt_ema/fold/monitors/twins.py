@@ -4,7 +4,7 @@ import hashlib
 import threading
 from typing import Any
 
-from ckpt_ema.containers.compare import same_values
+from ckpt_ema.containers.reader import same_values
 from ckpt_ema.fold.monitors.protocol import Monitor, Pair, See, TileView, Watched
 from ckpt_ema.notices import Notice
 
