@@ -181,32 +181,6 @@ def test_torchs_thread_setting_is_left_alone(make_run: MakeRun) -> None:
     assert torch.get_num_threads() == before
 
 
-def test_shards_that_would_share_an_output_name_become_one_file(tmp_path: Path) -> None:
-    for step in (1, 2):
-        folder = tmp_path / "run" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        shards = {"a": "text-00001-of-00001.bin", "b": "vision-00001-of-00001.bin"}
-        for name, shard in shards.items():
-            torch.save({name: torch.ones(3)}, folder / shard)
-        index = json.dumps({"weight_map": shards})
-        (folder / "pytorch_model.bin.index.json").write_text(index)
-    [file] = ckpt_ema.plan(tmp_path / "run").averages[0].output.files
-    assert file.name == "model.safetensors"
-    assert {tensor.name for tensor in file.tensors} == {"a", "b"}
-
-
-def test_a_shard_of_a_strange_name_is_averaged_and_not_copied_over(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        folder = tmp_path / "run" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        write_safetensors(folder / "part.safetensors.v1", {"w": torch.full((2,), float(step))})
-        index = json.dumps({"weight_map": {"w": "part.safetensors.v1"}})
-        (folder / "model.safetensors.index.json").write_text(index)
-    output = ckpt_ema.average(tmp_path / "run", device="cpu").output
-    expected = [pytest.approx(119 / 44)] * 2
-    assert read_safetensors(output / "part.safetensors.v1")["w"].tolist() == expected
-
-
 def test_one_checkpoint_alone_is_the_result(make_run: MakeRun) -> None:
     values = noise(1, 8)
     run = make_run(series(1, w=values), steps=[10])

@@ -175,8 +175,10 @@ def test_an_output_that_touches_the_inputs_is_refused(make_run: MakeRun, tmp_pat
         (farm / f"checkpoint-{step}").symlink_to(run / f"checkpoint-{step}")
     cases = [(run, path) for path in (run, run / "checkpoint-1", run / "inside", tmp_path)]
     for given, output in [*cases, (farm, run / "checkpoint-1")]:  # an input behind a link
-        error = refusal(given, output=output, overwrite=True)
-        assert error.code is Code.OUTPUT_OVERLAPS_INPUT
+        for overwrite in (False, True):
+            error = refusal(given, output=output, overwrite=overwrite)
+            assert error.code is Code.OUTPUT_OVERLAPS_INPUT
+            assert error.path == str(output)
 
 
 def test_an_output_that_is_a_link_is_followed(make_run: MakeRun, tmp_path: Path) -> None:

@@ -37,18 +37,6 @@ def test_a_numbered_folder_without_a_model_is_a_warning(make_run: MakeRun) -> No
     assert any("checkpoint-2 holds no model" in str(warning) for warning in plan.warnings)
 
 
-def test_dot_is_the_folder_it_stands_for(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = make_run(series(3, w=noise(3, 4)))
-    monkeypatch.chdir(run)
-    assert ckpt_ema.plan(".").output == run.parent / "run-ema"
-    monkeypatch.chdir(run / "checkpoint-2")
-    alone = ckpt_ema.plan(".")
-    assert alone.output == run.parent / "run-ema"
-    assert alone.checkpoints[0].step == 2
-
-
 def test_weights_files_given_one_by_one_are_known_by_their_folders(make_run: MakeRun) -> None:
     run = make_run(series(3, w=noise(3, 4)), steps=[5, 10, 15])
     plan = ckpt_ema.plan([run / f"checkpoint-{step}/model.safetensors" for step in (5, 10)])
