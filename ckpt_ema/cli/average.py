@@ -65,7 +65,6 @@ def _average(
     run: list[str], part: str | None, keywords: dict[str, Any], quiet: bool, progress: "Progress"
 ) -> "Result":
     """Make the averages or a part of them; the first rank shows the plan and the progress."""
-    from ckpt_ema.output.manifest import is_up_to_date
     from ckpt_ema.report import lines, terminal
     from ckpt_ema.run import average as average_whole
     from ckpt_ema.run import average_part, up_to_date
@@ -89,7 +88,7 @@ def _average(
             return average_part(run, part, **keywords)
         return average_whole(run, launch=True, waiting=say, **keywords)
     except exits.SignalError:
-        made = up_to_date(plans[0]) if plans and is_up_to_date(plans[0]) else None
+        made = up_to_date(plans[0]) if plans else None
         if not made:
             raise
         return made  # the signal arrived after publication
