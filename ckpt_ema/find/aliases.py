@@ -129,16 +129,16 @@ def _by_content(entry: Entry, run: _Run) -> Verdict:
     assert entry.model is not None
     source, newest_first = entry.source, []
     try:
-        mine = (entry.model, source.read(entry.model))
+        mine = source.read(entry.model)
         for one in reversed(run.checkpoints):
             with contextlib.suppress(IncompleteError):  # judged later
-                newest_first.append((one, (one.model, source.read(one.model))))
+                newest_first.append((one, source.read(one.model)))
     except IncompleteError as error:
         return skipped(Reason.INCOMPLETE, f"incomplete: {error.message.rstrip('.')}")
-    if newest_first and newest_first[0][1][1].tensors.keys() != mine[1].tensors.keys():
+    if newest_first and newest_first[0][1].tensors.keys() != mine.tensors.keys():
         return skipped(Reason.ANOTHER_MODEL)
     for one, theirs in newest_first:
-        if hold_the_same(mine, theirs, source.storage):
+        if hold_the_same((entry.model, mine), (one.model, theirs), source.storage):
             return alias(Reason.COPY, f"a copy of {one.name}")
     name = entry.name
     text = f"cannot tell where {name} belongs: it has no number and records no step."

@@ -150,7 +150,7 @@ def _own_output(entry: Entry, folder: _Folder) -> Verdict | None:
 
 
 def _by_name(reason: Reason, pattern: Pattern[str]) -> Callable[[Entry, _Folder], Verdict | None]:
-    """Return the rule that names with a pattern are no steps, which --pattern overrides."""
+    """Return a rule that names matching a pattern are no steps; --pattern overrides it."""
 
     def rule(entry: Entry, folder: _Folder) -> Verdict | None:
         if folder.selection.pattern or not _matches(entry, pattern):
@@ -212,6 +212,6 @@ def _matches(entry: Entry, pattern: Pattern[str]) -> bool:
 
 
 def _not_a_step(entry: Entry, reason: Reason) -> Verdict:
-    """Return that an entry is no step, to be reported if one might have expected it to be."""
+    """Return the verdict that an entry is no step, reported if it looks like one."""
     is_told = entry.numbers or not entry.is_folder or entry.model
     return skipped(reason) if is_told else other(reason)

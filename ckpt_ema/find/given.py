@@ -149,7 +149,7 @@ def _append_error(path: Path, why: str, code: Code) -> RefusedError:
 
 
 def unselected(name: str, selection: Selection) -> Verdict | None:
-    """Return that --include or --exclude leaves a name out; None if they do not."""
+    """Return the verdict if --include or --exclude leaves a name out; None if they do not."""
     if any(matches(name, glob) for glob in selection.exclude):
         return skipped(Reason.EXCLUDED)
     if selection.include and not any(matches(name, glob) for glob in selection.include):

@@ -24,7 +24,7 @@ def unsupported(path: Path, refusal: Refusal) -> RefusedError:
 
 
 def locate(path: Path, source: Source, *, depth: int = _DEEPEST) -> Located:
-    """Return the model files of the checkpoint at `path`; raises if no option chooses of two."""
+    """Return the model files of the checkpoint at `path`; raises if two models are in doubt."""
     if not source.storage.is_folder(path):
         refusal = _refusal([path.name])
         is_weights = conventions.WEIGHTS_EXTENSION.search(path.name)
@@ -193,6 +193,6 @@ def _refusal(names: list[str], *, certain_only: bool = False) -> Refusal | None:
 
 
 def _names_below(folder: Path, depth: int, source: Source) -> list[str]:
-    """Return names of files in a folder, relative to it, but for training state of any format."""
+    """Return the files in a folder, relative to it, except training state of any format."""
     files, stays = source.storage.files_below(folder, depth), conventions.STAYS_BEHIND
     return [name for name in files if not stays.search(os.path.basename(name))]

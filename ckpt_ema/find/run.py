@@ -172,7 +172,7 @@ def _all_judged(verdicts: Verdicts, appended: Sequence[Checkpoint] = ()) -> tupl
 def _warnings(
     verdicts: Verdicts, steps: Sequence[Entry], newest: Checkpoint, appended: Sequence[Checkpoint]
 ) -> Iterator[Notice]:
-    """Yield warnings of entries that are left out, and of those that come after the newest step."""
+    """Yield warnings about entries left out in doubt and those placed after the newest step."""
     templates = {entry.template for entry in steps}
     units = STEP_UNITS if newest.unit in STEP_UNITS else (newest.unit,)
     of_reason = defaultdict(list)

@@ -113,10 +113,10 @@ def _apart(checkpoints: list[Checkpoint], selection: Selection) -> list[Checkpoi
 def _best(
     checkpoints: Sequence[Checkpoint], found: Found, selection: Selection, source: Source
 ) -> list[tuple[int | None, list[Checkpoint]]]:
-    """Return that many checkpoints for each value of --best; ties go to the later checkpoint."""
+    """Return the best checkpoints for each value of --best; ties go to the later checkpoint."""
     if selection.best is None or selection.metric is None:
         return [(None, list(checkpoints))]
-    # Logs of those that do not take part may have values of these.
+    # The log of a checkpoint that is left out may have the metrics of one that is chosen.
     run = [*(one.path for one in found.left_out), *(one.path for one in found.checkpoints)]
     # Before the direction is asked for: the name may be a slip.
     values = _metric_values(checkpoints, run, selection.metric, source)

@@ -78,17 +78,17 @@ APPENDED = Verdict(Outcome.STEP, Reason.APPENDED, "appended")
 
 
 def skipped(reason: Reason, detail: str = "") -> Verdict:
-    """Return that an entry is left out, which users should know."""
+    """Return the verdict that an entry is left out, which is reported."""
     return Verdict(Outcome.SKIPPED, reason, detail=detail)
 
 
 def alias(reason: Reason, detail: str = "") -> Verdict:
-    """Return that an entry is another name or a copy of a step, or an earlier state."""
+    """Return the verdict that an entry is another name or copy of a step, or an earlier state."""
     return Verdict(Outcome.ALIAS, reason, detail=detail)
 
 
 def other(reason: Reason = Reason.NOT_A_CHECKPOINT) -> Verdict:
-    """Return that nobody would expect an entry to take part."""
+    """Return the verdict that an entry is no checkpoint, which is not reported."""
     return Verdict(Outcome.OTHER, reason)
 
 
