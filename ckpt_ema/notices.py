@@ -26,8 +26,8 @@ class Notice(NamedTuple):
 def notices_from(described: object) -> tuple[Notice, ...]:
     """Return the notices that JSON describes, without anything that is not one.
 
-    >>> notices_from([{"code": "zeros", "message": "w turns to zeros."}, 5])
-    (Notice(code=<Code.ZEROS: 'zeros'>, message='w turns to zeros.'),)
+    >>> notices_from([{"code": "zeros", "message": "w has zeros."}, 5])
+    (Notice(code=<Code.ZEROS: 'zeros'>, message='w has zeros.'),)
     """
     found = []
     for one in described if isinstance(described, list) else []:

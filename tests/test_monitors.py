@@ -1,4 +1,4 @@
-"""What monitors find: twins, weights that turn to zeros, values that are not finite."""
+"""What monitors find: twins, tensors that end in zeros, values that are not finite."""
 
 import json
 import math
@@ -98,7 +98,7 @@ def test_where_nothing_is_averaged_nothing_is_a_copy(make_run: MakeRun) -> None:
 
 
 def zeros_of(result: Result) -> list[str]:
-    """The warnings of checkpoints that turn to zeros, which the manifest has too."""
+    """The warnings of checkpoints with new zeros, which the manifest has too."""
     described = [warning.described() for warning in result.warnings]
     assert result.manifests[0]["warnings_of_reading"] == described
     assert all(warning.code is Code.ZEROS for warning in result.warnings)
@@ -121,13 +121,13 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Plan]:
     st.lists(st.lists(st.integers(0, 1), min_size=12, max_size=12), max_size=8),
     st.sampled_from([2, 4, 8]),
 )
-def test_a_tensor_turns_to_zeros_if_all_of_it_does_and_some_was_not_before(
+def test_zeros_are_new_if_all_of_a_tensor_is_and_some_was_not_before(
     plans: dict[int, Plan], contents: list[list[int]], itemsize: int
 ) -> None:
     monitor = Zeros(watched(plans[itemsize]))
     values = [b"".join(n.to_bytes(itemsize, "little") for n in content) for content in contents]
     show(monitor, plans[itemsize], values, itemsize)
-    assert [turn.checkpoint for turn in monitor.state()] == [
+    assert [onset.checkpoint for onset in monitor.state()] == [
         number
         for number in range(1, len(contents))
         if not any(contents[number]) and any(contents[number - 1])
@@ -163,17 +163,17 @@ def test_the_end_of_a_file_that_was_never_written_is_a_warning(
     states[number]["b"][15:] = 0
     states[number]["lora_b"].zero_()
     [warning] = zeros_of(ckpt_ema.average(make_run(states), threads=threads, **OPTIONS))
-    assert f"checkpoint-{number + 1}: tensor b turns to zeros at offset 600," in warning
+    assert f"checkpoint-{number + 1}: tensor b has zeros from offset 600 on," in warning
 
 
 def test_a_tensor_that_shares_its_tile_is_named(make_run: MakeRun) -> None:
-    """All of it must have turned, not half, as in checkpoint-2."""
+    """All of it must be zeros, not half, as in checkpoint-2."""
     states = series(4, a=noise(4, 500), b=noise(4, 60), c=noise(4, 70))
     states[1]["c"][35:] = 0
     states[2]["b"][30:] = 0
     states[2]["c"].zero_()
     [warning] = zeros_of(ckpt_ema.average(make_run(states), device="cpu"))
-    assert "checkpoint-3: tensor c turns to zeros at offset 0," in warning
+    assert "checkpoint-3: tensor c has zeros from offset 0 on," in warning
 
 
 def test_a_run_that_resumes_remembers_what_was_seen(
@@ -184,7 +184,7 @@ def test_a_run_that_resumes_remembers_what_was_seen(
     with faulty("pwrite", 10, suffix=".safetensors"), pytest.raises(FailedError):
         ckpt_ema.average(run, **options)
     [warning] = zeros_of(ckpt_ema.average(run, **options))
-    assert "checkpoint-4: tensor a turns" in warning
+    assert "checkpoint-4: tensor a has zeros" in warning
 
 
 def test_parts_and_the_command_warn_once_of_each_checkpoint(
@@ -199,7 +199,7 @@ def test_parts_and_the_command_warn_once_of_each_checkpoint(
     for done in (command("finish", output), command("average", run, "--device", "cpu")):
         warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
         assert done.returncode == 0
-        assert len([line for line in warnings if "checkpoint-4: tensor a turns" in line]) == 1
+        assert len([line for line in warnings if "checkpoint-4: tensor a has zeros" in line]) == 1
 
 
 def refusal(run: Any, **options: Any) -> RefusedError:

@@ -48,7 +48,7 @@ def present(folder: str, by: str, name: str, storage: Storage) -> str:
     """Return the path of the file `name`; refuses a folder that lacks it, though `by` names it."""
     path = os.path.join(folder, name)
     if storage.kind(path) is Kind.ABSENT:
-        message = f"{folder} is incomplete: {by} names {name}, and that file is missing."
+        message = f"{folder} lacks {name}, which {by} names."
         hint = "Was its save interrupted? Restore the file or leave the checkpoint out."
         raise IncompleteError(message, hint, code=Code.INCOMPLETE, path=path)
     return path

@@ -1,4 +1,4 @@
-"""Finds weights that turn to zeros, as an interrupted save leaves them if it set the size first."""
+"""Finds tensors that end in zeros, as a save that sets the size first leaves them if cut off."""
 
 import threading
 from typing import Any, NamedTuple
@@ -12,8 +12,8 @@ from ckpt_ema.notices import Notice
 _PROBE = bytes(16)
 
 
-class Turn(NamedTuple):
-    """A checkpoint, by number, turns to zeros in a tensor."""
+class Onset(NamedTuple):
+    """Where new zeros begin in a checkpoint, which is known by its number."""
 
     checkpoint: int
     tile: int
@@ -23,13 +23,13 @@ class Turn(NamedTuple):
 
 
 class Zeros(Monitor):
-    """A `Monitor` of where each checkpoint first turns to zeros."""
+    """A `Monitor` of where new zeros begin in each checkpoint."""
 
     name = "zeros"
 
     def __init__(self, watched: Watched) -> None:
         self._checkpoints = watched.checkpoints
-        self._first: dict[int, Turn] = {}
+        self._first: dict[int, Onset] = {}
         self._lock = threading.Lock()
 
     def watch(self, view: TileView) -> See | None:
@@ -46,29 +46,30 @@ class Zeros(Monitor):
 
         return see
 
-    def state(self) -> list[Turn]:
-        """Return the first turn of each checkpoint."""
+    def state(self) -> list[Onset]:
+        """Return the first onset in each checkpoint that has one."""
         with self._lock:
             return sorted(self._first.values())
 
     def merge(self, state: Any) -> None:
         """See `Monitor.merge`."""
         for values in state:
-            self._add(Turn(*values))
+            self._add(Onset(*values))
 
     def verdict(self) -> tuple[Notice, ...]:
-        """Return a warning for each checkpoint that turns to zeros."""
+        """Return a warning for each checkpoint with new zeros."""
         return tuple(
             Notice(
                 Code.ZEROS,
-                f"{self._checkpoints[turn.checkpoint]}: tensor {turn.tensor} turns to zeros at"
-                f" offset {turn.offset}, unlike the checkpoint before; was its save interrupted?",
+                f"{self._checkpoints[onset.checkpoint]}: tensor {onset.tensor} has zeros from"
+                f" offset {onset.offset} on, unlike the checkpoint before;"
+                " was its save interrupted?",
             )
-            for turn in self.state()
+            for onset in self.state()
         )
 
     def _note(self, view: TileView, checkpoint: int, zeros: range) -> None:
-        """Add a turn if these elements of a tile, zeros now, are all that it has of a tensor."""
+        """Add an onset if these elements of a tile, zeros now, are all that it has of a tensor."""
         tile = view.tile
         target = tile.span.places[0]
         last = tile.start + zeros[-1]
@@ -78,11 +79,11 @@ class Zeros(Monitor):
         if max(0, first - tile.start) >= zeros[0]:
             start = max(first, tile.start + zeros[0])
             offset = (start - first) * bits // 8
-            self._add(Turn(checkpoint, tile.numbers[0], last, tensor.name, offset))
+            self._add(Onset(checkpoint, tile.numbers[0], last, tensor.name, offset))
 
-    def _add(self, turn: Turn) -> None:
+    def _add(self, onset: Onset) -> None:
         with self._lock:
-            self._first[turn.checkpoint] = min(turn, self._first.get(turn.checkpoint, turn))
+            self._first[onset.checkpoint] = min(onset, self._first.get(onset.checkpoint, onset))
 
 
 def _zero_bytes_at_end(values: memoryview) -> int:
