@@ -42,8 +42,11 @@ def _numbered(text: str) -> list[str | int]:
 
     >>> sorted(["step-10", "step-9"], key=_numbered)
     ['step-9', 'step-10']
+    >>> sorted(["m²-2", "m²-10", "²"], key=_numbered)
+    ['m²-2', 'm²-10', '²']
     """
-    return [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", text)]
+    parts = re.split("([0-9]+)", text)  # every second one is a number
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
