@@ -287,7 +287,9 @@ def kill_at_random(make_run: MakeRun, job: Job, times: int) -> None:
         scene.check(has_failed=False)
         scene.restore()
     random_seconds, left = random.Random(job.__name__), 0
-    for _ in range(times):
+    for number in range(10 * times):
+        if number >= times and left:
+            break
         seconds = random_seconds.uniform(0, 1.1 * whole_seconds)
         killed_after(seconds, job, scene.run, scene.output.parent / "out")
         if scene.check(has_failed=True):

@@ -61,7 +61,7 @@ def weigh(subsets: Sequence[Subset], options: Weighting) -> list[Weighted]:
         for rule in options.rules:
             name = "-".join(filter(None, [rule.name, subset.name]))
             if name in found:
-                message = f"{name} would be two averages of one name."
+                message = f"Two averages would be named {name}."
                 raise OptionError(message, code=Code.CONFLICTING_OPTIONS)
             checkpoints, decays = _weighted(rule, subset.checkpoints, options)
             found[name] = Weighted(name, rule, checkpoints, tuple(decays))
@@ -99,7 +99,18 @@ def make_averages(
         if steps is None:
             steps, unit = range(1, len(members) + 1), "checkpoints"
         indexes = tuple(index_of[checkpoint] for checkpoint in members)
-        weights, figures = tuple(weights_of(decays)), statistics(steps, decays)
-        row = (name, rule, indexes, tuple(steps), unit, tuple(gaps(members)), decays, weights)
-        averages.append(Average(*row, figures, output))
+        averages.append(
+            Average(
+                name=name,
+                rule=rule,
+                members=indexes,
+                steps=tuple(steps),
+                unit=unit,
+                gaps=tuple(gaps(members)),
+                decays=decays,
+                weights=tuple(weights_of(decays)),
+                statistics=statistics(steps, decays),
+                output=output,
+            )
+        )
     return tuple(averages)

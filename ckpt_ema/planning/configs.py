@@ -1,12 +1,12 @@
 """Whether the configurations beside the weights agree from checkpoint to checkpoint."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.checkpoint import Checkpoint
+from ckpt_ema.find.entries import json_object
 from ckpt_ema.notices import Notice
 from ckpt_ema.storage import Storage
 from ckpt_ema.trainers.conventions import ADAPTER_CONFIG
@@ -39,14 +39,14 @@ def compare_configs(
         storage.read(newest.model.folder / name) or b"" for name in (ADAPTER_CONFIG, _MODEL_CONFIG)
     )
     differing: dict[str, str] = {}  # field -> the first checkpoint in which it differs
-    for checkpoint, one in zip(checkpoints, specs, strict=True):
+    for checkpoint, one in zip(checkpoints[:-1], specs[:-1], strict=True):
         header = one.metadata[0]
         essential = _differences(header, specs[-1].metadata[0], _HEADER_FIELDS) if header else {}
         own = _unlike(checkpoint, ADAPTER_CONFIG, adapter, storage)
         if own:
-            essential |= _differences(own, _content(adapter), _ADAPTER_FIELDS)
+            essential |= _differences(own, json_object(adapter), _ADAPTER_FIELDS)
             # The same base model may have been read from another place.
-            for field in _differences(own, _content(adapter), (_BASE,)):
+            for field in _differences(own, json_object(adapter), (_BASE,)):
                 differing.setdefault(field, checkpoint.name)
         if essential:
             message = (
@@ -56,8 +56,8 @@ def compare_configs(
             raise RefusedError(message, hint, code=Code.DIFFERENT_CONFIGS, path=checkpoint.path)
         own = _unlike(checkpoint, _MODEL_CONFIG, model, storage)
         if own is not None:
-            fields = {**own, **_content(model)}.keys() - set(_UNIMPORTANT)
-            for field in _differences(own, _content(model), fields):
+            fields = {**own, **json_object(model)}.keys() - set(_UNIMPORTANT)
+            for field in _differences(own, json_object(model), fields):
                 differing.setdefault(field, checkpoint.name)
     if not differing:
         return []
@@ -70,7 +70,7 @@ def compare_configs(
 def _unlike(checkpoint: Checkpoint, name: str, newest: bytes, storage: Storage) -> _Fields | None:
     """Return the fields of a checkpoint's own file; None if it is the newest's, or absent."""
     own = (storage.read(checkpoint.model.folder / name) or newest) if newest else b""
-    return None if own == newest else _content(own)
+    return None if own == newest else json_object(own)
 
 
 def _differences(one: _Fields, other: _Fields, fields: Iterable[str]) -> dict[str, str]:
@@ -83,12 +83,3 @@ def _plain(value: Any) -> Any:
     """Return a list of modules sorted: PEFT writes what was a set."""
     is_list = isinstance(value, list) and all(isinstance(one, str) for one in value)
     return sorted(value) if is_list else value
-
-
-def _content(raw: bytes) -> _Fields:
-    """Return the object in a JSON file, empty if there is none."""
-    try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

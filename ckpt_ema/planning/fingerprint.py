@@ -12,7 +12,7 @@ from ckpt_ema.options import Engine, Options
 from ckpt_ema.storage import Storage
 from ckpt_ema.targets.companions import Companion
 
-# Raised by a change of the fold's arithmetic, or of how files are laid out.
+# Increase it when the fold's arithmetic or the layout of files changes.
 FOLD_VERSION = 1
 
 
@@ -40,7 +40,7 @@ def fingerprint(
 
     `inputs` has the folder and the files of each checkpoint, known by path, size, time and header;
     `provenance` is what the output's headers hold, weights included; `choices` are those that
-    `deciding` returns, and the name of a single file.
+    `deciding` returns.
     """
     folders = storage.real_paths(folder for folder, _ in inputs)
     files = [(folder, *files) for folder, (_, files) in zip(folders, inputs, strict=True)]

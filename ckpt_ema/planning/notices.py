@@ -1,4 +1,4 @@
-"""Warnings and notes about weights and about the run, each with what would change it."""
+"""Warnings and notes about the weights and the run, each with what would change it."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

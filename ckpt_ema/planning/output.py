@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,18 +88,16 @@ def lay_out(
     is in the order of the checkpoints; `choices` are those that `fingerprint.deciding` returns.
     """
     layouts = list({id(specs.tensors): specs.tensors for specs in specs_of.values()}.values())
-    ends = {average.checkpoints[-1] for average in averages} | {list(specs_of)[-1]}
+    ends = {average.checkpoints[-1] for average in averages}
     rulings = {c: judge(specs_of[c], layouts, c.name) for c in specs_of if c in ends}
     shared = _shared_folder(found)
+    # Averages may end at the same checkpoint.
+    copied_with = cache(lambda c: _companions(c, specs_of[c], shared, options, storage))
     outputs, other_models = [], set()
     for average, target in zip(averages, _targets(destination, averages), strict=True):
         newest = average.checkpoints[-1]
         specs = specs_of[newest]
-        copied = Companions()
-        if not target.is_single_file:
-            folder = newest.model.folder if storage.is_folder(newest.path) else None
-            config_from = Path(options.config_from) if options.config_from is not None else None
-            copied = companions(folder, [f.name for f in specs.files], shared, config_from, storage)
+        copied = Companions() if target.is_single_file else copied_with(newest)
         inputs = [(c.model.folder, specs_of[c].files) for c in average.checkpoints]
         provenance = _provenance(average)
         digest = fingerprint(inputs, copied.files, provenance, choices, storage)
@@ -108,9 +107,19 @@ def lay_out(
         files = target.lay_out(Model(specs, roles, DTYPES[options.dtype], provenance))
         indexes = target.finish(files, [member.name for member in newest.model.members])
         other_models |= {*copied.models}
-        row = (target.path, target.is_single_file, files, indexes, copied.files, digest)
-        outputs.append(Output(*row))
+        outputs.append(
+            Output(target.path, target.is_single_file, files, indexes, copied.files, digest)
+        )
     return LaidOut(outputs, rulings[list(specs_of)[-1]], sorted(other_models))
+
+
+def _companions(
+    newest: Checkpoint, specs: Specs, run: Path | None, options: OutputOptions, storage: Storage
+) -> Companions:
+    """Return the files that are copied beside the weights of `newest`."""
+    folder = newest.model.folder if storage.is_folder(newest.path) else None
+    config_from = Path(options.config_from) if options.config_from is not None else None
+    return companions(folder, [file.name for file in specs.files], run, config_from, storage)
 
 
 def _targets(destination: Path, averages: Sequence[Weighted]) -> list[Target]:

@@ -95,7 +95,7 @@ def judge(
 ) -> dict[str, Ruling]:
     """Return what becomes of each tensor of `newest`, which is called `name` in messages.
 
-    `layouts` has the tensors of every checkpoint that takes part, equal ones once. Raises
+    `layouts` has the tensors of every checkpoint that takes part, shared mappings once. Raises
     `RefusedError` if a tensor rules the average out, or if none is averaged.
     """
     floats = [spec for spec in newest.tensors.values() if spec.dtype in AVERAGED]

@@ -71,8 +71,8 @@ def without_prefix(checkpoints: Sequence[Specs], prefix: str) -> list[Specs]:
     for specs in checkpoints:
         tensors = {name.removeprefix(prefix): spec for name, spec in specs.tensors.items()}
         if len(tensors) != len(specs.tensors) or "" in tensors:
-            problem = f"--strip-prefix {prefix} would give two tensors one name, or one no name."
-            raise RefusedError(problem, code=Code.DIFFERENT_NAMES)
+            problem = "would leave two tensors with the same name, or one without a name"
+            raise RefusedError(f"--strip-prefix {prefix} {problem}.", code=Code.DIFFERENT_NAMES)
         result.append(replace(specs, tensors=tensors))
     if all(a.tensors.keys() == b.tensors.keys() for a, b in zip(result, checkpoints, strict=True)):
         names = some(list(checkpoints[-1].tensors), 3)

@@ -7,7 +7,7 @@ from ckpt_ema.errors import Code, OptionError
 from ckpt_ema.options import Engine
 from ckpt_ema.planning.work import Work
 
-# Of dev/LOG.md: below, calls cost more than what they compute; above, the cache is too small.
+# Smaller, calls cost more than arithmetic; larger, tiles outgrow the cache (see dev/LOG.md).
 _LEAST_TILE, _MOST_TILE = 1 << 14, 1 << 18
 KEPT_BYTES = 8  # of a kept tensor for each element of a tile: whole elements of any dtype
 _FEWEST_ELEMENTS = 1 << 10  # a limit that leaves no room for so many is refused
@@ -17,7 +17,7 @@ _THREADS_TO_FIT = 4
 def make_sizes(engine: Engine, work: Work, averages: int) -> tuple[int, int]:
     """Return how many elements a thread folds at a time, and how many threads there are.
 
-    Both as asked for, or as suits a core; smaller to fit --max-memory.
+    Both are as asked for, or as suits a core; --max-memory may reduce them.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     threads = engine.threads or (len(affinity(0)) if affinity else os.cpu_count() or 1)

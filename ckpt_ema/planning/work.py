@@ -41,7 +41,7 @@ class Span(NamedTuple):
         return {place.average: place.dtype for place in self.places}
 
     def bytes_read(self, layout_of: Sequence[int], length: int | None = None) -> int:
-        """Return the bytes to read for it, or for `length` of it; `layout_of` as in `Work`."""
+        """Return the bytes to read for all or `length` of its units; `layout_of` as in `Work`."""
         length = self.length if length is None else length
         if not self.averaged:
             return length
@@ -49,7 +49,7 @@ class Span(NamedTuple):
         return length * sum(bits[layout] for layout in layout_of) // 8
 
     def bytes_written(self, length: int) -> int:
-        """Return the bytes to write for `length` of it."""
+        """Return the bytes to write for `length` of its units."""
         if not self.averaged:
             return length * len(self.places)
         return length * sum(DTYPE_BITS[place.dtype] for place in self.places) // 8

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from ckpt_ema.errors import RefusedError, escaped, printable
+from ckpt_ema.find.entries import json_object
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.report.table import markdown_lines
@@ -84,11 +85,8 @@ def _in_lines(yaml: str) -> str:
     """Return YAML with a line for each key; a mapping in braces is read as JSON."""
     if not yaml.lstrip().startswith("{"):
         return yaml
-    try:
-        content = json.loads(yaml)
-    except (ValueError, RecursionError):
-        return ""
-    return "".join(f"{json.dumps(key)}: {json.dumps(value)}\n" for key, value in content.items())
+    fields = json_object(yaml).items()
+    return "".join(f"{json.dumps(key)}: {json.dumps(value)}\n" for key, value in fields)
 
 
 def _own_card(plan: Plan, average: Average) -> str:

@@ -34,7 +34,6 @@ class ByteProgress:
         silent = self._quiet or sys.stderr is None
         if self._bar.disable and not silent and now - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self._bar.n = done_bytes  # a disabled bar does not count
             speed = done_bytes / (now - self._start)
             left = (total_bytes - done_bytes) / max(speed, 1)
             done = f"{size(done_bytes)} of {size(total_bytes)}"

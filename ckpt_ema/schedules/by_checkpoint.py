@@ -15,7 +15,7 @@ from ckpt_ema.schedules.weights import decays_of
 def constant(steps: Steps, decay: float, zero_debias: bool = False) -> list[float]:
     """Return d_j = decay, the usual exponential moving average.
 
-    With `zero_debias`, from a shadow of zeros, divided by the weight that the zeros take:
+    With `zero_debias`, from a shadow of zeros, divided by the weight that the checkpoints have:
     m_j = d m_(j-1) + (1 - d) theta_j from m_0 = 0; the result is m_N / (1 - d^N). The same as a
     fold with d_j = d (1 - d^(j-1)) / (1 - d^j). Source: Kingma and Ba 2015, arXiv 1412.6980,
     section 3; `optax.ema(debias=True)`. At d = 1 it is the limit, the uniform mean.

@@ -7,17 +7,16 @@ name or step, then blanks or a comma, then its weight. Lines that start with # a
 import contextlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from ckpt_ema.errors import Code, OptionError, RefusedError, some
-from ckpt_ema.storage import storage_for
+from ckpt_ema.storage import Location, storage_for
 
 _TOLERANCE = 1e-9  # how far from 1 a sum may be by rounding
 _LARGEST_BYTES = 1 << 24
 
-Explicit = str | os.PathLike[str] | Mapping[str, float]
+Explicit = Location | Mapping[str, float]
 
 
 def read_weights(explicit: Explicit) -> dict[str, float]:
@@ -89,7 +88,7 @@ def _refused(problem: str, hint: str = "") -> RefusedError:
     return RefusedError(f"--weights {problem}.", hint, code=Code.WRONG_WEIGHTS)
 
 
-def _pairs(path: str | os.PathLike[str]) -> list[tuple[str, object]]:
+def _pairs(path: Location) -> list[tuple[str, object]]:
     content = storage_for(path).read(path, _LARGEST_BYTES + 1)
     if content is None or len(content) > _LARGEST_BYTES:
         message = f"--weights {path} is not a file of weights."
@@ -106,7 +105,7 @@ def _pairs(path: str | os.PathLike[str]) -> list[tuple[str, object]]:
     return [_pair(path, line) for line in lines if line and not line.startswith("#")]
 
 
-def _pair(path: str | os.PathLike[str], line: str) -> tuple[str, float]:
+def _pair(path: Location, line: str) -> tuple[str, float]:
     match = re.fullmatch(r"(.+?)(?:\s*,\s*|:?\s+)(\S+)", line)
     if match:
         with contextlib.suppress(ValueError):
@@ -114,6 +113,6 @@ def _pair(path: str | os.PathLike[str], line: str) -> tuple[str, float]:
     raise _unreadable(path, f"'{line}' is not a name and a weight")
 
 
-def _unreadable(path: str | os.PathLike[str], reason: str) -> OptionError:
+def _unreadable(path: Location, reason: str) -> OptionError:
     message = f"--weights {path} cannot be read: {reason}."
     return OptionError(message, code=Code.WRONG_WEIGHTS, path=path)

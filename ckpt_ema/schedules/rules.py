@@ -1,7 +1,7 @@
 """Every schedule by name, and rules: the schedules that options ask for, each with its numbers.
 
-A new schedule is a formula and an entry in one of the modules below, and a type for each new option
-in `options.Keywords`.
+A new schedule is a formula and an entry in one of the modules imported here, and a type for each
+new option in `options.Keywords`.
 """
 
 from collections.abc import Mapping, Sequence

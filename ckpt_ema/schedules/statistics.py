@@ -10,7 +10,7 @@ from ckpt_ema.schedules.schedule import Steps
 from ckpt_ema.schedules.weights import weights_of
 
 _NOTHING = 1e-18  # a weight below it changes no sum
-_LEAST_SIGMA_REL = 1e-4
+_LEAST_EQUIVALENT = 1e-4
 
 
 class Statistics(NamedTuple):
@@ -71,7 +71,7 @@ def _equivalent_half_life(steps: Steps, age: float) -> float | None:
 def _equivalent_sigma_rel(steps: Steps, age: float) -> float | None:
     if steps[0] <= 0 or not age > 0:
         return None
-    low, high = _LEAST_SIGMA_REL, MOST_SIGMA_REL
+    low, high = _LEAST_EQUIVALENT, MOST_SIGMA_REL
     youngest, oldest = (mean_age(steps, power(steps, sigma_rel)) for sigma_rel in (low, high))
     if not youngest <= age <= oldest * (1 + 1e-9):
         return None

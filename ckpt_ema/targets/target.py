@@ -1,4 +1,4 @@
-"""What an output is made of, known before a tensor is read, and what writes a format."""
+"""What an output is made of, known before a tensor is read, and the protocol of its formats."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class OutputTensor(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     offset: int  # from the start of the file, in bytes
-    role: Role  # AVERAGED or KEPT: how its value is made; of a tied name, that of the other
+    role: Role  # AVERAGED or KEPT; a tied name has the role of the one whose bytes it shares
 
     @property
     def averaged(self) -> bool:
