@@ -156,6 +156,12 @@ class Reading(Group):
     panel = MODEL
 
     form: str = _row(of.FORM, "which to take: auto, single, sharded or adapter", "auto")
+    which: str = _row(
+        of.WHICH,
+        "raw weights, or the average that the trainer saved: raw, ema",
+        "raw",
+        changes_bytes=True,
+    )
     component: str | None = _row(of.TEXT, "average only this folder, such as unet")
     key: str | None = _row(
         of.TEXT, "where the model is in a torch file, such as state_dict", changes_bytes=True
@@ -163,10 +169,20 @@ class Reading(Group):
     strip_prefix: str | None = _row(
         of.TEXT, "remove this from the front of tensor names", changes_bytes=True
     )
+    average: tuple[str, ...] = _row(
+        of.GLOBS, "average tensors matching this glob; repeatable", (), changes_bytes=True
+    )
+    keep: tuple[str, ...] = _row(
+        of.GLOBS, "keep the newest value of matching tensors; repeatable", (), changes_bytes=True
+    )
+    drop: tuple[str, ...] = _row(
+        of.GLOBS, "leave matching tensors out; repeatable", (), changes_bytes=True
+    )
     allow_nonfinite: bool = _row(
         of.FLAG, "average NaN and infinity instead of refusing them", False, changes_bytes=True
     )
     allow_duplicates: bool = _row(of.FLAG, "accept checkpoints with identical values", False)
+    allow_zeros: bool = _row(of.FLAG, "accept a checkpoint that ends in zeros", False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +217,7 @@ class Engine(Group):
     )
     tile_size: int | None = _row(of.TILE, "bytes that a thread reads at a time")
     max_memory: int | None = _row(of.SIZE, "limit on the working memory, such as 512MiB")
+    strict: bool = _row(of.FLAG, "treat every warning as an error", False)
 
 
 class Options(NamedTuple):
@@ -259,11 +276,16 @@ class Keywords(TypedDict, total=False):
     aliases: bool
     skip_incomplete: bool
     form: str
+    which: str
     component: str | None
     key: str | None
     strip_prefix: str | None
+    average: Sequence[str]
+    keep: Sequence[str]
+    drop: Sequence[str]
     allow_nonfinite: bool
     allow_duplicates: bool
+    allow_zeros: bool
     output: PathLike | None
     dtype: str
     config_from: PathLike | None
@@ -273,6 +295,7 @@ class Keywords(TypedDict, total=False):
     accumulate: str
     tile_size: int | str | None
     max_memory: int | str | None
+    strict: bool
 
 
 _GROUPS: tuple[type[Group], ...] = (Weighting, Selection, Reading, Output, Engine)

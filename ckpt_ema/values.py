@@ -158,4 +158,5 @@ TILE = Values(
 )
 ACCUMULATE = choice("float64", "float32")._replace(metavar="DTYPE")
 FORM, ORDER = choice("auto", "single", "sharded", "adapter"), choice("auto", "metadata", "name")
+WHICH = choice("raw", "ema")
 METRIC_MODE = choice("auto", "min", "max")
