@@ -3,10 +3,11 @@
 A warning says that the result is right but may not be wanted; a note says what was decided.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from ckpt_ema.errors import Code, printable
+from ckpt_ema.errors import Code, RefusedError, printable
 
 
 class Notice(NamedTuple):
@@ -21,6 +22,15 @@ class Notice(NamedTuple):
     def described(self) -> dict[str, str]:
         """Return it as plain values, ready for JSON."""
         return {"code": self.code.value, "message": str(self)}
+
+
+def refuse_warnings(warnings: Sequence[Notice]) -> None:
+    """Raise `RefusedError` for the first warning, as --strict asks for; the others are counted."""
+    if warnings:
+        first, more = warnings[0], len(warnings) - 1
+        rest = f" (and {more} more warning{'s' * (more > 1)})" if more else ""
+        hint = "Without --strict this is a warning."
+        raise RefusedError(f"{first.message}{rest}", hint, code=first.code)
 
 
 def notices_from(described: object) -> tuple[Notice, ...]:

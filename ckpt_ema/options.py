@@ -158,7 +158,7 @@ class Reading(Group):
     form: str = _row(of.FORM, "which to take: auto, single, sharded or adapter", "auto")
     which: str = _row(
         of.WHICH,
-        "raw weights, or the average that the trainer saved: raw, ema",
+        "raw weights or the trainer's own average: raw, ema",
         "raw",
         changes_bytes=True,
     )

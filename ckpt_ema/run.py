@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 from ckpt_ema.errors import Code, FailedError, RefusedError
 from ckpt_ema.fold.monitors import make_monitors, watched
 from ckpt_ema.fold.tiles import WHOLE, Share, Tile, share_from, tiles
-from ckpt_ema.notices import notices_from
+from ckpt_ema.notices import notices_from, refuse_warnings
 from ckpt_ema.options import Keywords, PathLike
 from ckpt_ema.output import ledger, manifest
 from ckpt_ema.output.destination import check_free, outputs_at
@@ -146,6 +146,8 @@ def _run(
     how = cast("How", {name: options.pop(name) for name in How.__annotations__ if name in options})
     decided = plan(run, **options)
     done = up_to_date(decided)
+    if done and decided.engine.strict:
+        refuse_warnings(done.warnings)
     if done is None:
         check_free(decided.output, how.get("overwrite", False))
     if ranks:
@@ -247,6 +249,8 @@ def finalize(final: Path, outline: Outline, parts: Sequence[Part], staged: Stage
     for monitor, part in product(monitors, parts):
         monitor.merge(part.monitors[monitor.name])
     warnings = tuple(warning for monitor in monitors for warning in monitor.verdict())
+    if outline.watched.is_strict:
+        refuse_warnings(warnings)
     made = replace(_result(final, outline, parts), warnings=warnings)
     how = manifest.describe_making(made)
     manifests = {folder: {**record, **how} for folder, record in outline.manifests.items()}

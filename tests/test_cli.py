@@ -177,9 +177,9 @@ def test_a_plan_is_explained_entry_by_entry_and_pattern_by_pattern(run: Path) ->
 
 
 @pytest.mark.parametrize("command", ["average", "plan", "finish", "formats"])
-def test_help_fits_three_screens_with_examples_before_options(command: str) -> None:
+def test_help_fits_80_lines_with_examples_before_options(command: str) -> None:
     lines = ckpt_ema(command, "--help").stdout.splitlines()
-    assert len(lines) <= 72
+    assert len(lines) <= 80
     assert max(map(len, lines)) <= 80
     assert lines.index("Examples:") < next(n for n, line in enumerate(lines) if "  --" in line)
     assert "docs/options.md" in lines[-1]
@@ -378,7 +378,7 @@ def test_a_signal_in_a_destructor_which_swallows_it_ends_the_run(run: Path) -> N
 
 
 def test_a_limit_on_descriptors_is_respected(make_run: MakeRun) -> None:
-    run = make_run(series(60, w=noise(60, 10)))
+    run = make_run(series(60, w=[1 + one / 10 for one in noise(60, 10)]))
     done = ckpt_ema(
         "average",
         run,

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
@@ -495,15 +496,15 @@ class TestTheModel:
         assert refusal(folder).code is Code.NO_MODEL
         assert refusal(save(tmp_path / "b", {"step": 3})).code is Code.NO_MODEL
 
-    @pytest.mark.parametrize("dtype", [torch.complex128, torch.complex32], ids=str)
-    def test_a_dtype_that_safetensors_lacks_counts_in_the_model_only(
-        self, tmp_path: Path, dtype: torch.dtype
+    @pytest.mark.parametrize(
+        ("dtype", "name"), [(torch.complex128, "C128"), (torch.complex32, "C32")], ids=str
+    )
+    def test_complex_dtypes_that_safetensors_lacks_are_read(
+        self, tmp_path: Path, dtype: torch.dtype, name: str
     ) -> None:
-        unfit = torch.zeros(16, dtype=torch.uint8).view(dtype)
-        check(save(tmp_path / "a", {"model": MODEL, "optimizer": {"x": unfit}}), MODEL)
-        folder = save(tmp_path / "b", {"model": {**MODEL, "x": unfit}})
-        error = refusal(folder)
-        assert (error.code, error.tensor) == (Code.UNREADABLE_TENSOR, "model.x")
+        values = torch.zeros(16, dtype=torch.uint8).view(dtype)
+        folder = save(tmp_path / "b", {"model": {**MODEL, "x": values}})
+        assert read(folder).tensors["x"][:2] == (name, tuple(values.shape))
 
     def test_what_is_no_tensor_is_left_out(self, tmp_path: Path) -> None:
         folder = save(tmp_path / "a", {"model": {**MODEL, "version": 3, "x._extra_state": b"x"}})
@@ -1074,7 +1075,9 @@ def test_a_plan_opens_every_file_once(sharded: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "open", counted)
     planned = ckpt_ema.plan(sharded / "of-3")
     ours = [path for path in opened if path.endswith((".distcp", ".metadata"))]
-    assert len(ours) == len(set(ours)) == 3 * (3 + 1)
+    # Once for its header, and once more where integers might be codes of a quantised weight.
+    assert max(Counter(ours).values()) <= 2
+    assert len(set(ours)) == 3 * (3 + 1)
     assert planned.bytes_read == sum(
         tensor.nbytes * (3 if tensor.is_floating_point() else 1)
         for tensor in full_state(100).values()

@@ -1,8 +1,9 @@
 """Whether checkpoints are states of one model, and what becomes of each of its tensors."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,17 +22,36 @@ def specs(**tensors: TensorSpec) -> Specs:
     return Specs({name.replace("__", "."): spec for name, spec in tensors.items()}, (), ())
 
 
-def roles(newest: Specs, *others: Specs) -> dict[str, Role]:
+class Known(NamedTuple):
+    """Contents of which a test decides."""
+
+    changing: Collection[str] = ()
+    binary: Collection[str] = ()
+
+    def changes(self, key: str) -> bool:
+        """See `Contents.changes`."""
+        return key in self.changing
+
+    def is_binary(self, key: str) -> bool:
+        """See `Contents.is_binary`."""
+        return key in self.binary
+
+
+NOTHING = Known()
+
+
+def roles(newest: Specs, *others: Specs, contents: Known = NOTHING) -> dict[str, Role]:
     """The role of each tensor."""
     layouts = [one.tensors for one in (*others, newest)]
-    return {name: one.rule.role for name, one in judge(newest, layouts, "newest").items()}
+    rulings = judge(newest, layouts, "newest", contents)
+    return {name: one.rule.role for name, one in rulings.items()}
 
 
 @pytest.mark.parametrize(
     ("dtype", "role"),
     [
-        *[(dtype, Role.AVERAGED) for dtype in ("F64", "F32", "F16", "BF16")],
-        *[(dtype, Role.KEPT) for dtype in ("I64", "U8", "BOOL", "F8_E4M3", "C64")],
+        *[(dtype, Role.AVERAGED) for dtype in ("F64", "F32", "F16", "BF16", "C64", "C128", "C32")],
+        *[(dtype, Role.KEPT) for dtype in ("I64", "U8", "BOOL", "F8_E4M3")],
     ],
 )
 def test_floats_are_averaged_and_other_tensors_keep_their_newest_value(
@@ -45,31 +65,40 @@ def test_a_second_name_of_the_same_bytes_is_tied_if_it_is_so_in_every_checkpoint
     assert roles(tied, tied) == {"emb": Role.AVERAGED, "head": Role.TIED}
     assert roles(tied, untied) == {"emb": Role.AVERAGED, "head": Role.AVERAGED}
     kept = specs(w=FLOAT, n=FLOAT._replace(dtype="I64"), m=FLOAT._replace(dtype="I64"))
-    assert judge(kept, [kept.tensors], "newest")["m"].made is Role.KEPT
+    assert judge(kept, [kept.tensors], "newest", Known())["m"].made is Role.KEPT
 
 
 @pytest.mark.parametrize(
-    ("newest", "tensor"),
+    ("newest", "contents", "code", "tensor"),
     [
-        (specs(w=FLOAT, layers__0__qweight=FLOAT._replace(dtype="I32")), "layers.0.qweight"),
-        (specs(w=FLOAT, w__absmax=FLOAT), "w.absmax"),
         (
-            specs(w=FLOAT, x=FLOAT._replace(shape=(0,)), y=FLOAT._replace(shape=(0,), offset=8)),
+            specs(w=FLOAT, q__qweight=TensorSpec("I32", (2, 2), 0, 8)),
+            Known(changing=["q.qweight"]),
+            Code.NOT_AVERAGEABLE,
+            "q.qweight",
+        ),
+        (
+            specs(w=TensorSpec("U8", (2, 1), 0, 8), w__absmax=FLOAT),
+            Known(changing=["w.absmax"]),
+            Code.NOT_AVERAGEABLE,
+            "w",
+        ),
+        (
+            specs(v=FLOAT, w=FLOAT._replace(offset=8), x=FLOAT._replace(shape=(0,))),
+            Known(),
+            Code.EMPTIED,
             "x",
         ),
-        (specs(n=FLOAT._replace(dtype="I64")), None),
+        (specs(n=FLOAT._replace(dtype="I64")), Known(), Code.NOT_AVERAGEABLE, None),
     ],
-    ids=["gptq", "bitsandbytes", "placeholders", "integers"],
+    ids=["codes", "scales of codes", "placeholders", "integers"],
 )
-def test_tensors_that_rule_the_average_out(newest: Specs, tensor: str | None) -> None:
+def test_tensors_that_rule_the_average_out(
+    newest: Specs, contents: Known, code: Code, tensor: str | None
+) -> None:
     with pytest.raises(RefusedError) as caught:
-        judge(newest, [newest.tensors], "newest")
-    assert (caught.value.code, caught.value.tensor) == (Code.NOT_AVERAGEABLE, tensor)
-
-
-def test_few_empty_tensors_are_no_placeholders() -> None:
-    empty = FLOAT._replace(shape=(0,))
-    assert roles(specs(v=FLOAT, w=FLOAT._replace(offset=8), x=empty))["x"] is Role.AVERAGED
+        judge(newest, [newest.tensors], "newest", contents)
+    assert (caught.value.code, caught.value.tensor) == (code, tensor)
 
 
 def test_roles_are_told_by_pattern(make_run: MakeRun) -> None:
@@ -93,8 +122,8 @@ def test_a_name_that_the_newest_lacks_is_dropped(tmp_path: Path) -> None:
 
 
 def test_rules_have_names_and_the_last_takes_every_tensor() -> None:
-    assert len({rule.name for rule in RULES}) == len(RULES)
-    assert RULES[-1].role is Role.AVERAGED
+    assert len({rule.name for rule, _ in RULES}) == len(RULES)
+    assert RULES[-1][0].role is Role.AVERAGED
 
 
 @pytest.mark.parametrize(

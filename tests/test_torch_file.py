@@ -417,12 +417,11 @@ class TestUnfitTensors:
             (lambda: torch.eye(3).to_sparse(), "s"),
             (lambda: torch.ones(3, device="meta"), "s"),
             (quantised, None),
-            (lambda: torch.ones(3, dtype=torch.complex128), None),
             (lambda: torch.zeros(4, dtype=torch.uint8).view(torch.bits8), None),
             (lambda: torch.ones(2, dtype=torch.complex64).conj(), None),
             (lambda: torch.ones(2, dtype=torch.complex64).conj().imag, None),
         ],
-        ids=["sparse", "meta", "quantised", "complex128", "bits8", "conjugate", "negative"],
+        ids=["sparse", "meta", "quantised", "bits8", "conjugate", "negative"],
     )
     def test_in_the_model(
         self, tmp_path: Path, form: str, make: Callable[[], torch.Tensor], name: str | None

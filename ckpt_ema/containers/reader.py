@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from ckpt_ema.containers.gather import gather
-from ckpt_ema.containers.specs import DTYPE_BITS, ModelFiles, Specs, TensorSpec
+from ckpt_ema.containers.specs import DTYPE_BITS, ModelFiles, Specs, TensorSpec, as_real
 from ckpt_ema.errors import CkptEmaError, Code, RefusedError
 from ckpt_ema.storage.protocol import Storage
 
@@ -76,6 +76,7 @@ def hold_the_same(
     pairs = [(tensor, other_specs.tensors[name]) for name, tensor in specs.tensors.items()]
     if any((a.dtype, a.shape) != (b.dtype, b.shape) for a, b in pairs):
         return False
+    pairs = [(as_real(a), as_real(b)) for a, b in pairs]
     opened = [(model.folder, specs), (other_model.folder, other_specs)]
     with suppress(CkptEmaError), Reader(storage, opened) as reader:
         heads = [(*pair, min(_HEAD_BYTES, pair[0].size_bytes)) for pair in pairs]

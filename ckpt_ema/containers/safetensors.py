@@ -17,6 +17,7 @@ from typing import Any
 from ckpt_ema.containers.checks import AGAIN, check_start, cut_short, refused
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
+    WRITTEN_AS,
     FileSpec,
     Specs,
     TensorSpec,
@@ -186,7 +187,7 @@ def _tensor(path: str, name: str, entry: object, start: int) -> TensorSpec:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse("must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS or dtype in WRITTEN_AS:
         raise refuse(f"has an unknown dtype, {dtype}")
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise refuse("has a shape or data_offsets that are not lists of sizes")

@@ -13,19 +13,26 @@ from typing import NamedTuple
 from ckpt_ema.notices import Notice
 from ckpt_ema.storage.protocol import Identity
 
-# Bits of one element, for every dtype that a safetensors file can hold, by its name there.
+# Bits of one element, for every dtype that is read, by its name in safetensors.
 _OF_BITS = {
     4: "F4",
     6: "F6_E2M3 F6_E3M2",
     8: "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
     16: "I16 U16 F16 BF16",
-    32: "I32 U32 F32",
+    32: "I32 U32 F32 C32",
     64: "C64 F64 I64 U64",
+    128: "C128",
 }
 DTYPE_BITS = {name: bits for bits, names in _OF_BITS.items() for name in names.split()}
 
-# The dtypes that are averaged, and what torch calls them. All others keep their newest value.
-AVERAGED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# The dtypes that are folded, and what torch calls them.
+FOLDED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Complex dtypes, and that of their real and imaginary parts, which are folded as two numbers.
+COMPLEX = {"C32": "F16", "C64": "F32", "C128": "F64"}
+# The dtypes that can be averaged. All others keep their newest value.
+AVERAGED = {*FOLDED, *COMPLEX}
+# Dtypes that safetensors has no name for, and the nearest that it has.
+WRITTEN_AS = {"C32": "C64", "C128": "C64"}
 
 
 class Role(Enum):
@@ -85,6 +92,26 @@ class TensorSpec(NamedTuple):
     def size_bytes(self) -> int:
         """The bytes of its elements, without gaps."""
         return packed_bytes(self.dtype, self.shape)
+
+
+def as_real(tensor: TensorSpec) -> TensorSpec:
+    """Return a tensor as real numbers; a complex one gains a last axis of size 2.
+
+    >>> as_real(TensorSpec("C64", (3,), 0, 8))
+    TensorSpec(dtype='F32', shape=(3, 2), file=0, offset=8, pieces=())
+    """
+    if tensor.dtype not in COMPLEX:
+        return tensor
+    pieces = tuple(
+        piece._replace(
+            starts=(*piece.starts, 0),
+            sizes=(*piece.sizes, 2),
+            strides=(*(2 * stride for stride in piece.strides), 1),
+        )
+        for piece in tensor.pieces
+    )
+    shape = (*tensor.shape, 2)
+    return tensor._replace(dtype=COMPLEX[tensor.dtype], shape=shape, pieces=pieces)
 
 
 def spanned(sizes: Sequence[int], strides: Sequence[int]) -> int:

@@ -1,24 +1,24 @@
 """The one loop: which tile, which thread, which device; the number of threads changes no byte."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, product
 
 import torch
 
 from ckpt_ema.containers.reader import Reader
-from ckpt_ema.containers.specs import AVERAGED, TensorSpec
+from ckpt_ema.containers.specs import FOLDED, TensorSpec
 from ckpt_ema.errors import Code, FailedError
 from ckpt_ema.fold.devices import CPU, accumulator, elements_at_a_time, is_out_of_memory
-from ckpt_ema.fold.monitors.protocol import Monitor, TileView
+from ckpt_ema.fold.monitors.protocol import Monitor, TileView, Watch
 from ckpt_ema.fold.shadow import is_finite
 from ckpt_ema.fold.tile_fold import Staging, TileFold, Use, make_fold
-from ckpt_ema.fold.tiles import Tile, cut, joined
+from ckpt_ema.fold.tiles import Segments, Tile, cut, joined
 from ckpt_ema.planning.plan import Plan
 
-_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, AVERAGED[name]) for name in AVERAGED}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, FOLDED[name]) for name in FOLDED}
 _POLL_SECONDS = 0.1  # the longest time before the main thread handles a signal
 _ROOM_TO_START = 16 << 20  # a thread's stack, and what it takes before it does anything
 
@@ -44,7 +44,9 @@ def run(
     with Reader(plan.storage, [(c.folder, c.specs) for c in plan.checkpoints]) as reader:
         elements = elements_at_a_time(plan, device)
         wide_tiles = joined(tiles, elements)
-        job = _Job(plan, wide_tiles, device, elements, reader, write, finish, monitors)
+        job = _Job(
+            plan, wide_tiles, device, elements, reader, write, finish, monitors, Segments(plan)
+        )
         _run_threads(job, tick)
         reader.verify()
         return job.device_sufficed
@@ -62,6 +64,7 @@ class _Job:
     write: Write
     finish: Finish
     monitors: Sequence[Monitor]
+    segments: Segments
     device_sufficed: bool = True
     bytes_read: int = 0
     stopped: bool = False
@@ -188,8 +191,8 @@ class _Worker:
 
     def _fold_tile(self, tile: Tile, fold: TileFold) -> None:
         span, layout_of = tile.span, self._plan.work.layout_of
-        view = TileView(self._plan, tile, self._job.read)
-        watching = [see for monitor in self._job.monitors if (see := monitor.watch(view))]
+        view = TileView(self._plan, tile, self._job.segments.of(tile), self._job.read)
+        watching = [watch for monitor in self._job.monitors if (watch := monitor.watch(view))]
 
         def read(index: int, staging: Staging) -> torch.Tensor:
             if self._job.stopped:  # a tile of a thousand checkpoints takes its time
@@ -200,36 +203,53 @@ class _Worker:
         def read_and_show(index: int, staging: Staging) -> torch.Tensor:
             values = read(index, staging)
             content = staging.bytes[: values.nbytes]
-            for see in watching:
-                see(index, content, values.itemsize)
+            for watch in watching:
+                watch.see(index, content, values)
             return values
 
         fold.fold(tile.length, read_and_show)
-        if not self._hand_on(view, fold, only_finite=True):
+        rest = self._hand_on(view, fold, watching, {*span.dtypes.values()}, only_finite=True)
+        if rest:
             fold.fold(tile.length, read, keeping_infinities=True)
-            self._hand_on(view, fold, only_finite=False)
+            self._hand_on(view, fold, watching, rest, only_finite=False)
         self._job.count_read(span.bytes_read(layout_of, tile.length))
 
-    def _hand_on(self, view: TileView, fold: TileFold, *, only_finite: bool) -> bool:
-        """Write the averages of a tile, or those `only_finite`; return whether all are finite."""
+    def _hand_on(
+        self,
+        view: TileView,
+        fold: TileFold,
+        watching: Sequence[Watch],
+        wanted: Set[str],
+        *,
+        only_finite: bool,
+    ) -> set[str]:
+        """Write the averages of a tile in the wanted dtypes; return those that are not finite.
+
+        With `only_finite`, those are not written.
+        """
         tile, dtypes = view.tile, view.tile.span.dtypes
-        all_finite = True
+        nonfinite = set()
         for name, same in groupby(sorted(dtypes), dtypes.__getitem__):
+            if name not in wanted:
+                continue
             dtype, numbers = _DTYPES[name], list(same)
             data = fold.rounded(slice(numbers[0], numbers[-1] + 1), tile.length, dtype)
             rounded = torch.frombuffer(data, dtype=dtype)
             if not is_finite(rounded):
-                all_finite = False
+                nonfinite.add(name)
                 if only_finite:
                     continue
                 self._show_nonfinite(view, numbers, rounded)
+            rows = rounded.view(len(numbers), tile.length)
+            for watch, (average, row) in product(watching, zip(numbers, rows, strict=True)):
+                watch.see_average(average, row)
             size_bytes = tile.length * dtype.itemsize
             for target in tile.span.places:
                 if target.average in numbers:
-                    row = numbers.index(target.average) * size_bytes
+                    begin = numbers.index(target.average) * size_bytes
                     offset = target.offset + tile.start * dtype.itemsize
-                    self._job.write(target.file, data[row : row + size_bytes], offset)
-        return all_finite
+                    self._job.write(target.file, data[begin : begin + size_bytes], offset)
+        return nonfinite
 
     def _show_nonfinite(self, view: TileView, averages: list[int], rounded: torch.Tensor) -> None:
         rows = rounded.view(len(averages), view.tile.length)

@@ -1,7 +1,9 @@
 """The work in tiles, numbered in the order of the output's bytes: a share is a range of a file."""
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from operator import attrgetter
 from typing import NamedTuple
 
 from ckpt_ema.containers.specs import DTYPE_BITS
@@ -83,12 +85,42 @@ def cut(tile: Tile, most: int) -> Iterator[Tile]:
         yield tile._replace(start=tile.start + start, length=min(most, tile.length - start))
 
 
-def tensor_at(plan: Plan, span: Span, average: int, element: int) -> OutputTensor:
-    """Return the tensor of an average's output that an element of a span belongs to."""
-    target = next(target for target in span.places if target.average == average)
-    position = target.offset + element * DTYPE_BITS[target.dtype] // 8
-    files = [file for one in plan.averages for file in one.output.files]
-    for tensor in files[target.file].tensors:
-        if tensor.offset <= position < tensor.offset + tensor.size_bytes:
-            return tensor
-    raise AssertionError("spans cover tensors of the output only")
+class Segment(NamedTuple):
+    """The part of one tensor that lies in a tile; elements count from the tile's first."""
+
+    tensor: OutputTensor
+    start: int
+    stop: int
+    begins: bool  # the tensor's first element is in the tile
+    ends: bool  # and its last one
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the tensor is in the tile."""
+        return self.begins and self.ends
+
+
+class Segments:
+    """Which tensors the tiles of a plan hold."""
+
+    def __init__(self, plan: Plan) -> None:
+        files = [file for one in plan.averages for file in one.output.files]
+        filled = ([tensor for tensor in file.tensors if tensor.size_bytes] for file in files)
+        self._tensors = [sorted(tensors, key=attrgetter("offset")) for tensors in filled]
+        self._offsets = [[tensor.offset for tensor in tensors] for tensors in self._tensors]
+
+    def of(self, tile: Tile) -> list[Segment]:
+        """Return the segments of a tile in order, by the names in its first average's output."""
+        place = tile.span.places[0]
+        bits = DTYPE_BITS[place.dtype]
+        first = place.offset * 8 + tile.start * bits  # in bits
+        offsets, tensors = self._offsets[place.file], self._tensors[place.file]
+        begin = bisect_right(offsets, first // 8) - 1
+        end = bisect_left(offsets, (first + tile.length * bits) // 8)
+        found = []
+        for tensor in tensors[begin:end]:
+            start = (tensor.offset * 8 - first) // bits
+            stop = start + tensor.size_bytes * 8 // bits
+            inside = max(start, 0), min(stop, tile.length)
+            found.append(Segment(tensor, *inside, start >= 0, stop <= tile.length))
+        return found

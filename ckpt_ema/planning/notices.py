@@ -1,6 +1,7 @@
 """Warnings and notes about the weights and the run, each with what would change it."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from statistics import median
@@ -14,6 +15,7 @@ from ckpt_ema.find.verdict import UNSELECTED
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.output import LaidOut
+from ckpt_ema.planning.roles import Reason, Ruling
 from ckpt_ema.planning.same_model import Compared
 from ckpt_ema.schedules import dynamic
 from ckpt_ema.schedules.by_step import sigma_rel_of
@@ -30,7 +32,9 @@ _INVERSION_NS = 3600 * 10**9
 _FEW = 4
 
 
-def plan_warnings(averages: Sequence[Average], compared: Compared) -> Iterator[Notice]:
+def plan_warnings(
+    averages: Sequence[Average], compared: Compared, rulings: Mapping[str, Ruling]
+) -> Iterator[Notice]:
     """Yield the warnings about weights, and about the checkpoints that take part."""
     names = [checkpoint.name for checkpoint in compared.specs]
     yield from _merged(averages, lambda average: _uneven(average, names))
@@ -42,12 +46,14 @@ def plan_warnings(averages: Sequence[Average], compared: Compared) -> Iterator[N
             yield Notice(Code.SAME_WEIGHTS, f"{some(same)} have the same weights.")
     yield from _about_run(compared.specs)
     yield from compared.warnings
+    yield from _share_not_averaged(list(compared.specs.values())[-1], rulings)
 
 
 def plan_notes(
     averages: Sequence[Average],
     specs_of: Mapping[Checkpoint, Specs],
     found: Found,
+    rulings: Mapping[str, Ruling],
     laid_out: LaidOut,
 ) -> Iterator[Notice]:
     """Yield notes on options without effect, on the run, and on what is not averaged."""
@@ -63,16 +69,39 @@ def plan_notes(
         message = "Numbers in the names count saves, not steps (accelerate); gaps are unknown."
         yield Notice(Code.NO_STEPS, message)
     kept: dict[str, list[str]] = {}
-    for name, ruling in laid_out.rulings.items():
-        if ruling.made is Role.KEPT:
-            kept.setdefault(specs_of[newest].tensors[name].dtype, []).append(name)
-    for dtype, names in kept.items():
-        message = f"{dtype} tensors are not averaged and keep the value of {newest.name}"
-        yield Notice(Code.NOT_AVERAGED, f"{message}: {some(names)}.")
+    for name, (rule, made) in rulings.items():
+        if made is Role.KEPT:
+            dtype = specs_of[newest].tensors[name].dtype
+            is_other = rule.reason is Reason.NOT_FLOAT
+            what = f"{dtype} tensors" if is_other else f"Some tensors ({rule.reason.value})"
+            kept.setdefault(what, []).append(name)
+    for what, names in kept.items():
+        message = f"{what} are not averaged and keep the value of {newest.name}: {some(names)}."
+        yield Notice(Code.NOT_AVERAGED, message)
     yield from dict.fromkeys(note for one in specs_of.values() for note in one.notes)
+    if any(map(conventions.FACTOR.search, rulings)) or any(
+        map(conventions.ROTATION.search, rulings)
+    ):
+        message = "The factors of the adapter are averaged one by one, which approximates the"
+        message = f"{message} average of their products; reading them shows how closely."
+        yield Notice(Code.ADAPTER_FACTORS, message)
     if laid_out.other_models:
         message = f"Folders with other models are not copied: {some(laid_out.other_models)}."
         yield Notice(Code.LEFT_OUT, message)
+
+
+def _share_not_averaged(newest: Specs, rulings: Mapping[str, Ruling]) -> Iterator[Notice]:
+    """Warn of integers that change as weights do, with their share of the elements."""
+    counts = Counter[Reason]()
+    for name, (rule, made) in rulings.items():
+        if made is Role.AVERAGED or rule.reason is Reason.CHANGING:
+            counts[rule.reason] += math.prod(newest.tensors[name].shape)
+    if counts[Reason.CHANGING]:
+        share = counts[Reason.CHANGING] / counts.total()
+        names = [name for name, one in rulings.items() if one.rule.reason is Reason.CHANGING]
+        message = f"{some(names, 3)} hold integers that change in training, {share:.1%} of all"
+        message = f"{message} elements: they are not averaged and keep the newest value."
+        yield Notice(Code.NOT_AVERAGED, message)
 
 
 def _merged(
@@ -177,11 +206,6 @@ def _about_run(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
             found = f"{later.name} was written before {earlier.name}, though its step is later"
             yield Notice(Code.OUT_OF_ORDER, f"{found}; the folder may hold two runs.")
             break
-    if any(conventions.LORA_FACTOR.search(name) for name in specs[-1].tensors):
-        effect = "which only approximates the average of their products BA"
-        remedy = "for that, merge each adapter into its base model first"
-        message = f"LoRA factors A and B are averaged separately, {effect}; {remedy}."
-        yield Notice(Code.ADAPTER_FACTORS, message)
     by_name = [c.name for c in specs_of if conventions.AVERAGED_NAME.search(stem_of(c.name))]
     key = conventions.PROVENANCE_KEY
     by_header = [c.name for c, one in specs_of.items() if any(key in own for own in one.metadata)]

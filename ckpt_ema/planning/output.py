@@ -2,18 +2,19 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ckpt_ema.containers.specs import Specs
+from ckpt_ema.containers.specs import Role, Specs
 from ckpt_ema.errors import Code, OptionError, RefusedError
 from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.options import DTYPES
 from ckpt_ema.options import Output as OutputOptions
 from ckpt_ema.planning.average import Weighted
 from ckpt_ema.planning.fingerprint import fingerprint
-from ckpt_ema.planning.roles import Ruling, judge
+from ckpt_ema.planning.roles import Ruling
 from ckpt_ema.schedules.weights import weights_of
 from ckpt_ema.storage import Storage, storage_for
 from ckpt_ema.storage.protocol import Kind
@@ -69,7 +70,6 @@ class LaidOut(NamedTuple):
     """The outputs of a plan's averages, in their order."""
 
     outputs: list[Output]
-    rulings: Mapping[str, Ruling]  # for each tensor of the newest checkpoint
     other_models: list[str]  # folders with weights of their own, which are not copied
 
 
@@ -79,17 +79,16 @@ def lay_out(
     found: Found,
     destination: Path,
     options: OutputOptions,
+    rulings: Mapping[Checkpoint, Mapping[str, Ruling]],
     choices: Mapping[str, Any],
     storage: Storage,
 ) -> LaidOut:
     """Lay out the output of each average, in the form of the newest of its checkpoints.
 
     It depends on this average alone, so it is the same whatever else is made beside it. `specs_of`
-    is in the order of the checkpoints; `choices` are those that `fingerprint.deciding` returns.
+    is in the order of the checkpoints; `rulings` has the tensors of each newest one; `choices` are
+    those that `fingerprint.deciding` returns.
     """
-    layouts = list({id(specs.tensors): specs.tensors for specs in specs_of.values()}.values())
-    ends = {average.checkpoints[-1] for average in averages}
-    rulings = {c: judge(specs_of[c], layouts, c.name) for c in specs_of if c in ends}
     shared = _shared_folder(found)
     # Averages may end at the same checkpoint.
     copied_with = cache(lambda c: _companions(c, specs_of[c], shared, options, storage))
@@ -103,14 +102,20 @@ def lay_out(
         digest = fingerprint(inputs, copied.files, provenance, choices, storage)
         if target.is_single_file:  # a folder has it in its manifest
             provenance["fingerprint"] = digest
-        roles = {name: one.made for name, one in rulings[newest].items()}
-        files = target.lay_out(Model(specs, roles, DTYPES[options.dtype], provenance))
+        model = _without_dropped(specs, rulings[newest])
+        roles = {name: rulings[newest][name].made for name in model.tensors}
+        files = target.lay_out(Model(model, roles, DTYPES[options.dtype], provenance))
         indexes = target.finish(files, [member.name for member in newest.model.members])
         other_models |= {*copied.models}
         outputs.append(
             Output(target.path, target.is_single_file, files, indexes, copied.files, digest)
         )
-    return LaidOut(outputs, rulings[list(specs_of)[-1]], sorted(other_models))
+    return LaidOut(outputs, sorted(other_models))
+
+
+def _without_dropped(specs: Specs, rulings: Mapping[str, Ruling]) -> Specs:
+    kept = {k: one for k, one in specs.tensors.items() if rulings[k].made is not Role.DROPPED}
+    return specs if len(kept) == len(specs.tensors) else replace(specs, tensors=kept)
 
 
 def _companions(

@@ -20,9 +20,10 @@ from ckpt_ema.find.complete import check_complete
 from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
 from ckpt_ema.find.verdict import Judged
-from ckpt_ema.notices import Notice
-from ckpt_ema.options import Engine, Keywords, Options, PathLike, make_options
+from ckpt_ema.notices import Notice, refuse_warnings
+from ckpt_ema.options import Engine, Keywords, Options, PathLike, Reading, make_options
 from ckpt_ema.planning.average import Average, Weighted, make_averages, weigh
+from ckpt_ema.planning.contents import judge_newest
 from ckpt_ema.planning.fingerprint import deciding
 from ckpt_ema.planning.notices import plan_notes, plan_warnings
 from ckpt_ema.planning.output import find_destination, lay_out, named
@@ -47,6 +48,11 @@ class PlannedCheckpoint:
     folder: Path  # what the file names in `specs` are relative to
     specs: Specs
 
+    @classmethod
+    def of(cls, one: Checkpoint, specs: Specs) -> "PlannedCheckpoint":
+        """Return a checkpoint that was found, with its specs."""
+        return cls(one.path, one.name, one.step, one.unit, one.model.folder, specs)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -61,8 +67,7 @@ class Plan:
     given: Mapping[str, Any]  # the options that are not at their defaults
     dtype: str  # of averaged tensors, "same" for each its own
     card: bool
-    allow_nonfinite: bool
-    allow_duplicates: bool
+    reading: Reading
     output: Path  # of the one average, or the folder of all: they appear together
     work: Work
     threads: int
@@ -142,39 +147,39 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     found = discover(paths, options.selection, source)
     selected = select(found, options.selection, source)
     weighted = weigh(selected.subsets, options.weighting)
-    checkpoints = _taken(weighted, found)
     destination = find_destination(options.output.output, found, paths, source.storage)
-    compared = compare(checkpoints, source)
+    compared = compare(_taken(weighted, found), source)
     specs_of = compared.specs
     _check_names(weighted, compared)
+    rulings = judge_newest(weighted, specs_of, options.reading, source.storage)
+    choices = deciding(options)
     laid_out = lay_out(
-        weighted, specs_of, found, destination, options.output, deciding(options), source.storage
+        weighted, specs_of, found, destination, options.output, rulings, choices, source.storage
     )
-    averages = make_averages(weighted, checkpoints, laid_out.outputs)
+    newest = list(rulings.values())[-1]
+    averages = make_averages(weighted, [*specs_of], laid_out.outputs)
     work = make_work([*specs_of.values()], [(one.newest, one.output.files) for one in averages])
     tile_elements, threads = make_sizes(options.engine, work, len(averages))
+    warnings = (*found.warnings, *selected.warnings, *plan_warnings(averages, compared, newest))
+    refuse_warnings(warnings if options.engine.strict else ())
     return Plan(
         run=os.fspath(found.root),
-        checkpoints=tuple(
-            PlannedCheckpoint(one.path, one.name, one.step, one.unit, one.model.folder, specs)
-            for one, specs in specs_of.items()
-        ),
+        checkpoints=tuple(PlannedCheckpoint.of(*one) for one in specs_of.items()),
         averages=averages,
-        rulings={**laid_out.rulings, **dict.fromkeys(compared.dropped, DROPPED)},
+        rulings={**newest, **dict.fromkeys(compared.dropped, DROPPED)},
         storage=source.storage,
         engine=options.engine,
         given=options.given(),
         dtype=options.output.dtype,
         card=options.output.card,
-        allow_nonfinite=options.reading.allow_nonfinite,
-        allow_duplicates=options.reading.allow_duplicates,
+        reading=options.reading,
         output=destination,
         work=work,
         threads=threads,
         tile_elements=tile_elements,
         judged=found.judged,
-        notes=(*selected.notes, *plan_notes(averages, specs_of, found, laid_out)),
-        warnings=(*found.warnings, *selected.warnings, *plan_warnings(averages, compared)),
+        notes=(*selected.notes, *plan_notes(averages, specs_of, found, newest, laid_out)),
+        warnings=warnings,
     )
 
 

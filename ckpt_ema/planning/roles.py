@@ -1,70 +1,68 @@
 """What becomes of each tensor, and why: one role for each, from one ordered table of rules.
 
-Codes and scales of quantised weights are known by name, everything else by dtype.
+A tensor is averaged because it is a weight, not because it is a float. What belongs together keeps
+the newest value together, or the average is refused.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
-from typing import NamedTuple
+from fnmatch import fnmatchcase
+from typing import NamedTuple, Protocol
 
-from ckpt_ema.containers.specs import AVERAGED, Role, Specs, TensorSpec
-from ckpt_ema.errors import Code, RefusedError, some
+from ckpt_ema.containers.specs import AVERAGED, WRITTEN_AS, Role, Specs, TensorSpec
+from ckpt_ema.errors import Code, OptionError, RefusedError, some
+from ckpt_ema.options import Reading
 
-# What GPTQ, AWQ and bitsandbytes call the codes and scales of a quantised weight.
-_CODE = re.compile(r"(?:^|\.)(?:qweight|qzeros|absmax|quant_state\.\w+)$")
+# Dtypes of codes: small floats, and integers if a tensor has rows and columns of them.
+_SMALL_FLOAT = re.compile(r"^F(4|[68]_\w+)$")
+_CODE = re.compile(r"^[IU](8|16|32)$")
+_SCALE = re.compile(r"scale|absmax|amax|scb$|zero|^biases$|codebook|quant_", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![^\W_])\d+(?![^\W_])")
+# Buffers of torch.nn.utils.parametrizations.spectral_norm and of torch.ao.pruning. The older
+# torch.nn.utils.spectral_norm and prune have X_u, X_v and X_mask beside X_orig.
+_PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.\w+\.\d+\.(_u|_v|mask)$")
+_VECTORS = ("_u", "_v")
+_MASK = re.compile(r"(?<![a-z])masks?(?![a-z])", re.IGNORECASE)
+# What torch.ao.quantization and others keep beside an integer zero point.
+_ZERO_POINT = "zero_point"
+_RANGES = ("min_val", "max_val")
 
 
 class Reason(Enum):
     """Why a tensor has its role; the values are stable and shown to people."""
 
+    ASKED = "given by --average, --keep or --drop"
     FLOAT = "floating point"
     NOT_FLOAT = "not floating point"
+    CHANGING = "integers that change in training"
     SHARED_BYTES = "another name of the same bytes"
     QUANTISED = "codes or scales of a quantised weight"
     EMPTIED = "a placeholder without elements"
+    SINGULAR_VECTOR = "a vector of a power iteration"
+    MASK = "a mask of zeros and ones"
+    OBSERVER = "scale or range of a quantiser"
     NOT_IN_NEWEST = "not in the newest checkpoint"
 
 
-class Facts(NamedTuple):
-    """What rules judge by."""
+class Contents(Protocol):
+    """Looks into tensors of the oldest and the newest checkpoint."""
 
-    is_code: bool  # by its name
-    is_emptied: bool  # without elements, like most tensors of its checkpoint
-    is_tied: bool  # an earlier name has the same bytes in every checkpoint
-    is_float: bool
+    def changes(self, key: str) -> bool:
+        """Return whether the tensor differs between the two."""
+
+    def is_binary(self, key: str) -> bool:
+        """Return whether the tensor holds only zeros and ones in both."""
 
 
 class Rule(NamedTuple):
-    """One rule: the tensors that it takes, and what becomes of them."""
+    """One rule: its name, and what becomes of the tensors that it takes."""
 
     name: str
     role: Role
     reason: Reason
-    takes: Callable[[Facts], bool]
-    refusal: tuple[str, str] = ("", "")  # what a refused checkpoint holds, and what to do about it
-
-
-_CODES = (
-    "quantised weights, whose codes cannot be averaged",
-    "Average the checkpoints before they are quantised.",
-)
-_PLACEHOLDERS = (
-    "tensors without elements, as ZeRO-3 leaves when the weights stay on their ranks",
-    "Gather them first: `python zero_to_fp32.py RUN OUT -t global_stepN --safe_serialization`.",
-)
-# The first rule that takes a tensor decides.
-RULES = (
-    Rule("quantised", Role.REFUSED, Reason.QUANTISED, lambda one: one.is_code, _CODES),
-    Rule("emptied", Role.REFUSED, Reason.EMPTIED, lambda one: one.is_emptied, _PLACEHOLDERS),
-    Rule("tied", Role.TIED, Reason.SHARED_BYTES, lambda one: one.is_tied),
-    Rule("not-float", Role.KEPT, Reason.NOT_FLOAT, lambda one: not one.is_float),
-    Rule("float", Role.AVERAGED, Reason.FLOAT, lambda _: True),
-)
 
 
 class Ruling(NamedTuple):
@@ -73,10 +71,35 @@ class Ruling(NamedTuple):
     rule: Rule  # that decided
     made: Role  # how its value is made: that of a tied tensor is its other name's
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether a person has given its role."""
+        return self.rule.reason is Reason.ASKED
 
+
+_ASKED = {role: Rule("asked", role, Reason.ASKED) for role in Role}
+_QUANTISED = Rule("quantised", Role.REFUSED, Reason.QUANTISED)
+_EMPTIED = Rule("emptied", Role.REFUSED, Reason.EMPTIED)
+_TIED = Rule("tied", Role.TIED, Reason.SHARED_BYTES)
 # Of tensors that only checkpoints before the newest have.
-_NEWEST_NAMES = Rule("newest-names", Role.DROPPED, Reason.NOT_IN_NEWEST, lambda _: False)
+_NEWEST_NAMES = Rule("newest-names", Role.DROPPED, Reason.NOT_IN_NEWEST)
 DROPPED = Ruling(_NEWEST_NAMES, Role.DROPPED)
+_REFUSALS = {
+    _QUANTISED: (
+        "quantised weights",
+        "codes cannot be averaged, and averaged scales would not match the codes of any checkpoint",
+        "Average the checkpoints before they are quantised, or keep the newest of all of these"
+        " tensors with --keep GLOB.",
+        Code.NOT_AVERAGEABLE,
+    ),
+    _EMPTIED: (
+        "tensors without elements",
+        "ZeRO-3 leaves them where the weights stay on their ranks, and the average would lack them",
+        "Save with stage3_gather_16bit_weights_on_model_save, or gather the weights first; if they"
+        " are empty in the model too, pass --keep GLOB.",
+        Code.EMPTIED,
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,52 +113,155 @@ class TensorRole:
     count: int  # of tensors
 
 
+_Tensors = Mapping[str, TensorSpec]
+_Take = Callable[[_Tensors, Contents], Iterable[str]]  # returns the keys that a rule takes
+
+
 def judge(
-    newest: Specs, layouts: Sequence[Mapping[str, TensorSpec]], name: str
+    newest: Specs,
+    layouts: Sequence[_Tensors],
+    name: str,
+    contents: Contents,
+    asked: Mapping[str, Role] | None = None,
 ) -> dict[str, Ruling]:
     """Return what becomes of each tensor of `newest`, which is called `name` in messages.
 
-    `layouts` has the tensors of every checkpoint that takes part, shared mappings once. Raises
-    `RefusedError` if a tensor rules the average out, or if none is averaged.
+    `layouts` has the tensors of every checkpoint that takes part, shared mappings once; `asked` is
+    what `asked_roles` returns. Raises `RefusedError` if a tensor rules the average out, or if none
+    is averaged.
     """
-    floats = [spec for spec in newest.tensors.values() if spec.dtype in AVERAGED]
-    mostly_empty = 2 * sum(spec.shape == (0,) for spec in floats) > len(floats)
-    codes, first_of = set(filter(_CODE.search, newest.tensors)), _tied(newest.tensors, layouts)
-    rulings: dict[str, Ruling] = {}
-    for key, spec in newest.tensors.items():
-        is_float = spec.dtype in AVERAGED
-        is_emptied = mostly_empty and is_float and spec.shape == (0,)
-        ruling = _ruling(key in codes, is_emptied, key in first_of, is_float)
-        if ruling.made is Role.TIED:
-            ruling = Ruling(ruling.rule, rulings[first_of[key]].made)
-        rulings[key] = ruling
+    asked = asked or {}
+    rulings = {key: Ruling(_ASKED[role], role) for key, role in asked.items()}
+    undecided: _Tensors = newest.tensors
+    for rule, take in RULES:
+        if any(key in rulings for key in undecided):
+            undecided = {key: one for key, one in undecided.items() if key not in rulings}
+        rulings |= dict.fromkeys(take(undecided, contents), Ruling(rule, rule.role))
+    for key, first in _tied(newest.tensors, layouts).items():
+        if key not in asked and first not in asked:
+            rulings[key] = Ruling(_TIED, rulings[first].made)
+    rulings = {key: rulings[key] for key in newest.tensors}
     _check(rulings, name)
     return rulings
 
 
-@cache  # a model may have 100 000 tensors, of few kinds
-def _ruling(*facts: bool) -> Ruling:
-    rule = next(rule for rule in RULES if rule.takes(Facts(*facts)))
-    return Ruling(rule, rule.role)
+def asked_roles(tensors: _Tensors, reading: Reading) -> dict[str, Role]:
+    """Return the roles that --average, --keep and --drop give to tensors.
+
+    Raises `RefusedError` for a glob that matches nothing or a tensor that cannot have the role,
+    `OptionError` for a tensor with two roles.
+    """
+    names, roles = list(tensors), dict[str, Role]()
+    options = ((reading.average, "average", Role.AVERAGED), (reading.keep, "keep", Role.KEPT))
+    for globs, option, role in (*options, (reading.drop, "drop", Role.DROPPED)):
+        for glob in globs:
+            matching = [name for name in names if fnmatchcase(name, glob)]
+            if not matching:
+                text = f"--{option} {glob} matches no tensor; the names are {some(names, 3)}."
+                raise RefusedError(text, code=Code.NO_MATCH)
+            for name in matching:
+                dtype = tensors[name].dtype
+                if (role is Role.AVERAGED and dtype not in AVERAGED) or (
+                    role is Role.KEPT and dtype in WRITTEN_AS
+                ):
+                    text = f"--{option} {glob} matches {name}, which is {dtype}: it can only be"
+                    text = f"{text} {'averaged' if dtype in AVERAGED else 'kept or dropped'}."
+                    raise RefusedError(text, code=Code.NOT_AVERAGEABLE, tensor=name)
+                if roles.setdefault(name, role) is not role:
+                    text = f"--{option} {glob} matches {name}, which another option matches too."
+                    raise OptionError(text, code=Code.CONFLICTING_OPTIONS)
+    return roles
+
+
+def _emptied(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
+    """Yield float tensors of shape (0,), which ZeRO-3 leaves of tensors of any shape."""
+    return (key for key, one in tensors.items() if one.shape == (0,) and one.dtype in AVERAGED)
+
+
+def _not_float(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
+    return (key for key, one in tensors.items() if one.dtype not in AVERAGED)
+
+
+def _quantised(tensors: _Tensors, contents: Contents) -> Iterator[str]:
+    """Yield codes that change, or whose scales change: frozen ones do no harm."""
+    codes = [
+        key
+        for key, one in tensors.items()
+        if one.dtype not in AVERAGED
+        and ((_CODE.search(one.dtype) and len(one.shape) > 1) or _SMALL_FLOAT.search(one.dtype))
+    ]
+    if not codes:
+        return
+    scales: dict[str, list[str]] = {}  # by module
+    for key, one in tensors.items():
+        module, _, name = key.rpartition(".")
+        if one.dtype in AVERAGED and _SCALE.search(name):
+            scales.setdefault(module, []).append(key)
+    for key in codes:
+        beside = [*scales.get(key.rpartition(".")[0], ()), *scales.get(key, ())]
+        is_trained = contents.changes(key) and not contents.is_binary(key)
+        if is_trained or any(map(contents.changes, beside)):
+            yield key
+
+
+def _changing(tensors: _Tensors, contents: Contents) -> Iterator[str]:
+    """Yield matrices of integers that are trained, or a table that training fills."""
+    for key, one in tensors.items():
+        if one.dtype in ("I64", "U64") and len(one.shape) > 1 and contents.changes(key):
+            yield key
+
+
+def _singular_vectors(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
+    for key in filter(lambda key: key.endswith(_VECTORS), tensors):
+        if f"{key[:-2]}_orig" in tensors or _PARAMETRIZED.search(key):
+            yield key
+
+
+def _masks(tensors: _Tensors, contents: Contents) -> Iterator[str]:
+    for key in filter(lambda key: "mask" in key.lower(), tensors):
+        is_pruning = f"{key.removesuffix('_mask')}_orig" in tensors or _PARAMETRIZED.search(key)
+        is_named = _MASK.search(key.rpartition(".")[2]) and tensors[key].dtype in AVERAGED
+        if is_pruning or (is_named and contents.changes(key) and contents.is_binary(key)):
+            yield key
+
+
+def _observers(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
+    """Yield scales beside integer zero points, and the ranges that observers have seen."""
+    for key, one in tensors.items():
+        if key.endswith(_ZERO_POINT) and one.dtype not in AVERAGED:
+            scale = f"{key.removesuffix(_ZERO_POINT)}scale"
+            yield from (scale,) if scale in tensors else ()
+        module, _, own = key.rpartition(".")
+        if own in _RANGES and all(f"{module}.{one}".lstrip(".") in tensors for one in _RANGES):
+            yield key
+
+
+# The first rule that takes a tensor decides; the last takes every tensor.
+RULES: tuple[tuple[Rule, _Take], ...] = (
+    (_QUANTISED, _quantised),
+    (_EMPTIED, _emptied),
+    (Rule("power-iteration", Role.KEPT, Reason.SINGULAR_VECTOR), _singular_vectors),
+    (Rule("mask", Role.KEPT, Reason.MASK), _masks),
+    (Rule("observer", Role.KEPT, Reason.OBSERVER), _observers),
+    (Rule("changing", Role.KEPT, Reason.CHANGING), _changing),
+    (Rule("not-float", Role.KEPT, Reason.NOT_FLOAT), _not_float),
+    (Rule("float", Role.AVERAGED, Reason.FLOAT), lambda tensors, _: tensors),
+)
 
 
 def _check(rulings: Mapping[str, Ruling], name: str) -> None:
     """Raise `RefusedError` if a tensor rules the average out, or if none is averaged."""
-    made = {ruling.made for ruling in rulings.values()}
-    if Role.REFUSED in made:
-        rule = next(one.rule for one in rulings.values() if one.rule.role is Role.REFUSED)
+    for rule, (what, why, hint, code) in _REFUSALS.items():
         refused = [key for key, one in rulings.items() if one.rule is rule]
-        problem, hint = rule.refusal
-        message = f"{name} holds {problem} ({some(refused, 3)})."
-        raise RefusedError(message, hint, code=Code.NOT_AVERAGEABLE, tensor=refused[0])
-    if Role.AVERAGED not in made:
+        if refused:
+            message = f"{name} holds {what} ({some(refused, 3)}): {why}."
+            raise RefusedError(message, hint, code=code, tensor=refused[0])
+    if all(ruling.made is not Role.AVERAGED for ruling in rulings.values()):
         message = f"{name} holds no floating-point tensor to average."
         raise RefusedError(message, code=Code.NOT_AVERAGEABLE)
 
 
-def _tied(
-    newest: Mapping[str, TensorSpec], layouts: Sequence[Mapping[str, TensorSpec]]
-) -> dict[str, str]:
+def _tied(newest: _Tensors, layouts: Sequence[_Tensors]) -> dict[str, str]:
     """Return the first name of the same bytes, for each name that has one in every checkpoint."""
     if len(set(newest.values())) == len(newest):
         return {}

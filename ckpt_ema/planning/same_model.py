@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ckpt_ema.containers.source import Source
-from ckpt_ema.containers.specs import AVERAGED, Specs, TensorSpec
+from ckpt_ema.containers.specs import AVERAGED, COMPLEX, Specs, TensorSpec
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.notices import Notice
@@ -151,9 +151,9 @@ def _compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list
                 found = f"has shape {list(one.shape)} in {name} and {list(other.shape)}"
                 message = f"Tensor {tensor} {found} in {newest_name}."
                 raise _refused(message, Code.DIFFERENT_MODELS, tensor)
-            if (one.dtype in AVERAGED) != (other.dtype in AVERAGED):
+            if _kind(one) != _kind(other):
                 found = f"is {one.dtype} in {name} and {other.dtype} in {newest_name}"
-                why = "float and non-float tensors cannot be averaged"
+                why = "real, complex and integer tensors cannot be averaged with each other"
                 message = f"Tensor {tensor} {found}; {why}."
                 raise _refused(message, Code.DIFFERENT_DTYPES, tensor)
         changed = [f"{key}: {a.dtype}, {b.dtype}" for key, a, b in pairs if a.dtype != b.dtype]
@@ -162,6 +162,10 @@ def _compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list
             taken = f"({changed[0]}); the output takes those of {newest_name}."
             warnings.append(Notice(Code.DIFFERENT_DTYPES, f"{message} {taken}"))
     return warnings
+
+
+def _kind(tensor: TensorSpec) -> tuple[bool, bool]:
+    return tensor.dtype in AVERAGED, tensor.dtype in COMPLEX
 
 
 def _check_names(name: str, own: Set[str], newest_name: str, newest: Set[str]) -> None:

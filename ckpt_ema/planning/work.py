@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
-from ckpt_ema.containers.specs import DTYPE_BITS, Specs, TensorSpec
+from ckpt_ema.containers.specs import COMPLEX, DTYPE_BITS, Specs, TensorSpec, as_real
 from ckpt_ema.targets.target import OutputFile
 
 
@@ -93,11 +93,14 @@ def make_work(
     files = [(j, newest, file) for j, (newest, files) in enumerate(outputs) for file in files]
     for number, (average, newest, file) in enumerate(files):
         for tensor in sorted(file.tensors, key=attrgetter("offset")):
-            place = Place(average, number, tensor.offset, tensor.dtype)
             kept_from = None if tensor.averaged else newest
             specs = layouts if tensor.averaged else [checkpoints[newest]]
             sources = tuple([one.tensors[tensor.key] for one in specs])
-            elements = math.prod(tensor.shape)
+            elements, dtype = math.prod(tensor.shape), tensor.dtype
+            if tensor.averaged and dtype in COMPLEX:
+                elements, dtype = 2 * elements, COMPLEX[dtype]
+                sources = tuple(map(as_real, sources))
+            place = Place(average, number, tensor.offset, dtype)
             length = elements if tensor.averaged else sources[0].size_bytes
             first = Span(length, kept_from, (place,), sources)
             span = untied.setdefault((kept_from, sources), first) if elements else first

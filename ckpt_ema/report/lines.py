@@ -1,5 +1,6 @@
 """Lines for people beside the plan itself: warnings, notes, sizes, the result."""
 
+import os
 from collections.abc import Iterable
 
 from ckpt_ema.errors import printable, some
@@ -9,7 +10,9 @@ from ckpt_ema.planning.plan import Plan
 
 
 def warning_lines(warnings: Iterable[Notice]) -> list[str]:
-    """Return a line for each warning."""
+    """Return a line for each warning, which GitHub Actions shows as annotations."""
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        return [f"::warning title=ckpt-ema::{str(one).replace('%', '%25')}" for one in warnings]
     return [f"warning: {warning}" for warning in warnings]
 
 

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_ema.containers.safetensors import MAX_HEADER_BYTES, make_header
-from ckpt_ema.containers.specs import DTYPE_BITS, Role, Specs, is_safetensors
+from ckpt_ema.containers.specs import (
+    COMPLEX,
+    DTYPE_BITS,
+    WRITTEN_AS,
+    Role,
+    Specs,
+    is_safetensors,
+)
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.targets.target import Chunk, Finish, Model, OutputFile, OutputTensor, Target
 from ckpt_ema.trainers import conventions
@@ -147,8 +154,9 @@ def _file(name: str, member: int, keys: Sequence[str], model: Model) -> OutputFi
     typed = []
     for tensor, key in key_of.items():
         spec = newest.tensors[key]
-        dtype = model.dtype if roles[key] is Role.AVERAGED else None
-        typed.append((tensor, dtype or spec.dtype, spec.shape))
+        is_real = roles[key] is Role.AVERAGED and spec.dtype not in COMPLEX
+        dtype = (model.dtype if is_real else None) or spec.dtype
+        typed.append((tensor, WRITTEN_AS.get(dtype, dtype), spec.shape))
     old = newest.metadata[newest.tensors[keys[0]].file]
     metadata = {
         **{key: value for key, value in old.items() if key not in _STALE_HASHES},

@@ -151,8 +151,12 @@ SAVE_INDEX = re.compile(r"^checkpoint_\d+$")
 # Folders whose own names are dates or sums; what they hold gives the order.
 NAMED_BY_DATE = re.compile(r"^CKPT\+(\d{4})-(\d\d)-(\d\d)\+(\d\d)-(\d\d)-(\d\d)\+(\d\d)$")
 
-# Tensors that are factors of an adapter.
-LORA_FACTOR = re.compile(r"lora_[AB]\.|lora_(up|down)\.|\.lora_[ab]($|\.)")
+# Tensors that an adapter multiplies (LoRA, LoHa, LoKr, VeRA) or makes a rotation of (OFT).
+FACTOR = re.compile(
+    r"(?<![A-Za-z])(lora_(embedding_)?[ABab]|lora_(up|down|mid)|_?lora\.(up|down)"
+    r"|hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|vera_lambda_[bd])(?![A-Za-z0-9])"
+)
+ROTATION = re.compile(r"(?<![A-Za-z])oft_([Rr]|blocks)(?![A-Za-z])")
 
 # Names of weights that a trainer averaged itself.
 AVERAGED_NAME = _any_case(r"(?:^|[-_./])(average|averaged|avg|ave|ave_\d+best|ema|bema)(?:$|[-_.])")

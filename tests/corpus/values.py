@@ -46,7 +46,11 @@ CASES = [
     Case("bytes", states_are(n=torch.arange(5, dtype=torch.uint8), w=noise(3, 2)), code=0),
     Case("float64", states_are(w=noise(3, 4, dtype=torch.float64)), code=0),
     Case("float16 near its maximum", states_are(w=NEAR_MAXIMUM), code=0),
-    Case("float8", states_are(n=noise(3, 5, dtype=torch.float8_e4m3fn), w=noise(3, 2)), code=0),
+    Case(
+        "float8",
+        states_are(n=noise(3, 5, dtype=torch.float8_e4m3fn), w=noise(3, 2)),
+        names="checkpoint-3",
+    ),
     Case(
         "complex numbers", states_are(n=noise(3, 5, dtype=torch.complex64), w=noise(3, 2)), code=0
     ),

@@ -160,9 +160,10 @@ def _adam(model: Tensors) -> dict[str, Any]:
 
 
 def _filled(value: Any, number: float) -> torch.Tensor:
-    """Return a tensor of one number; `value` is its shape, or has its `shape` and `dtype`."""
+    """Return a tensor of one number; `value` is its shape, or has `shape`, `dtype`, `value`."""
     asked = value if isinstance(value, dict) else {"shape": value, "dtype": "float32"}
-    return torch.full(asked["shape"], number, dtype=getattr(torch, asked["dtype"]))
+    dtype = getattr(torch, asked["dtype"])
+    return torch.full(asked["shape"], asked.get("value", number), dtype=dtype)
 
 
 def _object(value: Any, name: str) -> Any:

@@ -1,10 +1,15 @@
 """Monitors look at values while these are folded; these are the monitors of every run."""
 
+from ckpt_ema.fold.monitors.factors import Factors
 from ckpt_ema.fold.monitors.nonfinite import NonFinite
+from ckpt_ema.fold.monitors.norms import Norms
 from ckpt_ema.fold.monitors.protocol import Monitor, Watched
 from ckpt_ema.fold.monitors.twins import Twins
+from ckpt_ema.fold.monitors.two_values import TwoValues
 from ckpt_ema.fold.monitors.zeros import Zeros
 from ckpt_ema.planning.plan import Plan
+
+_KINDS = (Twins, Zeros, NonFinite, Norms, TwoValues, Factors)
 
 
 def watched(plan: Plan) -> Watched:
@@ -12,9 +17,17 @@ def watched(plan: Plan) -> Watched:
     # Where nothing is averaged, no value tells two checkpoints apart.
     pairs = plan.neighbours if any(span.averaged for span in plan.work.spans) else ()
     names = tuple(checkpoint.name for checkpoint in plan.checkpoints)
-    return Watched(names, tuple(pairs), plan.allow_duplicates, plan.allow_nonfinite)
+    return Watched(
+        names,
+        tuple(pairs),
+        tuple(average.weights for average in plan.averages),
+        plan.reading.allow_duplicates,
+        plan.reading.allow_nonfinite,
+        plan.reading.allow_zeros,
+        plan.engine.strict,
+    )
 
 
 def make_monitors(watched: Watched) -> tuple[Monitor, ...]:
     """Make monitors that have seen nothing yet."""
-    return Twins(watched), Zeros(watched), NonFinite(watched)
+    return tuple(kind(watched) for kind in _KINDS)

@@ -3,9 +3,9 @@
 import math
 from typing import TYPE_CHECKING
 
+from ckpt_ema.containers.specs import as_real
 from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.fold.monitors.protocol import Monitor, TileView, Watched
-from ckpt_ema.fold.tiles import tensor_at
 from ckpt_ema.targets.target import OutputTensor
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class NonFinite(Monitor):
             return view.read(checkpoint, source, tile.start, len(values))
 
         def tensor_of(elements: "torch.Tensor") -> OutputTensor:
-            first = tile.start + int(elements.int().argmax())
-            return tensor_at(plan, tile.span, average, first)
+            first = int(elements.int().argmax())
+            return next(one.tensor for one in view.segments if one.start <= first < one.stop)
 
         members = plan.averages[average].members
         unchanged = values.isinf()
@@ -48,15 +48,17 @@ class NonFinite(Monitor):
             if bool(guilty.any()):
                 raise _nonfinite(view, checkpoint, tensor_of(guilty))
         tensor = tensor_of(problem)
-        message = f"The average of tensor {tensor.name} exceeds the range of {tensor.dtype}."
+        message = (
+            f"The average of tensor {tensor.name} exceeds the range of {tile.span.dtypes[average]}."
+        )
         hint = "Choose another --dtype (bfloat16 has float32's range), or pass --allow-nonfinite."
         raise RefusedError(message, hint, code=Code.OVERFLOW, tensor=tensor.name)
 
 
 def _nonfinite(view: TileView, checkpoint: int, tensor: OutputTensor) -> RefusedError:
     planned = view.plan.checkpoints[checkpoint]
-    source = planned.specs.tensors[tensor.key]
-    total = math.prod(tensor.shape)
+    source = as_real(planned.specs.tensors[tensor.key])
+    total = math.prod(source.shape)
     nans = infinities = 0
     for start in range(0, total, _CHUNK_ELEMENTS):
         count = min(_CHUNK_ELEMENTS, total - start)

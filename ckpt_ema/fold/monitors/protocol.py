@@ -1,10 +1,10 @@
 """The protocol of monitors: see values while they are folded, and judge them at the end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ckpt_ema.containers.specs import TensorSpec
-from ckpt_ema.fold.tiles import Tile
+from ckpt_ema.fold.tiles import Segment, Tile
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.plan import Plan
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 Pair = tuple[int, int]  # two checkpoints, by their numbers in a plan
 
-# Shows a monitor the values of one checkpoint in one tile: number, bytes, bytes of an element.
-See = Callable[[int, memoryview, int], None]
-
 
 class Watched(NamedTuple):
     """What monitors need to know for their verdict; plain values, for `finish` has no plan."""
 
     checkpoints: tuple[str, ...]  # names
     pairs: tuple[Pair, ...]  # that follow each other in some average
+    weights: tuple[tuple[float, ...], ...]  # of the checkpoints in each average
     allow_duplicates: bool
     allow_nonfinite: bool
+    allow_zeros: bool
+    is_strict: bool  # every warning is an error
 
 
 class TileView(NamedTuple):
@@ -31,8 +31,19 @@ class TileView(NamedTuple):
 
     plan: Plan
     tile: Tile
+    segments: Sequence[Segment]
     # Reads elements of a tensor of one checkpoint again: number, tensor, first element, count.
     read: Callable[[int, TensorSpec, int, int], "torch.Tensor"]
+
+
+class Watch:
+    """Looks at one tile while it is folded, from one thread; methods do nothing here."""
+
+    def see(self, _checkpoint: int, _content: memoryview, _values: "torch.Tensor") -> None:
+        """Look at the values of a checkpoint, oldest first: as bytes, and of shape (count,)."""
+
+    def see_average(self, _average: int, _values: "torch.Tensor") -> None:
+        """Look at a rounded average, of shape (count,), after all checkpoints."""
 
 
 class Monitor(Protocol):
@@ -40,8 +51,8 @@ class Monitor(Protocol):
 
     name: str  # of its state in records
 
-    def watch(self, _view: TileView) -> See | None:
-        """Return what is called with each checkpoint's values, oldest first; None for nothing."""
+    def watch(self, _view: TileView) -> Watch | None:
+        """Return what looks at a tile; None for nothing."""
         return None
 
     def see_nonfinite(self, _view: TileView, _average: int, _values: "torch.Tensor") -> None:

@@ -2,11 +2,15 @@
 
 import hashlib
 import threading
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ckpt_ema.containers.reader import same_values
-from ckpt_ema.fold.monitors.protocol import Monitor, Pair, See, TileView, Watched
+from ckpt_ema.fold.monitors.protocol import Monitor, Pair, TileView, Watch, Watched
 from ckpt_ema.notices import Notice
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Twins(Monitor):
@@ -19,23 +23,10 @@ class Twins(Monitor):
         self._equal = {(one, other) for one, other in watched.pairs}
         self._lock = threading.Lock()
 
-    def watch(self, _view: TileView) -> See | None:
+    def watch(self, _view: TileView) -> Watch | None:
         """See `Monitor.watch`."""
-        earlier: dict[int, list[int]] = {}  # of a checkpoint, those it may be equal to
         with self._lock:
-            for one, other in self._equal:
-                earlier.setdefault(other, []).append(one)
-        digests: dict[int, bytes] = {}
-        wanted = {number for other, ones in earlier.items() for number in (other, *ones)}
-
-        def see(checkpoint: int, values: memoryview, _itemsize: int) -> None:
-            if checkpoint in wanted:
-                digest = digests[checkpoint] = hashlib.blake2b(values).digest()
-                for one in earlier.get(checkpoint, ()):
-                    if digests.get(one, digest) != digest:
-                        self.merge([(one, checkpoint)])
-
-        return see if wanted else None
+            return _Watch(self, sorted(self._equal)) if self._equal else None
 
     def state(self) -> list[Pair]:
         """Return the pairs that differ."""
@@ -52,3 +43,23 @@ class Twins(Monitor):
         if self._equal and not self._watched.allow_duplicates:
             raise same_values(*(self._watched.checkpoints[number] for number in min(self._equal)))
         return ()
+
+
+class _Watch(Watch):
+    """Compares the digests of pairs in one tile."""
+
+    def __init__(self, monitor: Twins, pairs: Sequence[Pair]) -> None:
+        self._monitor = monitor
+        self._earlier: dict[int, list[int]] = {}  # of a checkpoint, those it may be equal to
+        for one, other in pairs:
+            self._earlier.setdefault(other, []).append(one)
+        self._wanted = {number for pair in pairs for number in pair}
+        self._digests: dict[int, bytes] = {}
+
+    def see(self, checkpoint: int, content: memoryview, _values: "torch.Tensor") -> None:
+        """See `Watch.see`."""
+        if checkpoint in self._wanted:
+            digest = self._digests[checkpoint] = hashlib.blake2b(content).digest()
+            for one in self._earlier.get(checkpoint, ()):
+                if self._digests.get(one, digest) != digest:
+                    self._monitor.merge([(one, checkpoint)])

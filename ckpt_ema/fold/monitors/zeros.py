@@ -1,15 +1,18 @@
 """Finds tensors that end in zeros, as a save that sets the size first leaves them if cut off."""
 
 import threading
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckpt_ema.containers.specs import DTYPE_BITS
-from ckpt_ema.errors import Code
-from ckpt_ema.fold.monitors.protocol import Monitor, See, TileView, Watched
-from ckpt_ema.fold.tiles import tensor_at
+from ckpt_ema.errors import Code, RefusedError
+from ckpt_ema.fold.monitors.protocol import Monitor, TileView, Watch, Watched
 from ckpt_ema.notices import Notice
 
+if TYPE_CHECKING:
+    import torch
+
 _PROBE = bytes(16)
+_FEWEST = 8  # elements; fewer zeros may well be values
 
 
 class Onset(NamedTuple):
@@ -23,28 +26,18 @@ class Onset(NamedTuple):
 
 
 class Zeros(Monitor):
-    """A `Monitor` of where new zeros begin in each checkpoint."""
+    """A `Monitor` of where zeros begin in each checkpoint that its neighbours do not have."""
 
     name = "zeros"
 
     def __init__(self, watched: Watched) -> None:
-        self._checkpoints = watched.checkpoints
+        self._watched = watched
         self._first: dict[int, Onset] = {}
         self._lock = threading.Lock()
 
-    def watch(self, view: TileView) -> See | None:
+    def watch(self, view: TileView) -> Watch:
         """See `Monitor.watch`."""
-        before: int | None = None  # zeros at the end of the checkpoint before, in elements
-
-        def see(checkpoint: int, values: memoryview, itemsize: int) -> None:
-            nonlocal before
-            zeros = _zero_bytes_at_end(values) // itemsize
-            if before is not None and zeros > before:
-                count = len(values) // itemsize
-                self._note(view, checkpoint, range(count - zeros, count - before))
-            before = zeros
-
-        return see
+        return _Watch(self, view)
 
     def state(self) -> list[Onset]:
         """Return the first onset in each checkpoint that has one."""
@@ -54,36 +47,63 @@ class Zeros(Monitor):
     def merge(self, state: Any) -> None:
         """See `Monitor.merge`."""
         for values in state:
-            self._add(Onset(*values))
+            self.add(Onset(*values))
 
-    def verdict(self) -> tuple[Notice, ...]:
-        """Return a warning for each checkpoint with new zeros."""
-        return tuple(
-            Notice(
-                Code.ZEROS,
-                f"{self._checkpoints[onset.checkpoint]}: tensor {onset.tensor} has zeros from"
-                f" offset {onset.offset} on, unlike the checkpoint before;"
-                " was its save interrupted?",
-            )
-            for onset in self.state()
-        )
-
-    def _note(self, view: TileView, checkpoint: int, zeros: range) -> None:
-        """Add an onset if these elements of a tile, zeros now, are all that it has of a tensor."""
-        tile = view.tile
-        target = tile.span.places[0]
-        last = tile.start + zeros[-1]
-        tensor = tensor_at(view.plan, tile.span, target.average, last)
-        bits = DTYPE_BITS[target.dtype]
-        first = (tensor.offset - target.offset) * 8 // bits  # of the tensor, in the span
-        if max(0, first - tile.start) >= zeros[0]:
-            start = max(first, tile.start + zeros[0])
-            offset = (start - first) * bits // 8
-            self._add(Onset(checkpoint, tile.numbers[0], last, tensor.name, offset))
-
-    def _add(self, onset: Onset) -> None:
+    def add(self, onset: Onset) -> None:
+        """Add an onset of zeros."""
         with self._lock:
             self._first[onset.checkpoint] = min(onset, self._first.get(onset.checkpoint, onset))
+
+    def verdict(self) -> tuple[Notice, ...]:
+        """Raise `RefusedError` for new zeros, or return warnings if they are allowed."""
+        onsets = self.state()
+        if not onsets:
+            return ()
+        names = [self._watched.checkpoints[onset.checkpoint] for onset in onsets]
+        found = [
+            f"{name}: tensor {onset.tensor} holds zeros from byte {onset.offset} to its end, unlike"
+            " the checkpoint next to it"
+            for name, onset in zip(names, onsets, strict=True)
+        ]
+        if self._watched.allow_zeros:
+            return tuple(Notice(Code.ZEROS, f"{one}.") for one in found)
+        message = f"{found[0]}, as an interrupted save leaves it; the average would mix them in."
+        hint = f"Leave it out with --exclude {names[0]}, or pass --allow-zeros."
+        raise RefusedError(message, hint, code=Code.ZEROS, tensor=onsets[0].tensor)
+
+
+class _Watch(Watch):
+    """Compares the zeros at the end of one tile from checkpoint to checkpoint."""
+
+    def __init__(self, monitor: Zeros, view: TileView) -> None:
+        self._monitor = monitor
+        self._view = view
+        self._before = 0  # zeros at the end of the checkpoint before, in elements
+
+    def see(self, checkpoint: int, content: memoryview, values: "torch.Tensor") -> None:
+        """See `Watch.see`."""
+        zeros = _zero_bytes_at_end(content) // values.itemsize
+        count = len(content) // values.itemsize
+        if checkpoint and zeros > self._before:
+            self._note(checkpoint, range(count - zeros, count - self._before))
+        elif checkpoint == 1 and zeros < self._before:
+            self._note(0, range(count - self._before, count - zeros))
+        self._before = zeros
+
+    def _note(self, checkpoint: int, zeros: range) -> None:
+        """Add an onset if these elements of a tile, zeros in one checkpoint alone, end a tensor.
+
+        A tensor that is zero as a whole in the first checkpoint may have started so.
+        """
+        tile, place = self._view.tile, self._view.tile.span.places[0]
+        one = next(one for one in self._view.segments if one.start <= zeros[-1] < one.stop)
+        is_all = one.start >= zeros[0]
+        if len(zeros) < _FEWEST or not (is_all or one.ends) or (is_all and not checkpoint):
+            return
+        start = tile.start + max(one.start, zeros[0])
+        offset = place.offset + start * DTYPE_BITS[place.dtype] // 8 - one.tensor.offset
+        last = tile.start + zeros[-1]
+        self._monitor.add(Onset(checkpoint, tile.numbers[0], last, one.tensor.name, offset))
 
 
 def _zero_bytes_at_end(values: memoryview) -> int:

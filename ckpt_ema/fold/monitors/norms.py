@@ -1,0 +1,167 @@
+"""Finds averages that are no weights by their norms: unit vectors, and signs that cancel.
+
+A vector of norm 1 in every checkpoint is a direction, such as a singular vector, and its average is
+shorter. An average with far less than the newest checkpoint's norm comes of opposite signs.
+"""
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ckpt_ema.errors import Code, some
+from ckpt_ema.fold.monitors.protocol import Monitor, TileView, Watch, Watched
+from ckpt_ema.fold.tiles import Segment
+from ckpt_ema.notices import Notice
+
+if TYPE_CHECKING:
+    import torch
+
+_UNIT = 1e-3  # how far from 1 the norm of a unit vector may be
+_SHRUNK = 0.5  # of the newest norm: less is left only where values cancel
+_EXACT = 1 << 14  # elements of a segment; of more, no vector needs the norm to 1e-3
+_FEW = 8  # segments of a tile: more are reduced at once
+
+
+class Norms(Monitor):
+    """A `Monitor` of the norms of tensors that are averaged, by their names."""
+
+    name = "norms"
+
+    def __init__(self, watched: Watched) -> None:
+        self._newest = watched.checkpoints[-1]
+        self._unit: set[str] = set()
+        self._shrunk: set[str] = set()
+        self._not_shrunk: set[str] = set()  # some part of a tensor that is in several tiles
+        self._parts: dict[str, dict[str, list[float]]] = {}  # of vectors in several tiles
+        self._lock = threading.Lock()
+
+    def watch(self, view: TileView) -> Watch:
+        """See `Monitor.watch`."""
+        return _Watch(self, view)
+
+    def add_vector(self, key: str, start: int, sums: list[float]) -> None:
+        """Add the sums of squares of a part of a vector: of all checkpoints, then the average."""
+        with self._lock:
+            self._parts.setdefault(key, {})[str(start)] = sums
+
+    def add_unit(self, name: str) -> None:
+        """Add a vector that has norm 1 in every checkpoint and not in the average."""
+        with self._lock:
+            self._unit.add(name)
+
+    def add_shrunk(self, name: str, *, is_shrunk: bool) -> None:
+        """Add a tensor, or part of one, whose average has less than half of the norm, or not."""
+        with self._lock:
+            (self._shrunk if is_shrunk else self._not_shrunk).add(name)
+
+    def state(self) -> Any:
+        """Return what was found, and the parts of vectors."""
+        with self._lock:
+            names = (self._unit, self._shrunk, self._not_shrunk)
+            return [*map(sorted, names), {key: {**parts} for key, parts in self._parts.items()}]
+
+    def merge(self, state: Any) -> None:
+        """See `Monitor.merge`."""
+        *names, parts = state
+        with self._lock:
+            mine = (self._unit, self._shrunk, self._not_shrunk)
+            for known, found in zip(mine, names, strict=True):
+                known.update(found)
+            for key, sums in parts.items():
+                self._parts.setdefault(key, {}).update(sums)
+
+    def verdict(self) -> tuple[Notice, ...]:
+        """Return a warning for each kind of tensors that was found."""
+        for key, parts in self._parts.items():
+            whole = [sum(column) for column in zip(*parts.values(), strict=True)]
+            if is_lost_unit(whole):
+                self._unit.add(key.split(" ", 1)[1])
+        unit, shrunk = sorted(self._unit), sorted(self._shrunk - self._not_shrunk - self._unit)
+        settle = "decide with --keep GLOB or --average GLOB"
+        texts = {
+            Code.NOT_A_WEIGHT: f"{some(unit, 3)} have norm 1 in every checkpoint but not in the"
+            f" average, as directions (singular vectors) do, which are no weights; {settle}.",
+            Code.CANCELLED: f"The average of {some(shrunk, 3)} has less than half of the norm in"
+            f" {self._newest}, because values of opposite sign cancel; {settle}.",
+        }
+        found = {Code.NOT_A_WEIGHT: unit, Code.CANCELLED: shrunk}
+        return tuple(Notice(code, texts[code]) for code, names in found.items() if names)
+
+
+class _Watch(Watch):
+    """Takes the norms in one tile."""
+
+    def __init__(self, monitor: Norms, view: TileView) -> None:
+        self._monitor, self._plan, self._start = monitor, view.plan, view.tile.start
+        self._newest = {one.newest for one in view.plan.averages if len(one.members) > 1}
+        self._segments = view.segments
+        self._vectors = {
+            number
+            for number, one in enumerate(view.segments)
+            if sum(size > 1 for size in one.tensor.shape) == 1
+        }
+        self._sums: dict[int, list[float]] = {}  # of a checkpoint: of the squares in each segment
+
+    def see(self, checkpoint: int, _content: memoryview, values: "torch.Tensor") -> None:
+        """See `Watch.see`."""
+        if self._vectors or checkpoint in self._newest:
+            sums = self._sums[checkpoint] = squares(values, self._segments)
+            self._vectors = {n for n in self._vectors if self._may_be_unit(n, sums[n])}
+
+    def see_average(self, average: int, values: "torch.Tensor") -> None:
+        """See `Watch.see_average`."""
+        members = self._plan.averages[average].members
+        if len(members) == 1:
+            return
+        results = squares(values, self._segments)
+        newest = self._sums[members[-1]]
+        for number, (one, result) in enumerate(zip(self._segments, results, strict=True)):
+            is_shrunk = result < _SHRUNK**2 * newest[number] < math.inf
+            if not is_shrunk and one.is_whole and number not in self._vectors:
+                continue
+            if self._plan.rulings[one.tensor.key].is_asked:
+                continue
+            if number in self._vectors:
+                self._see_vector(average, number, result)
+            if newest[number]:
+                self._monitor.add_shrunk(one.tensor.name, is_shrunk=is_shrunk)
+
+    def _see_vector(self, average: int, number: int, result: float) -> None:
+        one, members = self._segments[number], self._plan.averages[average].members
+        sums = [*(self._sums[checkpoint][number] for checkpoint in members), result]
+        if not one.is_whole:
+            start = self._start + one.start
+            self._monitor.add_vector(f"{average} {one.tensor.name}", start, sums)
+        elif is_lost_unit(sums):
+            self._monitor.add_unit(one.tensor.name)
+
+    def _may_be_unit(self, number: int, square: float) -> bool:
+        return _is_unit(square) or (square < 1 and not self._segments[number].is_whole)
+
+
+def squares(values: "torch.Tensor", segments: Sequence[Segment]) -> list[float]:
+    """Return the sum of the squares of the values in each segment of a tile."""
+    import torch
+
+    if len(segments) > _FEW:
+        lengths = torch.tensor([one.stop - one.start for one in segments])
+        wide = values.float().square_()
+        sums: list[float] = torch.segment_reduce(wide, "sum", lengths=lengths).tolist()
+        return sums
+    found = []
+    for one in segments:
+        own = values[one.start : one.stop]
+        exact = own.float() if len(own) < _EXACT else own
+        found.append(float(torch.linalg.vector_norm(exact)) ** 2)
+    return found
+
+
+def is_lost_unit(squares: Sequence[float]) -> bool:
+    """Return whether all norms but the last, the average's, are 1."""
+    *checkpoints, average = squares
+    return all(map(_is_unit, checkpoints)) and not _is_unit(average)
+
+
+def _is_unit(square: float) -> bool:
+    return abs(math.sqrt(square) - 1) <= _UNIT
