@@ -174,6 +174,12 @@ KEPT: dict[str, Mapping[str, Any]] = {
         "l.weight_fake_quant.zero_point": [torch.tensor([n], dtype=torch.int32) for n in range(3)],
         "l.activation_post_process.min_val": drift(),
         "l.activation_post_process.max_val": drift(),
+        "l.activation_post_process.histogram": drift(9),
+    },
+    "counters": {
+        "l.weight": drift(2, 4),
+        "num_updates": [torch.tensor(float(n)) for n in (100, 200, 300)],
+        "l.step": [torch.tensor([n], dtype=torch.bfloat16) for n in (8.0, 9.0, 10.0)],
     },
 }
 

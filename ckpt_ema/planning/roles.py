@@ -4,6 +4,7 @@ A tensor is averaged because it is a weight, not because it is a float. What bel
 the newest value together, or the average is refused.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import NamedTuple, Protocol
 
-from ckpt_ema.containers.specs import AVERAGED, WRITTEN_AS, Role, Specs, TensorSpec
+from ckpt_ema.containers.specs import AVERAGED, FOLDED, WRITTEN_AS, Role, Specs, TensorSpec
 from ckpt_ema.errors import Code, OptionError, RefusedError, some
 from ckpt_ema.options import Reading
 
@@ -28,7 +29,10 @@ _VECTORS = ("_u", "_v")
 _MASK = re.compile(r"(?<![a-z])masks?(?![a-z])", re.IGNORECASE)
 # What torch.ao.quantization and others keep beside an integer zero point.
 _ZERO_POINT = "zero_point"
-_RANGES = ("min_val", "max_val")
+_LEAST, _MOST = "min_val", "max_val"
+_COUNTER = re.compile(
+    r"(?:^|[._])(?:num|n|step|steps|count|counter|epoch|iter|updates|tracked)(?:$|_)"
+)
 
 
 class Reason(Enum):
@@ -44,6 +48,7 @@ class Reason(Enum):
     SINGULAR_VECTOR = "a vector of a power iteration"
     MASK = "a mask of zeros and ones"
     OBSERVER = "scale or range of a quantiser"
+    COUNTER = "a counter"
     NOT_IN_NEWEST = "not in the newest checkpoint"
 
 
@@ -55,6 +60,9 @@ class Contents(Protocol):
 
     def is_binary(self, key: str) -> bool:
         """Return whether the tensor holds only zeros and ones in both."""
+
+    def is_whole_number(self, key: str) -> bool:
+        """Return whether the tensor, of one element, is a whole number in both."""
 
 
 class Rule(NamedTuple):
@@ -86,10 +94,10 @@ _NEWEST_NAMES = Rule("newest-names", Role.DROPPED, Reason.NOT_IN_NEWEST)
 DROPPED = Ruling(_NEWEST_NAMES, Role.DROPPED)
 _REFUSALS = {
     _QUANTISED: (
-        "quantised weights",
-        "codes cannot be averaged, and averaged scales would not match the codes of any checkpoint",
-        "Average the checkpoints before they are quantised, or keep the newest of all of these"
-        " tensors with --keep GLOB.",
+        "small floats or integers that change, as codes of quantised weights do",
+        "codes cannot be averaged, and averaged scales would not match those of any checkpoint",
+        "Average the checkpoints before they are quantised, or keep the newest of these tensors and"
+        " of their scales with --keep GLOB.",
         Code.NOT_AVERAGEABLE,
     ),
     _EMPTIED: (
@@ -226,13 +234,25 @@ def _masks(tensors: _Tensors, contents: Contents) -> Iterator[str]:
 
 
 def _observers(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
-    """Yield scales beside integer zero points, and the ranges that observers have seen."""
+    """Yield scales beside integer zero points, and what modules with a range have observed."""
+    observers = set()
     for key, one in tensors.items():
         if key.endswith(_ZERO_POINT) and one.dtype not in AVERAGED:
             scale = f"{key.removesuffix(_ZERO_POINT)}scale"
             yield from (scale,) if scale in tensors else ()
+        elif key.endswith(_LEAST) and f"{key.removesuffix(_LEAST)}{_MOST}" in tensors:
+            observers.add(key.rpartition(".")[0])
+    for key in tensors if observers else ():
         module, _, own = key.rpartition(".")
-        if own in _RANGES and all(f"{module}.{one}".lstrip(".") in tensors for one in _RANGES):
+        if module in observers and own not in ("weight", "bias"):
+            yield key
+
+
+def _counters(tensors: _Tensors, contents: Contents) -> Iterator[str]:
+    """Yield single floats that count, by name and content."""
+    for key in filter(_COUNTER.search, tensors):
+        is_one = math.prod(tensors[key].shape) == 1 and tensors[key].dtype in FOLDED
+        if is_one and contents.changes(key) and contents.is_whole_number(key):
             yield key
 
 
@@ -243,6 +263,7 @@ RULES: tuple[tuple[Rule, _Take], ...] = (
     (Rule("power-iteration", Role.KEPT, Reason.SINGULAR_VECTOR), _singular_vectors),
     (Rule("mask", Role.KEPT, Reason.MASK), _masks),
     (Rule("observer", Role.KEPT, Reason.OBSERVER), _observers),
+    (Rule("counter", Role.KEPT, Reason.COUNTER), _counters),
     (Rule("changing", Role.KEPT, Reason.CHANGING), _changing),
     (Rule("not-float", Role.KEPT, Reason.NOT_FLOAT), _not_float),
     (Rule("float", Role.AVERAGED, Reason.FLOAT), lambda tensors, _: tensors),

@@ -11,7 +11,10 @@ from ckpt_ema.fold.monitors.two_values import TwoValues
 from ckpt_ema.fold.monitors.zeros import Zeros
 from ckpt_ema.planning.plan import Plan
 
-KINDS: tuple[Callable[[Watched], Monitor], ...] = (Twins, Zeros, NonFinite, Norms, TwoValues, Factors)
+KINDS: tuple[Callable[[Watched], Monitor], ...] = (
+    *(Twins, Zeros, NonFinite),
+    *(Norms, TwoValues, Factors),  # what a value means
+)
 
 
 def watched(plan: Plan) -> Watched:
