@@ -1,13 +1,12 @@
 """Whether checkpoints are states of one model: the same names, shapes and kinds of dtype.
 
-Names are changed to the newest checkpoint's where only a wrapper or a tied name differs: a run
-resumed without torch.compile, or in another process group, changes the prefix of every name; one
-that changed its file format drops or gains the second name of a tied tensor.
+Names are changed to the newest checkpoint's where only wrappers or tied names differ: a run resumed
+without torch.compile, or in another process group, names its tensors differently; one that changed
+its file format drops or gains the second name of a tied tensor.
 """
 
-import os
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,9 +16,18 @@ from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.configs import compare_configs
+from ckpt_ema.trainers import conventions
 
-# What wrappers put before every name: torch.compile, DistributedDataParallel, FSDP.
-_WRAPPERS = re.compile(r"(_orig_mod\.|module\.|_fsdp_wrapped_module\.)*")
+# Words that torch.compile, FSDP, activation checkpointing, accelerate and Fabric put into names;
+# kohya's names have underscores instead of dots.
+_WRAPPER = (
+    r"_(?:orig_mod|orig_module|original_module|fsdp_wrapped_module|fpw_module"
+    r"|checkpoint_wrapped_module|forward_module)[._]"
+)
+_ADDED = re.compile(rf"(?<![A-Za-z0-9])(?:{_WRAPPER})+")
+# Those of DistributedDataParallel and Opacus may also be a model's own, so they count only where
+# checkpoints differ by them.
+_ANY_ADDED = re.compile(rf"(?<![A-Za-z0-9])(?:{_WRAPPER}|(?<![^./])_?module\.)+")
 
 _Tensors = Mapping[str, TensorSpec]
 
@@ -44,6 +52,7 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
         own = without_prefix(own, source.reading.strip_prefix)
     own = _shared(own)
     specs, dropped, warnings = unified(names, own)
+    warnings += _left_by_wrappers(checkpoints[-1], own[-1])
     rows = zip(checkpoints, own, specs, strict=True)
     renamed = {c for c, one, other in rows if one.tensors.keys() != other.tensors.keys()}
     # Before shapes: adapters of another rank have other shapes, and this names the reason.
@@ -62,23 +71,49 @@ def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
     return shared
 
 
-def without_prefix(checkpoints: Sequence[Specs], prefix: str) -> list[Specs]:
-    """Remove `prefix` from the names of the tensors that have it.
+def without_prefix(checkpoints: Sequence[Specs], prefixes: str) -> list[Specs]:
+    """Remove each of the `prefixes`, separated by commas, from the names of the tensors.
 
-    Raises `RefusedError` if none has it, or if two tensors of a checkpoint would share a name.
+    A prefix is removed from the front of names. Where none begins with it, or where wrappers have
+    put it there, it is removed wherever it stands in a name. Raises `RefusedError` if no name has
+    it, or if two tensors of a checkpoint would share a name.
     """
+    for prefix in filter(None, prefixes.split(",")):
+        checkpoints = _without(checkpoints, prefix)
+    return list(checkpoints)
+
+
+def _without(checkpoints: Sequence[Specs], prefix: str) -> list[Specs]:
+    names = [name for specs in checkpoints for name in specs.tensors]
+    is_at_front = any(name.startswith(prefix) for name in names) and not _ADDED.fullmatch(prefix)
+    whole = re.escape(prefix) + ("" if prefix[-1] in "._/" else r"\.")
+    pattern = re.compile(f"^{whole}" if is_at_front else f"(?<![^._/]){whole}")
+    if not any(map(pattern.search, names)):
+        found = some(list(checkpoints[-1].tensors), 3)
+        message = f"--strip-prefix {prefix} matches no tensor; names are {found}."
+        raise RefusedError(message, code=Code.DIFFERENT_NAMES)
     result = []
     for specs in checkpoints:
-        tensors = {name.removeprefix(prefix): spec for name, spec in specs.tensors.items()}
+        tensors = {pattern.sub("", name): spec for name, spec in specs.tensors.items()}
         if len(tensors) != len(specs.tensors) or "" in tensors:
             problem = "would leave two tensors with the same name, or one without a name"
             raise RefusedError(f"--strip-prefix {prefix} {problem}.", code=Code.DIFFERENT_NAMES)
         result.append(replace(specs, tensors=tensors))
-    if all(a.tensors.keys() == b.tensors.keys() for a, b in zip(result, checkpoints, strict=True)):
-        names = some(list(checkpoints[-1].tensors), 3)
-        message = f"--strip-prefix {prefix} matches no tensor; names are {names}."
-        raise RefusedError(message, code=Code.DIFFERENT_NAMES)
     return result
+
+
+def _left_by_wrappers(newest: Checkpoint, specs: Specs) -> list[Notice]:
+    """Warn of wrappers' words in the names of the output, unless its own loader removes them."""
+    is_removed = conventions.LOADS_COMPILED.search(newest.model.path.name)
+    names = (name.removeprefix("_orig_mod." if is_removed else "") for name in specs.tensors)
+    wrapped = {name: _ADDED.findall(name) for name in names if "_mod" in name}
+    words = dict.fromkeys(word for found in wrapped.values() for word in found)
+    if not words:
+        return []
+    name = next(name for name, found in wrapped.items() if found)
+    holds = f"Tensor names such as {name} hold what a wrapper added, so a loader may ignore them"
+    message = f"{holds}; --strip-prefix {','.join(words)} removes it."
+    return [Notice(Code.DIFFERENT_NAMES, message)]
 
 
 def unified(
@@ -97,7 +132,7 @@ def unified(
             known[id(one.tensors)], wrapper, left = _like(one.tensors, newest)
             dropped |= left
             if wrapper:
-                how = f"{name} and {names[-1]} differ in the tensor prefix {wrapper}, which"
+                how = f"Tensor names of {name} and {names[-1]} differ by {wrapper}, which"
                 message = f"{how} a wrapper adds; the output has the names of {names[-1]}."
                 warnings.append(Notice(Code.DIFFERENT_NAMES, message))
         tensors = known[id(one.tensors)]
@@ -109,19 +144,22 @@ def _like(tensors: _Tensors, newest: _Tensors) -> tuple[_Tensors, str, set[str]]
     """Return the tensors by the newest's names if they match, the wrapper, and dropped names."""
     if tensors.keys() == newest.keys():
         return tensors, "", set()
-    own, other = _wrapper(tensors), _wrapper(newest)
-    renamed = {other + name.removeprefix(own): spec for name, spec in tensors.items()}
+    named = _unwrapped(newest)
+    renamed = {named.get(plain, name): tensors[name] for plain, name in _unwrapped(tensors).items()}
     matched = _with_tied_names(renamed, newest)
-    if matched.keys() != newest.keys():
+    if len(renamed) != len(tensors) or matched.keys() != newest.keys():
         return tensors, "", set()
-    return matched, (own or other) if own != other else "", renamed.keys() - newest.keys()
+    own, other = _runs(tensors.keys() - newest.keys()), _runs(newest.keys() - tensors.keys())
+    return matched, some(sorted(own ^ other or own)), renamed.keys() - newest.keys()
 
 
-def _wrapper(tensors: _Tensors) -> str:
-    """Return the prefix that wrappers put before all names."""
-    common = os.path.commonprefix(list(tensors))  # noqa: RUF071 - of characters, as is meant here
-    match = _WRAPPERS.match(common)
-    return match[0] if match else ""
+def _unwrapped(tensors: Iterable[str]) -> dict[str, str]:
+    """Return each name by what is left of it without what wrappers add."""
+    return {_ANY_ADDED.sub("", name): name for name in tensors}
+
+
+def _runs(names: Iterable[str]) -> set[str]:
+    return {run for name in names for run in _ANY_ADDED.findall(name)}
 
 
 def _with_tied_names(tensors: _Tensors, newest: _Tensors) -> _Tensors:

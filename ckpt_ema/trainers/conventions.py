@@ -87,6 +87,9 @@ MODEL_KEYS = (
     *("model", "module", "net", "network"),
 )
 AVERAGED_KEYS = _gathered(trainer.averaged_keys for trainer in TRAINERS)
+LOADS_COMPILED = _any_case(
+    f"^({_any_of(_gathered(trainer.loads_compiled for trainer in TRAINERS))})$"
+)
 
 # --- Whether a checkpoint is complete -------------------------------------------------------------
 

@@ -46,6 +46,7 @@ class Trainer:
     sharded: tuple[str, ...] = ()  # folders in a checkpoint that torch.distributed.checkpoint wrote
     model_keys: tuple[str, ...] = ()  # in a torch file or DCP; dots lead into dicts
     averaged_keys: tuple[str, ...] = ()  # the same, of weights that the trainer averaged
+    loads_compiled: tuple[str, ...] = ()  # names of files whose loader removes torch.compile's word
     # Whether a checkpoint is complete.
     done: tuple[str, ...] = ()  # files that exist once it is
     undone: tuple[str, ...] = ()  # files that exist until it is
@@ -331,6 +332,7 @@ TRAINERS = (
         name="nanoGPT, nanochat",
         entry="ckpt_1000.pt, model_000100.pt",
         weights="model, or the top",
+        loads_compiled=(r"ckpt(_\d+)?\.pt", r"model_\d{6}\.pt"),
         step_keys=("iter_num",),
     ),
     Trainer(
