@@ -128,3 +128,153 @@ def test_names_of_the_models_own_and_of_ordinary_runs_are_not_warned_of(tmp_path
         torch.save({"model": {"_orig_mod.w": full(n)}, "iter_num": n}, gpt / f"ckpt_{n}.pt")
     for run in (own, gpt):
         assert not warned(ckpt_ema.plan(run), Code.DIFFERENT_NAMES)
+
+
+# --- Q: the same model, though names or configurations differ -------------------------------------
+
+EMBEDDINGS = [
+    ("model.embed_tokens.weight", "lm_head.weight"),
+    ("transformer.wte.weight", "lm_head.weight"),
+    ("shared.weight", "decoder.proj_out.weight"),
+    ("tok_embeddings.weight", "output.weight"),
+]
+
+
+def with_head(embedding: str, head: str, n: int, value: float | None) -> dict[str, torch.Tensor]:
+    """A state whose head has this value, or is not there."""
+    found = {embedding: full(n, 8, 4), "model.norm.weight": full(n, 4)}
+    return found if value is None else {**found, head: full(value, 8, 4)}
+
+
+@pytest.mark.parametrize(("embedding", "head"), EMBEDDINGS)
+def test_a_tied_head_that_the_newest_lacks_is_left_out_with_a_note(
+    tmp_path: Path, embedding: str, head: str
+) -> None:
+    states = [with_head(embedding, head, n, None if n == 3 else n) for n in (1, 2, 3)]
+    run = folders(tmp_path / "run", states, config={})
+    plan = ckpt_ema.plan(run)
+    notes = [str(note) for note in plan.notes if note.code is Code.DECIDED]
+    assert any(f"checkpoint-300 lacks {head}" in note for note in notes)
+    assert not warned(plan, Code.DIFFERENT_NAMES)
+    assert mean(run) == {embedding: 2, "model.norm.weight": 2}
+
+
+@pytest.mark.parametrize(("embedding", "head"), EMBEDDINGS)
+def test_a_tied_head_that_older_checkpoints_lack_is_their_embedding(
+    tmp_path: Path, embedding: str, head: str
+) -> None:
+    states = [with_head(embedding, head, n, 3 if n == 3 else None) for n in (1, 2, 3)]
+    run = folders(tmp_path / "run", states, config={})
+    assert mean(run) == {embedding: 2, head: 2, "model.norm.weight": 2}
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [(1, 7, None), (None, None, 7), (7, 7, None), (None, 2, 7)],
+    ids=["one of the older", "the newest", "all older", "the newest, with another older one"],
+)
+def test_a_head_that_is_not_tied_and_is_not_everywhere_is_refused(
+    tmp_path: Path, heads: tuple[float | None, ...]
+) -> None:
+    names = EMBEDDINGS[0]
+    states = [with_head(*names, n, value) for n, value in enumerate(heads, start=1)]
+    run = folders(tmp_path / "run", states, config={"tie_word_embeddings": True})
+    error = refusal(run)
+    assert (error.code, error.tensor) == (Code.DIFFERENT_MODELS, "lm_head.weight")
+
+
+def test_the_second_bias_of_a_head_is_tied_where_it_is_the_same(tmp_path: Path) -> None:
+    """BERT has its bias under cls.predictions and under the decoder there."""
+    names = ("cls.predictions.bias", "cls.predictions.decoder.bias")
+    states = [dict.fromkeys(names[: 1 if n == 3 else 2], full(n, 5)) for n in (1, 2, 3)]
+    assert mean(folders(tmp_path / "run", states, config={})) == {names[0]: 2}
+
+
+def test_a_tensor_more_that_equals_another_by_chance_is_refused(tmp_path: Path) -> None:
+    states = [{f"layers.{k}.bias": full(0, 4) for k in range(4 - n)} for n in (1, 2)]
+    states = [{**one, "w": full(n)} for n, one in enumerate(states)]
+    assert refusal(folders(tmp_path / "run", states)).code is Code.DIFFERENT_MODELS
+
+
+DEFAULTS: dict[str, Any] = {
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_dora": False,
+    "use_rslora": False,
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "layers_to_transform": [],
+    "lora_alpha": 8,
+}
+
+
+def adapters(run: Path, older: Mapping[str, Any], newer: Mapping[str, Any]) -> Path:
+    """Two adapters with these configurations."""
+    states = [{f"q.lora_{side}.weight": full(n) for side in "AB"} for n in (1, 3)]
+    folders(run, states, "adapter_model.safetensors")
+    for step, fields in ((100, older), (200, newer)):
+        config = {"peft_type": "LORA", "r": 8, "target_modules": ["q"], **fields}
+        (run / f"checkpoint-{step}" / "adapter_config.json").write_text(json.dumps(config))
+    return run
+
+
+def test_a_field_of_peft_that_is_absent_has_its_default(tmp_path: Path) -> None:
+    for name, pair in (("new", ({}, DEFAULTS)), ("old", (DEFAULTS, {}))):
+        run = adapters(tmp_path / name, *pair)
+        assert set(mean(run).values()) == {2}
+        assert not warned(ckpt_ema.plan(run), Code.DIFFERENT_CONFIGS)
+    empty: dict[str, Any] = dict.fromkeys(DEFAULTS.keys() - {"lora_alpha", "bias"})
+    assert ckpt_ema.plan(adapters(tmp_path / "null", empty, DEFAULTS))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("use_rslora", True),
+        ("rank_pattern", {"q": 4}),
+        ("alpha_pattern", {"q": 4}),
+        ("lora_alpha", 16),
+        ("bias", "all"),
+        ("modules_to_save", ["head"]),
+        ("fan_in_fan_out", True),
+    ],
+)
+def test_a_field_of_peft_that_differs_from_the_default_is_refused(
+    tmp_path: Path, field: str, value: Any
+) -> None:
+    error = refusal(adapters(tmp_path / "run", {}, {**DEFAULTS, field: value}))
+    assert error.code is Code.DIFFERENT_CONFIGS
+    assert field in error.message
+
+
+LAYOUTS: dict[str, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[str]]] = {
+    "experts": (
+        {f"mlp.experts.{k}.{p}_proj.weight": full(k, 4, 2) for k in (0, 1) for p in ("gate", "up")},
+        {"mlp.experts.gate_up_proj": full(1, 2, 2, 8)},
+        ["mlp.experts.*.gate_proj.weight", "mlp.experts.gate_up_proj"],
+    ),
+    "qkv": (
+        {f"attn.{p}_proj.weight": full(1, 4, 4) for p in "qkv"},
+        {"attn.qkv_proj.weight": full(1, 12, 4)},
+        ["attn.k_proj.weight", "attn.qkv_proj.weight"],
+    ),
+    "most names": (
+        {f"transformer.h.{k}.w": full(k) for k in range(8)},
+        {f"model.layers.{k}.w": full(k, 7, 7) for k in range(8)},
+        ["transformer.h.*.w", "model.layers.*.w"],
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_layouts_of_one_model_are_named_with_the_way_out(tmp_path: Path, layout: str) -> None:
+    older, newer, names = LAYOUTS[layout]
+    shared = {"embed.weight": full(1), "norm.weight": full(1, 3), "head.weight": full(2, 5)}
+    error = refusal(folders(tmp_path / "run", [{**shared, **one} for one in (older, newer)]))
+    assert error.code is Code.DIFFERENT_MODELS
+    for word in ("checkpoint-100", "checkpoint-200", "two layouts", *names):
+        assert word in error.message
+    assert "save_pretrained" in error.hint

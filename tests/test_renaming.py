@@ -4,7 +4,7 @@ import pytest
 
 from ckpt_ema.containers.specs import Specs, TensorSpec
 from ckpt_ema.errors import Code, RefusedError
-from ckpt_ema.planning.same_model import unified, without_prefix
+from ckpt_ema.planning.renaming import unified, without_prefix
 
 
 def specs(**places: int) -> Specs:
@@ -57,10 +57,10 @@ def test_a_prefix_that_all_have_stays() -> None:
 
 def test_the_second_name_of_a_tied_tensor_is_dropped_or_added() -> None:
     tied, single = specs(emb=0, head=0, w=8), specs(emb=0, w=8)
-    [one, _], dropped, _ = unified(["a", "b"], [tied, single])
-    assert (names(one), dropped) == ({"emb": 0, "w": 8}, {"head"})
-    [one, _], dropped, _ = unified(["a", "b"], [single, tied])
-    assert (names(one), dropped) == ({"emb": 0, "head": 0, "w": 8}, set())
+    [one, _], [match, _], _ = unified(["a", "b"], [tied, single])
+    assert (names(one), match.dropped) == ({"emb": 0, "w": 8}, {"head": "emb"})
+    [one, _], [match, _], _ = unified(["a", "b"], [single, tied])
+    assert (names(one), match.added) == ({"emb": 0, "head": 0, "w": 8}, {"head": "emb"})
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,9 @@ def test_the_second_name_of_a_tied_tensor_is_dropped_or_added() -> None:
     ids=["not tied", "missing", "renamed", "with and without a wrapper"],
 )
 def test_other_differences_are_left_for_the_comparison(older: Specs) -> None:
-    [found, _], dropped, warnings = unified(["a", "b"], [older, specs(emb=0, w=8)])
+    [found, _], [match, _], warnings = unified(["a", "b"], [older, specs(emb=0, w=8)])
     assert found.tensors is older.tensors
-    assert not (warnings or dropped)
+    assert not (warnings or match.dropped or match.added)
 
 
 def test_a_prefix_is_stripped_where_it_is() -> None:

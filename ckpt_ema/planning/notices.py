@@ -45,13 +45,12 @@ def plan_warnings(averages: Sequence[Average], compared: Compared) -> Iterator[N
 
 
 def plan_notes(
-    averages: Sequence[Average],
-    specs_of: Mapping[Checkpoint, Specs],
-    found: Found,
-    laid_out: LaidOut,
+    averages: Sequence[Average], compared: Compared, found: Found, laid_out: LaidOut
 ) -> Iterator[Notice]:
     """Yield notes on options without effect, on the run, and on what is not averaged."""
     yield from _merged(averages, _cap)
+    yield from compared.notes
+    specs_of = compared.specs
     newest = list(specs_of)[-1]
     unselected = [one for one in found.left_out if one.verdict.reason in UNSELECTED]
     found_in_all = len(found.checkpoints) + len(unselected)

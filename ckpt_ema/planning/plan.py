@@ -173,7 +173,7 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
         threads=threads,
         tile_elements=tile_elements,
         judged=found.judged,
-        notes=(*selected.notes, *plan_notes(averages, specs_of, found, laid_out)),
+        notes=(*selected.notes, *plan_notes(averages, compared, found, laid_out)),
         warnings=(*found.warnings, *selected.warnings, *plan_warnings(averages, compared)),
     )
 

@@ -1,33 +1,25 @@
 """Whether checkpoints are states of one model: the same names, shapes and kinds of dtype.
 
-Names are changed to the newest checkpoint's where only wrappers or tied names differ: a run resumed
-without torch.compile, or in another process group, names its tensors differently; one that changed
-its file format drops or gains the second name of a tied tensor.
+Before that, all get the newest checkpoint's names where `renaming` can tell that they are the same.
 """
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
+from ckpt_ema.containers.reader import are_equal
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import AVERAGED, Specs, TensorSpec
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.configs import compare_configs
-from ckpt_ema.trainers import conventions
+from ckpt_ema.planning.renaming import left_by_wrappers, tied_notes, unified, without_prefix
 
-# Words that torch.compile, FSDP, activation checkpointing, accelerate and Fabric put into names;
-# kohya's names have underscores instead of dots.
-_WRAPPER = (
-    r"_(?:orig_mod|orig_module|original_module|fsdp_wrapped_module|fpw_module"
-    r"|checkpoint_wrapped_module|forward_module)[._]"
-)
-_ADDED = re.compile(rf"(?<![A-Za-z0-9])(?:{_WRAPPER})+")
-# Those of DistributedDataParallel and Opacus may also be a model's own, so they count only where
-# checkpoints differ by them.
-_ANY_ADDED = re.compile(rf"(?<![A-Za-z0-9])(?:{_WRAPPER}|(?<![^./])_?module\.)+")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 _Tensors = Mapping[str, TensorSpec]
 
@@ -39,6 +31,7 @@ class Compared(NamedTuple):
     renamed: set[Checkpoint]  # which have other names themselves
     dropped: set[str]  # second names of tied tensors that the newest lacks
     warnings: list[Notice]
+    notes: list[Notice]
 
 
 def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
@@ -51,14 +44,20 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
     if source.reading.strip_prefix:
         own = without_prefix(own, source.reading.strip_prefix)
     own = _shared(own)
-    specs, dropped, warnings = unified(names, own)
-    warnings += _left_by_wrappers(checkpoints[-1], own[-1])
+    models = [checkpoint.model for checkpoint in checkpoints]
+    equal = [
+        partial(are_equal, of=of, storage=source.storage) for of in zip(models, own, strict=True)
+    ]
+    specs, matches, warnings = unified(names, own, equal)
+    warnings += left_by_wrappers(models[-1].path.name, own[-1])
     rows = zip(checkpoints, own, specs, strict=True)
     renamed = {c for c, one, other in rows if one.tensors.keys() != other.tensors.keys()}
     # Before shapes: adapters of another rank have other shapes, and this names the reason.
     configs = compare_configs(checkpoints, specs, source.storage)
     warnings += [*_compare_tensors(names, specs), *configs]
-    return Compared(dict(zip(checkpoints, specs, strict=True)), renamed, dropped, warnings)
+    specs_of = dict(zip(checkpoints, specs, strict=True))
+    dropped = {name for match in matches for name in match.dropped}
+    return Compared(specs_of, renamed, dropped, warnings, tied_notes(names, matches))
 
 
 def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
@@ -71,110 +70,6 @@ def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
     return shared
 
 
-def without_prefix(checkpoints: Sequence[Specs], prefixes: str) -> list[Specs]:
-    """Remove each of the `prefixes`, separated by commas, from the names of the tensors.
-
-    A prefix is removed from the front of names. Where none begins with it, or where wrappers have
-    put it there, it is removed wherever it stands in a name. Raises `RefusedError` if no name has
-    it, or if two tensors of a checkpoint would share a name.
-    """
-    for prefix in filter(None, prefixes.split(",")):
-        checkpoints = _without(checkpoints, prefix)
-    return list(checkpoints)
-
-
-def _without(checkpoints: Sequence[Specs], prefix: str) -> list[Specs]:
-    names = [name for specs in checkpoints for name in specs.tensors]
-    is_at_front = any(name.startswith(prefix) for name in names) and not _ADDED.fullmatch(prefix)
-    whole = re.escape(prefix) + ("" if prefix[-1] in "._/" else r"\.")
-    pattern = re.compile(f"^{whole}" if is_at_front else f"(?<![^._/]){whole}")
-    if not any(map(pattern.search, names)):
-        found = some(list(checkpoints[-1].tensors), 3)
-        message = f"--strip-prefix {prefix} matches no tensor; names are {found}."
-        raise RefusedError(message, code=Code.DIFFERENT_NAMES)
-    result = []
-    for specs in checkpoints:
-        tensors = {pattern.sub("", name): spec for name, spec in specs.tensors.items()}
-        if len(tensors) != len(specs.tensors) or "" in tensors:
-            problem = "would leave two tensors with the same name, or one without a name"
-            raise RefusedError(f"--strip-prefix {prefix} {problem}.", code=Code.DIFFERENT_NAMES)
-        result.append(replace(specs, tensors=tensors))
-    return result
-
-
-def _left_by_wrappers(newest: Checkpoint, specs: Specs) -> list[Notice]:
-    """Warn of wrappers' words in the names of the output, unless its own loader removes them."""
-    is_removed = conventions.LOADS_COMPILED.search(newest.model.path.name)
-    names = (name.removeprefix("_orig_mod." if is_removed else "") for name in specs.tensors)
-    wrapped = {name: _ADDED.findall(name) for name in names if "_mod" in name}
-    words = dict.fromkeys(word for found in wrapped.values() for word in found)
-    if not words:
-        return []
-    name = next(name for name, found in wrapped.items() if found)
-    holds = f"Tensor names such as {name} hold what a wrapper added, so a loader may ignore them"
-    message = f"{holds}; --strip-prefix {','.join(words)} removes it."
-    return [Notice(Code.DIFFERENT_NAMES, message)]
-
-
-def unified(
-    names: Sequence[str], checkpoints: Sequence[Specs]
-) -> tuple[list[Specs], set[str], list[Notice]]:
-    """Give all tensors the newest checkpoint's names; `names` are the checkpoints', for messages.
-
-    Returns the checkpoints, second names of tied tensors that the newest lacks, and warnings.
-    Checkpoints that differ in more than wrappers and tied names are returned unchanged.
-    """
-    newest = checkpoints[-1].tensors
-    known: dict[int, _Tensors] = {}  # by identity: checkpoints of one layout keep sharing it
-    specs, dropped, warnings = [], set(), []
-    for name, one in zip(names, checkpoints, strict=True):
-        if id(one.tensors) not in known:
-            known[id(one.tensors)], wrapper, left = _like(one.tensors, newest)
-            dropped |= left
-            if wrapper:
-                how = f"Tensor names of {name} and {names[-1]} differ by {wrapper}, which"
-                message = f"{how} a wrapper adds; the output has the names of {names[-1]}."
-                warnings.append(Notice(Code.DIFFERENT_NAMES, message))
-        tensors = known[id(one.tensors)]
-        specs.append(one if tensors is one.tensors else replace(one, tensors=tensors))
-    return specs, dropped, warnings
-
-
-def _like(tensors: _Tensors, newest: _Tensors) -> tuple[_Tensors, str, set[str]]:
-    """Return the tensors by the newest's names if they match, the wrapper, and dropped names."""
-    if tensors.keys() == newest.keys():
-        return tensors, "", set()
-    named = _unwrapped(newest)
-    renamed = {named.get(plain, name): tensors[name] for plain, name in _unwrapped(tensors).items()}
-    matched = _with_tied_names(renamed, newest)
-    if len(renamed) != len(tensors) or matched.keys() != newest.keys():
-        return tensors, "", set()
-    own, other = _runs(tensors.keys() - newest.keys()), _runs(newest.keys() - tensors.keys())
-    return matched, some(sorted(own ^ other or own)), renamed.keys() - newest.keys()
-
-
-def _unwrapped(tensors: Iterable[str]) -> dict[str, str]:
-    """Return each name by what is left of it without what wrappers add."""
-    return {_ANY_ADDED.sub("", name): name for name in tensors}
-
-
-def _runs(names: Iterable[str]) -> set[str]:
-    return {run for name in names for run in _ANY_ADDED.findall(name)}
-
-
-def _with_tied_names(tensors: _Tensors, newest: _Tensors) -> _Tensors:
-    """Drop or add second names of tied tensors, where both names lead to the same bytes."""
-    kept = {name: spec for name, spec in tensors.items() if name in newest}
-    places = set(kept.values())
-    if any(spec not in places for name, spec in tensors.items() if name not in newest):
-        return tensors
-    name_at = {spec: name for name, spec in newest.items() if name in kept}
-    for name, spec in newest.items():
-        if name not in kept and spec in name_at:
-            kept[name] = kept[name_at[spec]]
-    return kept
-
-
 def _compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list[Notice]:
     """Refuse other tensors than the last checkpoint's; return warnings about their dtypes."""
     newest_name, newest = names[-1], checkpoints[-1].tensors
@@ -182,7 +77,7 @@ def _compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list
     for name, specs in zip(names, checkpoints, strict=True):
         if specs.tensors is newest:
             continue
-        _check_names(name, specs.tensors.keys(), newest_name, newest.keys())
+        _check_names(name, specs.tensors, newest_name, newest)
         pairs = [(tensor, specs.tensors[tensor], spec) for tensor, spec in newest.items()]
         for tensor, one, other in pairs:
             if one.shape != other.shape:
@@ -202,15 +97,35 @@ def _compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list
     return warnings
 
 
-def _check_names(name: str, own: Set[str], newest_name: str, newest: Set[str]) -> None:
-    if own == newest:
+def _check_names(name: str, own: _Tensors, newest_name: str, newest: _Tensors) -> None:
+    if own.keys() == newest.keys():
         return
-    extra, missing = sorted(own - newest), sorted(newest - own)
+    extra, missing = sorted(own.keys() - newest.keys()), sorted(newest.keys() - own.keys())
+    if _are_layouts([own[one] for one in extra], [newest[one] for one in missing], own, newest):
+        here, there = (
+            some(dict.fromkeys(_NUMBER.sub("*", n) for n in x), 3) for x in (extra, missing)
+        )
+        where = f"{name} has {here} where {newest_name} has {there}"
+        message = f"{name} and {newest_name} store the model in two layouts: {where}."
+        hint = (
+            f"If a newer release renamed the tensors, load {name} with it and save it again"
+            " (from_pretrained, save_pretrained); else pass the checkpoints of one layout."
+        )
+        raise RefusedError(message, hint, code=Code.DIFFERENT_MODELS, tensor=extra[0])
     differences = [f"{name} also has {some(extra)}"] * bool(extra)
     differences += [f"{name} lacks {some(missing)}"] * bool(missing)
     counts = f"{name} has {len(own)} tensors and {newest_name} has {len(newest)}"
     message = f"{counts}: {' and '.join(differences)}."
     raise _refused(message, Code.DIFFERENT_MODELS, (extra or missing)[0])
+
+
+def _are_layouts(
+    extra: Sequence[TensorSpec], missing: Sequence[TensorSpec], own: _Tensors, newest: _Tensors
+) -> bool:
+    """Return whether other names hold as many elements, or most names are others."""
+    counts = [sum(math.prod(spec.shape) for spec in specs) for specs in (extra, missing)]
+    are_most = 2 * len(extra) > len(own) and 2 * len(missing) > len(newest)
+    return bool(extra and missing) and (counts[0] == counts[1] or are_most)
 
 
 def _refused(message: str, code: Code, tensor: str) -> RefusedError:
