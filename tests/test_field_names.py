@@ -27,7 +27,7 @@ def folders(
     """Write folders checkpoint-100, ...; `texts` are JSON files, by stem, for all of them."""
     for number, state in enumerate(states, start=1):
         folder = run / f"checkpoint-{number}00"
-        folder.mkdir(parents=True)
+        (folder / file).parent.mkdir(parents=True)
         if file.endswith(".safetensors"):
             write_safetensors(folder / file, state)
         else:
@@ -278,3 +278,121 @@ def test_two_layouts_of_one_model_are_named_with_the_way_out(tmp_path: Path, lay
     for word in ("checkpoint-100", "checkpoint-200", "two layouts", *names):
         assert word in error.message
     assert "save_pretrained" in error.hint
+
+
+# --- W: what loads the output --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "config"),
+    [
+        ("model.safetensors", "config.json"),
+        ("pytorch_model.bin", "config.json"),
+        ("unet/diffusion_pytorch_model.safetensors", "unet/config.json"),
+        ("adapter_model.safetensors", "adapter_config.json"),
+        ("adapter_model.bin", "adapter_config.json"),
+    ],
+)
+def test_a_configuration_that_is_nowhere_is_warned_of(
+    tmp_path: Path, file: str, config: str
+) -> None:
+    run = folders(tmp_path / "run", [{"w": full(n)} for n in (1, 2)], file)
+    [warning] = warned(ckpt_ema.plan(run), Code.NO_CONFIG)
+    assert warning.startswith(config)
+    assert "--config-from" in warning
+    base = tmp_path / "base"
+    (base / config).parent.mkdir(parents=True)
+    (base / config).write_text("{}")
+    if "/" in config:
+        (base / "model_index.json").write_text('{"unet": ["diffusers", "U"]}')
+    assert not warned(ckpt_ema.plan(run, config_from=base), Code.NO_CONFIG)
+    if "/" not in config:
+        (run / config).write_text("{}")
+        assert not warned(ckpt_ema.plan(run), Code.NO_CONFIG)
+        (run / config).unlink()
+    assert not warned(ckpt_ema.plan(run, output=tmp_path / "o.safetensors"), Code.NO_CONFIG)
+
+
+def test_a_trainer_that_needs_no_configuration_is_not_warned_of(tmp_path: Path) -> None:
+    """That is accelerate, and everybody whose file has no name that from_pretrained looks for."""
+    run = folders(tmp_path / "run", [{"w": full(n)} for n in (1, 2)])
+    for folder in run.iterdir():
+        (folder / "random_states_0.pkl").touch()
+    lora = folders(
+        tmp_path / "lora", [{"w": full(n)} for n in (1, 2)], "pytorch_lora_weights.safetensors"
+    )
+    own = folders(tmp_path / "own", [{"w": full(n)} for n in (1, 2)], "model.pt")
+    for path in (run, lora, own):
+        assert not warned(ckpt_ema.plan(path), Code.NO_CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("file", "output"),
+    [
+        ("mm_projector.bin", "mm_projector.safetensors"),
+        ("value_head.bin", "value_head.safetensors"),
+        ("projector.pt", "projector.safetensors"),
+        ("lora.pt", "lora.safetensors"),
+        ("classifier.bin", "classifier.safetensors"),
+        ("controlnet.bin", "controlnet.safetensors"),
+        ("t5_encoder.pth", "t5_encoder.safetensors"),
+        ("pytorch_model.bin", "model.safetensors"),
+        ("net.pth", "model.safetensors"),
+        ("best.ckpt", "model.safetensors"),
+    ],
+)
+def test_a_part_of_a_model_keeps_its_file_name(tmp_path: Path, file: str, output: str) -> None:
+    """Under another name it would stand beside the configuration of the whole model."""
+    run = folders(tmp_path / "run", [{"w": full(n)} for n in (1, 3)], file, config={})
+    assert mean(run) == {"w": 2}
+    assert [path.name for path in (tmp_path / "run-ema").glob("*.safetensors")] == [output]
+
+
+@pytest.mark.parametrize(
+    "name", ["net_g_{}00.pth", "epoch={}-step={}00.ckpt", "{}2epoch.pth", "model0{}.pt", "{}.pt"]
+)
+def test_a_file_that_is_named_by_its_step_becomes_a_model(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for n in (1, 3):
+        torch.save({"w": full(n)}, run / name.format(n, n))
+    [file] = ckpt_ema.plan(run).averages[0].output.files
+    assert file.name == "model.safetensors"
+
+
+# --- Y: what stays behind ------------------------------------------------------------------------
+
+LEAVINGS = (
+    *("._config.json", "config.json~", ".config.json.swp", "#config.json#", "Thumbs.db"),
+    *("desktop.ini", ".DS_Store", ".nfs0000", ".gitattributes", "config.json.bak", "a.pyc"),
+    *(".ipynb_checkpoints/a.json", ".tmpXy99Zz/a.json", "__pycache__/m.json", ".git/config"),
+    *("tmpab_c12xy", "__MACOSX/a.json", ".hidden/model.safetensors"),
+)
+
+
+@pytest.mark.parametrize("place", ["", "custom/", "unet/"])
+def test_hidden_files_and_editors_leavings_stay_behind_at_any_depth(
+    tmp_path: Path, place: str
+) -> None:
+    run = folders(tmp_path / "run", [{"w": full(n)} for n in (1, 3)], config={})
+    newest = run / "checkpoint-200"
+    for name in (*LEAVINGS, "tokenizer.json", "code.py"):
+        path = newest / place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    copied = {one.name for one in ckpt_ema.plan(run).averages[0].output.companions}
+    assert copied == {"config.json", f"{place}tokenizer.json", f"{place}code.py"}
+
+
+def test_leavings_in_a_component_of_a_pipeline_stay_behind(tmp_path: Path) -> None:
+    file = "unet/diffusion_pytorch_model.safetensors"
+    run = folders(tmp_path / "run", [{"w": full(n)} for n in (1, 3)], file)
+    pipeline = tmp_path / "pipeline"
+    for name in ("scheduler/config.json", *(f"scheduler/{name}" for name in LEAVINGS)):
+        path = pipeline / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (pipeline / "model_index.json").write_text('{"scheduler": ["diffusers", "S"]}')
+    plan = ckpt_ema.plan(run, config_from=pipeline)
+    copied = {one.name for one in plan.averages[0].output.companions}
+    assert copied == {"model_index.json", "scheduler/config.json"}

@@ -30,8 +30,11 @@ _INVERSION_NS = 3600 * 10**9
 _FEW = 4
 
 
-def plan_warnings(averages: Sequence[Average], compared: Compared) -> Iterator[Notice]:
-    """Yield the warnings about weights, and about the checkpoints that take part."""
+def plan_warnings(
+    averages: Sequence[Average], compared: Compared, found: Found, laid_out: LaidOut
+) -> Iterator[Notice]:
+    """Yield the warnings about the run, the weights, the checkpoints that take part, the output."""
+    yield from found.warnings
     names = [checkpoint.name for checkpoint in compared.specs]
     yield from _merged(averages, lambda average: _uneven(average, names))
     alike: dict[object, list[str]] = {}
@@ -42,6 +45,10 @@ def plan_warnings(averages: Sequence[Average], compared: Compared) -> Iterator[N
             yield Notice(Code.SAME_WEIGHTS, f"{some(same)} have the same weights.")
     yield from _about_run(compared.specs)
     yield from compared.warnings
+    if laid_out.missing:
+        message = f"{some(laid_out.missing)} is neither in the newest checkpoint nor in the run"
+        effect = "so from_pretrained cannot load the average; --config-from FOLDER adds it"
+        yield Notice(Code.NO_CONFIG, f"{message}, {effect}.")
 
 
 def plan_notes(

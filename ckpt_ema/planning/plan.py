@@ -174,7 +174,7 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
         tile_elements=tile_elements,
         judged=found.judged,
         notes=(*selected.notes, *plan_notes(averages, compared, found, laid_out)),
-        warnings=(*found.warnings, *selected.warnings, *plan_warnings(averages, compared)),
+        warnings=(*selected.warnings, *plan_warnings(averages, compared, found, laid_out)),
     )
 
 

@@ -124,7 +124,7 @@ def _are_layouts(
 ) -> bool:
     """Return whether other names hold as many elements, or most names are others."""
     counts = [sum(math.prod(spec.shape) for spec in specs) for specs in (extra, missing)]
-    are_most = 2 * len(extra) > len(own) and 2 * len(missing) > len(newest)
+    are_most = 2 * len(extra) > len(own) or 2 * len(missing) > len(newest)
     return bool(extra and missing) and (counts[0] == counts[1] or are_most)
 
 

@@ -60,6 +60,8 @@ class Trainer:
     state: tuple[str, ...] = ()  # files of training state, without number and extension
     stays: tuple[str, ...] = ()  # patterns of other names in a checkpoint that stay behind
     folders: tuple[str, ...] = ()  # patterns of folders that hold no checkpoints
+    # Patterns of files beside a model that is loaded without config.json.
+    needs_no_config: tuple[str, ...] = ()
     # Patterns of files that are kept once per run and go with the average.
     travels: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
@@ -116,6 +118,7 @@ TRAINERS = (
         files=("pytorch_model_fsdp.bin",),
         sharded=("pytorch_model_fsdp_0",),
         state=("random_states", "custom_checkpoint", "sampler", "dl_state_dict"),
+        needs_no_config=(r"random_states_\d+\.pkl", r"(optimizer|scheduler|sampler)(_\d+)?\.bin"),
         folders=("optimizer.*",),
     ),
     Trainer(
