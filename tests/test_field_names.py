@@ -84,7 +84,8 @@ def test_a_wrappers_word_in_the_output_is_warned_of_and_taken_out_on_request(
 
 
 def test_several_words_are_named_and_removed_together(tmp_path: Path) -> None:
-    names = ("_orig_mod.norm.w", "_orig_mod.layers.0._checkpoint_wrapped_module.w")
+    layer = "_orig_mod.layers.0._orig_mod._checkpoint_wrapped_module.w"
+    names = ("_orig_mod.norm.w", layer)
     run = folders(tmp_path / "run", [dict.fromkeys(names, full(n)) for n in (1, 3)], config={})
     [warning] = warned(ckpt_ema.plan(run), Code.DIFFERENT_NAMES)
     words = "_orig_mod.,_checkpoint_wrapped_module."
@@ -98,6 +99,7 @@ def test_several_words_are_named_and_removed_together(tmp_path: Path) -> None:
         ("model._orig_mod.layers.0.w", "model.layers.0.w"),
         ("model.layers.0.w", "model._fsdp_wrapped_module.layers.0._orig_mod.w"),
         ("encoder.module.w", "encoder.w"),
+        ("encoder._checkpoint_wrapper.w", "encoder.w"),
         ("module._orig_mod.w", "_orig_mod.module.w"),
     ],
 )

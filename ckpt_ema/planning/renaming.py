@@ -21,10 +21,10 @@ _WRAPPER = (
     r"_(?:orig_mod|orig_module|original_module|fsdp_wrapped_module|fpw_module"
     r"|checkpoint_wrapped_module|forward_module)[._]"
 )
-_ADDED = re.compile(rf"(?<![A-Za-z0-9])(?:{_WRAPPER})+")
-# Those of DistributedDataParallel and Opacus may also be a model's own, so they count only where
-# checkpoints differ by them.
-_ANY_ADDED = re.compile(rf"(?<![A-Za-z0-9])(?:{_WRAPPER}|(?<![^./])_?module\.)+")
+_ADDED = re.compile(rf"(?<![A-Za-z0-9]){_WRAPPER}")
+# That of DistributedDataParallel, and any with "wrap", may also be the model's own, so these count
+# only where checkpoints differ by them.
+_ANY_ADDED = re.compile(rf"(?<![A-Za-z0-9])(?:{_WRAPPER}|(?<![^./])(?:_?module|_\w*wrap\w*)\.)+")
 
 # One of two tied matrices is an embedding; others may be equal by chance, as zeros are.
 _EMBEDDING = re.compile(r"emb|wte|shared|token|tok_|vocab|lookup", re.IGNORECASE)
@@ -57,7 +57,7 @@ def without_prefix(checkpoints: Sequence[Specs], prefixes: str) -> list[Specs]:
 
 def _without(checkpoints: Sequence[Specs], prefix: str) -> list[Specs]:
     names = [name for specs in checkpoints for name in specs.tensors]
-    is_at_front = any(name.startswith(prefix) for name in names) and not _ADDED.fullmatch(prefix)
+    is_at_front = any(name.startswith(prefix) for name in names) and not _ADDED.match(prefix)
     whole = re.escape(prefix) + ("" if prefix[-1] in "._/" else r"\.")
     pattern = re.compile(f"^{whole}" if is_at_front else f"(?<![^._/]){whole}")
     if not any(map(pattern.search, names)):

@@ -108,8 +108,9 @@ def _check_names(name: str, own: _Tensors, newest_name: str, newest: _Tensors) -
         where = f"{name} has {here} where {newest_name} has {there}"
         message = f"{name} and {newest_name} store the model in two layouts: {where}."
         hint = (
-            f"If a newer release renamed the tensors, load {name} with it and save it again"
-            " (from_pretrained, save_pretrained); else pass the checkpoints of one layout."
+            f"If another release renamed the tensors, load {name} with the one that wrote"
+            f" {newest_name} and save it again (from_pretrained, save_pretrained); else pass the"
+            " checkpoints of one layout."
         )
         raise RefusedError(message, hint, code=Code.DIFFERENT_MODELS, tensor=extra[0])
     differences = [f"{name} also has {some(extra)}"] * bool(extra)

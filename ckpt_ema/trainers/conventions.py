@@ -225,7 +225,7 @@ STAYS_BEHIND = _any_case(
 )
 # Hidden files, and what editors, systems and Python leave in a folder.
 LEAVINGS = _any_case(
-    r"^[.#]|[~#]$|\.(sw[a-p]|bak|orig|rej|tmp|temp|part|pyc)$|^tmp[a-z0-9_]{8}$"
+    r"^[.#]|[~#]$|\.(sw[a-p]|bak|orig|old|save|rej|tmp|temp|part|pyc)$|^tmp[a-z0-9_]{8}$"
     r"|^(thumbs\.db|desktop\.ini|__pycache__|__MACOSX|@eaDir|lost\+found)$"
 )
 # The configuration without which `from_pretrained` cannot load a file of this name.
