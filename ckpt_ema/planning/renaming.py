@@ -147,9 +147,12 @@ def _second_names(tensors: _Tensors, others: _Tensors, is_equal: Equal) -> dict[
     """
     found = {}
     both = [name for name in tensors if name in others]
+    name_at = {tensors[name]: name for name in reversed(both)}
     for name in (name for name in tensors if name not in others):
-        may_be = (one for one in both if _may_be_tied(name, one, tensors))
-        first = next((one for one in may_be if is_equal(tensors[name], tensors[one])), None)
+        first = name_at.get(tensors[name])
+        if first is None:
+            may_be = (one for one in both if _may_be_tied(name, one, tensors))
+            first = next((one for one in may_be if is_equal(tensors[name], tensors[one])), None)
         if first is None:
             return None
         found[name] = first
@@ -157,10 +160,10 @@ def _second_names(tensors: _Tensors, others: _Tensors, is_equal: Equal) -> dict[
 
 
 def _may_be_tied(name: str, other: str, tensors: _Tensors) -> bool:
-    """Return whether two tensors are at one place, or are tied where they have the same bytes."""
+    """Return whether two tensors are tied, going by their names, if they have the same bytes."""
     one, two = tensors[name], tensors[other]
-    if one == two or (one.dtype, one.shape) != (two.dtype, two.shape):
-        return one == two
+    if (one.dtype, one.shape) != (two.dtype, two.shape):
+        return False
     if len(one.shape) > 1:
         return bool(_EMBEDDING.search(name) or _EMBEDDING.search(other))
     # The bias of a head, which its decoder has again (BERT).
