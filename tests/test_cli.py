@@ -362,7 +362,7 @@ def test_a_signal_after_publication_does_not_deny_it(run: Path, options: list[st
 def test_a_signal_with_resume_says_that_work_is_kept_and_keeps_it(make_run: MakeRun) -> None:
     run = make_run(series(20, w=noise(20, 1_000_000)))
     command = Command("average", run, "-q", "--resume", "--tile-size", "400", "--device", "cpu")
-    wait_for(lambda: list(run.parent.glob(".run-ema.*")))
+    wait_for(lambda: list(run.parent.glob(".run-ema.*/output")))
     command.send_signal(signal.SIGINT)
     done = command.wait()
     assert (done.returncode, done.stdout) == (130, "")
