@@ -320,7 +320,7 @@ def test_a_part_of_a_checkpoint_by_its_name(tmp_path: Path) -> None:
     [file] = (
         ckpt_ema.plan(tmp_path, component="critic", allow_duplicates=True).averages[0].output.files
     )
-    assert file.name == "model.safetensors"
+    assert file.name == "critic.safetensors"
 
 
 def test_base_models_at_other_places_are_warned_of_and_other_ranks_refused(

@@ -138,6 +138,24 @@ def test_what_somebody_else_left_beside_the_output_is_no_obstacle(make_run: Make
 
 
 @AS_ROOT
+def test_an_output_of_somebody_else_that_was_replaced_is_named_where_it_is_left(
+    make_run: MakeRun,
+) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    let_others_in(run)
+    run.parent.chmod(0o777)
+    words = ("average", run, "-o", run.parent / "out", "-q", "--device", "cpu")
+    assert command(*words, "--decay", "0.1").returncode == 0
+    done = command(*words, "--overwrite", before=be_nobody)
+    [left] = run.parent.glob(".out.ckpt-ema-*")
+    assert done.returncode == 0
+    assert done.stderr == (
+        f"warning: The output that was replaced cannot be removed and is left as {left}.\n"
+    )
+    assert (left / "model.safetensors").is_file()
+
+
+@AS_ROOT
 def test_a_folder_without_a_number_that_may_not_be_read_is_no_obstacle(make_run: MakeRun) -> None:
     """Such as lost+found, where a run has a disk of its own."""
     run = make_run(series(2, w=noise(2, 4)))

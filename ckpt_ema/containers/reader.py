@@ -85,6 +85,21 @@ def hold_the_same(
     return False
 
 
+def are_equal(
+    one: TensorSpec, other: TensorSpec, of: tuple[ModelFiles, Specs], storage: Storage
+) -> bool:
+    """Return whether two tensors of one checkpoint are equal in dtype, shape and bytes.
+
+    Tensors that cannot be read count as different.
+    """
+    if one == other or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return one == other
+    model, specs = of
+    with suppress(CkptEmaError), Reader(storage, [(model.folder, specs)] * 2) as reader:
+        return _equal(reader, one, other, one.size_bytes)
+    return False
+
+
 def same_values(earlier: str, later: str) -> RefusedError:
     """Return the refusal of two steps that hold the same model."""
     why = "one of them is mislabelled, and an average would count it twice"

@@ -33,9 +33,14 @@ _FEW = 4
 
 
 def plan_warnings(
-    averages: Sequence[Average], compared: Compared, rulings: Mapping[str, Ruling]
+    averages: Sequence[Average],
+    compared: Compared,
+    found: Found,
+    rulings: Mapping[str, Ruling],
+    laid_out: LaidOut,
 ) -> Iterator[Notice]:
-    """Yield the warnings about weights, and about the checkpoints that take part."""
+    """Yield the warnings about the run, the weights, the checkpoints that take part, the output."""
+    yield from found.warnings
     names = [checkpoint.name for checkpoint in compared.specs]
     yield from _merged(averages, lambda average: _uneven(average, names))
     alike: dict[object, list[str]] = {}
@@ -47,17 +52,23 @@ def plan_warnings(
     yield from _about_run(compared.specs)
     yield from compared.warnings
     yield from _share_not_averaged(list(compared.specs.values())[-1], rulings)
+    if laid_out.missing:
+        message = f"{some(laid_out.missing)} is neither in the newest checkpoint nor in the run"
+        effect = "so from_pretrained cannot load the average; --config-from FOLDER adds it"
+        yield Notice(Code.NO_CONFIG, f"{message}, {effect}.")
 
 
 def plan_notes(
     averages: Sequence[Average],
-    specs_of: Mapping[Checkpoint, Specs],
+    compared: Compared,
     found: Found,
     rulings: Mapping[str, Ruling],
     laid_out: LaidOut,
 ) -> Iterator[Notice]:
     """Yield notes on options without effect, on the run, and on what is not averaged."""
     yield from _merged(averages, _cap)
+    yield from compared.notes
+    specs_of = compared.specs
     newest = list(specs_of)[-1]
     unselected = [one for one in found.left_out if one.verdict.reason in UNSELECTED]
     found_in_all = len(found.checkpoints) + len(unselected)
@@ -68,26 +79,29 @@ def plan_notes(
     if len(specs_of) > 1 and newest.unit == "save":
         message = "Numbers in the names count saves, not steps (accelerate); gaps are unknown."
         yield Notice(Code.NO_STEPS, message)
-    kept: dict[str, list[str]] = {}
-    for name, (rule, made) in rulings.items():
-        if made is Role.KEPT:
-            dtype = specs_of[newest].tensors[name].dtype
-            is_other = rule.reason is Reason.NOT_FLOAT
-            what = f"{dtype} tensors" if is_other else f"Some tensors ({rule.reason.value})"
-            kept.setdefault(what, []).append(name)
-    for what, names in kept.items():
-        message = f"{what} are not averaged and keep the value of {newest.name}: {some(names)}."
-        yield Notice(Code.NOT_AVERAGED, message)
+    yield from _kept(newest.name, specs_of[newest], rulings)
     yield from dict.fromkeys(note for one in specs_of.values() for note in one.notes)
-    if any(map(conventions.FACTOR.search, rulings)) or any(
-        map(conventions.ROTATION.search, rulings)
-    ):
+    if any(pattern.search(key) for pattern in conventions.FACTORS for key in rulings):
         message = "The factors of the adapter are averaged one by one, which approximates the"
         message = f"{message} average of their products; reading them shows how closely."
         yield Notice(Code.ADAPTER_FACTORS, message)
     if laid_out.other_models:
         message = f"Folders with other models are not copied: {some(laid_out.other_models)}."
         yield Notice(Code.LEFT_OUT, message)
+
+
+def _kept(name: str, newest: Specs, rulings: Mapping[str, Ruling]) -> Iterator[Notice]:
+    """Note the tensors that keep the newest value, by what they are."""
+    kept: dict[str, list[str]] = {}
+    for key, (rule, made) in rulings.items():
+        if made is Role.KEPT:
+            dtype = newest.tensors[key].dtype
+            is_other = rule.reason is Reason.NOT_FLOAT
+            what = f"{dtype} tensors" if is_other else f"Some tensors ({rule.reason.value})"
+            kept.setdefault(what, []).append(key)
+    for what, names in kept.items():
+        message = f"{what} are not averaged and keep the value of {name}: {some(names)}."
+        yield Notice(Code.NOT_AVERAGED, message)
 
 
 def _share_not_averaged(newest: Specs, rulings: Mapping[str, Ruling]) -> Iterator[Notice]:

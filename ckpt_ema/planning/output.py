@@ -71,6 +71,7 @@ class LaidOut(NamedTuple):
 
     outputs: list[Output]
     other_models: list[str]  # folders with weights of their own, which are not copied
+    missing: list[str]  # configurations without which an output cannot be loaded
 
 
 def lay_out(
@@ -92,7 +93,7 @@ def lay_out(
     shared = _shared_folder(found)
     # Averages may end at the same checkpoint.
     copied_with = cache(lambda c: _companions(c, specs_of[c], shared, options, storage))
-    outputs, other_models = [], set()
+    outputs, other_models, missing = [], set(), set()
     for average, target in zip(averages, _targets(destination, averages), strict=True):
         newest = average.checkpoints[-1]
         specs = specs_of[newest]
@@ -107,10 +108,11 @@ def lay_out(
         files = target.lay_out(Model(model, roles, DTYPES[options.dtype], provenance))
         indexes = target.finish(files, [member.name for member in newest.model.members])
         other_models |= {*copied.models}
+        missing |= {*copied.missing}
         outputs.append(
             Output(target.path, target.is_single_file, files, indexes, copied.files, digest)
         )
-    return LaidOut(outputs, sorted(other_models))
+    return LaidOut(outputs, sorted(other_models), sorted(missing))
 
 
 def _without_dropped(specs: Specs, rulings: Mapping[str, Ruling]) -> Specs:

@@ -160,7 +160,7 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     averages = make_averages(weighted, [*specs_of], laid_out.outputs)
     work = make_work([*specs_of.values()], [(one.newest, one.output.files) for one in averages])
     tile_elements, threads = make_sizes(options.engine, work, len(averages))
-    warnings = (*found.warnings, *selected.warnings, *plan_warnings(averages, compared, newest))
+    warnings = (*selected.warnings, *plan_warnings(averages, compared, found, newest, laid_out))
     refuse_warnings(warnings if options.engine.strict else ())
     return Plan(
         run=os.fspath(found.root),
@@ -178,7 +178,7 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
         threads=threads,
         tile_elements=tile_elements,
         judged=found.judged,
-        notes=(*selected.notes, *plan_notes(averages, specs_of, found, newest, laid_out)),
+        notes=(*selected.notes, *plan_notes(averages, compared, found, newest, laid_out)),
         warnings=warnings,
     )
 

@@ -87,6 +87,9 @@ MODEL_KEYS = (
     *("model", "module", "net", "network"),
 )
 AVERAGED_KEYS = _gathered(trainer.averaged_keys for trainer in TRAINERS)
+LOADS_COMPILED = _any_case(
+    f"^({_any_of(_gathered(trainer.loads_compiled for trainer in TRAINERS))})$"
+)
 
 # --- Whether a checkpoint is complete -------------------------------------------------------------
 
@@ -157,6 +160,7 @@ FACTOR = re.compile(
     r"|hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|vera_lambda_[bd])(?![A-Za-z0-9])"
 )
 ROTATION = re.compile(r"(?<![A-Za-z])oft_([Rr]|blocks)(?![A-Za-z])")
+FACTORS = (FACTOR, ROTATION)
 
 # Names of weights that a trainer averaged itself.
 AVERAGED_NAME = _any_case(r"(?:^|[-_./])(average|averaged|avg|ave|ave_\d+best|ema|bema)(?:$|[-_.])")
@@ -218,11 +222,24 @@ STAYS_BEHIND = _any_case(
     r"^(optim|training_state|training_step|training_info|meta|"
     + _any_of(_STATE)
     + r")([-_.]?\d+)*(\.(pt|pth|bin|pkl|json|yaml))?$"
-    + r"|^(README\.md|ckpt_ema\.json|\.metadata.*|\.git|\.cache|\.DS_Store|"
+    + r"|^(README\.md|ckpt_ema\.json|\.metadata.*|"
     + _any_of(_gathered(trainer.stays for trainer in TRAINERS))
     + "|"
     + _any_of(re.escape(name) for name in (*DONE, *UNDONE, *TRACKERS))
     + r")$|^events\.out\."
+)
+# Hidden files, and what editors, systems and Python leave in a folder.
+LEAVINGS = _any_case(
+    r"^[.#]|[~#]$|\.(sw[a-p]|bak|orig|old|save|rej|tmp|temp|part|pyc)$|^tmp[a-z0-9_]{8}$"
+    r"|^(thumbs\.db|desktop\.ini|__pycache__|__MACOSX|@eaDir|lost\+found)$"
+)
+# The configuration without which `from_pretrained` cannot load a file of this name.
+CONFIG_OF = {
+    **dict.fromkeys(MODEL_FILES, "config.json"),
+    **dict.fromkeys(("adapter_model.safetensors", "adapter_model.bin"), ADAPTER_CONFIG),
+}
+NEEDS_NO_CONFIG = _any_case(
+    f"^({_any_of(_gathered(trainer.needs_no_config for trainer in TRAINERS))})$"
 )
 # Files that a trainer keeps once, in the run's folder, for all checkpoints.
 _TOKENIZER = (
