@@ -248,6 +248,13 @@ def test_an_average_that_cancels_is_warned_of(make_run: MakeRun, tile_size: int)
     assert warned(run, tile_size=tile_size) == {}  # 2/11 and 9/11: 0.64 of the norm is left
 
 
+def test_half_of_a_vector_is_no_unit_vector(make_run: MakeRun) -> None:
+    """Cut by a tile, its first half has norm 1 and all of it has not."""
+    halves = [torch.cat([unit, 2 * unit]) for unit in units(8)]
+    run = make_run(series(3, v=halves))
+    assert warned(run, tile_size=32) == warned(run, tile_size=1 << 20) == {}
+
+
 def test_what_was_seen_survives_parts(make_run: MakeRun) -> None:
     run = make_run(series(3, a=drift(50), u0=units(30), gate=MASKS, w=drift(7, 9)))
     output = run.parent / "parts"
