@@ -84,7 +84,7 @@ class Norms(Monitor):
             Code.NOT_A_WEIGHT: f"{some(unit, 3)} have norm 1 in every checkpoint but not in the"
             f" average, as directions (singular vectors) do, which are no weights; {settle}.",
             Code.CANCELLED: f"The average of {some(shrunk, 3)} has less than half of the norm in"
-            f" {self._newest}, because values of opposite sign cancel; {settle}.",
+            f" {self._newest}: values of opposite sign may cancel; {settle}.",
         }
         found = {Code.NOT_A_WEIGHT: unit, Code.CANCELLED: shrunk}
         return tuple(Notice(code, texts[code]) for code, names in found.items() if names)
