@@ -447,12 +447,21 @@ def test_globs_settle_roles_and_are_recorded(make_run: MakeRun) -> None:
     assert result.outputs != ckpt_ema.average(run, device="cpu", output=run.parent / "b").outputs
 
 
+def test_a_tensor_of_older_checkpoints_alone_can_be_dropped(make_run: MakeRun) -> None:
+    states = series(3, w=drift(3), aux=drift(2))
+    del states[2]["aux"]
+    run = make_run(states)
+    assert refused(run).code is Code.DIFFERENT_MODELS
+    assert averaged(run, drop=["aux"]).keys() == {"w"}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"keep": ["nothing*"]}, "--keep nothing* matches no tensor"),
-        ({"average": ["n"]}, "--average n matches n, which is I64"),
-        ({"keep": ["w"], "drop": ["w"]}, "--drop w matches w, which another option matches too"),
+        ({"average": ["n"]}, "--average matches n, which is I64"),
+        ({"keep": ["w"], "average": ["*"], "drop": ["n"]}, "--average and --keep both match w"),
+        ({"keep": ["w"], "drop": ["w"]}, "--keep w matches no tensor"),
         ({"drop": ["w"]}, "no floating-point tensor"),
     ],
 )
@@ -460,7 +469,7 @@ def test_a_glob_that_cannot_be_meant_is_refused(
     make_run: MakeRun, options: dict[str, Any], words: str
 ) -> None:
     run = make_run(series(3, w=drift(3), n=torch.arange(3)))
-    with pytest.raises(ckpt_ema.CkptEmaError, match=r"matches|floating") as caught:
+    with pytest.raises(ckpt_ema.CkptEmaError, match=r"match|floating") as caught:
         ckpt_ema.plan(run, **options)
     assert words in str(caught.value)
 

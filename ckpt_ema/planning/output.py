@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ckpt_ema.containers.specs import Role, Specs
+from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import Code, OptionError, RefusedError
 from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.options import DTYPES
@@ -103,9 +102,8 @@ def lay_out(
         digest = fingerprint(inputs, copied.files, provenance, choices, storage)
         if target.is_single_file:  # a folder has it in its manifest
             provenance["fingerprint"] = digest
-        model = _without_dropped(specs, rulings[newest])
-        roles = {name: rulings[newest][name].made for name in model.tensors}
-        files = target.lay_out(Model(model, roles, DTYPES[options.dtype], provenance))
+        roles = {name: one.made for name, one in rulings[newest].items()}
+        files = target.lay_out(Model(specs, roles, DTYPES[options.dtype], provenance))
         indexes = target.finish(files, [member.name for member in newest.model.members])
         other_models |= {*copied.models}
         missing |= {*copied.missing}
@@ -113,11 +111,6 @@ def lay_out(
             Output(target.path, target.is_single_file, files, indexes, copied.files, digest)
         )
     return LaidOut(outputs, sorted(other_models), sorted(missing))
-
-
-def _without_dropped(specs: Specs, rulings: Mapping[str, Ruling]) -> Specs:
-    kept = {k: one for k, one in specs.tensors.items() if rulings[k].made is not Role.DROPPED}
-    return specs if len(kept) == len(specs.tensors) else replace(specs, tensors=kept)
 
 
 def _companions(

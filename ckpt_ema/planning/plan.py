@@ -27,7 +27,7 @@ from ckpt_ema.planning.contents import judge_newest
 from ckpt_ema.planning.fingerprint import deciding
 from ckpt_ema.planning.notices import plan_notes, plan_warnings
 from ckpt_ema.planning.output import find_destination, lay_out, named
-from ckpt_ema.planning.roles import DROPPED, Ruling, TensorRole, by_pattern
+from ckpt_ema.planning.roles import Ruling, TensorRole, by_pattern
 from ckpt_ema.planning.same_model import Compared, compare
 from ckpt_ema.planning.sizing import element_bytes, make_sizes
 from ckpt_ema.planning.work import Work, make_work
@@ -166,7 +166,7 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
         run=os.fspath(found.root),
         checkpoints=tuple(PlannedCheckpoint.of(*one) for one in specs_of.items()),
         averages=averages,
-        rulings={**newest, **dict.fromkeys(compared.dropped, DROPPED)},
+        rulings={**newest, **compared.dropped},
         storage=source.storage,
         engine=options.engine,
         given=options.given(),

@@ -85,13 +85,14 @@ class Ruling(NamedTuple):
         return self.rule.reason is Reason.ASKED
 
 
-_ASKED = {role: Rule("asked", role, Reason.ASKED) for role in Role}
 _QUANTISED = Rule("quantised", Role.REFUSED, Reason.QUANTISED)
 _EMPTIED = Rule("emptied", Role.REFUSED, Reason.EMPTIED)
 _TIED = Rule("tied", Role.TIED, Reason.SHARED_BYTES)
+_ASKED = {role: Rule("asked", role, Reason.ASKED) for role in Role}
 # Of tensors that only checkpoints before the newest have.
 _NEWEST_NAMES = Rule("newest-names", Role.DROPPED, Reason.NOT_IN_NEWEST)
 DROPPED = Ruling(_NEWEST_NAMES, Role.DROPPED)
+ASKED_TO_DROP = Ruling(_ASKED[Role.DROPPED], Role.DROPPED)
 _REFUSALS = {
     _QUANTISED: (
         "small floats or integers that change, as codes of quantised weights do",
@@ -154,31 +155,34 @@ def judge(
 
 
 def asked_roles(tensors: _Tensors, reading: Reading) -> dict[str, Role]:
-    """Return the roles that --average, --keep and --drop give to tensors.
+    """Return the roles that --average and --keep give to tensors.
 
     Raises `RefusedError` for a glob that matches nothing or a tensor that cannot have the role,
     `OptionError` for a tensor with two roles.
     """
-    names, roles = list(tensors), dict[str, Role]()
+    roles = dict[str, Role]()
     options = ((reading.average, "average", Role.AVERAGED), (reading.keep, "keep", Role.KEPT))
-    for globs, option, role in (*options, (reading.drop, "drop", Role.DROPPED)):
-        for glob in globs:
-            matching = [name for name in names if fnmatchcase(name, glob)]
-            if not matching:
-                text = f"--{option} {glob} matches no tensor; the names are {some(names, 3)}."
-                raise RefusedError(text, code=Code.NO_MATCH)
-            for name in matching:
-                dtype = tensors[name].dtype
-                if (role is Role.AVERAGED and dtype not in AVERAGED) or (
-                    role is Role.KEPT and dtype in WRITTEN_AS
-                ):
-                    text = f"--{option} {glob} matches {name}, which is {dtype}: it can only be"
-                    text = f"{text} {'averaged' if dtype in AVERAGED else 'kept or dropped'}."
-                    raise RefusedError(text, code=Code.NOT_AVERAGEABLE, tensor=name)
-                if roles.setdefault(name, role) is not role:
-                    text = f"--{option} {glob} matches {name}, which another option matches too."
-                    raise OptionError(text, code=Code.CONFLICTING_OPTIONS)
+    for globs, option, role in options:
+        for name in (name for glob in globs for name in matching(tensors, option, glob)):
+            dtype = tensors[name].dtype
+            is_possible = dtype in AVERAGED if role is Role.AVERAGED else dtype not in WRITTEN_AS
+            if not is_possible:
+                text = f"--{option} matches {name}, which is {dtype}: it can only be"
+                text = f"{text} {'averaged' if dtype in AVERAGED else 'kept or dropped'}."
+                raise RefusedError(text, code=Code.NOT_AVERAGEABLE, tensor=name)
+            if roles.setdefault(name, role) is not role:
+                text = f"--average and --keep both match {name}."
+                raise OptionError(text, code=Code.CONFLICTING_OPTIONS)
     return roles
+
+
+def matching(names: Iterable[str], option: str, glob: str) -> list[str]:
+    """Return the names that a glob matches; raises `RefusedError` if there are none."""
+    found = [name for name in names if fnmatchcase(name, glob)]
+    if not found:
+        text = f"--{option} {glob} matches no tensor; the names are {some(names, 3)}."
+        raise RefusedError(text, code=Code.NO_MATCH)
+    return found
 
 
 def _emptied(tensors: _Tensors, _contents: Contents) -> Iterator[str]:

@@ -18,6 +18,7 @@ from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.configs import compare_configs
 from ckpt_ema.planning.renaming import left_by_wrappers, tied_notes, unified, without_prefix
+from ckpt_ema.planning.roles import ASKED_TO_DROP, DROPPED, Ruling, matching
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -29,7 +30,7 @@ class Compared(NamedTuple):
 
     specs: dict[Checkpoint, Specs]  # oldest first, all with the newest's tensor names
     renamed: set[Checkpoint]  # which have other names themselves
-    dropped: set[str]  # second names of tied tensors that the newest lacks
+    dropped: dict[str, Ruling]  # tensors of some checkpoint that are not in `specs`
     warnings: list[Notice]
     notes: list[Notice]
 
@@ -43,7 +44,7 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
     own = [source.read(checkpoint.model) for checkpoint in checkpoints]
     if source.reading.strip_prefix:
         own = without_prefix(own, source.reading.strip_prefix)
-    own = _shared(own)
+    own, left_out = without_dropped(_shared(own), source.reading.drop)
     models = [checkpoint.model for checkpoint in checkpoints]
     equal = [
         partial(are_equal, of=of, storage=source.storage) for of in zip(models, own, strict=True)
@@ -56,7 +57,8 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
     configs = compare_configs(checkpoints, specs, source.storage)
     warnings += [*_compare_tensors(names, specs), *configs]
     specs_of = dict(zip(checkpoints, specs, strict=True))
-    dropped = {name for match in matches for name in match.dropped}
+    second_names = {name for match in matches for name in match.dropped}
+    dropped = {**dict.fromkeys(left_out, ASKED_TO_DROP), **dict.fromkeys(second_names, DROPPED)}
     return Compared(specs_of, renamed, dropped, warnings, tied_notes(names, matches))
 
 
@@ -68,6 +70,21 @@ def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
         same = specs.tensors is not earlier and specs.tensors == earlier
         shared.append(replace(specs, tensors=earlier) if same else specs)
     return shared
+
+
+def without_dropped(
+    checkpoints: Sequence[Specs], globs: Sequence[str]
+) -> tuple[list[Specs], set[str]]:
+    """Return the checkpoints without tensors that --drop matches, and the names of these."""
+    if not globs:
+        return [*checkpoints], set()
+    names = dict.fromkeys(name for specs in checkpoints for name in specs.tensors)
+    dropped = {name for glob in globs for name in matching(names, "drop", glob)}
+    kept: dict[int, _Tensors] = {}  # by identity: checkpoints of one layout keep sharing it
+    for specs in checkpoints:
+        tensors = {name: one for name, one in specs.tensors.items() if name not in dropped}
+        kept.setdefault(id(specs.tensors), tensors)
+    return [replace(one, tensors=kept[id(one.tensors)]) for one in checkpoints], dropped
 
 
 def _compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list[Notice]:
