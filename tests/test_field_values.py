@@ -248,6 +248,18 @@ def test_an_average_that_cancels_is_warned_of(make_run: MakeRun, tile_size: int)
     assert warned(run, tile_size=tile_size) == {}  # 2/11 and 9/11: 0.64 of the norm is left
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_monitors_change_no_value_however_many_tensors_share_a_tile(
+    make_run: MakeRun, dtype: torch.dtype
+) -> None:
+    tensors = {f"layers.{n}.w": drift(3, 4, dtype=dtype) for n in range(20)}
+    run = make_run(series(3, **tensors))
+    assert warned(run) == {}
+    result = averaged(run)
+    for name, values in tensors.items():
+        assert torch.equal(result[name], mean(values).to(dtype))
+
+
 def test_half_of_a_vector_is_no_unit_vector(make_run: MakeRun) -> None:
     """Cut by a tile, its first half has norm 1 and all of it has not."""
     halves = [torch.cat([unit, 2 * unit]) for unit in units(8)]

@@ -147,7 +147,7 @@ def squares(values: "torch.Tensor", segments: Sequence[Segment]) -> list[float]:
 
     if len(segments) > _FEW:
         lengths = torch.tensor([one.stop - one.start for one in segments])
-        wide = values.float().square_()
+        wide = values.float().square()  # not in place: the values may be float32
         sums: list[float] = torch.segment_reduce(wide, "sum", lengths=lengths).tolist()
         return sums
     found = []
