@@ -48,6 +48,7 @@ class Reason(Enum):
     SINGULAR_VECTOR = "a vector of a power iteration"
     MASK = "a mask of zeros and ones"
     OBSERVER = "scale or range of a quantiser"
+    RING_BUFFER = "a buffer with a pointer into it"
     COUNTER = "a counter"
     NOT_IN_NEWEST = "not in the newest checkpoint"
 
@@ -252,6 +253,13 @@ def _observers(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
             yield key
 
 
+def _ring_buffers(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
+    """Yield buffers that an integer beside them points into, such as MoCo's queue."""
+    for key, one in tensors.items():
+        if key.endswith("_ptr") and one.dtype not in AVERAGED:
+            yield from (key.removesuffix("_ptr"),) if key.removesuffix("_ptr") in tensors else ()
+
+
 def _counters(tensors: _Tensors, contents: Contents) -> Iterator[str]:
     """Yield single floats that count, by name and content."""
     for key in filter(_COUNTER.search, tensors):
@@ -267,6 +275,7 @@ RULES: tuple[tuple[Rule, _Take], ...] = (
     (Rule("power-iteration", Role.KEPT, Reason.SINGULAR_VECTOR), _singular_vectors),
     (Rule("mask", Role.KEPT, Reason.MASK), _masks),
     (Rule("observer", Role.KEPT, Reason.OBSERVER), _observers),
+    (Rule("ring-buffer", Role.KEPT, Reason.RING_BUFFER), _ring_buffers),
     (Rule("counter", Role.KEPT, Reason.COUNTER), _counters),
     (Rule("changing", Role.KEPT, Reason.CHANGING), _changing),
     (Rule("not-float", Role.KEPT, Reason.NOT_FLOAT), _not_float),
