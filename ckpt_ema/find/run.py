@@ -183,11 +183,12 @@ def _warnings(
             text = f"{entry.path} holds no model and is left out: unfinished save?"
             yield Notice(Code.INCOMPLETE, text)
     lone = of_reason[Reason.ONLY_ONE]
-    later = [e for e in lone if any(e.numbers.get(u, 0) > (newest.step or 0) for u in units)]
-    for entry in later[:1]:
+    if lone:
+        later = [e for e in lone if any(e.numbers.get(u, 0) > (newest.step or 0) for u in units)]
+        then = f"; {later[0].name} seems to be later than {newest.name}" if later else ""
         text = (
-            f"{entry.name} seems to be later than {newest.name}, and is left out since no other"
-            " name is like it; --pattern can take it in."
+            f"No other name is like {some(entry.name for entry in lone)}, left out of the average"
+            f"{then}. Take it in with --pattern, or confirm with --exclude."
         )
         yield Notice(Code.LEFT_OUT, text)
     for one in appended:

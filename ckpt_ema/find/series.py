@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ckpt_ema.containers.reader import same_values
 from ckpt_ema.containers.specs import is_safetensors
-from ckpt_ema.errors import Code, IncompleteError, RefusedError
+from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
 from ckpt_ema.find.candidates import Candidates
 from ckpt_ema.find.entries import Entry, Verdicts
 from ckpt_ema.find.names import bare_of, captures_step, pattern_of
@@ -66,8 +66,22 @@ def _only_ones(steps: Sequence[Entry], selection: Selection) -> Verdicts:
         what = f"{run} holds {len(several)} series of checkpoints, {series}"
         text, hint = f"{what}; they may be the same states saved twice.", " or ".join(patterns)
         raise RefusedError(text, f"Choose one: {hint}.", code=Code.SEVERAL_SERIES, path=run)
-    lone = skipped(Reason.ONLY_ONE)
-    return {entry: lone for entry in steps if entry.template not in several}
+    lone = [entry for entry in steps if entry.template not in several]
+    if len(lone) > len(steps) - len(lone):
+        raise _mostly_unlike(steps, lone)
+    return dict.fromkeys(lone, skipped(Reason.ONLY_ONE))
+
+
+def _mostly_unlike(steps: Sequence[Entry], lone: Sequence[Entry]) -> RefusedError:
+    """Return the error for a series that would leave out more checkpoints than it takes."""
+    taken = [entry.name for entry in steps if entry not in lone]
+    left_out = some([entry.name for entry in lone])
+    text = f"{some(taken)} would be averaged without {left_out}, whose names are different."
+    hint = (
+        "If all are steps, say where the step is with --pattern, such as"
+        " --pattern 'step[-_]?(?P<step>[0-9]+)'; otherwise leave these out with --exclude."
+    )
+    return RefusedError(text, hint, code=Code.SEVERAL_SERIES, path=lone[0].path)
 
 
 def _outputs_of_ours(steps: Sequence[Entry], _selection: Selection) -> Verdicts:

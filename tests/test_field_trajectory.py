@@ -1,0 +1,168 @@
+"""Runs that people reported: which entries are the steps of the run, in which order."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ckpt_ema
+from ckpt_ema import RefusedError
+from ckpt_ema.errors import Code
+from ckpt_ema.planning.plan import Plan
+from tests.makers.safetensors_files import read_safetensors, write_safetensors
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    """A model of two tensors that tell which checkpoint they are of."""
+    return {"layer.weight": torch.full((2, 3), float(value)), "layer.bias": torch.arange(3) + value}
+
+
+def folders(run: Path, *names: str, first: int = 1) -> Path:
+    """Write folders with a model each; the model's value is its place in the list."""
+    for value, name in enumerate(names, start=first):
+        (run / name).mkdir(parents=True)
+        write_safetensors(run / name / "model.safetensors", state(value))
+    return run
+
+
+def flat(run: Path, contents: Mapping[str, Any]) -> Path:
+    """Write files of `torch.save`."""
+    run.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        torch.save(content, run / name)
+    return run
+
+
+def check(
+    run: Path | Sequence[Path], names: Sequence[str], steps: Sequence[int | None], **options: Any
+) -> Plan:
+    """The average is over these checkpoints in this order; values are the files' own."""
+    plan = ckpt_ema.plan(run, **options)
+    assert [one.name for one in plan.checkpoints] == list(names)
+    assert [one.step for one in plan.checkpoints] == list(steps)
+    return plan
+
+
+def average_of(run: Path | Sequence[Path], out: Path, **options: Any) -> float:
+    """Average with equal weights, and return the one value that the first tensor holds."""
+    ckpt_ema.average(run, output=out, schedule="uniform", device="cpu", **options)
+    weight = read_safetensors(out / "model.safetensors")["layer.weight"]
+    assert torch.equal(weight, weight[0, 0].expand(weight.shape))
+    return float(weight[0, 0])
+
+
+def refused(run: Path | Sequence[Path], code: Code, *words: str, **options: Any) -> str:
+    """The plan is refused with this code and these words; returns the message."""
+    with pytest.raises(RefusedError) as caught:
+        ckpt_ema.plan(run, **options)
+    message = str(caught.value)
+    assert caught.value.code is code, message
+    for word in words:
+        assert word in message, message
+    return message
+
+
+def warnings(plan: Plan, *words: str) -> list[str]:
+    """The warnings in which all these words are."""
+    return [str(one) for one in plan.warnings if all(word in str(one) for word in words)]
+
+
+# --- D: magnitudes in names -----------------------------------------------------------------------
+
+K, M = 1000, 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("names", "steps"),
+    [
+        (("step_800k", "step_900k", "step_1M"), (800 * K, 900 * K, M)),
+        (("iter-1e3", "iter-1e4", "iter-1.5e4"), (1000, 10_000, 15_000)),
+        (("ckpt_500", "ckpt_1K", "ckpt_1.5K"), (500, 1000, 1500)),
+        (("0.5M", "1M", "1.25M"), (500 * K, M, 1_250_000)),
+        (("llama-10b-step-100", "llama-10b-step-200", "llama-10b-step-1k"), (100, 200, 1000)),
+        (("v2-7B-100k", "v2-7B-250k", "v2-7B-1m"), (100 * K, 250 * K, M)),
+        (("pretrain-100BT-step9k-99B", "pretrain-100BT-step10k-1T"), (9 * K, 10 * K)),
+        (("epoch1-a1e3b7", "epoch2-a1e3b7", "epoch10-a1e3b7"), (1, 2, 10)),
+        (
+            tuple(
+                f"TinyLlama-1.1B-intermediate-step-{end}"
+                for end in (
+                    *("240k-503b", "480k-1T", "715k-1.5T", "955k-token-2T"),
+                    *("1195k-token-2.5T", "1431k-3T"),
+                )
+            ),
+            tuple(n * K for n in (240, 480, 715, 955, 1195, 1431)),
+        ),
+    ],
+)
+def test_a_number_with_a_magnitude_has_its_factor(
+    tmp_path: Path, names: Sequence[str], steps: Sequence[int]
+) -> None:
+    """For the order and for the steps; a letter that belongs to a word is none."""
+    run = folders(tmp_path / "run", *names)
+    plan = check(run, names, steps)
+    assert not warnings(plan, "left out")
+    mean = (1 + len(names)) / 2
+    assert average_of(run, tmp_path / "out") == pytest.approx(mean)
+
+
+def test_half_lives_count_real_steps_where_names_count_thousands(tmp_path: Path) -> None:
+    run = folders(tmp_path / "run", "step_1k", "step_2k")
+    [average] = ckpt_ema.plan(run, half_life=1000).averages
+    assert average.weights == pytest.approx((0.5, 0.5))
+
+
+@pytest.mark.parametrize("pattern", [r"step_(\d+)", r"step_(\d+k|\d+M)", r"_(?P<step>\d+)[kM]"])
+def test_a_pattern_that_captures_digits_means_the_whole_number(
+    tmp_path: Path, pattern: str
+) -> None:
+    names = ("step_800k", "step_900k", "step_1M")
+    check(folders(tmp_path / "run", *names), names, (800 * K, 900 * K, M), pattern=pattern)
+
+
+def test_a_rounded_name_does_not_contradict_the_step_that_is_recorded(tmp_path: Path) -> None:
+    run = folders(tmp_path / "run", "step_9k", "step_10k")
+    for name, step in (("step_9k", 9216), ("step_10k", 10240)):
+        (run / name / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    check(run, ("step_9k", "step_10k"), (9216, 10240))
+    (run / "step_10k" / "trainer_state.json").write_text('{"global_step": 30000}')
+    refused(run, Code.CONTRADICTORY_STEPS, "step_10k", "30000", "--order")
+
+
+@pytest.mark.parametrize(
+    "names", [("step-100", "step-200", "step-300b"), ("model-1", "model-2", "model-3t")]
+)
+def test_a_letter_that_may_be_no_magnitude_stops_the_run(
+    tmp_path: Path, names: Sequence[str]
+) -> None:
+    run = folders(tmp_path / "run", *names)
+    refused(run, Code.UNKNOWN_ORDER, names[2], "--exclude")
+    check(
+        run,
+        names[:2],
+        (int(names[0][-3:].strip("l-")), int(names[1][-3:].strip("l-"))),
+        last=2,
+        exclude=[names[2]],
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint-300-fixed", "checkpoint-300_rerun", "checkpoint-300v2"]
+)
+def test_a_numbered_checkpoint_with_a_suffix_is_not_left_out_in_silence(
+    tmp_path: Path, name: str
+) -> None:
+    run = folders(tmp_path / "run", "checkpoint-100", "checkpoint-200", name)
+    plan = check(run, ("checkpoint-100", "checkpoint-200"), (100, 200))
+    assert warnings(plan, name, "--pattern", "--exclude")
+    assert not warnings(ckpt_ema.plan(run, exclude=[name]))
+
+
+def test_a_series_that_would_leave_out_more_than_it_takes_is_refused(tmp_path: Path) -> None:
+    names = ("step_1", "step_2", "step_3x", "step_4-b2", "step_5.v")
+    run = folders(tmp_path / "run", *names)
+    refused(run, Code.SEVERAL_SERIES, "step_1", "step_3x", "--pattern", "--exclude")
+    check(run, names, (1, 2, 3, 4, 5), pattern=r"step_(\d)")
