@@ -1,7 +1,8 @@
 """Runs that people reported: which entries are the steps of the run, in which order."""
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,72 @@ def test_a_series_that_would_leave_out_more_than_it_takes_is_refused(tmp_path: P
     run = folders(tmp_path / "run", *names)
     refused(run, Code.SEVERAL_SERIES, "step_1", "step_3x", "--pattern", "--exclude")
     check(run, names, (1, 2, 3, 4, 5), pattern=r"step_(\d)")
+
+
+# --- M: holes in a series -------------------------------------------------------------------------
+
+
+def a_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_broken_link(path: Path) -> None:
+    path.symlink_to("scratch-that-was-purged")
+
+
+def an_empty_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def a_folder_of_logs(path: Path) -> None:
+    path.mkdir()
+    (path / "trainer_state.json").write_text("{}")
+
+
+@pytest.mark.parametrize("make", [a_fifo, a_broken_link, an_empty_folder, a_folder_of_logs])
+@pytest.mark.parametrize(
+    "name", ["step-{}.safetensors", "checkpoint-{}", "net_{}", "epoch=1-step={}.ckpt", "{:06}"]
+)
+def test_a_step_without_a_model_between_two_with_one_is_refused_by_name(
+    tmp_path: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    """It is left out on demand, does not matter outside the selection, and warns at the end."""
+    run = tmp_path / "run"
+    for step in (100, 300):
+        if name.endswith((".safetensors", ".ckpt")):
+            run.mkdir(exist_ok=True)
+            save = write_safetensors if "safetensors" in name else lambda p, s: torch.save(s, p)
+            save(run / name.format(step), state(step))
+        else:
+            folders(run, name.format(step), first=step)
+    middle, newest = name.format(200), name.format(400)
+    make(run / middle)
+    refused(run, Code.INCOMPLETE, middle, "--exclude " + middle, "--skip-incomplete")
+    taken = [name.format(100), name.format(300)]
+    check(run, taken, (100, 300), exclude=[middle])
+    skipping = check(run, taken, (100, 300), skip_incomplete=True)
+    assert warnings(skipping, middle, "left out")
+    check(run, taken[1:], (300,), last=1)
+    (run / middle).rename(run / newest)
+    assert warnings(check(run, taken, (100, 300)), newest, "left out")
+
+
+def test_a_name_that_is_not_utf_8_is_warned_of(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in (100, 300):
+        write_safetensors(run / f"step-{step}.safetensors", state(step))
+    write_safetensors(run / "x.safetensors", state(200))
+    os.rename(run / "x.safetensors", os.fsencode(run) + b"/step-200\xff.safetensors")
+    plan = check(run, ("step-100.safetensors", "step-300.safetensors"), (100, 300))
+    assert warnings(plan, "step-200", "--exclude")
+
+
+def test_results_beside_the_files_of_steps_are_no_holes(tmp_path: Path) -> None:
+    run = flat(tmp_path / "run", {f"epoch_{n}.pt": state(n) for n in (1, 2, 4)})
+    for name in ("epoch_2", "epoch_3"):
+        (run / name).mkdir()
+        (run / name / "sample.png").touch()
+    assert not warnings(
+        check(run, ("epoch_1.pt", "epoch_2.pt", "epoch_4.pt"), (1, 2, 4)), "left out"
+    )

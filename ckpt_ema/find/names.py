@@ -66,7 +66,7 @@ def rounding_of(count: int, stem: str) -> int:
     """
     if not magnitudes_in(stem):
         return 0
-    return 10 ** (len(str(count)) - len(str(count).rstrip("0")))
+    return int("1" + "0" * (len(str(count)) - len(str(count).rstrip("0"))))
 
 
 def slots_in(stem: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,15 +12,15 @@ from ckpt_ema.containers.specs import ModelFiles
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.aliases import place_aliases
 from ckpt_ema.find.candidates import Candidates, candidates_in
-from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint, Found
+from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint, Found, Hole
 from ckpt_ema.find.complete import without_incomplete
 from ckpt_ema.find.entries import Entry, Verdicts, is_hub_cache
 from ckpt_ema.find.given import append, common_root, listed, none_selected, unmatched
 from ckpt_ema.find.model_files import locate, unsupported
 from ckpt_ema.find.names import numbers_in, stem_of, template_of
 from ckpt_ema.find.order import ordered, step_in_name
-from ckpt_ema.find.series import choose_series
-from ckpt_ema.find.verdict import APPENDED, UNSELECTED, Judged, Outcome, Reason, Verdict
+from ckpt_ema.find.series import choose_series, modelless
+from ckpt_ema.find.verdict import APPENDED, UNSELECTED, Judged, Outcome, Reason, Verdict, skipped
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
 from ckpt_ema.trainers import conventions
@@ -67,9 +67,30 @@ def _in_folder(run: Path, candidates: Candidates, selection: Selection, source: 
     later, aliases = place_aliases(candidates.unnumbered, steps, numbered, selection)
     appended = append((candidates.folder, run), [*numbered, *later], selection, source)
     verdicts = {**candidates.verdicts, **series, **aliases}
-    warnings = (*pattern_warnings, *_warnings(verdicts, steps, numbered[-1], appended))
+    lacking = modelless(verdicts, steps)
+    verdicts |= dict.fromkeys(
+        (e for e in lacking if verdicts[e].outcome is Outcome.OTHER), skipped(Reason.NO_MODEL)
+    )
+    holes = () if selection.skip_incomplete else tuple(_holes(lacking, steps, numbered))
+    inside = {hole.path for hole in holes}
+    at_ends = {entry: why for entry, why in lacking.items() if entry.path not in inside}
+    warnings = (*pattern_warnings, *_warnings(verdicts, steps, numbered[-1], appended, at_ends))
     checkpoints = (*numbered, *later, *appended)
-    return Found(run, checkpoints, _all_judged(verdicts, appended), warnings)
+    return Found(run, checkpoints, _all_judged(verdicts, appended), warnings, holes)
+
+
+def _holes(
+    lacking: Mapping[Entry, str], steps: Sequence[Entry], numbered: Sequence[Checkpoint]
+) -> Iterator[Hole]:
+    """Yield the entries without a model whose numbers are between those of two steps."""
+    place = {checkpoint.path: place for place, checkpoint in enumerate(numbered)}
+    for entry, why in lacking.items():
+        alike = [step for step in steps if step.template == entry.template]
+        before = [place[step.path] for step in alike if step.slots < entry.slots]
+        after = [place[step.path] for step in alike if step.slots > entry.slots]
+        if before and after:
+            earlier, later = numbered[max(before)], numbered[min(after)]
+            yield Hole(entry.path, why, earlier, later)
 
 
 def _container_of(run: Path, selection: Selection, source: Source) -> Candidates | None:
@@ -170,7 +191,11 @@ def _all_judged(verdicts: Verdicts, appended: Sequence[Checkpoint] = ()) -> tupl
 
 
 def _warnings(
-    verdicts: Verdicts, steps: Sequence[Entry], newest: Checkpoint, appended: Sequence[Checkpoint]
+    verdicts: Verdicts,
+    steps: Sequence[Entry],
+    newest: Checkpoint,
+    appended: Sequence[Checkpoint],
+    lacking: Mapping[Entry, str],
 ) -> Iterator[Notice]:
     """Yield warnings about entries left out in doubt and those placed after the newest step."""
     templates = {entry.template for entry in steps}
@@ -178,10 +203,12 @@ def _warnings(
     of_reason = defaultdict(list)
     for entry, verdict in verdicts.items():
         of_reason[verdict.reason].append(entry)
-    for entry in of_reason[Reason.NO_MODEL]:
-        if entry.numbers and steps[0].is_folder and entry.template in templates:
-            text = f"{entry.path} holds no model and is left out: unfinished save?"
-            yield Notice(Code.INCOMPLETE, text)
+    for why in dict.fromkeys(lacking.values()):
+        paths = [entry.path for entry, each in lacking.items() if each == why]
+        text = f"{paths[0]} {why} and is left out: unfinished save?"
+        if len(paths) > 1:
+            text = f"{some(path.name for path in paths)} are left out, as each {why}."
+        yield Notice(Code.INCOMPLETE, text)
     lone = of_reason[Reason.ONLY_ONE]
     if lone:
         later = [e for e in lone if any(e.numbers.get(u, 0) > (newest.step or 0) for u in units)]

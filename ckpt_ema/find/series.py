@@ -143,6 +143,30 @@ def _record_their_steps(steps: Sequence[Entry], selection: Selection) -> bool:
     )
 
 
+def modelless(verdicts: Verdicts, steps: Sequence[Entry]) -> dict[Entry, str]:
+    """Return the entries that are named as a step of the series and hold no model, and why.
+
+    A folder beside files is one only with the extension of a file: others hold results.
+    """
+    numbers = {(step.template, *step.slots) for step in steps}
+    is_folder = {step.template: step.is_folder for step in steps}
+    found = {}
+    for entry, verdict in verdicts.items():
+        why = _WITHOUT_MODEL.get(verdict.reason)
+        may_be_step = is_folder.get(entry.template) or entry.has_weights_extension
+        is_alike = entry.template in is_folder and (entry.template, *entry.slots) not in numbers
+        if why and may_be_step and is_alike:
+            found[entry] = "is a broken link" if entry.kind is Kind.ABSENT else why
+    return found
+
+
+_WITHOUT_MODEL = {
+    Reason.NO_MODEL: "holds no model",
+    Reason.NOT_REGULAR: "is neither a file nor a folder",
+    Reason.NOT_LISTABLE: "cannot be listed",
+}
+
+
 def _identity(entry: Entry) -> object:
     """Return a value that is equal for two names of one checkpoint: of its files, or its folder."""
     assert entry.model is not None
