@@ -236,3 +236,73 @@ def test_results_beside_the_files_of_steps_are_no_holes(tmp_path: Path) -> None:
     assert not warnings(
         check(run, ("epoch_1.pt", "epoch_2.pt", "epoch_4.pt"), (1, 2, 4)), "left out"
     )
+
+
+# --- K: the newest without a number ---------------------------------------------------------------
+
+
+def recorded(value: float, **counts: int) -> dict[str, Any]:
+    return {"model": state(value), **counts}
+
+
+@pytest.mark.parametrize(
+    ("names", "newest", "unit"),
+    [
+        ("checkpoint{:04}.pth", "checkpoint.pth", "epoch"),
+        ("epoch_{}.pt", "model.pt", "epoch"),
+        ("net-{}.pt", "ckpt.pth", "global_step"),
+        ("step_{}.pt", "letzter.pt", "step"),
+        ("weights_ep{}.ckpt", "dernier-modele.ckpt", "epoch"),
+    ],
+)
+def test_a_file_without_a_number_is_a_later_step_by_what_it_records(
+    tmp_path: Path, names: str, newest: str, unit: str
+) -> None:
+    """Whatever it is called; an earlier or equal record makes it a copy or an earlier state."""
+    steps = (99, 199, 299)
+    run = flat(tmp_path / "run", {names.format(n): recorded(n, **{unit: n}) for n in steps})
+    numbered = [names.format(n) for n in steps]
+    for record, value in ((299, 299), (250, 7)):
+        flat(run, {newest: recorded(value, **{unit: record})})
+        assert not warnings(check(run, numbered, steps), newest)
+    flat(run, {newest: recorded(403, **{unit: 350})})
+    assert warnings(check(run, [*numbered, newest], (*steps, 350)), newest, "last step", "350")
+    assert average_of(run, tmp_path / "out") == (99 + 199 + 299 + 403) / 4
+
+
+def test_a_folder_without_a_number_is_a_later_step_by_what_it_records(tmp_path: Path) -> None:
+    run = folders(tmp_path / "run", "checkpoint-1", "checkpoint-2", "aktuell")
+    for name, step in (("checkpoint-1", 1), ("checkpoint-2", 2), ("aktuell", 3)):
+        (run / name / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    check(run, ("checkpoint-1", "checkpoint-2", "aktuell"), (1, 2, 3))
+
+
+def test_bytes_decide_about_a_file_that_records_nothing(tmp_path: Path) -> None:
+    run = flat(tmp_path / "run", {"epoch_1.pt": state(1), "epoch_2.pt": state(2)})
+    flat(run, {"weights.pt": state(2), "init.pt": state(0)})
+    assert not warnings(check(run, ("epoch_1.pt", "epoch_2.pt"), (1, 2)), ".pt is")
+    flat(run, {"weights.pt": {f"module.{name}": value for name, value in state(3).items()}})
+    refused(run, Code.UNKNOWN_ORDER, "weights.pt", "--append weights.pt", "--no-aliases")
+
+
+def test_a_file_of_other_tensors_is_warned_of_by_name(tmp_path: Path) -> None:
+    run = flat(tmp_path / "run", {"epoch_1.pt": state(1), "epoch_2.pt": state(2)})
+    flat(run, {"speaker.pt": {"table": torch.ones(3)}, "optimizer.pt": {"w": torch.ones(3)}})
+    (run / "corpus.bin").write_bytes(bytes(range(256)) * 8)
+    plan = check(run, ("epoch_1.pt", "epoch_2.pt"), (1, 2))
+    assert warnings(plan, "speaker.pt", "--exclude")
+    assert not warnings(plan, "optimizer.pt")
+    assert not warnings(plan, "corpus.bin")
+    assert not warnings(ckpt_ema.plan(run, exclude=["speaker.pt"]), "speaker")
+
+
+def test_the_model_in_the_runs_own_folder_is_warned_of_if_it_is_no_step(tmp_path: Path) -> None:
+    """A trainer leaves the last or the best step there; the training may have gone on."""
+    run = folders(tmp_path / "run", "checkpoint-1", "checkpoint-2")
+    write_safetensors(run / "model.safetensors", state(1))
+    assert not warnings(ckpt_ema.plan(run), "model.safetensors")
+    write_safetensors(run / "model.safetensors", state(3))
+    plan = check(run, ("checkpoint-1", "checkpoint-2"), (1, 2))
+    assert warnings(plan, "model.safetensors", "--append", "--exclude")
+    names = ("checkpoint-1", "checkpoint-2", "model.safetensors")
+    assert not warnings(check(run, names, (1, 2, None), append=["model.safetensors"]), "left out")

@@ -23,7 +23,7 @@ _DEEPEST_REF = 5
 _HEAD_BYTES = 4096
 _LINES = {  # suffix of a file -> pattern of a line, with groups for an integer and its decimals
     ".json": r'^\s*[{{,]?\s*"{key}":\s*(\d{{1,18}})()\s*[,}}]',
-    ".yaml": r"^{key}:\s*(\d{{1,15}})(?:\.(\d+))?\s*$",
+    ".yaml": r"^{key}:\s*(-?\d{{1,15}})(?:\.(\d+))?\s*$",
 }
 
 

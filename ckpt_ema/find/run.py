@@ -222,11 +222,27 @@ def _warnings(
         if template_of(stem_of(one.name)) in templates:
             text = f"puts it after {newest.name}, although its name has a number."
             yield Notice(Code.OUT_OF_ORDER, f"--append {one.name} {text}")
-    for entry in of_reason[Reason.INCOMPLETE]:
-        yield Notice(Code.LEFT_OUT, f"{entry.name} is left out, {verdicts[entry].detail}.")
-    for entry in of_reason[Reason.LATER]:
-        text = f"{entry.name} is used as the last step: it {verdicts[entry].detail}."
-        yield Notice(Code.DECIDED, text)
+    for entry, verdict in verdicts.items():
+        about = _ABOUT_ALIASES.get(verdict.reason)
+        if about and not (verdict.reason is Reason.ANOTHER_MODEL and entry.is_folder):
+            code = _CODES.get(verdict.reason, Code.LEFT_OUT)
+            yield Notice(code, about.format(name=entry.name, detail=verdict.detail))
+
+
+_ABOUT_ALIASES = {
+    Reason.INCOMPLETE: "{name} is left out, {detail}.",
+    Reason.UNREADABLE: "{name} may be a later step and is left out, {detail}",
+    Reason.LATER: "{name} is used as the last step: it {detail}.",
+    Reason.OWN_MODEL_UNLIKE: (
+        "{name} in the run's folder is left out, and is not the model of any checkpoint; add it as"
+        " the last step with --append {name}, or confirm with --exclude {name}."
+    ),
+    Reason.ANOTHER_MODEL: (
+        "{name} is left out, since its tensors are not those of the checkpoints; confirm with"
+        " --exclude {name}."
+    ),
+}
+_CODES = {Reason.LATER: Code.DECIDED, Reason.ANOTHER_MODEL: Code.OTHER_WEIGHTS}
 
 
 def _beside_container(candidates: Candidates) -> list[Notice]:

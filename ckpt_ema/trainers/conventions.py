@@ -181,6 +181,8 @@ MERGED = _any_case(r"[-_](merged|hf_merged)$")
 # Names that may be a copy of a step, or a step of its own.
 ALIAS = _any_case(r"(?:^|[-_./])(last|latest|best|final|release)(?:$|[-_.])")
 ALWAYS_A_COPY = _any_case(r"(?:^|[-_./])best(?:$|[-_.])")
+# Names of weights from before the first step (WeNet's init.pt), which may record nothing.
+INITIAL_NAME = _any_case(r"(?:^|[-_./])(init|initial|pretrained|base)(?:$|[-_.])")
 
 # Folders that are neither searched nor reported as checkpoints.
 NO_CHECKPOINTS = _any_case(
