@@ -306,3 +306,86 @@ def test_the_model_in_the_runs_own_folder_is_warned_of_if_it_is_no_step(tmp_path
     assert warnings(plan, "model.safetensors", "--append", "--exclude")
     names = ("checkpoint-1", "checkpoint-2", "model.safetensors")
     assert not warnings(check(run, names, (1, 2, None), append=["model.safetensors"]), "left out")
+
+
+# --- H: two runs in one folder --------------------------------------------------------------------
+
+Rows = list[dict[str, Any]]
+
+
+def logged(until: int, every: int = 10, run: float = 1.0, first: int = 10) -> Rows:
+    """The log of one run until a step."""
+    return [{"step": n, "epoch": n / 100, "loss": run / n} for n in range(first, until + 1, every)]
+
+
+def run_with_logs(run: Path, logs: Mapping[int, Rows], **options: Any) -> Path:
+    for step, rows in logs.items():
+        folders(run, f"checkpoint-{step}", first=step)
+        content = {"global_step": step, "log_history": rows}
+        text = json.dumps(content, **{"indent": 2, "sort_keys": True, **options})
+        (run / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("logs", "pair"),
+    [
+        # Steps 300 to 500 were left from an earlier run.
+        ({n: logged(n, run=1 if n < 300 else 2) for n in (100, 200, 300, 400, 500)}, (200, 300)),
+        # A run that went on from step 100 in another way.
+        (
+            {100: logged(100), 200: logged(200), 300: logged(100) + logged(300, run=3, first=110)},
+            (200, 300),
+        ),
+        # Runs that logged at other steps.
+        ({100: logged(100), 200: logged(200, every=25, first=25)}, (100, 200)),
+        # A checkpoint without a log between them.
+        ({100: logged(100), 200: [], 300: logged(300, run=2)}, (100, 300)),
+        # The later log is shorter than the earlier one.
+        ({100: logged(100), 200: logged(60)}, (100, 200)),
+    ],
+)
+def test_logs_that_contradict_each_other_are_of_two_runs(
+    tmp_path: Path, logs: Mapping[int, Rows], pair: tuple[int, int]
+) -> None:
+    run = run_with_logs(tmp_path / "run", logs)
+    a, b = (f"checkpoint-{step}" for step in pair)
+    refused(run, Code.SEVERAL_RUNS, a, b, "--include", "--exclude", "--from")
+    assert ckpt_ema.plan(run, from_step=pair[1]).checkpoints
+    given = [run / a, run / b]
+    assert warnings(check(given, (a, b), pair), "two runs")  # who lists them wants them
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (logged(100), logged(200)),
+        (logged(100), logged(200, first=50)),  # cut at the front
+        (logged(100), logged(200, first=110)),  # begun anew
+        (logged(100), [*logged(100), {"step": 100, "eval_loss": 0.5}, *logged(200, first=110)]),
+        (
+            [*logged(50), {"step": 50, "loss": float("nan")}],
+            [*logged(50), {"step": 50, "loss": float("nan")}, *logged(200, first=60)],
+        ),
+        ([], logged(200)),
+        (logged(100), []),
+        ([{"step": 100, "train_loss": [0.5]}], [{"step": 100, "train_loss": [0.5]}]),
+    ],
+)
+def test_a_log_that_goes_on_is_of_one_run(tmp_path: Path, first: Rows, second: Rows) -> None:
+    """However it is written, and whatever the times of files are."""
+    run = run_with_logs(tmp_path / "run", {100: first, 200: second})
+    assert not warnings(check(run, ("checkpoint-100", "checkpoint-200"), (100, 200)))
+    state_file = run / "checkpoint-100" / "trainer_state.json"
+    state_file.write_text(json.dumps(json.loads(state_file.read_text())))
+    assert not warnings(check(run, ("checkpoint-100", "checkpoint-200"), (100, 200)))
+
+
+def test_times_of_files_prove_nothing_where_logs_go_on(tmp_path: Path) -> None:
+    run = run_with_logs(tmp_path / "run", {n: logged(n) for n in (100, 200)})
+    for step in (100, 200):
+        os.utime(run / f"checkpoint-{step}/model.safetensors", (-3600 * step, -3600 * step))
+    assert not warnings(ckpt_ema.plan(run), "was written before")
+    (run / "checkpoint-100" / "trainer_state.json").unlink()
+    (run / "checkpoint-200" / "trainer_state.json").unlink()
+    assert warnings(ckpt_ema.plan(run), "was written before")

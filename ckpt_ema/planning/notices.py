@@ -9,6 +9,7 @@ from ckpt_ema.containers.model_key import ALREADY_AVERAGED
 from ckpt_ema.containers.specs import Role, Specs
 from ckpt_ema.errors import Code, some
 from ckpt_ema.find.checkpoint import Checkpoint, Found
+from ckpt_ema.find.logs import OneRun
 from ckpt_ema.find.names import stem_of
 from ckpt_ema.find.verdict import UNSELECTED
 from ckpt_ema.notices import Notice
@@ -30,8 +31,13 @@ _INVERSION_NS = 3600 * 10**9
 _FEW = 4
 
 
-def plan_warnings(averages: Sequence[Average], compared: Compared) -> Iterator[Notice]:
-    """Yield the warnings about weights, and about the checkpoints that take part."""
+def plan_warnings(
+    averages: Sequence[Average], compared: Compared, one_run: OneRun
+) -> Iterator[Notice]:
+    """Yield the warnings about weights, and about the checkpoints that take part.
+
+    Times of files are not asked where logs prove that all checkpoints are of one run.
+    """
     names = [checkpoint.name for checkpoint in compared.specs]
     yield from _merged(averages, lambda average: _uneven(average, names))
     alike: dict[object, list[str]] = {}
@@ -40,6 +46,9 @@ def plan_warnings(averages: Sequence[Average], compared: Compared) -> Iterator[N
     for same in alike.values():
         if len(same) > 1:
             yield Notice(Code.SAME_WEIGHTS, f"{some(same)} have the same weights.")
+    yield from one_run.warnings
+    if not one_run.is_proven:
+        yield from _falling_times(compared.specs)
     yield from _about_run(compared.specs)
     yield from compared.warnings
 
@@ -170,13 +179,16 @@ def _brief(steps: float) -> str:
     return f"{steps:.4g}" if steps < 1000 else f"{steps:.0f}"
 
 
-def _about_run(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
-    specs = list(specs_of.values())
+def _falling_times(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
     for (earlier, before), (later, after) in pairwise(specs_of.items()):
         if before.files[0].mtime_ns - after.files[0].mtime_ns > _INVERSION_NS:
             found = f"{later.name} was written before {earlier.name}, though its step is later"
             yield Notice(Code.OUT_OF_ORDER, f"{found}; the folder may hold two runs.")
             break
+
+
+def _about_run(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
+    specs = list(specs_of.values())
     if any(conventions.LORA_FACTOR.search(name) for name in specs[-1].tensors):
         effect = "which only approximates the average of their products BA"
         remedy = "for that, merge each adapter into its base model first"

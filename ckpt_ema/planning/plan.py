@@ -17,6 +17,7 @@ from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import Code, OptionError, RefusedError
 from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.complete import check_complete
+from ckpt_ema.find.logs import check_one_run, reader_of_logs
 from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
 from ckpt_ema.find.verdict import Judged
@@ -140,9 +141,11 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     """Find, select, weigh, compare, lay out: each stage takes its own options."""
     source = Source(storage_for(paths[0]), options.reading)
     found = discover(paths, options.selection, source)
-    selected = select(found, options.selection, source)
+    log_of = reader_of_logs(source)
+    selected = select(found, options.selection, source, log_of)
     weighted = weigh(selected.subsets, options.weighting)
     checkpoints = _taken(weighted, found)
+    one_run = check_one_run(checkpoints, log_of)
     destination = find_destination(options.output.output, found, paths, source.storage)
     compared = compare(checkpoints, source)
     specs_of = compared.specs
@@ -155,10 +158,7 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     tile_elements, threads = make_sizes(options.engine, work, len(averages))
     return Plan(
         run=os.fspath(found.root),
-        checkpoints=tuple(
-            PlannedCheckpoint(one.path, one.name, one.step, one.unit, one.model.folder, specs)
-            for one, specs in specs_of.items()
-        ),
+        checkpoints=_planned(specs_of),
         averages=averages,
         rulings={**laid_out.rulings, **dict.fromkeys(compared.dropped, DROPPED)},
         storage=source.storage,
@@ -174,7 +174,14 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
         tile_elements=tile_elements,
         judged=found.judged,
         notes=(*selected.notes, *plan_notes(averages, specs_of, found, laid_out)),
-        warnings=(*found.warnings, *selected.warnings, *plan_warnings(averages, compared)),
+        warnings=(*found.warnings, *selected.warnings, *plan_warnings(averages, compared, one_run)),
+    )
+
+
+def _planned(specs_of: Mapping[Checkpoint, Specs]) -> tuple[PlannedCheckpoint, ...]:
+    return tuple(
+        PlannedCheckpoint(one.path, one.name, one.step, one.unit, one.model.folder, specs)
+        for one, specs in specs_of.items()
     )
 
 
