@@ -389,3 +389,76 @@ def test_times_of_files_prove_nothing_where_logs_go_on(tmp_path: Path) -> None:
     (run / "checkpoint-100" / "trainer_state.json").unlink()
     (run / "checkpoint-200" / "trainer_state.json").unlink()
     assert warnings(ckpt_ema.plan(run), "was written before")
+
+
+# --- R: the best checkpoints under one name -------------------------------------------------------
+
+
+def lightning(step: int) -> dict[str, Any]:
+    return {"state_dict": state(step), "global_step": step, "epoch": step // 4}
+
+
+@pytest.mark.parametrize("name", ["best", "model", "best_model", "my-run"])
+def test_the_steps_inside_order_files_of_one_name(tmp_path: Path, name: str) -> None:
+    """Lightning's save_top_k adds -v1, -v2 in the order of saving, which is not that of steps."""
+    files = {16: f"{name}.ckpt", 20: f"{name}-v1.ckpt", 12: f"{name}-v2.ckpt"}
+    run = flat(tmp_path / "run", {file: lightning(step) for step, file in files.items()})
+    check(run, [files[n] for n in (12, 16, 20)], (12, 16, 20))
+    assert average_of(run, tmp_path / "out") == 16
+    (run / f"{name}.ckpt").unlink()
+    check(run, [files[n] for n in (12, 20)], (12, 20))
+
+
+def test_files_of_one_name_that_may_be_of_two_runs_are_refused(tmp_path: Path) -> None:
+    """The same step twice; `last` of two runs; files that record nothing."""
+    same = flat(tmp_path / "same", {"best.ckpt": lightning(16), "best-v1.ckpt": lightning(16)})
+    refused(same, Code.SEVERAL_RUNS, "best.ckpt", "best-v1.ckpt", "--pattern")
+    last = flat(tmp_path / "last", {"last.ckpt": lightning(16), "last-v1.ckpt": lightning(20)})
+    refused(last, Code.SEVERAL_RUNS, "last-v1.ckpt")
+    mute = flat(tmp_path / "mute", {"best.ckpt": state(1), "best-v1.ckpt": state(2)})
+    refused(mute, Code.SEVERAL_RUNS, "best-v1.ckpt")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "best_model_{}_val_acc=0.9{}.pt",
+        "best_checkpoint_{}_loss=-0.{}.pth",
+        "best_net_{}_top_5_acc=0.{}.pt",
+    ],
+)
+def test_a_step_before_a_metric_is_a_number(tmp_path: Path, name: str) -> None:
+    """Ignite's names; a pattern takes them among others."""
+    files = {step: name.format(step, step) for step in (9, 10, 20)}
+    run = flat(tmp_path / "run", {file: state(step) for step, file in files.items()})
+    check(run, list(files.values()), list(files))
+    flat(run, {f"checkpoint_{step}.pt": state(step) for step in (5, 6)})
+    check(run, list(files.values()), list(files), pattern=r"^best_[a-z]+_(\d+)")
+
+
+def test_a_list_that_contradicts_the_steps_inside_is_warned_of(tmp_path: Path) -> None:
+    run = flat(tmp_path / "run", {"a.ckpt": lightning(20), "b.ckpt": lightning(12)})
+    given = [run / "a.ckpt", run / "b.ckpt"]
+    assert warnings(check(given, ("a.ckpt", "b.ckpt"), (None, None)), "step 20", "12", "order")
+    assert not warnings(ckpt_ema.plan(given[::-1]), "order")
+
+
+# --- Sentences ------------------------------------------------------------------------------------
+
+
+def test_a_broken_link_as_the_run_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to("nowhere")
+    refused(tmp_path / "run", Code.NOT_FOUND, "run is a broken link")
+
+
+def test_only_the_globs_that_were_given_are_named(tmp_path: Path) -> None:
+    run = folders(tmp_path / "run", "checkpoint-1", "checkpoint-2")
+    message = refused(run, Code.NOTHING_SELECTED, "--exclude leaves none", exclude=["*"])
+    assert "--include" not in message
+    message = refused(run, Code.NOTHING_SELECTED, include=["*"], exclude=["*"])
+    assert "--include and --exclude leave none" in message
+
+
+def test_a_metric_that_nobody_records_is_a_sentence(tmp_path: Path) -> None:
+    run = folders(tmp_path / "run", "checkpoint-1", "checkpoint-2")
+    refused(run, Code.NO_METRIC, "No checkpoint records 'loss'", best=1, metric="loss")

@@ -59,6 +59,11 @@ class Entry:
         stem = stem_of(self.name)
         return conventions.VERSION.sub("", stem) if self.name.endswith(".ckpt") else stem
 
+    @property
+    def is_version(self) -> bool:
+        """Whether Lightning added a suffix to its name, which was taken."""
+        return self.stem != stem_of(self.name)
+
     @cached_property
     def numbers(self) -> Mapping[str, int]:
         """The numbers in its name, by unit."""

@@ -137,11 +137,21 @@ def _by_date(entries: Sequence[Entry]) -> list[int]:
 
 
 def _check_versions(entries: Sequence[Entry]) -> None:
-    """Refuse a mixture of Lightning's versions: files of one name from two runs."""
+    """Refuse a mixture of Lightning's versions: files of one name from two runs.
+
+    The best checkpoints of one run may share a name too; the steps in them tell.
+    """
     versions = {entry: stem_of(entry.name)[len(entry.stem) :] for entry in entries}  # "-v1"
     first = next((entry for entry in entries if versions[entry]), None)
     if first is None or len({*versions.values()}) == 1:
         return
+    is_last = conventions.ALIAS.search(first.stem) and not conventions.ALWAYS_A_COPY.search(
+        first.stem
+    )
+    if len({entry.stem for entry in entries}) == 1 and not is_last:
+        steps = [entry.recorded_anywhere.get("step") for entry in entries]
+        if None not in steps and len({*steps}) == len(steps):
+            return
     version = versions[first]
     other = next(entry for entry in entries if versions[entry] != version)
     same = next((one for one in entries if one is not first and one.stem == first.stem), None)

@@ -23,6 +23,7 @@ from ckpt_ema.find.series import choose_series, modelless
 from ckpt_ema.find.verdict import APPENDED, UNSELECTED, Judged, Outcome, Reason, Verdict, skipped
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
+from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 from ckpt_ema.trainers.table import Refusal
 
@@ -30,8 +31,9 @@ from ckpt_ema.trainers.table import Refusal
 def discover(paths: Sequence[Path], selection: Selection, source: Source) -> Found:
     """Find the checkpoints in one folder, or take the given folders and files in their order."""
     for path in paths:
-        if not source.storage.exists(path):
-            text = f"{path} does not exist."
+        if source.storage.kind(path) is Kind.ABSENT:
+            is_link = source.storage.exists(path)
+            text = f"{path} is a broken link." if is_link else f"{path} does not exist."
             raise RefusedError(text, "Check the path.", code=Code.NOT_FOUND, path=path)
     if len(paths) == 1 and source.storage.is_folder(paths[0]):
         run = paths[0]
@@ -158,7 +160,7 @@ def _check_selected(candidates: Candidates, selection: Selection) -> None:
     unselected = candidates.skipped(*UNSELECTED)
     if unselected:
         unmatched(names, selection)
-        raise none_selected(entry.name for entry in unselected)
+        raise none_selected((entry.name for entry in unselected), selection)
 
 
 def _nothing_found(candidates: Candidates, verdicts: Verdicts) -> RefusedError:

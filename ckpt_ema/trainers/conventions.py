@@ -145,9 +145,10 @@ STEP_NAMES: dict[str, Pattern[str]] = {
 # Words whose number tells one run from another (the stages and ingredients of OLMo 2).
 NUMBERS_A_RUN = r"(?i:(?<![a-z])(?:stage|ingredient|seed|fold|trial|version)[-_=]?\d+)"
 
-# The value of a metric, whatever its sign and notation: "val_loss=-3e-05", "acc=1", "loss=inf".
+# The value of a metric, whatever its sign and notation: "val_loss=-3e-05", "acc=1", "loss=inf"; not
+# the step before it, "model_10_acc=0.9".
 METRIC = _any_case(
-    r"(?<![a-z])(?!(?:global_step|step|iteration|iter|epoch|ep|ba)=)(?P<name>[a-z][a-z0-9_]*)="
+    r"(?<![a-z])(?!(?:global_step|step|iteration|iter|epoch|ep|ba)=)(?P<name>[a-z](?:[a-z0-9]|_(?!\d+_))*)="
     r"[-+]?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|inf|nan)"
 )
 
