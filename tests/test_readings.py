@@ -126,6 +126,7 @@ def test_a_lone_name_that_seems_to_be_later_is_warned_of(tmp_path: Path) -> None
     run = flat(tmp_path / "run", "step_1.pt", "step_2.pt", "step_3_fixed.pt")
     plan = ckpt_ema.plan(run)
     assert steps(plan) == [1, 2]
+    assert warned(plan, "No other name is like step_3_fixed.pt")
     assert warned(plan, "step_3_fixed.pt seems to be later than step_2.pt")
 
 

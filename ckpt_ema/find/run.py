@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,17 +12,18 @@ from ckpt_ema.containers.specs import ModelFiles
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.aliases import place_aliases
 from ckpt_ema.find.candidates import Candidates, candidates_in
-from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint, Found
+from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint, Found, Hole
 from ckpt_ema.find.complete import without_incomplete
 from ckpt_ema.find.entries import Entry, Verdicts, is_hub_cache
 from ckpt_ema.find.given import append, common_root, listed, none_selected, unmatched
 from ckpt_ema.find.model_files import locate, unsupported
 from ckpt_ema.find.names import numbers_in, stem_of, template_of
 from ckpt_ema.find.order import ordered, step_in_name
-from ckpt_ema.find.series import choose_series
-from ckpt_ema.find.verdict import APPENDED, UNSELECTED, Judged, Outcome, Reason, Verdict
+from ckpt_ema.find.series import choose_series, modelless
+from ckpt_ema.find.verdict import APPENDED, UNSELECTED, Judged, Outcome, Reason, Verdict, skipped
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
+from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 from ckpt_ema.trainers.table import Refusal
 
@@ -30,8 +31,9 @@ from ckpt_ema.trainers.table import Refusal
 def discover(paths: Sequence[Path], selection: Selection, source: Source) -> Found:
     """Find the checkpoints in one folder, or take the given folders and files in their order."""
     for path in paths:
-        if not source.storage.exists(path):
-            text = f"{path} does not exist."
+        if source.storage.kind(path) is Kind.ABSENT:
+            is_link = source.storage.exists(path)
+            text = f"{path} is a broken link." if is_link else f"{path} does not exist."
             raise RefusedError(text, "Check the path.", code=Code.NOT_FOUND, path=path)
     if len(paths) == 1 and source.storage.is_folder(paths[0]):
         run = paths[0]
@@ -67,9 +69,30 @@ def _in_folder(run: Path, candidates: Candidates, selection: Selection, source: 
     later, aliases = place_aliases(candidates.unnumbered, steps, numbered, selection)
     appended = append((candidates.folder, run), [*numbered, *later], selection, source)
     verdicts = {**candidates.verdicts, **series, **aliases}
-    warnings = (*pattern_warnings, *_warnings(verdicts, steps, numbered[-1], appended))
+    lacking = modelless(verdicts, steps)
+    verdicts |= dict.fromkeys(
+        (e for e in lacking if verdicts[e].outcome is Outcome.OTHER), skipped(Reason.NO_MODEL)
+    )
+    holes = () if selection.skip_incomplete else tuple(_holes(lacking, steps, numbered))
+    inside = {hole.path for hole in holes}
+    at_ends = {entry: why for entry, why in lacking.items() if entry.path not in inside}
+    warnings = (*pattern_warnings, *_warnings(verdicts, steps, numbered[-1], appended, at_ends))
     checkpoints = (*numbered, *later, *appended)
-    return Found(run, checkpoints, _all_judged(verdicts, appended), warnings)
+    return Found(run, checkpoints, _all_judged(verdicts, appended), warnings, holes)
+
+
+def _holes(
+    lacking: Mapping[Entry, str], steps: Sequence[Entry], numbered: Sequence[Checkpoint]
+) -> Iterator[Hole]:
+    """Yield the entries without a model whose numbers are between those of two steps."""
+    place = {checkpoint.path: place for place, checkpoint in enumerate(numbered)}
+    for entry, why in lacking.items():
+        alike = [step for step in steps if step.template == entry.template]
+        before = [place[step.path] for step in alike if step.slots < entry.slots]
+        after = [place[step.path] for step in alike if step.slots > entry.slots]
+        if before and after:
+            earlier, later = numbered[max(before)], numbered[min(after)]
+            yield Hole(entry.path, why, earlier, later)
 
 
 def _container_of(run: Path, selection: Selection, source: Source) -> Candidates | None:
@@ -137,7 +160,7 @@ def _check_selected(candidates: Candidates, selection: Selection) -> None:
     unselected = candidates.skipped(*UNSELECTED)
     if unselected:
         unmatched(names, selection)
-        raise none_selected(entry.name for entry in unselected)
+        raise none_selected((entry.name for entry in unselected), selection)
 
 
 def _nothing_found(candidates: Candidates, verdicts: Verdicts) -> RefusedError:
@@ -170,7 +193,11 @@ def _all_judged(verdicts: Verdicts, appended: Sequence[Checkpoint] = ()) -> tupl
 
 
 def _warnings(
-    verdicts: Verdicts, steps: Sequence[Entry], newest: Checkpoint, appended: Sequence[Checkpoint]
+    verdicts: Verdicts,
+    steps: Sequence[Entry],
+    newest: Checkpoint,
+    appended: Sequence[Checkpoint],
+    lacking: Mapping[Entry, str],
 ) -> Iterator[Notice]:
     """Yield warnings about entries left out in doubt and those placed after the newest step."""
     templates = {entry.template for entry in steps}
@@ -178,27 +205,46 @@ def _warnings(
     of_reason = defaultdict(list)
     for entry, verdict in verdicts.items():
         of_reason[verdict.reason].append(entry)
-    for entry in of_reason[Reason.NO_MODEL]:
-        if entry.numbers and steps[0].is_folder and entry.template in templates:
-            text = f"{entry.path} holds no model and is left out: unfinished save?"
-            yield Notice(Code.INCOMPLETE, text)
+    for why in dict.fromkeys(lacking.values()):
+        paths = [entry.path for entry, each in lacking.items() if each == why]
+        text = f"{paths[0]} {why} and is left out: unfinished save?"
+        if len(paths) > 1:
+            text = f"{some(path.name for path in paths)} are left out, as each {why}."
+        yield Notice(Code.INCOMPLETE, text)
     lone = of_reason[Reason.ONLY_ONE]
-    later = [e for e in lone if any(e.numbers.get(u, 0) > (newest.step or 0) for u in units)]
-    for entry in later[:1]:
+    if lone:
+        later = [e for e in lone if any(e.numbers.get(u, 0) > (newest.step or 0) for u in units)]
+        then = f"; {later[0].name} seems to be later than {newest.name}" if later else ""
         text = (
-            f"{entry.name} seems to be later than {newest.name}, and is left out since no other"
-            " name is like it; --pattern can take it in."
+            f"No other name is like {some(entry.name for entry in lone)}, left out of the average"
+            f"{then}. Take it in with --pattern, or confirm with --exclude."
         )
         yield Notice(Code.LEFT_OUT, text)
     for one in appended:
         if template_of(stem_of(one.name)) in templates:
             text = f"puts it after {newest.name}, although its name has a number."
             yield Notice(Code.OUT_OF_ORDER, f"--append {one.name} {text}")
-    for entry in of_reason[Reason.INCOMPLETE]:
-        yield Notice(Code.LEFT_OUT, f"{entry.name} is left out, {verdicts[entry].detail}.")
-    for entry in of_reason[Reason.LATER]:
-        text = f"{entry.name} is used as the last step: it {verdicts[entry].detail}."
-        yield Notice(Code.DECIDED, text)
+    for entry, verdict in verdicts.items():
+        about = _ABOUT_ALIASES.get(verdict.reason)
+        if about and not (verdict.reason is Reason.ANOTHER_MODEL and entry.is_folder):
+            code = _CODES.get(verdict.reason, Code.LEFT_OUT)
+            yield Notice(code, about.format(name=entry.name, detail=verdict.detail))
+
+
+_ABOUT_ALIASES = {
+    Reason.INCOMPLETE: "{name} is left out, {detail}.",
+    Reason.UNREADABLE: "{name} may be a later step and is left out, {detail}",
+    Reason.LATER: "{name} is used as the last step: it {detail}.",
+    Reason.OWN_MODEL_UNLIKE: (
+        "{name} in the run's folder is left out, and is not the model of any checkpoint; add it as"
+        " the last step with --append {name}, or confirm with --exclude {name}."
+    ),
+    Reason.ANOTHER_MODEL: (
+        "{name} is left out, since its tensors are not those of the checkpoints; confirm with"
+        " --exclude {name}."
+    ),
+}
+_CODES = {Reason.LATER: Code.DECIDED, Reason.ANOTHER_MODEL: Code.OTHER_WEIGHTS}
 
 
 def _beside_container(candidates: Candidates) -> list[Notice]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ckpt_ema.containers.reader import same_values
 from ckpt_ema.containers.specs import is_safetensors
-from ckpt_ema.errors import Code, IncompleteError, RefusedError
+from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
 from ckpt_ema.find.candidates import Candidates
 from ckpt_ema.find.entries import Entry, Verdicts
 from ckpt_ema.find.names import bare_of, captures_step, pattern_of
@@ -66,8 +66,22 @@ def _only_ones(steps: Sequence[Entry], selection: Selection) -> Verdicts:
         what = f"{run} holds {len(several)} series of checkpoints, {series}"
         text, hint = f"{what}; they may be the same states saved twice.", " or ".join(patterns)
         raise RefusedError(text, f"Choose one: {hint}.", code=Code.SEVERAL_SERIES, path=run)
-    lone = skipped(Reason.ONLY_ONE)
-    return {entry: lone for entry in steps if entry.template not in several}
+    lone = [entry for entry in steps if entry.template not in several]
+    if len(lone) > len(steps) - len(lone):
+        raise _mostly_unlike(steps, lone)
+    return dict.fromkeys(lone, skipped(Reason.ONLY_ONE))
+
+
+def _mostly_unlike(steps: Sequence[Entry], lone: Sequence[Entry]) -> RefusedError:
+    """Return the error for a series that would leave out more checkpoints than it takes."""
+    taken = [entry.name for entry in steps if entry not in lone]
+    left_out = some([entry.name for entry in lone])
+    text = f"{some(taken)} would be averaged without {left_out}, whose names are different."
+    hint = (
+        "If all are steps, say where the step is with --pattern, such as"
+        " --pattern 'step[-_]?(?P<step>[0-9]+)'; otherwise leave these out with --exclude."
+    )
+    return RefusedError(text, hint, code=Code.SEVERAL_SERIES, path=lone[0].path)
 
 
 def _outputs_of_ours(steps: Sequence[Entry], _selection: Selection) -> Verdicts:
@@ -127,6 +141,30 @@ def _record_their_steps(steps: Sequence[Entry], selection: Selection) -> bool:
         and len({bare_of(template) for template in templates}) == 1
         and all("step" in entry.recorded for entry in steps)
     )
+
+
+def modelless(verdicts: Verdicts, steps: Sequence[Entry]) -> dict[Entry, str]:
+    """Return the entries that are named as a step of the series and hold no model, and why.
+
+    A folder beside files is one only with the extension of a file: others hold results.
+    """
+    numbers = {(step.template, *step.slots) for step in steps}
+    is_folder = {step.template: step.is_folder for step in steps}
+    found = {}
+    for entry, verdict in verdicts.items():
+        why = _WITHOUT_MODEL.get(verdict.reason)
+        may_be_step = is_folder.get(entry.template) or entry.has_weights_extension
+        is_alike = entry.template in is_folder and (entry.template, *entry.slots) not in numbers
+        if why and may_be_step and is_alike:
+            found[entry] = "is a broken link" if entry.kind is Kind.ABSENT else why
+    return found
+
+
+_WITHOUT_MODEL = {
+    Reason.NO_MODEL: "holds no model",
+    Reason.NOT_REGULAR: "is neither a file nor a folder",
+    Reason.NOT_LISTABLE: "cannot be listed",
+}
 
 
 def _identity(entry: Entry) -> object:

@@ -10,6 +10,7 @@ from ckpt_ema.containers.model_key import ALREADY_AVERAGED
 from ckpt_ema.containers.specs import Role, Specs
 from ckpt_ema.errors import Code, some
 from ckpt_ema.find.checkpoint import Checkpoint, Found
+from ckpt_ema.find.logs import OneRun
 from ckpt_ema.find.names import stem_of
 from ckpt_ema.find.verdict import UNSELECTED
 from ckpt_ema.notices import Notice
@@ -36,10 +37,14 @@ def plan_warnings(
     averages: Sequence[Average],
     compared: Compared,
     found: Found,
+    one_run: OneRun,
     rulings: Mapping[str, Ruling],
     laid_out: LaidOut,
 ) -> Iterator[Notice]:
-    """Yield the warnings about the run, the weights, the checkpoints that take part, the output."""
+    """Yield the warnings about the run, the weights, the checkpoints that take part, the output.
+
+    Times of files are not asked where logs prove that all checkpoints are of one run.
+    """
     yield from found.warnings
     names = [checkpoint.name for checkpoint in compared.specs]
     yield from _merged(averages, lambda average: _uneven(average, names))
@@ -49,6 +54,9 @@ def plan_warnings(
     for same in alike.values():
         if len(same) > 1:
             yield Notice(Code.SAME_WEIGHTS, f"{some(same)} have the same weights.")
+    yield from one_run.warnings
+    if not one_run.is_proven:
+        yield from _falling_times(compared.specs)
     yield from _about_run(compared.specs)
     yield from compared.warnings
     yield from _share_not_averaged(list(compared.specs.values())[-1], rulings)
@@ -213,13 +221,16 @@ def _brief(steps: float) -> str:
     return f"{steps:.4g}" if steps < 1000 else f"{steps:.0f}"
 
 
-def _about_run(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
-    specs = list(specs_of.values())
+def _falling_times(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
     for (earlier, before), (later, after) in pairwise(specs_of.items()):
         if before.files[0].mtime_ns - after.files[0].mtime_ns > _INVERSION_NS:
             found = f"{later.name} was written before {earlier.name}, though its step is later"
             yield Notice(Code.OUT_OF_ORDER, f"{found}; the folder may hold two runs.")
             break
+
+
+def _about_run(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
+    specs = list(specs_of.values())
     by_name = [c.name for c in specs_of if conventions.AVERAGED_NAME.search(stem_of(c.name))]
     key = conventions.PROVENANCE_KEY
     by_header = [c.name for c, one in specs_of.items() if any(key in own for own in one.metadata)]

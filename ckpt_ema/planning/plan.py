@@ -17,6 +17,7 @@ from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import Code, OptionError, RefusedError
 from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.complete import check_complete
+from ckpt_ema.find.logs import check_one_run, reader_of_logs
 from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
 from ckpt_ema.find.verdict import Judged
@@ -145,10 +146,13 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     """Find, select, weigh, compare, lay out: each stage takes its own options."""
     source = Source(storage_for(paths[0]), options.reading)
     found = discover(paths, options.selection, source)
-    selected = select(found, options.selection, source)
+    log_of = reader_of_logs(source)
+    selected = select(found, options.selection, source, log_of)
     weighted = weigh(selected.subsets, options.weighting)
+    checkpoints = _taken(weighted, found)
+    one_run = check_one_run(checkpoints, log_of)
     destination = find_destination(options.output.output, found, paths, source.storage)
-    compared = compare(_taken(weighted, found), source)
+    compared = compare(checkpoints, source)
     specs_of = compared.specs
     _check_names(weighted, compared)
     rulings = judge_newest(weighted, specs_of, options.reading, source.storage)
@@ -157,10 +161,11 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
         weighted, specs_of, found, destination, options.output, rulings, choices, source.storage
     )
     newest = list(rulings.values())[-1]
-    averages = make_averages(weighted, [*specs_of], laid_out.outputs)
+    averages = make_averages(weighted, checkpoints, laid_out.outputs)
     work = make_work([*specs_of.values()], [(one.newest, one.output.files) for one in averages])
     tile_elements, threads = make_sizes(options.engine, work, len(averages))
-    warnings = (*selected.warnings, *plan_warnings(averages, compared, found, newest, laid_out))
+    warned = plan_warnings(averages, compared, found, one_run, newest, laid_out)
+    warnings = (*selected.warnings, *warned)
     refuse_warnings(warnings if options.engine.strict else ())
     return Plan(
         run=os.fspath(found.root),

@@ -117,7 +117,16 @@ METRIC_FILES = _any_case(r"(^|_)(metrics?|results?)\.json$")
 
 # --- What names say ------------------------------------------------------------------------------
 
-_NUMBER = r"(\d+)(?!\d|\.\d)"  # an integer, not the head of a decimal: "wer-9.965" yields nothing
+# "800k", "1.5T", "1e4": not "10b" in "10best", nor digits of a hash, "a1e3".
+_MAGNITUDE = r"\d+(?:\.\d+)?[kmbt](?![a-z0-9])|(?<![a-f0-9.])\d+(?:\.\d+)?e1?\d(?![a-z0-9])"
+# An integer, not the head of a decimal: "wer-9.965" yields nothing.
+_NUMBER = rf"({_MAGNITUDE}|\d+(?!\d|\.\d))"
+# A number written with a magnitude, with groups for its digits, its decimals and the magnitude.
+MAGNITUDE = _any_case(rf"(?={_MAGNITUDE})(\d+)(?:\.(\d+))?(?:([kmbt])|e(\d+))")
+# Every number in a name: a count, whose word may be there ("token-2T"), or a decimal.
+COUNT = _any_case(
+    rf"(?P<count>(?:(?<![a-z])tokens?[-_]?)?(?:{_MAGNITUDE}))|(?P<f>\d+\.\d+)|(?P<n>\d+)"
+)
 _BOUNDARY = r"(?:^|(?<=[^A-Za-z]))"  # "timestep_5" is not "step_5"
 
 # The name of a snapshot in the Hub's cache, whose digits say nothing.
@@ -133,15 +142,16 @@ STEP_NAMES: dict[str, Pattern[str]] = {
     ),
     "epoch": _any_case(_BOUNDARY + r"(?:epoch|ep)s?[-_=]?" + _NUMBER),
     "checkpoint": _any_case(r"^(?:checkpoint|ckpt)[-_]?" + _NUMBER + r"$"),
-    "number": re.compile(r"^(\d+)$"),
+    "number": _any_case(rf"^{_NUMBER}$"),
 }
 
 # Words whose number tells one run from another (the stages and ingredients of OLMo 2).
 NUMBERS_A_RUN = r"(?i:(?<![a-z])(?:stage|ingredient|seed|fold|trial|version)[-_=]?\d+)"
 
-# The value of a metric, whatever its sign and notation: "val_loss=-3e-05", "acc=1", "loss=inf".
+# The value of a metric, whatever its sign and notation: "val_loss=-3e-05", "acc=1", "loss=inf"; not
+# the step before it, "model_10_acc=0.9".
 METRIC = _any_case(
-    r"(?<![a-z])(?!(?:global_step|step|iteration|iter|epoch|ep|ba)=)(?P<name>[a-z][a-z0-9_]*)="
+    r"(?<![a-z])(?!(?:global_step|step|iteration|iter|epoch|ep|ba)=)(?P<name>[a-z](?:[a-z0-9]|_(?!\d+_))*)="
     r"[-+]?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|inf|nan)"
 )
 
@@ -168,7 +178,7 @@ AVERAGED_NAME = _any_case(r"(?:^|[-_./])(average|averaged|avg|ave|ave_\d+best|em
 # Names that hold a number or weights and still are no step of the run.
 UNFINISHED_NAME = _any_case(
     r"^(\.|__|tmp([-_.]|$)|old_step_|recovery_tmp|recovery-)"
-    r"|(-tmp|\.tmp|-unfinished)$|\.orbax-checkpoint-tmp"
+    r"|([-_.]te?mp|-unfinished)$|\.orbax-checkpoint-tmp"
 )
 SHARD_OR_RANK = _any_case(
     SHARD_NUMBER.pattern + r"|^__\d+_\d+$|^mp_rank_\d+|(?:^|_)zero_pp_rank_\d+"
@@ -180,6 +190,8 @@ MERGED = _any_case(r"[-_](merged|hf_merged)$")
 # Names that may be a copy of a step, or a step of its own.
 ALIAS = _any_case(r"(?:^|[-_./])(last|latest|best|final|release)(?:$|[-_.])")
 ALWAYS_A_COPY = _any_case(r"(?:^|[-_./])best(?:$|[-_.])")
+# Names of weights from before the first step (WeNet's init.pt), which may record nothing.
+INITIAL_NAME = _any_case(r"(?:^|[-_./])(init|initial|pretrained|base)(?:$|[-_.])")
 
 # Folders that are neither searched nor reported as checkpoints.
 NO_CHECKPOINTS = _any_case(

@@ -377,7 +377,7 @@ TRAINERS = (
         averaged_keys=("model_avg",),
         records=(Record("{stem}.yaml", {"step": "step", "epoch": "epoch"}),),
         step_keys=("batch_idx_train",),
-        epoch_keys=("cur_epoch",),
+        epoch_keys=("cur_epoch", "reporter.epoch"),
         travels=(r"train\.(json|ya?ml)", r"(tokens|units)\.txt"),
     ),
     Trainer(
