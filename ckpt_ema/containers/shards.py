@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ckpt_ema.containers import safetensors, torch_file
-from ckpt_ema.containers.checks import is_plain_name, present, read_listing, refused
+from ckpt_ema.containers.checks import AS_IT_IS, is_plain_name, present, read_listing, refused
 from ckpt_ema.containers.specs import Specs, TensorSpec
 from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
 from ckpt_ema.notices import Notice
+from ckpt_ema.options import Reading
 from ckpt_ema.storage.protocol import Storage
 from ckpt_ema.trainers.conventions import INDEX_SUFFIX, SHARD_OF_SEVERAL
 
@@ -21,13 +22,15 @@ def claims(name: str) -> bool:
     return name.endswith(INDEX_SUFFIX)
 
 
-def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
+def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Specs:
     """See `Container.read_specs`; `path` is that of the index."""
     shard_of = _weight_map(path, storage)
     shards = sorted(set(shard_of.values()))
     paths = [_shard_path(path, shard, storage) for shard in shards]
     read = [
-        (safetensors if safetensors.claims(shard) else torch_file).read_specs(each, storage, key)
+        (safetensors if safetensors.claims(shard) else torch_file).read_specs(
+            each, storage, reading
+        )
         for shard, each in zip(shards, paths, strict=True)
     ]
     for shard, one in zip(shards, read, strict=True):

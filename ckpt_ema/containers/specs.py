@@ -157,6 +157,7 @@ class ModelFiles:
     folder: Path  # companions of the model, such as its configuration, lie here too
     members: tuple[Member, ...]
     notes: tuple[Notice, ...] = ()
+    is_average: bool = False  # that the trainer made, by its name
 
     @property
     def path(self) -> Path:
@@ -195,3 +196,4 @@ class Specs:
     recorded: Mapping[str, int] = field(default_factory=dict)  # its own "step" and "epoch"
     prefixes: tuple[str, ...] = ("",)  # of the members
     numbers: Mapping[str, float] = field(default_factory=dict)  # beside the model, by dotted path
+    is_average: bool = False  # that the trainer made

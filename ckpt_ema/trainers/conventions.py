@@ -79,14 +79,12 @@ MODEL_FOLDERS = (*_gathered(trainer.models for trainer in TRAINERS), "huggingfac
 DCP_FOLDERS = ("", *_gathered(trainer.sharded for trainer in TRAINERS))
 REFUSALS = tuple(refusal for trainer in TRAINERS for refusal in trainer.refusals)
 
-# Where the model is in a torch file or in DCP's metadata, dots leading into dicts; and weights that
-# a trainer averaged itself.
+# Where the model is in a torch file or in DCP's metadata, dots leading into dicts.
 MODEL_KEYS = (
     *("state_dict", "model_state_dict"),
     *_gathered(trainer.model_keys for trainer in TRAINERS),
     *("model", "module", "net", "network"),
 )
-AVERAGED_KEYS = _gathered(trainer.averaged_keys for trainer in TRAINERS)
 
 # --- Whether a checkpoint is complete -------------------------------------------------------------
 
@@ -116,6 +114,9 @@ METRIC_FILES = _any_case(r"(^|_)(metrics?|results?)\.json$")
 
 _NUMBER = r"(\d+)(?!\d|\.\d)"  # an integer, not the head of a decimal: "wer-9.965" yields nothing
 _BOUNDARY = r"(?:^|(?<=[^A-Za-z]))"  # "timestep_5" is not "step_5"
+
+# Where a word begins, also in camelCase.
+_WORD_START = r"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))"
 
 # The name of a snapshot in the Hub's cache, whose digits say nothing.
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
@@ -158,8 +159,10 @@ FACTOR = re.compile(
 )
 ROTATION = re.compile(r"(?<![A-Za-z])oft_([Rr]|blocks)(?![A-Za-z])")
 
-# Names of weights that a trainer averaged itself.
-AVERAGED_NAME = _any_case(r"(?:^|[-_./])(average|averaged|avg|ave|ave_\d+best|ema|bema)(?:$|[-_.])")
+# Names of weights that a trainer averaged itself, whether of files, folders, dicts or modules.
+AVERAGED_NAME = re.compile(
+    rf"{_WORD_START}(?i:b?emas?|averaged?|avg|ave|swa|lawa|teacher|shadow|polyak)(?![a-z])"
+)
 
 # Names that hold a number or weights and still are no step of the run.
 UNFINISHED_NAME = _any_case(
@@ -192,11 +195,14 @@ STATE_NAME = _any_case(
     + _any_of(_STATE)
     + r")|[-_]state$|^(?:policy_)?(?:pre|post)processor_"
 )
-# Words in keys whose dicts of tensors are not the model.
-STATE_WORDS = (
-    *("optim", "sched", "scaler", "rng", "sampler", "callback", "loop", "averaging_state"),
-    *("train_state", "dataloader"),
+# Keys of dicts of tensors that are training state, not the model: "sampler", but not "resampler".
+STATE_KEY = re.compile(
+    r"(?i:optim|sched|rng|callback|averaging_state|train_?state|data_?loader)"
+    rf"|{_WORD_START}(?i:(?:grad|amp|loss)?_?scaler|sampler)"
+    rf"|{_WORD_START}(?i:loops?|opts?|adamw?)(?![a-z])"
 )
+# Keys of what belongs to a loss: neither state nor a part of the model that loaders know.
+NO_MODEL_KEY = re.compile(rf"{_WORD_START}(?i:loss|losses|criterion|metrics?)(?![a-z])")
 # Prefixes of what lies beside a model whose tensors are at the top of DCP's metadata. The words
 # above would be too much: a model may have a resampler.
 STATE_PREFIXES = ("optimizer.", "optim.", "lr_scheduler.", "train_state.", "dataloader.", "rng.")

@@ -45,7 +45,6 @@ class Trainer:
     models: tuple[str, ...] = ()  # folders in a checkpoint that are a model with its files
     sharded: tuple[str, ...] = ()  # folders in a checkpoint that torch.distributed.checkpoint wrote
     model_keys: tuple[str, ...] = ()  # in a torch file or DCP; dots lead into dicts
-    averaged_keys: tuple[str, ...] = ()  # the same, of weights that the trainer averaged
     # Whether a checkpoint is complete.
     done: tuple[str, ...] = ()  # files that exist once it is
     undone: tuple[str, ...] = ()  # files that exist until it is
@@ -153,7 +152,6 @@ TRAINERS = (
         name="timm",
         entry="checkpoint-12.pth.tar, last.pth.tar",
         weights="state_dict (not state_dict_ema)",
-        averaged_keys=("state_dict_ema",),
     ),
     Trainer(
         name="ultralytics",
@@ -339,13 +337,11 @@ TRAINERS = (
         weights="state.model; or as transformers",
         containers=("huggingface", "hf_format"),
         model_keys=("state.model",),
-        averaged_keys=("state.ema",),
     ),
     Trainer(
         name="mmengine",
         entry="epoch_12.pth, iter_1000.pth",
         weights="state_dict; with EMAHook the raw ones, in ema_state_dict",
-        averaged_keys=("ema_state_dict",),
         step_keys=("meta.iter",),
         epoch_keys=("meta.epoch",),
     ),
@@ -369,7 +365,6 @@ TRAINERS = (
         entry="12epoch.pth, epoch_12.pt, checkpoint-4000.pt",
         weights="the top, or model",
         names=(r"^(?P<epoch>\d+)epoch$", r"^checkpoint-(?P<step>\d+)-"),
-        averaged_keys=("model_avg",),
         records=(Record("{stem}.yaml", {"step": "step", "epoch": "epoch"}),),
         step_keys=("batch_idx_train",),
         epoch_keys=("cur_epoch",),
@@ -393,7 +388,6 @@ TRAINERS = (
         name="DiT, guided-diffusion, k-diffusion",
         entry="0050000.pt, model010000.pt, name_00010000.pth",
         weights="model or the top (not ema, model_ema, ema_0.9999_*.pt)",
-        averaged_keys=("ema", "ema_model", "model_ema"),
     ),
     Trainer(
         name="EDM",

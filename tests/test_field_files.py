@@ -1,0 +1,303 @@
+"""What people's own files hold: everything with weights is averaged, refused or warned of by name.
+
+The letters are those of the kinds of reports; each test states what is promised.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+import ckpt_ema
+from ckpt_ema.errors import Code, RefusedError
+from tests.makers.safetensors_files import read_safetensors, write_safetensors
+from tests.makers.torch_files import save
+
+Content = Callable[[float], Any]
+
+
+def full(value: float, *shape: int) -> torch.Tensor:
+    return torch.full(shape or (4, 4), float(value))
+
+
+def layers(value: float, *names: str) -> dict[str, torch.Tensor]:
+    return {f"{name}.weight": full(value) for name in names or ("layers.0", "layers.1")}
+
+
+def files(run: Path, content: Content, name: str = "model_{}.pt") -> Path:
+    """Write three files of a run, whose tensors have the values 1, 2 and 3."""
+    for number in (1, 2, 3):
+        path = run / name.format(number * 100)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path, content(number))
+    return run
+
+
+def folders(run: Path, **content: Content) -> Path:
+    """Write three folders with files (`_` before the ending stands for its dot)."""
+    for number in (1, 2, 3):
+        folder = run / f"checkpoint-{number * 100}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": number * 100}))
+        for name, of in content.items():
+            stem, _, ending = name.rpartition("_")
+            write(folder / f"{stem}.{ending}", of(number))
+    return run
+
+
+def write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        write_safetensors(path, content)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save(path, content)
+
+
+class Averaged:
+    """The output of a run of three, averaged uniformly, and what was said."""
+
+    def __init__(self, run: Path, **options: Any) -> None:
+        plan = ckpt_ema.plan(run, schedule="uniform", output=run.parent / "out", **options)
+        self.warnings = {notice.code: notice.message for notice in plan.warnings}
+        self.notes = " ".join(notice.message for notice in plan.notes)
+        output = run.parent / "out"
+        ckpt_ema.average(run, schedule="uniform", output=output, overwrite=True, **options)
+        found = sorted(output.rglob("*.safetensors"))
+        self.files = {str(one.relative_to(output)): read_safetensors(one) for one in found}
+
+    def values(self, file: str = "model.safetensors") -> dict[str, float]:
+        """Return the one value that each tensor of a file has throughout."""
+        tensors = self.files[file]
+        assert all((one == one.flatten()[0]).all() for one in tensors.values())
+        return {name: one.flatten()[0].item() for name, one in tensors.items()}
+
+
+def refusal(run: Path, **options: Any) -> RefusedError:
+    with pytest.raises(RefusedError) as caught:
+        ckpt_ema.plan(run, output=run.parent / "out", **options)
+    return caught.value
+
+
+# --- I: parts of a model in one file ---
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("model", "classifier"),
+        ("generator", "discriminator"),
+        ("state_dict", "heads"),
+        ("model", "resampler"),
+        ("encoder", "decoder"),
+        ("model", "generator"),
+    ],
+    ids=" ".join,
+)
+def test_a_file_of_several_models_is_refused_by_their_names_and_key_takes_all(
+    tmp_path: Path, parts: tuple[str, str]
+) -> None:
+    run = files(tmp_path / "run", lambda i: {part: {"w": full(i)} for part in parts})
+    error = refusal(run)
+    assert error.code is Code.SEVERAL_MODELS
+    assert all(part in error.message for part in parts)
+    every = ",".join(parts)
+    assert f"--key {every}" in error.hint
+    done = Averaged(run, key=every)
+    assert done.values() == {f"{part}.w": 2.0 for part in parts}
+    assert Averaged(run, key=parts[0]).values() == {"w": 2.0}
+
+
+def test_dicts_inside_a_dict_are_one_model_by_its_key(tmp_path: Path) -> None:
+    run = files(tmp_path / "run", lambda i: {"net": {"a": {"w": full(i)}, "b": {"w": full(i)}}})
+    assert "--key net" in refusal(run).hint
+    assert Averaged(run, key="net").values() == {"a.w": 2.0, "b.w": 2.0}
+
+
+def test_tensors_beside_a_dict_of_tensors_are_refused_and_a_dot_takes_all(tmp_path: Path) -> None:
+    run = files(tmp_path / "run", lambda i: {"w": full(i), "head": {"w": full(i)}})
+    error = refusal(run)
+    assert error.code is Code.SEVERAL_MODELS
+    assert "the top level" in error.message
+    assert "head" in error.message
+    assert Averaged(run, key=".").values() == {"w": 2.0, "head.w": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("beside", "name"),
+    [
+        ({"criterion": {"weight": full(1)}}, "criterion"),
+        ({"dino_loss": {"center": full(1)}}, "dino_loss"),
+        ({"center": full(1)}, "the top level"),
+        ({"anchors": [full(1), full(2)]}, "anchors"),
+    ],
+    ids=["criterion", "dino-loss", "lone", "list"],
+)
+def test_lesser_tensors_beside_a_known_model_are_warned_of_by_name(
+    tmp_path: Path, beside: Mapping[str, Any], name: str
+) -> None:
+    done = Averaged(files(tmp_path / "run", lambda i: {"model": {"w": full(i)}, **beside}))
+    assert done.values() == {"w": 2.0}
+    assert name in done.warnings[Code.OTHER_WEIGHTS]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"opt": {"state": {0: {"exp_avg": full(1)}}, "param_groups": []}},
+        {"g_optim": {"exp": full(1)}, "lrScheduler": {"base": full(1)}},
+        {"fit_loop": {"x": full(1)}, "gradScaler": {"scale": full(1)}, "sampler": {"x": full(1)}},
+        {"best_loss": torch.tensor(0.5), "cuda_rng": torch.zeros(8, dtype=torch.uint8)},
+        {"metrics": {"loss": torch.tensor(0.5), "accuracy": torch.tensor([0.9])}},
+        {"obs_mean": numpy.zeros(3), "history": {"loss": numpy.zeros(3)}},
+        {"net": None, "args": argparse.Namespace(lr=1)},
+    ],
+)
+def test_training_state_and_numbers_beside_a_model_are_not_warned_of(
+    tmp_path: Path, beside: Mapping[str, Any]
+) -> None:
+    done = Averaged(files(tmp_path / "run", lambda i: {"model": {"w": full(i)}, **beside}))
+    assert done.values() == {"w": 2.0}
+    assert Code.OTHER_WEIGHTS not in done.warnings
+
+
+@pytest.mark.parametrize("key", [None, "model", "model.inner"])
+def test_a_numpy_array_among_tensors_is_refused_by_name_and_drop_leaves_it_out(
+    tmp_path: Path, key: str | None
+) -> None:
+    def content(value: float) -> Any:
+        state: Any = {"w": full(value), "b": full(value).numpy()}
+        for one in reversed((key or "").split(".")):
+            state = {one: state} if one else state
+        return state
+
+    run = files(tmp_path / "run", content)
+    error = refusal(run)
+    assert error.code is Code.UNREADABLE_TENSOR
+    assert "tensor b is a numpy array" in error.message
+    assert "--drop b" in error.hint
+    assert Averaged(run, drop=["b"]).values() == {"w": 2.0}
+
+
+# --- J: averages that a trainer made ---
+
+RAW_AND_AVERAGE = [
+    ("params", "params_ema"),
+    ("g", "g_ema"),
+    ("student", "teacher"),
+    ("model_state_dict", "ema_model_state_dict"),
+    ("model", "averaged_model"),
+    ("model", "swa_model"),
+    ("net", "modelEMA"),
+    ("model", "shadow"),
+    ("state_dict", "callbacks.EMA.ema_weights"),
+    ("model", "ema.params"),
+]
+
+
+def nested(place: str, value: Any) -> Any:
+    for one in reversed(place.split(".")):
+        value = {one: value}
+    return value
+
+
+@pytest.mark.parametrize(("raw", "average"), RAW_AND_AVERAGE)
+def test_of_raw_weights_and_their_average_the_raw_ones_are_taken_and_which_ema_turns_it(
+    tmp_path: Path, raw: str, average: str
+) -> None:
+    run = files(
+        tmp_path / "run",
+        lambda i: {**nested(raw, {"w": full(i)}), **nested(average, {"w": full(i + 10)})},
+    )
+    done = Averaged(run)
+    assert done.values() == {"w": 2.0}
+    assert Code.ALREADY_AVERAGED not in done.warnings
+    assert average in done.notes or "callbacks" in average
+    done = Averaged(run, which="ema")
+    assert done.values() == {"w": 12.0}
+    assert Code.ALREADY_AVERAGED not in done.warnings
+
+
+@pytest.mark.parametrize("average", [average for _, average in RAW_AND_AVERAGE[:8]])
+def test_an_average_alone_is_averaged_with_a_warning_and_without_one_on_purpose(
+    tmp_path: Path, average: str
+) -> None:
+    run = files(tmp_path / "run", lambda i: nested(average, {"w": full(i)}))
+    done = Averaged(run)
+    assert done.values() == {"w": 2.0}
+    assert average in done.warnings[Code.ALREADY_AVERAGED]
+    assert Code.ALREADY_AVERAGED not in Averaged(run, which="ema").warnings
+
+
+def test_an_average_asked_for_that_is_not_there_is_refused_with_what_is(tmp_path: Path) -> None:
+    run = files(tmp_path / "run", lambda i: {"model": {"layers.schema.weight": full(i)}})
+    error = refusal(run, which="ema")
+    assert error.code is Code.NO_MODEL
+    assert "layers.schema.weight" in error.message
+
+
+@pytest.mark.parametrize(
+    ("raw", "average"),
+    [
+        ("model.diffusion_model.in.0.weight", "model_ema.diffusion_modelin0weight"),
+        ("student.backbone.weight", "teacher.backbone.weight"),
+        ("net.layers.0.weight", "net_ema.layers.0.weight"),
+        ("layers.0.weight", "ema_model.module.layers.0.weight"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_an_average_under_a_prefix_inside_one_dict_is_left_out_or_takes_the_raw_names(
+    tmp_path: Path, raw: str, average: str, ending: str
+) -> None:
+    run = tmp_path / "run"
+    for i in (1, 2, 3):
+        content = {raw: full(i), average: full(i + 10), "first_stage.weight": full(i)}
+        prefix = average.partition(".")[0]
+        content[f"{prefix}.num_updates"] = torch.tensor(i)
+        write(run / f"model_{i}.{ending}", content)
+    done = Averaged(run)
+    file = next(iter(done.files))
+    assert done.values(file) == {raw: 2.0, "first_stage.weight": 2.0}
+    assert f"{prefix}.* holds an average" in done.notes
+    assert Averaged(run, which="ema").values(file) == {raw: 12.0, "first_stage.weight": 2.0}
+
+
+def test_modules_with_such_a_word_that_have_no_raw_twin_are_a_part_of_the_model(
+    tmp_path: Path,
+) -> None:
+    content = {"avg_pool.conv.weight": 1, "teacher.weight": 2, "layers.weight": 3}
+    run = files(
+        tmp_path / "run", lambda i: {name: full(i, size + 1) for name, size in content.items()}
+    )
+    assert Averaged(run).values() == dict.fromkeys(content, 2.0)
+
+
+# --- N: first bytes that two formats share ---
+
+
+@pytest.mark.parametrize("length", [640, 640 + (1 << 16), 0x8B1F, 0x5A42])
+def test_a_header_whose_length_looks_like_another_format_is_believed(
+    tmp_path: Path, length: int
+) -> None:
+    for i in (1, 2, 3):
+        path = tmp_path / "run" / f"model_{i}.safetensors"
+        write(path, layers(i))
+        old = path.read_bytes()
+        size = int.from_bytes(old[:8], "little")
+        header = old[8 : 8 + size].rstrip().ljust(length)
+        path.write_bytes(length.to_bytes(8, "little") + header + old[8 + size :])
+    done = Averaged(tmp_path / "run")
+    assert done.values("model_3.safetensors") == dict.fromkeys(layers(1), 2.0)
+
+
+def test_a_torch_file_under_a_safetensors_name_is_still_called_one(tmp_path: Path) -> None:
+    for i in (1, 2, 3):
+        save(tmp_path / f"model_{i}.safetensors", layers(i))
+    assert "is a torch file under a safetensors name" in refusal(tmp_path).message
