@@ -301,3 +301,104 @@ def test_a_torch_file_under_a_safetensors_name_is_still_called_one(tmp_path: Pat
     for i in (1, 2, 3):
         save(tmp_path / f"model_{i}.safetensors", layers(i))
     assert "is a torch file under a safetensors name" in refusal(tmp_path).message
+
+
+# --- E: further files of weights beside the model ---
+
+
+def adapter(value: float) -> dict[str, torch.Tensor]:
+    return {f"base_model.model.q.lora_{one}.weight": full(value) for one in "AB"}
+
+
+def shards_of(value: float) -> dict[str, torch.Tensor]:
+    return {"tower.weight": full(value)}
+
+
+@pytest.mark.parametrize(
+    ("main", "file", "output"),
+    [
+        ("adapter_model_safetensors", "non_lora_trainables_bin", "non_lora_trainables"),
+        ("model_safetensors", "vit_safetensors", "vit"),
+        ("pytorch_model_bin", "spk_dict_pt", "spk_dict"),
+        ("model_safetensors", "medusa_lm_head_safetensors", "medusa_lm_head"),
+        ("model_safetensors", "reward_head_pth", "reward_head"),
+        ("pytorch_model_bin", "learned_embeds_bin", "learned_embeds"),
+    ],
+)
+def test_a_file_of_weights_that_every_checkpoint_has_is_averaged_under_its_own_name(
+    tmp_path: Path, main: str, file: str, output: str
+) -> None:
+    run = folders(tmp_path / "run", **{main: adapter, file: lambda i: {"head.weight": full(i)}})
+    done = Averaged(run)
+    assert done.values(f"{output}.safetensors") == {"head.weight": 2.0}
+    assert len(done.files) == 2
+    assert file.rpartition("_")[0] in done.notes
+    assert Code.OTHER_WEIGHTS not in done.warnings
+    alone = Averaged(run, component=output)
+    assert {"head.weight": 2.0} in [alone.values(name) for name in alone.files]
+
+
+def test_several_further_files_and_a_sharded_one_are_averaged(tmp_path: Path) -> None:
+    content = {"model_safetensors": layers, "vit_safetensors": layers, "spk_dict_pt": layers}
+    run = folders(tmp_path / "run", **content)
+    for number in (1, 2, 3):
+        folder = run / f"checkpoint-{number}00"
+        for shard in (1, 2):
+            name = f"tower-{shard:05}-of-00002.safetensors"
+            write(folder / name, {f"t.{shard}": full(number)})
+        shards = {f"t.{shard}": f"tower-{shard:05}-of-00002.safetensors" for shard in (1, 2)}
+        (folder / "tower.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    done = Averaged(run)
+    assert set(done.files) == {
+        *("model.safetensors", "spk_dict.safetensors", "vit.safetensors"),
+        *("tower-00001-of-00002.safetensors", "tower-00002-of-00002.safetensors"),
+    }
+    assert all(set(done.values(name).values()) == {2.0} for name in done.files)
+
+
+def test_weights_that_only_some_checkpoints_have_are_warned_of_by_name(tmp_path: Path) -> None:
+    run = folders(tmp_path / "run", model_safetensors=layers, vit_safetensors=layers)
+    (run / "checkpoint-100/vit.safetensors").unlink()
+    done = Averaged(run)
+    assert set(done.files) == {"model.safetensors"}
+    assert "vit.safetensors holds weights" in done.warnings[Code.OTHER_WEIGHTS]
+    done = Averaged(run, last=2)
+    assert done.values("vit.safetensors") == dict.fromkeys(layers(1), 2.5)
+    assert Code.OTHER_WEIGHTS not in done.warnings
+
+
+def test_further_weights_that_cannot_be_one_model_are_warned_of_by_name(tmp_path: Path) -> None:
+    run = folders(
+        tmp_path / "run",
+        model_safetensors=layers,
+        heads_pt=lambda i: {"left": {"w": full(i)}, "right": {"w": full(i)}},
+    )
+    assert "heads.pt" in Averaged(run).warnings[Code.OTHER_WEIGHTS]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"state": {0: {"exp_avg": full(1)}}, "param_groups": []},
+        {"cpu": torch.zeros(64, dtype=torch.uint8), "step": 3},
+        {"last_epoch": 3, "base_lrs": [0.1]},
+        argparse.Namespace(lr=0.1),
+        b"no torch file at all",
+        {"seen": torch.arange(9)},
+    ],
+    ids=["adam", "random numbers", "schedule", "arguments", "another format", "counters"],
+)
+def test_state_under_any_name_is_not_averaged_and_not_warned_of(
+    tmp_path: Path, content: Any
+) -> None:
+    run = folders(tmp_path / "run", model_safetensors=layers, things_bin=lambda _: content)
+    done = Averaged(run)
+    assert set(done.files) == {"model.safetensors"}
+    assert Code.OTHER_WEIGHTS not in done.warnings
+
+
+def test_a_newest_checkpoint_whose_further_file_is_cut_short_is_left_out(tmp_path: Path) -> None:
+    run = folders(tmp_path / "run", model_safetensors=layers, vit_safetensors=layers)
+    path = run / "checkpoint-300/vit.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert "checkpoint-300" in Averaged(run).warnings[Code.INCOMPLETE]

@@ -51,7 +51,7 @@ def find_model(path: str, root: Any, reading: Reading, tensor: _Kind) -> Model:
         return _under_keys(path, root, reading.key, wants_average, tensor)
     found = _tensors_in(root, tensor, with_callbacks=wants_average)
     averages = {place: one for place, one in found.items() if _is_averaged(root, place)}
-    raw = {p: one for p, one in found.items() if p not in averages and _may_be(p, one)}
+    raw = {p: one for p, one in found.items() if p not in averages and _may_be(p)}
     _check_swapped(path, raw, averages, root)
     if not (averages and wants_average) and not any(key in raw for key in conventions.MODEL_KEYS):
         objects = (_at(root, key) for key in ("ema", *conventions.MODEL_KEYS))
@@ -118,6 +118,8 @@ def _tensors_in(root: Any, tensor: _Kind, *, with_callbacks: bool = False) -> di
     weights: dict[str, Any] = {}
     waiting, seen = [("", root, _DEEPEST)], {id(root)}
     for place, value, depth in waiting:
+        if _is_optimizer(value):
+            continue
         items = [*value.items()] if isinstance(value, dict) else [*enumerate(value)]
         tensors = [item for _, item in items if isinstance(item, tensor)]
         if tensors and (isinstance(value, list) or _are_names(value)):
@@ -128,7 +130,7 @@ def _tensors_in(root: Any, tensor: _Kind, *, with_callbacks: bool = False) -> di
             # A file may hold one dict under two names, and a hostile one under any number.
             if isinstance(inner, dict | list) and depth and id(inner) not in seen:
                 seen.add(id(inner))
-                if _may_be(str(key), inner) or (with_callbacks and "callback" in str(key)):
+                if _may_be(str(key)) or (with_callbacks and "callback" in str(key)):
                     waiting.append((f"{place}.{key}" if place else str(key), inner, depth - 1))
     return weights or others
 
@@ -137,10 +139,13 @@ def _are_names(keys: Iterable[Any]) -> bool:
     return all(isinstance(name, str) and not _SURROGATE.search(name) for name in keys)
 
 
-def _may_be(place: str, value: Any) -> bool:
-    """Return whether a value may be a model rather than training state."""
-    is_optimizer = isinstance(value, dict) and "param_groups" in value
-    return not is_optimizer and not conventions.STATE_KEY.search(place)
+def _may_be(place: str) -> bool:
+    """Return whether a place may have a model rather than training state."""
+    return not conventions.STATE_KEY.search(place)
+
+
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, dict) and {"state", "param_groups"} <= value.keys()
 
 
 def _listed(found: _Found) -> str:

@@ -148,6 +148,7 @@ class Member(NamedTuple):
 
     name: str  # the file, the index of shards or DCP's .metadata, relative to the folder
     prefix: str = ""  # set before the names of its tensors, to tell them from other members'
+    is_further: bool = False  # found beside the model by its content, not by its name
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ import io
 import math
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import IO, Any, NamedTuple, cast
 
@@ -78,9 +77,8 @@ def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Spec
     left_out = [Notice(Code.LEFT_OUT, f"{what}: {some(names)}.") for what, names in rows if names]
     notes = (*model.notes, *left_out)
     holes = {} if hole is None else {path: hole}
-    specs = Specs(tensors, (spec,), ({},), notes, model.warnings, holes)
-    return replace(
-        specs,
+    return Specs(
+        *(tensors, (spec,), ({},), notes, model.warnings, holes),
         recorded=recorded(structure.root),
         numbers=numbers(structure.root),
         is_average=model.is_average,

@@ -17,6 +17,7 @@ from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import Code, OptionError, RefusedError
 from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.complete import check_complete
+from ckpt_ema.find.further import with_common_files
 from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
 from ckpt_ema.find.verdict import Judged
@@ -145,7 +146,7 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     """Find, select, weigh, compare, lay out: each stage takes its own options."""
     source = Source(storage_for(paths[0]), options.reading)
     found = discover(paths, options.selection, source)
-    selected = select(found, options.selection, source)
+    found, selected = with_common_files(found, select(found, options.selection, source))
     weighted = weigh(selected.subsets, options.weighting)
     destination = find_destination(options.output.output, found, paths, source.storage)
     compared = compare(_taken(weighted, found), source)

@@ -92,14 +92,15 @@ class SafetensorsTarget:
 
 def _groups(newest: Specs) -> Iterator[tuple[str, int, list[str]]]:
     """Yield the name of each output file, its member, and the keys of its tensors."""
-    names = [(file.member, _output_name(file.name)) for file in newest.files]
+    prefixes = newest.prefixes
+    names = [(file.member, _output_name(file.name, prefixes[file.member])) for file in newest.files]
     groups: dict[tuple[int, str], list[str]] = {}
     for key, tensor in newest.tensors.items():
         groups.setdefault(names[tensor.file], []).append(key)
     files_of = Counter(member for member, _ in groups)
     for keys in sorted(groups.values(), key=lambda keys: newest.tensors[keys[0]].file):
         file = newest.files[newest.tensors[keys[0]].file]
-        name = _output_name(file.name)
+        _, name = names[newest.tensors[keys[0]].file]
         if files_of[file.member] == 1 and not is_safetensors(file.name):
             name = SHARD_NUMBER.sub("", name)  # a shard that is all there is
         yield name, file.member, keys
@@ -124,8 +125,10 @@ def _index(shards: Sequence[OutputFile], member: str) -> Finish:
     return os.path.join(folder, f"{stem}.safetensors.index.json"), text.encode()
 
 
-def _output_name(name: str) -> str:
+def _output_name(name: str, prefix: str = "") -> str:
     """Name the output file for the tensors of an input file; several inputs may share one.
+
+    `prefix` is that of its model: a further file of a checkpoint has its own name in it.
 
     >>> _output_name("2_Dense/pytorch_model.bin"), _output_name("epoch=1-step=100.ckpt")
     ('2_Dense/model.safetensors', 'model.safetensors')
@@ -138,6 +141,8 @@ def _output_name(name: str) -> str:
     stem = conventions.WEIGHTS_EXTENSION.sub("", base)
     shard = SHARD_NUMBER.search(stem)
     number = shard.group() if shard else ""
+    if prefix == f"{stem.removesuffix(number)}/":
+        return f"{stem}.safetensors"
     known = base.endswith(".bin") and _KEEPS_ITS_NAME.search(SHARD_NUMBER.split(stem)[0])
     new = re.sub("^pytorch_model", "model", stem) if known else f"model{number}"
     return os.path.join(folder, f"{new}.safetensors")
