@@ -4,7 +4,10 @@ The letters are those of the kinds of reports; each test states what is promised
 """
 
 import argparse
+import gzip
 import json
+import pickle
+import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,7 +73,7 @@ class Averaged:
         self.notes = " ".join(notice.message for notice in plan.notes)
         output = run.parent / "out"
         ckpt_ema.average(run, schedule="uniform", output=output, overwrite=True, **options)
-        found = sorted(output.rglob("*.safetensors"))
+        found = sorted(p for p in output.rglob("*.safetensors*") if p.suffix != ".json")
         self.files = {str(one.relative_to(output)): read_safetensors(one) for one in found}
 
     def values(self, file: str = "model.safetensors") -> dict[str, float]:
@@ -402,3 +405,306 @@ def test_a_newest_checkpoint_whose_further_file_is_cut_short_is_left_out(tmp_pat
     path = run / "checkpoint-300/vit.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
     assert "checkpoint-300" in Averaged(run).warnings[Code.INCOMPLETE]
+
+
+# --- J: averages in files and folders of their own ---
+
+
+def test_an_average_in_a_file_of_its_own_is_taken_on_purpose_alone(tmp_path: Path) -> None:
+    for ending in ("safetensors", "bin"):
+        run = folders(
+            tmp_path / ending / "run",
+            **{"model_safetensors": layers, f"model_ema_{ending}": lambda i: layers(i + 10)},
+        )
+        assert Averaged(run).values() == dict.fromkeys(layers(1), 2.0)
+        done = Averaged(run, which="ema")
+        assert [set(done.values(name).values()) for name in done.files] == [{12.0}]
+        assert Code.ALREADY_AVERAGED not in done.warnings
+
+
+@pytest.mark.parametrize("name", ["ema", "model_ema", "swa-model", "averaged_model"])
+def test_an_average_in_a_folder_of_its_own_is_taken_on_purpose_alone(
+    tmp_path: Path, name: str
+) -> None:
+    run = folders(tmp_path / "run", model_safetensors=layers)
+    for number in (1, 2, 3):
+        write(run / f"checkpoint-{number}00/{name}/model.safetensors", layers(number + 10))
+    assert Averaged(run).values() == dict.fromkeys(layers(1), 2.0)
+    assert Averaged(run, which="ema").values() == dict.fromkeys(layers(1), 12.0)
+    done = Averaged(run, component=name)
+    assert done.values() == dict.fromkeys(layers(1), 12.0)
+    assert Code.ALREADY_AVERAGED in done.warnings
+
+
+@pytest.mark.parametrize("name", ["unet_ema", "ema_unet"])
+def test_of_a_pipeline_the_averaged_component_is_taken_on_purpose_alone(
+    tmp_path: Path, name: str
+) -> None:
+    run = tmp_path / "run"
+    file = "diffusion_pytorch_model.safetensors"
+    for number in (1, 2, 3):
+        folder = run / f"checkpoint-{number}00"
+        write(folder / "unet" / file, layers(number))
+        write(folder / name / file, layers(number + 10))
+    assert set(Averaged(run).values(f"unet/{file}").values()) == {2.0}
+    for options in ({"which": "ema"}, {"which": "ema", "component": "unet"}):
+        done = Averaged(run, **options)
+        assert [set(done.values(one).values()) for one in done.files] == [{12.0}]
+        assert Code.ALREADY_AVERAGED not in done.warnings
+    assert Code.ALREADY_AVERAGED in Averaged(run, component=name).warnings
+
+
+@pytest.mark.parametrize("name", ["model_ema_{}.pt", "step{}-EMA.safetensors", "ema_0.99_{}.pt"])
+def test_of_averages_beside_the_raw_files_either_series_is_taken(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    for number in (100, 200, 300):
+        write(run / name.format(number), layers(number + 7))
+    assert Code.ALREADY_AVERAGED in Averaged(run).warnings  # alone
+    for number in (100, 200, 300):
+        write(run / name.replace("EMA", "x").replace("ema", "x").format(number), layers(number))
+    done = Averaged(run)
+    assert [set(done.values(one).values()) for one in done.files] == [{200.0}]
+    assert Code.ALREADY_AVERAGED not in done.warnings
+    done = Averaged(run, which="ema")
+    assert [set(done.values(one).values()) for one in done.files] == [{207.0}]
+    assert Code.ALREADY_AVERAGED not in done.warnings
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_an_average_that_is_all_there_is_in_a_folder_is_taken_with_a_warning(
+    tmp_path: Path, ending: str
+) -> None:
+    run = folders(tmp_path / "run", **{f"ema_model_{ending}": layers})
+    done = Averaged(run)
+    assert [set(done.values(name).values()) for name in done.files] == [{2.0}]
+    assert f"ema_model.{ending}" in done.warnings[Code.ALREADY_AVERAGED]
+
+
+# --- P: shards without an index, or with a stale one ---
+
+SHARDS = ("model-{:05}-of-00002.safetensors", "pytorch_model-{:05}-of-00002.bin")
+OTHER_SHARDS = (
+    "model.safetensors-{:05}-of-00002",
+    "model_{:05}-of-00002.safetensors",
+    "llama-{:05}-of-00002.safetensors",
+)
+
+
+def sharded(run: Path, name: str, first: int = 1) -> Path:
+    for number in (1, 2, 3):
+        folder = run / f"checkpoint-{number}00"
+        for shard, layer in ((first, "a"), (first + 1, "b")):
+            tensors = {f"{layer}.weight": full(number)}
+            folder.mkdir(parents=True, exist_ok=True)
+            if ".safetensors" in name:
+                write_safetensors(folder / name.format(shard), tensors)
+            else:
+                save(folder / name.format(shard), tensors)
+    return run
+
+
+@pytest.mark.parametrize("name", [*SHARDS, *OTHER_SHARDS])
+def test_shards_that_are_all_there_are_read_without_an_index(tmp_path: Path, name: str) -> None:
+    done = Averaged(sharded(tmp_path / "run", name))
+    both = {key: value for file in done.files for key, value in done.values(file).items()}
+    assert both == {"a.weight": 2.0, "b.weight": 2.0}
+    assert "2 shards are all there" in done.notes
+
+
+@pytest.mark.parametrize("name", [*SHARDS, OTHER_SHARDS[2]])
+def test_a_stale_index_beside_a_complete_set_is_warned_of_with_both(
+    tmp_path: Path, name: str
+) -> None:
+    run = sharded(tmp_path / "run", name)
+    index = name.replace("-{:05}-of-00002", "") + ".index.json"
+    stale = {"weight_map": {"a.weight": name.format(1).replace("2.", "4.").replace("02.", "04.")}}
+    for folder in run.iterdir():
+        (folder / index).write_text(json.dumps(stale))
+    done = Averaged(run)
+    warning = done.warnings[Code.LEFT_OUT]
+    assert index in warning
+    assert "-of-00004" in warning
+    assert "-of-00002" in warning
+
+
+def test_a_shard_too_few_is_refused_and_so_are_two_sets_and_shards_that_overlap(
+    tmp_path: Path,
+) -> None:
+    run = sharded(tmp_path / "a", SHARDS[0])
+    (run / "checkpoint-200/model-00001-of-00002.safetensors").unlink()
+    assert refusal(run).code is Code.INCOMPLETE
+    run = sharded(tmp_path / "b", SHARDS[0])
+    write(run / "checkpoint-200/model-00001-of-00001.safetensors", layers(1))
+    assert refusal(run).code is Code.SEVERAL_MODELS
+    run = sharded(tmp_path / "c", SHARDS[0])
+    for folder in run.iterdir():
+        write(folder / "model-00002-of-00002.safetensors", {"a.weight": full(1)})
+    assert refusal(run).code is Code.SEVERAL_MODELS
+
+
+# --- S: endings ---
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("checkpoint_{}", "g_{:08}", "model_{}.th", "model-{}.tar", "net_{}.model"),
+        *("ckpt_{}.chkpt", "iter_{}.pkl", "epoch{}.weights", "step_{}.v2"),
+    ],
+)
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_a_file_of_weights_is_one_whatever_its_ending(tmp_path: Path, name: str, form: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for number in (1000, 2000, 3000):
+        path = run / name.format(number)
+        if form == "safetensors":
+            write_safetensors(path, layers(number))
+        else:
+            save(path, {"state_dict": layers(number), "iteration": number}, form)
+    (run / "events.out.tfevents.1700000000.host").write_bytes(b"no weights")
+    (run / "sample_1000.png").write_bytes(b"no weights")
+    assert Averaged(run).values() == dict.fromkeys(layers(1), 2000.0)
+    (run / "notes_1.txt").write_text("no weights")
+    listed = [run / name.format(number) for number in (1000, 2000)]
+    [average] = ckpt_ema.plan(listed, output=tmp_path / "o").averages
+    assert average.steps == (1000, 2000)
+
+
+def test_a_listed_file_is_tried_whatever_its_name(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("first.txt", "second.png", "third")]
+    for number, path in enumerate(paths, start=1):
+        save(path, layers(number))
+    ckpt_ema.average(paths, schedule="uniform", output=tmp_path / "out")
+    [tensors] = [read_safetensors(one) for one in (tmp_path / "out").rglob("*.safetensors")]
+    assert all((one == 2).all() for one in tensors.values())
+
+
+def test_what_is_packed_is_called_what_it_is_with_what_unpacks_it(tmp_path: Path) -> None:
+    packed = tmp_path / "a"
+    archives = tmp_path / "b"
+    nemo = tmp_path / "c"
+    for folder in (packed, archives, nemo):
+        folder.mkdir()
+    for number in (1, 2, 3):
+        save(tmp_path / "model_weights.ckpt", layers(number))
+        content = (tmp_path / "model_weights.ckpt").read_bytes()
+        with gzip.open(packed / f"model_{number}.pt.gz", "wb") as file:
+            file.write(content)
+        for path in (archives / f"model_{number}.tar", nemo / f"model_{number}.nemo"):
+            with tarfile.open(path, "w") as archive:
+                archive.add(tmp_path / "model_weights.ckpt", "model_weights.ckpt")
+    for run, words in (
+        (packed, ("a gzip file", "gunzip")),
+        (archives, ("a tar archive", "tar -xf")),
+        (nemo, ("archive of NeMo", "model_weights.ckpt")),
+        ([packed / "model_1.pt.gz"], ("a gzip file", "gunzip")),
+    ):
+        with pytest.raises(RefusedError) as caught:
+            ckpt_ema.plan(run, output=tmp_path / "out")
+        assert all(word in str(caught.value) for word in words)
+
+
+def test_a_pickle_that_torch_did_not_write_is_called_one(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        (tmp_path / f"model_{number}.pkl").write_bytes(pickle.dumps({"w": [1.0] * number}))
+    error = refusal(tmp_path)
+    assert error.code is Code.UNSUPPORTED_FORMAT
+    assert "a pickle that torch.save did not write" in error.message
+
+
+# --- T: files of ranks ---
+
+RANKS = ("model_{:07}.rank_{}.pth", "ckpt-{}-rank{}.pt", "step_{}.rank{}.ckpt")
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_the_first_ranks_file_alone_is_the_model_and_so_are_copies_of_it(
+    tmp_path: Path, name: str
+) -> None:
+    run = tmp_path / "run"
+    for number in (1, 2, 3):
+        write(run / name.format(number * 100, 0), {"model": layers(number)})
+    assert Averaged(run).values() == dict.fromkeys(layers(1), 2.0)
+    for number in (1, 2, 3):
+        write(run / name.format(number * 100, 1), {"model": layers(number)})
+    assert Averaged(run).values() == dict.fromkeys(layers(1), 2.0)
+    for number in (1, 2, 3):
+        write(run / name.format(number * 100, 1), {"rng": torch.zeros(8, dtype=torch.uint8)})
+    assert Averaged(run).values() == dict.fromkeys(layers(1), 2.0)
+
+
+@pytest.mark.parametrize("name", RANKS)
+@pytest.mark.parametrize("part", ["in a run", "in folders", "listed"])
+def test_files_of_ranks_that_differ_are_refused_with_their_count(
+    tmp_path: Path, name: str, part: str
+) -> None:
+    run = tmp_path / "run"
+    for number in (100, 200, 300):
+        folder = run / f"step_{number}" if part == "in folders" else run
+        for rank in (0, 1):
+            write(folder / name.format(number, rank), {"model": layers(number + rank)})
+    paths: Any = [run / name.format(number, 0) for number in (100, 200)]
+    error = refusal(run) if part != "listed" else None
+    if error is None:
+        with pytest.raises(RefusedError) as caught:
+            ckpt_ema.plan(paths, output=tmp_path / "out")
+        error = caught.value
+    assert error.code is Code.UNSUPPORTED_FORMAT
+    assert "2 ranks" in error.message
+
+
+def test_one_rank_of_verl_holds_the_whole_model(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for number in (100, 200, 300):
+        actor = run / f"global_step_{number}/actor"
+        write(actor / "model_world_size_1_rank_0.pt", layers(number))
+        write(actor / "optim_world_size_1_rank_0.pt", {"state": {}, "param_groups": []})
+        write(actor / "extra_state_world_size_1_rank_0.pt", {"lr": 1})
+    assert Averaged(run).values() == dict.fromkeys(layers(1), 200.0)
+
+
+# --- U: folders under a file's name ---
+
+
+@pytest.mark.parametrize("outer", ["pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize("index", [True, False])
+def test_shards_in_a_folder_that_is_called_as_a_file_are_read(
+    tmp_path: Path, outer: str, index: bool
+) -> None:
+    run = tmp_path / "run"
+    for number in (1, 2, 3):
+        inside = run / f"checkpoint-{number}00" / outer
+        names = [f"pytorch_model-{shard:05}-of-00002.bin" for shard in (1, 2)]
+        for shard, name in enumerate(names):
+            write(inside / name, {f"{shard}.weight": full(number)})
+        weight_map = {f"{shard}.weight": name for shard, name in enumerate(names)}
+        if index:
+            text = json.dumps({"weight_map": weight_map})
+            (inside / "pytorch_model.bin.index.json").write_text(text)
+        (inside.parent / "config.json").write_text("{}")
+    done = Averaged(run)
+    assert all("/" not in name for name in done.files)
+    both = {key: value for file in done.files for key, value in done.values(file).items()}
+    assert both == {"0.weight": 2.0, "1.weight": 2.0}
+    assert (tmp_path / "out/config.json").exists()
+
+
+def test_one_file_in_a_folder_that_is_called_as_a_file_is_read(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for number in (1, 2, 3):
+        write(run / f"checkpoint-{number}/pytorch_model.bin/pytorch_model.bin", layers(number))
+    assert Averaged(run).values() == dict.fromkeys(layers(1), 2.0)
+
+
+# --- V: advice that works ---
+
+
+def test_the_raw_model_in_edm2s_training_state_is_read(tmp_path: Path) -> None:
+    run = files(
+        tmp_path / "run",
+        lambda i: {"net": layers(i), "optimizer": {"state": {}, "param_groups": []}},
+        "training-state-{:07}.pt",
+    )
+    (run / "network-snapshot-0000100-0.050.pkl").write_bytes(b"\x80\x04N.")
+    assert Averaged(run).values() == dict.fromkeys(layers(1), 2.0)

@@ -64,8 +64,8 @@ class Source:
         if model.is_average and not (wants_average or specs.is_average):
             text = f"The model weights in {model.members[0].name} {ALREADY_AVERAGED}."
             warning = Notice(Code.ALREADY_AVERAGED, text)
-            return replace(specs, warnings=(*specs.warnings, warning))
-        return specs
+            return replace(specs, warnings=(*specs.warnings, warning), is_average=True)
+        return replace(specs, is_average=specs.is_average or model.is_average)
 
 
 def read_specs(model: ModelFiles, storage: Storage, reading: Reading = AS_IT_IS) -> Specs:

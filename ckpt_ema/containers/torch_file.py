@@ -43,6 +43,13 @@ def claims(_name: str) -> bool:
     return True
 
 
+def is_torch_file(start: bytes) -> bool:
+    """Return whether a file that begins with these bytes was written by torch.save."""
+    name_end = 30 + int.from_bytes(start[26:28], "little")  # of a zip's first record
+    is_zip = start.startswith(b"PK\x03\x04") and start[30:name_end].endswith(b"/data.pkl")
+    return is_zip or (start.startswith(b"\x80") and _LEGACY_MAGIC in start)
+
+
 def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Specs:
     """See `Container.read_specs`; tensors are in the order of the state dict."""
     with storage.open(path) as file:

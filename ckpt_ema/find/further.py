@@ -8,17 +8,15 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from ckpt_ema.containers.source import Source
-from ckpt_ema.containers.specs import AVERAGED, Member, ModelFiles
-from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
+from ckpt_ema.containers.specs import Member, ModelFiles
+from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.names import stem_of
 from ckpt_ema.find.select import Subsets
+from ckpt_ema.find.weights_file import holds_weights, may_be_weights
 from ckpt_ema.notices import Notice
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
-
-# Errors of files that hold weights and cannot be averaged as they are.
-_UNREAD = (Code.SEVERAL_MODELS, Code.UNREADABLE_TENSOR)
 
 
 def with_further_files(found: Found, source: Source) -> Found:
@@ -77,33 +75,17 @@ def _names_beside(checkpoint: Checkpoint, source: Source) -> set[str]:
         for name in names
         if may_be_weights(name.removesuffix(conventions.INDEX_SUFFIX), names)
         and name not in known
+        and not conventions.AVERAGED_NAME.search(stem_of(name))
         and source.storage.kind(model.folder / name) is Kind.FILE
     }
-
-
-def may_be_weights(name: str, beside: set[str]) -> bool:
-    """Return whether a file in a checkpoint's folder may be a model of a name that no list has."""
-    stem = stem_of(name)
-    is_copy = f"{stem}.safetensors" in beside and not name.endswith(".safetensors")
-    return (
-        stem != name
-        and not is_copy
-        and name not in conventions.FOLDER_WEIGHTS
-        and not any(pattern.search(name) for pattern in conventions.NOT_A_MODEL)
-        and not conventions.AVERAGED_NAME.search(stem)
-        and not conventions.STAYS_BEHIND.search(name)
-    )
 
 
 def _is_readable(name: str, checkpoint: Checkpoint, source: Source) -> bool | None:
     """Return whether a file holds weights that can be averaged; None if it holds no weights."""
     try:
-        specs = source.read(ModelFiles(checkpoint.model.folder, (Member(name),)))
-    except IncompleteError:
-        return True  # it is judged with the checkpoint
-    except RefusedError as error:
-        return False if error.code in _UNREAD else None
-    return any(spec.dtype in AVERAGED for spec in specs.tensors.values()) or None
+        return holds_weights(ModelFiles(checkpoint.model.folder, (Member(name),)), source) or None
+    except RefusedError:
+        return False
 
 
 def _with_members(checkpoint: Checkpoint, names: list[str]) -> Checkpoint:

@@ -108,7 +108,7 @@ def _groups(newest: Specs) -> Iterator[tuple[str, int, list[str]]]:
 
 def _index(shards: Sequence[OutputFile], member: str) -> Finish:
     """Return the name and the content of the index over `shards`."""
-    folder, name = os.path.split(member)
+    folder, name = _split(member)
     stem = SHARD_NUMBER.sub("", os.path.basename(shards[0].name).split(".safetensors")[0])
     if is_safetensors(name):
         stem = name.split(".safetensors")[0]
@@ -133,9 +133,9 @@ def _output_name(name: str, prefix: str = "") -> str:
     >>> _output_name("2_Dense/pytorch_model.bin"), _output_name("epoch=1-step=100.ckpt")
     ('2_Dense/model.safetensors', 'model.safetensors')
     """
-    folder, base = os.path.split(name)
+    folder, base = _split(name)
     if is_safetensors(base):
-        return name
+        return os.path.join(folder, base)
     if base.endswith((".distcp", conventions.DCP_METADATA)):
         return "model.safetensors"  # the folder of the data files is no model's folder
     stem = conventions.WEIGHTS_EXTENSION.sub("", base)
@@ -146,6 +146,16 @@ def _output_name(name: str, prefix: str = "") -> str:
     known = base.endswith(".bin") and _KEEPS_ITS_NAME.search(SHARD_NUMBER.split(stem)[0])
     new = re.sub("^pytorch_model", "model", stem) if known else f"model{number}"
     return os.path.join(folder, f"{new}.safetensors")
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return the folder and the base name of an output; a folder called as a file is left out.
+
+    >>> _split("pytorch_model.bin/model.safetensors"), _split("2_Dense/model.safetensors")
+    (('', 'model.safetensors'), ('2_Dense', 'model.safetensors'))
+    """
+    folder, base = os.path.split(name)
+    return ("" if conventions.WEIGHTS_EXTENSION.search(folder) else folder), base
 
 
 def _file(name: str, member: int, keys: Sequence[str], model: Model) -> OutputFile:

@@ -28,10 +28,26 @@ def _any_of(patterns: Iterable[str]) -> str:
 # Extensions of files that can hold a model by themselves, longest first.
 WEIGHTS_EXTENSION = _any_case(r"(\.pth\.tar|\.pth\.lora|\.safetensors|\.ckpt|\.pth|\.bin|\.pt)$")
 
+# Others that some use: such a file is one of weights if it holds any.
+OTHER_EXTENSION = _any_case(
+    r"\.(tar|th|model|chkpt|chk|ckp|cpt|pyth|pkl|pickle|weights|params|mdl)$"
+)
+# Extensions of files that are never opened to see whether they hold a model.
+NO_WEIGHTS_EXTENSION = _any_case(
+    r"\.(json|jsonl|ya?ml|toml|ini|cfg|txt|log|out|err|csv|tsv|md|html?|xml|py|sh|ipynb|jinja|lock"
+    r"|png|jpe?g|gif|webp|bmp|svg|pdf|wav|mp3|flac|mp4|avi|mkv|npy|npz|h5|parquet|arrow|gguf)$"
+    r"|^events\.out\.|^\."
+)
+# Names of compressed weights, and of archives.
+PACKED_WEIGHTS = _any_case(
+    r"\.(safetensors|ckpt|pth|pt|bin|tar|th)\.(gz|bz2|xz|zst)$|\.(tar|tgz|nemo)$"
+)
+
 # How files of one model are numbered.
-SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
+SHARD_NUMBER = re.compile(r"[-_.](?P<number>\d{4,})[-_]of[-_](?P<count>\d{4,})")
 INDEX_SUFFIX = ".index.json"
-SHARD_OF_SEVERAL = re.compile(r"-\d{5}-of-(?!00001)\d{5}")
+# A file of one rank.
+RANK = _any_case(r"(?:^|[._-])rank[_-]?(?P<rank>\d+)(?=(\.[a-z]+)+$)")
 
 # Names of a whole model in a checkpoint's folder, in the order in which loaders look for them; each
 # may have an index of shards instead.
@@ -170,8 +186,8 @@ UNFINISHED_NAME = _any_case(
     r"|(-tmp|\.tmp|-unfinished)$|\.orbax-checkpoint-tmp"
 )
 SHARD_OR_RANK = _any_case(
-    SHARD_NUMBER.pattern + r"|^__\d+_\d+$|^mp_rank_\d+|(?:^|_)zero_pp_rank_\d+"
-    r"|model_world_size_\d+_rank_\d+|(?:^|[_-])rank[_-]?[1-9]\d*\.(?:pt|pth|bin|ckpt)$"
+    r"[-_.]\d{4,}[-_]of[-_]\d{4,}|^__\d+_\d+$|^mp_rank_\d+|(?:^|_)zero_pp_rank_\d+"
+    r"|model_world_size_(?!1_)\d+_rank_\d+|(?:^|[._-])rank[_-]?0*[1-9]\d*\.(?:pt|pth|bin|ckpt)$"
     r"|^layer_\d+-model_\d+|^expp_rank_|^consolidated\.\d+|_of_\d+|pp-rank-\d+-of-|^shard-\d+-"
 )
 MERGED = _any_case(r"[-_](merged|hf_merged)$")
@@ -208,7 +224,7 @@ NO_MODEL_KEY = re.compile(rf"{_WORD_START}(?i:loss|losses|criterion|metrics?)(?!
 STATE_PREFIXES = ("optimizer.", "optim.", "lr_scheduler.", "train_state.", "dataloader.", "rng.")
 
 # Names that no checkpoint calls its model.
-NOT_A_MODEL = (UNFINISHED_NAME, STATE_NAME, SHARD_OR_RANK, MERGED, MODULE_FOLDER, AVERAGED_NAME)
+NOT_A_MODEL = (UNFINISHED_NAME, STATE_NAME, SHARD_OR_RANK, MERGED, MODULE_FOLDER)
 
 # --- What lies beside weights --------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ class Trainer:
     refusals: tuple[Refusal, ...] = ()
 
 
-def _refused(name: str, what: str, instead: str, is_certain: bool = True) -> tuple[Refusal]:
+def _refused(name: str, what: str, instead: str, is_certain: bool = True) -> tuple[Refusal, ...]:
     return (Refusal(re.compile(name, re.IGNORECASE), what, instead, is_certain),)
 
 
@@ -163,8 +163,9 @@ TRAINERS = (
     Trainer(
         name="verl",
         entry="global_step_100/actor/huggingface/",
-        weights="as transformers, if hf_model is among its save_contents",
-        models=("actor/huggingface",),
+        weights="as transformers, if hf_model is among its save_contents; or that of one rank",
+        files=("model_world_size_1_rank_0.pt",),
+        models=("actor/huggingface", "actor"),
         trackers=("latest_checkpointed_iteration.txt",),
         state=("extra_state",),
     ),
@@ -174,7 +175,7 @@ TRAINERS = (
         entry="global_step_100/actor/",
         weights="model_world_size_8_rank_0.pt ...",
         refusals=_refused(
-            r"model_world_size_\d+_rank_\d+",
+            r"model_world_size_(?!1_)\d+_rank_\d+",
             "sharded over ranks (DTensor), so that each file holds a part of the model",
             "Merge each step first: `python -m verl.model_merger merge --backend fsdp"
             " --local_dir STEP/actor --target_dir OUT`.",
@@ -244,10 +245,15 @@ TRAINERS = (
         weights="weights/ and context/ (hf_weights/ is read where it was exported)",
         models=("hf_weights",),
         refusals=_refused(
-            r"(^|/)context/|\.nemo$",
+            r"(^|/)context/",
             "a NeMo checkpoint",
             "Export it first: `nemo llm export`, or NeMo-RL"
             " examples/converters/convert_dcp_to_hf.py.",
+        )
+        + _refused(
+            r"\.nemo$",
+            "an archive of NeMo",
+            "Unpack each with `tar -xf`, and average the model_weights.ckpt inside them.",
         ),
     ),
     Trainer(
@@ -393,11 +399,11 @@ TRAINERS = (
         name="EDM",
         tier="R",
         entry="network-snapshot-000200.pkl",
-        weights="a pickled module",
+        weights="a pickled module (EDM2's training-state-*.pt are read: net)",
         refusals=_refused(
             r"\.pkl$",
-            "a pickle of whole objects, which cannot be read without running its code",
-            "Save the state_dict() of its module instead.",
+            "a pickle that torch.save did not write, which cannot be read without running its code",
+            "Save the state_dict() of its module with torch.save instead.",
             is_certain=False,
         ),
     ),
