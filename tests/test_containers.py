@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from ckpt_ema.containers import source
+from ckpt_ema.containers.checks import AS_IT_IS
 from ckpt_ema.containers.reader import Reader
 from ckpt_ema.containers.specs import FileSpec, Member, ModelFiles, Specs, TensorSpec
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
+from ckpt_ema.options import Reading
 from ckpt_ema.storage import Storage
 from ckpt_ema.storage.local import Local
 from tests.makers.safetensors_files import write_safetensors
@@ -84,7 +86,9 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
 
 def read_specs(path: Path, key: str | None = None) -> Specs:
     """The specs of a checkpoint with one member."""
-    return source.read_specs(ModelFiles(path.parent, (Member(path.name),)), Local(), key)
+    return source.read_specs(
+        ModelFiles(path.parent, (Member(path.name),)), Local(), Reading(key=key)
+    )
 
 
 @pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
@@ -302,8 +306,8 @@ def test_a_container_is_one_more_entry(tmp_path: Path, monkeypatch: pytest.Monke
         def claims(self, name: str) -> bool:
             return name.endswith(".raw")
 
-        def read_specs(self, path: str, storage: Storage, key: str | None = None) -> Specs:
-            assert key is None
+        def read_specs(self, path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Specs:
+            assert reading.key is None
             identity = storage.identity(path)
             tensor = TensorSpec("U8", (identity.size_bytes,), 0, 0)
             return Specs({"all": tensor}, (FileSpec(path, *identity, ""),), ({},))

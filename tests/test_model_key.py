@@ -7,6 +7,7 @@ import pytest
 
 from ckpt_ema.containers.model_key import Model, find_model, recorded
 from ckpt_ema.errors import Code, RefusedError
+from ckpt_ema.options import Reading
 from ckpt_ema.trainers.conventions import MODEL_KEYS
 
 
@@ -19,7 +20,7 @@ def state(*names: str) -> dict[str, Tensor]:
 
 
 def find(root: Any, key: str | None = None) -> Model:
-    return find_model("FILE", root, key, Tensor)
+    return find_model("FILE", root, Reading(key=key), Tensor)
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -92,9 +93,25 @@ def test_an_average_is_averaged_with_a_warning(root: Mapping[str, Any], key: str
     assert warning.code is Code.ALREADY_AVERAGED
 
 
+class Namespace:
+    """Stands for the options of OpenNMT-py, as a pickle that is not run leaves them."""
+
+    name = "argparse.Namespace"
+
+
 def test_opennmt_has_its_output_layer_beside_the_model() -> None:
-    root = {"model": state("encoder.w"), "generator": state("w"), "opt": None}
+    root = {"model": state("encoder.w"), "generator": state("w"), "opt": Namespace(), "vocab": {}}
     assert set(find(root).values) == {"encoder.w", "generator.w"}
+
+
+@pytest.mark.parametrize(
+    "more", [{"opt": None}, {"opt": {"param_groups": []}}, {"opt": Namespace()}, {"vocab": {}}]
+)
+def test_a_generator_of_any_other_trainer_is_not_merged(more: Mapping[str, Any]) -> None:
+    with pytest.raises(RefusedError) as caught:
+        find({"model": state(), "generator": state(), **more})
+    assert caught.value.code is Code.SEVERAL_MODELS
+    assert "--key model,generator" in caught.value.hint
 
 
 def test_a_single_dict_of_tensors_under_any_key_is_the_model_and_noted() -> None:

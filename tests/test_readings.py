@@ -315,7 +315,8 @@ def test_a_part_of_a_checkpoint_by_its_name(tmp_path: Path) -> None:
     for step in (1, 2):
         folder = flat(tmp_path / f"step_{step}", "actor.pt", "critic.pt")
         assert folder.is_dir()
-    assert refused(tmp_path) is Code.NO_CHECKPOINTS
+    both = ckpt_ema.plan(tmp_path, allow_duplicates=True).averages[0].output.files
+    assert [file.name for file in both] == ["actor.safetensors", "critic.safetensors"]
     files = [tmp_path / f"step_{step}/critic.pt" for step in (1, 2)]
     assert refused(files, component="critic") is Code.NOT_A_CHECKPOINT
     [file] = (
@@ -357,21 +358,26 @@ def test_a_part_that_checkpoints_share_does_not_make_them_one(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "model",
-    [torch.nn.Linear(2, 2), {"g": {"sd": state(1)}}, [state(1)]],
+    ("model", "place"),
+    [(torch.nn.Linear(2, 2), ""), ({"g": {"sd": state(1)}}, "model.g.sd"), ([state(1)], "model.0")],
     ids=["a pickled module", "deep in dicts", "in a list"],
 )
 def test_a_lone_tensor_is_never_taken_for_a_model_that_is_elsewhere(
-    tmp_path: Path, model: Any
+    tmp_path: Path, model: Any, place: str
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
     for epoch in (1, 2):
         content = {"epoch": epoch, "model": model, "loss": torch.tensor(0.1)}
         torch.save(content, run / f"epoch_{epoch}.pt")
-    with pytest.raises(RefusedError) as caught:
-        ckpt_ema.plan(run)
-    assert "loss" not in str(caught.value)
+    if place:
+        plan = ckpt_ema.plan(run, allow_duplicates=True)
+        assert set(plan.checkpoints[-1].specs.tensors) == set(state(1))
+        assert any(f"The model is taken from {place}." in note.message for note in plan.notes)
+    else:
+        with pytest.raises(RefusedError) as caught:
+            ckpt_ema.plan(run)
+        assert "loss" not in str(caught.value)
 
 
 def test_numbers_in_the_models_own_name(tmp_path: Path) -> None:

@@ -3,9 +3,20 @@
 import os
 
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
+from ckpt_ema.options import Reading
 from ckpt_ema.storage.protocol import Identity, Kind, Location, Storage
 
+AS_IT_IS = Reading()  # without any option
 AGAIN = "Download or save it again."
+HEAD_BYTES = 512  # in which every format shows itself
+# How compressed files and archives begin, at which byte, what they are, and what unpacks them.
+_PACKED = (
+    (b"\x1f\x8b", 0, "a gzip file", "gunzip"),
+    (b"BZh", 0, "a bzip2 file", "bunzip2"),
+    (b"\xfd7zXZ", 0, "an xz file", "unxz"),
+    (b"(\xb5/\xfd", 0, "a zstd file", "unzstd"),
+    (b"ustar", 257, "a tar archive", "tar -xf"),
+)
 _LEAVE_OUT = "Was its save interrupted? Leave it out."
 
 
@@ -61,6 +72,19 @@ def check_start(path: str, start: bytes) -> None:
         raise IncompleteError(message, _LEAVE_OUT, code=Code.CUT_SHORT, path=path)
     if start.startswith(b"version https://git-lfs"):
         raise refused(path, "is a Git LFS pointer", "Run `git lfs pull`.", Code.WRONG_FORMAT)
+    if packed := packed_as(start):
+        what, command = packed
+        raise refused(path, f"is {what}", f"Unpack it first: `{command}`.", Code.WRONG_FORMAT)
+
+
+def packed_as(start: bytes) -> tuple[str, str] | None:
+    """Return what a compressed file or an archive is, by its first bytes, and what unpacks it.
+
+    >>> packed_as(bytes.fromhex("1f8b08"))
+    ('a gzip file', 'gunzip')
+    """
+    kinds = (kind for magic, at, *kind in _PACKED if start[at:].startswith(magic))
+    return next(((what, command) for what, command in kinds), None)
 
 
 def is_plain_name(name: object) -> bool:

@@ -14,12 +14,27 @@ from functools import partial
 from typing import Any, NamedTuple, TypeGuard
 
 from ckpt_ema.containers import pickles
-from ckpt_ema.containers.checks import cut_short, is_plain_name, present, read_listing, refused
+from ckpt_ema.containers.checks import (
+    AS_IT_IS,
+    cut_short,
+    is_plain_name,
+    present,
+    read_listing,
+    refused,
+)
 from ckpt_ema.containers.model_key import find_model
-from ckpt_ema.containers.specs import Box, FileSpec, Piece, Specs, TensorSpec, packed_strides
+from ckpt_ema.containers.specs import (
+    Box,
+    FileSpec,
+    Piece,
+    Specs,
+    TensorSpec,
+    packed_strides,
+)
 from ckpt_ema.containers.torch_file import Region, read_tensor
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.notices import Notice
+from ckpt_ema.options import Reading
 from ckpt_ema.storage.protocol import OpenFile, Storage
 from ckpt_ema.trainers.conventions import DCP_METADATA, STATE_PREFIXES
 
@@ -101,13 +116,13 @@ def claims(name: str) -> bool:
     return name == DCP_METADATA
 
 
-def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
+def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Specs:
     """See `Container.read_specs`; `path` is that of the .metadata."""
     what = "the metadata of a checkpoint"
     identity, raw = read_listing(path, storage, _MAX_METADATA_BYTES, what, "data files")
     metadata = FileSpec(path, *identity, hashlib.sha256(raw).hexdigest())
     tree, saved = _tree(path, _unpickled(path, raw))
-    model = find_model(path, tree, key, _Announced)
+    model = find_model(path, tree, reading, _Announced)
     tensors = {
         name: _declared(path, announced, saved)
         for name, announced in model.values.items()
@@ -123,7 +138,10 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
         name: _joined(tensor, [pieces[chunk] for chunk in chunks])
         for name, (tensor, chunks) in tensors.items()
     }
-    return Specs(joined, files, ({},) * len(files), notes, model.warnings, holes)
+    return Specs(
+        *(joined, files, ({},) * len(files), notes, model.warnings, holes),
+        is_average=model.is_average,
+    )
 
 
 def _unpickled(path: str, raw: bytes) -> _Record:

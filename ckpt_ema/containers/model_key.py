@@ -1,25 +1,30 @@
 """Which dict of tensors in a file that a training script saved is the model.
 
-It is at the top, or under a key beside optimizer state, counters and perhaps an average. The raw
-model is preferred, since an average of averages is smoothed twice. Nothing here reads a tensor.
+Everything that holds weights is found first. Each dict is the model, training state, an average
+that the trainer made, or a reason to stop or to warn. The raw model is preferred, since an average
+of averages is smoothed twice. Nothing here reads a tensor.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from ckpt_ema.containers.checks import refused
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.notices import Notice
+from ckpt_ema.options import Reading
 from ckpt_ema.trainers import conventions
 
 ALREADY_AVERAGED = (
     "are averaged already (their decay is unknown); averaging them again smooths twice"
 )
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # in names of hostile pickles; cannot be written
+_DEEPEST = 8  # levels of dicts that are searched
+_EVERYTHING = "."  # the key of the whole file
 
 _Kind = type | tuple[type, ...]
+_Found = Mapping[str, Any]  # dicts and lists of tensors by dotted path; that of the top is empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,29 +34,32 @@ class Model:
     values: Mapping[str, Any]
     notes: tuple[Notice, ...] = ()
     warnings: tuple[Notice, ...] = ()
+    is_average: bool = False  # made by the trainer
 
 
-def find_model(path: str, root: Any, key: str | None, tensor: _Kind) -> Model:
+def find_model(path: str, root: Any, reading: Reading, tensor: _Kind) -> Model:
     """Return the model in `root`, the content of the file at `path`.
 
-    `key` is the dotted path given with --key; `tensor` is the class of tensors. Raises
-    `RefusedError` if there is no model, if it is a pickled object, or if there are several.
+    `reading` has --key and --which; `tensor` is the class of tensors. With --which ema it is the
+    raw model if there is no average. Raises `RefusedError` if there is no model, if it is a pickled
+    object, if there are several, or if other weights may be a part of it.
     """
     if not isinstance(root, dict):
         raise _no_model(path, root)
-    if key is not None:
-        value = _at(root, key)
-        if not _is_model(value, tensor):
-            others = _listed(_models_in(root, tensor)) or "none at all"
-            why = f"has no dict of tensors under {key}; it has {others}"
-            raise refused(path, why, code=Code.NO_MODEL)
-        return _averaged(value, f"under {key}") if _is_averaged(root, key) else Model(value)
-    return (
-        _raw_beside_average(path, root, tensor)
-        or _under_known_key(path, root, tensor)
-        or _at_the_top(root, tensor)
-        or _under_any_key(path, root, tensor)
-    )
+    wants_average = reading.which == "ema"
+    if reading.key is not None:
+        return _under_keys(path, root, reading.key, wants_average, tensor)
+    found = _tensors_in(root, tensor, with_callbacks=wants_average)
+    averages = {place: one for place, one in found.items() if _is_averaged(root, place)}
+    raw = {p: one for p, one in found.items() if p not in averages and _may_be(p)}
+    _check_swapped(path, raw, averages, root)
+    if not (averages and wants_average) and not any(key in raw for key in conventions.MODEL_KEYS):
+        objects = (_at(root, key) for key in ("ema", *conventions.MODEL_KEYS))
+        if pickled := next(filter(_class_name, objects), None):
+            raise _no_model(path, pickled)
+    if averages and (wants_average or not raw):
+        return _averaged(averages[_only(path, averages)], wants_average, _only(path, averages))
+    return _raw(path, root, raw, averages)
 
 
 def recorded(root: Any) -> dict[str, int]:
@@ -88,125 +96,179 @@ def numbers(root: Any) -> dict[str, float]:
 
 def _at(root: Any, key: str) -> Any:
     """Return what a dotted path leads to; names may have dots of their own."""
+    if isinstance(root, list):
+        root = {str(index): value for index, value in enumerate(root)}
     if not isinstance(root, dict):
         return None
+    if key == _EVERYTHING:
+        return root
     if key in root:
         return root[key]
     first, _, rest = key.partition(".")
     return _at(root.get(first), rest) if rest else None
 
 
-def _is_model(value: Any, tensor: _Kind) -> TypeGuard[dict[str, Any]]:
-    """Return whether it is a dict of tensors, and not of models and a lone tensor."""
-    return (
-        isinstance(value, dict)
-        and any(isinstance(item, tensor) for item in value.values())
-        and all(isinstance(name, str) and not _SURROGATE.search(name) for name in value)
-        and not any(_holds_tensors(item, tensor) for key, item in value.items() if _may_be(key))
-    )
+def _tensors_in(root: Any, tensor: _Kind, *, with_callbacks: bool = False) -> dict[str, Any]:
+    """Return every dict and list that holds weights itself, by dotted path.
+
+    Training state is left out, but for callbacks if asked. If nothing holds weights, these are what
+    holds tensors of other kinds.
+    """
+    others: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    waiting, seen = [("", root, _DEEPEST)], {id(root)}
+    for place, value, depth in waiting:
+        if _is_optimizer(value):
+            continue
+        items = [*value.items()] if isinstance(value, dict) else [*enumerate(value)]
+        tensors = [item for _, item in items if isinstance(item, tensor)]
+        if tensors and (isinstance(value, list) or _are_names(value)):
+            others[place] = value
+            if any(getattr(item, "is_weight", True) for item in tensors):
+                weights[place] = value
+        for key, inner in items:
+            # A file may hold one dict under two names, and a hostile one under any number.
+            if isinstance(inner, dict | list) and depth and id(inner) not in seen:
+                seen.add(id(inner))
+                if _may_be(str(key)) or (with_callbacks and "callback" in str(key)):
+                    waiting.append((f"{place}.{key}" if place else str(key), inner, depth - 1))
+    return weights or others
 
 
-def _holds_tensors(value: Any, tensor: _Kind, depth: int = 4) -> bool:
-    """Return whether a dict or list holds tensors, not too deep inside."""
-    if not depth or not isinstance(value, dict | list):
-        return False
-    items = value.values() if isinstance(value, dict) else value
-    return any(isinstance(i, tensor) or _holds_tensors(i, tensor, depth - 1) for i in items)
+def _are_names(keys: Iterable[Any]) -> bool:
+    return all(isinstance(name, str) and not _SURROGATE.search(name) for name in keys)
 
 
-def _may_be(key: Any) -> bool:
-    """Return whether a key may lead to a model rather than to training state."""
-    return isinstance(key, str) and not any(word in key.lower() for word in conventions.STATE_WORDS)
+def _may_be(place: str) -> bool:
+    """Return whether a place may have a model rather than training state."""
+    return not conventions.STATE_KEY.search(place)
 
 
-def _models_in(root: Mapping[Any, Any], tensor: _Kind) -> dict[str, Any]:
-    """Return every dict of tensors at the first two levels that is not training state."""
-    found = {}
-    for key, value in root.items():
-        if _may_be(key) and _is_model(value, tensor):
-            found[key] = value
-        elif _may_be(key) and isinstance(value, dict):
-            inside = [(k, v) for k, v in value.items() if _may_be(k) and _is_model(v, tensor)]
-            found |= {f"{key}.{inner}": item for inner, item in inside}
-    return found
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, dict) and {"state", "param_groups"} <= value.keys()
 
 
-def _listed(models: Mapping[str, Any]) -> str:
-    return some([f"{key} ({len(value)} entries)" for key, value in models.items()])
+def _listed(found: _Found) -> str:
+    return some([f"{_place(place)} ({len(one)} entries)" for place, one in found.items()])
 
 
-def _is_averaged(root: Mapping[Any, Any], key: str) -> bool:
-    """Return whether trainers save an average under this key."""
-    if key == "state_dict":
-        return "current_model_state" in root or "message_hub" in root
-    return key in conventions.AVERAGED_KEYS and "message_hub" not in root
+def _place(place: str) -> str:
+    return place or "the top level"
 
 
-def _averaged(values: Mapping[str, Any], place: str) -> Model:
-    message = f"The model weights {place} {ALREADY_AVERAGED}."
-    return Model(values, warnings=(Notice(Code.ALREADY_AVERAGED, message),))
+def _is_averaged(root: Mapping[Any, Any], place: str) -> bool:
+    """Return whether a trainer saves an average here."""
+    if place == "state_dict":
+        return "current_model_state" in root or {"message_hub", "ema_state_dict"} <= root.keys()
+    if place == "ema_state_dict":
+        return "message_hub" not in root
+    if not place:
+        names = root.keys()
+        return "n_averaged" in names and all(n.startswith(("module.", "n_averaged")) for n in names)
+    return bool(conventions.AVERAGED_NAME.search(place))
 
 
-def _raw(values: Mapping[str, Any], average: str, key: str) -> Model:
-    message = f"{average} holds an average; the raw model weights are taken, from {key}."
-    return Model(values, (Notice(Code.DECIDED, message),))
+def _under_keys(
+    path: str, root: Mapping[Any, Any], key: str, wants_average: bool, tensor: _Kind
+) -> Model:
+    """Return the model that --key names: one dict, or several as one, their keys before names."""
+    keys = [key] if _at(root, key) is not None else key.split(",")
+    found = {one: _under_key(path, root, one, tensor) for one in keys}
+    values = found[key] if key in found else _joined(path, found)
+    averaged = [one for one in keys if one != _EVERYTHING and _is_averaged(root, one)]
+    return _averaged(values, wants_average, some(averaged)) if averaged else Model(values)
 
 
-def _raw_beside_average(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model | None:
-    """Return the raw model of trainers that save an average where the model usually is."""
-    raw = root.get("current_model_state")
-    if _is_model(raw, tensor):
-        return _raw(raw, "state_dict", "current_model_state")  # Lightning
-    swapped = root.get("ema_state_dict")
-    if not (_is_model(swapped, tensor) and _is_model(root.get("state_dict"), tensor)):
-        return None
-    if "message_hub" not in root:
+def _under_key(path: str, root: Mapping[Any, Any], key: str, tensor: _Kind) -> Mapping[str, Any]:
+    """Return the dict of tensors at a key, with those inside it; the raw ones, if there are any."""
+    found = _tensors_in(_at(root, key) or {}, tensor)
+    inside = {place: one for place, one in found.items() if isinstance(one, dict)}
+    raw = {p: one for p, one in inside.items() if not conventions.AVERAGED_NAME.search(p)}
+    if not inside:
+        others = _listed(_tensors_in(root, tensor)) or "none at all"
+        why = f"has no dict of tensors under {key}; it has {others}"
+        raise refused(path, why, code=Code.NO_MODEL)
+    if inside.keys() == {""}:
+        return inside[""]
+    values = _joined(path, raw or inside)
+    return {name: value for name, value in values.items() if isinstance(value, tensor)}
+
+
+def _joined(path: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return several dicts as one, the place of each before its names."""
+    named = [
+        (f"{place}.{name}" if place else name, value)
+        for place, values in found.items()
+        for name, value in values.items()
+    ]
+    if len(dict(named)) < len(named):
+        raise refused(path, "has two tensors of one name", "Choose one dict with --key.")
+    return dict(named)
+
+
+def _averaged(values: Mapping[str, Any], is_wanted: bool, place: str) -> Model:
+    where = f"under {place}" if place else "of an AveragedModel"
+    warning = Notice(Code.ALREADY_AVERAGED, f"The model weights {where} {ALREADY_AVERAGED}.")
+    return Model(values, warnings=() if is_wanted else (warning,), is_average=True)
+
+
+def _check_swapped(path: str, raw: _Found, averages: _Found, root: Mapping[Any, Any]) -> None:
+    if "state_dict" in raw and "ema_state_dict" in averages and "message_hub" not in root:
         either = "either may be the average: mmengine's EMAHook swaps them, others do not"
         why = f"holds both state_dict and ema_state_dict, and {either}"
         hint = "Choose the raw model weights with --key state_dict or --key ema_state_dict."
         raise refused(path, why, hint, Code.SEVERAL_MODELS)
-    names = {name.removeprefix("module."): value for name, value in swapped.items()}
-    kept = {name: value for name, value in names.items() if name in root["state_dict"]}
-    return _raw(kept, "state_dict", "ema_state_dict")
 
 
-def _under_known_key(path: str, root: Mapping[str, Any], tensor: _Kind) -> Model | None:
-    found = {k: _at(root, k) for k in conventions.MODEL_KEYS if _is_model(_at(root, k), tensor)}
-    if len(found) > 1:
-        raise _several(path, found)
-    if not found:
-        objects = (_at(root, key) for key in ("ema", *conventions.MODEL_KEYS))
-        if pickled := next(filter(_class_name, objects), None):
-            raise _no_model(path, pickled)
-        return None
-    [(key, values)] = found.items()
-    generator = root.get("generator")
-    if key == "model" and _is_model(generator, tensor) and ("opt" in root or "vocab" in root):
+def _raw(path: str, root: Mapping[str, Any], raw: _Found, averages: _Found) -> Model:
+    """Return the raw model, a note of averages, and a warning of other weights."""
+    if _is_opennmt(root, raw):
         # OpenNMT-py saves its output layer beside the model; its safetensors name it like this.
-        values = {**values, **{f"generator.{name}": value for name, value in generator.items()}}
-    averaged = [name for name in conventions.AVERAGED_KEYS if _is_model(_at(root, name), tensor)]
-    return _raw(values, some(averaged), key) if averaged else Model(values)
+        generator = {f"generator.{name}": value for name, value in raw["generator"].items()}
+        return Model({**raw["model"], **generator})
+    place = _only(path, raw)
+    values, notes, warnings = raw[place], [], []
+    if place == "ema_state_dict":  # mmengine has swapped them, and wrapped the names of this one
+        names = {name.removeprefix("module."): value for name, value in values.items()}
+        values = {name: value for name, value in names.items() if name in root["state_dict"]}
+    if averages:
+        text = f"{some(averages)} holds an average; the raw model weights are taken, from"
+        notes.append(Notice(Code.DECIDED, f"{text} {_place(place)}."))
+    elif place and place not in conventions.MODEL_KEYS:
+        notes.append(Notice(Code.DECIDED, f"The model is taken from {place}."))
+    if others := [_place(one) for one in raw if one != place]:
+        text = (
+            f"Tensors under {some(others)} are no part of the model under {_place(place)} and are"
+        )
+        text = f"{text} left out; --key {_EVERYTHING} takes every dict of tensors in the file."
+        warnings.append(Notice(Code.OTHER_WEIGHTS, text))
+    return Model(values, tuple(notes), tuple(warnings))
 
 
-def _at_the_top(root: Mapping[str, Any], tensor: _Kind) -> Model | None:
-    if not _is_model(root, tensor):
-        return None
-    if "n_averaged" in root and all(n.startswith("module.") or n == "n_averaged" for n in root):
-        return _averaged(root, "of an AveragedModel")
-    return Model(root)
+def _is_opennmt(root: Mapping[str, Any], raw: _Found) -> bool:
+    is_made_of_both = raw.keys() == {"model", "generator"} and "vocab" in root
+    return is_made_of_both and (_class_name(root.get("opt")) or "").endswith("Namespace")
 
 
-def _under_any_key(path: str, root: Mapping[Any, Any], tensor: _Kind) -> Model:
-    found = _models_in(root, tensor)
-    raw = {key: value for key, value in found.items() if key not in conventions.AVERAGED_KEYS}
-    if len(raw) > 1 or (not raw and len(found) > 1):
-        raise _several(path, found)
-    if not found:
-        raise _no_model(path, root)
-    [(key, values)] = (raw or found).items()
-    if raw:
-        return Model(values, (Notice(Code.DECIDED, f"The model is taken from {key}."),))
-    return _averaged(values, f"under {key}")
+def _only(path: str, found: _Found) -> str:
+    """Return the place of the only model among dicts of tensors; raises if there are several.
+
+    Lists, lone tensors at the top, and what belongs to a loss are no second model beside a dict
+    that trainers call the model.
+    """
+    dicts = [place for place, one in found.items() if isinstance(one, dict)]
+    known = [place for place in conventions.MODEL_KEYS if place in dicts]
+    models = [place for place in dicts if place and not conventions.NO_MODEL_KEY.search(place)]
+    if known and len(models) <= 1:
+        return known[0]
+    if found and not dicts:
+        why = f"holds lists of tensors without names ({_listed(found)}) and no dict of them"
+        raise refused(path, why, "Save a state dict.", Code.NO_MODEL)
+    if len(dicts) > 1:
+        raise _several(path, found, dicts)
+    if not dicts:
+        raise _no_model(path, found)
+    return dicts[0]
 
 
 def _class_name(value: Any) -> str | None:
@@ -215,10 +277,16 @@ def _class_name(value: Any) -> str | None:
     return name if isinstance(name, str) and not isinstance(value, dict) else None
 
 
-def _several(path: str, found: Mapping[str, Any]) -> RefusedError:
-    listed = f"{len(found)} dicts of tensors, {_listed(found)}"
-    why, hint = f"holds {listed}, and any of them may be the model", f"--key {next(iter(found))}"
-    return refused(path, why, f"Choose with {hint}.", Code.SEVERAL_MODELS)
+def _several(path: str, found: _Found, dicts: list[str]) -> RefusedError:
+    listed = f"{len(dicts)} dicts of tensors, {_listed({place: found[place] for place in dicts})}"
+    why = f"holds {listed}, and any of them may be the model or a part of it"
+    tops = dict.fromkeys(place.partition(".")[0] for place in dicts)
+    every = _EVERYTHING if "" in tops else ",".join(tops)
+    one = next(place for place in dicts if place)
+    hint = f"Take all as one model with --key {every}" + f", or one with --key {one}." * (
+        one != every
+    )
+    return refused(path, why, hint, Code.SEVERAL_MODELS)
 
 
 def _no_model(path: str, value: Any) -> RefusedError:

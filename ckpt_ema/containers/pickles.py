@@ -4,6 +4,7 @@ A pickle builds objects by calling what it names. The few names that torch's ten
 the functions below, which only take notes; every other name leads to an inert stand-in.
 """
 
+import math
 import pickle
 import struct
 from collections.abc import Callable, Iterable
@@ -56,6 +57,11 @@ class PickledTensor(NamedTuple):
     strides: tuple[int, ...]  # in elements
     dtype: str
 
+    @property
+    def is_weight(self) -> bool:
+        """Whether it may be a weight: no counter, no lone number, no state of random numbers."""
+        return math.prod(self.shape) != 1 and self.dtype.startswith(("F", "BF", "C"))
+
 
 class Inert:
     """Stands in for any class or function that a pickle names; holds and does nothing."""
@@ -78,6 +84,12 @@ class Inert:
 
 class UnreadTensor(Inert):
     """Stands in for a tensor of a kind that cannot be read."""
+
+
+class Array(UnreadTensor):
+    """Stands in for an array of numpy."""
+
+    is_weight = False  # unless it is among tensors
 
 
 class _Dict(dict[Any, Any]):
@@ -233,6 +245,8 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
 
     def stand_in(self, module: str, name: str) -> type[Inert]:
         """Return the base of the class that stands in for an unknown global."""
+        if module.startswith("numpy") and name in ("_reconstruct", "_frombuffer"):
+            return Array
         is_rebuilt = f"{module}.{name}".startswith("torch._utils._rebuild_")
         return UnreadTensor if is_rebuilt or name.endswith("Tensor") else Inert
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from ckpt_ema.containers.checks import AGAIN, check_start, cut_short, refused
+from ckpt_ema.containers.checks import AGAIN, AS_IT_IS, HEAD_BYTES, check_start, cut_short, refused
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     WRITTEN_AS,
@@ -25,6 +25,7 @@ from ckpt_ema.containers.specs import (
     packed_bytes,
 )
 from ckpt_ema.errors import Code, RefusedError
+from ckpt_ema.options import Reading
 from ckpt_ema.storage.protocol import OpenFile, Storage
 from ckpt_ema.trainers.conventions import METADATA_KEYS
 
@@ -35,11 +36,11 @@ _LARGEST = 2**64 - 1  # sizes are 64-bit in the format
 claims = is_safetensors
 
 
-def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
+def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Specs:
     """See `Container.read_specs`; tensors are in the order of their bytes."""
-    if key is not None:
+    if reading.key is not None:
         why = f"and {path} is a safetensors file, which has none"
-        message = f"--key {key} names a dict in a torch file, {why}."
+        message = f"--key {reading.key} names a dict in a torch file, {why}."
         raise RefusedError(message, code=Code.CONFLICTING_OPTIONS, path=path)
     with storage.open(path) as file:
         size_bytes = file.identity.size_bytes
@@ -131,13 +132,22 @@ def make_header(
     return len(text).to_bytes(8, "little") + text, {n: start + at for n, at in offsets.items()}
 
 
+def is_header(start: bytes, size_bytes: int) -> bool:
+    """Return whether a file of this size begins with the header of a safetensors file.
+
+    Its length may look like the first bytes of another format: 640 like those of a pickle.
+    """
+    return start[8:9] == b"{" and 8 + int.from_bytes(start[:8], "little") <= size_bytes
+
+
 def _header_bytes(file: OpenFile) -> bytes:
     path, size_bytes = file.path, file.identity.size_bytes
-    start = file.read(min(size_bytes, 64), 0)
-    check_start(path, start)
-    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
-        why = "is a torch file under a safetensors name"
-        raise refused(path, why, "Rename it to .bin.", Code.WRONG_FORMAT)
+    start = file.read(min(size_bytes, HEAD_BYTES), 0)
+    if not is_header(start, size_bytes):
+        check_start(path, start)
+        if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+            why = "is a torch file under a safetensors name"
+            raise refused(path, why, "Rename it to .bin.", Code.WRONG_FORMAT)
     length = int.from_bytes(start[:8], "little")
     if size_bytes < 8 or length > MAX_HEADER_BYTES or start[8:9] not in (b"{", b""):
         why = "is not a safetensors file: it does not start with a header"

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ckpt_ema.containers import safetensors, torch_file
-from ckpt_ema.containers.checks import is_plain_name, present, read_listing, refused
+from ckpt_ema.containers.checks import AS_IT_IS, is_plain_name, present, read_listing, refused
 from ckpt_ema.containers.specs import Specs, TensorSpec
 from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
 from ckpt_ema.notices import Notice
-from ckpt_ema.storage.protocol import Storage
-from ckpt_ema.trainers.conventions import INDEX_SUFFIX, SHARD_OF_SEVERAL
+from ckpt_ema.options import Reading
+from ckpt_ema.storage.protocol import Kind, Storage
+from ckpt_ema.trainers.conventions import INDEX_SUFFIX, SHARD_NUMBER
 
 _MAX_INDEX_BYTES = 1 << 28
 
@@ -21,15 +22,20 @@ def claims(name: str) -> bool:
     return name.endswith(INDEX_SUFFIX)
 
 
-def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
-    """See `Container.read_specs`; `path` is that of the index."""
-    shard_of = _weight_map(path, storage)
+def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Specs:
+    """See `Container.read_specs`; `path` is that of the index.
+
+    If there is none, or if none of its shards is there, the one complete set of shards of this name
+    is read by its own headers.
+    """
+    folder = os.path.dirname(path)
+    has_index = storage.kind(path) is not Kind.ABSENT
+    shard_of = _weight_map(path, storage) if has_index else {}
     shards = sorted(set(shard_of.values()))
-    paths = [_shard_path(path, shard, storage) for shard in shards]
-    read = [
-        (safetensors if safetensors.claims(shard) else torch_file).read_specs(each, storage, key)
-        for shard, each in zip(shards, paths, strict=True)
-    ]
+    if storage.names(folder).isdisjoint(shards) and (whole := complete_set(path, storage)):
+        return _by_headers(path, shards, whole, storage, reading)
+    shard_of = shard_of or _weight_map(path, storage)  # which raises
+    read = _read(path, shards, storage, reading)
     for shard, one in zip(shards, read, strict=True):
         for name in one.tensors:
             other = shard_of.get(name, "no shard")
@@ -42,6 +48,59 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
     if absent:
         raise refused(path, f"names {len(absent)} tensors that its shards lack: {some(absent)}")
     return replace(specs, warnings=(*_strays(path, shards, storage), *specs.warnings))
+
+
+def complete_set(index: str, storage: Storage) -> list[str]:
+    """Return the names of the shards of an index that are all there; none if some are missing.
+
+    Raises `RefusedError` if there are several such sets.
+    """
+    folder, name = os.path.split(index)
+    whole = name.removesuffix(INDEX_SUFFIX)
+    sets: dict[int, dict[int, str]] = {}  # by their count, then by their number
+    for one in sorted(storage.names(folder)):
+        shard = SHARD_NUMBER.search(one)
+        if shard and SHARD_NUMBER.sub("", one) == whole:
+            sets.setdefault(int(shard["count"]), {})[int(shard["number"])] = one
+    complete = [
+        list(shards.values())
+        for count, shards in sets.items()
+        if len(shards) == count and set(shards) in ({*range(count)}, {*range(1, count + 1)})
+    ]
+    if len(complete) > 1:
+        both = " and ".join(some(shards, 2) for shards in complete)
+        message = f"{folder} holds several complete sets of shards, {both}, and no index of them."
+        hint = "Remove those of an earlier save."
+        raise RefusedError(message, hint, code=Code.SEVERAL_MODELS, path=folder)
+    return complete[0] if complete else []
+
+
+def _by_headers(
+    path: str, named: list[str], shards: list[str], storage: Storage, reading: Reading
+) -> Specs:
+    """Return the tensors of shards that no index lists; `named` are those of a stale index."""
+    read = _read(path, shards, storage, reading)
+    specs = joined(read)
+    if len(specs.tensors) < sum(len(one.tensors) for one in read):
+        why = f"and two of {some(shards, 2)} hold the same tensor"
+        raise refused(path, f"is not there or stale, {why}", code=Code.SEVERAL_MODELS)
+    index = os.path.basename(path)
+    if named:
+        text = f"{index} names shards that are not there ({some(named, 2)}); the complete set"
+        warning = Notice(Code.LEFT_OUT, f"{text} {some(shards, 2)} is read instead.")
+        return replace(specs, warnings=(warning, *specs.warnings))
+    text = f"There is no {index}; its {len(shards)} shards are all there and read by their headers."
+    return replace(specs, notes=(Notice(Code.DECIDED, text), *specs.notes))
+
+
+def _read(index: str, shards: Sequence[str], storage: Storage, reading: Reading) -> list[Specs]:
+    paths = [_shard_path(index, shard, storage) for shard in shards]
+    return [
+        (safetensors if safetensors.claims(shard) else torch_file).read_specs(
+            each, storage, reading
+        )
+        for shard, each in zip(shards, paths, strict=True)
+    ]
 
 
 def joined(read: Sequence[Specs]) -> Specs:
@@ -96,6 +155,6 @@ def _strays(index: str, shards: list[str], storage: Storage) -> list[Notice]:
     folder, index_name = os.path.split(index)
     whole = index_name.removesuffix(INDEX_SUFFIX)
     unnamed = sorted(storage.names(folder) - set(shards))
-    found = [n for n in unnamed if n != whole and SHARD_OF_SEVERAL.sub("", n) == whole]
+    found = [n for n in unnamed if n != whole and SHARD_NUMBER.sub("", n) == whole]
     message = f"{index} does not name {some(found)}; their tensors are left out."
     return [Notice(Code.LEFT_OUT, message)] if found else []

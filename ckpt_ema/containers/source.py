@@ -8,9 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ckpt_ema.containers import dcp, safetensors, shards, torch_file
-from ckpt_ema.containers.checks import refused
+from ckpt_ema.containers.checks import AS_IT_IS, refused
+from ckpt_ema.containers.model_key import ALREADY_AVERAGED
 from ckpt_ema.containers.specs import ModelFiles, Specs
-from ckpt_ema.errors import Code
+from ckpt_ema.containers.twin import one_of_both
+from ckpt_ema.errors import Code, some
+from ckpt_ema.notices import Notice
 from ckpt_ema.options import Reading
 from ckpt_ema.storage import Storage
 
@@ -21,11 +24,11 @@ class Container(Protocol):
     def claims(self, name: str) -> bool:
         """Return whether a file of this name is read here."""
 
-    def read_specs(self, path: str, storage: Storage, key: str | None = None) -> Specs:
+    def read_specs(self, path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Specs:
         """Return the tensors of the model that is entered by the file at `path`, from headers.
 
-        `key` is where the model is in a file of several dicts. Names of files in the result are
-        paths. Raises `IncompleteError` for what is missing or cut short, `RefusedError` for what
+        `reading` says which dict of several is the model. Names of files in the result are paths.
+        Raises `IncompleteError` for what is missing or cut short, `RefusedError` for what
         breaks its format; and touches files only through `storage`.
         """
 
@@ -45,24 +48,37 @@ class Source:
     def read(self, model: ModelFiles) -> Specs:
         """Return the specs of a checkpoint, which has tensors; raises what `read_specs` raises."""
         if model not in self._specs:
-            specs = read_specs(model, self.storage, self.reading.key)
+            specs = read_specs(model, self.storage, self.reading)
             if not specs.tensors:
                 raise refused(model.path, "holds no tensors", code=Code.NO_MODEL)
-            self._specs[model] = specs
+            self._specs[model] = self._asked_for(model, specs)
         return self._specs[model]
 
+    def _asked_for(self, model: ModelFiles, specs: Specs) -> Specs:
+        """Return the raw weights or the average, whichever --which asks for."""
+        wants_average = self.reading.which == "ema"
+        specs = one_of_both(model.path, specs, wants_average=wants_average)
+        if wants_average and not (specs.is_average or model.is_average):
+            why = f"holds no average that its trainer made, but {some(specs.tensors, 3)}"
+            raise refused(model.path, why, "Leave out --which ema.", Code.NO_MODEL)
+        if model.is_average and not (wants_average or specs.is_average):
+            text = f"The model weights in {model.members[0].name} {ALREADY_AVERAGED}."
+            warning = Notice(Code.ALREADY_AVERAGED, text)
+            return replace(specs, warnings=(*specs.warnings, warning), is_average=True)
+        return replace(specs, is_average=specs.is_average or model.is_average)
 
-def read_specs(model: ModelFiles, storage: Storage, key: str | None = None) -> Specs:
+
+def read_specs(model: ModelFiles, storage: Storage, reading: Reading = AS_IT_IS) -> Specs:
     """Return the tensors of all members of a checkpoint; files are named relative to its folder.
 
-    `key` and what is raised are as for `Container.read_specs`.
+    `reading` and what is raised are as for `Container.read_specs`.
     """
     read = []
     inside = len(os.path.join(model.folder, ""))
     for number, member in enumerate(model.members):
         path = os.path.join(model.folder, member.name)
         container = next(one for one in CONTAINERS if one.claims(os.path.basename(path)))
-        one = container.read_specs(path, storage, key)
+        one = container.read_specs(path, storage, reading)
         files = tuple(f._replace(name=f.name[inside:], member=number) for f in one.files)
         tensors = one.tensors
         if member.prefix:
@@ -74,4 +90,5 @@ def read_specs(model: ModelFiles, storage: Storage, key: str | None = None) -> S
         raise refused(model.folder, "is in two of its model files", tensor=twice)
     prefixes = tuple(member.prefix for member in model.members)
     notes, recorded = model.notes + specs.notes, read[0].recorded
-    return replace(specs, notes=notes, recorded=recorded, prefixes=prefixes)
+    is_average = read[0].is_average
+    return replace(specs, notes=notes, recorded=recorded, prefixes=prefixes, is_average=is_average)

@@ -148,6 +148,7 @@ class Member(NamedTuple):
 
     name: str  # the file, the index of shards or DCP's .metadata, relative to the folder
     prefix: str = ""  # set before the names of its tensors, to tell them from other members'
+    is_further: bool = False  # found beside the model by its content, not by its name
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,7 @@ class ModelFiles:
     folder: Path  # companions of the model, such as its configuration, lie here too
     members: tuple[Member, ...]
     notes: tuple[Notice, ...] = ()
+    is_average: bool = False  # that the trainer made, by its name
 
     @property
     def path(self) -> Path:
@@ -195,3 +197,4 @@ class Specs:
     recorded: Mapping[str, int] = field(default_factory=dict)  # its own "step" and "epoch"
     prefixes: tuple[str, ...] = ("",)  # of the members
     numbers: Mapping[str, float] = field(default_factory=dict)  # beside the model, by dotted path
+    is_average: bool = False  # that the trainer made

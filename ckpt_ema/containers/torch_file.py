@@ -9,11 +9,11 @@ import io
 import math
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import IO, Any, NamedTuple, cast
 
-from ckpt_ema.containers import pickles
-from ckpt_ema.containers.checks import AGAIN, check_start, cut_short, refused
+from ckpt_ema.containers import pickles, safetensors
+from ckpt_ema.containers.checks import AGAIN, AS_IT_IS, HEAD_BYTES, check_start, cut_short, refused
 from ckpt_ema.containers.model_key import find_model, numbers, recorded
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
@@ -26,9 +26,11 @@ from ckpt_ema.containers.specs import (
 )
 from ckpt_ema.errors import Code, some
 from ckpt_ema.notices import Notice
+from ckpt_ema.options import Reading
 from ckpt_ema.storage.protocol import OpenFile, Storage
 
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
+_DROPPED = TensorSpec("U8", (0,), 0, 0)  # an unreadable tensor that --drop leaves out
 _PLAIN = ("builtins.", "__builtin__.", "_codecs.", "typing.")  # not worth a note
 _ONE_RANK = ("ShardedTensor", "DTensor")  # classes of which each rank's file holds a part
 _BIG_ENDIAN = "was saved on a big-endian machine"
@@ -41,23 +43,38 @@ def claims(_name: str) -> bool:
     return True
 
 
-def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
+def is_torch_file(start: bytes) -> bool:
+    """Return whether a file that begins with these bytes was written by torch.save."""
+    name_end = 30 + int.from_bytes(start[26:28], "little")  # of a zip's first record
+    is_zip = start.startswith(b"PK\x03\x04") and start[30:name_end].endswith(b"/data.pkl")
+    return is_zip or (start.startswith(b"\x80") and _LEGACY_MAGIC in start)
+
+
+def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Specs:
     """See `Container.read_specs`; tensors are in the order of the state dict."""
     with storage.open(path) as file:
         size_bytes = file.identity.size_bytes
-        start = file.read(min(size_bytes, 64), 0)
+        start = file.read(min(size_bytes, HEAD_BYTES), 0)
+        if safetensors.is_header(start, size_bytes):
+            return safetensors.read_specs(path, storage, reading)
         if start.startswith(b"PK\x03\x04"):
             structure = _read_zip(path, Region(file, 0, size_bytes))
         elif start.startswith(b"\x80") and _LEGACY_MAGIC in start:
             structure = _read_legacy(path, file)
         else:
             check_start(path, start)
-            raise refused(path, "is not a file written by torch.save", AGAIN, Code.WRONG_FORMAT)
-        model = find_model(path, structure.root, key, (pickles.PickledTensor, pickles.UnreadTensor))
+            is_pickle = start.startswith(b"\x80")
+            kind = "a pickle, but not" if is_pickle else "not a file"
+            raise refused(path, f"is {kind} written by torch.save", AGAIN, Code.WRONG_FORMAT)
+        model = find_model(
+            path, structure.root, reading, (pickles.PickledTensor, pickles.UnreadTensor)
+        )
         tensors = {
             name: _place(path, name, tensor, structure, size_bytes)
+            if isinstance(tensor, pickles.PickledTensor)
+            else _DROPPED
             for name, tensor in model.values.items()
-            if _is_tensor(path, name, tensor)
+            if _is_tensor(path, name, tensor, reading.drop)
         }
         spec = FileSpec(path, *file.identity, structure.digest)
         hole = file.first_hole()
@@ -67,8 +84,12 @@ def read_specs(path: str, storage: Storage, key: str | None = None) -> Specs:
     left_out = [Notice(Code.LEFT_OUT, f"{what}: {some(names)}.") for what, names in rows if names]
     notes = (*model.notes, *left_out)
     holes = {} if hole is None else {path: hole}
-    specs = Specs(tensors, (spec,), ({},), notes, model.warnings, holes)
-    return replace(specs, recorded=recorded(structure.root), numbers=numbers(structure.root))
+    return Specs(
+        *(tensors, (spec,), ({},), notes, model.warnings, holes),
+        recorded=recorded(structure.root),
+        numbers=numbers(structure.root),
+        is_average=model.is_average,
+    )
 
 
 class Region(NamedTuple):
@@ -87,11 +108,16 @@ def read_tensor(path: str, region: Region) -> TensorSpec:
     return _place(path, f"at byte {region.start}", structure.root, structure, region.size_bytes)
 
 
-def _is_tensor(path: str, name: str, value: object) -> bool:
-    """Return whether it is a tensor; raises `RefusedError` for one that cannot be read."""
+def _is_tensor(path: str, name: str, value: object, drop: Iterable[str]) -> bool:
+    """Return whether it is a tensor; raises for one that is unreadable and not dropped."""
     if not isinstance(value, pickles.UnreadTensor):
         return isinstance(value, pickles.PickledTensor)
-    if value.name.endswith(_ONE_RANK):
+    if any(fnmatchcase(name, glob) for glob in drop):
+        return True
+    if isinstance(value, pickles.Array):
+        why = "is a numpy array, which is not read"
+        hint = f"Save it as a tensor (torch.from_numpy), or leave it out with --drop {name}."
+    elif value.name.endswith(_ONE_RANK):
         why = f"is a {value.name}, of which each rank's file holds a part"
         hint = "Save the full state dict, or use torch.distributed.checkpoint."
     else:

@@ -4,7 +4,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from re import Pattern
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from ckpt_ema.find.entries import STRANGE, Entry, list_entries, names_in
 from ckpt_ema.find.given import unselected
 from ckpt_ema.find.names import captures_step, stem_of
 from ckpt_ema.find.verdict import APPENDED, Outcome, Reason, Rules, Verdict, judge, other, skipped
+from ckpt_ema.find.weights_file import holds_weights
 from ckpt_ema.options import Selection
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
@@ -55,6 +56,7 @@ def candidates_in(folder: Path, selection: Selection, source: Source) -> Candida
     appended = frozenset(os.path.basename(os.path.normpath(name)) for name in selection.append)
     context = _Folder(names, appended, selection)
     verdicts = {entry: judge(_RULES, entry, context) for entry in entries}
+    verdicts = _with_second_choice(verdicts, source.reading.which)
     undecided = [entry for entry, verdict in verdicts.items() if verdict is None]
     numbered = [entry for entry in undecided if not _is_unnumbered(entry, selection)]
     if not any(entry.model for entry in numbered):
@@ -79,6 +81,35 @@ def candidates_in(folder: Path, selection: Selection, source: Source) -> Candida
         tuple(entry for entry in numbered if isinstance(entry.located, Refusal)),
         {entry: verdict for entry, verdict in verdicts.items() if verdict},
     )
+
+
+def _with_second_choice(
+    verdicts: dict[Entry, Verdict | None], which: str
+) -> dict[Entry, Verdict | None]:
+    """Leave open averages and states that hold a model if there is no raw model beside them.
+
+    With --which ema, raw models are left out if there are averages.
+    """
+    models = [e for e, verdict in verdicts.items() if not verdict and e.slots and e.model]
+    averages = [entry for entry in models if _matches(entry, conventions.AVERAGED_NAME)]
+    if which == "ema" and averages:
+        raw = [entry for entry in models if entry not in averages]
+        return {**verdicts, **dict.fromkeys(raw, replace(skipped(Reason.RAW), rule="which"))}
+    if models:
+        return verdicts
+    for reason in (Reason.AVERAGE, Reason.TRAINING_STATE):
+        decided = [e for e, one in verdicts.items() if one and one.reason is reason and e.slots]
+        others = [entry for entry in decided if entry.model and _has_weights(entry)]
+        if others:
+            return {**verdicts, **dict.fromkeys(others)}
+    return verdicts
+
+
+def _has_weights(entry: Entry) -> bool:
+    try:
+        return entry.model is not None and holds_weights(entry.model, entry.source)
+    except RefusedError:
+        return False
 
 
 def _several(entries: Iterable[Entry]) -> set[str]:
@@ -111,7 +142,10 @@ def _weights_elsewhere(entry: Entry, folder: _Folder) -> Verdict | None:
 
 def _no_weights_by_name(entry: Entry, _folder: _Folder) -> Verdict | None:
     may_be = entry.has_weights_extension or entry.name in conventions.FOLDER_WEIGHTS or entry.slots
-    return None if may_be or entry.is_folder or entry.is_revision else other()
+    if may_be or entry.is_folder or entry.is_revision:
+        return None
+    is_alias_by_content = conventions.ALIAS.search(entry.stem) and entry.model
+    return None if is_alias_by_content else other()
 
 
 def _not_selected(entry: Entry, folder: _Folder) -> Verdict | None:
@@ -145,7 +179,9 @@ def _own_output(entry: Entry, folder: _Folder) -> Verdict | None:
     try:
         is_ours = entry.source.storage.kind(manifest) is not Kind.ABSENT
     except RefusedError:  # a folder that may not be entered
-        if entry.numbers and not any(_matches(entry, name) for name in conventions.NOT_A_MODEL):
+        if entry.numbers and not any(
+            _matches(entry, name) for name in (*conventions.NOT_A_MODEL, conventions.AVERAGED_NAME)
+        ):
             names_in(entry.path, entry.source)
             raise
         return None
@@ -163,6 +199,11 @@ def _by_name(reason: Reason, pattern: Pattern[str]) -> Callable[[Entry, _Folder]
         return _not_a_step(entry, reason)
 
     return rule
+
+
+def _average_by_name(entry: Entry, folder: _Folder) -> Verdict | None:
+    is_wanted = entry.source.reading.which == "ema"
+    return None if is_wanted else _by_name(Reason.AVERAGE, conventions.AVERAGED_NAME)(entry, folder)
 
 
 def _not_listable(entry: Entry, _folder: _Folder) -> Verdict | None:
@@ -203,7 +244,7 @@ _RULES: Rules[Entry, _Folder] = (
     ("shard-or-rank", _by_name(Reason.SHARD, conventions.SHARD_OR_RANK)),
     ("merged", _by_name(Reason.MERGED, conventions.MERGED)),
     ("module", _by_name(Reason.MODULE, conventions.MODULE_FOLDER)),
-    ("average-by-name", _by_name(Reason.AVERAGE, conventions.AVERAGED_NAME)),
+    ("average-by-name", _average_by_name),
     ("not-listable", _not_listable),
     ("no-model", _no_model),
 )

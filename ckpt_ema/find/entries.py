@@ -12,9 +12,10 @@ from typing import Any
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import ModelFiles, is_safetensors
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
-from ckpt_ema.find.model_files import Located, locate
+from ckpt_ema.find.model_files import locate
 from ckpt_ema.find.names import is_unnumbered_of, numbers_in, slots_in, stem_of, template_of
 from ckpt_ema.find.verdict import Judged, Verdict
+from ckpt_ema.find.weights_file import Located
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 
@@ -34,6 +35,7 @@ class Entry:
     path: Path
     source: Source = field(repr=False)
     name: str = ""  # that of its path, or of the Hub's revision
+    is_given: bool = False  # by a person, so that it is a checkpoint whatever its name
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.path.name)
@@ -56,7 +58,7 @@ class Entry:
     @cached_property
     def stem(self) -> str:
         """Its name without extension and without the suffix of a name that was taken."""
-        stem = stem_of(self.name)
+        stem = self._bare
         return conventions.VERSION.sub("", stem) if self.name.endswith(".ckpt") else stem
 
     @property
@@ -72,7 +74,13 @@ class Entry:
     @cached_property
     def slots(self) -> list[int]:
         """All integers in its name."""
-        return slots_in(stem_of(self.name))
+        return slots_in(self._bare)
+
+    @property
+    def _bare(self) -> str:
+        """Its name without an extension, also without one that only some trainers use."""
+        stem = stem_of(self.name)
+        return conventions.OTHER_EXTENSION.sub("", stem) if stem == self.name else stem
 
     @cached_property
     def template(self) -> str:
@@ -91,7 +99,7 @@ class Entry:
     @cached_property
     def located(self) -> Located:
         """The model that it holds, by names alone; None without one."""
-        return locate(self.path, self.source)
+        return locate(self.path, self.source, is_given=self.is_given)
 
     @property
     def model(self) -> ModelFiles | None:

@@ -29,7 +29,8 @@ def listed(given: Sequence[Path], selection: Selection, source: Source) -> Found
             text = f"{flag(option)} needs a run's folder, not a list of checkpoints."
             raise OptionError(text, code=Code.CONFLICTING_OPTIONS)
     paths = [_checkpoint_path(path, source) for path in given]
-    entries = [Entry(path, source, name) for path, name in zip(paths, _names(paths), strict=True)]
+    pairs = zip(paths, _names(paths), strict=True)
+    entries = [Entry(path, source, name, is_given=True) for path, name in pairs]
     for entry in entries:
         if not entry.model:
             raise _not_a_checkpoint(entry)
@@ -78,7 +79,7 @@ def _not_a_checkpoint(entry: Entry) -> RefusedError:
     elif entry.is_folder:
         why = f"is not a checkpoint: it holds none of {some(conventions.FOLDER_WEIGHTS)}"
     else:
-        why = "is not a checkpoint: its extension is not one of a model's"
+        why = "is not a checkpoint: neither a safetensors file nor one written by torch.save"
     return RefusedError(f"{entry.path} {why}.", hint, code=Code.NOT_A_CHECKPOINT, path=entry.path)
 
 
@@ -136,7 +137,7 @@ def append(
         known = same_path(path, (*found, *appended), source)
         if known:
             raise _append_error(path, f"{known} is there already", Code.GIVEN_TWICE)
-        model = locate(path, source)
+        model = locate(path, source, is_given=True)
         if isinstance(model, Refusal):
             raise unsupported(path, model)
         if model is None:

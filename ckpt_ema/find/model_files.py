@@ -2,19 +2,27 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+from ckpt_ema.containers.shards import complete_set
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Member, ModelFiles
 from ckpt_ema.errors import Code, RefusedError, some
-from ckpt_ema.find.names import stem_of
+from ckpt_ema.find.names import slots_in, stem_of
+from ckpt_ema.find.weights_file import (
+    Located,
+    holds_weights,
+    locate_file,
+    may_be_weights,
+    refusal_of,
+)
 from ckpt_ema.notices import Notice
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 from ckpt_ema.trainers.table import Refusal
 
 _DEEPEST = 5  # folders deep that signs of another format are looked for
-Located = ModelFiles | Refusal | None  # a refusal is for a format that is not read
 
 
 def unsupported(path: Path, refusal: Refusal) -> RefusedError:
@@ -23,21 +31,30 @@ def unsupported(path: Path, refusal: Refusal) -> RefusedError:
     return RefusedError(text, refusal.instead, code=Code.UNSUPPORTED_FORMAT, path=path)
 
 
-def locate(path: Path, source: Source, *, depth: int = _DEEPEST) -> Located:
-    """Return the model files of the checkpoint at `path`; raises if two models are in doubt."""
-    if not source.storage.is_folder(path):
-        refusal = _refusal([path.name])
-        is_weights = conventions.WEIGHTS_EXTENSION.search(path.name)
-        if refusal or not is_weights or source.reading.component:
-            return refusal  # a file has no components; --key looks inside
-        return ModelFiles(path.parent, (Member(path.name),))
+def locate(path: Path, source: Source, *, depth: int = _DEEPEST, is_given: bool = False) -> Located:
+    """Return the model files of the checkpoint at `path`; raises if two models are in doubt.
+
+    A file that a person has given is one of a model, whatever its name.
+    """
+    if source.storage.is_folder(path):
+        found = _in_checkpoint(path, source, depth)
+    elif source.reading.component:
+        return refusal_of([path.name])  # a file has no components; --key looks inside
+    else:
+        found = locate_file(path, source, is_given=is_given)
+    by_name = source.reading.which == "ema" and conventions.AVERAGED_NAME.search(stem_of(path.name))
+    return replace(found, is_average=True) if by_name and isinstance(found, ModelFiles) else found
+
+
+def _in_checkpoint(path: Path, source: Source, depth: int) -> Located:
     if source.reading.component:
         return _component(path, source.reading.component, source)
     names = source.storage.names(path)
     if conventions.DCP_METADATA in names and "meta.pt" in names:
-        return _refusal(["meta.pt"])
+        return refusal_of(["meta.pt"])
     found = (
-        _in_folder(path, names, source)
+        (_average(path, names, source) if source.reading.which == "ema" else None)
+        or _in_folder(path, names, source)
         or _pipeline(path, source)
         or _in_model_folder(path, source)
         or _distributed(path, source)
@@ -45,11 +62,20 @@ def locate(path: Path, source: Source, *, depth: int = _DEEPEST) -> Located:
     if found:
         return found
     below = _names_below(path, depth, source)
-    return _refusal(below, certain_only=True) or _only_file(path, source) or _refusal(below)
+    return (
+        refusal_of(below, certain_only=True)
+        or _own_names(path, names, source)
+        or _average(path, names, source)
+        or refusal_of(below)
+    )
 
 
 def _in_folder(folder: Path, names: set[str], source: Source) -> ModelFiles | None:
     main = _model_file(folder, names, source)
+    # Newer versions of zero_to_fp32.py write shards into a folder with the name of the file.
+    inside = _member(folder, main, source) if main else []
+    if inside:
+        return ModelFiles(folder, (Member(inside[0].name),))
     members = [Member(main), *_further_models(names)] if main else []
     if conventions.MODULES_LIST in names:
         members += _modules(folder, source)
@@ -71,10 +97,7 @@ def _model_file(folder: Path, names: set[str], source: Source) -> str | None:
             forms = [forms[wanted == "sharded"]]
         models = forms + models
     if not models and not adapters:
-        # Shards without their index, which is written last: an unfinished save.
-        sharded = {conventions.SHARD_OF_SEVERAL.sub("", name) for name in names}
-        unindexed = (one for one in conventions.MODEL_FILES if one in sharded)
-        models = [one + conventions.INDEX_SUFFIX for one in unindexed]
+        models = [one + conventions.INDEX_SUFFIX for one in _sharded(folder, names, source)]
     if wanted == "adapter" or not models:
         return adapters[0] if adapters else None
     if adapters and wanted == "auto":
@@ -82,6 +105,21 @@ def _model_file(folder: Path, names: set[str], source: Source) -> str | None:
         hint = "Choose one with --form single (or sharded) or --form adapter."
         raise _several_models(folder, both, hint)
     return models[0]
+
+
+def _sharded(folder: Path, names: set[str], source: Source) -> list[str]:
+    """Return the names of models whose shards are in a folder, perhaps without their index."""
+    matches = ((name, conventions.SHARD_NUMBER.sub("", name)) for name in sorted(names))
+    wholes = dict.fromkeys(whole for name, whole in matches if whole != name)
+    usual = [one for one in conventions.MODEL_FILES if one in wholes]
+    if usual:
+        return usual
+    index_of = {one: one + conventions.INDEX_SUFFIX for one in wholes if stem_of(one) != one}
+    return [
+        one
+        for one, index in index_of.items()
+        if index in names or complete_set(os.path.join(folder, index), source.storage)
+    ][:1]
 
 
 def _several_models(folder: Path, both: str, hint: str) -> RefusedError:
@@ -124,7 +162,17 @@ def _component(path: Path, component: str, source: Source) -> Located:
     if not component or component in (".", "..") or "/" in component:
         text = f"--component {component!r} is not the name of a folder."
         raise RefusedError(text, code=Code.INVALID_OPTION)
-    if conventions.COMPONENT.search(component.removesuffix("_ema")):
+    names = source.storage.names(path)
+    if source.reading.which == "ema":
+        averages = {_raw_name(stem_of(n)): n for n in names if _raw_name(n) != n}
+        component = stem_of(averages.get(component, component))
+    is_average = bool(conventions.AVERAGED_NAME.search(component))
+    found = _component_named(path, component, names, source)
+    return replace(found, is_average=is_average) if isinstance(found, ModelFiles) else found
+
+
+def _component_named(path: Path, component: str, names: set[str], source: Source) -> Located:
+    if conventions.COMPONENT.search(_raw_name(component)):
         return _pipeline(path, source, component)
     inside = path / component
     if source.storage.is_folder(inside):
@@ -132,10 +180,39 @@ def _component(path: Path, component: str, source: Source) -> Located:
             _in_folder(inside, source.storage.names(inside), source)
             or _in_model_folder(inside, source)
             or _distributed(inside, source)
-            or _refusal(_names_below(inside, _DEEPEST, source))
+            or refusal_of(_names_below(inside, _DEEPEST, source))
         )
-    files = [n for n in source.storage.names(path) if n != stem_of(n) == component]
+    files = [n for n in names if n != stem_of(n) == component]
     return ModelFiles(path, (Member(files[0]),)) if len(files) == 1 else None
+
+
+def _raw_name(name: str) -> str:
+    """Return the name of the raw weights of an average.
+
+    >>> _raw_name("unet_ema"), _raw_name("ema-unet"), _raw_name("unet")
+    ('unet', 'unet', 'unet')
+    """
+    return conventions.AVERAGED_NAME.sub("", name).strip("-_.")
+
+
+def _average(path: Path, names: set[str], source: Source) -> ModelFiles | None:
+    """Return the average that a trainer saved as a file or a folder of its own."""
+    named = sorted(name for name in names if conventions.AVERAGED_NAME.search(stem_of(name)))
+    files = [name for name in named if _may_be_a_model(name, names, path, source)]
+    if any(slots_in(stem_of(name)) for name in files[1:]):
+        return None  # steps of a run
+    if len(files) > 1:
+        several = f"several averages ({some(files)})"
+        raise _several_models(path, several, "List the files of the one that you want instead.")
+    if files:
+        return ModelFiles(path, (Member(files[0]),), is_average=True)
+    members = [member for name in named for member in _member(path, name, source)]
+    if len(members) == 1 and not conventions.COMPONENT.search(
+        _raw_name(members[0].prefix.rstrip("/"))
+    ):
+        folder, file = os.path.split(path / members[0].name)
+        return ModelFiles(Path(folder), (Member(file),), is_average=True)
+    return ModelFiles(path, tuple(members), is_average=True) if members else None
 
 
 def _pipeline(path: Path, source: Source, component: str | None = None) -> ModelFiles | None:
@@ -145,7 +222,7 @@ def _pipeline(path: Path, source: Source, component: str | None = None) -> Model
         n for n in names if n == component or (not component and conventions.COMPONENT.search(n))
     ]
     members = [member for name in chosen for member in _member(path, name, source)]
-    averaged = [n for n in names if n.removesuffix("_ema") in chosen and n not in chosen]
+    averaged = [n for n in names if _raw_name(n) in chosen and n not in chosen]
     taken = f"{some(averaged)} holds averaged weights; the raw ones are used."
     notes = (Notice(Code.DECIDED, taken),) if averaged else ()
     return ModelFiles(path, tuple(members), notes) if members else None
@@ -166,30 +243,37 @@ def _distributed(path: Path, source: Source) -> Located:
         # Without .metadata, which is written last, it is an unfinished save of the same format.
         if conventions.DCP_METADATA in names or any(file.endswith(".distcp") for file in names):
             if "common.pt" in names or source.storage.is_folder(path / "context"):
-                return _refusal(["common.pt", "context/"])
+                return refusal_of(["common.pt", "context/"])
             if name in conventions.MODEL_FOLDERS:
                 return ModelFiles(folder, (Member(conventions.DCP_METADATA),))
             return ModelFiles(path, (Member(os.path.join(name, conventions.DCP_METADATA)),))
     return None
 
 
-def _only_file(path: Path, source: Source) -> ModelFiles | None:
-    """Return the only weights file of a folder without any of the usual names."""
+def _own_names(path: Path, names: set[str], source: Source) -> Located:
+    """Return the weights files of a folder without any of the usual names.
+
+    Several are parts of one model, unless their names are those of steps.
+    """
     files = [
         name
-        for name in source.storage.names(path)
-        if conventions.WEIGHTS_EXTENSION.search(name)
-        and name not in conventions.FOLDER_WEIGHTS
-        and not any(pattern.search(name) for pattern in conventions.NOT_A_MODEL)
-        and not conventions.STAYS_BEHIND.search(name)
-        and source.storage.kind(path / name) is Kind.FILE
+        for name in sorted(names)
+        if not conventions.AVERAGED_NAME.search(stem_of(name))
+        and _may_be_a_model(name, names, path, source)
     ]
-    return ModelFiles(path, (Member(files[0]),)) if len(files) == 1 else None
+    if len(files) == 1:
+        return locate_file(path / files[0], source)
+    if any(slots_in(stem_of(name)) or conventions.ALIAS.search(name) for name in files):
+        return None
+    models = [ModelFiles(path, (Member(name),)) for name in files]
+    parts = [model.members[0].name for model in models if holds_weights(model, source)]
+    members = [Member(name, f"{stem_of(name)}/") for name in parts]
+    return ModelFiles(path, tuple(members)) if members else None
 
 
-def _refusal(names: list[str], *, certain_only: bool = False) -> Refusal | None:
-    refusals = (one for one in conventions.REFUSALS if one.is_certain or not certain_only)
-    return next((one for one in refusals if any(map(one.name.search, names))), None)
+def _may_be_a_model(name: str, beside: set[str], folder: Path, source: Source) -> bool:
+    is_named = may_be_weights(name, beside)
+    return is_named and source.storage.kind(folder / name) is Kind.FILE
 
 
 def _names_below(folder: Path, depth: int, source: Source) -> list[str]:

@@ -15,6 +15,7 @@ from ckpt_ema.find.candidates import Candidates, candidates_in
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint, Found, Hole
 from ckpt_ema.find.complete import without_incomplete
 from ckpt_ema.find.entries import Entry, Verdicts, is_hub_cache
+from ckpt_ema.find.further import with_further_files
 from ckpt_ema.find.given import append, common_root, listed, none_selected, unmatched
 from ckpt_ema.find.model_files import locate, unsupported
 from ckpt_ema.find.names import numbers_in, stem_of, template_of
@@ -42,7 +43,7 @@ def discover(paths: Sequence[Path], selection: Selection, source: Source) -> Fou
         found = _in_run(run, candidates_in(run, selection, source), selection, source)
     else:
         found = listed(paths, selection, source)
-    return without_incomplete(found, selection, source)
+    return without_incomplete(with_further_files(found, source), selection, source)
 
 
 def _in_run(run: Path, candidates: Candidates, selection: Selection, source: Source) -> Found:

@@ -35,6 +35,7 @@ class Reason(Enum):
     MERGED = "a merged copy"
     MODULE = "one module of a model"
     AVERAGE = "already an average"
+    RAW = "raw weights beside the average"
     OWN_OUTPUT = "an output of ckpt-ema"
     WEIGHTS_ELSEWHERE = "its weights are in another file"
     NOT_REGULAR = "neither a regular file nor a folder"

@@ -231,7 +231,11 @@ def _falling_times(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
 
 def _about_run(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
     specs = list(specs_of.values())
-    by_name = [c.name for c in specs_of if conventions.AVERAGED_NAME.search(stem_of(c.name))]
+    by_name = [
+        c.name
+        for c, one in specs_of.items()
+        if conventions.AVERAGED_NAME.search(stem_of(c.name)) and not one.is_average
+    ]
     key = conventions.PROVENANCE_KEY
     by_header = [c.name for c, one in specs_of.items() if any(key in own for own in one.metadata)]
     for how, names in (("By their names", by_name), ("By their headers", by_header)):

@@ -17,6 +17,7 @@ from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import Code, OptionError, RefusedError
 from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.complete import check_complete
+from ckpt_ema.find.further import with_common_files
 from ckpt_ema.find.logs import check_one_run, reader_of_logs
 from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
@@ -148,6 +149,7 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     found = discover(paths, options.selection, source)
     log_of = reader_of_logs(source)
     selected = select(found, options.selection, source, log_of)
+    found, selected = with_common_files(found, selected)
     weighted = weigh(selected.subsets, options.weighting)
     checkpoints = _taken(weighted, found)
     one_run = check_one_run(checkpoints, log_of)

@@ -96,14 +96,15 @@ class SafetensorsTarget:
 
 def _groups(newest: Specs) -> Iterator[tuple[str, int, list[str]]]:
     """Yield the name of each output file, its member, and the keys of its tensors."""
-    names = [(file.member, _output_name(file.name)) for file in newest.files]
+    prefixes = newest.prefixes
+    names = [(file.member, _output_name(file.name, prefixes[file.member])) for file in newest.files]
     groups: dict[tuple[int, str], list[str]] = {}
     for key, tensor in newest.tensors.items():
         groups.setdefault(names[tensor.file], []).append(key)
     files_of = Counter(member for member, _ in groups)
     for keys in sorted(groups.values(), key=lambda keys: newest.tensors[keys[0]].file):
         file = newest.files[newest.tensors[keys[0]].file]
-        name = _output_name(file.name)
+        _, name = names[newest.tensors[keys[0]].file]
         if files_of[file.member] == 1 and not is_safetensors(file.name):
             name = SHARD_NUMBER.sub("", name)  # a shard that is all there is
         yield name, file.member, keys
@@ -111,7 +112,7 @@ def _groups(newest: Specs) -> Iterator[tuple[str, int, list[str]]]:
 
 def _index(shards: Sequence[OutputFile], member: str) -> Finish:
     """Return the name and the content of the index over `shards`."""
-    folder, name = os.path.split(member)
+    folder, name = _split(member)
     stem = SHARD_NUMBER.sub("", os.path.basename(shards[0].name).split(".safetensors")[0])
     if is_safetensors(name):
         stem = name.split(".safetensors")[0]
@@ -128,23 +129,27 @@ def _index(shards: Sequence[OutputFile], member: str) -> Finish:
     return os.path.join(folder, f"{stem}.safetensors.index.json"), text.encode()
 
 
-def _output_name(name: str) -> str:
+def _output_name(name: str, prefix: str = "") -> str:
     """Name the output file for the tensors of an input file; several inputs may share one.
+
+    `prefix` is that of its model: a further file of a checkpoint has its own name in it.
 
     >>> _output_name("2_Dense/pytorch_model.bin"), _output_name("epoch=1-step=100.ckpt")
     ('2_Dense/model.safetensors', 'model.safetensors')
     >>> _output_name("mm_projector.bin"), _output_name("pytorch_model_1.bin")
     ('mm_projector.safetensors', 'model_1.safetensors')
     """
-    folder, base = os.path.split(name)
+    folder, base = _split(name)
     if is_safetensors(base):
-        return name
+        return os.path.join(folder, base)
     if base.endswith((".distcp", conventions.DCP_METADATA)):
         return "model.safetensors"  # the folder of the data files is no model's folder
     stem = conventions.WEIGHTS_EXTENSION.sub("", base)
     shard = SHARD_NUMBER.search(stem)
     number = shard.group() if shard else ""
     own = stem.removesuffix(number)
+    if prefix == f"{own}/":
+        return f"{stem}.safetensors"
     if conventions.FURTHER_MODEL.search(base):
         new = stem.removeprefix("pytorch_")
     elif _is_any_model(own) or (number and f"{own}.bin" not in conventions.FOLDER_WEIGHTS):
@@ -165,6 +170,16 @@ def _is_any_model(stem: str) -> bool:
     ]
     is_step = any(digits > 2 or (is_any and digits) for is_any, digits in words)
     return is_step or all(is_any for is_any, _ in words)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return the folder and the base name of an output; a folder called as a file is left out.
+
+    >>> _split("pytorch_model.bin/model.safetensors"), _split("2_Dense/model.safetensors")
+    (('', 'model.safetensors'), ('2_Dense', 'model.safetensors'))
+    """
+    folder, base = os.path.split(name)
+    return ("" if conventions.WEIGHTS_EXTENSION.search(folder) else folder), base
 
 
 def _file(name: str, member: int, keys: Sequence[str], model: Model) -> OutputFile:

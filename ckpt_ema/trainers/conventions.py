@@ -28,10 +28,26 @@ def _any_of(patterns: Iterable[str]) -> str:
 # Extensions of files that can hold a model by themselves, longest first.
 WEIGHTS_EXTENSION = _any_case(r"(\.pth\.tar|\.pth\.lora|\.safetensors|\.ckpt|\.pth|\.bin|\.pt)$")
 
+# Others that some use: such a file is one of weights if it holds any.
+OTHER_EXTENSION = _any_case(
+    r"\.(tar|th|model|chkpt|chk|ckp|cpt|pyth|pkl|pickle|weights|params|mdl)$"
+)
+# Extensions of files that are never opened to see whether they hold a model.
+NO_WEIGHTS_EXTENSION = _any_case(
+    r"\.(json|jsonl|ya?ml|toml|ini|cfg|txt|log|out|err|csv|tsv|md|html?|xml|py|sh|ipynb|jinja|lock"
+    r"|png|jpe?g|gif|webp|bmp|svg|pdf|wav|mp3|flac|mp4|avi|mkv|npy|npz|h5|parquet|arrow|gguf)$"
+    r"|^events\.out\.|^\."
+)
+# Names of compressed weights, and of archives.
+PACKED_WEIGHTS = _any_case(
+    r"\.(safetensors|ckpt|pth|pt|bin|tar|th)\.(gz|bz2|xz|zst)$|\.(tar|tgz|nemo)$"
+)
+
 # How files of one model are numbered.
-SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
+SHARD_NUMBER = re.compile(r"[-_.](?P<number>\d{4,})[-_]of[-_](?P<count>\d{4,})")
 INDEX_SUFFIX = ".index.json"
-SHARD_OF_SEVERAL = re.compile(r"-\d{5}-of-(?!00001)\d{5}")
+# A file of one rank.
+RANK = _any_case(r"(?:^|[._-])rank[_-]?(?P<rank>\d+)(?=(\.[a-z]+)+$)")
 
 # Names of a whole model in a checkpoint's folder, in the order in which loaders look for them; each
 # may have an index of shards instead.
@@ -79,14 +95,12 @@ MODEL_FOLDERS = (*_gathered(trainer.models for trainer in TRAINERS), "huggingfac
 DCP_FOLDERS = ("", *_gathered(trainer.sharded for trainer in TRAINERS))
 REFUSALS = tuple(refusal for trainer in TRAINERS for refusal in trainer.refusals)
 
-# Where the model is in a torch file or in DCP's metadata, dots leading into dicts; and weights that
-# a trainer averaged itself.
+# Where the model is in a torch file or in DCP's metadata, dots leading into dicts.
 MODEL_KEYS = (
     *("state_dict", "model_state_dict"),
     *_gathered(trainer.model_keys for trainer in TRAINERS),
     *("model", "module", "net", "network"),
 )
-AVERAGED_KEYS = _gathered(trainer.averaged_keys for trainer in TRAINERS)
 LOADS_COMPILED = _any_case(
     f"^({_any_of(_gathered(trainer.loads_compiled for trainer in TRAINERS))})$"
 )
@@ -128,6 +142,9 @@ COUNT = _any_case(
     rf"(?P<count>(?:(?<![a-z])tokens?[-_]?)?(?:{_MAGNITUDE}))|(?P<f>\d+\.\d+)|(?P<n>\d+)"
 )
 _BOUNDARY = r"(?:^|(?<=[^A-Za-z]))"  # "timestep_5" is not "step_5"
+
+# Where a word begins, also in camelCase.
+_WORD_START = r"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))"
 
 # The name of a snapshot in the Hub's cache, whose digits say nothing.
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
@@ -172,8 +189,10 @@ FACTOR = re.compile(
 ROTATION = re.compile(r"(?<![A-Za-z])oft_([Rr]|blocks)(?![A-Za-z])")
 FACTORS = (FACTOR, ROTATION)
 
-# Names of weights that a trainer averaged itself.
-AVERAGED_NAME = _any_case(r"(?:^|[-_./])(average|averaged|avg|ave|ave_\d+best|ema|bema)(?:$|[-_.])")
+# Names of weights that a trainer averaged itself, whether of files, folders, dicts or modules.
+AVERAGED_NAME = re.compile(
+    rf"{_WORD_START}(?i:b?emas?|averaged?|avg|ave|swa|lawa|teacher|shadow|polyak)(?![a-z])"
+)
 
 # Names that hold a number or weights and still are no step of the run.
 UNFINISHED_NAME = _any_case(
@@ -181,8 +200,8 @@ UNFINISHED_NAME = _any_case(
     r"|([-_.]te?mp|-unfinished)$|\.orbax-checkpoint-tmp"
 )
 SHARD_OR_RANK = _any_case(
-    SHARD_NUMBER.pattern + r"|^__\d+_\d+$|^mp_rank_\d+|(?:^|_)zero_pp_rank_\d+"
-    r"|model_world_size_\d+_rank_\d+|(?:^|[_-])rank[_-]?[1-9]\d*\.(?:pt|pth|bin|ckpt)$"
+    r"[-_.]\d{4,}[-_]of[-_]\d{4,}|^__\d+_\d+$|^mp_rank_\d+|(?:^|_)zero_pp_rank_\d+"
+    r"|model_world_size_(?!1_)\d+_rank_\d+|(?:^|[._-])rank[_-]?0*[1-9]\d*\.(?:pt|pth|bin|ckpt)$"
     r"|^layer_\d+-model_\d+|^expp_rank_|^consolidated\.\d+|_of_\d+|pp-rank-\d+-of-|^shard-\d+-"
 )
 MERGED = _any_case(r"[-_](merged|hf_merged)$")
@@ -208,17 +227,20 @@ STATE_NAME = _any_case(
     + _any_of(_STATE)
     + r")|[-_]state$|^(?:policy_)?(?:pre|post)processor_"
 )
-# Words in keys whose dicts of tensors are not the model.
-STATE_WORDS = (
-    *("optim", "sched", "scaler", "rng", "sampler", "callback", "loop", "averaging_state"),
-    *("train_state", "dataloader"),
+# Keys of dicts of tensors that are training state, not the model: "sampler", but not "resampler".
+STATE_KEY = re.compile(
+    r"(?i:optim|sched|rng|callback|averaging_state|train_?state|data_?loader)"
+    rf"|{_WORD_START}(?i:(?:grad|amp|loss)?_?scaler|sampler)"
+    rf"|{_WORD_START}(?i:loops?|opts?|adamw?)(?![a-z])"
 )
+# Keys of what belongs to a loss: neither state nor a part of the model that loaders know.
+NO_MODEL_KEY = re.compile(rf"{_WORD_START}(?i:loss|losses|criterion|metrics?)(?![a-z])")
 # Prefixes of what lies beside a model whose tensors are at the top of DCP's metadata. The words
 # above would be too much: a model may have a resampler.
 STATE_PREFIXES = ("optimizer.", "optim.", "lr_scheduler.", "train_state.", "dataloader.", "rng.")
 
 # Names that no checkpoint calls its model.
-NOT_A_MODEL = (UNFINISHED_NAME, STATE_NAME, SHARD_OR_RANK, MERGED, MODULE_FOLDER, AVERAGED_NAME)
+NOT_A_MODEL = (UNFINISHED_NAME, STATE_NAME, SHARD_OR_RANK, MERGED, MODULE_FOLDER)
 
 # --- What lies beside weights --------------------------------------------------------------------
 

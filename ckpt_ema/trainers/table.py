@@ -45,7 +45,6 @@ class Trainer:
     models: tuple[str, ...] = ()  # folders in a checkpoint that are a model with its files
     sharded: tuple[str, ...] = ()  # folders in a checkpoint that torch.distributed.checkpoint wrote
     model_keys: tuple[str, ...] = ()  # in a torch file or DCP; dots lead into dicts
-    averaged_keys: tuple[str, ...] = ()  # the same, of weights that the trainer averaged
     loads_compiled: tuple[str, ...] = ()  # names of files whose loader removes torch.compile's word
     # Whether a checkpoint is complete.
     done: tuple[str, ...] = ()  # files that exist once it is
@@ -67,7 +66,7 @@ class Trainer:
     refusals: tuple[Refusal, ...] = ()
 
 
-def _refused(name: str, what: str, instead: str, is_certain: bool = True) -> tuple[Refusal]:
+def _refused(name: str, what: str, instead: str, is_certain: bool = True) -> tuple[Refusal, ...]:
     return (Refusal(re.compile(name, re.IGNORECASE), what, instead, is_certain),)
 
 
@@ -157,7 +156,6 @@ TRAINERS = (
         name="timm",
         entry="checkpoint-12.pth.tar, last.pth.tar",
         weights="state_dict (not state_dict_ema)",
-        averaged_keys=("state_dict_ema",),
     ),
     Trainer(
         name="ultralytics",
@@ -169,8 +167,9 @@ TRAINERS = (
     Trainer(
         name="verl",
         entry="global_step_100/actor/huggingface/",
-        weights="as transformers, if hf_model is among its save_contents",
-        models=("actor/huggingface",),
+        weights="as transformers, if hf_model is among its save_contents; or that of one rank",
+        files=("model_world_size_1_rank_0.pt",),
+        models=("actor/huggingface", "actor"),
         trackers=("latest_checkpointed_iteration.txt",),
         state=("extra_state",),
     ),
@@ -180,7 +179,7 @@ TRAINERS = (
         entry="global_step_100/actor/",
         weights="model_world_size_8_rank_0.pt ...",
         refusals=_refused(
-            r"model_world_size_\d+_rank_\d+",
+            r"model_world_size_(?!1_)\d+_rank_\d+",
             "sharded over ranks (DTensor), so that each file holds a part of the model",
             "Merge each step first: `python -m verl.model_merger merge --backend fsdp"
             " --local_dir STEP/actor --target_dir OUT`.",
@@ -250,10 +249,15 @@ TRAINERS = (
         weights="weights/ and context/ (hf_weights/ is read where it was exported)",
         models=("hf_weights",),
         refusals=_refused(
-            r"(^|/)context/|\.nemo$",
+            r"(^|/)context/",
             "a NeMo checkpoint",
             "Export it first: `nemo llm export`, or NeMo-RL"
             " examples/converters/convert_dcp_to_hf.py.",
+        )
+        + _refused(
+            r"\.nemo$",
+            "an archive of NeMo",
+            "Unpack each with `tar -xf`, and average the model_weights.ckpt inside them.",
         ),
     ),
     Trainer(
@@ -344,13 +348,11 @@ TRAINERS = (
         weights="state.model; or as transformers",
         containers=("huggingface", "hf_format"),
         model_keys=("state.model",),
-        averaged_keys=("state.ema",),
     ),
     Trainer(
         name="mmengine",
         entry="epoch_12.pth, iter_1000.pth",
         weights="state_dict; with EMAHook the raw ones, in ema_state_dict",
-        averaged_keys=("ema_state_dict",),
         step_keys=("meta.iter",),
         epoch_keys=("meta.epoch",),
     ),
@@ -374,7 +376,6 @@ TRAINERS = (
         entry="12epoch.pth, epoch_12.pt, checkpoint-4000.pt",
         weights="the top, or model",
         names=(r"^(?P<epoch>\d+)epoch$", r"^checkpoint-(?P<step>\d+)-"),
-        averaged_keys=("model_avg",),
         records=(Record("{stem}.yaml", {"step": "step", "epoch": "epoch"}),),
         step_keys=("batch_idx_train",),
         epoch_keys=("cur_epoch", "reporter.epoch"),
@@ -398,17 +399,16 @@ TRAINERS = (
         name="DiT, guided-diffusion, k-diffusion",
         entry="0050000.pt, model010000.pt, name_00010000.pth",
         weights="model or the top (not ema, model_ema, ema_0.9999_*.pt)",
-        averaged_keys=("ema", "ema_model", "model_ema"),
     ),
     Trainer(
         name="EDM",
         tier="R",
         entry="network-snapshot-000200.pkl",
-        weights="a pickled module",
+        weights="a pickled module (EDM2's training-state-*.pt are read: net)",
         refusals=_refused(
             r"\.pkl$",
-            "a pickle of whole objects, which cannot be read without running its code",
-            "Save the state_dict() of its module instead.",
+            "a pickle that torch.save did not write, which cannot be read without running its code",
+            "Save the state_dict() of its module with torch.save instead.",
             is_certain=False,
         ),
     ),

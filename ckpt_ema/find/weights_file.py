@@ -1,0 +1,112 @@
+"""Whether one file holds a model: by its name, or by its first bytes if the name says nothing."""
+
+import re
+from pathlib import Path
+
+from ckpt_ema.containers import safetensors, torch_file
+from ckpt_ema.containers.checks import HEAD_BYTES, packed_as
+from ckpt_ema.containers.reader import hold_the_same
+from ckpt_ema.containers.source import Source
+from ckpt_ema.containers.specs import AVERAGED, Member, ModelFiles
+from ckpt_ema.errors import Code, IncompleteError, RefusedError
+from ckpt_ema.find.names import stem_of
+from ckpt_ema.storage.protocol import Kind
+from ckpt_ema.trainers import conventions
+from ckpt_ema.trainers.table import Refusal
+
+Located = ModelFiles | Refusal | None  # a refusal is for a format that is not read
+
+
+def locate_file(path: Path, source: Source, *, is_given: bool = False) -> Located:
+    """Return the model that a file is, a refusal of what it is instead, or None.
+
+    A file that a person has given is looked into whatever its name.
+    """
+    if refusal := refusal_of([path.name], certain_only=True):
+        return refusal
+    model = ModelFiles(path.parent, (Member(path.name),))
+    if conventions.WEIGHTS_EXTENSION.search(path.name):
+        return _of_ranks(path, model, source) or model
+    may_be = is_given or not conventions.NO_WEIGHTS_EXTENSION.search(path.name)
+    if source.storage.kind(path) is Kind.FILE and may_be:
+        head = source.storage.read(path, HEAD_BYTES) or b""
+        size_bytes = source.storage.identity(path).size_bytes
+        if safetensors.is_header(head, size_bytes) or torch_file.is_torch_file(head):
+            return _of_ranks(path, model, source) or model
+        packed = packed_as(head)
+        if packed and (is_given or conventions.PACKED_WEIGHTS.search(path.name)):
+            return Refusal(re.compile(""), packed[0], f"Unpack each first: `{packed[1]}`.")
+    return refusal_of([path.name])
+
+
+def may_be_weights(name: str, beside: set[str]) -> bool:
+    """Return whether a file in a checkpoint's folder may hold weights under a name of its own."""
+    stem = stem_of(name)
+    is_copy = f"{stem}.safetensors" in beside and not name.endswith(".safetensors")
+    return (
+        stem != name
+        and not is_copy
+        and name not in conventions.FOLDER_WEIGHTS
+        and not any(pattern.search(name) for pattern in conventions.NOT_A_MODEL)
+        and not conventions.STAYS_BEHIND.search(name)
+    )
+
+
+def holds_weights(model: ModelFiles, source: Source) -> bool:
+    """Return whether a file holds tensors that can be averaged, and is no training state.
+
+    Raises `RefusedError` if it holds weights that cannot be read as one model.
+    """
+    try:
+        specs = source.read(model)
+    except IncompleteError:
+        return True  # it is judged with the checkpoint
+    except RefusedError as error:
+        if error.code in (Code.SEVERAL_MODELS, Code.UNREADABLE_TENSOR):
+            raise
+        return False
+    return any(spec.dtype in AVERAGED for spec in specs.tensors.values())
+
+
+def refusal_of(names: list[str], *, certain_only: bool = False) -> Refusal | None:
+    """Return the refusal of a format that is not read, if one of the names is of such."""
+    refusals = (one for one in conventions.REFUSALS if one.is_certain or not certain_only)
+    return next((one for one in refusals if any(map(one.name.search, names))), None)
+
+
+def _of_ranks(path: Path, model: ModelFiles, source: Source) -> Refusal | None:
+    """Return the refusal of one rank's file if the file of another rank holds other tensors.
+
+    A file of the first rank alone is a whole model, and so are copies of it. Tensors that say
+    themselves that they are parts are refused when they are read.
+    """
+    before, after, rank = _split_by_rank(path.name)
+    others = [
+        other
+        for other in sorted(source.storage.names(path.parent) if rank else ())
+        if other != path.name and _split_by_rank(other)[:2] == (before, after)
+    ]
+    theirs = ModelFiles(path.parent, tuple(Member(other) for other in others[:1]))
+    try:
+        if not others or not holds_weights(theirs, source):
+            return None
+        read = (source.read(model), source.read(theirs))
+    except RefusedError:  # which is said when the first rank's file is read, if it has the same
+        return None
+    if hold_the_same((model, read[0]), (theirs, read[1]), source.storage):
+        return None
+    what = f"one of the files of {len(others) + 1} ranks, which hold different tensors"
+    instead = "Gather the ranks first, or save the full state dict on the first rank."
+    return Refusal(re.compile(""), what, instead)
+
+
+def _split_by_rank(name: str) -> tuple[str, str, str]:
+    """Return what stands before and after the number of a rank in a name, and the number.
+
+    >>> _split_by_rank("model_0000100.rank_0.pth"), _split_by_rank("model.pth")
+    (('model_0000100.rank_', '.pth', '0'), ('model.pth', '', ''))
+    """
+    match = conventions.RANK.search(name)
+    if not match:
+        return name, "", ""
+    return name[: match.start("rank")], name[match.end("rank") :], match["rank"]
