@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from statistics import median
+from typing import NamedTuple
 
 from ckpt_ema.containers.model_key import ALREADY_AVERAGED
 from ckpt_ema.containers.specs import Role, Specs
@@ -12,6 +13,7 @@ from ckpt_ema.errors import Code, some
 from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.logs import OneRun
 from ckpt_ema.find.names import stem_of
+from ckpt_ema.find.select import Subsets
 from ckpt_ema.find.verdict import UNSELECTED
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.average import Average
@@ -33,19 +35,25 @@ _INVERSION_NS = 3600 * 10**9
 _FEW = 4
 
 
-def plan_warnings(
-    averages: Sequence[Average],
-    compared: Compared,
-    found: Found,
-    one_run: OneRun,
-    rulings: Mapping[str, Ruling],
-    laid_out: LaidOut,
-) -> Iterator[Notice]:
+class Decided(NamedTuple):
+    """What the stages of a plan have found and decided."""
+
+    found: Found
+    selected: Subsets
+    one_run: OneRun
+    compared: Compared
+    rulings: Mapping[str, Ruling]  # on each tensor of the newest checkpoint
+    laid_out: LaidOut
+    averages: Sequence[Average]
+
+
+def plan_warnings(decided: Decided) -> Iterator[Notice]:
     """Yield the warnings about the run, the weights, the checkpoints that take part, the output.
 
     Times of files are not asked where logs prove that all checkpoints are of one run.
     """
-    yield from found.warnings
+    found, selected, one_run, compared, rulings, laid_out, averages = decided
+    yield from (*found.warnings, *selected.warnings)
     names = [checkpoint.name for checkpoint in compared.specs]
     yield from _merged(averages, lambda average: _uneven(average, names))
     alike: dict[object, list[str]] = {}
@@ -66,14 +74,10 @@ def plan_warnings(
         yield Notice(Code.NO_CONFIG, f"{message}, {effect}.")
 
 
-def plan_notes(
-    averages: Sequence[Average],
-    compared: Compared,
-    found: Found,
-    rulings: Mapping[str, Ruling],
-    laid_out: LaidOut,
-) -> Iterator[Notice]:
+def plan_notes(decided: Decided) -> Iterator[Notice]:
     """Yield notes on options without effect, on the run, and on what is not averaged."""
+    found, selected, _, compared, rulings, laid_out, averages = decided
+    yield from selected.notes
     yield from _merged(averages, _cap)
     yield from compared.notes
     specs_of = compared.specs

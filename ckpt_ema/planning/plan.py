@@ -27,7 +27,7 @@ from ckpt_ema.options import Engine, Keywords, Options, PathLike, Reading, make_
 from ckpt_ema.planning.average import Average, Weighted, make_averages, weigh
 from ckpt_ema.planning.contents import judge_newest
 from ckpt_ema.planning.fingerprint import deciding
-from ckpt_ema.planning.notices import plan_notes, plan_warnings
+from ckpt_ema.planning.notices import Decided, plan_notes, plan_warnings
 from ckpt_ema.planning.output import find_destination, lay_out, named
 from ckpt_ema.planning.roles import Ruling, TensorRole, by_pattern
 from ckpt_ema.planning.same_model import Compared, compare
@@ -158,23 +158,35 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     specs_of = compared.specs
     _check_names(weighted, compared)
     rulings = judge_newest(weighted, specs_of, options.reading, source.storage)
-    choices = deciding(options)
     laid_out = lay_out(
-        weighted, specs_of, found, destination, options.output, rulings, choices, source.storage
+        weighted,
+        specs_of,
+        found,
+        destination,
+        options.output,
+        rulings,
+        deciding(options),
+        source.storage,
     )
-    newest = list(rulings.values())[-1]
     averages = make_averages(weighted, checkpoints, laid_out.outputs)
+    newest = list(rulings.values())[-1]
+    decided = Decided(found, selected, one_run, compared, newest, laid_out, averages)
+    return _assembled(decided, destination, source.storage, options)
+
+
+def _assembled(decided: Decided, destination: Path, storage: Storage, options: Options) -> Plan:
+    """Lay the work out, and put all that was decided together; raises for warnings if strict."""
+    found, averages, specs_of = decided.found, decided.averages, decided.compared.specs
     work = make_work([*specs_of.values()], [(one.newest, one.output.files) for one in averages])
     tile_elements, threads = make_sizes(options.engine, work, len(averages))
-    warned = plan_warnings(averages, compared, found, one_run, newest, laid_out)
-    warnings = (*selected.warnings, *warned)
+    warnings = tuple(plan_warnings(decided))
     refuse_warnings(warnings if options.engine.strict else ())
     return Plan(
         run=os.fspath(found.root),
         checkpoints=tuple(PlannedCheckpoint.of(*one) for one in specs_of.items()),
-        averages=averages,
-        rulings={**newest, **compared.dropped},
-        storage=source.storage,
+        averages=tuple(averages),
+        rulings={**decided.rulings, **decided.compared.dropped},
+        storage=storage,
         engine=options.engine,
         given=options.given(),
         dtype=options.output.dtype,
@@ -185,7 +197,7 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
         threads=threads,
         tile_elements=tile_elements,
         judged=found.judged,
-        notes=(*selected.notes, *plan_notes(averages, compared, found, newest, laid_out)),
+        notes=tuple(plan_notes(decided)),
         warnings=warnings,
     )
 

@@ -128,7 +128,7 @@ class _Watch(Watch):
 
     def _see_vector(self, average: int, number: int, result: float) -> None:
         one, members = self._segments[number], self._plan.averages[average].members
-        sums = [math.inf]  # no part of a unit vector
+        sums = [math.inf, math.inf]  # no part of a unit vector
         if number in self._vectors:
             sums = [*(self._sums[checkpoint][number] for checkpoint in members), result]
         if not one.is_whole:
