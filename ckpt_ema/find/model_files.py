@@ -7,7 +7,7 @@ from pathlib import Path
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Member, ModelFiles
 from ckpt_ema.errors import Code, RefusedError, some
-from ckpt_ema.find.names import stem_of
+from ckpt_ema.find.names import numbers_in, stem_of
 from ckpt_ema.notices import Notice
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
@@ -45,7 +45,12 @@ def locate(path: Path, source: Source, *, depth: int = _DEEPEST) -> Located:
     if found:
         return found
     below = _names_below(path, depth, source)
-    return _refusal(below, certain_only=True) or _only_file(path, source) or _refusal(below)
+    return (
+        _refusal(below, certain_only=True)
+        or _only_file(path, source)
+        or _only_folder(path, below, source)
+        or _refusal(below)
+    )
 
 
 def _in_folder(folder: Path, names: set[str], source: Source) -> ModelFiles | None:
@@ -121,7 +126,7 @@ def _member(folder: Path, name: str, source: Source) -> list[Member]:
 
 
 def _component(path: Path, component: str, source: Source) -> Located:
-    if not component or component in (".", "..") or "/" in component:
+    if not {"", ".", ".."}.isdisjoint(component.split("/")):
         text = f"--component {component!r} is not the name of a folder."
         raise RefusedError(text, code=Code.INVALID_OPTION)
     if conventions.COMPONENT.search(component.removesuffix("_ema")):
@@ -185,6 +190,47 @@ def _only_file(path: Path, source: Source) -> ModelFiles | None:
         and source.storage.kind(path / name) is Kind.FILE
     ]
     return ModelFiles(path, (Member(files[0]),)) if len(files) == 1 else None
+
+
+def folders_with_models(path: Path, source: Source) -> list[str]:
+    """Return the folders in a checkpoint that hold a model by themselves, such as `my_adapter`."""
+    return list(_models_below(path, _names_below(path, _DEEPEST, source), source))
+
+
+def _only_folder(path: Path, below: list[str], source: Source) -> ModelFiles | None:
+    """Return the model in the only folder of a numbered checkpoint that holds one.
+
+    An average of the trainer's own is for --component, and what is in folders without a number
+    or with one of their own are runs: `seed-1/checkpoint-100`, `run_1/best`.
+    """
+    if not numbers_in(stem_of(path.name)):
+        return None
+    found = _models_below(path, below, source)
+    raw = [one for name, one in found.items() if not conventions.AVERAGED_NAME.search(name)]
+    return raw[0] if len(raw) == 1 else None
+
+
+def _models_below(path: Path, below: list[str], source: Source) -> dict[str, ModelFiles]:
+    weights = [name for name in below if conventions.WEIGHTS_EXTENSION.search(name)]
+    found = {}
+    for name in sorted({os.path.dirname(file) for file in below} - {""}):
+        if any(map(_is_apart, name.split("/"))):
+            continue
+        inside = path / name
+        model = _in_folder(inside, source.storage.names(inside), source)
+        only = _only_file(inside, source) if len(weights) == 1 else None
+        located = model or _distributed(inside, source) or only
+        if isinstance(located, ModelFiles):
+            found[name] = located
+    return found
+
+
+def _is_apart(folder: str) -> bool:
+    """Return whether a folder of a checkpoint holds something else than its model, by its name."""
+    patterns = (*conventions.NOT_A_MODEL, conventions.NO_CHECKPOINTS, conventions.ALIAS)
+    is_known = any(p.search(folder) for p in patterns if p is not conventions.AVERAGED_NAME)
+    is_state = any(word in folder.lower() for word in conventions.STATE_WORDS)
+    return bool(is_known or is_state or numbers_in(folder))
 
 
 def _refusal(names: list[str], *, certain_only: bool = False) -> Refusal | None:
