@@ -85,6 +85,7 @@ K, M = 1000, 1_000_000
         (("0.5M", "1M", "1.25M"), (500 * K, M, 1_250_000)),
         (("llama-10b-step-100", "llama-10b-step-200", "llama-10b-step-1k"), (100, 200, 1000)),
         (("v2-7B-100k", "v2-7B-250k", "v2-7B-1m"), (100 * K, 250 * K, M)),
+        (("model_9ksteps", "model_10ksteps", "model_1Msteps"), (9 * K, 10 * K, M)),
         (("pretrain-100BT-step9k-99B", "pretrain-100BT-step10k-1T"), (9 * K, 10 * K)),
         (("epoch1-a1e3b7", "epoch2-a1e3b7", "epoch10-a1e3b7"), (1, 2, 10)),
         (
@@ -215,6 +216,14 @@ def test_a_step_without_a_model_between_two_with_one_is_refused_by_name(
     check(run, taken[1:], (300,), last=1)
     (run / middle).rename(run / newest)
     assert warnings(check(run, taken, (100, 300)), newest, "left out")
+
+
+def test_a_folder_with_a_model_among_files_is_warned_of(tmp_path: Path) -> None:
+    run = flat(tmp_path / "run", {f"step_{n}.pt": state(n) for n in (100, 300)})
+    folders(run, "step_100", "step_200.pt")
+    plan = check(run, ("step_100.pt", "step_300.pt"), (100, 300))
+    assert warnings(plan, "step_200.pt", "--exclude")
+    assert not warnings(plan, "step_100")
 
 
 def test_a_name_that_is_not_utf_8_is_warned_of(tmp_path: Path) -> None:

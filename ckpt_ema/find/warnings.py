@@ -32,7 +32,9 @@ def warnings_about(
         if len(paths) > 1:
             text = f"{some(path.name for path in paths)} are left out, as each {why}."
         yield Notice(Code.INCOMPLETE, text)
-    lone = of_reason[Reason.ONLY_ONE]
+    numbers = {(entry.template, *entry.slots) for entry in steps}
+    beside = [e for e in of_reason[Reason.BESIDE_FILE] if (e.template, *e.slots) not in numbers]
+    lone = [*of_reason[Reason.ONLY_ONE], *beside]
     if lone:
         later = [e for e in lone if any(e.numbers.get(u, 0) > (newest.step or 0) for u in units)]
         then = f"; {later[0].name} seems to be later than {newest.name}" if later else ""
