@@ -587,6 +587,21 @@ def test_one_folder_of_checkpoints_below_is_the_run(tmp_path: Path) -> None:
     check(tmp_path / "above", ("step_1", "step_2"), (1, 2))
 
 
+def test_a_run_that_ends_in_the_root_of_its_folder_is_a_run_in_a_list_too(tmp_path: Path) -> None:
+    a = folders(tmp_path / "a", "checkpoint-1", "checkpoint-2")
+    b = folders(tmp_path / "b", "checkpoint-3", first=3)
+    write_safetensors(a / "model.safetensors", state(2))
+    write_safetensors(b / "model.safetensors", state(3))
+    plan = check([a, b], ("a/checkpoint-1", "a/checkpoint-2", "b/checkpoint-3"), (1, 2, 3))
+    assert plan.output == tmp_path / "b-ema"
+    assert not warnings(plan)
+
+
+def test_an_error_names_weights_that_are_deeper(tmp_path: Path) -> None:
+    folders(tmp_path / "run", "a/b/c/d/e/checkpoint-1")
+    refused(tmp_path / "run", Code.NO_CHECKPOINTS, "a/b/c/d/e/checkpoint-1/model.safetensors")
+
+
 def test_experiments_with_a_best_model_each_are_no_steps(tmp_path: Path) -> None:
     run = folders(tmp_path / "run", "exp_1/best", "exp_2/best", "exp_3/best")
     refused(run, Code.NO_CHECKPOINTS, "exp_1")

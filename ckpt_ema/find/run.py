@@ -32,6 +32,7 @@ from ckpt_ema.trainers.table import Refusal
 
 # How far below a folder without checkpoints runs are looked for, and in how many folders.
 _DEEPEST_RUN, _MOST_SEARCHED = 3, 100
+_DEEPEST_WEIGHTS = 8  # that an error names
 
 
 def discover(paths: Sequence[Path], selection: Selection, source: Source) -> Found:
@@ -49,6 +50,8 @@ def discover(paths: Sequence[Path], selection: Selection, source: Source) -> Fou
     else:
         runs = _given_runs(paths, selection, source)
         found = _together(runs, selection, source) if runs else listed(paths, selection, source)
+        given = {run.folder: path for run, path in zip(runs, paths, strict=False)}
+        found = replace(found, root=given.get(found.root, found.root))
     return without_incomplete(found, selection, source)
 
 
@@ -93,7 +96,8 @@ def _run_at(path: Path, selection: Selection, source: Source) -> Candidates | No
         return None
     inside = candidates_in(path, selection, source)
     if inside.numbered and not inside.are_stray():
-        return inside if len(inside.numbered) > 1 or not is_model else None
+        is_series = len(inside.numbered) > 1 or any(entry.numbers for entry in inside.numbered)
+        return inside if is_series or not is_model else None
     deeper = [] if is_model else _runs_in(inside, selection, source)
     return deeper[0] if len(deeper) == 1 else None
 
@@ -121,8 +125,14 @@ def _together(
     try:
         found = _in_folder(runs[-1].folder, merged, selection, source)
     except RefusedError as error:
-        if error.code is Code.SAME_STEP or (above and error.code in _UNORDERED):
+        if error.code is Code.SAME_STEP:
             raise _parallel(runs, error.path) from error
+        if above and error.code in _UNORDERED:
+            names = some([one.folder for one in runs])
+            text = f"{names} cannot be read as one run: {error.message}"
+            raise RefusedError(
+                text, "Pass one of them.", code=Code.SEVERAL_RUNS, path=above
+            ) from error
         raise
     checkpoints = [one for one in found.checkpoints if one.path.parent in labels]
     in_turn = [folder for folder, _ in groupby(one.path.parent for one in checkpoints)]
@@ -338,6 +348,11 @@ def _nothing_found(candidates: Candidates, verdicts: Verdicts) -> RefusedError:
         f" model weights (checkpoint-500, step_100, epoch=1-step=100.ckpt, ...){seen}."
     )
     hint = "If the weights are deeper, pass that folder, or choose names with --pattern."
+    for entry in list(verdicts)[:1]:
+        files = entry.source.storage.files_below(candidates.folder, _DEEPEST_WEIGHTS)
+        weights = [f for f in files if "/" in f and conventions.WEIGHTS_EXTENSION.search(f)]
+        if weights:
+            hint = f"There is {weights[0]}: pass the folder that holds such checkpoints."
     return RefusedError(text, hint, code=Code.NO_CHECKPOINTS, path=candidates.folder)
 
 
