@@ -85,6 +85,7 @@ K, M = 1000, 1_000_000
         (("0.5M", "1M", "1.25M"), (500 * K, M, 1_250_000)),
         (("llama-10b-step-100", "llama-10b-step-200", "llama-10b-step-1k"), (100, 200, 1000)),
         (("v2-7B-100k", "v2-7B-250k", "v2-7B-1m"), (100 * K, 250 * K, M)),
+        (("model_9ksteps", "model_10ksteps", "model_1Msteps"), (9 * K, 10 * K, M)),
         (("pretrain-100BT-step9k-99B", "pretrain-100BT-step10k-1T"), (9 * K, 10 * K)),
         (("epoch1-a1e3b7", "epoch2-a1e3b7", "epoch10-a1e3b7"), (1, 2, 10)),
         (
@@ -215,6 +216,14 @@ def test_a_step_without_a_model_between_two_with_one_is_refused_by_name(
     check(run, taken[1:], (300,), last=1)
     (run / middle).rename(run / newest)
     assert warnings(check(run, taken, (100, 300)), newest, "left out")
+
+
+def test_a_folder_with_a_model_among_files_is_warned_of(tmp_path: Path) -> None:
+    run = flat(tmp_path / "run", {f"step_{n}.pt": state(n) for n in (100, 300)})
+    folders(run, "step_100", "step_200.pt")
+    plan = check(run, ("step_100.pt", "step_300.pt"), (100, 300))
+    assert warnings(plan, "step_200.pt", "--exclude")
+    assert not warnings(plan, "step_100")
 
 
 def test_a_name_that_is_not_utf_8_is_warned_of(tmp_path: Path) -> None:
@@ -462,3 +471,144 @@ def test_only_the_globs_that_were_given_are_named(tmp_path: Path) -> None:
 def test_a_metric_that_nobody_records_is_a_sentence(tmp_path: Path) -> None:
     run = folders(tmp_path / "run", "checkpoint-1", "checkpoint-2")
     refused(run, Code.NO_METRIC, "No checkpoint records 'loss'", best=1, metric="loss")
+
+
+# --- O: models and runs one level deeper ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "inside",
+    ["my_adapter", "hf_ckpt", "model", "export/hf", "lora_16b", "weights_for_vllm"],
+)
+@pytest.mark.parametrize("name", ["checkpoint-{}", "epoch0-global_step{}", "{:04}"])
+def test_the_only_folder_with_a_model_in_every_step_is_read(
+    tmp_path: Path, name: str, inside: str
+) -> None:
+    run = tmp_path / "run"
+    for step in (100, 200, 300):
+        folders(run, f"{name.format(step)}/{inside}", first=step)
+        folders(run, f"{name.format(step)}/optimizer", first=9)
+        folders(run, f"{name.format(step)}/lr_scheduler", first=9)
+    check(run, [name.format(n) for n in (100, 200, 300)], (100, 200, 300))
+    assert average_of(run, tmp_path / "out") == 200
+
+
+@pytest.mark.parametrize("names", [("default", "reward"), ("model_ema",), ("a/x", "a/y")])
+def test_several_models_in_every_step_are_named_with_the_option(
+    tmp_path: Path, names: Sequence[str]
+) -> None:
+    """An average that the trainer saved is read on purpose alone."""
+    run = tmp_path / "run"
+    for step in (100, 200):
+        for number, name in enumerate(names):
+            folders(run, f"checkpoint-{step}/{name}", first=step + number)
+    refused(run, Code.SEVERAL_MODELS, *(f"--component {name}" for name in names))
+    for number, name in enumerate(names):
+        out = tmp_path / f"out{number}"
+        assert average_of(run, out, component=name) == 150 + number
+
+
+def test_models_in_folders_of_different_names_are_refused(tmp_path: Path) -> None:
+    run = folders(tmp_path / "run", "checkpoint-1/german", "checkpoint-2/french")
+    refused(run, Code.SEVERAL_MODELS, "german", "french", "--component")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("run_2024-01-02/checkpoint-100", "run_2024-01-03/checkpoint-200"),
+        ("first/step_1k", "first/step_2k", "second/step_3k"),
+        ("jobs/41/checkpoints/checkpoint-100", "jobs/57/checkpoints/checkpoint-200"),
+        ("version_0/checkpoints/epoch=0-step=5", "version_1/checkpoints/epoch=1-step=9"),
+    ],
+)
+def test_folders_of_checkpoints_that_go_on_are_one_run_if_given_as_a_list(
+    tmp_path: Path, names: Sequence[str]
+) -> None:
+    """What is above them alone does not tell, and names the list."""
+    above = folders(tmp_path / "above", *names)
+    paths = list(dict.fromkeys(str((above / name).parent) for name in names))
+    refused(above, Code.SEVERAL_RUNS, f"ckpt-ema average {' '.join(paths)}")
+    plan = ckpt_ema.plan(paths)
+    assert [str(one.path) for one in plan.checkpoints] == [str(above / name) for name in names]
+    assert not warnings(plan)
+    assert average_of([Path(path) for path in paths], tmp_path / "out") == (1 + len(names)) / 2
+    assert [one.path for one in ckpt_ema.plan(paths[::-1]).checkpoints] == [
+        one.path for one in plan.checkpoints
+    ]
+
+
+def test_folders_whose_logs_go_on_are_one_run(tmp_path: Path) -> None:
+    """Without a word from the user; logs that contradict each other are of several runs."""
+    run_with_logs(tmp_path / "above/a", {100: logged(100), 200: logged(200)})
+    run_with_logs(tmp_path / "above/b", {300: logged(300)})
+    names = ("a/checkpoint-100", "a/checkpoint-200", "b/checkpoint-300")
+    check(tmp_path / "above", names, (100, 200, 300))
+    assert average_of(tmp_path / "above", tmp_path / "out") == 200
+    (tmp_path / "above/b/checkpoint-300/trainer_state.json").write_text(
+        json.dumps({"global_step": 300, "log_history": logged(300, run=2)})
+    )
+    refused(tmp_path / "above", Code.SEVERAL_RUNS, "above/a", "above/b")
+    given = [tmp_path / "above/a", tmp_path / "above/b"]
+    refused(given, Code.SEVERAL_RUNS, "logs contradict")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((100, 200), (100, 200)), ((100, 300), (200, 400)), ((100, 200), (200, 300))],
+)
+def test_folders_of_parallel_runs_are_refused(
+    tmp_path: Path, first: tuple[int, ...], second: tuple[int, ...]
+) -> None:
+    for name, steps in (("seed-1", first), ("seed-2", second)):
+        for step in steps:
+            folders(
+                tmp_path / "all" / name, f"checkpoint-{step}", first=step + len(name) * steps[0]
+            )
+    paths = [tmp_path / "all/seed-1", tmp_path / "all/seed-2"]
+    write_safetensors(paths[1] / f"checkpoint-{second[0]}/model.safetensors", state(77))
+    for run in (paths, tmp_path / "all"):
+        refused(run, Code.SEVERAL_RUNS, "seed-1", "seed-2")
+
+
+def test_a_step_that_both_folders_hold_is_taken_once(tmp_path: Path) -> None:
+    """The checkpoint that a run was resumed from, linked or copied into its folder."""
+    a = folders(tmp_path / "a", "checkpoint-1", "checkpoint-2")
+    b = folders(tmp_path / "b", "checkpoint-2", "checkpoint-3", first=2)
+    plan = check([a, b], ("a/checkpoint-1", "a/checkpoint-2", "b/checkpoint-3"), (1, 2, 3))
+    assert [(one.name, one.verdict.reason.name) for one in plan.left_out] == [
+        ("b/checkpoint-2", "COPY")
+    ]
+    assert average_of([a, b], tmp_path / "out") == 2
+
+
+def test_one_folder_of_checkpoints_below_is_the_run(tmp_path: Path) -> None:
+    folders(tmp_path / "above/my experiment/x", "step_1", "step_2")
+    check(tmp_path / "above", ("step_1", "step_2"), (1, 2))
+
+
+def test_a_run_that_ends_in_the_root_of_its_folder_is_a_run_in_a_list_too(tmp_path: Path) -> None:
+    a = folders(tmp_path / "a", "checkpoint-1", "checkpoint-2")
+    b = folders(tmp_path / "b", "checkpoint-3", first=3)
+    write_safetensors(a / "model.safetensors", state(2))
+    write_safetensors(b / "model.safetensors", state(3))
+    plan = check([a, b], ("a/checkpoint-1", "a/checkpoint-2", "b/checkpoint-3"), (1, 2, 3))
+    assert plan.output == tmp_path / "b-ema"
+    assert not warnings(plan)
+
+
+def test_an_error_names_weights_that_are_deeper(tmp_path: Path) -> None:
+    folders(tmp_path / "run", "a/b/c/d/e/checkpoint-1")
+    refused(tmp_path / "run", Code.NO_CHECKPOINTS, "a/b/c/d/e/checkpoint-1/model.safetensors")
+
+
+def test_experiments_with_a_best_model_each_are_no_steps(tmp_path: Path) -> None:
+    run = folders(tmp_path / "run", "exp_1/best", "exp_2/best", "exp_3/best")
+    refused(run, Code.NO_CHECKPOINTS, "exp_1")
+
+
+def test_a_run_and_a_checkpoint_in_one_list_are_refused(tmp_path: Path) -> None:
+    a = folders(tmp_path / "a", "checkpoint-1", "checkpoint-2")
+    b = folders(tmp_path / "b", "checkpoint-3")
+    refused([a, b / "checkpoint-3"], Code.NOT_A_CHECKPOINT, "checkpoint-3")
+    refused([a, a], Code.GIVEN_TWICE, "a is given twice")

@@ -30,11 +30,11 @@ def test_checkpoints_that_share_an_index_file_are_all_counted(make_run: MakeRun)
     assert len(ckpt_ema.plan(run).checkpoints) == 3
 
 
-def test_a_numbered_folder_without_a_model_is_a_warning(make_run: MakeRun) -> None:
+def test_a_numbered_folder_without_a_model_is_a_warning_at_the_end(make_run: MakeRun) -> None:
     run = make_run(series(3, w=noise(3, 4)))
-    (run / "checkpoint-2" / "model.safetensors").unlink()
+    (run / "checkpoint-3" / "model.safetensors").unlink()
     plan = ckpt_ema.plan(run)
-    assert any("checkpoint-2 holds no model" in str(warning) for warning in plan.warnings)
+    assert any("checkpoint-3 holds no model" in str(warning) for warning in plan.warnings)
 
 
 def test_weights_files_given_one_by_one_are_known_by_their_folders(make_run: MakeRun) -> None:

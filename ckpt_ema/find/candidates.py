@@ -33,6 +33,11 @@ class Candidates:
     verdicts: Mapping[Entry, Verdict]
 
     @property
+    def undecided(self) -> tuple[tuple[Entry, ...], ...]:
+        """The three kinds of candidates."""
+        return self.numbered, self.unnumbered, self.unsupported
+
+    @property
     def entries(self) -> list[Entry]:
         """All entries of the folder."""
         return [*self.verdicts, *self.numbered, *self.unnumbered, *self.unsupported]

@@ -3,7 +3,6 @@
 Trainers copy the whole log into every checkpoint. File times are no proof: copying changes them.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -19,7 +18,6 @@ from ckpt_ema.notices import Notice
 from ckpt_ema.trainers import conventions
 
 _MOST_KEPT = 64  # logs, of megabytes each
-_ROWS = re.compile(rb'"log_history":\s*\[([^\[\]]*)\]')
 
 
 @dataclass(frozen=True)
@@ -35,11 +33,12 @@ class Log:
         rows = history if isinstance(history, list) else []
         return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int]
 
-    @property
+    @cached_property
     def text(self) -> bytes:
         """The entries as they are written; empty if that cannot be told without parsing."""
-        match = _ROWS.search(self.content)
-        return match[1].strip() if match else b""
+        _, _, history = self.content.partition(b'"log_history": [')
+        text, end, _ = history.partition(b"]")
+        return text.strip() if end and b"[" not in text else b""
 
     @cached_property
     def by_step(self) -> dict[int, dict[str, list[Any]]]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ckpt_ema.containers.reader import same_values
+from ckpt_ema.containers.reader import hold_the_same, same_values
 from ckpt_ema.containers.specs import is_safetensors
 from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
 from ckpt_ema.find.candidates import Candidates
@@ -29,6 +29,7 @@ def choose_series(found: Candidates, selection: Selection) -> dict[Entry, Verdic
         steps = tuple(entry for entry in steps if entry not in decided)
     for entry in found.unsupported:
         verdicts[entry] = _unsupported(entry, steps, selection)
+    _check_folders(steps)
     return verdicts | dict.fromkeys(steps, Verdict(Outcome.STEP, Reason.NUMBERED, "series"))
 
 
@@ -110,6 +111,37 @@ def _same_files(steps: Sequence[Entry], _selection: Selection) -> Verdicts:
     return verdicts
 
 
+def _copies(steps: Sequence[Entry], _selection: Selection) -> Verdicts:
+    """Leave out a checkpoint that was copied into the folder of a resumed run."""
+    verdicts: dict[Entry, Verdict] = {}
+    first: dict[str, Entry] = {}
+    for entry in steps:
+        same = first.setdefault(entry.name, entry)
+        if same is not entry and entry.model and same.model:
+            source = entry.source
+            models = [(one, source.read(one)) for one in (same.model, entry.model)]
+            if hold_the_same(models[0], models[1], source.storage):
+                verdicts[entry] = alias(Reason.COPY, f"a copy of {same.path}")
+    return verdicts
+
+
+def _check_folders(steps: Sequence[Entry]) -> None:
+    """Refuse models in folders of different names: they may be different models."""
+    known = (".", *conventions.MODEL_FOLDERS, *conventions.DCP_FOLDERS)
+    models = [
+        (e, os.path.relpath(e.model.folder, e.path)) for e in steps if e.is_folder and e.model
+    ]
+    first: dict[str, Entry] = {}
+    for entry, folder in models:
+        if folder not in known:
+            first.setdefault(folder, entry)
+    if len(first) > 1:
+        (folder, one), (other_folder, other) = list(first.items())[:2]
+        text = f"{one.name} has its model in {folder}/, and {other.name} in {other_folder}/."
+        hint = f"Choose one model with --component {folder}, and leave out others with --exclude."
+        raise RefusedError(text, hint, code=Code.SEVERAL_MODELS, path=other.path)
+
+
 _Rule = Callable[[Sequence[Entry], Selection], Verdicts]
 _RULES: tuple[tuple[str, _Rule], ...] = (
     ("folder-beside-file", _beside_files),
@@ -117,6 +149,7 @@ _RULES: tuple[tuple[str, _Rule], ...] = (
     ("only-one", _only_ones),
     ("output-of-ours", _outputs_of_ours),
     ("same-file", _same_files),
+    ("copy", _copies),
 )
 
 

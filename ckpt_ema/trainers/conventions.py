@@ -131,8 +131,9 @@ METRIC_FILES = _any_case(r"(^|_)(metrics?|results?)\.json$")
 
 # --- What names say ------------------------------------------------------------------------------
 
-# "800k", "1.5T", "1e4": not "10b" in "10best", nor digits of a hash, "a1e3".
-_MAGNITUDE = r"\d+(?:\.\d+)?[kmbt](?![a-z0-9])|(?<![a-f0-9.])\d+(?:\.\d+)?e1?\d(?![a-z0-9])"
+# "800k", "1.5T", "1e4", "10ksteps": not "10b" in "10best", nor digits of a hash, "a1e3".
+_END = r"(?![a-z0-9])|(?=steps?|iter|tok|samples|img|updates)"
+_MAGNITUDE = rf"\d+(?:\.\d+)?[kmbt](?:{_END})|(?<![a-f0-9.])\d+(?:\.\d+)?e1?\d(?:{_END})"
 # An integer, not the head of a decimal: "wer-9.965" yields nothing.
 _NUMBER = rf"({_MAGNITUDE}|\d+(?!\d|\.\d))"
 # A number written with a magnitude, with groups for its digits, its decimals and the magnitude.
