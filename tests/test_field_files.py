@@ -7,7 +7,9 @@ import argparse
 import gzip
 import json
 import pickle
+import shutil
 import tarfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import ckpt_ema
 from ckpt_ema.errors import Code, RefusedError
+from tests.makers.dcp_folders import save as save_distributed
 from tests.makers.safetensors_files import read_safetensors, write_safetensors
-from tests.makers.torch_files import save
+from tests.makers.torch_files import archive, save, sharded_pickle
 
 Content = Callable[[float], Any]
 
@@ -708,3 +712,54 @@ def test_the_raw_model_in_edm2s_training_state_is_read(tmp_path: Path) -> None:
     )
     (run / "network-snapshot-0000100-0.050.pkl").write_bytes(b"\x80\x04N.")
     assert Averaged(run).values() == dict.fromkeys(layers(1), 2.0)
+
+
+def test_deepspeed_without_zero_is_read_and_with_several_ranks_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for number in (100, 200, 300):
+        content = {"module": layers(number), "optimizer": {"state": {}, "param_groups": []}}
+        write(run / f"global_step{number}/mp_rank_00_model_states.pt", content)
+    (run / "latest").write_text("global_step300")
+    assert Averaged(run).values() == dict.fromkeys(layers(1), 200.0)
+    for number in (100, 200, 300):
+        write(run / f"global_step{number}/mp_rank_01_model_states.pt", {"module": layers(1)})
+    error = refusal(run)
+    assert error.code is Code.UNSUPPORTED_FORMAT
+    assert "zero_to_fp32" not in str(error)
+    (run / "global_step100/layer_01-model_states.pt").touch()
+    (run / "global_step100/zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    for number in (200, 300):
+        shutil.rmtree(run / f"global_step{number}")
+    assert "zero_to_fp32" not in str(refusal(run))
+
+
+@pytest.mark.parametrize("root", ["model", "state_dict"])
+def test_what_a_sharded_checkpoint_of_lightning_is_converted_with_works(
+    tmp_path: Path, root: str
+) -> None:
+    run, converted = tmp_path / "run", tmp_path / "converted"
+    converted.mkdir()
+    for step in (10, 20, 30):
+        folder = run / f"epoch=0-step={step}.ckpt"
+        optimizer = {"state": {"w": {"exp_avg": full(9)}}, "param_groups": [{"lr": 0.1}]}
+        save_distributed(folder, {root: layers(step), "optimizer_0": optimizer})
+        save(folder / "meta.pt", {"global_step": step})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one process is what is wanted
+            dcp_to_torch_save(folder, converted / folder.name)
+    assert "torch.distributed.checkpoint.format_utils dcp_to_torch" in refusal(run).hint
+    assert Averaged(converted).values() == dict.fromkeys(layers(1), 20.0)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_tensors_of_one_rank_are_called_so(tmp_path: Path, inside: bool) -> None:
+    for number in (1, 2, 3):
+        path = tmp_path / f"model_{number}.pt"
+        pickled = sharded_pickle()
+        if not inside:  # the model itself is such a tensor
+            start = pickled.index(b"ctorch._tensor")
+            pickled = b"\x80\x02}X\x05\x00\x00\x00model" + pickled[start:]
+        archive(path, pickled)
+    error = refusal(tmp_path)
+    assert error.code is Code.UNREADABLE_TENSOR
+    assert "of which each rank's file holds a part" in error.message

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_ema.containers.checks import refused
+from ckpt_ema.containers.checks import GATHER, OF_ONE_RANK, refused
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Reading
@@ -290,7 +290,10 @@ def _several(path: str, found: _Found, dicts: list[str]) -> RefusedError:
 
 
 def _no_model(path: str, value: Any) -> RefusedError:
-    if name := _class_name(value):
+    if (name := _class_name(value)) and name.endswith(OF_ONE_RANK):
+        why = f"stores the model as a {name}, of which each rank's file holds a part"
+        return refused(path, why, GATHER, Code.UNREADABLE_TENSOR)
+    if name:
         stored = f"stores the model as a pickled {name}, not as tensors"
         why = f"{stored}; reading it would run code from the file"
         return refused(path, why, "Export its state_dict() instead.", Code.PICKLED_OBJECT)

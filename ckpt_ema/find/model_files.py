@@ -55,6 +55,7 @@ def _in_checkpoint(path: Path, source: Source, depth: int) -> Located:
     found = (
         (_average(path, names, source) if source.reading.which == "ema" else None)
         or _in_folder(path, names, source)
+        or _without_zero(path, names)
         or _pipeline(path, source)
         or _in_model_folder(path, source)
         or _distributed(path, source)
@@ -274,6 +275,16 @@ def _own_names(path: Path, names: set[str], source: Source) -> Located:
 def _may_be_a_model(name: str, beside: set[str], folder: Path, source: Source) -> bool:
     is_named = may_be_weights(name, beside)
     return is_named and source.storage.kind(folder / name) is Kind.FILE
+
+
+def _without_zero(path: Path, names: set[str]) -> ModelFiles | None:
+    """Return the file of DeepSpeed that has the whole model: there are no partitions, and one rank.
+
+    With ZeRO, partitions of the optimizer hold more precise weights.
+    """
+    ours = [name for name in names if name.endswith("_states.pt")]
+    whole = "mp_rank_00_model_states.pt"
+    return ModelFiles(path, (Member(whole),)) if ours == [whole] else None
 
 
 def _names_below(folder: Path, depth: int, source: Source) -> list[str]:
