@@ -142,7 +142,7 @@ def test_tensors_beside_a_dict_of_tensors_are_refused_and_a_dot_takes_all(tmp_pa
     [
         ({"criterion": {"weight": full(1)}}, "criterion"),
         ({"dino_loss": {"center": full(1)}}, "dino_loss"),
-        ({"center": full(1)}, "the top level"),
+        ({"center": full(1)}, "center"),
         ({"anchors": [full(1), full(2)]}, "anchors"),
     ],
     ids=["criterion", "dino-loss", "lone", "list"],
@@ -246,7 +246,7 @@ def test_an_average_alone_is_averaged_with_a_warning_and_without_one_on_purpose(
 def test_an_average_asked_for_that_is_not_there_is_refused_with_what_is(tmp_path: Path) -> None:
     run = files(tmp_path / "run", lambda i: {"model": {"layers.schema.weight": full(i)}})
     error = refusal(run, which="ema")
-    assert error.code is Code.NO_MODEL
+    assert error.code is Code.NO_MATCH
     assert "layers.schema.weight" in error.message
 
 
@@ -257,6 +257,7 @@ def test_an_average_asked_for_that_is_not_there_is_refused_with_what_is(tmp_path
         ("student.backbone.weight", "teacher.backbone.weight"),
         ("net.layers.0.weight", "net_ema.layers.0.weight"),
         ("layers.0.weight", "ema_model.module.layers.0.weight"),
+        ("module.layers.0.weight", "module.ema.layers.0.weight"),
     ],
 )
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
@@ -266,7 +267,7 @@ def test_an_average_under_a_prefix_inside_one_dict_is_left_out_or_takes_the_raw_
     run = tmp_path / "run"
     for i in (1, 2, 3):
         content = {raw: full(i), average: full(i + 10), "first_stage.weight": full(i)}
-        prefix = average.partition(".")[0]
+        prefix = "module.ema" if average.startswith("module") else average.partition(".")[0]
         content[f"{prefix}.num_updates"] = torch.tensor(i)
         write(run / f"model_{i}.{ending}", content)
     done = Averaged(run)
@@ -274,6 +275,37 @@ def test_an_average_under_a_prefix_inside_one_dict_is_left_out_or_takes_the_raw_
     assert done.values(file) == {raw: 2.0, "first_stage.weight": 2.0}
     assert f"{prefix}.* holds an average" in done.notes
     assert Averaged(run, which="ema").values(file) == {raw: 12.0, "first_stage.weight": 2.0}
+
+
+def test_an_average_in_the_names_that_mmcv_gives_it_is_left_out_but_a_lone_buffer_is_not(
+    tmp_path: Path,
+) -> None:
+    run = files(
+        tmp_path / "a",
+        lambda i: {**layers(i), **{f"ema_layers_{n}_weight": full(i + 10) for n in (0, 1)}},
+    )
+    assert Averaged(run).values() == dict.fromkeys(layers(1), 2.0)
+    assert Averaged(run, which="ema").values() == dict.fromkeys(layers(1), 12.0)
+    run = files(tmp_path / "b", lambda i: {**layers(i), "embed": full(i), "ema_embed": full(i)})
+    assert "ema_embed" in Averaged(run).values()
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda state, optimizer: [state, optimizer],
+        lambda state, optimizer: (state, optimizer, 3),
+        lambda state, optimizer: {"checkpoint": {"nested": {"sd": state}, "opt": optimizer}},
+        lambda state, _: {"student": state, "dino_loss": {"center": full(1)}},
+    ],
+    ids=["list", "tuple", "deep", "beside a loss"],
+)
+def test_the_one_dict_of_weights_is_found_wherever_it_is(tmp_path: Path, wrapped: Any) -> None:
+    optimizer = {"state": {0: {"exp_avg": full(1)}}, "param_groups": []}
+    run = files(tmp_path / "run", lambda i: wrapped({"w": full(i)}, optimizer))
+    done = Averaged(run)
+    assert done.values() == {"w": 2.0}
+    assert "The model is taken from" in done.notes
 
 
 def test_modules_with_such_a_word_that_have_no_raw_twin_are_a_part_of_the_model(
