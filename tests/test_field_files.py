@@ -7,7 +7,9 @@ import argparse
 import gzip
 import json
 import pickle
+import shutil
 import tarfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import ckpt_ema
 from ckpt_ema.errors import Code, RefusedError
+from tests.makers.dcp_folders import save as save_distributed
 from tests.makers.safetensors_files import read_safetensors, write_safetensors
-from tests.makers.torch_files import save
+from tests.makers.torch_files import archive, save, sharded_pickle
 
 Content = Callable[[float], Any]
 
@@ -138,7 +142,7 @@ def test_tensors_beside_a_dict_of_tensors_are_refused_and_a_dot_takes_all(tmp_pa
     [
         ({"criterion": {"weight": full(1)}}, "criterion"),
         ({"dino_loss": {"center": full(1)}}, "dino_loss"),
-        ({"center": full(1)}, "the top level"),
+        ({"center": full(1)}, "center"),
         ({"anchors": [full(1), full(2)]}, "anchors"),
     ],
     ids=["criterion", "dino-loss", "lone", "list"],
@@ -242,7 +246,7 @@ def test_an_average_alone_is_averaged_with_a_warning_and_without_one_on_purpose(
 def test_an_average_asked_for_that_is_not_there_is_refused_with_what_is(tmp_path: Path) -> None:
     run = files(tmp_path / "run", lambda i: {"model": {"layers.schema.weight": full(i)}})
     error = refusal(run, which="ema")
-    assert error.code is Code.NO_MODEL
+    assert error.code is Code.NO_MATCH
     assert "layers.schema.weight" in error.message
 
 
@@ -253,6 +257,7 @@ def test_an_average_asked_for_that_is_not_there_is_refused_with_what_is(tmp_path
         ("student.backbone.weight", "teacher.backbone.weight"),
         ("net.layers.0.weight", "net_ema.layers.0.weight"),
         ("layers.0.weight", "ema_model.module.layers.0.weight"),
+        ("module.layers.0.weight", "module.ema.layers.0.weight"),
     ],
 )
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
@@ -262,7 +267,7 @@ def test_an_average_under_a_prefix_inside_one_dict_is_left_out_or_takes_the_raw_
     run = tmp_path / "run"
     for i in (1, 2, 3):
         content = {raw: full(i), average: full(i + 10), "first_stage.weight": full(i)}
-        prefix = average.partition(".")[0]
+        prefix = "module.ema" if average.startswith("module") else average.partition(".")[0]
         content[f"{prefix}.num_updates"] = torch.tensor(i)
         write(run / f"model_{i}.{ending}", content)
     done = Averaged(run)
@@ -270,6 +275,37 @@ def test_an_average_under_a_prefix_inside_one_dict_is_left_out_or_takes_the_raw_
     assert done.values(file) == {raw: 2.0, "first_stage.weight": 2.0}
     assert f"{prefix}.* holds an average" in done.notes
     assert Averaged(run, which="ema").values(file) == {raw: 12.0, "first_stage.weight": 2.0}
+
+
+def test_an_average_in_the_names_that_mmcv_gives_it_is_left_out_but_a_lone_buffer_is_not(
+    tmp_path: Path,
+) -> None:
+    run = files(
+        tmp_path / "a",
+        lambda i: {**layers(i), **{f"ema_layers_{n}_weight": full(i + 10) for n in (0, 1)}},
+    )
+    assert Averaged(run).values() == dict.fromkeys(layers(1), 2.0)
+    assert Averaged(run, which="ema").values() == dict.fromkeys(layers(1), 12.0)
+    run = files(tmp_path / "b", lambda i: {**layers(i), "embed": full(i), "ema_embed": full(i)})
+    assert "ema_embed" in Averaged(run).values()
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda state, optimizer: [state, optimizer],
+        lambda state, optimizer: (state, optimizer, 3),
+        lambda state, optimizer: {"checkpoint": {"nested": {"sd": state}, "opt": optimizer}},
+        lambda state, _: {"student": state, "dino_loss": {"center": full(1)}},
+    ],
+    ids=["list", "tuple", "deep", "beside a loss"],
+)
+def test_the_one_dict_of_weights_is_found_wherever_it_is(tmp_path: Path, wrapped: Any) -> None:
+    optimizer = {"state": {0: {"exp_avg": full(1)}}, "param_groups": []}
+    run = files(tmp_path / "run", lambda i: wrapped({"w": full(i)}, optimizer))
+    done = Averaged(run)
+    assert done.values() == {"w": 2.0}
+    assert "The model is taken from" in done.notes
 
 
 def test_modules_with_such_a_word_that_have_no_raw_twin_are_a_part_of_the_model(
@@ -708,3 +744,54 @@ def test_the_raw_model_in_edm2s_training_state_is_read(tmp_path: Path) -> None:
     )
     (run / "network-snapshot-0000100-0.050.pkl").write_bytes(b"\x80\x04N.")
     assert Averaged(run).values() == dict.fromkeys(layers(1), 2.0)
+
+
+def test_deepspeed_without_zero_is_read_and_with_several_ranks_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for number in (100, 200, 300):
+        content = {"module": layers(number), "optimizer": {"state": {}, "param_groups": []}}
+        write(run / f"global_step{number}/mp_rank_00_model_states.pt", content)
+    (run / "latest").write_text("global_step300")
+    assert Averaged(run).values() == dict.fromkeys(layers(1), 200.0)
+    for number in (100, 200, 300):
+        write(run / f"global_step{number}/mp_rank_01_model_states.pt", {"module": layers(1)})
+    error = refusal(run)
+    assert error.code is Code.UNSUPPORTED_FORMAT
+    assert "zero_to_fp32" not in str(error)
+    (run / "global_step100/layer_01-model_states.pt").touch()
+    (run / "global_step100/zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    for number in (200, 300):
+        shutil.rmtree(run / f"global_step{number}")
+    assert "zero_to_fp32" not in str(refusal(run))
+
+
+@pytest.mark.parametrize("root", ["model", "state_dict"])
+def test_what_a_sharded_checkpoint_of_lightning_is_converted_with_works(
+    tmp_path: Path, root: str
+) -> None:
+    run, converted = tmp_path / "run", tmp_path / "converted"
+    converted.mkdir()
+    for step in (10, 20, 30):
+        folder = run / f"epoch=0-step={step}.ckpt"
+        optimizer = {"state": {"w": {"exp_avg": full(9)}}, "param_groups": [{"lr": 0.1}]}
+        save_distributed(folder, {root: layers(step), "optimizer_0": optimizer})
+        save(folder / "meta.pt", {"global_step": step})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one process is what is wanted
+            dcp_to_torch_save(folder, converted / folder.name)
+    assert "torch.distributed.checkpoint.format_utils dcp_to_torch" in refusal(run).hint
+    assert Averaged(converted).values() == dict.fromkeys(layers(1), 20.0)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_tensors_of_one_rank_are_called_so(tmp_path: Path, inside: bool) -> None:
+    for number in (1, 2, 3):
+        path = tmp_path / f"model_{number}.pt"
+        pickled = sharded_pickle()
+        if not inside:  # the model itself is such a tensor
+            start = pickled.index(b"ctorch._tensor")
+            pickled = b"\x80\x02}X\x05\x00\x00\x00model" + pickled[start:]
+        archive(path, pickled)
+    error = refusal(tmp_path)
+    assert error.code is Code.UNREADABLE_TENSOR
+    assert "of which each rank's file holds a part" in error.message

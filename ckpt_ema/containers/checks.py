@@ -17,6 +17,8 @@ _PACKED = (
     (b"(\xb5/\xfd", 0, "a zstd file", "unzstd"),
     (b"ustar", 257, "a tar archive", "tar -xf"),
 )
+OF_ONE_RANK = ("ShardedTensor", "DTensor")  # classes of which each rank has a part
+GATHER = "Save the full state dict, or use torch.distributed.checkpoint."
 _LEAVE_OUT = "Was its save interrupted? Leave it out."
 
 

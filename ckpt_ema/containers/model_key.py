@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_ema.containers.checks import refused
+from ckpt_ema.containers.checks import GATHER, OF_ONE_RANK, refused
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Reading
@@ -44,6 +44,8 @@ def find_model(path: str, root: Any, reading: Reading, tensor: _Kind) -> Model:
     raw model if there is no average. Raises `RefusedError` if there is no model, if it is a pickled
     object, if there are several, or if other weights may be a part of it.
     """
+    if isinstance(root, list) or type(root) is tuple:  # as torch.save((state_dict, optimizer))
+        root = {str(at): one for at, one in enumerate(root) if not isinstance(one, tensor)}
     if not isinstance(root, dict):
         raise _no_model(path, root)
     wants_average = reading.which == "ema"
@@ -59,7 +61,7 @@ def find_model(path: str, root: Any, reading: Reading, tensor: _Kind) -> Model:
             raise _no_model(path, pickled)
     if averages and (wants_average or not raw):
         return _averaged(averages[_only(path, averages)], wants_average, _only(path, averages))
-    return _raw(path, root, raw, averages)
+    return _raw(path, root, raw, averages, tensor)
 
 
 def recorded(root: Any) -> dict[str, int]:
@@ -96,7 +98,7 @@ def numbers(root: Any) -> dict[str, float]:
 
 def _at(root: Any, key: str) -> Any:
     """Return what a dotted path leads to; names may have dots of their own."""
-    if isinstance(root, list):
+    if isinstance(root, list) or type(root) is tuple:
         root = {str(index): value for index, value in enumerate(root)}
     if not isinstance(root, dict):
         return None
@@ -104,8 +106,9 @@ def _at(root: Any, key: str) -> Any:
         return root
     if key in root:
         return root[key]
-    first, _, rest = key.partition(".")
-    return _at(root.get(first), rest) if rest else None
+    cuts = [at for at, letter in enumerate(key) if letter == "."]
+    found = (_at(root[key[:at]], key[at + 1 :]) for at in cuts if key[:at] in root)
+    return next((value for value in found if value is not None), None)
 
 
 def _tensors_in(root: Any, tensor: _Kind, *, with_callbacks: bool = False) -> dict[str, Any]:
@@ -122,13 +125,14 @@ def _tensors_in(root: Any, tensor: _Kind, *, with_callbacks: bool = False) -> di
             continue
         items = [*value.items()] if isinstance(value, dict) else [*enumerate(value)]
         tensors = [item for _, item in items if isinstance(item, tensor)]
-        if tensors and (isinstance(value, list) or _are_names(value)):
+        if tensors and (not isinstance(value, dict) or _are_names(value)):
             others[place] = value
             if any(getattr(item, "is_weight", True) for item in tensors):
                 weights[place] = value
         for key, inner in items:
             # A file may hold one dict under two names, and a hostile one under any number.
-            if isinstance(inner, dict | list) and depth and id(inner) not in seen:
+            is_nested = isinstance(inner, dict | list) or type(inner) is tuple
+            if is_nested and depth and id(inner) not in seen:
                 seen.add(id(inner))
                 if _may_be(str(key)) or (with_callbacks and "callback" in str(key)):
                     waiting.append((f"{place}.{key}" if place else str(key), inner, depth - 1))
@@ -154,6 +158,11 @@ def _listed(found: _Found) -> str:
 
 def _place(place: str) -> str:
     return place or "the top level"
+
+
+def _named(place: str, value: Any, tensor: _Kind) -> str:
+    """Return what to call tensors by: their place, or at the top their names."""
+    return place or some(name for name, item in value.items() if isinstance(item, tensor))
 
 
 def _is_averaged(root: Mapping[Any, Any], place: str) -> bool:
@@ -216,11 +225,11 @@ def _check_swapped(path: str, raw: _Found, averages: _Found, root: Mapping[Any, 
     if "state_dict" in raw and "ema_state_dict" in averages and "message_hub" not in root:
         either = "either may be the average: mmengine's EMAHook swaps them, others do not"
         why = f"holds both state_dict and ema_state_dict, and {either}"
-        hint = "Choose the raw model weights with --key state_dict or --key ema_state_dict."
+        hint = "Choose with --key state_dict or --key ema_state_dict."
         raise refused(path, why, hint, Code.SEVERAL_MODELS)
 
 
-def _raw(path: str, root: Mapping[str, Any], raw: _Found, averages: _Found) -> Model:
+def _raw(path: str, root: Mapping[str, Any], raw: _Found, averages: _Found, tensor: _Kind) -> Model:
     """Return the raw model, a note of averages, and a warning of other weights."""
     if _is_opennmt(root, raw):
         # OpenNMT-py saves its output layer beside the model; its safetensors name it like this.
@@ -236,11 +245,9 @@ def _raw(path: str, root: Mapping[str, Any], raw: _Found, averages: _Found) -> M
         notes.append(Notice(Code.DECIDED, f"{text} {_place(place)}."))
     elif place and place not in conventions.MODEL_KEYS:
         notes.append(Notice(Code.DECIDED, f"The model is taken from {place}."))
-    if others := [_place(one) for one in raw if one != place]:
-        text = (
-            f"Tensors under {some(others)} are no part of the model under {_place(place)} and are"
-        )
-        text = f"{text} left out; --key {_EVERYTHING} takes every dict of tensors in the file."
+    if others := [_named(one, value, tensor) for one, value in raw.items() if one != place]:
+        text = f"Tensors beside the model under {_place(place)} are left out: {some(others)}; --key"
+        text = f"{text} {_EVERYTHING} takes every dict of tensors in the file."
         warnings.append(Notice(Code.OTHER_WEIGHTS, text))
     return Model(values, tuple(notes), tuple(warnings))
 
@@ -259,8 +266,8 @@ def _only(path: str, found: _Found) -> str:
     dicts = [place for place, one in found.items() if isinstance(one, dict)]
     known = [place for place in conventions.MODEL_KEYS if place in dicts]
     models = [place for place in dicts if place and not conventions.NO_MODEL_KEY.search(place)]
-    if known and len(models) <= 1:
-        return known[0]
+    if len(models) <= 1 and (known or (models and "" not in dicts)):
+        return (known or models)[0]
     if found and not dicts:
         why = f"holds lists of tensors without names ({_listed(found)}) and no dict of them"
         raise refused(path, why, "Save a state dict.", Code.NO_MODEL)
@@ -283,14 +290,19 @@ def _several(path: str, found: _Found, dicts: list[str]) -> RefusedError:
     tops = dict.fromkeys(place.partition(".")[0] for place in dicts)
     every = _EVERYTHING if "" in tops else ",".join(tops)
     one = next(place for place in dicts if place)
-    hint = f"Take all as one model with --key {every}" + f", or one with --key {one}." * (
-        one != every
-    )
+    hint = f"Choose one with --key, such as --key {one}."
+    if every == one:
+        hint = f"Take all as one model with --key {every}."
+    elif not any(map(conventions.AVERAGED_NAME.search, dicts)):
+        hint = f"Take all as one model with --key {every}, or one with --key {one}."
     return refused(path, why, hint, Code.SEVERAL_MODELS)
 
 
 def _no_model(path: str, value: Any) -> RefusedError:
-    if name := _class_name(value):
+    if (name := _class_name(value)) and name.endswith(OF_ONE_RANK):
+        why = f"stores the model as a {name}, of which each rank's file holds a part"
+        return refused(path, why, GATHER, Code.UNREADABLE_TENSOR)
+    if name:
         stored = f"stores the model as a pickled {name}, not as tensors"
         why = f"{stored}; reading it would run code from the file"
         return refused(path, why, "Export its state_dict() instead.", Code.PICKLED_OBJECT)

@@ -13,7 +13,16 @@ from fnmatch import fnmatchcase
 from typing import IO, Any, NamedTuple, cast
 
 from ckpt_ema.containers import pickles, safetensors
-from ckpt_ema.containers.checks import AGAIN, AS_IT_IS, HEAD_BYTES, check_start, cut_short, refused
+from ckpt_ema.containers.checks import (
+    AGAIN,
+    AS_IT_IS,
+    GATHER,
+    HEAD_BYTES,
+    OF_ONE_RANK,
+    check_start,
+    cut_short,
+    refused,
+)
 from ckpt_ema.containers.model_key import find_model, numbers, recorded
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
@@ -32,7 +41,6 @@ from ckpt_ema.storage.protocol import OpenFile, Storage
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 _DROPPED = TensorSpec("U8", (0,), 0, 0)  # an unreadable tensor that --drop leaves out
 _PLAIN = ("builtins.", "__builtin__.", "_codecs.", "typing.")  # not worth a note
-_ONE_RANK = ("ShardedTensor", "DTensor")  # classes of which each rank's file holds a part
 _BIG_ENDIAN = "was saved on a big-endian machine"
 _MAX_PICKLE_BYTES = 1 << 30
 _MAX_EXPANDED_BYTES = 1 << 20  # of a view with stride 0, where that is more than the whole file
@@ -117,9 +125,9 @@ def _is_tensor(path: str, name: str, value: object, drop: Iterable[str]) -> bool
     if isinstance(value, pickles.Array):
         why = "is a numpy array, which is not read"
         hint = f"Save it as a tensor (torch.from_numpy), or leave it out with --drop {name}."
-    elif value.name.endswith(_ONE_RANK):
+    elif value.name.endswith(OF_ONE_RANK):
         why = f"is a {value.name}, of which each rank's file holds a part"
-        hint = "Save the full state dict, or use torch.distributed.checkpoint."
+        hint = GATHER
     else:
         kind = f"{value.name}: sparse, quantised or without data"
         why = f"is of a kind that safetensors cannot hold ({kind})"

@@ -53,7 +53,7 @@ def one_of_both(path: Location, specs: Specs, *, wants_average: bool) -> Specs:
         [(prefix, twins)] = averages.items()
         tensors |= {raw_name: specs.tensors[name] for name, raw_name in twins.items()}
         text = (
-            f"{len(twins)} of {len(tensors)} tensors are taken from {prefix}*, the others are raw."
+            f"{len(twins)} of {len(tensors)} tensors are taken from {prefix}*; any others are raw."
         )
     note = Notice(Code.DECIDED, text)
     return replace(specs, tensors=tensors, notes=(*specs.notes, note), is_average=wants_average)
@@ -74,8 +74,10 @@ def _groups(tensors: _Tensors) -> dict[str, list[str]]:
         module = name.rpartition(".")[0]
         if module not in prefix_of:
             prefix_of[module] = _prefix(module)
-        if prefix_of[module]:
-            groups.setdefault(prefix_of[module], []).append(name)
+        word = AVERAGED_NAME.match(name)  # mmcv joins the parts of a name by underscores
+        prefix = prefix_of[module] or (f"{word[0]}_" if word else "")
+        if prefix:
+            groups.setdefault(prefix, []).append(name)
     return groups
 
 
@@ -89,7 +91,7 @@ def _prefix(module: str) -> str:
 def _twins(prefix: str, names: list[str], specs: Specs, raw: _Tensors) -> dict[str, str]:
     """Return the raw name of each tensor of an average; empty if most have none."""
     below = {name: _WRAPPERS.sub("", name.removeprefix(prefix)) for name in names}
-    tails = {tail.replace(".", ""): name for name, tail in below.items()}
+    tails = {_joined(tail): name for name, tail in below.items()}
     found: dict[str, dict[str, str]] = {}  # by the raw names' own prefix
     for raw_name, one in raw.items():
         for front, tail in _cuts(raw_name):
@@ -98,11 +100,17 @@ def _twins(prefix: str, names: list[str], specs: Specs, raw: _Tensors) -> dict[s
                 found.setdefault(front, {})[name] = raw_name
     counts = Counter({front: len(twins) for front, twins in found.items()})
     [(front, count)] = counts.most_common(1) or [("", 0)]
-    return found[front] if 2 * count >= len(names) else {}
+    # A lone buffer, such as ema_embed beside embed, belongs to its module.
+    is_all = prefix.endswith(".") or 2 * count >= len(raw)
+    return found[front] if 2 * count >= len(names) and is_all else {}
 
 
 def _cuts(name: str) -> Iterator[tuple[str, str]]:
     """Yield each way to cut a name at a dot, the second part without dots."""
     parts = name.split(".")
     for at in range(len(parts)):
-        yield ".".join(parts[:at]), "".join(parts[at:])
+        yield ".".join(parts[:at]), _joined("".join(parts[at:]))
+
+
+def _joined(name: str) -> str:
+    return name.replace(".", "").replace("_", "")

@@ -55,6 +55,7 @@ def _in_checkpoint(path: Path, source: Source, depth: int) -> Located:
     found = (
         (_average(path, names, source) if source.reading.which == "ema" else None)
         or _in_folder(path, names, source)
+        or _without_zero(path, names)
         or _pipeline(path, source)
         or _in_model_folder(path, source)
         or _distributed(path, source)
@@ -279,6 +280,16 @@ def _may_be_a_model(name: str, beside: set[str], folder: Path, source: Source) -
     return is_named and source.storage.kind(folder / name) is Kind.FILE
 
 
+def _without_zero(path: Path, names: set[str]) -> ModelFiles | None:
+    """Return the file of DeepSpeed that has the whole model: there are no partitions, and one rank.
+
+    With ZeRO, partitions of the optimizer hold more precise weights.
+    """
+    ours = [name for name in names if name.endswith("_states.pt")]
+    whole = "mp_rank_00_model_states.pt"
+    return ModelFiles(path, (Member(whole),)) if ours == [whole] else None
+
+
 def folders_with_models(path: Path, source: Source) -> list[str]:
     """Return the folders in a checkpoint that hold a model by themselves, such as `my_adapter`."""
     return list(_models_below(path, _names_below(path, _DEEPEST, source), source))
@@ -317,8 +328,7 @@ def _is_apart(folder: str) -> bool:
     """Return whether a folder of a checkpoint holds something else than its model, by its name."""
     patterns = (*conventions.NOT_A_MODEL, conventions.NO_CHECKPOINTS, conventions.ALIAS)
     is_known = any(p.search(folder) for p in patterns if p is not conventions.AVERAGED_NAME)
-    is_state = any(word in folder.lower() for word in conventions.STATE_WORDS)
-    return bool(is_known or is_state or numbers_in(folder))
+    return bool(is_known or conventions.STATE_KEY.search(folder) or numbers_in(folder))
 
 
 def _names_below(folder: Path, depth: int, source: Source) -> list[str]:

@@ -64,7 +64,7 @@ def holds_weights(model: ModelFiles, source: Source) -> bool:
     except RefusedError as error:
         if error.code in (Code.SEVERAL_MODELS, Code.UNREADABLE_TENSOR):
             raise
-        return False
+        return error.code is Code.NO_MATCH  # weights, but not the average that --which asks for
     return any(spec.dtype in AVERAGED for spec in specs.tensors.values())
 
 

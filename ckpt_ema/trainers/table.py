@@ -136,8 +136,8 @@ TRAINERS = (
         refusals=_refused(
             r"(^|/)meta\.pt$",
             "a sharded checkpoint of Lightning",
-            "Consolidate each: `python -m lightning.pytorch.utilities.consolidate_checkpoint"
-            " CHECKPOINT`.",
+            "Convert each, under its name: `python -m torch.distributed.checkpoint.format_utils"
+            " dcp_to_torch CHECKPOINT CONVERTED/CHECKPOINT`.",
         ),
     ),
     Trainer(
@@ -219,13 +219,25 @@ TRAINERS = (
         name="DeepSpeed",
         tier="R",
         entry="global_step100/",
-        weights="mp_rank_00_model_states.pt, zero_pp_rank_*",
+        weights="zero_pp_rank_*; without ZeRO, mp_rank_00_model_states.pt is read: module",
         stays=("latest", r"zero_to_fp32\.py", r"global_step\d+"),
-        refusals=_refused(
-            r"zero_pp_rank_\d+|mp_rank_\d+(_\d+)?_model_states|^global_step\d+/.*_states\.pt$",
-            "a DeepSpeed checkpoint, with the weights in partitions",
-            "Gather each step first: `python zero_to_fp32.py RUN OUT -t global_stepN"
-            " --safe_serialization`.",
+        refusals=(
+            *_refused(
+                r"(^|/)layer_\d+-model_states\.pt$",
+                "a checkpoint of DeepSpeed's pipelines, with each layer in a file of its own",
+                "Load each step in the trainer, and save the model's state_dict() there.",
+            ),
+            *_refused(
+                r"zero_pp_rank_\d+|^global_step\d+/.*_optim_states\.pt$",
+                "a DeepSpeed checkpoint, with the weights in partitions",
+                "Gather each step first: `python zero_to_fp32.py RUN OUT -t global_stepN`.",
+            ),
+            *_refused(
+                r"mp_rank_\d+(_\d+)?_model_states|^global_step\d+/.*_states\.pt$",
+                "of DeepSpeed, with the weights in files of ranks",
+                "Pass the folder if it has one rank's file; else load each step in the trainer, and"
+                " save the model's state_dict() there.",
+            ),
         ),
     ),
     Trainer(
