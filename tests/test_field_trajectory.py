@@ -26,6 +26,7 @@ def folders(run: Path, *names: str, first: int = 1) -> Path:
     for value, name in enumerate(names, start=first):
         (run / name).mkdir(parents=True)
         write_safetensors(run / name / "model.safetensors", state(value))
+        (run / name / "config.json").write_text("{}")
     return run
 
 
@@ -493,11 +494,10 @@ def test_the_only_folder_with_a_model_in_every_step_is_read(
     assert average_of(run, tmp_path / "out") == 200
 
 
-@pytest.mark.parametrize("names", [("default", "reward"), ("model_ema",), ("a/x", "a/y")])
+@pytest.mark.parametrize("names", [("default", "reward"), ("a/x", "a/y")])
 def test_several_models_in_every_step_are_named_with_the_option(
     tmp_path: Path, names: Sequence[str]
 ) -> None:
-    """An average that the trainer saved is read on purpose alone."""
     run = tmp_path / "run"
     for step in (100, 200):
         for number, name in enumerate(names):
@@ -506,6 +506,12 @@ def test_several_models_in_every_step_are_named_with_the_option(
     for number, name in enumerate(names):
         out = tmp_path / f"out{number}"
         assert average_of(run, out, component=name) == 150 + number
+
+
+def test_a_folder_with_the_trainers_average_alone_is_read_with_a_warning(tmp_path: Path) -> None:
+    run = folders(tmp_path / "run", "checkpoint-100/model_ema", "checkpoint-200/model_ema")
+    assert [one.code for one in ckpt_ema.plan(run).warnings] == [Code.ALREADY_AVERAGED]
+    assert not ckpt_ema.plan(run, which="ema").warnings
 
 
 def test_models_in_folders_of_different_names_are_refused(tmp_path: Path) -> None:

@@ -269,8 +269,9 @@ def _own_names(path: Path, names: set[str], source: Source) -> Located:
         return None
     models = [ModelFiles(path, (Member(name),)) for name in files]
     parts = [model for model in models if holds_weights(model, source)]
-    if len({frozenset(source.read(part).tensors) for part in parts}) < len(parts):
-        return None  # states of one model, not its parts
+    names_of = {frozenset(source.read(part).tensors) for part in parts}
+    if len(names_of) < len(parts) and not numbers_in(path.name):
+        return None  # states of one model in a run's folder, not its parts
     members = [Member(part.path.name, f"{stem_of(part.path.name)}/") for part in parts]
     return ModelFiles(path, tuple(members)) if members else None
 

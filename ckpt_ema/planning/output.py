@@ -103,7 +103,9 @@ def lay_out(
         if target.is_single_file:  # a folder has it in its manifest
             provenance["fingerprint"] = digest
         roles = {name: one.made for name, one in rulings[newest].items()}
-        files = target.lay_out(Model(specs, roles, DTYPES[options.dtype], provenance))
+        is_file = not storage.is_folder(newest.path)
+        dtype = DTYPES[options.dtype]
+        files = target.lay_out(Model(specs, roles, dtype, provenance, is_file))
         indexes = target.finish(files, [member.name for member in newest.model.members])
         other_models |= {*copied.models}
         missing |= {*copied.missing}

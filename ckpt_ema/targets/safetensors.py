@@ -19,7 +19,6 @@ from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     WRITTEN_AS,
     Role,
-    Specs,
     is_safetensors,
 )
 from ckpt_ema.errors import Code, RefusedError, some
@@ -75,7 +74,7 @@ class SafetensorsTarget:
             )
         if self.is_single_file:
             return (_file(self.path.name, 0, list(model.specs.tensors), model),)
-        files = [_file(name, member, keys, model) for name, member, keys in _groups(model.specs)]
+        files = [_file(name, member, keys, model) for name, member, keys in _groups(model)]
         written = Counter(file.name for file in files)
         twice = sorted(name for name, number in written.items() if number > 1)
         if twice:
@@ -94,10 +93,12 @@ class SafetensorsTarget:
         return tuple(indexes)
 
 
-def _groups(newest: Specs) -> Iterator[tuple[str, int, list[str]]]:
+def _groups(model: Model) -> Iterator[tuple[str, int, list[str]]]:
     """Yield the name of each output file, its member, and the keys of its tensors."""
-    prefixes = newest.prefixes
+    newest, prefixes = model.specs, model.specs.prefixes
     names = [(file.member, _output_name(file.name, prefixes[file.member])) for file in newest.files]
+    if model.is_file and not is_safetensors(newest.files[0].name):
+        names = [(0, "model.safetensors")]
     groups: dict[tuple[int, str], list[str]] = {}
     for key, tensor in newest.tensors.items():
         groups.setdefault(names[tensor.file], []).append(key)
