@@ -44,6 +44,7 @@ class Source:
     storage: Storage
     reading: Reading
     _specs: dict[ModelFiles, Specs] = field(default_factory=dict)
+    _plain: set[int] = field(default_factory=set)  # identities of tensors without an average
 
     def read(self, model: ModelFiles) -> Specs:
         """Return the specs of a checkpoint, which has tensors; raises what `read_specs` raises."""
@@ -57,7 +58,11 @@ class Source:
     def _asked_for(self, model: ModelFiles, specs: Specs) -> Specs:
         """Return the raw weights or the average, whichever --which asks for."""
         wants_average = self.reading.which == "ema"
-        specs = one_of_both(model.path, specs, wants_average=wants_average)
+        if id(specs.tensors) not in self._plain:  # checkpoints of one layout share their tensors
+            chosen = one_of_both(model.path, specs, wants_average=wants_average)
+            if chosen is specs and not wants_average:  # these specs are kept, and so their identity
+                self._plain.add(id(specs.tensors))
+            specs = chosen
         if wants_average and not (specs.is_average or model.is_average):
             why = f"holds no average that its trainer made, but {some(specs.tensors, 3)}"
             raise refused(model.path, why, "Leave out --which ema.", Code.NO_MATCH)

@@ -68,6 +68,8 @@ def _groups(tensors: _Tensors) -> dict[str, list[str]]:
     text = "\n".join(tensors).lower()
     if not any(hint in text for hint in _HINTS):
         return {}
+    if not any(map(AVERAGED_NAME.search, {part for name in tensors for part in name.split(".")})):
+        return {}
     prefix_of: dict[str, str] = {}  # by module, of which each has several tensors
     groups: dict[str, list[str]] = {}
     for name in tensors:

@@ -1,6 +1,7 @@
 """Whether one file holds a model: by its name, or by its first bytes if the name says nothing."""
 
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from ckpt_ema.containers import safetensors, torch_file
@@ -41,11 +42,14 @@ def locate_file(path: Path, source: Source, *, is_given: bool = False) -> Locate
 
 def may_be_weights(name: str, beside: set[str]) -> bool:
     """Return whether a file in a checkpoint's folder may hold weights under a name of its own."""
-    stem = stem_of(name)
-    is_copy = f"{stem}.safetensors" in beside and not name.endswith(".safetensors")
+    is_copy = f"{stem_of(name)}.safetensors" in beside and not name.endswith(".safetensors")
+    return not is_copy and _is_own_name(name)
+
+
+@lru_cache  # the folders of a run hold the same names
+def _is_own_name(name: str) -> bool:
     return (
-        stem != name
-        and not is_copy
+        stem_of(name) != name
         and name not in conventions.FOLDER_WEIGHTS
         and not any(pattern.search(name) for pattern in conventions.NOT_A_MODEL)
         and not conventions.STAYS_BEHIND.search(name)
