@@ -57,7 +57,6 @@ def warnings_about(
 _ABOUT_ALIASES = {
     Reason.INCOMPLETE: "{name} is left out, {detail}.",
     Reason.UNREADABLE: "{name} may be a later step and is left out, {detail}",
-    Reason.LATER: "{name} is used as the last step: it {detail}.",
     Reason.OWN_MODEL_UNLIKE: (
         "{name} in the run's folder is left out, and is not the model of any checkpoint; add it as"
         " the last step with --append {name}, or confirm with --exclude {name}."
@@ -67,7 +66,7 @@ _ABOUT_ALIASES = {
         " --exclude {name}."
     ),
 }
-_CODES = {Reason.LATER: Code.DECIDED, Reason.ANOTHER_MODEL: Code.OTHER_WEIGHTS}
+_CODES = {Reason.ANOTHER_MODEL: Code.OTHER_WEIGHTS}
 
 
 def beside_container(candidates: Candidates) -> list[Notice]:

@@ -15,6 +15,7 @@ from ckpt_ema.find.logs import OneRun
 from ckpt_ema.find.names import stem_of
 from ckpt_ema.find.select import Subsets
 from ckpt_ema.find.verdict import UNSELECTED
+from ckpt_ema.find.verdict import Reason as FindReason
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.output import LaidOut
@@ -77,6 +78,10 @@ def plan_warnings(decided: Decided) -> Iterator[Notice]:
 def plan_notes(decided: Decided) -> Iterator[Notice]:
     """Yield notes on options without effect, on the run, and on what is not averaged."""
     found, selected, _, compared, rulings, laid_out, averages = decided
+    for one in found.judged:
+        if one.verdict.reason is FindReason.LATER:
+            message = f"{one.name} is used as the last step: it {one.verdict.detail}."
+            yield Notice(Code.DECIDED, message)
     yield from selected.notes
     yield from _merged(averages, _cap)
     yield from compared.notes
