@@ -219,6 +219,14 @@ def test_a_step_without_a_model_between_two_with_one_is_refused_by_name(
     assert warnings(check(run, taken, (100, 300)), newest, "left out")
 
 
+def test_a_hole_is_seen_among_checkpoints_with_further_weights(tmp_path: Path) -> None:
+    run = folders(tmp_path / "run", "checkpoint-1", "checkpoint-3")
+    for name in ("checkpoint-1", "checkpoint-3"):
+        write_safetensors(run / name / "projector.safetensors", {"p": torch.ones(2)})
+    a_broken_link(run / "checkpoint-2")
+    refused(run, Code.INCOMPLETE, "checkpoint-2", "--exclude")
+
+
 def test_a_folder_with_a_model_among_files_is_warned_of(tmp_path: Path) -> None:
     run = flat(tmp_path / "run", {f"step_{n}.pt": state(n) for n in (100, 300)})
     folders(run, "step_100", "step_200.pt")
@@ -514,6 +522,9 @@ def test_a_folder_with_the_trainers_average_alone_is_read_with_a_warning(tmp_pat
     run = folders(tmp_path / "run", "checkpoint-100/model_ema", "checkpoint-200/model_ema")
     assert [one.code for one in ckpt_ema.plan(run).warnings] == [Code.ALREADY_AVERAGED]
     assert not ckpt_ema.plan(run, which="ema").warnings
+    folders(run, "checkpoint-100/hf_ckpt", "checkpoint-200/hf_ckpt", first=5)
+    assert not warnings(ckpt_ema.plan(run), "averaged already")
+    assert average_of(run, tmp_path / "out") == 5.5
 
 
 def test_models_in_folders_of_different_names_are_refused(tmp_path: Path) -> None:

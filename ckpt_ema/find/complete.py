@@ -52,7 +52,8 @@ def check_complete(checkpoints: Sequence[Checkpoint], found: Found) -> None:
     taken = set(checkpoints)
     places = [place for place, one in enumerate(found.checkpoints) if one in taken]
     for hole in found.holes:
-        if hole.earlier in found.checkpoints[places[0] : places[-1]]:
+        between = found.checkpoints[places[0] : places[-1]]
+        if any(one.path == hole.earlier.path for one in between):
             where = f"although its name is that of a step before {hole.later.name}"
             text = f"{hole.path} {hole.why}, {where}."
             raise IncompleteError(
