@@ -59,16 +59,15 @@ def _is_own_name(name: str) -> bool:
 def holds_weights(model: ModelFiles, source: Source) -> bool:
     """Return whether a file holds tensors that can be averaged, and is no training state.
 
-    Raises `RefusedError` if it holds weights that cannot be read as one model.
+    It is True of what cannot be read as it is and is refused when it is read with its checkpoint.
     """
     try:
         specs = source.read(model)
     except IncompleteError:
-        return True  # it is judged with the checkpoint
+        return True
     except RefusedError as error:
-        if error.code in (Code.SEVERAL_MODELS, Code.UNREADABLE_TENSOR):
-            raise
-        return error.code is Code.NO_MATCH  # weights, but not the average that --which asks for
+        # NO_MATCH: raw weights where --which asks for an average.
+        return error.code in (Code.SEVERAL_MODELS, Code.UNREADABLE_TENSOR, Code.NO_MATCH)
     return any(spec.dtype in AVERAGED for spec in specs.tensors.values())
 
 
@@ -99,7 +98,7 @@ def _of_ranks(path: Path, model: ModelFiles, source: Source) -> Refusal | None:
         return None
     if hold_the_same((model, read[0]), (theirs, read[1]), source.storage):
         return None
-    what = f"one of the files of {len(others) + 1} ranks, which hold different tensors"
+    what = f"of {len(others) + 1} ranks, whose files hold different tensors"
     instead = "Gather the ranks first, or save the full state dict on the first rank."
     return Refusal(re.compile(""), what, instead)
 

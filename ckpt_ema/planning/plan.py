@@ -146,7 +146,7 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     """Find, select, weigh, compare, lay out: each stage takes its own options."""
     source = Source(storage_for(paths[0]), options.reading)
     found = discover(paths, options.selection, source)
-    found, selected = with_common_files(found, select(found, options.selection, source))
+    found, selected = with_common_files(found, select(found, options.selection, source), source)
     weighted = weigh(selected.subsets, options.weighting)
     destination = find_destination(options.output.output, found, paths, source.storage)
     compared = compare(_taken(weighted, found), source)
