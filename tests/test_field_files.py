@@ -836,9 +836,10 @@ def test_the_only_file_of_a_folder_is_its_model_whatever_its_ending(
 
 
 def test_an_average_in_a_file_of_its_own_is_named_in_a_note(tmp_path: Path) -> None:
-    content = {"model_safetensors": layers, "ema_pt": layers}
-    done = Averaged(folders(tmp_path / "run", **content))
-    assert "ema.pt holds an average by its name" in done.notes
+    content = {"model_safetensors": layers, "ema_pt": layers, "projector_pt": layers}
+    run = folders(tmp_path / "run", **content)
+    assert "ema.pt holds an average by its name" in Averaged(run).notes
+    assert "projector.safetensors" in Averaged(run, which="ema").files
     nested = tmp_path / "nested"
     for number in (1, 2, 3):
         write(nested / f"step_{number}/model.safetensors", layers(number))

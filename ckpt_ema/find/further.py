@@ -99,7 +99,8 @@ def _averages_beside(newest: Checkpoint, source: Source) -> list[Notice]:
 
 
 def _alone(name: str, checkpoint: Checkpoint) -> ModelFiles:
-    return ModelFiles(checkpoint.model.folder, (Member(name),))
+    """Return one file by itself, of which --which ema asks for no average."""
+    return ModelFiles(checkpoint.model.folder, (Member(name),), is_average=True)
 
 
 def _names_beside(checkpoint: Checkpoint, source: Source) -> set[str]:
@@ -128,8 +129,8 @@ def _is_readable(name: str, checkpoint: Checkpoint, source: Source) -> bool | No
         source.read(model)
     except IncompleteError:  # judged with the checkpoint
         return True
-    except RefusedError as error:
-        return error.code is Code.NO_MATCH  # raw, and read as it is beside an average
+    except RefusedError:
+        return False
     return True
 
 

@@ -273,8 +273,7 @@ def _own_names(path: Path, names: set[str], source: Source) -> Located:
         and _may_be_a_model(name, names, path, source)
     ]
     if not files and len(names) <= _MOST_UNKNOWN:  # weights/, state: files without an ending
-        unknown = (name for name in sorted(names) if stem_of(name) == name)
-        files = [n for n in unknown if isinstance(locate_file(path / n, source), ModelFiles)]
+        files = [name for name in sorted(names) if _is_model_by_content(path / name, source)]
     if len(files) == 1:
         return locate_file(path / files[0], source)
     if any(slots_in(stem_of(name)) or conventions.ALIAS.search(name) for name in files):
@@ -283,6 +282,16 @@ def _own_names(path: Path, names: set[str], source: Source) -> Located:
     parts = [model.members[0].name for model in models if holds_weights(model, source)]
     members = [Member(name, f"{stem_of(name)}/") for name in parts]
     return ModelFiles(path, tuple(members)) if members else None
+
+
+def _is_model_by_content(path: Path, source: Source) -> bool:
+    """Return whether a file without the ending of one is a model, as far as it may be opened."""
+    if stem_of(path.name) != path.name:
+        return False
+    try:
+        return isinstance(locate_file(path, source), ModelFiles)
+    except RefusedError:
+        return False
 
 
 def _may_be_a_model(name: str, beside: set[str], folder: Path, source: Source) -> bool:

@@ -15,6 +15,8 @@ from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 from ckpt_ema.trainers.table import Refusal
 
+_SMALLEST = 64  # bytes of a file with a tensor; those of /proc, which may block, have none
+
 Located = ModelFiles | Refusal | None  # a refusal is for a format that is not read
 
 
@@ -30,8 +32,9 @@ def locate_file(path: Path, source: Source, *, is_given: bool = False) -> Locate
         return _of_ranks(path, model, source) or model
     may_be = is_given or not conventions.NO_WEIGHTS_EXTENSION.search(path.name)
     if source.storage.kind(path) is Kind.FILE and may_be:
-        head = source.storage.read(path, HEAD_BYTES) or b""
         size_bytes = source.storage.identity(path).size_bytes
+        head = source.storage.read(path, HEAD_BYTES) if size_bytes >= _SMALLEST else b""
+        head = head or b""
         if safetensors.is_header(head, size_bytes) or torch_file.is_torch_file(head):
             return _of_ranks(path, model, source) or model
         packed = packed_as(head)
