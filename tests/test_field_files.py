@@ -406,6 +406,19 @@ def test_weights_that_only_some_checkpoints_have_are_warned_of_by_name(tmp_path:
     assert Code.OTHER_WEIGHTS not in done.warnings
 
 
+def test_tensors_beside_the_model_that_grow_are_warned_of_and_no_reason_to_stop(
+    tmp_path: Path,
+) -> None:
+    run = folders(
+        tmp_path / "run",
+        model_safetensors=layers,
+        replay_buffer_pt=lambda i: {"observations": full(i, int(i), 4)},
+    )
+    done = Averaged(run)
+    assert set(done.files) == {"model.safetensors"}
+    assert "replay_buffer.pt" in done.warnings[Code.OTHER_WEIGHTS]
+
+
 def test_further_weights_that_cannot_be_one_model_are_warned_of_by_name(tmp_path: Path) -> None:
     run = folders(
         tmp_path / "run",
@@ -795,3 +808,41 @@ def test_tensors_of_one_rank_are_called_so(tmp_path: Path, inside: bool) -> None
     error = refusal(tmp_path)
     assert error.code is Code.UNREADABLE_TENSOR
     assert "of which each rank's file holds a part" in error.message
+
+
+def test_a_file_beside_all_shards_of_another_model_is_refused_until_a_form_is_chosen(
+    tmp_path: Path,
+) -> None:
+    run = sharded(tmp_path / "run", SHARDS[0])
+    for folder in run.iterdir():
+        write(folder / "model.safetensors", layers(7))
+    error = refusal(run)
+    assert error.code is Code.SEVERAL_MODELS
+    assert "--form" in error.hint
+    assert set(Averaged(run, form="sharded").files) == {
+        name.format(i) for name in SHARDS[:1] for i in (1, 2)
+    }
+
+
+@pytest.mark.parametrize("name", ["weights", "model.th", "state"])
+def test_the_only_file_of_a_folder_is_its_model_whatever_its_ending(
+    tmp_path: Path, name: str
+) -> None:
+    run = tmp_path / "run"
+    for number in (1, 2, 3):
+        write(run / f"step_{number}" / name, {"model": layers(number)})
+        (run / f"step_{number}/notes").write_text("no weights")
+    assert Averaged(run).values() == dict.fromkeys(layers(1), 2.0)
+
+
+def test_an_average_in_a_file_of_its_own_is_named_in_a_note(tmp_path: Path) -> None:
+    content = {"model_safetensors": layers, "ema_pt": layers, "projector_pt": layers}
+    run = folders(tmp_path / "run", **content)
+    assert "ema.pt holds an average by its name" in Averaged(run).notes
+    assert "projector.safetensors" in Averaged(run, which="ema").files
+    nested = tmp_path / "nested"
+    for number in (1, 2, 3):
+        write(nested / f"step_{number}/model.safetensors", layers(number))
+        write(nested / f"step_{number}/ema/weights.safetensors", layers(number + 10))
+    [values] = Averaged(nested, which="ema").files.values()
+    assert all((one == 12).all() for one in values.values())

@@ -104,17 +104,10 @@ def _with_second_choice(
         return verdicts
     for reason in (Reason.AVERAGE, Reason.TRAINING_STATE):
         decided = [e for e, one in verdicts.items() if one and one.reason is reason and e.slots]
-        others = [entry for entry in decided if entry.model and _has_weights(entry)]
+        others = [e for e in decided if e.model and holds_weights(e.model, e.source)]
         if others:
             return {**verdicts, **dict.fromkeys(others)}
     return verdicts
-
-
-def _has_weights(entry: Entry) -> bool:
-    try:
-        return entry.model is not None and holds_weights(entry.model, entry.source)
-    except RefusedError:
-        return False
 
 
 def _several(entries: Iterable[Entry]) -> set[str]:

@@ -5,11 +5,12 @@ has its name. What only some checkpoints have is warned of.
 """
 
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Member, ModelFiles
-from ckpt_ema.errors import Code, RefusedError, some
+from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
 from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.names import stem_of
 from ckpt_ema.find.select import Subsets
@@ -35,25 +36,29 @@ def with_further_files(found: Found, source: Source) -> Found:
     return replace(found, checkpoints=checkpoints, warnings=warnings)
 
 
-def with_common_files(found: Found, chosen: Subsets) -> tuple[Found, Subsets]:
-    """Leave out the further files that only some of the chosen checkpoints have, with a warning."""
+def with_common_files(found: Found, chosen: Subsets, source: Source) -> tuple[Found, Subsets]:
+    """Keep the further files that are one model in all chosen checkpoints, and warn of others."""
     taken = dict.fromkeys(one for subset in chosen.subsets for one in subset.checkpoints)
-    having: dict[Member, list[str]] = {}
+    having: dict[Member, list[Checkpoint]] = {}
     for one in taken:
         for member in one.model.members:
             if member.is_further:
-                having.setdefault(member, []).append(one.name)
+                having.setdefault(member, []).append(one)
+    chosen = chosen._replace(notes=(*chosen.notes, *_averages_beside([*taken][-1], source)))
     if not having:
         return found, chosen
-    rare = {member: names for member, names in having.items() if len(names) < len(taken)}
+    problems = {
+        member: _problem(member, those, len(taken), source) for member, those in having.items()
+    }
+    left_out = [member for member, problem in problems.items() if problem]
     warnings, notes = [*chosen.warnings], [*chosen.notes]
-    for member, names in rare.items():
-        text = f"{member.name} holds weights, but only {some(names, 2)} of {len(taken)} checkpoints"
-        warnings.append(Notice(Code.OTHER_WEIGHTS, f"{text} have it, and it is left out."))
-    if common := [member.name for member in having if member not in rare]:
+    for member in left_out:
+        text = f"{member.name} holds weights, but {problems[member]}, and it is left out."
+        warnings.append(Notice(Code.OTHER_WEIGHTS, text))
+    if common := [member.name for member in having if member not in left_out]:
         text = f"Every checkpoint also has {some(common)}, which is averaged too."
         notes.append(Notice(Code.DECIDED, text))
-    kept = {one: _without_members(one, rare) for one in taken}
+    kept = {one: _without_members(one, left_out) for one in taken}
     subsets = tuple(
         subset._replace(checkpoints=tuple(kept[one] for one in subset.checkpoints))
         for subset in chosen.subsets
@@ -61,6 +66,41 @@ def with_common_files(found: Found, chosen: Subsets) -> tuple[Found, Subsets]:
     checkpoints = tuple(kept.get(one, one) for one in found.checkpoints)
     found = replace(found, checkpoints=checkpoints)
     return found, Subsets(subsets, tuple(notes), tuple(warnings))
+
+
+def _problem(member: Member, having: list[Checkpoint], count: int, source: Source) -> str:
+    """Return why a file is not averaged, though it holds weights; empty if it is."""
+    names = some([one.name for one in having], 2)
+    if len(having) < count:
+        return f"only {names} of {count} checkpoints have it"
+    shapes = []
+    for one in having:
+        with suppress(IncompleteError):  # judged with its checkpoint
+            tensors = source.read(_alone(member.name, one)).tensors
+            shapes.append({name: tensor.shape for name, tensor in tensors.items()})
+    is_one = all(one == shapes[0] for one in shapes)
+    return "" if is_one else "its tensors differ in name or shape from checkpoint to checkpoint"
+
+
+def _averages_beside(newest: Checkpoint, source: Source) -> list[Notice]:
+    """Return a note of averages in files of their own, which are not taken."""
+    model = newest.model
+    if model.is_average or not source.storage.is_folder(newest.path):
+        return []
+    names = source.storage.names(model.folder)
+    named = [n for n in sorted(names) if conventions.AVERAGED_NAME.search(stem_of(n))]
+    found = [
+        name
+        for name in named
+        if may_be_weights(name, names) and holds_weights(_alone(name, newest), source)
+    ]
+    text = f"{some(found)} holds an average by its name; the raw model weights are taken."
+    return [Notice(Code.DECIDED, text)] if found else []
+
+
+def _alone(name: str, checkpoint: Checkpoint) -> ModelFiles:
+    """Return one file by itself, of which --which ema asks for no average."""
+    return ModelFiles(checkpoint.model.folder, (Member(name),), is_average=True)
 
 
 def _names_beside(checkpoint: Checkpoint, source: Source) -> set[str]:
@@ -82,10 +122,16 @@ def _names_beside(checkpoint: Checkpoint, source: Source) -> set[str]:
 
 def _is_readable(name: str, checkpoint: Checkpoint, source: Source) -> bool | None:
     """Return whether a file holds weights that can be averaged; None if it holds no weights."""
+    model = _alone(name, checkpoint)
+    if not holds_weights(model, source):
+        return None
     try:
-        return holds_weights(ModelFiles(checkpoint.model.folder, (Member(name),)), source) or None
+        source.read(model)
+    except IncompleteError:  # judged with the checkpoint
+        return True
     except RefusedError:
         return False
+    return True
 
 
 def _with_members(checkpoint: Checkpoint, names: list[str]) -> Checkpoint:

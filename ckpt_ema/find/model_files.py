@@ -22,6 +22,7 @@ from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 from ckpt_ema.trainers.table import Refusal
 
+_MOST_UNKNOWN = 64  # names in a folder whose files are opened to see what they are
 _DEEPEST = 5  # folders deep that signs of another format are looked for
 
 
@@ -90,9 +91,12 @@ def _model_file(folder: Path, names: set[str], source: Source) -> str | None:
     adapters = [name for name in conventions.ADAPTER_FILES if name in names]
     models = [name for name in conventions.OTHER_MODEL_FILES if name in names]
     for single in reversed(conventions.MODEL_FILES):
-        forms = [name for name in (single, single + conventions.INDEX_SUFFIX) if name in names]
+        index = single + conventions.INDEX_SUFFIX
+        shards = _without_index(folder, index, names, source) if single in names else []
+        forms = [name for name in (single, index) if name in names or (shards and name == index)]
         if len(forms) == 2 and wanted == "auto":
-            both = f"both {single} and {forms[1]}: one of them is stale, and loaders take {single}"
+            other = f"all shards of another ({some(shards, 2)})" if shards else index
+            both = f"both {single} and {other}: one of them is stale, and loaders take {single}"
             hint = "Remove the stale one, or choose with --form single or --form sharded."
             raise _several_models(folder, both, hint)
         if len(forms) == 2:
@@ -107,6 +111,12 @@ def _model_file(folder: Path, names: set[str], source: Source) -> str | None:
         hint = "Choose one with --form single (or sharded) or --form adapter."
         raise _several_models(folder, both, hint)
     return models[0]
+
+
+def _without_index(folder: Path, index: str, names: set[str], source: Source) -> list[str]:
+    """Return the shards of a model if they are all there and their index is not."""
+    is_sharded = index not in names and any(map(conventions.SHARD_NUMBER.search, names))
+    return complete_set(os.path.join(folder, index), source.storage) if is_sharded else []
 
 
 def _sharded(folder: Path, names: set[str], source: Source) -> list[str]:
@@ -209,12 +219,12 @@ def _average(path: Path, names: set[str], source: Source) -> ModelFiles | None:
     if files:
         return ModelFiles(path, (Member(files[0]),), is_average=True)
     members = [member for name in named for member in _member(path, name, source)]
-    if len(members) == 1 and not conventions.COMPONENT.search(
-        _raw_name(members[0].prefix.rstrip("/"))
-    ):
-        folder, file = os.path.split(path / members[0].name)
-        return ModelFiles(Path(folder), (Member(file),), is_average=True)
-    return ModelFiles(path, tuple(members), is_average=True) if members else None
+    if any(conventions.COMPONENT.search(_raw_name(one.prefix.rstrip("/"))) for one in members):
+        return ModelFiles(path, tuple(members), is_average=True)
+    folders = (path / name for name in named if source.storage.is_folder(path / name))
+    located = (_in_checkpoint(folder, source, 1) for folder in folders)
+    models = [one for one in located if isinstance(one, ModelFiles)]
+    return replace(models[0], is_average=True) if len(models) == 1 else None
 
 
 def _pipeline(path: Path, source: Source, component: str | None = None) -> ModelFiles | None:
@@ -263,6 +273,8 @@ def _own_names(path: Path, names: set[str], source: Source) -> Located:
         if not conventions.AVERAGED_NAME.search(stem_of(name))
         and _may_be_a_model(name, names, path, source)
     ]
+    if not files and len(names) <= _MOST_UNKNOWN:  # weights/, state: files without an ending
+        files = [name for name in sorted(names) if _is_model_by_content(path / name, source)]
     if len(files) == 1:
         return locate_file(path / files[0], source)
     if any(slots_in(stem_of(name)) or conventions.ALIAS.search(name) for name in files):
@@ -276,8 +288,18 @@ def _own_names(path: Path, names: set[str], source: Source) -> Located:
     return ModelFiles(path, tuple(members)) if members else None
 
 
+def _is_model_by_content(path: Path, source: Source) -> bool:
+    """Return whether a file without the ending of one is a model, as far as it may be opened."""
+    if stem_of(path.name) != path.name:
+        return False
+    try:
+        return isinstance(locate_file(path, source), ModelFiles)
+    except RefusedError:
+        return False
+
+
 def _may_be_a_model(name: str, beside: set[str], folder: Path, source: Source) -> bool:
-    is_named = may_be_weights(name, beside)
+    is_named = may_be_weights(name.removesuffix(conventions.INDEX_SUFFIX), beside)
     return is_named and source.storage.kind(folder / name) is Kind.FILE
 
 

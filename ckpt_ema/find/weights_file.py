@@ -15,6 +15,8 @@ from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 from ckpt_ema.trainers.table import Refusal
 
+_SMALLEST = 64  # bytes of a file with a tensor; those of /proc, which may block, have none
+
 Located = ModelFiles | Refusal | None  # a refusal is for a format that is not read
 
 
@@ -30,8 +32,9 @@ def locate_file(path: Path, source: Source, *, is_given: bool = False) -> Locate
         return _of_ranks(path, model, source) or model
     may_be = is_given or not conventions.NO_WEIGHTS_EXTENSION.search(path.name)
     if source.storage.kind(path) is Kind.FILE and may_be:
-        head = source.storage.read(path, HEAD_BYTES) or b""
         size_bytes = source.storage.identity(path).size_bytes
+        head = source.storage.read(path, HEAD_BYTES) if size_bytes >= _SMALLEST else b""
+        head = head or b""
         if safetensors.is_header(head, size_bytes) or torch_file.is_torch_file(head):
             return _of_ranks(path, model, source) or model
         packed = packed_as(head)
@@ -59,16 +62,15 @@ def _is_own_name(name: str) -> bool:
 def holds_weights(model: ModelFiles, source: Source) -> bool:
     """Return whether a file holds tensors that can be averaged, and is no training state.
 
-    Raises `RefusedError` if it holds weights that cannot be read as one model.
+    It is True of what cannot be read as it is and is refused when it is read with its checkpoint.
     """
     try:
         specs = source.read(model)
     except IncompleteError:
-        return True  # it is judged with the checkpoint
+        return True
     except RefusedError as error:
-        if error.code in (Code.SEVERAL_MODELS, Code.UNREADABLE_TENSOR):
-            raise
-        return error.code is Code.NO_MATCH  # weights, but not the average that --which asks for
+        # NO_MATCH: raw weights where --which asks for an average.
+        return error.code in (Code.SEVERAL_MODELS, Code.UNREADABLE_TENSOR, Code.NO_MATCH)
     return any(spec.dtype in AVERAGED for spec in specs.tensors.values())
 
 
@@ -99,7 +101,7 @@ def _of_ranks(path: Path, model: ModelFiles, source: Source) -> Refusal | None:
         return None
     if hold_the_same((model, read[0]), (theirs, read[1]), source.storage):
         return None
-    what = f"one of the files of {len(others) + 1} ranks, which hold different tensors"
+    what = f"of {len(others) + 1} ranks, whose files hold different tensors"
     instead = "Gather the ranks first, or save the full state dict on the first rank."
     return Refusal(re.compile(""), what, instead)
 

@@ -149,7 +149,7 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     found = discover(paths, options.selection, source)
     log_of = reader_of_logs(source)
     selected = select(found, options.selection, source, log_of)
-    found, selected = with_common_files(found, selected)
+    found, selected = with_common_files(found, selected, source)
     weighted = weigh(selected.subsets, options.weighting)
     checkpoints = _taken(weighted, found)
     one_run = check_one_run(checkpoints, log_of)
