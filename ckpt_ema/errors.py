@@ -92,6 +92,7 @@ class Code(Enum):
     CANCELLED = "cancelled"
     OTHER_WEIGHTS = "other-weights"
     NO_CONFIG = "no-config"
+    NOT_REMOVED = "not-removed"
     HOLES = "holes"
     ZEROS = "zeros"
     DECIDED = "decided"

@@ -167,7 +167,7 @@ class Reading(Group):
         of.TEXT, "where the model is in a torch file, such as state_dict", changes_bytes=True
     )
     strip_prefix: str | None = _row(
-        of.TEXT, "remove this from the front of tensor names", changes_bytes=True
+        of.TEXT, "remove this from tensor names, such as _orig_mod.", changes_bytes=True
     )
     average: tuple[str, ...] = _row(
         of.GLOBS, "average tensors matching this glob; repeatable", (), changes_bytes=True

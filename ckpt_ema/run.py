@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 from ckpt_ema.errors import Code, FailedError, RefusedError
 from ckpt_ema.fold.monitors import make_monitors, watched
 from ckpt_ema.fold.tiles import WHOLE, Share, Tile, share_from, tiles
-from ckpt_ema.notices import notices_from, refuse_warnings
+from ckpt_ema.notices import Notice, notices_from, refuse_warnings
 from ckpt_ema.options import Keywords, PathLike
 from ckpt_ema.output import ledger, manifest
 from ckpt_ema.output.destination import check_free, outputs_at
@@ -260,7 +260,10 @@ def finalize(final: Path, outline: Outline, parts: Sequence[Part], staged: Stage
     staged.check_loads()
     staged.publish()
     staged.kept = False
-    return replace(made, manifests=tuple(manifests.values()))
+    if staged.left:  # another user's
+        message = f"The output that was replaced cannot be removed and is left as {staged.left}."
+        warnings = (*warnings, Notice(Code.NOT_REMOVED, message))
+    return replace(made, manifests=tuple(manifests.values()), warnings=warnings)
 
 
 def _fold(plan: Plan, how: How, device: "torch.device", share: Share, staged: StagedOutput) -> Part:

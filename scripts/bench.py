@@ -36,11 +36,13 @@ from contenders import (
     LOOP,
     MIB,
     OF_MANY,
+    OF_MONITORS,
     OF_RANKS,
     ONE,
     RANKS,
     READ,
     TORCHS,
+    UNWATCHED,
     WRITE_EIGHT,
     Job,
     Settings,
@@ -76,6 +78,7 @@ SAME_ANONYMOUS_MIB = 16  # between two runs of one setting: thread stacks and al
 PROMISED_TIMES_ONE = 2.5  # eight averages in one pass, in bfloat16
 TILE_BYTES = (1 << 18) * 8  # of one accumulator at its largest
 PROMISED_TIMES_THREADS = 1.2  # two ranks against two threads
+PROMISED_TIMES_UNWATCHED = 1.05
 PROMISED_TIMES_FEW = 4.0  # the same bytes in a thousand times as many tensors
 PROMISED_TIMES_LONG = 12.0  # ten times as many checkpoints
 PROMISED_PLAN_SECONDS, PROMISED_PLAN_MIB = 10, 200  # of 50 checkpoints of a 70B model
@@ -239,6 +242,26 @@ def measure_ranks(settings: Settings, workdir: Path, repeat: int) -> Iterator[st
     busy = max(value.others_cores for value in rounds[AVERAGE])
     text = f"two ranks take at most {PROMISED_TIMES_THREADS:g} times the time of two threads"
     held = times <= PROMISED_TIMES_THREADS
+    yield from promise_table([timing_promise(text, f"{times:.2f}", held, busy)])
+
+
+def measure_monitors(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
+    """An average in the page cache, with and without the monitors of values."""
+    run = make_run(settings, workdir)
+    measure_contender(READ, Job(run, workdir, settings.threads))  # fills the page cache
+    output = workdir / "out-monitors"
+    rounds: dict[str, list[Measured]] = {}
+    for _, contender in itertools.product(range(repeat), OF_MONITORS):
+        remove(output)
+        job = Job(run, output, settings.threads)
+        rounds.setdefault(contender, []).append(measure_contender(contender, job))
+    remove(output)
+    yield f"## Monitors: {settings.name}, {settings.threads} threads\n"
+    yield from ratio_table(rounds, ((AVERAGE, UNWATCHED),))
+    times = statistics.median(ratios(rounds, AVERAGE, UNWATCHED))
+    busy = max(value.others_cores for value in rounds[AVERAGE])
+    text = f"at most {PROMISED_TIMES_UNWATCHED:g} times the time without monitors of values"
+    held = times <= PROMISED_TIMES_UNWATCHED
     yield from promise_table([timing_promise(text, f"{times:.2f}", held, busy)])
 
 
@@ -429,6 +452,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="what others have (.venv-peers)")
     parser.add_argument("--cold", action="store_true", help="with nothing in the page cache")
     parser.add_argument("--many", action="store_true", help="eight averages in one pass")
+    parser.add_argument("--monitors", action="store_true", help="what looking at values costs")
     parser.add_argument("--ranks", action="store_true", help="two processes against two threads")
     parser.add_argument("--small", action="store_true", help="a hundred thousand small tensors")
     parser.add_argument("--long", action="store_true", help="two thousand checkpoints")
@@ -455,6 +479,7 @@ def main() -> None:
         "peers": measure_peers,
         "cold": measure_cold,
         "many": measure_many,
+        "monitors": measure_monitors,
         "ranks": measure_ranks,
         "small": measure_small,
         "long": measure_long,

@@ -334,6 +334,14 @@ def run_average(job: Job) -> None:
     ckpt_ema.average(job.run, decay=DECAY, output=job.output, threads=job.threads, overwrite=True)
 
 
+def run_unwatched(job: Job) -> None:
+    """Average without the monitors of values; those of copies, zeros and NaN remain."""
+    from ckpt_ema.fold import monitors
+
+    monitors.KINDS = monitors.KINDS[:3]
+    run_average(job)
+
+
 def run_uniform(job: Job) -> None:
     """What `run_uniform_mean` makes, with the library's one call."""
     import ckpt_ema
@@ -432,6 +440,12 @@ OF_MANY: dict[str, Callable[[Job], float | None]] = {
 }
 
 
+# Those of the part on monitors.
+UNWATCHED = "without monitors of values"
+OF_MONITORS: dict[str, Callable[[Job], float | None]] = {
+    AVERAGE: run_average,
+    UNWATCHED: run_unwatched,
+}
 # Those of the part on ranks.
 OF_RANKS: dict[str, Callable[[Job], float | None]] = {AVERAGE: run_average, RANKS: run_ranks}
 # What a contender imports, besides torch, before its seconds begin.
@@ -445,7 +459,7 @@ def run_child(contender: str, run: str, output: str, threads: str) -> None:
     if contender in IMPORTS:
         importlib.import_module(IMPORTS[contender])
     start = time.perf_counter()
-    fsync_seconds = {**CONTENDERS, **OF_PEERS, **OF_MANY, **OF_RANKS}[contender](
+    fsync_seconds = {**CONTENDERS, **OF_PEERS, **OF_MANY, **OF_RANKS, **OF_MONITORS}[contender](
         Job(Path(run), Path(output), int(threads))
     )
     seconds = time.perf_counter() - start

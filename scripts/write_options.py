@@ -37,7 +37,8 @@ _ABOUT = {
     " otherwise be refused; the error then names the option.",
     OUTPUT: "Results go to stdout: the path of each output, or with `--json` its manifest."
     " Everything else goes to stderr. Warnings and errors are shown with `--quiet` too.",
-    ENGINE: "None of these changes the output but `--accumulate`.",
+    ENGINE: "None of these changes the output but `--accumulate`, and `--device` where a device has"
+    " no float64.",
 }
 
 

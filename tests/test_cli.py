@@ -268,6 +268,23 @@ def test_a_stdout_that_is_full_is_said_beside_what_was_done(run: Path) -> None:
     assert Path(f"{run}-ema/model.safetensors").is_file()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize("words", [["plan", "RUN", "-q"], ["formats"], ["plan", "-h"], ["-h"]])
+def test_a_stdout_that_is_full_or_closed_is_no_traceback(run: Path, words: list[str]) -> None:
+    """A real process, since Python writes what is left in its buffer once more at the end."""
+    command = [sys.executable, "-m", "ckpt_ema", *(str(run) if w == "RUN" else w for w in words)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: stdout cannot be written: No space left on device.\n"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode in (1, 141)
+    assert done.stderr == ""
+
+
 def test_an_empty_run_is_not_the_current_folder(run: Path) -> None:
     done = ckpt_ema("plan", "", cwd=run)
     assert (done.returncode, done.stdout) == (2, "")
@@ -340,6 +357,30 @@ def test_a_signal_after_publication_does_not_deny_it(run: Path, options: list[st
     done = ckpt_ema(*words, before=partial(end_once_published, Path(f"{run}-ema")))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{run}-ema\n", "")
     assert {path.name for path in run.parent.iterdir()} == {"run", "run-ema"}
+
+
+def test_a_signal_with_resume_says_that_work_is_kept_and_keeps_it(make_run: MakeRun) -> None:
+    run = make_run(series(20, w=noise(20, 1_000_000)))
+    command = Command("average", run, "-q", "--resume", "--tile-size", "400", "--device", "cpu")
+    wait_for(lambda: list(run.parent.glob(".run-ema.*/output")))
+    command.send_signal(signal.SIGINT)
+    done = command.wait()
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted; partial work kept, rerun with --resume\n"
+    assert list(run.parent.glob(".run-ema.*"))
+
+
+def end_in_plan() -> None:
+    """Have a signal arrive when headers are read, before anything is written."""
+    pytest.MonkeyPatch().setattr(
+        "ckpt_ema.planning.plan.compare", lambda *_: os.kill(os.getpid(), signal.SIGINT)
+    )
+
+
+def test_a_signal_before_anything_is_written_does_not_speak_of_kept_work(run: Path) -> None:
+    done = ckpt_ema("average", run, "-q", "--resume", before=end_in_plan)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted; nothing was written\n"
 
 
 class Ending:

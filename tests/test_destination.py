@@ -140,6 +140,8 @@ def test_overwrite_never_deletes_what_is_more_than_a_model(
     before = sorted(tmp_path.rglob("*"))
     error = refusal(run, output=tmp_path / "precious", overwrite=True)
     assert "--overwrite would delete" in error.message
+    without = refusal(run, output=tmp_path / "precious")
+    assert (without.code, str(without)) == (error.code, str(error))
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -86,6 +86,7 @@ def test_a_file_that_is_not_there_or_no_file_is_a_usage_error(tmp_path: Path) ->
         with pytest.raises(OptionError) as caught:
             read_weights(path)
         assert (caught.value.code, caught.value.path) == (Code.NOT_FOUND, str(path))
+        assert ("does not exist" in caught.value.message) is (not path.exists())
 
 
 @pytest.mark.parametrize(

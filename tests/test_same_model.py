@@ -36,6 +36,10 @@ class Known(NamedTuple):
         """See `Contents.is_binary`."""
         return key in self.binary
 
+    def is_whole_number(self, _key: str) -> bool:
+        """See `Contents.is_whole_number`."""
+        return True
+
 
 NOTHING = Known()
 

@@ -30,11 +30,11 @@ def test_checkpoints_that_share_an_index_file_are_all_counted(make_run: MakeRun)
     assert len(ckpt_ema.plan(run).checkpoints) == 3
 
 
-def test_a_numbered_folder_without_a_model_is_a_warning(make_run: MakeRun) -> None:
+def test_a_numbered_folder_without_a_model_is_a_warning_at_the_end(make_run: MakeRun) -> None:
     run = make_run(series(3, w=noise(3, 4)))
-    (run / "checkpoint-2" / "model.safetensors").unlink()
+    (run / "checkpoint-3" / "model.safetensors").unlink()
     plan = ckpt_ema.plan(run)
-    assert any("checkpoint-2 holds no model" in str(warning) for warning in plan.warnings)
+    assert any("checkpoint-3 holds no model" in str(warning) for warning in plan.warnings)
 
 
 def test_weights_files_given_one_by_one_are_known_by_their_folders(make_run: MakeRun) -> None:
@@ -135,6 +135,24 @@ def test_what_somebody_else_left_beside_the_output_is_no_obstacle(make_run: Make
     done = command(*words, before=be_nobody)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert theirs.is_dir()
+
+
+@AS_ROOT
+def test_an_output_of_somebody_else_that_was_replaced_is_named_where_it_is_left(
+    make_run: MakeRun,
+) -> None:
+    run = make_run(series(2, w=noise(2, 4)))
+    let_others_in(run)
+    run.parent.chmod(0o777)
+    words = ("average", run, "-o", run.parent / "out", "-q", "--device", "cpu")
+    assert command(*words, "--decay", "0.1").returncode == 0
+    done = command(*words, "--overwrite", before=be_nobody)
+    [left] = run.parent.glob(".out.ckpt-ema-*")
+    assert done.returncode == 0
+    assert done.stderr == (
+        f"warning: The output that was replaced cannot be removed and is left as {left}.\n"
+    )
+    assert (left / "model.safetensors").is_file()
 
 
 @AS_ROOT

@@ -119,6 +119,25 @@ def test_a_run_is_averaged_as_expected(
     check_companions(output, result, case, folder)
 
 
+# Of any run with such gaps, and of random numbers in place of an adapter's.
+USUAL = {Code.UNEVEN_GAPS, Code.ADAPTER_FACTORS}
+
+
+ORDINARY = [one for one in READ if not {"says", "options"} & one.values[0].expected.keys()]
+
+
+@pytest.mark.parametrize("case", ORDINARY)
+def test_an_ordinary_run_has_no_warning_under_strict(
+    case: Case, made: Callable[[Run], Path], tmp_path: Path
+) -> None:
+    given, options = case.given(made(case.run)), {**case.options, "device": "cpu"}
+    result = ckpt_ema.average(given, output=tmp_path / "out", **options)
+    warned = {one.code for one in (*result.plan.warnings, *result.warnings)}
+    assert warned <= USUAL
+    if not warned:
+        ckpt_ema.average(given, output=tmp_path / "strict", strict=True, **options)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_run_is_refused_with_what_helps(
     case: Case, made: Callable[[Run], Path], tmp_path: Path

@@ -13,7 +13,7 @@ import typer
 
 from ckpt_ema import __version__
 from ckpt_ema.cli import average, exits
-from ckpt_ema.cli.exits import say
+from ckpt_ema.cli.exits import say, show
 from ckpt_ema.cli.help import Command
 from ckpt_ema.cli.options import RunArgument, takes_options
 from ckpt_ema.errors import printable
@@ -65,11 +65,11 @@ def plan(
         if plot:
             figure.plot(decided, plot)
         if json:
-            typer.echo(json_format.dumps(describe_plan(decided), indent=2))
+            show(json_format.dumps(describe_plan(decided), indent=2))
         else:
-            typer.echo(terminal.plan_text(decided, sys.stdout, _MOST_ROWS))
+            show(terminal.plan_text(decided, sys.stdout, _MOST_ROWS))
             if explain:
-                typer.echo("\n" + explanation(decided.run, decided.judged, decided.tensor_roles))
+                show("\n" + explanation(decided.run, decided.judged, decided.tensor_roles))
         say(*lines.notice_lines(decided, quiet))
         if not (quiet or is_free(decided.output) or is_up_to_date(decided)):
             say(f"note: {printable(decided.output)} exists and is not this average")
@@ -102,12 +102,12 @@ def formats(*, json: bool, markdown: bool) -> None:
 
     with exits.errors_reported():
         if json:
-            typer.echo(json_format.dumps(trainers.described(), indent=2))
+            show(json_format.dumps(trainers.described(), indent=2))
         elif markdown:
-            typer.echo("\n".join(trainers.markdown()))
+            show("\n".join(trainers.markdown()))
         else:
             width = max(40, min(100, shutil.get_terminal_size().columns))
-            typer.echo("\n".join(trainers.lines(width)))
+            show("\n".join(trainers.lines(width)))
 
 
 @app.callback(invoke_without_command=True)
@@ -129,3 +129,6 @@ def main() -> None:
         app()
     except exits.SignalError as error:  # before or after the command itself
         sys.exit(exits.say_signal(error))
+    except OSError as error:  # of stdout, where help and the version go
+        say(f"error: {exits.unwritten(error)}")
+        sys.exit(1)

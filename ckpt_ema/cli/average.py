@@ -43,7 +43,14 @@ def average(
 
     Every option can be set by an environment variable, CKPT_EMA_DECAY and so on.
     """
-    with exits.errors_reported(kept=resume):
+    plans: list[Plan] = []  # the one that is being executed
+
+    def is_kept() -> bool:
+        from ckpt_ema.output.workspace import Workspace
+
+        return resume and any(Workspace(one.output, one.work_id).path.exists() for one in plans)
+
+    with exits.errors_reported(is_kept):
         from ckpt_ema.report.progress import ByteProgress
 
         if part and place_from(os.environ):
@@ -52,7 +59,7 @@ def average(
             raise OptionError(message, code=Code.CONFLICTING_OPTIONS)
         keywords = {**options, "plot": plot, "overwrite": overwrite, "resume": resume}
         with ByteProgress(quiet) as progress:
-            result = _average(run, part, keywords, quiet, progress)
+            result = _average(run, part, keywords, quiet, progress, plans)
         if part and not result.is_up_to_date:
             path = printable(result.output)
             done = f"part {part} of {path} is done; when all parts are, run: ckpt-ema finish {path}"
@@ -62,14 +69,17 @@ def average(
 
 
 def _average(
-    run: list[str], part: str | None, keywords: dict[str, Any], quiet: bool, progress: "Progress"
+    run: list[str],
+    part: str | None,
+    keywords: dict[str, Any],
+    quiet: bool,
+    progress: "Progress",
+    plans: "list[Plan]",
 ) -> "Result":
-    """Make the averages or a part of them; the first rank shows the plan and the progress."""
+    """Make the averages or a part; the first rank shows progress and the plan, and notes it."""
     from ckpt_ema.report import lines, terminal
     from ckpt_ema.run import average as average_whole
     from ckpt_ema.run import average_part, up_to_date
-
-    plans: list[Plan] = []
 
     def started(plan: "Plan") -> None:
         plans.append(plan)

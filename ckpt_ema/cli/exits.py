@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -74,10 +74,10 @@ def say_signal(error: SignalError, *, kept: bool = False) -> int:
 
 
 @contextlib.contextmanager
-def errors_reported(*, kept: bool = False) -> Iterator[None]:
+def errors_reported(kept: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Turn errors and signals into one line on stderr and an exit code.
 
-    `kept` is whether another run can continue from the partial work.
+    `kept` tells whether another run can continue from the partial work.
     """
     try:
         yield
@@ -92,13 +92,13 @@ def errors_reported(*, kept: bool = False) -> Iterator[None]:
         _report(error, f"error: {printable(error)}.")
         raise typer.Exit(1) from error
     except SignalError as error:
-        raise typer.Exit(say_signal(error, kept=kept)) from error
+        raise typer.Exit(say_signal(error, kept=kept())) from error
     except RuntimeError as error:
         # A signal that arrives while threading hands over a lock ends in this error; its context is
         # the cause.
         if not isinstance(error.__context__, SignalError):
             raise
-        raise typer.Exit(say_signal(error.__context__, kept=kept)) from error
+        raise typer.Exit(say_signal(error.__context__, kept=kept())) from error
 
 
 def _report(error: BaseException, text: str) -> None:
@@ -131,8 +131,26 @@ def print_result(result: "Result", *, quiet: bool, as_json: bool) -> None:
         for output in () if as_json else result.outputs:
             typer.echo(os.fsencode(output))  # a terminal may lack letters of a path, not its bytes
     except OSError as error:
-        message = f"stdout cannot be written: {error.strerror}; {result.output} is complete."
-        raise FailedError(message, code=Code.WRITE_FAILED) from error
+        raise unwritten(error, f"; {result.output} is complete") from error
+
+
+def show(text: str) -> None:
+    """Print text on stdout; a reader that has gone, such as `head`, ends the command silently."""
+    try:
+        typer.echo(text)
+    except BrokenPipeError as error:
+        unwritten(error)
+        raise typer.Exit(128 + signal.SIGPIPE) from error
+    except OSError as error:
+        raise unwritten(error) from error
+
+
+def unwritten(error: OSError, but: str = "") -> FailedError:
+    """Give up stdout, whose buffer Python would try to write again; return the error to raise."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    message = f"stdout cannot be written: {error.strerror}{but}."
+    return FailedError(message, code=Code.WRITE_FAILED)
 
 
 def say(*texts: str) -> None:

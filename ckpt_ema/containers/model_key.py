@@ -125,6 +125,8 @@ def _tensors_in(root: Any, tensor: _Kind, *, with_callbacks: bool = False) -> di
             continue
         items = [*value.items()] if isinstance(value, dict) else [*enumerate(value)]
         tensors = [item for _, item in items if isinstance(item, tensor)]
+        if not place:  # such as "rng" beside the model
+            tensors = [one for key, one in items if isinstance(one, tensor) and _may_be(str(key))]
         if tensors and (not isinstance(value, dict) or _are_names(value)):
             others[place] = value
             if any(getattr(item, "is_weight", True) for item in tensors):

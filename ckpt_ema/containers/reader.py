@@ -63,12 +63,16 @@ class Reader(AbstractContextManager["Reader"]):
 
 
 def hold_the_same(
-    one: tuple[ModelFiles, Specs], other: tuple[ModelFiles, Specs], storage: Storage
+    one: tuple[ModelFiles, Specs],
+    other: tuple[ModelFiles, Specs],
+    storage: Storage,
+    *,
+    heads_only: bool = False,
 ) -> bool:
     """Return whether all tensors are equal in name, dtype, shape and bytes.
 
     The heads of all tensors are compared before the rest of any, since frozen tensors may come
-    first. Checkpoints that cannot be read count as different.
+    first; with `heads_only`, nothing else is. Checkpoints that cannot be read count as different.
     """
     (model, specs), (other_model, other_specs) = one, other
     if specs.tensors.keys() != other_specs.tensors.keys():
@@ -80,8 +84,23 @@ def hold_the_same(
     opened = [(model.folder, specs), (other_model.folder, other_specs)]
     with suppress(CkptEmaError), Reader(storage, opened) as reader:
         heads = [(*pair, min(_HEAD_BYTES, pair[0].size_bytes)) for pair in pairs]
-        wholes = [(*pair, pair[0].size_bytes) for pair in pairs]
+        wholes = [] if heads_only else [(*pair, pair[0].size_bytes) for pair in pairs]
         return all(_equal(reader, *each) for each in (*heads, *wholes))
+    return False
+
+
+def are_equal(
+    one: TensorSpec, other: TensorSpec, of: tuple[ModelFiles, Specs], storage: Storage
+) -> bool:
+    """Return whether two tensors of one checkpoint are equal in dtype, shape and bytes.
+
+    Tensors that cannot be read count as different.
+    """
+    if one == other or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return one == other
+    model, specs = of
+    with suppress(CkptEmaError), Reader(storage, [(model.folder, specs)] * 2) as reader:
+        return _equal(reader, one, other, one.size_bytes)
     return False
 
 

@@ -1,9 +1,11 @@
 """`last`, `best`, `final` and names without a number: copies of a step, or a later step.
 
-What they record or hold decides: kohya, timm and Lightning's save_last save the last step as one.
+What they record or hold decides, whatever they are called: kohya, timm, RF-DETR and Lightning's
+save_last save the last step as one.
 """
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -16,7 +18,15 @@ from ckpt_ema.find.given import same_path, unselected
 from ckpt_ema.find.order import as_checkpoint, deciding_unit
 from ckpt_ema.find.verdict import Outcome, Reason, Rules, Verdict, alias, judge, skipped
 from ckpt_ema.options import Selection
-from ckpt_ema.trainers.conventions import ALIAS, ALWAYS_A_COPY, FOLDER_WEIGHTS
+from ckpt_ema.trainers.conventions import (
+    ALIAS,
+    ALWAYS_A_COPY,
+    FOLDER_WEIGHTS,
+    INITIAL_NAME,
+)
+
+# What wrappers add to names: "module.", "_orig_mod.", "_fsdp_wrapped_module.".
+_WRAPPER = re.compile(r"(?<![^.])(module|_[^.]+)\.")
 
 
 class _Run(NamedTuple):
@@ -51,8 +61,7 @@ def place_aliases(
             decided = judge(_RULES, entry, run)
             place = None if decided else _place(entry, checkpoints[-1])
         except RefusedError as error:  # such as a pickled module beside state dicts
-            detail = f"unreadable: {error.message}"
-            decided, place = Verdict(Outcome.REFUSED, Reason.UNREADABLE, "unreadable", detail), None
+            decided, place = _unreadable(entry, error, run), None
         if place:
             places[entry] = place
         else:
@@ -83,12 +92,44 @@ def _in_order(
     return later, verdicts
 
 
-def _not_of_the_series(entry: Entry, run: _Run) -> Verdict | None:
-    """Leave out names that no series has, and the model of the run's own folder."""
+def _is_named_as_alias(entry: Entry, run: _Run) -> bool:
+    """Return whether its name alone says that it is of the series."""
     belongs = entry.is_unnumbered_of(step.template for step in run.steps)
-    if entry.name in FOLDER_WEIGHTS and not (belongs and not run.steps[0].is_folder):
-        return skipped(Reason.OWN_MODEL)
-    return None if belongs or ALIAS.search(entry.stem) else skipped(Reason.NO_NUMBER)
+    return belongs or bool(ALIAS.search(entry.stem))
+
+
+def _own_model(entry: Entry, run: _Run) -> Verdict | None:
+    """Leave out the model of the run's own folder; it may be a later step than the folders in it.
+
+    Only heads of tensors are read: many trainers leave a copy of the last or the best step.
+    """
+    if entry.name not in FOLDER_WEIGHTS or not run.steps[0].is_folder:
+        return None
+    with contextlib.suppress(RefusedError):
+        if _has_tensors_of(entry, run) and not _step_with_the_same(entry, run, heads_only=True):
+            return skipped(Reason.OWN_MODEL_UNLIKE)
+    return skipped(Reason.OWN_MODEL)
+
+
+def _other_tensors(entry: Entry, run: _Run) -> Verdict | None:
+    """Leave out what is not the model of the series by its tensors, and what holds no tensors."""
+    if _has_tensors_of(entry, run):
+        return None
+    is_apart = entry.is_folder and not _is_named_as_alias(entry, run)
+    return skipped(Reason.NO_NUMBER if is_apart else Reason.ANOTHER_MODEL)
+
+
+def _unreadable(entry: Entry, error: RefusedError, run: _Run) -> Verdict:
+    if not _is_named_as_alias(entry, run) and error.code in _NO_WEIGHTS:
+        return skipped(Reason.NO_NUMBER)
+    if isinstance(error, IncompleteError):
+        return skipped(Reason.INCOMPLETE, f"incomplete: {error.message.rstrip('.')}")
+    detail = f"unreadable: {error.message}"
+    return Verdict(Outcome.REFUSED, Reason.UNREADABLE, "unreadable", detail)
+
+
+# Of files that are no torch files, or hold other things than a model.
+_NO_WEIGHTS = (Code.NO_MODEL, Code.WRONG_FORMAT, Code.UNSAFE, Code.NOT_A_CHECKPOINT)
 
 
 def _same_file(entry: Entry, run: _Run) -> Verdict | None:
@@ -97,13 +138,14 @@ def _same_file(entry: Entry, run: _Run) -> Verdict | None:
 
 
 _RULES: Rules[Entry, _Run] = (
-    ("not-of-the-series", _not_of_the_series),
     ("not-selected", lambda entry, run: unselected(entry.name, run.selection)),
     ("broken-link", lambda e, _: skipped(Reason.BROKEN_LINK) if e.kind in STRANGE else None),
     ("best", lambda e, _: alias(Reason.BEST) if ALWAYS_A_COPY.search(e.stem) else None),
     ("same-file", _same_file),
     ("no-aliases", lambda _, run: None if run.selection.aliases else skipped(Reason.NO_ALIASES)),
     ("no-model", lambda e, _: None if e.model else skipped(Reason.NO_MODEL)),
+    ("own-model", _own_model),
+    ("other-tensors", _other_tensors),
 )
 
 
@@ -126,21 +168,35 @@ def _place(entry: Entry, newest: Checkpoint) -> _Place | None:
 
 def _by_content(entry: Entry, run: _Run) -> Verdict:
     """Judge an alias that records nothing by its tensors; raises if it may be a later step."""
-    assert entry.model is not None
-    source, newest_first = entry.source, []
-    try:
-        mine = source.read(entry.model)
-        for one in reversed(run.checkpoints):
-            with contextlib.suppress(IncompleteError):  # judged later
-                newest_first.append((one, source.read(one.model)))
-    except IncompleteError as error:
-        return skipped(Reason.INCOMPLETE, f"incomplete: {error.message.rstrip('.')}")
-    if newest_first and newest_first[0][1].tensors.keys() != mine.tensors.keys():
-        return skipped(Reason.ANOTHER_MODEL)
-    for one, theirs in newest_first:
-        if hold_the_same((entry.model, mine), (one.model, theirs), source.storage):
-            return alias(Reason.COPY, f"a copy of {one.name}")
+    same = _step_with_the_same(entry, run)
+    if same:
+        return alias(Reason.COPY, f"a copy of {same.name}")
+    if INITIAL_NAME.search(entry.stem):
+        return skipped(Reason.NO_NUMBER)
     name = entry.name
     text = f"cannot tell where {name} belongs: it has no number and records no step."
     hint = f"Add it after the last step with --append {name}, or leave it out with --no-aliases."
     raise RefusedError(text, hint, code=Code.UNKNOWN_ORDER, path=entry.path)
+
+
+def _has_tensors_of(entry: Entry, run: _Run) -> bool:
+    """Return whether its tensors are called as those of the newest readable step."""
+    assert entry.model is not None
+    mine = entry.source.read(entry.model).tensors
+    for one in reversed(run.checkpoints):
+        with contextlib.suppress(IncompleteError):  # judged later
+            theirs = entry.source.read(one.model).tensors
+            return {_WRAPPER.sub("", n) for n in mine} == {_WRAPPER.sub("", n) for n in theirs}
+    return True
+
+
+def _step_with_the_same(entry: Entry, run: _Run, *, heads_only: bool = False) -> Checkpoint | None:
+    """Return the newest step that holds the same tensors, byte for byte or as their heads go."""
+    assert entry.model is not None
+    source, mine = entry.source, entry.source.read(entry.model)
+    for one in reversed(run.checkpoints):
+        with contextlib.suppress(IncompleteError):  # judged later
+            pair = (entry.model, mine), (one.model, source.read(one.model))
+            if hold_the_same(*pair, source.storage, heads_only=heads_only):
+                return one
+    return None

@@ -33,6 +33,11 @@ class Candidates:
     verdicts: Mapping[Entry, Verdict]
 
     @property
+    def undecided(self) -> tuple[tuple[Entry, ...], ...]:
+        """The three kinds of candidates."""
+        return self.numbered, self.unnumbered, self.unsupported
+
+    @property
     def entries(self) -> list[Entry]:
         """All entries of the folder."""
         return [*self.verdicts, *self.numbered, *self.unnumbered, *self.unsupported]
@@ -61,9 +66,12 @@ def candidates_in(folder: Path, selection: Selection, source: Source) -> Candida
     numbered = [entry for entry in undecided if not _is_unnumbered(entry, selection)]
     if not any(entry.model for entry in numbered):
         # A series in which every name has `final` or `best`, a part of the run's name.
-        others = [e for e in undecided if e.slots and e.model and _is_unnumbered(e, selection)]
-        several = _several(others)
+        others = [e for e in undecided if e.model and _is_unnumbered(e, selection)]
+        several = _several(others) & {entry.template for entry in others if entry.slots}
         numbered += [entry for entry in others if entry.template in several]
+    # "model.ckpt" beside "model-v1.ckpt": the best of Lightning under one name.
+    taken = {e.template for e in numbered if e.model and e.is_version}
+    numbered += [e for e in undecided if e.template in taken and e not in numbered and e.model]
     if not captures_step(selection.pattern):
         # "resnet50.pt" beside "resnet50_epoch_1.pt": its number is in the model's name.
         several = _several(entry for entry in numbered if entry.model)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from ckpt_ema.containers.specs import ModelFiles
 from ckpt_ema.errors import Code, RefusedError, some
@@ -29,6 +30,15 @@ class Checkpoint:
         object.__setattr__(self, "name", self.name or self.path.name)
 
 
+class Hole(NamedTuple):
+    """An entry that is named as a step and holds no model, between two steps that do."""
+
+    path: Path
+    why: str
+    earlier: Checkpoint
+    later: Checkpoint
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """The checkpoints of a run, oldest first, and the verdict on every entry of its folder."""
@@ -37,6 +47,7 @@ class Found:
     checkpoints: tuple[Checkpoint, ...]
     judged: tuple[Judged, ...]
     warnings: tuple[Notice, ...] = ()
+    holes: tuple[Hole, ...] = ()
     # Why a checkpoint is not complete, None if it is; opens it at the first call.
     problem_of: Callable[[Checkpoint], str | None] = lambda _: None
 

@@ -38,20 +38,40 @@ def without_incomplete(found: Found, selection: Selection, source: Source) -> Fo
     judged = (replace(one, verdict=verdicts.get(one.name, one.verdict)) for one in found.judged)
     texts = (f"{one.name} is incomplete and left out: {why}." for one, why in incomplete.items())
     warnings = (*found.warnings, *(Notice(Code.INCOMPLETE, text) for text in texts))
-    return Found(found.root, complete, tuple(judged), warnings, problem_of)
+    return replace(
+        found,
+        checkpoints=complete,
+        judged=tuple(judged),
+        warnings=warnings,
+        problem_of=problem_of,
+    )
 
 
 def check_complete(checkpoints: Sequence[Checkpoint], found: Found) -> None:
-    """Refuse a checkpoint that takes part and is incomplete, though later ones exist."""
+    """Refuse a checkpoint that is incomplete or has no model, among those that take part."""
+    taken = set(checkpoints)
+    places = [place for place, one in enumerate(found.checkpoints) if one in taken]
+    for hole in found.holes:
+        between = found.checkpoints[places[0] : places[-1]]
+        if any(one.path == hole.earlier.path for one in between):
+            where = f"although its name is that of a step before {hole.later.name}"
+            text = f"{hole.path} {hole.why}, {where}."
+            raise IncompleteError(
+                text, _way_out(hole.path.name), code=Code.INCOMPLETE, path=hole.path
+            )
     for checkpoint in checkpoints:
         problem = found.problem_of(checkpoint)
         if problem:
             text = f"{checkpoint.path} is incomplete, but later checkpoints exist: {problem}."
-            hint = (
-                f"Restore it, or leave it out with --exclude {checkpoint.name}, or all such"
-                " checkpoints with --skip-incomplete."
-            )
+            hint = _way_out(checkpoint.name)
             raise IncompleteError(text, hint, code=Code.INCOMPLETE, path=checkpoint.path)
+
+
+def _way_out(name: str) -> str:
+    return (
+        f"Restore it, or leave it out with --exclude {name}, or all such checkpoints with"
+        " --skip-incomplete."
+    )
 
 
 def _problems(

@@ -24,7 +24,7 @@ _DEEPEST_REF = 5
 _HEAD_BYTES = 4096
 _LINES = {  # suffix of a file -> pattern of a line, with groups for an integer and its decimals
     ".json": r'^\s*[{{,]?\s*"{key}":\s*(\d{{1,18}})()\s*[,}}]',
-    ".yaml": r"^{key}:\s*(\d{{1,15}})(?:\.(\d+))?\s*$",
+    ".yaml": r"^{key}:\s*(-?\d{{1,15}})(?:\.(\d+))?\s*$",
 }
 
 
@@ -60,6 +60,11 @@ class Entry:
         """Its name without extension and without the suffix of a name that was taken."""
         stem = self._bare
         return conventions.VERSION.sub("", stem) if self.name.endswith(".ckpt") else stem
+
+    @property
+    def is_version(self) -> bool:
+        """Whether Lightning added a suffix to its name, which was taken."""
+        return self.stem != stem_of(self.name)
 
     @cached_property
     def numbers(self) -> Mapping[str, int]:

@@ -13,7 +13,7 @@ from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.entries import Entry
 from ckpt_ema.find.model_files import locate, unsupported
 from ckpt_ema.find.names import stem_of
-from ckpt_ema.find.order import as_checkpoint, named_keys, step_in_name
+from ckpt_ema.find.order import as_checkpoint, deciding_unit, named_keys, step_in_name
 from ckpt_ema.find.verdict import Outcome, Reason, Verdict, skipped
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
@@ -40,7 +40,7 @@ def listed(given: Sequence[Path], selection: Selection, source: Source) -> Found
     names = [entry.name for entry in entries]
     warnings = unmatched(names, selection)
     if not selected:
-        raise none_selected(names)
+        raise none_selected(names, selection)
     real_paths = source.storage.real_paths(entry.path for entry in selected)
     first: dict[str, Entry] = {}
     for entry, real in zip(selected, real_paths, strict=True):
@@ -51,7 +51,7 @@ def listed(given: Sequence[Path], selection: Selection, source: Source) -> Found
     places = [(named[0], key) for key in named[1]] if named else map(step_in_name, selected)
     rows = zip(selected, places, strict=True)
     checkpoints = tuple(as_checkpoint(entry, *place, is_given=True) for entry, place in rows)
-    warnings = (*warnings, *_text_order(checkpoints))
+    warnings = (*warnings, *_order_given(selected, checkpoints))
     return Found(common_root(checkpoints), checkpoints, tuple(judged), warnings)
 
 
@@ -92,15 +92,23 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return list(differing) if differing else [str(path) for path in paths]
 
 
-def _text_order(checkpoints: Sequence[Checkpoint]) -> list[Notice]:
-    """Return a warning for a list that looks as if a shell had sorted it as text."""
-    for earlier, later in pairwise(checkpoints):
-        if None not in (earlier.step, later.step) and (earlier.step or 0) > (later.step or 0):
-            text = (
-                f"the list is kept in the order given, with {earlier.name} before {later.name}: a"
-                " shell sorts names as text; pass the run's folder to order it by number."
-            )
-            return [Notice(Code.OUT_OF_ORDER, text)]
+def _order_given(entries: Sequence[Entry], checkpoints: Sequence[Checkpoint]) -> list[Notice]:
+    """Return a warning for an order that names or records contradict: a shell sorts as text."""
+    named = [{} if one.step is None else {one.unit: one.step} for one in checkpoints]
+    kept = "The list is kept in the order given"
+    for facts, why in (
+        (named, "a shell sorts names as text; pass the run's folder to order it by number"),
+        ([entry.recorded_anywhere for entry in entries], "list the checkpoints oldest first"),
+    ):
+        for (earlier, first), (later, second) in pairwise(zip(checkpoints, facts, strict=True)):
+            unit = deciding_unit(first, second) or next(iter(first.keys() & second.keys()), None)
+            if unit and first[unit] > second[unit]:
+                places = (
+                    f"{earlier.name} ({unit} {first[unit]})",
+                    f"{later.name} ({second[unit]})",
+                )
+                text = f"{kept}, with {' before '.join(places)}: {why}."
+                return [Notice(Code.OUT_OF_ORDER, text)]
     return []
 
 
@@ -183,7 +191,10 @@ def unmatched(names: Iterable[str], selection: Selection) -> tuple[Notice, ...]:
     )
 
 
-def none_selected(names: Iterable[str]) -> RefusedError:
+def none_selected(names: Iterable[str], selection: Selection) -> RefusedError:
     """Return the error for globs that leave nothing."""
-    text = f"--include and --exclude leave none of {some(sorted(names))}."
+    given = [name for name in ("include", "exclude") if getattr(selection, name)]
+    options = " and ".join(map(flag, given))
+    verb = "leave" if len(given) > 1 else "leaves"
+    text = f"{options} {verb} none of {some(sorted(names))}."
     return RefusedError(text, code=Code.NOTHING_SELECTED)

@@ -9,7 +9,7 @@ from ckpt_ema.containers.shards import complete_set
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Member, ModelFiles
 from ckpt_ema.errors import Code, RefusedError, some
-from ckpt_ema.find.names import slots_in, stem_of
+from ckpt_ema.find.names import numbers_in, slots_in, stem_of
 from ckpt_ema.find.weights_file import (
     Located,
     holds_weights,
@@ -67,6 +67,7 @@ def _in_checkpoint(path: Path, source: Source, depth: int) -> Located:
     return (
         refusal_of(below, certain_only=True)
         or _own_names(path, names, source)
+        or _only_folder(path, below, source)
         or _average(path, names, source)
         or refusal_of(below)
     )
@@ -170,7 +171,7 @@ def _member(folder: Path, name: str, source: Source) -> list[Member]:
 
 
 def _component(path: Path, component: str, source: Source) -> Located:
-    if not component or component in (".", "..") or "/" in component:
+    if not {"", ".", ".."}.isdisjoint(component.split("/")):
         text = f"--component {component!r} is not the name of a folder."
         raise RefusedError(text, code=Code.INVALID_OPTION)
     names = source.storage.names(path)
@@ -279,8 +280,11 @@ def _own_names(path: Path, names: set[str], source: Source) -> Located:
     if any(slots_in(stem_of(name)) or conventions.ALIAS.search(name) for name in files):
         return None
     models = [ModelFiles(path, (Member(name),)) for name in files]
-    parts = [model.members[0].name for model in models if holds_weights(model, source)]
-    members = [Member(name, f"{stem_of(name)}/") for name in parts]
+    parts = [model for model in models if holds_weights(model, source)]
+    names_of = {frozenset(source.read(part).tensors) for part in parts}
+    if len(names_of) < len(parts) and not numbers_in(path.name):
+        return None  # states of one model in a run's folder, not its parts
+    members = [Member(part.path.name, f"{stem_of(part.path.name)}/") for part in parts]
     return ModelFiles(path, tuple(members)) if members else None
 
 
@@ -307,6 +311,47 @@ def _without_zero(path: Path, names: set[str]) -> ModelFiles | None:
     ours = [name for name in names if name.endswith("_states.pt")]
     whole = "mp_rank_00_model_states.pt"
     return ModelFiles(path, (Member(whole),)) if ours == [whole] else None
+
+
+def folders_with_models(path: Path, source: Source) -> list[str]:
+    """Return the folders in a checkpoint that hold a model by themselves, such as `my_adapter`."""
+    return list(_models_below(path, _names_below(path, _DEEPEST, source), source))
+
+
+def _only_folder(path: Path, below: list[str], source: Source) -> ModelFiles | None:
+    """Return the model in the only folder of a numbered checkpoint that holds one.
+
+    An average of the trainer's own is for --component, and what is in folders without a number
+    or with one of their own are runs: `seed-1/checkpoint-100`, `run_1/best`.
+    """
+    if not numbers_in(stem_of(path.name)):
+        return None
+    found = _models_below(path, below, source)
+    raw = [one for name, one in found.items() if not conventions.AVERAGED_NAME.search(name)]
+    return raw[0] if len(raw) == 1 else None
+
+
+def _models_below(path: Path, below: list[str], source: Source) -> dict[str, ModelFiles]:
+    weights = [name for name in below if conventions.WEIGHTS_EXTENSION.search(name)]
+    found = {}
+    for name in sorted({os.path.dirname(file) for file in below} - {""}):
+        if any(map(_is_apart, name.split("/"))):
+            continue
+        inside = path / name
+        names = source.storage.names(inside)
+        model = _in_folder(inside, names, source)
+        only = _own_names(inside, names, source) if len(weights) == 1 else None
+        located = model or _distributed(inside, source) or only
+        if isinstance(located, ModelFiles):
+            found[name] = located
+    return found
+
+
+def _is_apart(folder: str) -> bool:
+    """Return whether a folder of a checkpoint holds something else than its model, by its name."""
+    patterns = (*conventions.NOT_A_MODEL, conventions.NO_CHECKPOINTS, conventions.ALIAS)
+    is_known = any(p.search(folder) for p in patterns if p is not conventions.AVERAGED_NAME)
+    return bool(is_known or conventions.STATE_KEY.search(folder) or numbers_in(folder))
 
 
 def _names_below(folder: Path, depth: int, source: Source) -> list[str]:

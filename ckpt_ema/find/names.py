@@ -30,17 +30,54 @@ def numbers_in(stem: str) -> dict[str, int]:
         match = pattern.search(stem)
         if match and unit not in found:
             found[unit] = match[1]
-    return {unit: int(found[unit]) for unit in conventions.STEP_NAMES if unit in found}
+    counts = {u: count_of(found[u]) for u in conventions.STEP_NAMES if u in found}
+    return {unit: count for unit, count in counts.items() if count is not None}
+
+
+def count_of(text: str) -> int | None:
+    """Return the integer that a text is or contains with a magnitude; None for a fraction.
+
+    >>> count_of("0100"), count_of("800k"), count_of("tokens-1.5T"), count_of("1e4")
+    (100, 800000, 1500000000000, 10000)
+    """
+    match = conventions.MAGNITUDE.search(text)
+    if not match:
+        return int(text)
+    digits, decimals, letter, power = match.groups(default="")
+    zeros = int(power or 3 * (1 + "kmbt".index(letter.lower()))) - len(decimals)
+    return None if zeros < 0 else int(digits + decimals + "0" * zeros)
+
+
+def magnitudes_in(stem: str) -> list[str]:
+    """Return the magnitudes of the numbers in a name.
+
+    >>> magnitudes_in("step-240k-token-2T"), magnitudes_in("step-100")
+    (['k', 't'], [])
+    """
+    found = conventions.MAGNITUDE.finditer(stem)
+    return [(match[3] or "e").lower() for match in found]
+
+
+def rounding_of(count: int, stem: str) -> int:
+    """Return how far a number in a name may be from the exact one, its last digit.
+
+    >>> rounding_of(955000, "step-955k"), rounding_of(955000, "step-955000")
+    (1000, 0)
+    """
+    if not magnitudes_in(stem):
+        return 0
+    return int("1" + "0" * (len(str(count)) - len(str(count).rstrip("0"))))
 
 
 def slots_in(stem: str) -> list[int]:
     """Return every integer in a name, without decimals and values of metrics.
 
-    >>> slots_in("Llama-3.1-8B-lora-000010"), slots_in("epoch=3-acc=1")
-    ([8, 10], [3])
+    >>> slots_in("Llama-3.1-8B-lora-000010"), slots_in("epoch=3-acc=1"), slots_in("net-2k")
+    ([8000000000, 10], [3], [2000])
     """
     bare = conventions.METRIC.sub("", stem)
-    return [int(digits) for digits in re.findall(r"\d+", re.sub(r"\d+\.\d+", "", bare))]
+    counts = (count_of(m[0]) for m in conventions.COUNT.finditer(bare) if not m["f"])
+    return [count for count in counts if count is not None]
 
 
 def template_of(stem: str) -> str:
@@ -50,15 +87,16 @@ def template_of(stem: str) -> str:
 
     >>> template_of("epoch=1-step=100"), template_of("net-0.5-12"), template_of("stage2-step100")
     ('epoch=<n>-step=<n>', 'net-<f>-<n>', 'stage2-step<n>')
-    >>> template_of("epoch=1-loss=-3e-05")
-    'epoch=<n>-loss=<f>'
+    >>> template_of("epoch=1-loss=-3e-05"), template_of("step-2k-1.5T-token-2T")
+    ('epoch=<n>-loss=<f>', 'step-<n>-<n>-<n>')
     """
     stem = conventions.METRIC.sub(lambda match: f"{match['name']}=<f>", stem)
     words = conventions.NUMBERS_A_RUN if len(slots_in(stem)) > 1 else r"(?!)"
     return re.sub(
-        rf"(?P<run>{words})|(?P<f>\d+\.\d+)|(?P<n>\d+)",
-        lambda match: match[0] if match["run"] else f"<{match.lastgroup}>",
+        rf"(?P<run>{words})|{conventions.COUNT.pattern}",
+        lambda match: match[0] if match["run"] else "<f>" if match["f"] else "<n>",
         stem,
+        flags=re.IGNORECASE,
     )
 
 
@@ -68,7 +106,10 @@ def pattern_of(template: str, name: str) -> str:
     >>> pattern_of("step_<n>", "step_100.pt")
     '^step_(\\\\d+)\\\\.pt$'
     """
-    number = r"(\d+)" if template.count("<n>") == 1 else r"\d+"
+    word, number = "", r"\d+"
+    if conventions.MAGNITUDE.search(name):
+        word, number = "(?:tokens?[-_]?)?", r"[\d.]+(?:[kKmMbBtT]|e\d+)?"
+    number = f"{word}({number})" if template.count("<n>") == 1 else word + number
     parts = re.split("(<n>|<f>)", template)
     known = {"<n>": number, "<f>": r"\d+\.\d+"}
     extension = name[len(stem_of(name)) :]

@@ -10,13 +10,22 @@ from itertools import pairwise
 from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint
 from ckpt_ema.find.entries import Entry, recorded_beside
-from ckpt_ema.find.names import captures_step, slots_in, stem_of
+from ckpt_ema.find.names import (
+    captures_step,
+    count_of,
+    magnitudes_in,
+    rounding_of,
+    slots_in,
+    stem_of,
+)
 from ckpt_ema.options import Selection
 from ckpt_ema.trainers import conventions
 
 _Keys = tuple[str, list[int]]  # what is counted, and the number of each entry
 _Facts = Callable[[Entry], Mapping[str, int]]
 _UNITS = ("step", "epoch")
+# How much later a name with another magnitude may be: from 900 to 1k, and from 1k to 1M.
+_MOST_JUMP = 1000
 
 
 def ordered(entries: Sequence[Entry], selection: Selection) -> list[Checkpoint]:
@@ -55,6 +64,8 @@ def _keys(entries: Sequence[Entry], selection: Selection) -> _Keys:
     if recorded:
         return recorded
     named = named_keys(entries) if selection.order != "metadata" else None
+    if named:
+        _check_magnitudes(entries, named[1])
     if named and selection.order == "auto":
         _check_rises(entries, *named)
     keys = named or _shared(entries, lambda entry: entry.recorded_anywhere)
@@ -102,11 +113,18 @@ def named_keys(entries: Sequence[Entry]) -> _Keys | None:
 
 
 def _captured(match: re.Match[str]) -> int:
-    text = match.groupdict().get("step") or match.group(1)
-    if not text or not re.fullmatch(r"[0-9]+", text):
+    group = "step" if match.groupdict().get("step") else 1
+    text = match[group]
+    # The magnitude belongs to the number though `step_(\d+)` does not capture it.
+    whole = conventions.MAGNITUDE.match(match.string, match.start(group)) if text else None
+    if whole and not whole[0][len(text) :][:1].isdigit():
+        text = whole[0]
+    is_number = text and (whole or re.fullmatch("[0-9]+", text))
+    step = count_of(text) if is_number else None
+    if step is None:
         why = f"--pattern captures {text!r} in {match.string}, which is not a step."
         raise RefusedError(why, code=Code.NO_STEPS)
-    return int(text)
+    return step
 
 
 def _by_date(entries: Sequence[Entry]) -> list[int]:
@@ -119,11 +137,21 @@ def _by_date(entries: Sequence[Entry]) -> list[int]:
 
 
 def _check_versions(entries: Sequence[Entry]) -> None:
-    """Refuse a mixture of Lightning's versions: files of one name from two runs."""
+    """Refuse a mixture of Lightning's versions: files of one name from two runs.
+
+    The best checkpoints of one run may share a name too; the steps in them tell.
+    """
     versions = {entry: stem_of(entry.name)[len(entry.stem) :] for entry in entries}  # "-v1"
     first = next((entry for entry in entries if versions[entry]), None)
     if first is None or len({*versions.values()}) == 1:
         return
+    is_last = conventions.ALIAS.search(first.stem) and not conventions.ALWAYS_A_COPY.search(
+        first.stem
+    )
+    if len({entry.stem for entry in entries}) == 1 and not is_last:
+        steps = [entry.recorded_anywhere.get("step") for entry in entries]
+        if None not in steps and len({*steps}) == len(steps):
+            return
     version = versions[first]
     other = next(entry for entry in entries if versions[entry] != version)
     same = next((one for one in entries if one is not first and one.stem == first.stem), None)
@@ -139,12 +167,27 @@ def _check_names(entries: Sequence[Entry], unit: str) -> None:
     for entry in entries:
         recorded = entry.recorded[unit]
         named = next((entry.numbers[word] for word in units if word in entry.numbers), recorded)
-        if named != recorded:
+        if abs(named - recorded) > rounding_of(named, entry.stem):
             _, file = recorded_beside(entry.path, entry.source)
             where = f"{unit} {recorded} in {file or 'its header'}"
             text = f"{entry.name} records {where}; was it renamed?"
             hint = "Order by what it records (--order metadata) or by its name (--order name)."
             raise RefusedError(text, hint, code=Code.CONTRADICTORY_STEPS, path=entry.path)
+
+
+def _check_magnitudes(entries: Sequence[Entry], keys: Sequence[int]) -> None:
+    """Refuse a letter that may be no magnitude: `step-300b` after `step-200` is a variant."""
+    rows = sorted(zip(keys, entries, strict=True), key=lambda row: row[0])
+    for (key, earlier), (next_key, later) in pairwise(rows):
+        letters = [magnitudes_in(entry.stem) for entry in (earlier, later)]
+        if letters[0] != letters[1] and next_key > _MOST_JUMP * key > 0:
+            raise RefusedError(
+                f"{later.name} would be {next_key:,}, far beyond {earlier.name} ({key:,}): the"
+                " letter after a number may be a magnitude, or may be not.",
+                "Leave one out with --exclude, or pass the checkpoints one by one, oldest first.",
+                code=Code.UNKNOWN_ORDER,
+                path=later.path,
+            )
 
 
 def _check_rises(entries: Sequence[Entry], unit: str, keys: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import Code, IncompleteError, OptionError, RefusedError, flag, some
 from ckpt_ema.find.checkpoint import STEP_UNITS, Checkpoint, Found, needed_steps
 from ckpt_ema.find.entries import json_object
+from ckpt_ema.find.logs import LogOf
 from ckpt_ema.find.names import stem_of
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
@@ -42,7 +43,7 @@ class Subsets(NamedTuple):
     warnings: tuple[Notice, ...]
 
 
-def select(found: Found, selection: Selection, source: Source) -> Subsets:
+def select(found: Found, selection: Selection, source: Source, log_of: LogOf) -> Subsets:
     """Choose among a run's checkpoints; raises if nothing is left or a step does not exist."""
     checkpoints = found.checkpoints
     asked = _asked(selection)
@@ -56,7 +57,7 @@ def select(found: Found, selection: Selection, source: Source) -> Subsets:
     for last in selection.last or (None,):
         warnings += _too_many("--last", last, len(chosen))
         members = chosen[-last:] if last else chosen
-        for best, kept in _best(members, found, selection, source):
+        for best, kept in _best(members, found, selection, source, log_of):
             warnings += _too_many("--best", best, len(members))
             parts = [f"last-{last}"] * bool(last) + [f"best-{best}"] * bool(best)
             subsets.append(Subset("-".join(parts), tuple(kept)))
@@ -111,7 +112,11 @@ def _apart(checkpoints: list[Checkpoint], selection: Selection) -> list[Checkpoi
 
 
 def _best(
-    checkpoints: Sequence[Checkpoint], found: Found, selection: Selection, source: Source
+    checkpoints: Sequence[Checkpoint],
+    found: Found,
+    selection: Selection,
+    source: Source,
+    log_of: LogOf,
 ) -> list[tuple[int | None, list[Checkpoint]]]:
     """Return the best checkpoints for each value of --best; ties go to the later checkpoint."""
     if selection.best is None or selection.metric is None:
@@ -119,7 +124,8 @@ def _best(
     # The log of a checkpoint that is left out may have the metrics of one that is chosen.
     run = [*(one.path for one in found.left_out), *(one.path for one in found.checkpoints)]
     # Before the direction is asked for: the name may be a slip.
-    values = _metric_values(checkpoints, run, selection.metric, source)
+    logged = _logs(run, log_of)
+    values = _metric_values(checkpoints, logged, selection.metric, source)
     sign = -1 if higher_is_better(selection.metric, selection.metric_mode) else 1
     ranked = sorted(range(len(values)), key=lambda number: (sign * values[number], -number))
     return [(best, [checkpoints[n] for n in sorted(ranked[:best])]) for best in selection.best]
@@ -143,10 +149,12 @@ def _asked(selection: Selection) -> str:
 
 
 def _metric_values(
-    checkpoints: Sequence[Checkpoint], run: Sequence[Path], metric: str, source: Source
+    checkpoints: Sequence[Checkpoint],
+    logged: Mapping[int | None, Metrics],
+    metric: str,
+    source: Source,
 ) -> list[float]:
     """Return the value of `metric` for each checkpoint; raises if it is missing or NaN for some."""
-    logged = _logs(run, source)
     logs = [logged.get(one.step, {}) if one.unit in STEP_UNITS else {} for one in checkpoints]
     found = [{**log, **_metrics(one, source)} for one, log in zip(checkpoints, logs, strict=True)]
     # transformers takes the name without "eval_" too.
@@ -154,7 +162,7 @@ def _metric_values(
     if name is None:
         known = sorted(set().union(*found))
         instead = f"they record {some(known, 8)}" if known else "no metrics found"
-        raise RefusedError(f"no checkpoint records {metric!r}; {instead}.", code=Code.NO_METRIC)
+        raise RefusedError(f"No checkpoint records {metric!r}; {instead}.", code=Code.NO_METRIC)
     values = [one.get(name) for one in found]
     rows = [*zip((checkpoint.name for checkpoint in checkpoints), values, strict=True)]
     missing = [one for one, value in rows if value is None]
@@ -202,16 +210,13 @@ def _metrics(checkpoint: Checkpoint, source: Source) -> Metrics:
     return {**found, **_named(checkpoint.name)}
 
 
-def _logs(folders: Sequence[Path], source: Source) -> dict[int | None, dict[str, float]]:
+def _logs(folders: Sequence[Path], log_of: LogOf) -> dict[int | None, dict[str, float]]:
     """Return what `trainer_state.json` has logged, by step; a later checkpoint has all of it."""
     logged: dict[int | None, dict[str, float]] = {}
     for folder in folders:
-        state = json_object(source.storage.read(folder / conventions.TRAINER_STATE))
-        history = state.get("log_history")
-        for entry in history if isinstance(history, list) else []:
-            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-                values = {k: v for k, v in _numbers(entry).items() if k not in ("step", "epoch")}
-                logged.setdefault(entry["step"], {}).update(values)
+        for row in log_of(folder).rows:
+            values = {k: v for k, v in _numbers(row).items() if k not in ("step", "epoch")}
+            logged.setdefault(row["step"], {}).update(values)
     return logged
 
 

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ckpt_ema.containers.reader import same_values
+from ckpt_ema.containers.reader import hold_the_same, same_values
 from ckpt_ema.containers.specs import is_safetensors
-from ckpt_ema.errors import Code, IncompleteError, RefusedError
+from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
 from ckpt_ema.find.candidates import Candidates
 from ckpt_ema.find.entries import Entry, Verdicts
 from ckpt_ema.find.names import bare_of, captures_step, pattern_of
@@ -29,6 +29,7 @@ def choose_series(found: Candidates, selection: Selection) -> dict[Entry, Verdic
         steps = tuple(entry for entry in steps if entry not in decided)
     for entry in found.unsupported:
         verdicts[entry] = _unsupported(entry, steps, selection)
+    _check_folders(steps)
     return verdicts | dict.fromkeys(steps, Verdict(Outcome.STEP, Reason.NUMBERED, "series"))
 
 
@@ -66,8 +67,22 @@ def _only_ones(steps: Sequence[Entry], selection: Selection) -> Verdicts:
         what = f"{run} holds {len(several)} series of checkpoints, {series}"
         text, hint = f"{what}; they may be the same states saved twice.", " or ".join(patterns)
         raise RefusedError(text, f"Choose one: {hint}.", code=Code.SEVERAL_SERIES, path=run)
-    lone = skipped(Reason.ONLY_ONE)
-    return {entry: lone for entry in steps if entry.template not in several}
+    lone = [entry for entry in steps if entry.template not in several]
+    if len(lone) > len(steps) - len(lone):
+        raise _mostly_unlike(steps, lone)
+    return dict.fromkeys(lone, skipped(Reason.ONLY_ONE))
+
+
+def _mostly_unlike(steps: Sequence[Entry], lone: Sequence[Entry]) -> RefusedError:
+    """Return the error for a series that would leave out more checkpoints than it takes."""
+    taken = [entry.name for entry in steps if entry not in lone]
+    left_out = some([entry.name for entry in lone])
+    text = f"{some(taken)} would be averaged without {left_out}, whose names are different."
+    hint = (
+        "If all are steps, say where the step is with --pattern, such as"
+        " --pattern 'step[-_]?(?P<step>[0-9]+)'; otherwise leave these out with --exclude."
+    )
+    return RefusedError(text, hint, code=Code.SEVERAL_SERIES, path=lone[0].path)
 
 
 def _outputs_of_ours(steps: Sequence[Entry], _selection: Selection) -> Verdicts:
@@ -96,6 +111,37 @@ def _same_files(steps: Sequence[Entry], _selection: Selection) -> Verdicts:
     return verdicts
 
 
+def _copies(steps: Sequence[Entry], _selection: Selection) -> Verdicts:
+    """Leave out a checkpoint that was copied into the folder of a resumed run."""
+    verdicts: dict[Entry, Verdict] = {}
+    first: dict[str, Entry] = {}
+    for entry in steps:
+        same = first.setdefault(entry.name, entry)
+        if same is not entry and entry.model and same.model:
+            source = entry.source
+            models = [(one, source.read(one)) for one in (same.model, entry.model)]
+            if hold_the_same(models[0], models[1], source.storage):
+                verdicts[entry] = alias(Reason.COPY, f"a copy of {same.path}")
+    return verdicts
+
+
+def _check_folders(steps: Sequence[Entry]) -> None:
+    """Refuse models in folders of different names: they may be different models."""
+    known = (".", *conventions.MODEL_FOLDERS, *conventions.DCP_FOLDERS)
+    models = [
+        (e, os.path.relpath(e.model.folder, e.path)) for e in steps if e.is_folder and e.model
+    ]
+    first: dict[str, Entry] = {}
+    for entry, folder in models:
+        if folder not in known:
+            first.setdefault(folder, entry)
+    if len(first) > 1:
+        (folder, one), (other_folder, other) = list(first.items())[:2]
+        text = f"{one.name} has its model in {folder}/, and {other.name} in {other_folder}/."
+        hint = f"Choose one model with --component {folder}, and leave out others with --exclude."
+        raise RefusedError(text, hint, code=Code.SEVERAL_MODELS, path=other.path)
+
+
 _Rule = Callable[[Sequence[Entry], Selection], Verdicts]
 _RULES: tuple[tuple[str, _Rule], ...] = (
     ("folder-beside-file", _beside_files),
@@ -103,6 +149,7 @@ _RULES: tuple[tuple[str, _Rule], ...] = (
     ("only-one", _only_ones),
     ("output-of-ours", _outputs_of_ours),
     ("same-file", _same_files),
+    ("copy", _copies),
 )
 
 
@@ -127,6 +174,30 @@ def _record_their_steps(steps: Sequence[Entry], selection: Selection) -> bool:
         and len({bare_of(template) for template in templates}) == 1
         and all("step" in entry.recorded for entry in steps)
     )
+
+
+def modelless(verdicts: Verdicts, steps: Sequence[Entry]) -> dict[Entry, str]:
+    """Return the entries that are named as a step of the series and hold no model, and why.
+
+    A folder beside files is one only with the extension of a file: others hold results.
+    """
+    numbers = {(step.template, *step.slots) for step in steps}
+    is_folder = {step.template: step.is_folder for step in steps}
+    found = {}
+    for entry, verdict in verdicts.items():
+        why = _WITHOUT_MODEL.get(verdict.reason)
+        may_be_step = is_folder.get(entry.template) or entry.has_weights_extension
+        is_alike = entry.template in is_folder and (entry.template, *entry.slots) not in numbers
+        if why and may_be_step and is_alike:
+            found[entry] = "is a broken link" if entry.kind is Kind.ABSENT else why
+    return found
+
+
+_WITHOUT_MODEL = {
+    Reason.NO_MODEL: "holds no model",
+    Reason.NOT_REGULAR: "is neither a file nor a folder",
+    Reason.NOT_LISTABLE: "cannot be listed",
+}
 
 
 def _identity(entry: Entry) -> object:

@@ -52,6 +52,7 @@ class Reason(Enum):
     EARLIER = "an earlier step"
     ANOTHER_MODEL = "a different model"
     OWN_MODEL = "the run's own model, not a step"
+    OWN_MODEL_UNLIKE = "the run's own model, unlike every step"
     UNREADABLE = "cannot be read"
     INCOMPLETE = "incomplete"
     UNSUPPORTED = "an unsupported format"

@@ -14,7 +14,10 @@ import torch
 from ckpt_ema.errors import Code, OptionError, RefusedError, some
 from ckpt_ema.schedules.dynamic import dynamic_decay
 
-AVERAGED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+AVERAGED_DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.complex128, torch.complex64, torch.complex32),
+)
 
 
 def fold_(shadow: torch.Tensor, value: torch.Tensor, decay: float) -> None:
@@ -81,8 +84,8 @@ class Shadow:
     """The moving average of a dict of tensors in memory: TensorFlow's `ExponentialMovingAverage`.
 
     `initial` gives the shadow its first values; without it the first `apply` does. Floating-point
-    tensors are averaged in float64 (float32 on a device without it), all others keep the value
-    applied last. The fold is the same as in `ckpt_ema.average`.
+    and complex tensors are averaged in float64 (float32 on a device without it), all others keep
+    the value applied last. The fold is the same as in `ckpt_ema.average`.
 
     >>> shadow = Shadow(0.99)
     >>> for number in (1.0, 2.0, 3.0):
@@ -149,16 +152,19 @@ class Shadow:
             self._shadow[name] = wide.clone()
             return
         after = self._shadow[name].clone()
-        fold_(after, wide, decay)
-        if not is_finite(after):
+        real, value = _as_real(after), _as_real(wide)
+        fold_(real, value, decay)
+        if not is_finite(real):
             after.copy_(self._shadow[name])
-            fold_keeping_infinities_(after, wide, decay)
+            fold_keeping_infinities_(real, value, decay)
         self._shadow[name] = after
 
     def _wide(self, value: torch.Tensor) -> torch.Tensor:
         device = self._device or value.device
-        is_averaged = value.dtype in AVERAGED_DTYPES
-        return value.to(device, widest_float(device) if is_averaged else value.dtype)
+        if value.dtype not in AVERAGED_DTYPES:
+            return value.to(device)
+        wide = widest_float(device)
+        return value.to(device, wide.to_complex() if value.is_complex() else wide)
 
     def _check(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         if state_dict.keys() != self._shadow.keys():
@@ -171,7 +177,17 @@ class Shadow:
                 shape, expected = list(value.shape), list(mine.shape)
                 message = f"Tensor {name} has shape {shape}; in the shadow it has {expected}."
                 raise RefusedError(message, code=Code.DIFFERENT_MODELS, tensor=name)
-            if (value.dtype in AVERAGED_DTYPES) != (mine.dtype in AVERAGED_DTYPES):
+            if _kind(value) != _kind(mine):
                 message = f"Tensor {name} is {value.dtype} and in the shadow {self._dtypes[name]};"
-                message = f"{message} cannot average float and non-float tensors."
+                message = (
+                    f"{message} real, complex and integer tensors cannot be averaged together."
+                )
                 raise RefusedError(message, code=Code.DIFFERENT_DTYPES, tensor=name)
+
+
+def _as_real(values: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(values) if values.is_complex() else values
+
+
+def _kind(value: torch.Tensor) -> tuple[bool, bool]:
+    return value.dtype in AVERAGED_DTYPES, value.is_complex()

@@ -24,13 +24,16 @@ def check_free(output: Path, overwrite: bool) -> None:
         raise RefusedError(is_folder, code=Code.INVALID_OUTPUT, path=output)
     if is_free(output):
         return
-    if not overwrite:
+    others = sorted(_others(output))
+    if not (overwrite or others):
         problem = f"The output {output} already exists and is not this average."
         hint = "Choose another path with --output, or replace it with --overwrite."
         raise RefusedError(problem, hint, code=Code.OUTPUT_EXISTS, path=output)
-    if others := sorted(_others(output)):
-        delete = f"--overwrite would delete {some(others, 3)}"
-        problem = f"The output {output} is more than a model; {delete}."
+    if others:
+        what = "is more than a model" if os.path.isdir(output) else "is not a model"
+        problem = (
+            f"The output {output} exists and {what}; --overwrite would delete {some(others, 3)}."
+        )
         hint = "Move those files, or choose another path with --output."
         raise RefusedError(problem, hint, code=Code.OUTPUT_EXISTS, path=output)
 

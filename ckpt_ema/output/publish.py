@@ -35,6 +35,7 @@ class StagedOutput(Workspace):
         """See `Workspace`; `overwrite` is whether another output at `final` is replaced."""
         super().__init__(final, key, is_shared=is_shared)
         self.is_single_file = target_for(final).is_single_file
+        self.left: Path | None = None  # the output that was replaced and cannot be removed
         self._overwrite = overwrite
         self._fds: list[int] = []  # of the first model files; there may be more files than that
         self._paths: list[Path] = []
@@ -144,7 +145,7 @@ class StagedOutput(Workspace):
             os.rename(self.output, ready)
             fsync_folder(ready.parent)
             try:
-                self._give_name(ready)
+                replaced = self._give_name(ready)
             except OSError:
                 os.rename(ready, self.output)
                 raise
@@ -154,9 +155,14 @@ class StagedOutput(Workspace):
             why = f"may not survive a power failure: {error.strerror}"
             message = f"{self.final} is published, but {why}."
             raise FailedError(message, code=Code.WRITE_FAILED, path=self.final) from error
+        remove(replaced)
+        self.left = replaced if os.path.lexists(replaced) else None
 
-    def _give_name(self, ready: Path) -> None:
-        """Replace nothing but an empty folder, or what `overwrite` applies to."""
+    def _give_name(self, ready: Path) -> Path:
+        """Replace nothing but an empty folder, or what `overwrite` applies to.
+
+        Returns where what was replaced is now, if it still is.
+        """
         if not (self._overwrite and os.path.lexists(self.final)):
             (_link_or_rename if self.is_single_file else os.rename)(ready, self.final)
         elif self.is_single_file:
@@ -169,7 +175,8 @@ class StagedOutput(Workspace):
             except BaseException:
                 os.rename(old, self.final)
                 raise
-            remove(old)
+            return old
+        return ready
 
 
 def _exchange(one: Path, other: Path) -> bool:

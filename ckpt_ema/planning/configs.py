@@ -15,9 +15,12 @@ _MODEL_CONFIG = "config.json"
 
 # Fields of PEFT's configuration that decide what the adapter's tensors mean.
 _ADAPTER_FIELDS = (
-    *("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save"),
-    *("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *("peft_type", "r", "lora_alpha", "alpha", "target_modules", "target_parameters"),
+    *("modules_to_save", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *("bias", "lora_bias", "fan_in_fan_out", "layers_to_transform", "layer_replication"),
 )
+# What a release that does not know a field would have written. Most defaults are false or empty.
+_ADAPTER_DEFAULTS = {"r": 8, "lora_alpha": 8, "alpha": 8, "bias": "none"}
 _BASE = "base_model_name_or_path"
 # Fields of a model's configuration that do not describe the model.
 _UNIMPORTANT = ("transformers_version", "_name_or_path", "_diffusers_version", "use_cache")
@@ -44,7 +47,8 @@ def compare_configs(
         essential = _differences(header, specs[-1].metadata[0], _HEADER_FIELDS) if header else {}
         own = _unlike(checkpoint, ADAPTER_CONFIG, adapter, storage)
         if own:
-            essential |= _differences(own, json_object(adapter), _ADAPTER_FIELDS)
+            full, newer = map(_with_defaults, (own, json_object(adapter)))
+            essential |= _differences(full, newer, _ADAPTER_FIELDS)
             # The same base model may have been read from another place.
             for field in _differences(own, json_object(adapter), (_BASE,)):
                 differing.setdefault(field, checkpoint.name)
@@ -77,6 +81,11 @@ def _differences(one: _Fields, other: _Fields, fields: Iterable[str]) -> dict[st
     """Return each field that differs, and how."""
     pairs = {field: (_plain(one.get(field)), _plain(other.get(field))) for field in fields}
     return {f: f"{f} ({own} → {newest})" for f, (own, newest) in pairs.items() if own != newest}
+
+
+def _with_defaults(adapter: _Fields) -> _Fields:
+    """Return a configuration of PEFT without what is false or empty, and with its defaults."""
+    return {**_ADAPTER_DEFAULTS, **{field: value for field, value in adapter.items() if value}}
 
 
 def _plain(value: Any) -> Any:

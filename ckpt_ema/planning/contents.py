@@ -13,12 +13,7 @@ from ckpt_ema.planning.roles import Ruling, asked_roles, judge
 from ckpt_ema.storage import Storage
 
 _HEAD_BYTES = 1 << 16  # of each tensor; trained codes differ long before
-_ONES = {
-    "F64": struct.pack("<d", 1.0),
-    "F32": struct.pack("<f", 1.0),
-    "F16": struct.pack("<e", 1.0),
-    "BF16": struct.pack("<f", 1.0)[2:],
-}
+_FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"}  # of struct
 
 
 def judge_newest(
@@ -65,17 +60,27 @@ class Contents(AbstractContextManager["Contents"]):
         """Return whether the tensor holds only zeros and ones in both checkpoints."""
         return all(self._is_binary(number, key) for number in (0, 1))
 
+    def is_whole_number(self, key: str) -> bool:
+        """Return whether the tensor, of one float, is a whole number in both checkpoints."""
+        dtypes = (specs.tensors[key].dtype for specs in self._specs)
+        return all(_number(self._head(n, key), d).is_integer() for n, d in enumerate(dtypes))
+
     def _is_binary(self, number: int, key: str) -> bool:
         dtype = self._specs[number].tensors[key].dtype
-        width = DTYPE_BITS[dtype] // 8
-        allowed = {bytes(width), _ONES.get(dtype, (1).to_bytes(max(width, 1), "little"))}
-        head = self._head(number, key)
-        return (
-            bool(width) and {head[at : at + width] for at in range(0, len(head), width)} <= allowed
-        )
+        width, head = DTYPE_BITS[dtype] // 8, self._head(number, key)
+        held = {head[at : at + width] for at in range(0, len(head), max(width, 1))}
+        if dtype in _FORMATS:
+            return len(held) <= 3 and {_number(one, dtype) for one in held} <= {0.0, 1.0}
+        return width > 0 and held <= {bytes(width), (1).to_bytes(width, "little")}
 
     def _head(self, number: int, key: str) -> bytes:
         tensor = as_real(self._specs[number].tensors[key])
         head = bytearray(min(tensor.size_bytes, _HEAD_BYTES))
         self._reader.read_into(number, tensor, 0, memoryview(head))
         return bytes(head)
+
+
+def _number(content: bytes, dtype: str) -> float:
+    """Return one float; a bfloat16 is the upper half of a float32."""
+    value: float = struct.unpack(_FORMATS[dtype], b"\0\0" * (dtype == "BF16") + content)[0]
+    return value

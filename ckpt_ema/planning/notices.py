@@ -5,13 +5,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from statistics import median
+from typing import NamedTuple
 
 from ckpt_ema.containers.model_key import ALREADY_AVERAGED
 from ckpt_ema.containers.specs import Role, Specs
 from ckpt_ema.errors import Code, some
 from ckpt_ema.find.checkpoint import Checkpoint, Found
+from ckpt_ema.find.logs import OneRun
 from ckpt_ema.find.names import stem_of
+from ckpt_ema.find.select import Subsets
 from ckpt_ema.find.verdict import UNSELECTED
+from ckpt_ema.find.verdict import Reason as FindReason
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.output import LaidOut
@@ -32,10 +36,25 @@ _INVERSION_NS = 3600 * 10**9
 _FEW = 4
 
 
-def plan_warnings(
-    averages: Sequence[Average], compared: Compared, rulings: Mapping[str, Ruling]
-) -> Iterator[Notice]:
-    """Yield the warnings about weights, and about the checkpoints that take part."""
+class Decided(NamedTuple):
+    """What the stages of a plan have found and decided."""
+
+    found: Found
+    selected: Subsets
+    one_run: OneRun
+    compared: Compared
+    rulings: Mapping[str, Ruling]  # on each tensor of the newest checkpoint
+    laid_out: LaidOut
+    averages: Sequence[Average]
+
+
+def plan_warnings(decided: Decided) -> Iterator[Notice]:
+    """Yield the warnings about the run, the weights, the checkpoints that take part, the output.
+
+    Times of files are not asked where logs prove that all checkpoints are of one run.
+    """
+    found, selected, one_run, compared, rulings, laid_out, averages = decided
+    yield from (*found.warnings, *selected.warnings)
     names = [checkpoint.name for checkpoint in compared.specs]
     yield from _merged(averages, lambda average: _uneven(average, names))
     alike: dict[object, list[str]] = {}
@@ -44,20 +63,29 @@ def plan_warnings(
     for same in alike.values():
         if len(same) > 1:
             yield Notice(Code.SAME_WEIGHTS, f"{some(same)} have the same weights.")
+    yield from one_run.warnings
+    if not one_run.is_proven:
+        yield from _falling_times(compared.specs)
     yield from _about_run(compared.specs)
     yield from compared.warnings
     yield from _share_not_averaged(list(compared.specs.values())[-1], rulings)
+    if laid_out.missing:
+        message = f"{some(laid_out.missing)} is neither in the newest checkpoint nor in the run"
+        effect = "so from_pretrained cannot load the average; --config-from FOLDER adds it"
+        yield Notice(Code.NO_CONFIG, f"{message}, {effect}.")
 
 
-def plan_notes(
-    averages: Sequence[Average],
-    specs_of: Mapping[Checkpoint, Specs],
-    found: Found,
-    rulings: Mapping[str, Ruling],
-    laid_out: LaidOut,
-) -> Iterator[Notice]:
+def plan_notes(decided: Decided) -> Iterator[Notice]:
     """Yield notes on options without effect, on the run, and on what is not averaged."""
+    found, selected, _, compared, rulings, laid_out, averages = decided
+    for one in found.judged:
+        if one.verdict.reason is FindReason.LATER:
+            message = f"{one.name} is used as the last step: it {one.verdict.detail}."
+            yield Notice(Code.DECIDED, message)
+    yield from selected.notes
     yield from _merged(averages, _cap)
+    yield from compared.notes
+    specs_of = compared.specs
     newest = list(specs_of)[-1]
     unselected = [one for one in found.left_out if one.verdict.reason in UNSELECTED]
     found_in_all = len(found.checkpoints) + len(unselected)
@@ -68,26 +96,29 @@ def plan_notes(
     if len(specs_of) > 1 and newest.unit == "save":
         message = "Numbers in the names count saves, not steps (accelerate); gaps are unknown."
         yield Notice(Code.NO_STEPS, message)
-    kept: dict[str, list[str]] = {}
-    for name, (rule, made) in rulings.items():
-        if made is Role.KEPT:
-            dtype = specs_of[newest].tensors[name].dtype
-            is_other = rule.reason is Reason.NOT_FLOAT
-            what = f"{dtype} tensors" if is_other else f"Some tensors ({rule.reason.value})"
-            kept.setdefault(what, []).append(name)
-    for what, names in kept.items():
-        message = f"{what} are not averaged and keep the value of {newest.name}: {some(names)}."
-        yield Notice(Code.NOT_AVERAGED, message)
+    yield from _kept(newest.name, specs_of[newest], rulings)
     yield from dict.fromkeys(note for one in specs_of.values() for note in one.notes)
-    if any(map(conventions.FACTOR.search, rulings)) or any(
-        map(conventions.ROTATION.search, rulings)
-    ):
+    if any(pattern.search(key) for pattern in conventions.FACTORS for key in rulings):
         message = "The factors of the adapter are averaged one by one, which approximates the"
         message = f"{message} average of their products; reading them shows how closely."
         yield Notice(Code.ADAPTER_FACTORS, message)
     if laid_out.other_models:
         message = f"Folders with other models are not copied: {some(laid_out.other_models)}."
         yield Notice(Code.LEFT_OUT, message)
+
+
+def _kept(name: str, newest: Specs, rulings: Mapping[str, Ruling]) -> Iterator[Notice]:
+    """Note the tensors that keep the newest value, by what they are."""
+    kept: dict[str, list[str]] = {}
+    for key, (rule, made) in rulings.items():
+        if made is Role.KEPT:
+            dtype = newest.tensors[key].dtype
+            is_other = rule.reason is Reason.NOT_FLOAT
+            what = f"{dtype} tensors" if is_other else f"Some tensors ({rule.reason.value})"
+            kept.setdefault(what, []).append(key)
+    for what, names in kept.items():
+        message = f"{what} are not averaged and keep the value of {name}: {some(names)}."
+        yield Notice(Code.NOT_AVERAGED, message)
 
 
 def _share_not_averaged(newest: Specs, rulings: Mapping[str, Ruling]) -> Iterator[Notice]:
@@ -199,13 +230,16 @@ def _brief(steps: float) -> str:
     return f"{steps:.4g}" if steps < 1000 else f"{steps:.0f}"
 
 
-def _about_run(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
-    specs = list(specs_of.values())
+def _falling_times(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
     for (earlier, before), (later, after) in pairwise(specs_of.items()):
         if before.files[0].mtime_ns - after.files[0].mtime_ns > _INVERSION_NS:
             found = f"{later.name} was written before {earlier.name}, though its step is later"
             yield Notice(Code.OUT_OF_ORDER, f"{found}; the folder may hold two runs.")
             break
+
+
+def _about_run(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
+    specs = list(specs_of.values())
     by_name = [
         c.name
         for c, one in specs_of.items()

@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ckpt_ema.containers.specs import Role, Specs
+from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import Code, OptionError, RefusedError
 from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.options import DTYPES
@@ -71,6 +70,7 @@ class LaidOut(NamedTuple):
 
     outputs: list[Output]
     other_models: list[str]  # folders with weights of their own, which are not copied
+    missing: list[str]  # configurations without which an output cannot be loaded
 
 
 def lay_out(
@@ -92,7 +92,7 @@ def lay_out(
     shared = _shared_folder(found)
     # Averages may end at the same checkpoint.
     copied_with = cache(lambda c: _companions(c, specs_of[c], shared, options, storage))
-    outputs, other_models = [], set()
+    outputs, other_models, missing = [], set(), set()
     for average, target in zip(averages, _targets(destination, averages), strict=True):
         newest = average.checkpoints[-1]
         specs = specs_of[newest]
@@ -102,20 +102,17 @@ def lay_out(
         digest = fingerprint(inputs, copied.files, provenance, choices, storage)
         if target.is_single_file:  # a folder has it in its manifest
             provenance["fingerprint"] = digest
-        model = _without_dropped(specs, rulings[newest])
-        roles = {name: rulings[newest][name].made for name in model.tensors}
-        files = target.lay_out(Model(model, roles, DTYPES[options.dtype], provenance))
+        roles = {name: one.made for name, one in rulings[newest].items()}
+        is_file = not storage.is_folder(newest.path)
+        dtype = DTYPES[options.dtype]
+        files = target.lay_out(Model(specs, roles, dtype, provenance, is_file))
         indexes = target.finish(files, [member.name for member in newest.model.members])
         other_models |= {*copied.models}
+        missing |= {*copied.missing}
         outputs.append(
             Output(target.path, target.is_single_file, files, indexes, copied.files, digest)
         )
-    return LaidOut(outputs, sorted(other_models))
-
-
-def _without_dropped(specs: Specs, rulings: Mapping[str, Ruling]) -> Specs:
-    kept = {k: one for k, one in specs.tensors.items() if rulings[k].made is not Role.DROPPED}
-    return specs if len(kept) == len(specs.tensors) else replace(specs, tensors=kept)
+    return LaidOut(outputs, sorted(other_models), sorted(missing))
 
 
 def _companions(

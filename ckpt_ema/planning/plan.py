@@ -18,6 +18,7 @@ from ckpt_ema.errors import Code, OptionError, RefusedError
 from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.complete import check_complete
 from ckpt_ema.find.further import with_common_files
+from ckpt_ema.find.logs import check_one_run, reader_of_logs
 from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
 from ckpt_ema.find.verdict import Judged
@@ -26,9 +27,9 @@ from ckpt_ema.options import Engine, Keywords, Options, PathLike, Reading, make_
 from ckpt_ema.planning.average import Average, Weighted, make_averages, weigh
 from ckpt_ema.planning.contents import judge_newest
 from ckpt_ema.planning.fingerprint import deciding
-from ckpt_ema.planning.notices import plan_notes, plan_warnings
+from ckpt_ema.planning.notices import Decided, plan_notes, plan_warnings
 from ckpt_ema.planning.output import find_destination, lay_out, named
-from ckpt_ema.planning.roles import DROPPED, Ruling, TensorRole, by_pattern
+from ckpt_ema.planning.roles import Ruling, TensorRole, by_pattern
 from ckpt_ema.planning.same_model import Compared, compare
 from ckpt_ema.planning.sizing import element_bytes, make_sizes
 from ckpt_ema.planning.work import Work, make_work
@@ -146,29 +147,46 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     """Find, select, weigh, compare, lay out: each stage takes its own options."""
     source = Source(storage_for(paths[0]), options.reading)
     found = discover(paths, options.selection, source)
-    found, selected = with_common_files(found, select(found, options.selection, source), source)
+    log_of = reader_of_logs(source)
+    selected = select(found, options.selection, source, log_of)
+    found, selected = with_common_files(found, selected, source)
     weighted = weigh(selected.subsets, options.weighting)
+    checkpoints = _taken(weighted, found)
+    one_run = check_one_run(checkpoints, log_of)
     destination = find_destination(options.output.output, found, paths, source.storage)
-    compared = compare(_taken(weighted, found), source)
+    compared = compare(checkpoints, source)
     specs_of = compared.specs
     _check_names(weighted, compared)
     rulings = judge_newest(weighted, specs_of, options.reading, source.storage)
-    choices = deciding(options)
     laid_out = lay_out(
-        weighted, specs_of, found, destination, options.output, rulings, choices, source.storage
+        weighted,
+        specs_of,
+        found,
+        destination,
+        options.output,
+        rulings,
+        deciding(options),
+        source.storage,
     )
+    averages = make_averages(weighted, checkpoints, laid_out.outputs)
     newest = list(rulings.values())[-1]
-    averages = make_averages(weighted, [*specs_of], laid_out.outputs)
+    decided = Decided(found, selected, one_run, compared, newest, laid_out, averages)
+    return _assembled(decided, destination, source.storage, options)
+
+
+def _assembled(decided: Decided, destination: Path, storage: Storage, options: Options) -> Plan:
+    """Lay the work out, and put all that was decided together; raises for warnings if strict."""
+    found, averages, specs_of = decided.found, decided.averages, decided.compared.specs
     work = make_work([*specs_of.values()], [(one.newest, one.output.files) for one in averages])
     tile_elements, threads = make_sizes(options.engine, work, len(averages))
-    warnings = (*found.warnings, *selected.warnings, *plan_warnings(averages, compared, newest))
+    warnings = tuple(plan_warnings(decided))
     refuse_warnings(warnings if options.engine.strict else ())
     return Plan(
         run=os.fspath(found.root),
         checkpoints=tuple(PlannedCheckpoint.of(*one) for one in specs_of.items()),
-        averages=averages,
-        rulings={**newest, **dict.fromkeys(compared.dropped, DROPPED)},
-        storage=source.storage,
+        averages=tuple(averages),
+        rulings={**decided.rulings, **decided.compared.dropped},
+        storage=storage,
         engine=options.engine,
         given=options.given(),
         dtype=options.output.dtype,
@@ -179,7 +197,7 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
         threads=threads,
         tile_elements=tile_elements,
         judged=found.judged,
-        notes=(*selected.notes, *plan_notes(averages, specs_of, found, newest, laid_out)),
+        notes=tuple(plan_notes(decided)),
         warnings=warnings,
     )
 

@@ -4,6 +4,7 @@ A tensor is averaged because it is a weight, not because it is a float. What bel
 the newest value together, or the average is refused.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import NamedTuple, Protocol
 
-from ckpt_ema.containers.specs import AVERAGED, WRITTEN_AS, Role, Specs, TensorSpec
+from ckpt_ema.containers.specs import AVERAGED, FOLDED, WRITTEN_AS, Role, Specs, TensorSpec
 from ckpt_ema.errors import Code, OptionError, RefusedError, some
 from ckpt_ema.options import Reading
 
@@ -28,7 +29,10 @@ _VECTORS = ("_u", "_v")
 _MASK = re.compile(r"(?<![a-z])masks?(?![a-z])", re.IGNORECASE)
 # What torch.ao.quantization and others keep beside an integer zero point.
 _ZERO_POINT = "zero_point"
-_RANGES = ("min_val", "max_val")
+_LEAST, _MOST = "min_val", "max_val"
+_COUNTER = re.compile(
+    r"(?:^|[._])(?:num|n|step|steps|count|counter|epoch|iter|updates|tracked)(?:$|_)"
+)
 
 
 class Reason(Enum):
@@ -44,6 +48,8 @@ class Reason(Enum):
     SINGULAR_VECTOR = "a vector of a power iteration"
     MASK = "a mask of zeros and ones"
     OBSERVER = "scale or range of a quantiser"
+    RING_BUFFER = "a buffer with a pointer into it"
+    COUNTER = "a counter"
     NOT_IN_NEWEST = "not in the newest checkpoint"
 
 
@@ -55,6 +61,9 @@ class Contents(Protocol):
 
     def is_binary(self, key: str) -> bool:
         """Return whether the tensor holds only zeros and ones in both."""
+
+    def is_whole_number(self, key: str) -> bool:
+        """Return whether the tensor, of one element, is a whole number in both."""
 
 
 class Rule(NamedTuple):
@@ -77,19 +86,20 @@ class Ruling(NamedTuple):
         return self.rule.reason is Reason.ASKED
 
 
-_ASKED = {role: Rule("asked", role, Reason.ASKED) for role in Role}
 _QUANTISED = Rule("quantised", Role.REFUSED, Reason.QUANTISED)
 _EMPTIED = Rule("emptied", Role.REFUSED, Reason.EMPTIED)
 _TIED = Rule("tied", Role.TIED, Reason.SHARED_BYTES)
+_ASKED = {role: Rule("asked", role, Reason.ASKED) for role in Role}
 # Of tensors that only checkpoints before the newest have.
 _NEWEST_NAMES = Rule("newest-names", Role.DROPPED, Reason.NOT_IN_NEWEST)
 DROPPED = Ruling(_NEWEST_NAMES, Role.DROPPED)
+ASKED_TO_DROP = Ruling(_ASKED[Role.DROPPED], Role.DROPPED)
 _REFUSALS = {
     _QUANTISED: (
-        "quantised weights",
-        "codes cannot be averaged, and averaged scales would not match the codes of any checkpoint",
-        "Average the checkpoints before they are quantised, or keep the newest of all of these"
-        " tensors with --keep GLOB.",
+        "small floats or integers that change, as codes of quantised weights do",
+        "codes cannot be averaged, and averaged scales would not match those of any checkpoint",
+        "Average the checkpoints before they are quantised, or keep the newest of these tensors and"
+        " of their scales with --keep GLOB.",
         Code.NOT_AVERAGEABLE,
     ),
     _EMPTIED: (
@@ -146,31 +156,34 @@ def judge(
 
 
 def asked_roles(tensors: _Tensors, reading: Reading) -> dict[str, Role]:
-    """Return the roles that --average, --keep and --drop give to tensors.
+    """Return the roles that --average and --keep give to tensors.
 
     Raises `RefusedError` for a glob that matches nothing or a tensor that cannot have the role,
     `OptionError` for a tensor with two roles.
     """
-    names, roles = list(tensors), dict[str, Role]()
+    roles = dict[str, Role]()
     options = ((reading.average, "average", Role.AVERAGED), (reading.keep, "keep", Role.KEPT))
-    for globs, option, role in (*options, (reading.drop, "drop", Role.DROPPED)):
-        for glob in globs:
-            matching = [name for name in names if fnmatchcase(name, glob)]
-            if not matching:
-                text = f"--{option} {glob} matches no tensor; the names are {some(names, 3)}."
-                raise RefusedError(text, code=Code.NO_MATCH)
-            for name in matching:
-                dtype = tensors[name].dtype
-                if (role is Role.AVERAGED and dtype not in AVERAGED) or (
-                    role is Role.KEPT and dtype in WRITTEN_AS
-                ):
-                    text = f"--{option} {glob} matches {name}, which is {dtype}: it can only be"
-                    text = f"{text} {'averaged' if dtype in AVERAGED else 'kept or dropped'}."
-                    raise RefusedError(text, code=Code.NOT_AVERAGEABLE, tensor=name)
-                if roles.setdefault(name, role) is not role:
-                    text = f"--{option} {glob} matches {name}, which another option matches too."
-                    raise OptionError(text, code=Code.CONFLICTING_OPTIONS)
+    for globs, option, role in options:
+        for name in (name for glob in globs for name in matching(tensors, option, glob)):
+            dtype = tensors[name].dtype
+            is_possible = dtype in AVERAGED if role is Role.AVERAGED else dtype not in WRITTEN_AS
+            if not is_possible:
+                text = f"--{option} matches {name}, which is {dtype}: it can only be"
+                text = f"{text} {'averaged' if dtype in AVERAGED else 'kept or dropped'}."
+                raise RefusedError(text, code=Code.NOT_AVERAGEABLE, tensor=name)
+            if roles.setdefault(name, role) is not role:
+                text = f"--average and --keep both match {name}."
+                raise OptionError(text, code=Code.CONFLICTING_OPTIONS)
     return roles
+
+
+def matching(names: Iterable[str], option: str, glob: str) -> list[str]:
+    """Return the names that a glob matches; raises `RefusedError` if there are none."""
+    found = [name for name in names if fnmatchcase(name, glob)]
+    if not found:
+        text = f"--{option} {glob} matches no tensor; the names are {some(names, 3)}."
+        raise RefusedError(text, code=Code.NO_MATCH)
+    return found
 
 
 def _emptied(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
@@ -226,13 +239,32 @@ def _masks(tensors: _Tensors, contents: Contents) -> Iterator[str]:
 
 
 def _observers(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
-    """Yield scales beside integer zero points, and the ranges that observers have seen."""
+    """Yield scales beside integer zero points, and what modules with a range have observed."""
+    observers = set()
     for key, one in tensors.items():
         if key.endswith(_ZERO_POINT) and one.dtype not in AVERAGED:
             scale = f"{key.removesuffix(_ZERO_POINT)}scale"
             yield from (scale,) if scale in tensors else ()
+        elif key.endswith(_LEAST) and f"{key.removesuffix(_LEAST)}{_MOST}" in tensors:
+            observers.add(key.rpartition(".")[0])
+    for key in tensors if observers else ():
         module, _, own = key.rpartition(".")
-        if own in _RANGES and all(f"{module}.{one}".lstrip(".") in tensors for one in _RANGES):
+        if module in observers and own not in ("weight", "bias"):
+            yield key
+
+
+def _ring_buffers(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
+    """Yield buffers that an integer beside them points into, such as MoCo's queue."""
+    for key, one in tensors.items():
+        if key.endswith("_ptr") and one.dtype not in AVERAGED:
+            yield from (key.removesuffix("_ptr"),) if key.removesuffix("_ptr") in tensors else ()
+
+
+def _counters(tensors: _Tensors, contents: Contents) -> Iterator[str]:
+    """Yield single floats that count, by name and content."""
+    for key in filter(_COUNTER.search, tensors):
+        is_one = math.prod(tensors[key].shape) == 1 and tensors[key].dtype in FOLDED
+        if is_one and contents.changes(key) and contents.is_whole_number(key):
             yield key
 
 
@@ -243,6 +275,8 @@ RULES: tuple[tuple[Rule, _Take], ...] = (
     (Rule("power-iteration", Role.KEPT, Reason.SINGULAR_VECTOR), _singular_vectors),
     (Rule("mask", Role.KEPT, Reason.MASK), _masks),
     (Rule("observer", Role.KEPT, Reason.OBSERVER), _observers),
+    (Rule("ring-buffer", Role.KEPT, Reason.RING_BUFFER), _ring_buffers),
+    (Rule("counter", Role.KEPT, Reason.COUNTER), _counters),
     (Rule("changing", Role.KEPT, Reason.CHANGING), _changing),
     (Rule("not-float", Role.KEPT, Reason.NOT_FLOAT), _not_float),
     (Rule("float", Role.AVERAGED, Reason.FLOAT), lambda tensors, _: tensors),

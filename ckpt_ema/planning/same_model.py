@@ -1,25 +1,26 @@
 """Whether checkpoints are states of one model: the same names, shapes and kinds of dtype.
 
-Names are changed to the newest checkpoint's where only a wrapper or a tied name differs: a run
-resumed without torch.compile, or in another process group, changes the prefix of every name; one
-that changed its file format drops or gains the second name of a tied tensor.
+Before that, all get the newest checkpoint's names where `renaming` can tell that they are the same.
 """
 
-import os
+import math
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
+from ckpt_ema.containers.reader import are_equal
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import AVERAGED, COMPLEX, Specs, TensorSpec
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.configs import compare_configs
+from ckpt_ema.planning.renaming import left_by_wrappers, tied_notes, unified, without_prefix
+from ckpt_ema.planning.roles import ASKED_TO_DROP, DROPPED, Ruling, matching
 
-# What wrappers put before every name: torch.compile, DistributedDataParallel, FSDP.
-_WRAPPERS = re.compile(r"(_orig_mod\.|module\.|_fsdp_wrapped_module\.)*")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 _Tensors = Mapping[str, TensorSpec]
 
@@ -29,8 +30,9 @@ class Compared(NamedTuple):
 
     specs: dict[Checkpoint, Specs]  # oldest first, all with the newest's tensor names
     renamed: set[Checkpoint]  # which have other names themselves
-    dropped: set[str]  # second names of tied tensors that the newest lacks
+    dropped: dict[str, Ruling]  # tensors of some checkpoint that are not in `specs`
     warnings: list[Notice]
+    notes: list[Notice]
 
 
 def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
@@ -42,14 +44,22 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
     own = [source.read(checkpoint.model) for checkpoint in checkpoints]
     if source.reading.strip_prefix:
         own = without_prefix(own, source.reading.strip_prefix)
-    own = _shared(own)
-    specs, dropped, warnings = unified(names, own)
+    own, left_out = without_dropped(_shared(own), source.reading.drop)
+    models = [checkpoint.model for checkpoint in checkpoints]
+    equal = [
+        partial(are_equal, of=of, storage=source.storage) for of in zip(models, own, strict=True)
+    ]
+    specs, matches, warnings = unified(names, own, equal)
+    warnings += left_by_wrappers(models[-1].path.name, own[-1])
     rows = zip(checkpoints, own, specs, strict=True)
     renamed = {c for c, one, other in rows if one.tensors.keys() != other.tensors.keys()}
     # Before shapes: adapters of another rank have other shapes, and this names the reason.
     configs = compare_configs(checkpoints, specs, source.storage)
     warnings += [*_compare_tensors(names, specs), *configs]
-    return Compared(dict(zip(checkpoints, specs, strict=True)), renamed, dropped, warnings)
+    specs_of = dict(zip(checkpoints, specs, strict=True))
+    second_names = {name for match in matches for name in match.dropped}
+    dropped = {**dict.fromkeys(left_out, ASKED_TO_DROP), **dict.fromkeys(second_names, DROPPED)}
+    return Compared(specs_of, renamed, dropped, warnings, tied_notes(names, matches))
 
 
 def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
@@ -62,79 +72,19 @@ def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
     return shared
 
 
-def without_prefix(checkpoints: Sequence[Specs], prefix: str) -> list[Specs]:
-    """Remove `prefix` from the names of the tensors that have it.
-
-    Raises `RefusedError` if none has it, or if two tensors of a checkpoint would share a name.
-    """
-    result = []
+def without_dropped(
+    checkpoints: Sequence[Specs], globs: Sequence[str]
+) -> tuple[list[Specs], set[str]]:
+    """Return the checkpoints without tensors that --drop matches, and the names of these."""
+    if not globs:
+        return [*checkpoints], set()
+    names = dict.fromkeys(name for specs in checkpoints for name in specs.tensors)
+    dropped = {name for glob in globs for name in matching(names, "drop", glob)}
+    kept: dict[int, _Tensors] = {}  # by identity: checkpoints of one layout keep sharing it
     for specs in checkpoints:
-        tensors = {name.removeprefix(prefix): spec for name, spec in specs.tensors.items()}
-        if len(tensors) != len(specs.tensors) or "" in tensors:
-            problem = "would leave two tensors with the same name, or one without a name"
-            raise RefusedError(f"--strip-prefix {prefix} {problem}.", code=Code.DIFFERENT_NAMES)
-        result.append(replace(specs, tensors=tensors))
-    if all(a.tensors.keys() == b.tensors.keys() for a, b in zip(result, checkpoints, strict=True)):
-        names = some(list(checkpoints[-1].tensors), 3)
-        message = f"--strip-prefix {prefix} matches no tensor; names are {names}."
-        raise RefusedError(message, code=Code.DIFFERENT_NAMES)
-    return result
-
-
-def unified(
-    names: Sequence[str], checkpoints: Sequence[Specs]
-) -> tuple[list[Specs], set[str], list[Notice]]:
-    """Give all tensors the newest checkpoint's names; `names` are the checkpoints', for messages.
-
-    Returns the checkpoints, second names of tied tensors that the newest lacks, and warnings.
-    Checkpoints that differ in more than wrappers and tied names are returned unchanged.
-    """
-    newest = checkpoints[-1].tensors
-    known: dict[int, _Tensors] = {}  # by identity: checkpoints of one layout keep sharing it
-    specs, dropped, warnings = [], set(), []
-    for name, one in zip(names, checkpoints, strict=True):
-        if id(one.tensors) not in known:
-            known[id(one.tensors)], wrapper, left = _like(one.tensors, newest)
-            dropped |= left
-            if wrapper:
-                how = f"{name} and {names[-1]} differ in the tensor prefix {wrapper}, which"
-                message = f"{how} a wrapper adds; the output has the names of {names[-1]}."
-                warnings.append(Notice(Code.DIFFERENT_NAMES, message))
-        tensors = known[id(one.tensors)]
-        specs.append(one if tensors is one.tensors else replace(one, tensors=tensors))
-    return specs, dropped, warnings
-
-
-def _like(tensors: _Tensors, newest: _Tensors) -> tuple[_Tensors, str, set[str]]:
-    """Return the tensors by the newest's names if they match, the wrapper, and dropped names."""
-    if tensors.keys() == newest.keys():
-        return tensors, "", set()
-    own, other = _wrapper(tensors), _wrapper(newest)
-    renamed = {other + name.removeprefix(own): spec for name, spec in tensors.items()}
-    matched = _with_tied_names(renamed, newest)
-    if matched.keys() != newest.keys():
-        return tensors, "", set()
-    return matched, (own or other) if own != other else "", renamed.keys() - newest.keys()
-
-
-def _wrapper(tensors: _Tensors) -> str:
-    """Return the prefix that wrappers put before all names."""
-    common = os.path.commonprefix(list(tensors))  # noqa: RUF071 - of characters, as is meant here
-    match = _WRAPPERS.match(common)
-    return match[0] if match else ""
-
-
-def _with_tied_names(tensors: _Tensors, newest: _Tensors) -> _Tensors:
-    """Drop or add second names of tied tensors, where both names lead to the same bytes."""
-    kept = {name: spec for name, spec in tensors.items() if name in newest}
-    places = set(kept.values())
-    if any(spec not in places for name, spec in tensors.items() if name not in newest):
-        return tensors
-    name_at = {spec: name for name, spec in newest.items() if name in kept}
-    for name, spec in newest.items():
-        if name not in kept and spec in name_at:
-            kept[name] = kept[name_at[spec]]
-    return kept
+        tensors = {name: one for name, one in specs.tensors.items() if name not in dropped}
+        kept.setdefault(id(specs.tensors), tensors)
+    return [replace(one, tensors=kept[id(one.tensors)]) for one in checkpoints], dropped
 
 
 def _compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list[Notice]:
@@ -144,7 +94,7 @@ def _compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list
     for name, specs in zip(names, checkpoints, strict=True):
         if specs.tensors is newest:
             continue
-        _check_names(name, specs.tensors.keys(), newest_name, newest.keys())
+        _check_names(name, specs.tensors, newest_name, newest)
         pairs = [(tensor, specs.tensors[tensor], spec) for tensor, spec in newest.items()]
         for tensor, one, other in pairs:
             if one.shape != other.shape:
@@ -168,15 +118,36 @@ def _kind(tensor: TensorSpec) -> tuple[bool, bool]:
     return tensor.dtype in AVERAGED, tensor.dtype in COMPLEX
 
 
-def _check_names(name: str, own: Set[str], newest_name: str, newest: Set[str]) -> None:
-    if own == newest:
+def _check_names(name: str, own: _Tensors, newest_name: str, newest: _Tensors) -> None:
+    if own.keys() == newest.keys():
         return
-    extra, missing = sorted(own - newest), sorted(newest - own)
+    extra, missing = sorted(own.keys() - newest.keys()), sorted(newest.keys() - own.keys())
+    if _are_layouts([own[one] for one in extra], [newest[one] for one in missing], own, newest):
+        here, there = (
+            some(dict.fromkeys(_NUMBER.sub("*", n) for n in x), 3) for x in (extra, missing)
+        )
+        where = f"{name} has {here} where {newest_name} has {there}"
+        message = f"{name} and {newest_name} store the model in two layouts: {where}."
+        hint = (
+            f"If another release renamed the tensors, load {name} with the one that wrote"
+            f" {newest_name} and save it again (from_pretrained, save_pretrained); else pass the"
+            " checkpoints of one layout."
+        )
+        raise RefusedError(message, hint, code=Code.DIFFERENT_MODELS, tensor=extra[0])
     differences = [f"{name} also has {some(extra)}"] * bool(extra)
     differences += [f"{name} lacks {some(missing)}"] * bool(missing)
     counts = f"{name} has {len(own)} tensors and {newest_name} has {len(newest)}"
     message = f"{counts}: {' and '.join(differences)}."
     raise _refused(message, Code.DIFFERENT_MODELS, (extra or missing)[0])
+
+
+def _are_layouts(
+    extra: Sequence[TensorSpec], missing: Sequence[TensorSpec], own: _Tensors, newest: _Tensors
+) -> bool:
+    """Return whether other names hold as many elements, or most names are others."""
+    counts = [sum(math.prod(spec.shape) for spec in specs) for specs in (extra, missing)]
+    are_most = 2 * len(extra) > len(own) or 2 * len(missing) > len(newest)
+    return bool(extra and missing) and (counts[0] == counts[1] or are_most)
 
 
 def _refused(message: str, code: Code, tensor: str) -> RefusedError:

@@ -89,7 +89,11 @@ def _refused(problem: str, hint: str = "") -> RefusedError:
 
 
 def _pairs(path: Location) -> list[tuple[str, object]]:
-    content = storage_for(path).read(path, _LARGEST_BYTES + 1)
+    storage = storage_for(path)
+    content = storage.read(path, _LARGEST_BYTES + 1)
+    if content is None and not storage.exists(path):
+        message = f"--weights {path} does not exist."
+        raise OptionError(message, code=Code.NOT_FOUND, path=path)
     if content is None or len(content) > _LARGEST_BYTES:
         message = f"--weights {path} is not a file of weights."
         raise OptionError(message, code=Code.NOT_FOUND, path=path)

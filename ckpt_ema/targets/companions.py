@@ -7,6 +7,7 @@ Where a trainer saves no configuration, it is taken from the run's folder or fro
 """
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +28,11 @@ class Companion(NamedTuple):
 
 
 class Companions(NamedTuple):
-    """What is copied, and folders with weights of their own, which are not."""
+    """What is copied, folders with weights of their own, which are not, and what is missing."""
 
     files: tuple[Companion, ...] = ()
     models: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()  # configurations that loaders need and that are nowhere
 
 
 def companions(
@@ -58,7 +60,24 @@ def companions(
         chosen = _chosen(config_from, averaged, storage)
         found |= {name: chosen[name] for name in chosen if "/" not in name or name not in own}
     kept = sorted(found.keys() - set(averaged))
-    return Companions(tuple(Companion(name, found[name]) for name in kept), tuple(sorted(models)))
+    copied = tuple(Companion(name, found[name]) for name in kept)
+    missing = {} if _needs_no_config(folder, storage) else dict.fromkeys(_configs_of(averaged))
+    return Companions(copied, tuple(sorted(models)), tuple(missing.keys() - found.keys()))
+
+
+def _configs_of(averaged: Collection[str]) -> Iterator[str]:
+    """Yield the configurations that `from_pretrained` reads beside the files that it loads."""
+    for name in averaged:
+        folder, base = os.path.split(name)
+        config = conventions.CONFIG_OF.get(conventions.SHARD_NUMBER.sub("", base))
+        if config:
+            yield os.path.join(folder, config)
+
+
+def _needs_no_config(folder: Path | None, storage: Storage) -> bool:
+    """Return whether the trainer that saved a checkpoint loads it without a configuration."""
+    names = () if folder is None else storage.names(folder)
+    return any(map(conventions.NEEDS_NO_CONFIG.search, names))
 
 
 def _own(folder: Path, averaged: Collection[str], storage: Storage) -> tuple[_Files, list[str]]:
@@ -153,8 +172,10 @@ def _top_level(folder: Path, is_wanted: Callable[[str], object], storage: Storag
 
 
 def _files_below(root: Path, prefix: str, storage: Storage) -> Iterator[str]:
-    """Yield the names, relative to `root`, of all files below its folder `prefix`."""
+    """Yield the names, relative to `root`, of the files below its folder `prefix`, but leavings."""
     for name in storage.names(root / prefix):
+        if conventions.LEAVINGS.search(name):
+            continue
         path = f"{prefix}/{name}"
         kind = storage.kind(root / path)
         if kind is Kind.FILE:
@@ -164,7 +185,7 @@ def _files_below(root: Path, prefix: str, storage: Storage) -> Iterator[str]:
 
 
 def _stays(name: str) -> bool:
-    return bool(conventions.STAYS_BEHIND.search(name))
+    return bool(conventions.STAYS_BEHIND.search(name) or conventions.LEAVINGS.search(name))
 
 
 def _is_copied(name: str) -> bool:

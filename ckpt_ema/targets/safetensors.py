@@ -19,7 +19,6 @@ from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     WRITTEN_AS,
     Role,
-    Specs,
     is_safetensors,
 )
 from ckpt_ema.errors import Code, RefusedError, some
@@ -27,10 +26,14 @@ from ckpt_ema.targets.target import Chunk, Finish, Model, OutputFile, OutputTens
 from ckpt_ema.trainers import conventions
 from ckpt_ema.trainers.conventions import SHARD_NUMBER
 
-# Models whose loaders look for them by this name; any other torch file becomes `model`.
-_KEEPS_ITS_NAME = re.compile(
-    r"^(pytorch_model_\d+|value_head|adapter_model|diffusion_pytorch_model|pytorch_lora_weights)$"
+# Words for any model or step; a torch file whose name has no others becomes `model`. A part of a
+# model (mm_projector, value_head) keeps its name unless that has a step.
+_ANY_MODEL = re.compile(
+    r"(model|pytorch|lit|net|network|module|states?|dict|weights?|params?|parameters|raw|full|fsdp"
+    r"|checkpoint|ckpt|snapshot|saved?|pre|trained|pretrained|consolidated|best|last|latest|final"
+    r"|v|ema|swa|avg|averaged?|global|step|iter|iteration|epoch|ep|ba|rank)?"
 )
+_WORD = re.compile(r"(?=[a-z\d])([a-z]*)(\d*)")
 
 # Bytes of one element, 1 where several share a byte.
 _ELEMENT_BYTES = {dtype: max(1, bits // 8) for dtype, bits in DTYPE_BITS.items()}
@@ -71,7 +74,7 @@ class SafetensorsTarget:
             )
         if self.is_single_file:
             return (_file(self.path.name, 0, list(model.specs.tensors), model),)
-        files = [_file(name, member, keys, model) for name, member, keys in _groups(model.specs)]
+        files = [_file(name, member, keys, model) for name, member, keys in _groups(model)]
         written = Counter(file.name for file in files)
         twice = sorted(name for name, number in written.items() if number > 1)
         if twice:
@@ -90,10 +93,12 @@ class SafetensorsTarget:
         return tuple(indexes)
 
 
-def _groups(newest: Specs) -> Iterator[tuple[str, int, list[str]]]:
+def _groups(model: Model) -> Iterator[tuple[str, int, list[str]]]:
     """Yield the name of each output file, its member, and the keys of its tensors."""
-    prefixes = newest.prefixes
+    newest, prefixes = model.specs, model.specs.prefixes
     names = [(file.member, _output_name(file.name, prefixes[file.member])) for file in newest.files]
+    if model.is_file and not is_safetensors(newest.files[0].name):
+        names = [(0, "model.safetensors")]
     groups: dict[tuple[int, str], list[str]] = {}
     for key, tensor in newest.tensors.items():
         groups.setdefault(names[tensor.file], []).append(key)
@@ -132,20 +137,40 @@ def _output_name(name: str, prefix: str = "") -> str:
 
     >>> _output_name("2_Dense/pytorch_model.bin"), _output_name("epoch=1-step=100.ckpt")
     ('2_Dense/model.safetensors', 'model.safetensors')
+    >>> _output_name("mm_projector.bin"), _output_name("pytorch_model_1.bin")
+    ('mm_projector.safetensors', 'model_1.safetensors')
     """
     folder, base = _split(name)
     if is_safetensors(base):
         return os.path.join(folder, base)
     if base.endswith((".distcp", conventions.DCP_METADATA)):
         return "model.safetensors"  # the folder of the data files is no model's folder
-    stem = conventions.WEIGHTS_EXTENSION.sub("", base)
+    stem = conventions.WEIGHTS_EXTENSION.sub("", conventions.OTHER_EXTENSION.sub("", base))
     shard = SHARD_NUMBER.search(stem)
     number = shard.group() if shard else ""
-    if prefix == f"{stem.removesuffix(number)}/":
+    own = stem.removesuffix(number)
+    if prefix == f"{own}/":
         return f"{stem}.safetensors"
-    known = base.endswith(".bin") and _KEEPS_ITS_NAME.search(SHARD_NUMBER.split(stem)[0])
-    new = re.sub("^pytorch_model", "model", stem) if known else f"model{number}"
+    if conventions.FURTHER_MODEL.search(base):
+        new = stem.removeprefix("pytorch_")
+    elif _is_any_model(own) or (number and f"{own}.bin" not in conventions.FOLDER_WEIGHTS):
+        new = f"model{number}"  # shards of any name are those of an index, which names the model
+    else:
+        new = stem
     return os.path.join(folder, f"{new}.safetensors")
+
+
+def _is_any_model(stem: str) -> bool:
+    """Return whether a name may be that of any model, or of any step.
+
+    >>> [_is_any_model(name) for name in ("epoch12", "12epoch", "net_g-100", "t5_encoder", "lora")]
+    [True, True, True, False, False]
+    """
+    words = [
+        (_ANY_MODEL.fullmatch(word), len(digits)) for word, digits in _WORD.findall(stem.lower())
+    ]
+    is_step = any(digits > 2 or (is_any and digits) for is_any, digits in words)
+    return is_step or all(is_any for is_any, _ in words)
 
 
 def _split(name: str) -> tuple[str, str]:

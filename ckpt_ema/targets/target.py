@@ -58,6 +58,7 @@ class Model(NamedTuple):
     roles: Mapping[str, Role]  # AVERAGED or KEPT, by key
     dtype: str | None  # of averaged tensors; None: each its own
     provenance: Mapping[str, object]  # goes into every file as JSON
+    is_file: bool  # the checkpoint is a file, whose name tells it from other steps
 
 
 class Target(Protocol):

@@ -101,6 +101,9 @@ MODEL_KEYS = (
     *_gathered(trainer.model_keys for trainer in TRAINERS),
     *("model", "module", "net", "network"),
 )
+LOADS_COMPILED = _any_case(
+    f"^({_any_of(_gathered(trainer.loads_compiled for trainer in TRAINERS))})$"
+)
 
 # --- Whether a checkpoint is complete -------------------------------------------------------------
 
@@ -128,7 +131,17 @@ METRIC_FILES = _any_case(r"(^|_)(metrics?|results?)\.json$")
 
 # --- What names say ------------------------------------------------------------------------------
 
-_NUMBER = r"(\d+)(?!\d|\.\d)"  # an integer, not the head of a decimal: "wer-9.965" yields nothing
+# "800k", "1.5T", "1e4", "10ksteps": not "10b" in "10best", nor digits of a hash, "a1e3".
+_END = r"(?![a-z0-9])|(?=steps?|iter|tok|samples|img|updates)"
+_MAGNITUDE = rf"\d+(?:\.\d+)?[kmbt](?:{_END})|(?<![a-f0-9.])\d+(?:\.\d+)?e1?\d(?:{_END})"
+# An integer, not the head of a decimal: "wer-9.965" yields nothing.
+_NUMBER = rf"({_MAGNITUDE}|\d+(?!\d|\.\d))"
+# A number written with a magnitude, with groups for its digits, its decimals and the magnitude.
+MAGNITUDE = _any_case(rf"(?={_MAGNITUDE})(\d+)(?:\.(\d+))?(?:([kmbt])|e(\d+))")
+# Every number in a name: a count, whose word may be there ("token-2T"), or a decimal.
+COUNT = _any_case(
+    rf"(?P<count>(?:(?<![a-z])tokens?[-_]?)?(?:{_MAGNITUDE}))|(?P<f>\d+\.\d+)|(?P<n>\d+)"
+)
 _BOUNDARY = r"(?:^|(?<=[^A-Za-z]))"  # "timestep_5" is not "step_5"
 
 # Where a word begins, also in camelCase.
@@ -147,15 +160,16 @@ STEP_NAMES: dict[str, Pattern[str]] = {
     ),
     "epoch": _any_case(_BOUNDARY + r"(?:epoch|ep)s?[-_=]?" + _NUMBER),
     "checkpoint": _any_case(r"^(?:checkpoint|ckpt)[-_]?" + _NUMBER + r"$"),
-    "number": re.compile(r"^(\d+)$"),
+    "number": _any_case(rf"^{_NUMBER}$"),
 }
 
 # Words whose number tells one run from another (the stages and ingredients of OLMo 2).
 NUMBERS_A_RUN = r"(?i:(?<![a-z])(?:stage|ingredient|seed|fold|trial|version)[-_=]?\d+)"
 
-# The value of a metric, whatever its sign and notation: "val_loss=-3e-05", "acc=1", "loss=inf".
+# The value of a metric, whatever its sign and notation: "val_loss=-3e-05", "acc=1", "loss=inf"; not
+# the step before it, "model_10_acc=0.9".
 METRIC = _any_case(
-    r"(?<![a-z])(?!(?:global_step|step|iteration|iter|epoch|ep|ba)=)(?P<name>[a-z][a-z0-9_]*)="
+    r"(?<![a-z])(?!(?:global_step|step|iteration|iter|epoch|ep|ba)=)(?P<name>[a-z](?:[a-z0-9]|_(?!\d+_))*)="
     r"[-+]?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|inf|nan)"
 )
 
@@ -174,6 +188,7 @@ FACTOR = re.compile(
     r"|hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|vera_lambda_[bd])(?![A-Za-z0-9])"
 )
 ROTATION = re.compile(r"(?<![A-Za-z])oft_([Rr]|blocks)(?![A-Za-z])")
+FACTORS = (FACTOR, ROTATION)
 
 # Names of weights that a trainer averaged itself, whether of files, folders, dicts or modules.
 AVERAGED_NAME = re.compile(
@@ -183,7 +198,7 @@ AVERAGED_NAME = re.compile(
 # Names that hold a number or weights and still are no step of the run.
 UNFINISHED_NAME = _any_case(
     r"^(\.|__|tmp([-_.]|$)|old_step_|recovery_tmp|recovery-)"
-    r"|(-tmp|\.tmp|-unfinished)$|\.orbax-checkpoint-tmp"
+    r"|([-_.]te?mp|-unfinished)$|\.orbax-checkpoint-tmp"
 )
 SHARD_OR_RANK = _any_case(
     r"[-_.]\d{4,}[-_]of[-_]\d{4,}|^__\d+_\d+$|^mp_rank_\d+|(?:^|_)zero_pp_rank_\d+"
@@ -195,6 +210,8 @@ MERGED = _any_case(r"[-_](merged|hf_merged)$")
 # Names that may be a copy of a step, or a step of its own.
 ALIAS = _any_case(r"(?:^|[-_./])(last|latest|best|final|release)(?:$|[-_.])")
 ALWAYS_A_COPY = _any_case(r"(?:^|[-_./])best(?:$|[-_.])")
+# Names of weights from before the first step (WeNet's init.pt), which may record nothing.
+INITIAL_NAME = _any_case(r"(?:^|[-_./])(init|initial|pretrained|base)(?:$|[-_.])")
 
 # Folders that are neither searched nor reported as checkpoints.
 NO_CHECKPOINTS = _any_case(
@@ -240,11 +257,24 @@ STAYS_BEHIND = _any_case(
     r"^(optim|training_state|training_step|training_info|meta|"
     + _any_of(_STATE)
     + r")([-_.]?\d+)*(\.(pt|pth|bin|pkl|json|yaml))?$"
-    + r"|^(README\.md|ckpt_ema\.json|\.metadata.*|\.git|\.cache|\.DS_Store|"
+    + r"|^(README\.md|ckpt_ema\.json|\.metadata.*|"
     + _any_of(_gathered(trainer.stays for trainer in TRAINERS))
     + "|"
     + _any_of(re.escape(name) for name in (*DONE, *UNDONE, *TRACKERS))
     + r")$|^events\.out\."
+)
+# Hidden files, and what editors, systems and Python leave in a folder.
+LEAVINGS = _any_case(
+    r"^[.#]|[~#]$|\.(sw[a-p]|bak|orig|old|save|rej|tmp|temp|part|pyc)$|^tmp[a-z0-9_]{8}$"
+    r"|^(thumbs\.db|desktop\.ini|__pycache__|__MACOSX|@eaDir|lost\+found)$"
+)
+# The configuration without which `from_pretrained` cannot load a file of this name.
+CONFIG_OF = {
+    **dict.fromkeys(MODEL_FILES, "config.json"),
+    **dict.fromkeys(("adapter_model.safetensors", "adapter_model.bin"), ADAPTER_CONFIG),
+}
+NEEDS_NO_CONFIG = _any_case(
+    f"^({_any_of(_gathered(trainer.needs_no_config for trainer in TRAINERS))})$"
 )
 # Files that a trainer keeps once, in the run's folder, for all checkpoints.
 _TOKENIZER = (

@@ -45,6 +45,7 @@ class Trainer:
     models: tuple[str, ...] = ()  # folders in a checkpoint that are a model with its files
     sharded: tuple[str, ...] = ()  # folders in a checkpoint that torch.distributed.checkpoint wrote
     model_keys: tuple[str, ...] = ()  # in a torch file or DCP; dots lead into dicts
+    loads_compiled: tuple[str, ...] = ()  # names of files whose loader removes torch.compile's word
     # Whether a checkpoint is complete.
     done: tuple[str, ...] = ()  # files that exist once it is
     undone: tuple[str, ...] = ()  # files that exist until it is
@@ -58,6 +59,8 @@ class Trainer:
     state: tuple[str, ...] = ()  # files of training state, without number and extension
     stays: tuple[str, ...] = ()  # patterns of other names in a checkpoint that stay behind
     folders: tuple[str, ...] = ()  # patterns of folders that hold no checkpoints
+    # Patterns of files beside a model that is loaded without config.json.
+    needs_no_config: tuple[str, ...] = ()
     # Patterns of files that are kept once per run and go with the average.
     travels: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
@@ -114,6 +117,7 @@ TRAINERS = (
         files=("pytorch_model_fsdp.bin",),
         sharded=("pytorch_model_fsdp_0",),
         state=("random_states", "custom_checkpoint", "sampler", "dl_state_dict"),
+        needs_no_config=(r"random_states_\d+\.pkl", r"(optimizer|scheduler|sampler)(_\d+)?\.bin"),
         folders=("optimizer.*",),
     ),
     Trainer(
@@ -347,6 +351,7 @@ TRAINERS = (
         name="nanoGPT, nanochat",
         entry="ckpt_1000.pt, model_000100.pt",
         weights="model, or the top",
+        loads_compiled=(r"ckpt(_\d+)?\.pt", r"model_\d{6}\.pt"),
         step_keys=("iter_num",),
     ),
     Trainer(
@@ -385,7 +390,7 @@ TRAINERS = (
         names=(r"^(?P<epoch>\d+)epoch$", r"^checkpoint-(?P<step>\d+)-"),
         records=(Record("{stem}.yaml", {"step": "step", "epoch": "epoch"}),),
         step_keys=("batch_idx_train",),
-        epoch_keys=("cur_epoch",),
+        epoch_keys=("cur_epoch", "reporter.epoch"),
         travels=(r"train\.(json|ya?ml)", r"(tokens|units)\.txt"),
     ),
     Trainer(

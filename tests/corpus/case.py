@@ -60,6 +60,7 @@ def rewrite(
     for step, state in enumerate(states, start=1):
         folder = run / f"checkpoint-{step}"
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "random_states_0.pkl").touch()  # accelerate's, which needs no config.json
         if form == "safetensors":
             write_safetensors(folder / "model.safetensors", state)
         elif form == "shards":

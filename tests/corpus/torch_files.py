@@ -56,7 +56,7 @@ def hostile(container: Callable[..., object], suffix: str, **extra: Any) -> Make
     """The pickle would run a command that leaves a mark beside the run."""
 
     def make(run: Path) -> None:
-        for path in run.glob("*/*"):
+        for path in run.glob("*/pytorch_model*"):
             path.rename(path.with_name(f"pytorch_model{suffix}"))
         content = hostile_pickles(run.parent / "mark")["os.system"]
         container(run / MIDDLE / f"pytorch_model{suffix}", content, **extra)

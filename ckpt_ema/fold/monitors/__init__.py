@@ -1,5 +1,7 @@
 """Monitors look at values while these are folded; these are the monitors of every run."""
 
+from collections.abc import Callable
+
 from ckpt_ema.fold.monitors.factors import Factors
 from ckpt_ema.fold.monitors.nonfinite import NonFinite
 from ckpt_ema.fold.monitors.norms import Norms
@@ -9,7 +11,10 @@ from ckpt_ema.fold.monitors.two_values import TwoValues
 from ckpt_ema.fold.monitors.zeros import Zeros
 from ckpt_ema.planning.plan import Plan
 
-_KINDS = (Twins, Zeros, NonFinite, Norms, TwoValues, Factors)
+KINDS: tuple[Callable[[Watched], Monitor], ...] = (
+    *(Twins, Zeros, NonFinite),
+    *(Norms, TwoValues, Factors),  # what a value means
+)
 
 
 def watched(plan: Plan) -> Watched:
@@ -30,4 +35,4 @@ def watched(plan: Plan) -> Watched:
 
 def make_monitors(watched: Watched) -> tuple[Monitor, ...]:
     """Make monitors that have seen nothing yet."""
-    return tuple(kind(watched) for kind in _KINDS)
+    return tuple(kind(watched) for kind in KINDS)

@@ -24,7 +24,7 @@ from ckpt_ema.errors import Code
 from ckpt_ema.fold.monitors.protocol import Monitor, TileView, Watch, Watched
 from ckpt_ema.fold.tiles import Segment
 from ckpt_ema.notices import Notice
-from ckpt_ema.trainers.conventions import FACTOR, ROTATION
+from ckpt_ema.trainers.conventions import FACTOR, FACTORS, ROTATION
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ class Factors(Monitor):
 
     def watch(self, view: TileView) -> Watch | None:
         """See `Monitor.watch`."""
-        factors = [one for one in view.segments if _kind(one.tensor.name)]
+        factors = [one for one in view.segments if any(p.search(one.tensor.name) for p in FACTORS)]
         return _Watch(self, view, factors) if factors else None
 
     def add(self, key: str, start: int, squares: list[float]) -> None:
@@ -117,10 +117,6 @@ class _Watch(Watch):
         tile, layout_of = self._view.tile, self._view.plan.work.layout_of
         source = tile.span.sources[layout_of[checkpoint]]
         return self._view.read(checkpoint, source, tile.start + one.start, one.stop - one.start)
-
-
-def _kind(name: str) -> object:
-    return FACTOR.search(name) or ROTATION.search(name)
 
 
 def _rotation_size(shape: Sequence[int]) -> float:

@@ -7,6 +7,7 @@ shorter. An average with far less than the newest checkpoint's norm comes of opp
 import math
 import threading
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from ckpt_ema.errors import Code, some
@@ -74,7 +75,7 @@ class Norms(Monitor):
     def verdict(self) -> tuple[Notice, ...]:
         """Return a warning for each kind of tensors that was found."""
         for key, parts in self._parts.items():
-            whole = [sum(column) for column in zip(*parts.values(), strict=True)]
+            whole = [sum(column) for column in zip_longest(*parts.values(), fillvalue=0.0)]
             if is_lost_unit(whole):
                 self._unit.add(key.split(" ", 1)[1])
         unit, shrunk = sorted(self._unit), sorted(self._shrunk - self._not_shrunk - self._unit)
@@ -83,7 +84,7 @@ class Norms(Monitor):
             Code.NOT_A_WEIGHT: f"{some(unit, 3)} have norm 1 in every checkpoint but not in the"
             f" average, as directions (singular vectors) do, which are no weights; {settle}.",
             Code.CANCELLED: f"The average of {some(shrunk, 3)} has less than half of the norm in"
-            f" {self._newest}, because values of opposite sign cancel; {settle}.",
+            f" {self._newest}: values of opposite sign may cancel; {settle}.",
         }
         found = {Code.NOT_A_WEIGHT: unit, Code.CANCELLED: shrunk}
         return tuple(Notice(code, texts[code]) for code, names in found.items() if names)
@@ -96,11 +97,9 @@ class _Watch(Watch):
         self._monitor, self._plan, self._start = monitor, view.plan, view.tile.start
         self._newest = {one.newest for one in view.plan.averages if len(one.members) > 1}
         self._segments = view.segments
-        self._vectors = {
-            number
-            for number, one in enumerate(view.segments)
-            if sum(size > 1 for size in one.tensor.shape) == 1
-        }
+        vectors = {n for n, one in enumerate(view.segments) if _is_vector(one)}
+        self._parts = {number for number in vectors if not view.segments[number].is_whole}
+        self._vectors = vectors  # that have had norm 1 in each checkpoint so far, or a part of it
         self._sums: dict[int, list[float]] = {}  # of a checkpoint: of the squares in each segment
 
     def see(self, checkpoint: int, _content: memoryview, values: "torch.Tensor") -> None:
@@ -122,14 +121,16 @@ class _Watch(Watch):
                 continue
             if self._plan.rulings[one.tensor.key].is_asked:
                 continue
-            if number in self._vectors:
+            if number in self._vectors | self._parts:
                 self._see_vector(average, number, result)
             if newest[number]:
                 self._monitor.add_shrunk(one.tensor.name, is_shrunk=is_shrunk)
 
     def _see_vector(self, average: int, number: int, result: float) -> None:
         one, members = self._segments[number], self._plan.averages[average].members
-        sums = [*(self._sums[checkpoint][number] for checkpoint in members), result]
+        sums = [math.inf, math.inf]  # no part of a unit vector
+        if number in self._vectors:
+            sums = [*(self._sums[checkpoint][number] for checkpoint in members), result]
         if not one.is_whole:
             start = self._start + one.start
             self._monitor.add_vector(f"{average} {one.tensor.name}", start, sums)
@@ -146,7 +147,7 @@ def squares(values: "torch.Tensor", segments: Sequence[Segment]) -> list[float]:
 
     if len(segments) > _FEW:
         lengths = torch.tensor([one.stop - one.start for one in segments])
-        wide = values.float().square_()
+        wide = values.float().square()  # not in place: the values may be float32
         sums: list[float] = torch.segment_reduce(wide, "sum", lengths=lengths).tolist()
         return sums
     found = []
@@ -155,6 +156,10 @@ def squares(values: "torch.Tensor", segments: Sequence[Segment]) -> list[float]:
         exact = own.float() if len(own) < _EXACT else own
         found.append(float(torch.linalg.vector_norm(exact)) ** 2)
     return found
+
+
+def _is_vector(segment: Segment) -> bool:
+    return sum(size > 1 for size in segment.tensor.shape) == 1
 
 
 def is_lost_unit(squares: Sequence[float]) -> bool:

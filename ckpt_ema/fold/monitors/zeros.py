@@ -87,18 +87,21 @@ class _Watch(Watch):
         if checkpoint and zeros > self._before:
             self._note(checkpoint, range(count - zeros, count - self._before))
         elif checkpoint == 1 and zeros < self._before:
-            self._note(0, range(count - self._before, count - zeros))
+            start = count - self._before
+            start += int((values[start:] != 0).int().argmax())  # zeros of both are not new
+            self._note(0, range(start, count - zeros))
         self._before = zeros
 
     def _note(self, checkpoint: int, zeros: range) -> None:
         """Add an onset if these elements of a tile, zeros in one checkpoint alone, end a tensor.
 
-        A tensor that is zero as a whole in the first checkpoint may have started so.
+        One tensor that is zero as a whole in the first checkpoint may have started so.
         """
         tile, place = self._view.tile, self._view.tile.span.places[0]
         one = next(one for one in self._view.segments if one.start <= zeros[-1] < one.stop)
         is_all = one.start >= zeros[0]
-        if len(zeros) < _FEWEST or not (is_all or one.ends) or (is_all and not checkpoint):
+        is_initial = one.start == zeros[0] and checkpoint == 0
+        if len(zeros) < _FEWEST or not (is_all or one.ends) or is_initial:
             return
         start = tile.start + max(one.start, zeros[0])
         offset = place.offset + start * DTYPE_BITS[place.dtype] // 8 - one.tensor.offset
