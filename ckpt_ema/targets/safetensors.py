@@ -145,7 +145,7 @@ def _output_name(name: str, prefix: str = "") -> str:
         return os.path.join(folder, base)
     if base.endswith((".distcp", conventions.DCP_METADATA)):
         return "model.safetensors"  # the folder of the data files is no model's folder
-    stem = conventions.WEIGHTS_EXTENSION.sub("", base)
+    stem = conventions.WEIGHTS_EXTENSION.sub("", conventions.OTHER_EXTENSION.sub("", base))
     shard = SHARD_NUMBER.search(stem)
     number = shard.group() if shard else ""
     own = stem.removesuffix(number)
