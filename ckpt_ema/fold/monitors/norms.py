@@ -6,7 +6,7 @@ shorter. An average with far less than the newest checkpoint's norm comes of opp
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _UNIT = 1e-3  # how far from 1 the norm of a unit vector may be
 _SHRUNK = 0.5  # of the newest norm: less is left only where values cancel
-_EXACT = 1 << 14  # elements of a segment; of more, no vector needs the norm to 1e-3
+_SAMPLE = 1 << 12  # elements of a matrix whose norm is taken, until it is in doubt
 _FEW = 8  # segments of a tile: more are reduced at once
 
 
@@ -31,30 +31,37 @@ class Norms(Monitor):
 
     def __init__(self, watched: Watched) -> None:
         self._newest = watched.checkpoints[-1]
+        # Keys are the number of an average and the name of a tensor.
         self._unit: set[str] = set()
         self._shrunk: set[str] = set()
         self._not_shrunk: set[str] = set()  # some part of a tensor that is in several tiles
         self._parts: dict[str, dict[str, list[float]]] = {}  # of vectors in several tiles
         self._lock = threading.Lock()
 
-    def watch(self, view: TileView) -> Watch:
-        """See `Monitor.watch`."""
-        return _Watch(self, view)
+    def watch(self, view: TileView) -> Watch | None:
+        """See `Monitor.watch`; of a tensor that has kept its norm elsewhere, nothing is taken."""
+        averages = range(len(view.plan.averages))
+        is_known = all(
+            key_of(average, one) in self._not_shrunk and not _is_vector(one)
+            for one in view.segments
+            for average in averages
+        )
+        return None if is_known else _Watch(self, view)
 
     def add_vector(self, key: str, start: int, sums: list[float]) -> None:
         """Add the sums of squares of a part of a vector: of all checkpoints, then the average."""
         with self._lock:
             self._parts.setdefault(key, {})[str(start)] = sums
 
-    def add_unit(self, name: str) -> None:
+    def add_unit(self, key: str) -> None:
         """Add a vector that has norm 1 in every checkpoint and not in the average."""
         with self._lock:
-            self._unit.add(name)
+            self._unit.add(key)
 
-    def add_shrunk(self, name: str, *, is_shrunk: bool) -> None:
+    def add_shrunk(self, key: str, *, is_shrunk: bool) -> None:
         """Add a tensor, or part of one, whose average has less than half of the norm, or not."""
         with self._lock:
-            (self._shrunk if is_shrunk else self._not_shrunk).add(name)
+            (self._shrunk if is_shrunk else self._not_shrunk).add(key)
 
     def state(self) -> Any:
         """Return what was found, and the parts of vectors."""
@@ -77,8 +84,9 @@ class Norms(Monitor):
         for key, parts in self._parts.items():
             whole = [sum(column) for column in zip_longest(*parts.values(), fillvalue=0.0)]
             if is_lost_unit(whole):
-                self._unit.add(key.split(" ", 1)[1])
-        unit, shrunk = sorted(self._unit), sorted(self._shrunk - self._not_shrunk - self._unit)
+                self._unit.add(key)
+        unit = _names(self._unit)
+        shrunk = _names(self._shrunk - self._not_shrunk - self._unit)
         settle = "decide with --keep GLOB or --average GLOB"
         texts = {
             Code.NOT_A_WEIGHT: f"{some(unit, 3)} have norm 1 in every checkpoint but not in the"
@@ -94,7 +102,7 @@ class _Watch(Watch):
     """Takes the norms in one tile."""
 
     def __init__(self, monitor: Norms, view: TileView) -> None:
-        self._monitor, self._plan, self._start = monitor, view.plan, view.tile.start
+        self._monitor, self._view, self._plan = monitor, view, view.plan
         self._newest = {one.newest for one in view.plan.averages if len(one.members) > 1}
         self._segments = view.segments
         vectors = {n for n, one in enumerate(view.segments) if _is_vector(one)}
@@ -117,6 +125,8 @@ class _Watch(Watch):
         newest = self._sums[members[-1]]
         for number, (one, result) in enumerate(zip(self._segments, results, strict=True)):
             is_shrunk = result < _SHRUNK**2 * newest[number] < math.inf
+            if is_shrunk and is_sampled(one):
+                is_shrunk = self._is_shrunk(members[-1], one, values[one.start : one.stop])
             if not is_shrunk and one.is_whole and number not in self._vectors:
                 continue
             if self._plan.rulings[one.tensor.key].is_asked:
@@ -124,7 +134,7 @@ class _Watch(Watch):
             if number in self._vectors | self._parts:
                 self._see_vector(average, number, result)
             if newest[number]:
-                self._monitor.add_shrunk(one.tensor.name, is_shrunk=is_shrunk)
+                self._monitor.add_shrunk(key_of(average, one), is_shrunk=is_shrunk)
 
     def _see_vector(self, average: int, number: int, result: float) -> None:
         one, members = self._segments[number], self._plan.averages[average].members
@@ -132,17 +142,33 @@ class _Watch(Watch):
         if number in self._vectors:
             sums = [*(self._sums[checkpoint][number] for checkpoint in members), result]
         if not one.is_whole:
-            start = self._start + one.start
-            self._monitor.add_vector(f"{average} {one.tensor.name}", start, sums)
+            start = self._view.tile.start + one.start
+            self._monitor.add_vector(key_of(average, one), start, sums)
         elif is_lost_unit(sums):
-            self._monitor.add_unit(one.tensor.name)
+            self._monitor.add_unit(key_of(average, one))
+
+    def _is_shrunk(self, newest: int, one: Segment, average: "torch.Tensor") -> bool:
+        """Compare whole norms, with the values of the newest checkpoint read again."""
+        tile, layout_of = self._view.tile, self._plan.work.layout_of
+        source = tile.span.sources[layout_of[newest]]
+        own = self._view.read(newest, source, tile.start + one.start, one.stop - one.start)
+        return float(average.double().norm()) < _SHRUNK * float(own.double().norm())
 
     def _may_be_unit(self, number: int, square: float) -> bool:
         return _is_unit(square) or (square < 1 and not self._segments[number].is_whole)
 
 
+def key_of(average: int, segment: Segment) -> str:
+    """Return by what a tensor of one average is known."""
+    return f"{average} {segment.tensor.name}"
+
+
+def _names(keys: Iterable[str]) -> list[str]:
+    return sorted({key.split(" ", 1)[1] for key in keys})
+
+
 def squares(values: "torch.Tensor", segments: Sequence[Segment]) -> list[float]:
-    """Return the sum of the squares of the values in each segment of a tile."""
+    """Return the sum of squares of each segment of a tile; of large matrices, of their start."""
     import torch
 
     if len(segments) > _FEW:
@@ -152,10 +178,17 @@ def squares(values: "torch.Tensor", segments: Sequence[Segment]) -> list[float]:
         return sums
     found = []
     for one in segments:
-        own = values[one.start : one.stop]
-        exact = own.float() if len(own) < _EXACT else own
-        found.append(float(torch.linalg.vector_norm(exact)) ** 2)
+        if is_sampled(one):  # which says enough in any dtype
+            own = values[one.start : one.start + _SAMPLE]
+        else:
+            own = values[one.start : one.stop].float()
+        found.append(float(torch.linalg.vector_norm(own)) ** 2)
     return found
+
+
+def is_sampled(segment: Segment) -> bool:
+    """Return whether the norm of a segment is first taken of its start alone."""
+    return segment.stop - segment.start > _SAMPLE and not _is_vector(segment)
 
 
 def _is_vector(segment: Segment) -> bool:

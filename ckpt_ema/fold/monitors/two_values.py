@@ -39,9 +39,11 @@ class TwoValues(Monitor):
         self._found: dict[str, Found] = {}
         self._lock = threading.Lock()
 
-    def watch(self, view: TileView) -> Watch:
-        """See `Monitor.watch`."""
-        return _Watch(self, view)
+    def watch(self, view: TileView) -> Watch | None:
+        """See `Monitor.watch`; a tensor with more values elsewhere is not looked at."""
+        known = (self._found.get(one.tensor.name) for one in view.segments)
+        is_known = all(one and len(one.values) > 2 for one in known)
+        return None if is_known else _Watch(self, view)
 
     def add(self, name: str, found: Found) -> None:
         """Add what a part of a tensor holds."""
@@ -101,26 +103,14 @@ class _Watch(Watch):
 
     def _probed(self, values: "torch.Tensor") -> list[Segment]:
         """Return the segments of which a few elements hold at most two values."""
-        import torch
-
-        segments = self._view.segments
-        places = [
-            one.start + (one.stop - 1 - one.start) * probe // (_PROBES - 1)
-            for one in segments
-            for probe in range(_PROBES)
-        ]
-        probes = values[torch.tensor(places)].view(-1, _PROBES)
-        low, high = probes.aminmax(dim=1, keepdim=True)
-        is_few = ((probes == low) | (probes == high)).all(dim=1).tolist()
-        for segment, few in zip(segments, is_few, strict=True):
-            if not few:
-                self._clear(segment)
-        rulings = self._view.plan.rulings
-        return [
-            segment
-            for segment, few in zip(segments, is_few, strict=True)
-            if few and not rulings[segment.tensor.key].is_asked
-        ]
+        found, rulings = [], self._view.plan.rulings
+        for one in self._view.segments:
+            step = max(1, (one.stop - one.start) // _PROBES)
+            if len({*values[one.start : one.stop : step].tolist()}) > 2:
+                self._clear(one)
+            elif not rulings[one.tensor.key].is_asked:
+                found.append(one)
+        return found
 
     def _clear(self, segment: Segment) -> None:
         """Stop suspecting a tensor, other parts of which may hold few values."""
