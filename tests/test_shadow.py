@@ -69,6 +69,14 @@ def test_a_value_that_never_changes_stays_bit_for_bit(bits: list[int], decay: fl
     assert torch.equal(shadow.view(torch.int64), value.view(torch.int64))
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("count", [1, 3, 8, 17])
+def test_a_negative_zero_stays_one_in_vectors_of_any_length(count: int, decay: float) -> None:
+    shadow = torch.full((count,), -0.0, dtype=torch.float64)
+    fold_(shadow, shadow.clone(), decay)
+    assert shadow.signbit().all()
+
+
 @given(st.floats(0, 1))
 @settings(deadline=None)
 def test_both_folds_give_the_same_bits_where_all_is_finite(decay: float) -> None:

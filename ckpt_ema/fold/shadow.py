@@ -26,9 +26,13 @@ def fold_(shadow: torch.Tensor, value: torch.Tensor, decay: float) -> None:
     `torch.lerp` computes it as one fused multiply-add, b - (b - a) * (1 - weight) where weight is
     at least a half. The arguments are ordered so that it always takes that form: the other one
     turns -0.0 into 0.0. In float32 it would round the decay before it takes 1 - decay, of which
-    little is left for a decay near 1.
+    little is left for a decay near 1. Of -0.0 and a decay of 0 or 1 its vector code makes 0.0.
     """
-    if shadow.dtype == torch.float32:
+    if decay == 0.0:
+        shadow.copy_(value)
+    elif decay == 1.0:
+        return
+    elif shadow.dtype == torch.float32:
         shadow.sub_(shadow - value, alpha=1.0 - decay)
     elif decay > 0.5:
         torch.lerp(value, shadow, decay, out=shadow)

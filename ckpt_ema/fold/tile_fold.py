@@ -74,7 +74,7 @@ class _Shadows:
         for shadows, (_, decays, weights, above_half) in zip(views, self._rows[index], strict=True):
             if decays[0] is None:
                 shadows.copy_(value)
-            elif self._in_rows and not keeping_infinities:
+            elif self._in_rows and not keeping_infinities and 0.0 < decays[0] < 1.0:
                 fold_rows_(shadows, value, weights, above_half=above_half)
             else:
                 fold = fold_keeping_infinities_ if keeping_infinities else fold_
@@ -85,13 +85,13 @@ class _Shadows:
 def _rows(uses: Sequence[Use]) -> Iterator[_Rows]:
     """Yield the averages that take a checkpoint, grouped where neighbours are folded alike."""
 
-    def kind(placed: tuple[int, Use]) -> tuple[int, bool, bool]:
+    def kind(placed: tuple[int, Use]) -> tuple[int, bool, bool, bool]:
         place, (average, decay) = placed
         # Consecutive averages have the same difference of number and place.
-        return average - place, decay is None, (decay or 0.0) > 0.5
+        return average - place, decay is None, (decay or 0.0) > 0.5, decay in (0.0, 1.0)
 
     ordered = sorted(uses, key=lambda use: use.average)
-    for (_, _, above_half), group in groupby(enumerate(ordered), kind):
+    for (_, _, above_half, _), group in groupby(enumerate(ordered), kind):
         found = [use for _, use in group]
         decays = [use.decay for use in found]
         weights = [[(decay or 0.0) if above_half else 1.0 - (decay or 0.0)] for decay in decays]

@@ -12,8 +12,8 @@ from ckpt_ema.options import Engine, Options
 from ckpt_ema.storage import Storage
 from ckpt_ema.targets.companions import Companion
 
-# Increase it when the fold's arithmetic or the layout of files changes.
-FOLD_VERSION = 1
+# Increase it when the arithmetic of the fold, the roles of tensors or the layout of files changes.
+FOLD_VERSION = 2
 
 
 def deciding(options: Options) -> dict[str, Any]:
