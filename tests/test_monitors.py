@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import ckpt_ema
@@ -121,6 +121,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Plan]:
     return found
 
 
+@example([[0] * 12, [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]], 2)
 @given(
     st.lists(st.lists(st.integers(0, 1), min_size=12, max_size=12), max_size=8),
     st.sampled_from([2, 4, 8]),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ckpt_ema.containers.specs import DTYPE_BITS
 from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.fold.monitors.protocol import Monitor, TileView, Watch, Watched
+from ckpt_ema.fold.tiles import Segment
 from ckpt_ema.notices import Notice
 
 if TYPE_CHECKING:
@@ -87,21 +88,20 @@ class _Watch(Watch):
         if checkpoint and zeros > self._before:
             self._note(checkpoint, range(count - zeros, count - self._before))
         elif checkpoint == 1 and zeros < self._before:
-            start = count - self._before
-            start += int((values[start:] != 0).int().argmax())  # zeros of both are not new
-            self._note(0, range(start, count - zeros))
+            begin, one = count - self._before, self._segment_at(count - zeros - 1)
+            # One tensor that is zero as a whole may have started so.
+            if begin > one.start or bool((values[begin : one.start] != 0).any()):
+                self._note(0, range(begin, count - zeros))
         self._before = zeros
 
-    def _note(self, checkpoint: int, zeros: range) -> None:
-        """Add an onset if these elements of a tile, zeros in one checkpoint alone, end a tensor.
+    def _segment_at(self, element: int) -> Segment:
+        return next(one for one in self._view.segments if one.start <= element < one.stop)
 
-        One tensor that is zero as a whole in the first checkpoint may have started so.
-        """
+    def _note(self, checkpoint: int, zeros: range) -> None:
+        """Add an onset if these elements of a tile, zeros in one checkpoint alone, end a tensor."""
         tile, place = self._view.tile, self._view.tile.span.places[0]
-        one = next(one for one in self._view.segments if one.start <= zeros[-1] < one.stop)
-        is_all = one.start >= zeros[0]
-        is_initial = one.start == zeros[0] and checkpoint == 0
-        if len(zeros) < _FEWEST or not (is_all or one.ends) or is_initial:
+        one = self._segment_at(zeros[-1])
+        if len(zeros) < _FEWEST or not (one.start >= zeros[0] or one.ends):
             return
         start = tile.start + max(one.start, zeros[0])
         offset = place.offset + start * DTYPE_BITS[place.dtype] // 8 - one.tensor.offset
