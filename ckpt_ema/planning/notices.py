@@ -114,7 +114,7 @@ def _kept(name: str, newest: Specs, rulings: Mapping[str, Ruling]) -> Iterator[N
         if made is Role.KEPT:
             dtype = newest.tensors[key].dtype
             is_other = rule.reason is Reason.NOT_FLOAT
-            what = f"{dtype} tensors" if is_other else f"Some tensors ({rule.reason.value})"
+            what = f"{dtype} tensors" if is_other else rule.reason.value.capitalize()
             kept.setdefault(what, []).append(key)
     for what, names in kept.items():
         message = f"{what} are not averaged and keep the value of {name}: {some(names)}."

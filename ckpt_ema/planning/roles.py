@@ -38,18 +38,18 @@ _COUNTER = re.compile(
 class Reason(Enum):
     """Why a tensor has its role; the values are stable and shown to people."""
 
-    ASKED = "given by --average, --keep or --drop"
+    ASKED = "tensors named by --average, --keep or --drop"
     FLOAT = "floating point"
     NOT_FLOAT = "not floating point"
     CHANGING = "integers that change in training"
     SHARED_BYTES = "another name of the same bytes"
     QUANTISED = "codes or scales of a quantised weight"
     EMPTIED = "a placeholder without elements"
-    SINGULAR_VECTOR = "a vector of a power iteration"
-    MASK = "a mask of zeros and ones"
-    OBSERVER = "scale or range of a quantiser"
-    RING_BUFFER = "a buffer with a pointer into it"
-    COUNTER = "a counter"
+    SINGULAR_VECTOR = "vectors of a power iteration"
+    MASK = "masks of zeros and ones"
+    OBSERVER = "scales and ranges of quantisers"
+    RING_BUFFER = "buffers with a pointer into them"
+    COUNTER = "counters"
     NOT_IN_NEWEST = "not in the newest checkpoint"
 
 
