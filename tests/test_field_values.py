@@ -97,6 +97,11 @@ QUANTISED: dict[str, Mapping[str, Any]] = {
         "mlp.gate_up_proj_blocks": codes(2, 4, 2, 16, dtype=torch.uint8),
         "mlp.gate_up_proj_scales": codes(2, 4, 2, dtype=torch.uint8),
     },
+    "packed in one dimension": {
+        "l.W_q": codes(32, dtype=torch.uint8),
+        "l.scale": drift(8, 1),
+        "l.zero": drift(8, 1),
+    },
     "scales alone change": {"l.weight": torch.ones(8, 8).to(torch.int8), "l.scale": drift(8)},
 }
 
@@ -135,7 +140,8 @@ def test_integers_that_change_are_warned_of_with_their_share(make_run: MakeRun) 
 
 def test_a_person_may_keep_what_is_refused(make_run: MakeRun) -> None:
     tensors = {"l.weight": codes(8, 8), "l.SCB": drift(8), "norm.weight": drift(8)}
-    run = make_run(series(3, **tensors))
+    run = make_run(series(3, **tensors), name="a/run")
+    assert refused(run, keep=["l.weight"]).tensor == "l.SCB"  # or it would be averaged alone
     result = averaged(run, keep=["l.*"])
     assert torch.equal(result["l.weight"], tensors["l.weight"][2])
     assert torch.equal(result["l.SCB"], tensors["l.SCB"][2])
@@ -376,6 +382,15 @@ def test_a_half_written_checkpoint_is_refused_wherever_it_is(
     assert f"checkpoint-{step}" in error.message
     assert f"--exclude checkpoint-{step}" in error.hint
     assert Code.ZEROS in warned(run, allow_zeros=True)
+
+
+def test_a_hole_of_zeros_in_the_middle_of_a_file_is_refused(make_run: MakeRun) -> None:
+    states = series(4, **{f"layers.{n}.w": [one[:3] for one in noise(4, 5, 20)] for n in range(9)})
+    for name in ("layers.3.w", "layers.4.w"):
+        states[1][name] = torch.zeros(3, 20)
+    error = refused(make_run(states))
+    assert (error.code, error.tensor) == (Code.ZEROS, "layers.3.w")
+    assert "checkpoint-2" in error.message
 
 
 def test_zeros_that_training_starts_from_are_no_half_written_file(make_run: MakeRun) -> None:

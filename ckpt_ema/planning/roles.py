@@ -17,9 +17,8 @@ from ckpt_ema.containers.specs import AVERAGED, FOLDED, WRITTEN_AS, Role, Specs,
 from ckpt_ema.errors import Code, OptionError, RefusedError, some
 from ckpt_ema.options import Reading
 
-# Dtypes of codes: small floats, and integers if a tensor has rows and columns of them.
-_SMALL_FLOAT = re.compile(r"^F(4|[68]_\w+)$")
-_CODE = re.compile(r"^[IU](8|16|32)$")
+# Dtypes of codes: small floats, and integers if they have scales, or are in rows and columns.
+_CODE = re.compile(r"^([IU](8|16|32)|F(4|[68]_\w+))$")
 _SCALE = re.compile(r"scale|absmax|amax|scb$|zero|^biases$|codebook|quant_", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![^\W_])\d+(?![^\W_])")
 # Buffers of torch.nn.utils.parametrizations.spectral_norm and of torch.ao.pruning. The older
@@ -27,6 +26,7 @@ _NUMBER = re.compile(r"(?<![^\W_])\d+(?![^\W_])")
 _PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.\w+\.\d+\.(_u|_v|mask)$")
 _VECTORS = ("_u", "_v")
 _MASK = re.compile(r"(?<![a-z])masks?(?![a-z])", re.IGNORECASE)
+_FEWEST_CODES = 8  # in one dimension, where a few integers beside a scale are something else
 # What torch.ao.quantization and others keep beside an integer zero point.
 _ZERO_POINT = "zero_point"
 _LEAST, _MOST = "min_val", "max_val"
@@ -96,10 +96,10 @@ DROPPED = Ruling(_NEWEST_NAMES, Role.DROPPED)
 ASKED_TO_DROP = Ruling(_ASKED[Role.DROPPED], Role.DROPPED)
 _REFUSALS = {
     _QUANTISED: (
-        "small floats or integers that change, as codes of quantised weights do",
+        "codes that change with their scales, as of quantised weights",
         "codes cannot be averaged, and averaged scales would not match those of any checkpoint",
-        "Average the checkpoints before they are quantised, or keep the newest of these tensors and"
-        " of their scales with --keep GLOB.",
+        "Average the checkpoints before they are quantised, or keep the newest of these tensors, codes"
+        " and scales, with --keep GLOB.",
         Code.NOT_AVERAGEABLE,
     ),
     _EMPTIED: (
@@ -142,11 +142,10 @@ def judge(
     """
     asked = asked or {}
     rulings = {key: Ruling(_ASKED[role], role) for key, role in asked.items()}
-    undecided: _Tensors = newest.tensors
     for rule, take in RULES:
-        if any(key in rulings for key in undecided):
-            undecided = {key: one for key, one in undecided.items() if key not in rulings}
-        rulings |= dict.fromkeys(take(undecided, contents), Ruling(rule, rule.role))
+        ruling = Ruling(rule, rule.role)
+        for key in take(newest.tensors, contents):
+            rulings.setdefault(key, ruling)
     for key, first in _tied(newest.tensors, layouts).items():
         if key not in asked and first not in asked:
             rulings[key] = Ruling(_TIED, rulings[first].made)
@@ -196,13 +195,8 @@ def _not_float(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
 
 
 def _quantised(tensors: _Tensors, contents: Contents) -> Iterator[str]:
-    """Yield codes that change, or whose scales change: frozen ones do no harm."""
-    codes = [
-        key
-        for key, one in tensors.items()
-        if one.dtype not in AVERAGED
-        and ((_CODE.search(one.dtype) and len(one.shape) > 1) or _SMALL_FLOAT.search(one.dtype))
-    ]
+    """Yield codes that change, with their scales, or whose scales change; frozen ones do no harm."""
+    codes = [key for key, one in tensors.items() if _CODE.search(one.dtype)]
     if not codes:
         return
     scales: dict[str, list[str]] = {}  # by module
@@ -212,9 +206,12 @@ def _quantised(tensors: _Tensors, contents: Contents) -> Iterator[str]:
             scales.setdefault(module, []).append(key)
     for key in codes:
         beside = [*scales.get(key.rpartition(".")[0], ()), *scales.get(key, ())]
-        is_trained = contents.changes(key) and not contents.is_binary(key)
-        if is_trained or any(map(contents.changes, beside)):
-            yield key
+        dtype, shape = tensors[key].dtype, tensors[key].shape
+        is_packed = bool(beside) and dtype in ("I8", "U8") and math.prod(shape) > _FEWEST_CODES
+        is_code = is_packed or len(shape) > 1 or dtype.startswith("F")
+        is_trained = is_code and contents.changes(key) and not contents.is_binary(key)
+        if is_trained or (is_code and any(map(contents.changes, beside))):
+            yield from (key, *beside)
 
 
 def _changing(tensors: _Tensors, contents: Contents) -> Iterator[str]:

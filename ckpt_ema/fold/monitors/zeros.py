@@ -80,6 +80,7 @@ class _Watch(Watch):
         self._monitor = monitor
         self._view = view
         self._before = 0  # zeros at the end of the checkpoint before, in elements
+        self._empty: set[int] = set()  # segments that were zero in it
 
     def see(self, checkpoint: int, content: memoryview, values: "torch.Tensor") -> None:
         """See `Watch.see`."""
@@ -93,6 +94,20 @@ class _Watch(Watch):
             if begin > one.start or bool((values[begin : one.start] != 0).any()):
                 self._note(0, range(begin, count - zeros))
         self._before = zeros
+        self._see_segments(checkpoint, values)
+
+    def _see_segments(self, checkpoint: int, values: "torch.Tensor") -> None:
+        """Add an onset for each tensor that is zero as a whole, and was not in the one before."""
+        empty = set()
+        for number, one in enumerate(self._view.segments):
+            # The first elements nearly always settle it.
+            if not any(values[one.start : min(one.start + 2, one.stop)].tolist()):
+                if not bool(values[one.start : one.stop].any()):
+                    empty.add(number)
+        for number in sorted(empty - self._empty) if checkpoint else ():
+            one = self._view.segments[number]
+            self._note(checkpoint, range(one.start, one.stop))
+        self._empty = empty
 
     def _segment_at(self, element: int) -> Segment:
         return next(one for one in self._view.segments if one.start <= element < one.stop)
