@@ -193,7 +193,8 @@ def _under_keys(
 def _under_key(path: str, root: Mapping[Any, Any], key: str, tensor: _Kind) -> Mapping[str, Any]:
     """Return the dict of tensors at a key, with those inside it; the raw ones, if there are any."""
     found = _tensors_in(_at(root, key) or {}, tensor)
-    inside = {place: one for place, one in found.items() if isinstance(one, dict)}
+    takes_lists = key == _EVERYTHING
+    inside = {p: _by_name(v) for p, v in found.items() if takes_lists or isinstance(v, dict)}
     raw = {p: one for p, one in inside.items() if not conventions.AVERAGED_NAME.search(p)}
     if not inside:
         others = _listed(_tensors_in(root, tensor)) or "none at all"
@@ -203,6 +204,10 @@ def _under_key(path: str, root: Mapping[Any, Any], key: str, tensor: _Kind) -> M
         return inside[""]
     values = _joined(path, raw or inside)
     return {name: value for name, value in values.items() if isinstance(value, tensor)}
+
+
+def _by_name(values: Any) -> Mapping[str, Any]:
+    return values if isinstance(values, dict) else {str(n): one for n, one in enumerate(values)}
 
 
 def _joined(path: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

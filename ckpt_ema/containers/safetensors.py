@@ -169,6 +169,8 @@ def _parse(path: str, raw: bytes) -> dict[str, Any]:
         if b"\\ud" in raw or b"\\uD" in raw:  # fails for lone surrogates
             json.dumps(header, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
+        if raw.endswith(b"\0"):
+            raise cut_short(path, "its header ends in zeros") from error
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise refused(path, f"has a broken header: {reason}") from error
     if not isinstance(header, dict):

@@ -34,7 +34,8 @@ def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Spec
     shards = sorted(set(shard_of.values()))
     if storage.names(folder).isdisjoint(shards) and (whole := complete_set(path, storage)):
         return _by_headers(path, shards, whole, storage, reading)
-    shard_of = shard_of or _weight_map(path, storage)  # which raises
+    if not has_index:
+        raise _incomplete_set(path, storage)
     read = _read(path, shards, storage, reading)
     for shard, one in zip(shards, read, strict=True):
         for name in one.tensors:
@@ -55,13 +56,8 @@ def complete_set(index: str, storage: Storage) -> list[str]:
 
     Raises `RefusedError` if there are several such sets.
     """
-    folder, name = os.path.split(index)
-    whole = name.removesuffix(INDEX_SUFFIX)
-    sets: dict[int, dict[int, str]] = {}  # by their count, then by their number
-    for one in sorted(storage.names(folder)):
-        shard = SHARD_NUMBER.search(one)
-        if shard and SHARD_NUMBER.sub("", one) == whole:
-            sets.setdefault(int(shard["count"]), {})[int(shard["number"])] = one
+    folder = os.path.dirname(index)
+    sets = _sets(index, storage)
     complete = [
         list(shards.values())
         for count, shards in sets.items()
@@ -73,6 +69,30 @@ def complete_set(index: str, storage: Storage) -> list[str]:
         hint = "Remove those of an earlier save."
         raise RefusedError(message, hint, code=Code.SEVERAL_MODELS, path=folder)
     return complete[0] if complete else []
+
+
+def _sets(index: str, storage: Storage) -> dict[int, dict[int, str]]:
+    """Return the shards in the folder of an index, by their count, then by their number."""
+    folder, name = os.path.split(index)
+    whole = name.removesuffix(INDEX_SUFFIX)
+    sets: dict[int, dict[int, str]] = {}
+    for one in sorted(storage.names(folder)):
+        shard = SHARD_NUMBER.search(one)
+        if shard and SHARD_NUMBER.sub("", one) == whole:
+            sets.setdefault(int(shard["count"]), {})[int(shard["number"])] = one
+    return sets
+
+
+def _incomplete_set(index: str, storage: Storage) -> IncompleteError:
+    """Return the error for shards without an index of which some are missing."""
+    folder, name = os.path.split(index)
+    lacking = ", ".join(
+        f"number {number} of {count}"
+        for count, shards in _sets(index, storage).items()
+        for number in [next((n for n in range(1, count + 1) if n not in shards), count)]
+    )
+    message = f"{folder} has no {name}, which is written last, and lacks shards ({lacking})."
+    return IncompleteError(message, code=Code.INCOMPLETE, path=folder)
 
 
 def _by_headers(

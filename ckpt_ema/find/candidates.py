@@ -220,6 +220,9 @@ def _no_model(entry: Entry, folder: _Folder) -> Verdict | None:
         return other(Reason.NO_MODEL)
     component = entry.source.reading.component
     detail = f"no model weights for --component {component}" if component else ""
+    inside = entry.source.storage.names(entry.path) if entry.is_folder and not component else ()
+    if any(map(conventions.SHARD_OR_RANK.search, inside)):
+        detail = "its weights are in files of ranks, which have to be merged first"
     return skipped(Reason.NO_MODEL, detail)
 
 

@@ -17,12 +17,12 @@ def stem_of(name: str) -> str:
 def numbers_in(stem: str) -> dict[str, int]:
     """Return the numbers in a name by unit: "step", "epoch", "checkpoint" or "number".
 
-    >>> numbers_in("epoch=1-step=100"), numbers_in("checkpoint-500"), numbers_in("wer-9.965")
-    ({'step': 100, 'epoch': 1}, {'checkpoint': 500}, {})
+    >>> numbers_in("epoch=1-step=100"), numbers_in("checkpoint-1,500"), numbers_in("wer-9.965")
+    ({'step': 100, 'epoch': 1}, {'checkpoint': 1500}, {})
     """
     if conventions.COMMIT.search(stem):
         return {}
-    found = {}
+    stem, found = _without_commas(stem), {}
     for name in conventions.NAMES:
         match = name.search(stem)
         found.update(match.groupdict() if match else {})
@@ -32,6 +32,11 @@ def numbers_in(stem: str) -> dict[str, int]:
             found[unit] = match[1]
     counts = {u: count_of(found[u]) for u in conventions.STEP_NAMES if u in found}
     return {unit: count for unit, count in counts.items() if count is not None}
+
+
+def _without_commas(stem: str) -> str:
+    """Return a name without the commas in numbers such as 10,000."""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", stem)
 
 
 def count_of(text: str) -> int | None:
@@ -75,7 +80,7 @@ def slots_in(stem: str) -> list[int]:
     >>> slots_in("Llama-3.1-8B-lora-000010"), slots_in("epoch=3-acc=1"), slots_in("net-2k")
     ([8000000000, 10], [3], [2000])
     """
-    bare = conventions.METRIC.sub("", stem)
+    bare = conventions.METRIC.sub("", _without_commas(stem))
     counts = (count_of(m[0]) for m in conventions.COUNT.finditer(bare) if not m["f"])
     return [count for count in counts if count is not None]
 
@@ -90,6 +95,7 @@ def template_of(stem: str) -> str:
     >>> template_of("epoch=1-loss=-3e-05"), template_of("step-2k-1.5T-token-2T")
     ('epoch=<n>-loss=<f>', 'step-<n>-<n>-<n>')
     """
+    stem = _without_commas(stem)
     stem = conventions.METRIC.sub(lambda match: f"{match['name']}=<f>", stem)
     words = conventions.NUMBERS_A_RUN if len(slots_in(stem)) > 1 else r"(?!)"
     return re.sub(

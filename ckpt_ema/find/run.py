@@ -1,6 +1,7 @@
 """From a folder or a list of paths to checkpoints in training order; two readings are refused."""
 
 import os
+import re
 import shlex
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from ckpt_ema.find.further import with_further_files
 from ckpt_ema.find.given import append, common_root, listed, none_selected, unmatched
 from ckpt_ema.find.logs import continuation, reader_of_logs
 from ckpt_ema.find.model_files import folders_with_models, locate, unsupported
-from ckpt_ema.find.names import numbers_in
+from ckpt_ema.find.names import captures_step, numbers_in
 from ckpt_ema.find.order import ordered, step_in_name
 from ckpt_ema.find.series import choose_series, modelless
 from ckpt_ema.find.verdict import APPENDED, UNSELECTED, Judged, Outcome, Reason, Verdict, skipped
@@ -319,6 +320,11 @@ def _alone(candidates: Candidates, selection: Selection, source: Source) -> Foun
 def _check_selected(candidates: Candidates, selection: Selection) -> None:
     """Refuse a pattern or globs that leave nothing of a folder."""
     names = [entry.name for entry in candidates.entries]
+    matching = [name for name in names if re.search(selection.pattern or "(?!)", name)]
+    if matching and not candidates.unsupported and not captures_step(selection.pattern):
+        text = f"--pattern {selection.pattern} matches {some(matching)}, of which none is a step."
+        hint = "Capture the step with a group, or list the checkpoints, oldest first."
+        raise RefusedError(text, hint, code=Code.NO_MATCH, path=candidates.folder)
     if selection.pattern and not candidates.unsupported:
         what = f"{candidates.folder} holds no checkpoint that matches --pattern {selection.pattern}"
         text = f"{what}; its names are {some(names)}."

@@ -8,7 +8,7 @@ from statistics import median
 from typing import NamedTuple
 
 from ckpt_ema.containers.model_key import ALREADY_AVERAGED
-from ckpt_ema.containers.specs import Role, Specs
+from ckpt_ema.containers.specs import WRITTEN_AS, Role, Specs
 from ckpt_ema.errors import Code, some
 from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.logs import OneRun
@@ -96,6 +96,10 @@ def plan_notes(decided: Decided) -> Iterator[Notice]:
     if len(specs_of) > 1 and newest.unit == "save":
         message = "Numbers in the names count saves, not steps (accelerate); gaps are unknown."
         yield Notice(Code.NO_STEPS, message)
+    doubles = [k for k, one in specs_of[newest].tensors.items() if one.dtype in WRITTEN_AS]
+    if doubles:
+        message = "are written as complex64, the only complex dtype of safetensors"
+        yield Notice(Code.DECIDED, f"{some(doubles, 3)} {message}.")
     yield from _kept(newest.name, specs_of[newest], rulings)
     yield from dict.fromkeys(note for one in specs_of.values() for note in one.notes)
     if any(pattern.search(key) for pattern in conventions.FACTORS for key in rulings):
@@ -240,6 +244,13 @@ def _falling_times(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
 
 def _about_run(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
     specs = list(specs_of.values())
+    if any(map(conventions.OTHER_FACTOR.search, specs[-1].tensors)):
+        message = (
+            "This adapter is not linear in its tensors, which are averaged one by one; how far"
+        )
+        message = f"{message} that is from the average of the adapted weights is not known. Merge"
+        message = f"{message} each adapter into its base model and average those."
+        yield Notice(Code.ADAPTER_FACTORS, message)
     by_name = [
         c.name
         for c, one in specs_of.items()

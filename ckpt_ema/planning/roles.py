@@ -98,8 +98,8 @@ _REFUSALS = {
     _QUANTISED: (
         "codes that change with their scales, as of quantised weights",
         "codes cannot be averaged, and averaged scales would not match those of any checkpoint",
-        "Average the checkpoints before they are quantised, or keep the newest of these tensors, codes"
-        " and scales, with --keep GLOB.",
+        "Average the checkpoints before they are quantised, or keep the newest of these tensors,"
+        " codes and scales, with --keep GLOB.",
         Code.NOT_AVERAGEABLE,
     ),
     _EMPTIED: (
@@ -195,7 +195,7 @@ def _not_float(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
 
 
 def _quantised(tensors: _Tensors, contents: Contents) -> Iterator[str]:
-    """Yield codes that change, with their scales, or whose scales change; frozen ones do no harm."""
+    """Yield codes and their scales if one of them changes; frozen ones do no harm."""
     codes = [key for key, one in tensors.items() if _CODE.search(one.dtype)]
     if not codes:
         return

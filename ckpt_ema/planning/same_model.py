@@ -100,6 +100,9 @@ def _compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list
             if one.shape != other.shape:
                 found = f"has shape {list(one.shape)} in {name} and {list(other.shape)}"
                 message = f"Tensor {tensor} {found} in {newest_name}."
+                if 0 in one.shape and 0 not in other.shape:
+                    hint = f"ZeRO-3 leaves empty ones; leave it out with --exclude {name}."
+                    raise RefusedError(message, hint, code=Code.EMPTIED, tensor=tensor)
                 raise _refused(message, Code.DIFFERENT_MODELS, tensor)
             if _kind(one) != _kind(other):
                 found = f"is {one.dtype} in {name} and {other.dtype} in {newest_name}"
@@ -138,7 +141,10 @@ def _check_names(name: str, own: _Tensors, newest_name: str, newest: _Tensors) -
     differences += [f"{name} lacks {some(missing)}"] * bool(missing)
     counts = f"{name} has {len(own)} tensors and {newest_name} has {len(newest)}"
     message = f"{counts}: {' and '.join(differences)}."
-    raise _refused(message, Code.DIFFERENT_MODELS, (extra or missing)[0])
+    if missing:
+        raise _refused(message, Code.DIFFERENT_MODELS, missing[0])
+    hint = f"Pass only the checkpoints that belong together, or leave it out: --drop {extra[0]}."
+    raise RefusedError(message, hint, code=Code.DIFFERENT_MODELS, tensor=extra[0])
 
 
 def _are_layouts(

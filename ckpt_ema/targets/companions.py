@@ -69,6 +69,8 @@ def _configs_of(averaged: Collection[str]) -> Iterator[str]:
     """Yield the configurations that `from_pretrained` reads beside the files that it loads."""
     for name in averaged:
         folder, base = os.path.split(name)
+        if conventions.WEIGHTS_EXTENSION.search(folder):  # a folder called as a file
+            folder = ""
         config = conventions.CONFIG_OF.get(conventions.SHARD_NUMBER.sub("", base))
         if config:
             yield os.path.join(folder, config)

@@ -47,7 +47,7 @@ PACKED_WEIGHTS = _any_case(
 SHARD_NUMBER = re.compile(r"[-_.](?P<number>\d{4,})[-_]of[-_](?P<count>\d{4,})")
 INDEX_SUFFIX = ".index.json"
 # A file of one rank.
-RANK = _any_case(r"(?:^|[._-])rank[_-]?(?P<rank>\d+)(?=(\.[a-z]+)+$)")
+RANK = _any_case(r"(?:^|[._-])(?:rank|shard)[_-]?(?P<rank>\d+)(?:of\d+)?(?=(\.[a-z]+)+$)")
 
 # Names of a whole model in a checkpoint's folder, in the order in which loaders look for them; each
 # may have an index of shards instead.
@@ -189,10 +189,13 @@ FACTOR = re.compile(
 )
 ROTATION = re.compile(r"(?<![A-Za-z])oft_([Rr]|blocks)(?![A-Za-z])")
 FACTORS = (FACTOR, ROTATION)
+# Adapters whose deviation nothing here bounds.
+OTHER_FACTOR = re.compile(r"(?<![A-Za-z])(boft_[Rs]|hra_u|vblora_|glora_|adalora_)")
 
 # Names of weights that a trainer averaged itself, whether of files, folders, dicts or modules.
 AVERAGED_NAME = re.compile(
-    rf"{_WORD_START}(?i:b?emas?|averaged?|avg|ave|swa|lawa|teacher|shadow|polyak)(?![a-z])"
+    rf"{_WORD_START}(?i:b?emas?|averaged?|avg|ave|swa|lawa|teacher|shadow|polyak"
+    r"|momentum(?=[-_](?:encoder|model|net)))(?![a-z])"
 )
 
 # Names that hold a number or weights and still are no step of the run.
@@ -203,7 +206,7 @@ UNFINISHED_NAME = _any_case(
 SHARD_OR_RANK = _any_case(
     r"[-_.]\d{4,}[-_]of[-_]\d{4,}|^__\d+_\d+$|^mp_rank_\d+|(?:^|_)zero_pp_rank_\d+"
     r"|model_world_size_(?!1_)\d+_rank_\d+|(?:^|[._-])rank[_-]?0*[1-9]\d*\.(?:pt|pth|bin|ckpt)$"
-    r"|^layer_\d+-model_\d+|^expp_rank_|^consolidated\.\d+|_of_\d+|pp-rank-\d+-of-|^shard-\d+-"
+    r"|^layer_\d+-model_\d+|^expp_rank_|^consolidated\.\d+|_of_\d+|pp-rank-\d+-of-|^shard-\d+-|shard\d+of\d+"
 )
 MERGED = _any_case(r"[-_](merged|hf_merged)$")
 
@@ -266,6 +269,7 @@ STAYS_BEHIND = _any_case(
 # Hidden files, and what editors, systems and Python leave in a folder.
 LEAVINGS = _any_case(
     r"^[.#]|[~#]$|\.(sw[a-p]|bak|orig|old|save|rej|tmp|temp|part|pyc)$|^tmp[a-z0-9_]{8}$"
+    r"|^core\.\d+$|^nohup\.out$| \((copy|\d+)\)(\.\w+)?$"
     r"|^(thumbs\.db|desktop\.ini|__pycache__|__MACOSX|@eaDir|lost\+found)$"
 )
 # The configuration without which `from_pretrained` cannot load a file of this name.

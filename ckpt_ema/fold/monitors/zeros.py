@@ -100,10 +100,9 @@ class _Watch(Watch):
         """Add an onset for each tensor that is zero as a whole, and was not in the one before."""
         empty = set()
         for number, one in enumerate(self._view.segments):
-            # The first elements nearly always settle it.
-            if not any(values[one.start : min(one.start + 2, one.stop)].tolist()):
-                if not bool(values[one.start : one.stop].any()):
-                    empty.add(number)
+            own = values[one.start : one.stop]
+            if not any(own[:2].tolist()) and not bool(own.any()):  # two nearly always settle it
+                empty.add(number)
         for number in sorted(empty - self._empty) if checkpoint else ():
             one = self._view.segments[number]
             self._note(checkpoint, range(one.start, one.stop))
