@@ -846,3 +846,64 @@ def test_an_average_in_a_file_of_its_own_is_named_in_a_note(tmp_path: Path) -> N
         write(nested / f"step_{number}/ema/weights.safetensors", layers(number + 10))
     [values] = Averaged(nested, which="ema").files.values()
     assert all((one == 12).all() for one in values.values())
+
+
+def test_files_of_ranks_are_parts_with_a_pattern_too(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for number in (1, 2, 3):
+        for rank in range(2):
+            part = {"layers.0.weight": number + torch.arange(16.0).view(4, 4)[rank::2]}
+            save(run / f"w-step{number}-shard{rank}of2.pt", {"model": part})
+    for pattern in (None, r"w-step(\d+)-shard0of2"):
+        with pytest.raises(RefusedError) as caught:
+            ckpt_ema.plan(run, pattern=pattern)
+        assert "rank" in str(caught.value)
+
+
+def test_every_tensor_of_a_file_means_those_in_lists_too(tmp_path: Path) -> None:
+    def content(number: float) -> Any:
+        return {"model": layers(number), "prototypes": [full(number), full(number + 1)]}
+
+    run = files(tmp_path / "run", content)
+    assert any("prototypes" in str(one) for one in ckpt_ema.plan(run).warnings)
+    names = {
+        tensor.name for tensor in ckpt_ema.plan(run, key=".").averages[0].output.files[0].tensors
+    }
+    assert names >= {"model.layers.0.weight", "prototypes.0", "prototypes.1"}
+
+
+def test_a_missing_shard_without_an_index_is_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for number in (1, 2, 3):
+        for shard in (1, 2):
+            path = run / f"step-{number}/model-0000{shard}-of-00002.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_safetensors(path, layers(number, f"layers.{shard}"))
+    (run / "step-2/model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(RefusedError) as caught:
+        ckpt_ema.plan(run)
+    assert "lacks shards (number 2 of 2)" in caught.value.message
+
+
+def test_steps_that_hold_files_of_ranks_alone_are_said_to(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for number in (1, 2, 3):
+        for rank in (0, 1):
+            path = run / f"step-{number}/consolidated.0{rank}.pth"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(path, layers(number))
+    with pytest.raises(RefusedError) as caught:
+        ckpt_ema.plan(run)
+    assert "files of ranks, which have to be merged first" in caught.value.message
+
+
+def test_a_header_that_ends_in_zeros_is_cut_short(tmp_path: Path) -> None:
+    run = folders(tmp_path / "run", model_safetensors=layers)
+    path = run / "checkpoint-200/model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:40] + bytes(len(content) - 40))
+    with pytest.raises(RefusedError) as caught:
+        ckpt_ema.plan(run)
+    assert "--exclude checkpoint-200" in caught.value.hint
+    assert "its header ends in zeros" in caught.value.message

@@ -631,3 +631,21 @@ def test_a_run_and_a_checkpoint_in_one_list_are_refused(tmp_path: Path) -> None:
     b = folders(tmp_path / "b", "checkpoint-3")
     refused([a, b / "checkpoint-3"], Code.NOT_A_CHECKPOINT, "checkpoint-3")
     refused([a, a], Code.GIVEN_TWICE, "a is given twice")
+
+
+def test_commas_in_numbers_are_read(tmp_path: Path) -> None:
+    names = ("model-1,000", "model-5,000", "model-10,000")
+    check(folders(tmp_path / "run", *names), names, (1000, 5000, 10_000))
+
+
+def test_bare_numbers_that_files_record_as_epochs_are_epochs(tmp_path: Path) -> None:
+    steps = {
+        f"checkpoint{n}.pt": {"model": state(n), "epoch": n, "step": 100 * n} for n in (1, 2, 3)
+    }
+    plan = check(flat(tmp_path / "run", steps), [*steps], (1, 2, 3))
+    assert {one.unit for one in plan.checkpoints} == {"epoch"}
+
+
+def test_a_pattern_that_matches_names_without_a_step_says_so(tmp_path: Path) -> None:
+    run = flat(tmp_path / "run", {f"best_0.{n}.pt": state(n) for n in (71, 79, 83)})
+    refused(run, Code.NO_MATCH, "of which none is a step", pattern="best_.*")

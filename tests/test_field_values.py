@@ -527,3 +527,15 @@ def test_warnings_are_annotations_in_github_actions(make_run: MakeRun) -> None:
     assert line.startswith("::warning title=ckpt-ema::100%25 have norm 1")
     [warning] = json.loads(done.stdout)["warnings_of_reading"]
     assert warning["code"] == "not-a-weight"
+
+
+def test_what_nothing_bounds_is_warned_of_too(make_run: MakeRun) -> None:
+    run = make_run(series(3, **{"q.boft_R": drift(2, 4, 4), "q.boft_s": drift(8, 1)}))
+    assert "is not known" in warned(run)[Code.ADAPTER_FACTORS]
+
+
+def test_complex_numbers_of_another_width_are_noted(tmp_path: Path) -> None:
+    for step, value in enumerate(noise(3, 4, dtype=torch.complex128), start=1):
+        torch.save({"w": value}, tmp_path / f"step_{step}.pt")
+    notes = " ".join(map(str, ckpt_ema.plan(tmp_path, output=tmp_path.parent / "o").notes))
+    assert "w are written as complex64" in notes

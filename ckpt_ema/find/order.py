@@ -68,6 +68,7 @@ def _keys(entries: Sequence[Entry], selection: Selection) -> _Keys:
         _check_magnitudes(entries, named[1])
     if named and selection.order == "auto":
         _check_rises(entries, *named)
+        named = _as_epochs(entries, *named)
     keys = named or _shared(entries, lambda entry: entry.recorded_anywhere)
     if keys is None:
         raise RefusedError(
@@ -79,6 +80,16 @@ def _keys(entries: Sequence[Entry], selection: Selection) -> _Keys:
             path=entries[0].path,
         )
     return keys
+
+
+def _as_epochs(entries: Sequence[Entry], unit: str, keys: Sequence[int]) -> _Keys:
+    """Return bare numbers in names as epochs, if the files record them as such and other steps."""
+    inside = [{} if entry.is_folder else entry.recorded_anywhere for entry in entries]
+    are_epochs = unit in ("checkpoint", "number") and all(
+        one.get("epoch") == key != one.get("step", key)
+        for one, key in zip(inside, keys, strict=True)
+    )
+    return "epoch" if are_epochs else unit, [*keys]
 
 
 def _shared(entries: Sequence[Entry], facts: _Facts, units: Iterable[str] = _UNITS) -> _Keys | None:
