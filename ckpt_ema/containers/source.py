@@ -64,7 +64,7 @@ class Source:
                 self._plain.add(id(specs.tensors))
             specs = chosen
         if wants_average and not (specs.is_average or model.is_average):
-            why = f"holds no average that its trainer made, but {some(specs.tensors, 3)}"
+            why = f"has no average by its trainer; its tensors are {some(specs.tensors, 3)}"
             raise refused(model.path, why, "Leave out --which ema.", Code.NO_MATCH)
         if model.is_average and not (wants_average or specs.is_average):
             text = f"The model weights in {model.members[0].name} {ALREADY_AVERAGED}."
