@@ -5,7 +5,6 @@ save_last save the last step as one.
 """
 
 import contextlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -23,10 +22,8 @@ from ckpt_ema.trainers.conventions import (
     ALWAYS_A_COPY,
     FOLDER_WEIGHTS,
     INITIAL_NAME,
+    MAYBE_ADDED,
 )
-
-# What wrappers add to names: "module.", "_orig_mod.", "_fsdp_wrapped_module.".
-_WRAPPER = re.compile(r"(?<![^.])(module|_[^.]+)\.")
 
 
 class _Run(NamedTuple):
@@ -186,7 +183,9 @@ def _has_tensors_of(entry: Entry, run: _Run) -> bool:
     for one in reversed(run.checkpoints):
         with contextlib.suppress(IncompleteError):  # judged later
             theirs = entry.source.read(one.model).tensors
-            return {_WRAPPER.sub("", n) for n in mine} == {_WRAPPER.sub("", n) for n in theirs}
+            return {MAYBE_ADDED.sub("", n) for n in mine} == {
+                MAYBE_ADDED.sub("", n) for n in theirs
+            }
     return True
 
 

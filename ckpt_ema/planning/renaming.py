@@ -15,17 +15,6 @@ from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.notices import Notice
 from ckpt_ema.trainers import conventions
 
-# Words that torch.compile, FSDP, activation checkpointing, accelerate and Fabric put into names;
-# kohya's names have underscores instead of dots.
-_WRAPPER = (
-    r"_(?:orig_mod|orig_module|original_module|fsdp_wrapped_module|fpw_module"
-    r"|checkpoint_wrapped_module|forward_module)[._]"
-)
-_ADDED = re.compile(rf"(?<![A-Za-z0-9]){_WRAPPER}")
-# That of DistributedDataParallel, and any with "wrap", may also be the model's own, so these count
-# only where checkpoints differ by them.
-_ANY_ADDED = re.compile(rf"(?<![A-Za-z0-9])(?:{_WRAPPER}|(?<![^./])(?:_?module|_\w*wrap\w*)\.)+")
-
 # One of two tied matrices is an embedding; others may be equal by chance, as zeros are.
 _EMBEDDING = re.compile(r"emb|wte|shared|token|tok_|vocab|lookup", re.IGNORECASE)
 
@@ -57,7 +46,9 @@ def without_prefix(checkpoints: Sequence[Specs], prefixes: str) -> list[Specs]:
 
 def _without(checkpoints: Sequence[Specs], prefix: str) -> list[Specs]:
     names = [name for specs in checkpoints for name in specs.tensors]
-    is_at_front = any(name.startswith(prefix) for name in names) and not _ADDED.match(prefix)
+    is_at_front = any(name.startswith(prefix) for name in names) and not conventions.ADDED.match(
+        prefix
+    )
     whole = re.escape(prefix) + ("" if prefix[-1] in "._/" else r"\.")
     pattern = re.compile(f"^{whole}" if is_at_front else f"(?<![^._/]){whole}")
     if not any(map(pattern.search, names)):
@@ -78,7 +69,7 @@ def left_by_wrappers(file: str, specs: Specs) -> list[Notice]:
     """Warn of wrappers' words in the output's names, unless whoever loads `file` removes them."""
     is_removed = conventions.LOADS_COMPILED.search(file)
     names = (name.removeprefix("_orig_mod." if is_removed else "") for name in specs.tensors)
-    wrapped = {name: _ADDED.findall(name) for name in names if "_mod" in name}
+    wrapped = {name: conventions.ADDED.findall(name) for name in names if "_mod" in name}
     words = dict.fromkeys(word for found in wrapped.values() for word in found)
     if not words:
         return []
@@ -130,14 +121,16 @@ def _like(tensors: _Tensors, newest: _Tensors, is_equal: Equal, is_equal_there: 
     kept = {name: spec for name, spec in renamed.items() if name not in dropped}
     kept |= {name: renamed[first] for name, first in added.items()}
     changed = [pair for pair in new_name.items() if pair[0] != pair[1]]
-    own, other = ({w for pair in changed for w in _ANY_ADDED.findall(pair[i])} for i in (0, 1))
+    own, other = (
+        {w for pair in changed for w in conventions.MAYBE_ADDED.findall(pair[i])} for i in (0, 1)
+    )
     equal = [(renamed[name], renamed[first]) for name, first in dropped.items()]
     return Match(kept, some(sorted(own ^ other or own), 3), dropped, added, equal)
 
 
 def _unwrapped(tensors: Iterable[str]) -> dict[str, str]:
     """Return each name by what is left of it without what wrappers add."""
-    return {_ANY_ADDED.sub("", name): name for name in tensors}
+    return {conventions.MAYBE_ADDED.sub("", name): name for name in tensors}
 
 
 def _second_names(tensors: _Tensors, others: _Tensors, is_equal: Equal) -> dict[str, str] | None:

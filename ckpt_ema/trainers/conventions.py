@@ -182,6 +182,17 @@ SAVE_INDEX = re.compile(r"^checkpoint_\d+$")
 # Folders whose own names are dates or sums; what they hold gives the order.
 NAMED_BY_DATE = re.compile(r"^CKPT\+(\d{4})-(\d\d)-(\d\d)\+(\d\d)-(\d\d)-(\d\d)\+(\d\d)$")
 
+# Words that torch.compile, FSDP, activation checkpointing, accelerate and Fabric add to names of
+# tensors; kohya's names have underscores instead of dots.
+_WRAPPER = (
+    r"_(?:orig_mod|orig_module|original_module|fsdp_wrapped_module|fpw_module"
+    r"|checkpoint_wrapped_module|forward_module)[._]"
+)
+ADDED = re.compile(rf"(?<![A-Za-z0-9]){_WRAPPER}")
+# That of DistributedDataParallel, and any with "wrap", may also be the model's own, so these count
+# only where checkpoints differ by them.
+MAYBE_ADDED = re.compile(rf"(?<![A-Za-z0-9])(?:{_WRAPPER}|(?<![^./])(?:_?module|_\w*wrap\w*)\.)+")
+
 # Tensors that an adapter multiplies (LoRA, LoHa, LoKr, VeRA) or makes a rotation of (OFT).
 FACTOR = re.compile(
     r"(?<![A-Za-z])(lora_(embedding_)?[ABab]|lora_(up|down|mid)|_?lora\.(up|down)"

@@ -21,7 +21,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckpt_ema.errors import Code
-from ckpt_ema.fold.monitors.protocol import Monitor, TileView, Watch, Watched
+from ckpt_ema.fold.monitors.protocol import (
+    Monitor,
+    TileView,
+    Watch,
+    Watched,
+    average_and_name,
+    key_of,
+)
 from ckpt_ema.fold.tiles import Segment
 from ckpt_ema.notices import Notice
 from ckpt_ema.trainers.conventions import FACTOR, FACTORS, ROTATION
@@ -69,10 +76,10 @@ class Factors(Monitor):
         """Return a warning that says by how much at most a product deviates."""
         products: dict[tuple[int, str], list[list[float]]] = {}
         for key, parts in self.state().items():
-            average, name = key.split(" ", 1)
+            average, name = average_and_name(key)
             stem = FACTOR.sub("", name)
             whole = [math.sqrt(sum(column)) for column in zip(*parts.values(), strict=True)]
-            products.setdefault((int(average), stem), []).append(whole)
+            products.setdefault((average, stem), []).append(whole)
         bounds = [
             (_bound_of(stem)(self._weights[average], factors), stem)
             for (average, stem), factors in products.items()
@@ -107,16 +114,12 @@ class _Watch(Watch):
             is_rotation = ROTATION.search(one.tensor.name)
             norms = [math.sqrt(size) if is_rotation else float(own.norm())]
             for checkpoint in self._view.plan.averages[average].members:
-                differences = self._values(checkpoint, one).double().sub_(own)
+                values_then = self._view.read_again(checkpoint, one.start, one.stop)
+                differences = values_then.double().sub_(own)
                 norms.append(float(differences.norm()))
             start = self._view.tile.start + one.start
             squares = [norm**2 for norm in norms]
-            self._monitor.add(f"{average} {one.tensor.name}", start, squares)
-
-    def _values(self, checkpoint: int, one: Segment) -> "torch.Tensor":
-        tile, layout_of = self._view.tile, self._view.plan.work.layout_of
-        source = tile.span.sources[layout_of[checkpoint]]
-        return self._view.read(checkpoint, source, tile.start + one.start, one.stop - one.start)
+            self._monitor.add(key_of(average, one), start, squares)
 
 
 def _rotation_size(shape: Sequence[int]) -> float:

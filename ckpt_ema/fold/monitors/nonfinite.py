@@ -1,6 +1,7 @@
 """Finds the NaN or infinity behind an average that is not finite: tensor, checkpoint, count."""
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ckpt_ema.containers.specs import as_real
@@ -27,10 +28,7 @@ class NonFinite(Monitor):
         if self._is_allowed:
             return
         tile, plan = view.tile, view.plan
-
-        def read(checkpoint: int) -> "torch.Tensor":
-            source = tile.span.sources[plan.work.layout_of[checkpoint]]
-            return view.read(checkpoint, source, tile.start, len(values))
+        read = partial(view.read_again, start=0, stop=len(values))
 
         def tensor_of(elements: "torch.Tensor") -> OutputTensor:
             first = int(elements.int().argmax())

@@ -11,7 +11,14 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from ckpt_ema.errors import Code, some
-from ckpt_ema.fold.monitors.protocol import Monitor, TileView, Watch, Watched
+from ckpt_ema.fold.monitors.protocol import (
+    Monitor,
+    TileView,
+    Watch,
+    Watched,
+    average_and_name,
+    key_of,
+)
 from ckpt_ema.fold.tiles import Segment
 from ckpt_ema.notices import Notice
 
@@ -149,22 +156,15 @@ class _Watch(Watch):
 
     def _is_shrunk(self, newest: int, one: Segment, average: "torch.Tensor") -> bool:
         """Compare whole norms, with the values of the newest checkpoint read again."""
-        tile, layout_of = self._view.tile, self._plan.work.layout_of
-        source = tile.span.sources[layout_of[newest]]
-        own = self._view.read(newest, source, tile.start + one.start, one.stop - one.start)
+        own = self._view.read_again(newest, one.start, one.stop)
         return float(average.double().norm()) < _SHRUNK * float(own.double().norm())
 
     def _may_be_unit(self, number: int, square: float) -> bool:
         return _is_unit(square) or (square < 1 and not self._segments[number].is_whole)
 
 
-def key_of(average: int, segment: Segment) -> str:
-    """Return by what a tensor of one average is known."""
-    return f"{average} {segment.tensor.name}"
-
-
 def _names(keys: Iterable[str]) -> list[str]:
-    return sorted({key.split(" ", 1)[1] for key in keys})
+    return sorted({average_and_name(key)[1] for key in keys})
 
 
 def squares(values: "torch.Tensor", segments: Sequence[Segment]) -> list[float]:

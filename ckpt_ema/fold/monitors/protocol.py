@@ -35,6 +35,26 @@ class TileView(NamedTuple):
     # Reads elements of a tensor of one checkpoint again: number, tensor, first element, count.
     read: Callable[[int, TensorSpec, int, int], "torch.Tensor"]
 
+    def read_again(self, checkpoint: int, start: int, stop: int) -> "torch.Tensor":
+        """Read elements of the tile, from `start` to `stop`, of one checkpoint again."""
+        source = self.tile.span.sources[self.plan.work.layout_of[checkpoint]]
+        return self.read(checkpoint, source, self.tile.start + start, stop - start)
+
+
+def key_of(average: int, segment: Segment) -> str:
+    """Return by what the state of a monitor knows a tensor of one average."""
+    return f"{average} {segment.tensor.name}"
+
+
+def average_and_name(key: str) -> tuple[int, str]:
+    """Return the number of the average and the name of the tensor in a key.
+
+    >>> average_and_name("0 model.norm.weight")
+    (0, 'model.norm.weight')
+    """
+    average, name = key.split(" ", 1)
+    return int(average), name
+
 
 class Watch:
     """Looks at one tile while it is folded, from one thread; methods do nothing here."""
