@@ -64,7 +64,7 @@ class Group:
     """Options that one stage takes; making one parses every value."""
 
     __slots__ = ()
-    panel: ClassVar[str]  # of those that have no other
+    panel: ClassVar[str]  # the default for its rows
 
     def __post_init__(self) -> None:
         """Parse every value and refuse contradictions; raises `OptionError`."""

@@ -226,16 +226,21 @@ def measure_many(settings: Settings, workdir: Path, repeat: int) -> Iterator[str
     )
 
 
+def warm_rounds(contenders: Iterable[str], job: Job, repeat: int) -> dict[str, list[Measured]]:
+    """Measure contenders in turn on a run in the page cache, and remove what each has written."""
+    measure_contender(READ, job)
+    rounds: dict[str, list[Measured]] = {}
+    for _, contender in itertools.product(range(repeat), [*contenders]):
+        remove(job.output)
+        rounds.setdefault(contender, []).append(measure_contender(contender, job))
+    remove(job.output)
+    return rounds
+
+
 def measure_ranks(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
     """Two ranks of one thread beside two threads of one process."""
     run = make_run(settings, workdir)
-    measure_contender(READ, Job(run, workdir, 2))  # fills the page cache
-    output = workdir / "out-ranks"
-    rounds: dict[str, list[Measured]] = {}
-    for _, contender in itertools.product(range(repeat), OF_RANKS):
-        remove(output)
-        rounds.setdefault(contender, []).append(measure_contender(contender, Job(run, output, 2)))
-    remove(output)
+    rounds = warm_rounds(OF_RANKS, Job(run, workdir / "out-ranks", 2), repeat)
     yield f"## Ranks: {settings.name}\n"
     yield from ratio_table(rounds, ((RANKS, AVERAGE),))
     times = statistics.median(ratios(rounds, RANKS, AVERAGE))
@@ -248,14 +253,8 @@ def measure_ranks(settings: Settings, workdir: Path, repeat: int) -> Iterator[st
 def measure_monitors(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
     """An average in the page cache, with and without the monitors of values."""
     run = make_run(settings, workdir)
-    measure_contender(READ, Job(run, workdir, settings.threads))  # fills the page cache
-    output = workdir / "out-monitors"
-    rounds: dict[str, list[Measured]] = {}
-    for _, contender in itertools.product(range(repeat), OF_MONITORS):
-        remove(output)
-        job = Job(run, output, settings.threads)
-        rounds.setdefault(contender, []).append(measure_contender(contender, job))
-    remove(output)
+    job = Job(run, workdir / "out-monitors", settings.threads)
+    rounds = warm_rounds(OF_MONITORS, job, repeat)
     yield f"## Monitors: {settings.name}, {settings.threads} threads\n"
     yield from ratio_table(rounds, ((AVERAGE, UNWATCHED),))
     times = statistics.median(ratios(rounds, AVERAGE, UNWATCHED))

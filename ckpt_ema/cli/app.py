@@ -50,7 +50,7 @@ def plan(
     json: bool,
     quiet: bool,
 ) -> None:
-    """Show what `ckpt-ema average` would do, without reading a tensor.
+    """Show what `ckpt-ema average` would do, without averaging.
 
     RUN and the options are those of `ckpt-ema average`.
     """

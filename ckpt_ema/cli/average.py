@@ -43,7 +43,7 @@ def average(
 
     Every option can be set by an environment variable, CKPT_EMA_DECAY and so on.
     """
-    plans: list[Plan] = []  # the one that is being executed
+    plans: list[Plan] = []  # the plan, once execution has started
 
     def is_kept() -> bool:
         from ckpt_ema.output.workspace import Workspace

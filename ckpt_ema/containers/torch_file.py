@@ -117,7 +117,7 @@ def read_tensor(path: str, region: Region) -> TensorSpec:
 
 
 def _is_tensor(path: str, name: str, value: object, drop: Iterable[str]) -> bool:
-    """Return whether it is a tensor; raises for one that is unreadable and not dropped."""
+    """Return whether a value is a tensor; raises for an unreadable tensor unless it is dropped."""
     if not isinstance(value, pickles.UnreadTensor):
         return isinstance(value, pickles.PickledTensor)
     if any(fnmatchcase(name, glob) for glob in drop):

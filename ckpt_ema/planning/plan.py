@@ -129,7 +129,8 @@ def plan(run: PathLike | Sequence[PathLike], **options: "Unpack[Keywords]") -> P
     The options are those of the command line: `decay`, `half_life`, `last`, `output` (a folder, or
     a path that ends in .safetensors for one file; by default a sibling of the run, `RUN-ema`),
     `dtype` (of averaged tensors), and so on. Where an option has several values, each makes an
-    average. Reads headers only and does not import torch.
+    average. Reads headers, and the start of tensors whose role these leave open; it imports torch
+    only to look into one that is not contiguous.
 
     Raises `OptionError` for an impossible option and `RefusedError` for inputs that cannot be
     averaged, or an output path that overlaps them.
