@@ -113,10 +113,19 @@ def formats(*, json: bool, markdown: bool) -> None:
 @app.callback(invoke_without_command=True)
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="With --version, also show what averages on the CPU.")
+    ] = False,
 ) -> None:
     """Average the checkpoints of a training run into one model, in the format of the run."""
+    if verbose and not version:
+        raise typer.BadParameter("--verbose goes with --version.")
     if version:
         typer.echo(f"ckpt-ema {__version__}")
+        if verbose:
+            from ckpt_ema.fold import native
+
+            typer.echo(f"fold: {native.described()}")
         raise typer.Exit
 
 
