@@ -81,6 +81,32 @@ def enter(environment: Environment = DEVELOPMENT) -> None:
     signal.signal(signal.SIGINT, _stop)
 
 
+def run(action: str, command: list[str], folder: Path = REPOSITORY, **variables: str) -> None:
+    """Run a command in silence; if it fails, show the end of what it said and exit."""
+    try:
+        finished = subprocess.run(
+            command,
+            cwd=folder,
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    except KeyboardInterrupt:
+        _exit(f"interrupted while {action}; the next run starts that again", code=130)
+    if finished.returncode != 0:
+        tail = "\n".join(finished.stdout.splitlines()[-_LINES_SHOWN:])
+        _exit(f"{action} failed (exit code {finished.returncode}); its last lines were:\n{tail}")
+
+
+def copy_sources(folder: Path) -> Path:
+    """Copy the repository without what was built or installed in it; return where it is."""
+    hidden = (".git", ".venv*", ".demo", ".bench", ".hypothesis", ".*_cache")
+    made = ("build", "dist", "*.egg-info", "*.so", "__pycache__")
+    left_out = shutil.ignore_patterns(*hidden, *made)
+    return Path(shutil.copytree(REPOSITORY, folder / "sources", ignore=left_out))
+
+
 def _digest(text: str, names: Iterable[str]) -> str:
     """Return a digest of a text and of files in the repository."""
     digest = hashlib.sha256(text.encode())
@@ -92,7 +118,7 @@ def _digest(text: str, names: Iterable[str]) -> str:
 def _make(environment: Environment) -> None:
     name = environment.folder.name
     print(f"environment: installing into {name} (once; torch takes a while)", file=sys.stderr)
-    _run(f"making {name}", [sys.executable, "-m", "venv", "--clear", str(environment.folder)])
+    run(f"making {name}", [sys.executable, "-m", "venv", "--clear", str(environment.folder)])
     (environment.folder / ".gitignore").write_text("*\n")
     for arguments in environment.installs:
         _install(environment, *arguments)
@@ -103,25 +129,7 @@ def _install(environment: Environment, *arguments: str) -> None:
     header = Path(sysconfig.get_path("include"), "Python.h")
     can_compile = shutil.which("cc") is not None and header.is_file()
     pip = [str(environment.interpreter), "-m", "pip", "install", "--disable-pip-version-check"]
-    _run("installing", [*pip, *arguments], CKPT_EMA_BUILD="strict" if can_compile else "")
-
-
-def _run(action: str, command: list[str], **variables: str) -> None:
-    """Run a command in silence; if it fails, show the end of what it said and exit."""
-    try:
-        finished = subprocess.run(
-            command,
-            cwd=REPOSITORY,
-            env={**os.environ, **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    except KeyboardInterrupt:
-        _exit(f"interrupted while {action}; the next run starts that again", code=130)
-    if finished.returncode != 0:
-        tail = "\n".join(finished.stdout.splitlines()[-_LINES_SHOWN:])
-        _exit(f"{action} failed (exit code {finished.returncode}); its last lines were:\n{tail}")
+    run("installing", [*pip, *arguments], CKPT_EMA_BUILD="strict" if can_compile else "")
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
