@@ -24,7 +24,7 @@ from ckpt_ema.output.manifest import Result
 from ckpt_ema.output.publish import StagedOutput
 from ckpt_ema.output.workspace import PART, Workspace, keys_with_parts, remove
 from ckpt_ema.planning.average import Average
-from ckpt_ema.planning.plan import Plan, plan
+from ckpt_ema.planning.plan import Plan, plan, uncollected
 from ckpt_ema.ranks import Ranks, joined
 from ckpt_ema.report.card import card
 from ckpt_ema.report.figure import Picture
@@ -93,12 +93,13 @@ def average_part(
     return _run(run, keywords, part)
 
 
-def finish(output: PathLike, *, overwrite: bool = False) -> Result:
+def finish(output: PathLike, *, overwrite: bool = False, sync: bool = True) -> Result:
     """Publish the output at `output`, all of whose parts were made, today or a week ago.
 
-    An output that is there already is not made again. Raises `FailedError` if parts are missing,
-    with their numbers; `RefusedError` if there is nothing to finish, or parts of several averages,
-    or if something else is at the path and `overwrite` is False.
+    An output that is there already is not made again. `sync` is the option of `ckpt_ema.average`.
+    Raises `FailedError` if parts are missing, with their numbers; `RefusedError` if there is
+    nothing to finish, or parts of several averages, or if something else is at the path and
+    `overwrite` is False.
     """
     final = Path(output)
     keys = keys_with_parts(final)
@@ -112,7 +113,7 @@ def finish(output: PathLike, *, overwrite: bool = False) -> Result:
         raise RefusedError(message, hint, code=Code.PARTS_DISAGREE, path=final)
     if keys:
         check_free(final, overwrite)
-        return _publish_recorded(final, keys[0], PART, overwrite)
+        return _publish_recorded(final, keys[0], PART, overwrite, sync)
     outputs = outputs_at(final)
     manifests = [manifest.read_manifest(path) for path in outputs]
     if not outputs or not all(manifests):
@@ -186,7 +187,8 @@ def execute(
     ]
     names = [name for name, _ in files]
     outline = Outline(names, manifests, watched(plan), plan.bytes_written)
-    with StagedOutput(plan.output, key, overwrite, is_shared=bool(kind)) as staged:
+    sync = plan.engine.sync
+    with StagedOutput(plan.output, key, overwrite, is_shared=bool(kind), sync=sync) as staged:
         staged.kept = bool(key)
         staged.create(files)
         if share.part == 1:
@@ -219,7 +221,8 @@ def _execute_together(
         made = execute(plan, {**how, "progress": tick}, device, picture, share, _RANK)
         ranks.wait("parts")
         if ranks.rank == 0:
-            published = _publish_recorded(plan.output, plan.work_id, _RANK, overwrite)
+            sync = plan.engine.sync
+            published = _publish_recorded(plan.output, plan.work_id, _RANK, overwrite, sync)
             made = replace(published, seconds=made.seconds)
         ranks.wait("publication")
     except BaseException as error:
@@ -234,9 +237,9 @@ def _execute_together(
     return made
 
 
-def _publish_recorded(final: Path, key: str, kind: str, overwrite: bool) -> Result:
+def _publish_recorded(final: Path, key: str, kind: str, overwrite: bool, sync: bool) -> Result:
     """Publish an output all of whose parts were recorded."""
-    with StagedOutput(final, key, overwrite) as staged:
+    with StagedOutput(final, key, overwrite, sync=sync) as staged:
         staged.kept = True
         outline, parts = ledger.recorded(staged, kind)
         staged.adopt(outline.files)
@@ -252,7 +255,7 @@ def finalize(final: Path, outline: Outline, parts: Sequence[Part], staged: Stage
     if outline.watched.is_strict:
         refuse_warnings(warnings)
     made = replace(_result(final, outline, parts), warnings=warnings)
-    how = manifest.describe_making(made)
+    how = manifest.describe_making(made, staged.sync and all(part.sync for part in parts))
     manifests = {folder: {**record, **how} for folder, record in outline.manifests.items()}
     for folder, record in {} if staged.is_single_file else manifests.items():
         content = json.dumps(record, indent=2).encode() + b"\n"
@@ -296,13 +299,15 @@ def _fold(plan: Plan, how: How, device: "torch.device", share: Share, staged: St
         # macOS counts bytes, Linux KiB.
         peak_memory_bytes=peak if sys.platform == "darwin" else peak * 1024,
         bytes_read=total,
+        sync=staged.sync,
     )
 
 
 def _on_device(plan: Plan, place: int) -> tuple[Plan, "torch.device"]:
     """Return the plan as it is on the device to fold on, and that device."""
     try:
-        from ckpt_ema.fold import devices  # and with it torch, which is needed only now
+        with uncollected():  # torch makes much when it is imported, and no garbage
+            from ckpt_ema.fold import devices  # and with it torch, which is needed only now
     except (ImportError, OSError) as error:
         message = f"torch cannot be imported: {error}."
         raise FailedError(message, code=Code.MISSING_DEPENDENCY) from error

@@ -285,6 +285,21 @@ def test_a_stdout_that_is_full_or_closed_is_no_traceback(run: Path, words: list[
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(("words", "code"), [(["--version"], 0), (["plan", "/nowhere"], 3)])
+def test_the_process_ends_at_once(words: list[str], code: int) -> None:
+    """Taking an interpreter with torch apart takes 0.4 s; what was printed still comes out."""
+    script = (
+        "import atexit, sys; from ckpt_ema.cli.app import main;"
+        "atexit.register(print, 'still here'); sys.stdout.write('first, '); main()"
+    )
+    command = [sys.executable, "-c", script, *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout.startswith("first, ")
+    assert "still here" not in done.stdout
+    assert bool(done.stderr) == bool(code)
+
+
 def test_an_empty_run_is_not_the_current_folder(run: Path) -> None:
     done = ckpt_ema("plan", "", cwd=run)
     assert (done.returncode, done.stdout) == (2, "")

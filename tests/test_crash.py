@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 import ckpt_ema
 from ckpt_ema import CkptEmaError
+from ckpt_ema.output import sync
 from ckpt_ema.run import up_to_date
 from tests.command import processes
 from tests.conftest import MakeRun, noise, series
@@ -67,6 +68,12 @@ def replacing_in_parts(run: Path, output: Path) -> None:
         ckpt_ema.average_part(run, part, output=output, device="cpu", threads=1, **options)
     if not up_to_date(ckpt_ema.plan(run, output=output, decay=0.1, tile_size=64)):
         ckpt_ema.finish(output, overwrite=True)
+
+
+@pytest.fixture(autouse=True)
+def small_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of a few bytes are synced while they are written, as large ones are."""
+    monkeypatch.setattr(sync, "SYNCED_BYTES", 64)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ import json as json_format
 import shutil
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -81,6 +81,7 @@ def finish(
     output: Annotated[str, typer.Argument(metavar="OUTPUT", readable=False)],
     *,
     overwrite: bool,
+    sync: bool,
     json: bool,
     quiet: bool,
 ) -> None:
@@ -91,7 +92,8 @@ def finish(
     with exits.errors_reported():
         from ckpt_ema.run import finish as publish
 
-        exits.print_result(publish(output, overwrite=overwrite), quiet=quiet, as_json=json)
+        result = publish(output, overwrite=overwrite, sync=sync)
+        exits.print_result(result, quiet=quiet, as_json=json)
 
 
 @app.command(cls=Command, epilog="ckpt-ema formats")
@@ -120,15 +122,27 @@ def _options(
         raise typer.Exit
 
 
-def main() -> None:
-    """Run the command line; never returns."""
+def main() -> NoReturn:
+    """Run the command line and end the process."""
     exits.take_signals()
     # torch warns at import where numpy is missing, which nothing here needs.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
-        app()
+        code = _exit_code()
     except exits.SignalError as error:  # before or after the command itself
-        sys.exit(exits.say_signal(error))
+        code = exits.say_signal(error)
     except OSError as error:  # of stdout, where help and the version go
         say(f"error: {exits.unwritten(error)}")
-        sys.exit(1)
+        code = 1
+    exits.leave(code)
+
+
+def _exit_code() -> int:
+    """Run the command line, whose last act is to raise `SystemExit`."""
+    try:
+        app()
+    except SystemExit as end:
+        if sys.stdout:
+            sys.stdout.flush()
+        return int(end.code or 0)
+    return 0

@@ -18,8 +18,8 @@ from typing import Any
 
 # All calls on files that are made through `os`, and `open`.
 _OF_OS = (
-    *("open", "close", "preadv", "pwrite", "fsync", "ftruncate"),
-    *("posix_fallocate", "posix_fadvise", "stat", "lstat", "fstat", "listdir", "scandir"),
+    *("open", "close", "preadv", "pwrite", "fsync", "fdatasync", "ftruncate"),
+    *("posix_fallocate", "stat", "lstat", "fstat", "listdir", "scandir"),
     *("mkdir", "rmdir", "unlink", "rename", "replace", "link"),
 )
 KINDS = (*_OF_OS, "open file")  # the latter is Python's own `open`
