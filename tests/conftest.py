@@ -1,5 +1,6 @@
 """One factory that makes every run the tests need; files only below tmp_path."""
 
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,13 @@ MakeRun = Callable[..., Path]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Offer to write what users read into the golden file, instead of comparing it."""
     parser.addoption("--write-messages", action="store_true")
+
+
+def free_port() -> int:
+    """Return a port at which nobody listens."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 @pytest.fixture

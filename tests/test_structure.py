@@ -63,7 +63,7 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 LAYERS = (
     *("errors", "notices", "trainers", "storage", "schedules", "values", "options"),
     *("containers", "find", "targets", "planning", "fold", "output", "report"),
-    *("ranks", "run", "cli", "__main__"),
+    *("place", "store", "ranks", "run", "cli", "__main__"),
 )
 
 
@@ -87,6 +87,7 @@ def test_data_goes_one_way(module: str) -> None:
         ("planning.work", {"containers.specs", "targets.target"}),
         ("fold.shadow", {"errors", "schedules.dynamic"}),
         ("fold.tile_fold", {"fold.shadow"}),
+        ("store", {"place"}),
     ],
 )
 def test_the_cores_know_only_what_they_compute_with(module: str, allowed: set[str]) -> None:

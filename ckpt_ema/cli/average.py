@@ -10,7 +10,7 @@ from ckpt_ema.cli import exits
 from ckpt_ema.cli.exits import say
 from ckpt_ema.cli.options import RunArgument, takes_options, variable
 from ckpt_ema.errors import Code, OptionError, printable
-from ckpt_ema.ranks import place_from
+from ckpt_ema.place import place_from
 
 if TYPE_CHECKING:
     from ckpt_ema.output.manifest import Result
