@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import ckpt_ema
+from tests.conftest import MakeRun, noise, series
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ckpt_ema"
@@ -98,6 +99,25 @@ def test_importing_the_package_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+# Beside the standard library and this package; older releases of Typer bring click.
+_NEEDED = {"typer", "shellingham", "annotated_doc", "typing_extensions", "click", "colorama"}
+
+
+def test_a_plan_imports_nothing_that_it_does_not_need(make_run: MakeRun) -> None:
+    """No torch, numpy, pydantic, rich or tqdm, which take longer than all the rest of a tiny run."""
+    run = make_run(series(3, w=noise(3, 4)))
+    code = (
+        "import sys; before = {*sys.modules}; from ckpt_ema.cli.app import main\n"
+        "try: main()\n"
+        "finally: print(*{name.split('.')[0] for name in sys.modules.keys() - before})"
+    )
+    words = [sys.executable, "-c", code, "plan", str(run)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    imported = {*done.stdout.splitlines()[-1].split()} - sys.stdlib_module_names
+    assert imported - {"ckpt_ema"} <= _NEEDED
+
+
 def test_the_public_names_are_there_and_stay_what_they_are() -> None:
     for module in MODULES:
         importlib.import_module(module)
@@ -118,7 +138,7 @@ PURE = {
     *("os.PathLike", "os.fspath", "os.fsencode", "os.fsdecode", "os.environ", "os.environ.get"),
     *("os.path.join", "os.path.split", "os.path.basename", "os.path.dirname", "os.path.normpath"),
     *("os.path.relpath", "os.path.commonpath", "os.path.commonprefix", "os.path.abspath"),
-    *("os.cpu_count", "os.sched_getaffinity"),
+    *("os.cpu_count", "os.sched_getaffinity", "os.terminal_size", "os.get_terminal_size"),
 }
 OF_THE_DISK = {
     *("exists", "is_dir", "is_file", "is_symlink", "is_fifo", "stat", "lstat", "iterdir", "glob"),

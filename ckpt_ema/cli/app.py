@@ -16,6 +16,7 @@ from ckpt_ema.cli import average, exits
 from ckpt_ema.cli.exits import say, show
 from ckpt_ema.cli.help import Command
 from ckpt_ema.cli.options import RunArgument, takes_options
+from ckpt_ema.cli.texts import TextGroup
 from ckpt_ema.errors import printable
 
 _MOST_ROWS = 200  # of the table of checkpoints; --json has them all
@@ -31,6 +32,7 @@ ckpt-ema finish averaged                        # when all parts are made
 
 app = typer.Typer(
     name="ckpt-ema",
+    cls=TextGroup,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_show_locals=False,
