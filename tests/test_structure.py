@@ -104,7 +104,7 @@ _NEEDED = {"typer", "shellingham", "annotated_doc", "typing_extensions", "click"
 
 
 def test_a_plan_imports_nothing_that_it_does_not_need(make_run: MakeRun) -> None:
-    """No torch, numpy, pydantic, rich or tqdm, which take longer than all the rest of a tiny run."""
+    """No torch, numpy, pydantic, rich or tqdm, which take longer than the rest of a tiny run."""
     run = make_run(series(3, w=noise(3, 4)))
     code = (
         "import sys; before = {*sys.modules}; from ckpt_ema.cli.app import main\n"
