@@ -3,6 +3,7 @@
 stdout carries the output path (or JSON) and nothing else; everything for people goes to stderr.
 """
 
+import gc
 import json as json_format
 import shutil
 import sys
@@ -117,6 +118,7 @@ def _options(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     """Average the checkpoints of a training run into one model, in the format of the run."""
+    gc.disable()  # a plan is large and without cycles, and so are the modules; the fold collects
     if version:
         typer.echo(f"ckpt-ema {__version__}")
         raise typer.Exit

@@ -1,5 +1,6 @@
 """`ckpt-ema average`: the whole job."""
 
+import gc
 import os
 import shlex
 import sys
@@ -89,6 +90,9 @@ def _average(
 
     def tick(done_bytes: int, total_bytes: int) -> None:
         exits.check_signals()
+        if not gc.isenabled():
+            gc.freeze()  # the plan and all modules stay until the end
+            gc.enable()
         if plans:
             progress(done_bytes, total_bytes)
 

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, pairwise, repeat
 from typing import Any
 
 from ckpt_ema.containers.checks import AGAIN, AS_IT_IS, HEAD_BYTES, check_start, cut_short, refused
@@ -100,13 +100,14 @@ def _all_at_once(
     numbers = chain(begins, ends, chain.from_iterable(shapes))
     is_plain = {*map(type, numbers)} <= {int} and {*map(type, shapes)} <= {list}
     is_plain = is_plain and {*map(type, entries)} <= {dict} and {*map(len, entries)} <= {3}
-    covered = [0, *accumulate(bytes_of[kind] for kind in kinds)]
+    covered = [0, *accumulate(map(bytes_of.__getitem__, kinds))]
     if not is_plain or begins != covered[:-1] or ends != covered[1:]:
         return None
     if start + covered[-1] != size_bytes:
         return None
-    places = zip(header, kinds, begins, strict=True)
-    return {name: TensorSpec(*kind, 0, start + begin) for name, kind, begin in places}
+    sizes = (shape for _, shape in kinds)
+    specs = map(TensorSpec, dtypes, sizes, repeat(0), map(start.__add__, begins))
+    return dict(zip(header, specs, strict=True))
 
 
 def _one_by_one(

@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from statistics import median
 from typing import NamedTuple
 
 from ckpt_ema.containers.model_key import ALREADY_AVERAGED
@@ -200,13 +199,15 @@ def _too_much(which: str, name: str, weight: float, remedy: str) -> Notice:
 def _irregular(average: Average, names: Sequence[str]) -> Iterator[Notice]:
     """Warn if weights count checkpoints that are not equally far apart."""
     known = [gap for gap in average.gaps if gap is not None]
-    if average.unit == "checkpoints" or max(known) <= _MOST_GAP * median(known):
+    middle = len(known) // 2
+    median = sum(sorted(known)[one] for one in (middle, ~middle)) / 2 if known else 0
+    if average.unit == "checkpoints" or max(known) <= _MOST_GAP * median:
         return
     longest = average.gaps.index(max(known))
     before, after = (names[average.members[n]] for n in (longest - 1, longest))
     age, unit = average.statistics.half_life, average.unit
     remedy = f"; --half-life {_brief(age)} counts {unit} and has the same mean age" if age else ""
-    found = f"{max(known)} {unit} from {before} to {after}, median {median(known):g}"
+    found = f"{max(known)} {unit} from {before} to {after}, median {median:g}"
     message = f"Weights count checkpoints, but their gaps differ: {found}{remedy}."
     yield Notice(Code.UNEVEN_GAPS, message)
 
