@@ -114,7 +114,8 @@ def plan_notes(decided: Decided) -> Iterator[Notice]:
 def _kept(name: str, newest: Specs, rulings: Mapping[str, Ruling]) -> Iterator[Notice]:
     """Note the tensors that keep the newest value, by what they are."""
     kept: dict[str, list[str]] = {}
-    for key, (rule, made) in rulings.items():
+    is_any = any(one.made is Role.KEPT for one in distinct(rulings))
+    for key, (rule, made) in rulings.items() if is_any else ():
         if made is Role.KEPT:
             dtype = newest.tensors[key].dtype
             is_other = rule.reason is Reason.NOT_FLOAT

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TextIO
 
+from ckpt_ema.containers.specs import Role
 from ckpt_ema.errors import printable, some
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
@@ -243,7 +244,8 @@ def _number(value: float | None) -> str:
 def _sizes(plan: Plan) -> Iterator[str]:
     count, outputs = len(plan.averages), [average.output for average in plan.averages]
     tensors = [tensor for file in outputs[0].files for tensor in file.tensors]
-    averaged, total = sum(tensor.averaged for tensor in tensors), counted(len(tensors), "tensor")
+    averaged = [tensor.role for tensor in tensors].count(Role.AVERAGED)
+    total = counted(len(tensors), "tensor")
     taken = f"{averaged} of {total}" if averaged < len(tensors) else total
     where = f" in each of {count} averages" if count > 1 else ""
     done = f"{size(plan.bytes_read)} to read, {size(plan.bytes_written)} to write"

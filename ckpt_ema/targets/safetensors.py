@@ -216,10 +216,7 @@ def _file(name: str, member: int, keys: Sequence[str], model: Model) -> OutputFi
     if len(header) - 8 > MAX_HEADER_BYTES:
         message = f"{name} would need a header of {len(header)} bytes, more than the format allows."
         raise RefusedError(message, code=Code.INVALID_OUTPUT, path=name)
-    laid_out = tuple(
-        OutputTensor(key, *tensor, offset, role)
-        for key, tensor, offset, role in zip(keys, typed, offsets, roles, strict=True)
-    )
+    laid_out = tuple(map(OutputTensor, keys, *zip(*typed, strict=True), offsets, roles))
     size_bytes = laid_out[-1].offset + laid_out[-1].size_bytes
     return OutputFile(name, member, (Chunk(0, header),), size_bytes, laid_out)
 
