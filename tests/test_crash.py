@@ -176,7 +176,7 @@ def test_whichever_call_fails_the_output_is_whole_or_absent(make_run: MakeRun, k
     sweep(Scene(small_run(make_run), one), kind, errno.EIO, ever_after=False)
 
 
-@pytest.mark.parametrize("kind", ["preadv", "pwrite"])
+@pytest.mark.parametrize("kind", ["pread", "preadv", "pwrite"])
 def test_a_short_transfer_is_gone_on_with(scene: Scene, kind: str) -> None:
     for k in itertools.count(1):
         with faulty(kind, k, 0) as faults:

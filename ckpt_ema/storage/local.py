@@ -139,9 +139,15 @@ class LocalFile:
 
     def read(self, count: int, offset: int) -> bytes:
         """See `OpenFile.read`."""
-        buffer = bytearray(count)
-        read_into(self.path, self.fd, memoryview(buffer), offset)
-        return bytes(buffer)
+        try:
+            content = os.pread(self.fd, count, offset)  # a buffer would have to be copied
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        if len(content) < count:
+            rest = bytearray(count - len(content))
+            read_into(self.path, self.fd, memoryview(rest), offset + len(content))
+            content += rest
+        return content
 
     def first_hole(self) -> int | None:
         """See `OpenFile.first_hole`."""
@@ -200,8 +206,7 @@ def read_into(path: str, fd: int, view: memoryview, offset: int) -> None:
         try:
             count = os.preadv(fd, [view[done:]], offset + done)
         except OSError as error:
-            message = f"{path} cannot be read: {error.strerror}."
-            raise FailedError(message, code=Code.READ_FAILED, path=path) from error
+            raise _unreadable(path, error) from error
         if count == 0:
             raise FailedError(
                 f"{path} ended at byte {offset + done} while being read.",
@@ -210,6 +215,11 @@ def read_into(path: str, fd: int, view: memoryview, offset: int) -> None:
                 path=path,
             )
         done += count
+
+
+def _unreadable(path: str, error: OSError) -> FailedError:
+    message = f"{path} cannot be read: {error.strerror}."
+    return FailedError(message, code=Code.READ_FAILED, path=path)
 
 
 @dataclass(slots=True)

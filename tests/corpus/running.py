@@ -99,7 +99,8 @@ CASES = [
     Running("a file is truncated", says=f"{CHANGED}|ended at byte", during=truncated),
     Running("a file is replaced", during=replaced),
     Running("a file is written again", during=written_again),
-    Running("reading fails", before=partial(broken, "preadv", 5, errno.EIO)),
+    Running("reading a header fails", before=partial(broken, "pread", 5, errno.EIO)),
+    Running("reading a tensor fails", before=partial(broken, "preadv", 1, errno.EIO)),
     Running("opening fails", before=partial(broken, "open", 3, errno.EIO), code=3),
     *(
         Running(f"{label} in {kind}, call {k}", before=partial(broken, kind, k, number))

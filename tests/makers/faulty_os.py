@@ -18,7 +18,7 @@ from typing import Any
 
 # All calls on files that are made through `os`, and `open`.
 _OF_OS = (
-    *("open", "close", "preadv", "pwrite", "fsync", "ftruncate"),
+    *("open", "close", "pread", "preadv", "pwrite", "fsync", "ftruncate"),
     *("posix_fallocate", "posix_fadvise", "stat", "lstat", "fstat", "listdir", "scandir"),
     *("mkdir", "rmdir", "unlink", "rename", "replace", "link"),
 )
@@ -92,6 +92,8 @@ def _dropped(kind: str, made: Any) -> None:
 def _short(kind: str, real: Any, arguments: Sequence[Any]) -> Any:
     """Transfer the first half, but a byte at least."""
     fd, data, *rest = arguments
+    if kind == "pread":
+        return real(fd, (data + 1) // 2, *rest)
     if kind == "preadv":
         [view] = data
         return real(fd, [view[: (len(view) + 1) // 2]], *rest)
