@@ -95,6 +95,7 @@ class Code(Enum):
     NOT_REMOVED = "not-removed"
     HOLES = "holes"
     ZEROS = "zeros"
+    NOT_COMPILED = "not-compiled"
     DECIDED = "decided"
 
 

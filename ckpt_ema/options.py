@@ -213,11 +213,12 @@ class Engine(Group):
     device: str = _row(of.TEXT, "auto, cpu, cuda, cuda:1, mps or xpu", "auto")
     threads: int | None = _row(of.THREADS, "threads that read and fold; default: one per core")
     accumulate: str = _row(
-        of.ACCUMULATE, "float64, or float32: faster, not exact", "float64", changes_bytes=True
+        of.ACCUMULATE, "float64, or float32 by torch: not exact", "float64", changes_bytes=True
     )
     tile_size: int | None = _row(of.TILE, "bytes that a thread reads at a time")
     max_memory: int | None = _row(of.SIZE, "limit on the working memory, such as 512MiB")
     strict: bool = _row(of.FLAG, "treat every warning as an error", False)
+    sync: bool = _row(of.FLAG, "do not wait until the output is on the disk", True)
 
 
 class Options(NamedTuple):
@@ -296,6 +297,7 @@ class Keywords(TypedDict, total=False):
     tile_size: int | str | None
     max_memory: int | str | None
     strict: bool
+    sync: bool
 
 
 _GROUPS: tuple[type[Group], ...] = (Weighting, Selection, Reading, Output, Engine)

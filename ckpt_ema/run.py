@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ckpt_ema.errors import Code, FailedError, RefusedError
+from ckpt_ema.fold import engine
+from ckpt_ema.fold.hardware import CPU, needs_torch
 from ckpt_ema.fold.monitors import make_monitors, watched
+from ckpt_ema.fold.native import compiled, reason
 from ckpt_ema.fold.tiles import WHOLE, Share, Tile, share_from, tiles
 from ckpt_ema.notices import Notice, notices_from, refuse_warnings
 from ckpt_ema.options import Keywords, PathLike
@@ -24,7 +27,7 @@ from ckpt_ema.output.manifest import Result
 from ckpt_ema.output.publish import StagedOutput
 from ckpt_ema.output.workspace import PART, Workspace, keys_with_parts, remove
 from ckpt_ema.planning.average import Average
-from ckpt_ema.planning.plan import Plan, plan
+from ckpt_ema.planning.plan import Plan, plan, uncollected
 from ckpt_ema.ranks import Ranks, joined
 from ckpt_ema.report.card import card
 from ckpt_ema.report.figure import Picture
@@ -32,7 +35,6 @@ from ckpt_ema.report.figure import plot as draw
 from ckpt_ema.trainers.conventions import CARD_NAME, MANIFEST_NAME
 
 if TYPE_CHECKING:
-    import torch
     from typing_extensions import Unpack
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read in all
@@ -93,12 +95,13 @@ def average_part(
     return _run(run, keywords, part)
 
 
-def finish(output: PathLike, *, overwrite: bool = False) -> Result:
+def finish(output: PathLike, *, overwrite: bool = False, sync: bool = True) -> Result:
     """Publish the output at `output`, all of whose parts were made, today or a week ago.
 
-    An output that is there already is not made again. Raises `FailedError` if parts are missing,
-    with their numbers; `RefusedError` if there is nothing to finish, or parts of several averages,
-    or if something else is at the path and `overwrite` is False.
+    An output that is there already is not made again. `sync` is the option of `ckpt_ema.average`.
+    Raises `FailedError` if parts are missing, with their numbers; `RefusedError` if there is
+    nothing to finish, or parts of several averages, or if something else is at the path and
+    `overwrite` is False.
     """
     final = Path(output)
     keys = keys_with_parts(final)
@@ -112,7 +115,7 @@ def finish(output: PathLike, *, overwrite: bool = False) -> Result:
         raise RefusedError(message, hint, code=Code.PARTS_DISAGREE, path=final)
     if keys:
         check_free(final, overwrite)
-        return _publish_recorded(final, keys[0], PART, overwrite)
+        return _publish_recorded(final, keys[0], PART, overwrite, sync)
     outputs = outputs_at(final)
     manifests = [manifest.read_manifest(path) for path in outputs]
     if not outputs or not all(manifests):
@@ -144,7 +147,7 @@ def _run(
     share = WHOLE if part is None else share_from(part)
     options: dict[str, Any] = {**keywords}
     how = cast("How", {name: options.pop(name) for name in How.__annotations__ if name in options})
-    decided = plan(run, **options)
+    decided = _with_fold_noted(plan(run, **options))
     done = up_to_date(decided)
     if done and decided.engine.strict:
         refuse_warnings(done.warnings)
@@ -170,7 +173,7 @@ def _run(
 def execute(
     plan: Plan,
     how: How,
-    device: "torch.device",
+    device: str,
     picture: Picture | None,
     share: Share = WHOLE,
     kind: str = "",
@@ -186,7 +189,8 @@ def execute(
     ]
     names = [name for name, _ in files]
     outline = Outline(names, manifests, watched(plan), plan.bytes_written)
-    with StagedOutput(plan.output, key, overwrite, is_shared=bool(kind)) as staged:
+    sync = plan.engine.sync
+    with StagedOutput(plan.output, key, overwrite, is_shared=bool(kind), sync=sync) as staged:
         staged.kept = bool(key)
         staged.create(files)
         if share.part == 1:
@@ -204,7 +208,7 @@ def execute(
 
 
 def _execute_together(
-    plan: Plan, how: How, device: "torch.device", picture: Picture | None, ranks: Ranks
+    plan: Plan, how: How, device: str, picture: Picture | None, ranks: Ranks
 ) -> Result:
     """Do the share of this rank; the first publishes. If one fails, all do and leave nothing."""
 
@@ -219,7 +223,8 @@ def _execute_together(
         made = execute(plan, {**how, "progress": tick}, device, picture, share, _RANK)
         ranks.wait("parts")
         if ranks.rank == 0:
-            published = _publish_recorded(plan.output, plan.work_id, _RANK, overwrite)
+            sync = plan.engine.sync
+            published = _publish_recorded(plan.output, plan.work_id, _RANK, overwrite, sync)
             made = replace(published, seconds=made.seconds)
         ranks.wait("publication")
     except BaseException as error:
@@ -234,9 +239,9 @@ def _execute_together(
     return made
 
 
-def _publish_recorded(final: Path, key: str, kind: str, overwrite: bool) -> Result:
+def _publish_recorded(final: Path, key: str, kind: str, overwrite: bool, sync: bool) -> Result:
     """Publish an output all of whose parts were recorded."""
-    with StagedOutput(final, key, overwrite) as staged:
+    with StagedOutput(final, key, overwrite, sync=sync) as staged:
         staged.kept = True
         outline, parts = ledger.recorded(staged, kind)
         staged.adopt(outline.files)
@@ -252,7 +257,7 @@ def finalize(final: Path, outline: Outline, parts: Sequence[Part], staged: Stage
     if outline.watched.is_strict:
         refuse_warnings(warnings)
     made = replace(_result(final, outline, parts), warnings=warnings)
-    how = manifest.describe_making(made)
+    how = manifest.describe_making(made, staged.sync and all(part.sync for part in parts))
     manifests = {folder: {**record, **how} for folder, record in outline.manifests.items()}
     for folder, record in {} if staged.is_single_file else manifests.items():
         content = json.dumps(record, indent=2).encode() + b"\n"
@@ -266,10 +271,8 @@ def finalize(final: Path, outline: Outline, parts: Sequence[Part], staged: Stage
     return replace(made, manifests=tuple(manifests.values()), warnings=warnings)
 
 
-def _fold(plan: Plan, how: How, device: "torch.device", share: Share, staged: StagedOutput) -> Part:
+def _fold(plan: Plan, how: How, device: str, share: Share, staged: StagedOutput) -> Part:
     """Fold a share of the tiles, but for those that the ledger has already."""
-    from ckpt_ema.fold import engine  # which imports torch
-
     start = time.monotonic()
     monitors = make_monitors(watched(plan))
     kept = Ledger(staged, monitors, staged.make_durable, is_kept=how.get("resume", False))
@@ -285,29 +288,42 @@ def _fold(plan: Plan, how: How, device: "torch.device", share: Share, staged: St
         kept.write_if_due()
 
     try:
-        sufficed = engine.run(plan, todo(), device, staged.write, kept.finish, monitors, tick)
+        sufficed = engine.run(plan, todo(), device, staged, kept.finish, monitors, tick)
     finally:
         kept.write()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Part(
         ledger.states(monitors),
-        str(device) if sufficed else f"{device}, which ran out of memory, and cpu",
+        device if sufficed else f"{device}, which ran out of memory, and cpu",
         seconds=round(time.monotonic() - start, 3),
         # macOS counts bytes, Linux KiB.
         peak_memory_bytes=peak if sys.platform == "darwin" else peak * 1024,
         bytes_read=total,
+        sync=staged.sync,
     )
 
 
-def _on_device(plan: Plan, place: int) -> tuple[Plan, "torch.device"]:
-    """Return the plan as it is on the device to fold on, and that device."""
+def _with_fold_noted(plan: Plan) -> Plan:
+    """Return the plan with a note if torch will fold where the compiled module would."""
+    if compiled() or needs_torch(plan.engine.device):
+        return plan
+    text = f"torch folds on the CPU, with the same result but more slowly ({reason()})."
+    return replace(plan, notes=(*plan.notes, Notice(Code.NOT_COMPILED, text)))
+
+
+def _on_device(plan: Plan, place: int) -> tuple[Plan, str]:
+    """Return the plan as it is on the device to fold on, and the name of that device."""
+    is_exact = plan.engine.accumulate == "float64"
+    if is_exact and compiled() and not needs_torch(plan.engine.device):
+        return plan, CPU
     try:
-        from ckpt_ema.fold import devices  # and with it torch, which is needed only now
+        with uncollected():  # torch makes much when it is imported, and no garbage
+            from ckpt_ema.fold import devices  # and with it torch, which is needed only now
     except (ImportError, OSError) as error:
         message = f"torch cannot be imported: {error}."
         raise FailedError(message, code=Code.MISSING_DEPENDENCY) from error
     device = devices.resolve_device(plan.engine.device, place)
-    return devices.plan_on(plan, device), device
+    return devices.plan_on(plan, device), str(device)
 
 
 def _result(final: Path, outline: Outline, parts: Sequence[Part]) -> Result:

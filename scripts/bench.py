@@ -1,408 +1,310 @@
 """Measure ckpt-ema against reading the bytes, the loop that everybody writes, and other tools.
 
-It is long because each part of the report has a function of its own.
+    python scripts/bench.py --record                  # everything, in a quarter of an hour
+    python scripts/bench.py --parts durable --peers   # beside mergekit, in .venv-peers
 
-Each contender is a process of its own, so that its memory is its own; they take turns, because
-only ratios within one run can be compared. It runs on Linux.
+Every contender is a whole process, started from this one, which imports neither torch nor numpy.
+They take turns, because only ratios within one run can be compared. Exit code 1 says that a
+promise was missed.
 """
 
 import argparse
 import compileall
-import filecmp
-import itertools
 import os
 import platform
 import re
 import resource
 import shlex
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
 import environment
-from contenders import (
-    AVERAGE,
-    COMMAND,
-    CONTENDERS,
-    EIGHT,
-    HALF_LIVES,
-    IMPORT,
-    ITEM_BYTES,
-    LOOP,
-    MIB,
-    OF_MANY,
-    OF_MONITORS,
-    OF_RANKS,
-    ONE,
-    RANKS,
-    READ,
-    TORCHS,
-    UNWATCHED,
-    WRITE_EIGHT,
-    Job,
-    Settings,
-    make_run,
-    make_sparse_run,
-    make_uniform_run,
-    weights_files,
-)
-from exactness import Errors, errors, folded
+from contenders import DECAY
 from measuring import (
-    Measured,
-    Promise,
-    contender_table,
-    measure,
-    measure_contender,
-    median_of,
-    promise_table,
-    ratio_table,
-    ratios,
-    remove,
-    take_off_imports,
-    take_turns,
-    timing_promise,
+    PEAK,
+    PROCESSOR,
+    QUIET_CORES,
+    WALL,
+    WRONG,
+    Check,
+    Contender,
+    Part,
+    Result,
+    Round,
+    measure_part,
+    on_tiny,
+    others_cores,
+    share_of,
 )
-from peers import ENVIRONMENT, measure_peers
+from runs import ITEM_BYTES, MIB, Run
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-PROMISED_SPEEDUP = {"bfloat16": 4.0, "float32": 5.5}
-PROMISED_TIMES_READING = 2.2
-PROMISED_TIMES_COLD = 1.1  # with nothing of the run in the page cache
-PROMISED_ANONYMOUS_MIB = 100
-SAME_ANONYMOUS_MIB = 16  # between two runs of one setting: thread stacks and allocator arenas
-PROMISED_TIMES_ONE = 2.5  # eight averages in one pass, in bfloat16
-TILE_BYTES = (1 << 18) * 8  # of one accumulator at its largest
-PROMISED_TIMES_THREADS = 1.2  # two ranks against two threads
-PROMISED_TIMES_UNWATCHED = 1.05
-PROMISED_TIMES_FEW = 4.0  # the same bytes in a thousand times as many tensors
-PROMISED_TIMES_LONG = 12.0  # ten times as many checkpoints
-PROMISED_PLAN_SECONDS, PROMISED_PLAN_MIB = 10, 200  # of 50 checkpoints of a 70B model
-PROMISED_STARTUP = 1 / 3  # of the time of `import torch`
+PEERS = environment.Environment(
+    environment.REPOSITORY / ".venv-peers",
+    (("-c", "constraints.txt", "-r", "scripts/peers.txt", "-e", "."),),
+    ("pyproject.toml", "constraints.txt", "scripts/peers.txt"),
+)
+HALF_LIVES = "100,150,200,300,400,600,800,1000"  # steps; checkpoints are 100 apart
+PROMISED_OF_LOOP = {"bfloat16": 0.30, "float32": 0.40}
+PROMISED_OF_READING = {"bfloat16": (2.0, 2.0), "float32": (1.6, 1.5)}  # wall and CPU seconds
+PROMISED_MIB = 64
+TINY = Run("bfloat16", 3, 100_000)
+MANY_TENSORS = Run("float32", 10, 100_000_000, tensors=100_000)
+FEW_TENSORS = Run("float32", 10, 100_000_000, tensors=100)
+LONG, SHORT = (Run("float32", checkpoints, 1000, tensors=1) for checkpoints in (2000, 200))
+HUGE = Run("bfloat16", 50, 140 * 10**9, is_sparse=True)
+
+
+# The contenders
+
+OURS, PLAN = "ckpt-ema", "ckpt-ema plan"
+LOOP, AVERAGED_MODEL = "load_file + lerp_", "AveragedModel"
+MERGEKIT, TIMMS = "mergekit, linear", "timm's loop: the mean, in float32"
+
+
+@cache
+def unsynced() -> tuple[str, ...]:
+    """The option with which ckpt-ema does not wait for the disk, if this version has it."""
+    command = [sys.executable, "-m", "ckpt_ema", "average", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return ("--no-sync",) if "--no-sync" in shown else ()
+
+
+def ours(
+    *options: str, name: str = OURS, run: Run | None = None, durable: bool = True
+) -> Contender:
+    """The command, with `--decay` unless other options say what is averaged."""
+    options = (*(options or ("--decay", str(DECAY))), *(() if durable else unsynced()))
+    command = ("-m", "ckpt_ema", "average", "{run}", "-o", "{output}", *options, "-q")
+    return Contender(name, command, run, is_judged=True)
+
+
+def planned(*options: str, name: str = PLAN) -> Contender:
+    """What needs only headers."""
+    return Contender(name, ("-m", "ckpt_ema", "plan", "{run}", "-o", "{output}", *options, "-q"))
+
+
+def other(name: str, key: str, durable: bool = False, is_judged: bool = False) -> Contender:
+    """A function of contenders.py."""
+    script = str(Path(__file__).with_name("contenders.py"))
+    options = ("--durable",) if durable else ()
+    return Contender(name, (script, key, "{run}", "{output}", *options), None, is_judged)
+
+
+INTERPRETER = Contender("Python alone", ("-c", "pass"))
+IMPORT = Contender("import torch", ("-c", "import torch"))
+READ = other("read the bytes", "read")
+COPY = other("read and write, no arithmetic", "read-and-write")
+RANKS = other("two ranks", "two-ranks")
+WRITE = "write the output's bytes"
 
 
 # The parts of the report
 
 
-def measure_speed(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
-    """Seconds, memory and answers of every contender, taking turns."""
-    run = make_run(settings, workdir)
-    job = Job(run, workdir, settings.threads)
-    rounds, outputs = take_turns((*CONTENDERS, COMMAND), job, repeat)
-    take_off_imports(rounds)
-    found = errors(weights_files(run), outputs, folded)
-    for path in outputs.values():
-        remove(path)
-    yield (
-        f"## Speed: {settings.dtype}, {settings.checkpoints} checkpoints of "
-        f"{settings.size_bytes // MIB} MiB, {settings.threads} threads\n"
-    )
-    yield from contender_table(rounds)
-    yield from ratio_table(rounds, OF_SPEED)
-    yield from promise_table(speed_promises(settings, rounds, found))
-
-
-OF_SPEED = (
-    (LOOP, AVERAGE),
-    (LOOP, COMMAND),
-    (TORCHS, AVERAGE),
-    (AVERAGE, READ),
-    (LOOP, READ),
-)
-
-
-def speed_promises(
-    settings: Settings, rounds: dict[str, list[Measured]], found: dict[str, Errors]
-) -> Iterator[Promise]:
-    """What was promised for a run in the page cache, beside what was measured."""
-    busy = max(value.others_cores for values in rounds.values() for value in values)
-    speedup = statistics.median(ratios(rounds, LOOP, AVERAGE))
-    promised = PROMISED_SPEEDUP[settings.dtype]
-    text = f"at least {promised:g} times as fast as {LOOP}"
-    yield timing_promise(text, f"{speedup:.2f}", speedup >= promised, busy)
-    times = statistics.median(ratios(rounds, AVERAGE, READ))
-    text = f"at most {PROMISED_TIMES_READING:g} times the time of reading"
-    yield timing_promise(text, f"{times:.2f}", times <= PROMISED_TIMES_READING, busy)
-    imported = median_of(rounds[IMPORT], "anonymous_bytes")
-    peak = max(value.anonymous_bytes for value in rounds[AVERAGE]) - imported
-    yield anonymous_promise("", peak)
-    for contender, error in found.items():
-        # float64, rounded to a narrower type, is rounded twice in about 1 element of 2**29.
-        held = None if contender in (LOOP, TORCHS) else error.wrong <= error.elements >> 27
-        text = f"{contender}: elements that differ from a float64 fold"
-        yield Promise(text, f"{error.wrong} of {error.elements}", held)
-
-
-def anonymous_promise(which: str, peak_bytes: float) -> Promise:
-    """The promise on memory."""
-    return Promise(
-        f"{which}peak anonymous memory at most {PROMISED_ANONYMOUS_MIB} MiB above `import torch`",
-        f"{peak_bytes / MIB:.0f} MiB",
-        peak_bytes <= PROMISED_ANONYMOUS_MIB * MIB,
+def whole_commands(run: Run, durable: bool, peers: bool) -> Part:
+    """Everybody from start to finish, all with the same promise; limits are for durable outputs."""
+    others = [
+        other(LOOP, "loop", durable, is_judged=True),
+        other(AVERAGED_MODEL, "averaged-model", durable, is_judged=True),
+        *([other(MERGEKIT, "mergekit", durable, is_judged=True)] if peers else []),
+    ]
+    limits = {LOOP: PROMISED_OF_LOOP[run.dtype], AVERAGED_MODEL: 0.45, MERGEKIT: 0.10}
+    if run.checkpoints * run.size_bytes <= 6 * 256 * MIB:
+        limits[IMPORT.name] = 0.6
+    compared = [*(contender.name for contender in others), IMPORT.name, READ.name]
+    checks = [Check(WALL, OURS, name, limits.get(name) if durable else None) for name in compared]
+    checks += [Check(PROCESSOR, OURS, name) for name in compared]
+    if durable:
+        checks += [Check(PEAK, OURS, None, PROMISED_MIB), Check(WRONG, OURS, None, 0)]
+    alone = (INTERPRETER, IMPORT, READ, other(WRITE, "write", durable))
+    return Part(
+        "durable" if durable else "unsynced",
+        f"Whole commands, {'with fsync and rename' if durable else 'without fsync'}: {run}",
+        run,
+        (*alone, *others, ours(durable=durable)),
+        tuple(checks),
+        average="folded" if durable else None,
     )
 
 
-def measure_cold(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
-    """An average beside merely reading, with nothing of the run in the page cache."""
-    run = make_run(settings, workdir)
-    output = workdir / "out-cold"
-    rounds: dict[str, list[Measured]] = {}
-    for _, contender in itertools.product(range(repeat), (READ, AVERAGE)):
-        remove(output)
-        os.sync()
-        drop_from_cache(weights_files(run))
-        job = Job(run, output, settings.threads)
-        rounds.setdefault(contender, []).append(measure_contender(contender, job))
-    remove(output)
-    seconds = median_of(rounds[READ], "seconds")
-    size_mib = settings.checkpoints * settings.size_bytes / MIB
-    yield f"## Cold: {settings.name}, {settings.threads} threads\n"
-    yield f"Merely reading takes {seconds:.2f} s, {size_mib / seconds:.0f} MiB/s.\n"
-    yield from ratio_table(rounds, ((AVERAGE, READ),))
-    times = statistics.median(ratios(rounds, AVERAGE, READ))
-    busy = max(value.others_cores for values in rounds.values() for value in values)
-    text = f"at most {PROMISED_TIMES_COLD:g} times the time of reading"
-    held = times <= PROMISED_TIMES_COLD
-    yield from promise_table([timing_promise(text, f"{times:.2f}", held, busy)])
-
-
-def drop_from_cache(paths: Iterable[Path]) -> None:
-    """Have the kernel forget what it holds of these files, which are on the disk already."""
-    for path in paths:
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def measure_many(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
-    """Eight averages in one pass beside one of them."""
-    run = make_run(settings, workdir)
-    measure_contender(READ, Job(run, workdir, settings.threads))  # fills the page cache
-    rounds: dict[str, list[Measured]] = {}
-    alike = False
-    for number in range(repeat):
-        outputs = {}
-        for contender in OF_MANY:
-            outputs[contender] = workdir / f"out-{contender.replace(' ', '-')}"
-            remove(outputs[contender])
-            job = Job(run, outputs[contender], settings.threads)
-            rounds.setdefault(contender, []).append(measure_contender(contender, job))
-        if number == 0:
-            alone = outputs[ONE] / "model.safetensors"
-            together = outputs[EIGHT] / f"half-life-{HALF_LIVES[0]}" / "model.safetensors"
-            alike = filecmp.cmp(alone, together, shallow=False)
-        for output in outputs.values():
-            remove(output)
-    yield (
-        f"## Several averages: {settings.dtype}, {settings.checkpoints} checkpoints of "
-        f"{settings.size_bytes // MIB} MiB, {settings.threads} threads\n"
-    )
-    yield from contender_table(rounds)
-    yield from ratio_table(rounds, ((EIGHT, ONE), (WRITE_EIGHT, ONE), (ONE, READ)))
-    busy = max(value.others_cores for values in rounds.values() for value in values)
-    times = statistics.median(ratios(rounds, EIGHT, ONE))
-    extra = max(v.anonymous_bytes for v in rounds[EIGHT]) - median_of(
-        rounds[ONE], "anonymous_bytes"
-    )
-    most = (len(HALF_LIVES) - 1) * settings.threads * TILE_BYTES
-    yield from promise_table(
-        [
-            timing_promise(
-                f"{EIGHT} take at most {PROMISED_TIMES_ONE:g} times the time of one",
-                f"{times:.2f}",
-                times <= PROMISED_TIMES_ONE,
-                busy,
-            ),
-            Promise(
-                f"each extra one takes at most {TILE_BYTES // MIB} MiB of a thread's memory",
-                f"{extra / MIB:+.0f} MiB for all {len(HALF_LIVES) - 1}",
-                extra <= most,
-            ),
-            Promise("each is what it is when made alone, byte for byte", "the first", alike),
-        ]
+def fold(run: Run) -> Part:
+    """The fold without the disk, and net of start-up."""
+    wall_limit, processor_limit = PROMISED_OF_READING[run.dtype]
+    return Part(
+        "fold",
+        f"The fold, outputs in memory: {run}; net: less {TINY}",
+        run,
+        with_tiny(READ, COPY, ours(durable=False)),
+        (
+            Check(WALL, OURS, READ.name, wall_limit, is_net=True),
+            Check(PROCESSOR, OURS, READ.name, processor_limit, is_net=True),
+            *(Check(figure, OURS, COPY.name, is_net=True) for figure in (WALL, PROCESSOR)),
+        ),
+        in_memory=True,
     )
 
 
-def warm_rounds(contenders: Iterable[str], job: Job, repeat: int) -> dict[str, list[Measured]]:
-    """Measure contenders in turn on a run in the page cache, and remove what each has written."""
-    measure_contender(READ, job)
-    rounds: dict[str, list[Measured]] = {}
-    for _, contender in itertools.product(range(repeat), [*contenders]):
-        remove(job.output)
-        rounds.setdefault(contender, []).append(measure_contender(contender, job))
-    remove(job.output)
-    return rounds
-
-
-def measure_ranks(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
-    """Two ranks of one thread beside two threads of one process."""
-    run = make_run(settings, workdir)
-    rounds = warm_rounds(OF_RANKS, Job(run, workdir / "out-ranks", 2), repeat)
-    yield f"## Ranks: {settings.name}\n"
-    yield from ratio_table(rounds, ((RANKS, AVERAGE),))
-    times = statistics.median(ratios(rounds, RANKS, AVERAGE))
-    busy = max(value.others_cores for value in rounds[AVERAGE])
-    text = f"two ranks take at most {PROMISED_TIMES_THREADS:g} times the time of two threads"
-    held = times <= PROMISED_TIMES_THREADS
-    yield from promise_table([timing_promise(text, f"{times:.2f}", held, busy)])
-
-
-def measure_monitors(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
-    """An average in the page cache, with and without the monitors of values."""
-    run = make_run(settings, workdir)
-    job = Job(run, workdir / "out-monitors", settings.threads)
-    rounds = warm_rounds(OF_MONITORS, job, repeat)
-    yield f"## Monitors: {settings.name}, {settings.threads} threads\n"
-    yield from ratio_table(rounds, ((AVERAGE, UNWATCHED),))
-    times = statistics.median(ratios(rounds, AVERAGE, UNWATCHED))
-    busy = max(value.others_cores for value in rounds[AVERAGE])
-    text = f"at most {PROMISED_TIMES_UNWATCHED:g} times the time without monitors of values"
-    held = times <= PROMISED_TIMES_UNWATCHED
-    yield from promise_table([timing_promise(text, f"{times:.2f}", held, busy)])
-
-
-def measure_small(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
-    """100 000 tensors of 1 kB in 10 checkpoints, beside the same bytes in 100 tensors."""
-    rounds: dict[str, list[Measured]] = {}
-    kinds = {"100 000 tensors": (100_000, 1000), "100 tensors": (100, 1_000_000)}
-    for tensors, size_bytes in kinds.values():
-        run = workdir / f"uniform-{tensors}"
-        remove(run)
-        make_uniform_run(run, 10, tensors, size_bytes)
-    output = workdir / "out-small"
-    for _, (name, (tensors, _)) in itertools.product(range(repeat), kinds.items()):
-        remove(output)
-        job = Job(workdir / f"uniform-{tensors}", output, settings.threads)
-        rounds.setdefault(name, []).append(measure_contender(AVERAGE, job))
-    for tensors, _ in kinds.values():
-        remove(workdir / f"uniform-{tensors}")
-    remove(output)
-    yield "## Many small tensors: 10 checkpoints of 100 MB\n"
-    many, few = kinds
-    yield from ratio_table(rounds, ((many, few),))
-    times = statistics.median(ratios(rounds, many, few))
-    busy = max(value.others_cores for values in rounds.values() for value in values)
-    text = f"{many} take at most {PROMISED_TIMES_FEW:g} times the time of {few}"
-    held = times <= PROMISED_TIMES_FEW
-    yield from promise_table([timing_promise(text, f"{times:.2f}", held, busy)])
-
-
-def measure_long(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
-    """2000 small checkpoints beside 200, with at most 256 open files."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))  # of the processes started here, too
-    rounds: dict[str, list[Measured]] = {}
-    counts = {"2000 checkpoints": 2000, "200 checkpoints": 200}
-    for count in counts.values():
-        remove(workdir / f"long-{count}")
-        make_uniform_run(workdir / f"long-{count}", count, 1, 1000)
-    output = workdir / "out-long"
-    for _, (name, count) in itertools.product(range(repeat), counts.items()):
-        remove(output)
-        job = Job(workdir / f"long-{count}", output, settings.threads)
-        rounds.setdefault(name, []).append(measure_contender(AVERAGE, job))
-    for path in (output, *(workdir / f"long-{count}" for count in counts.values())):
-        remove(path)
-    yield "## Many checkpoints: one tensor of 1 kB in each, at most 256 open files\n"
-    many, few = counts
-    yield from ratio_table(rounds, ((many, few),))
-    times = statistics.median(ratios(rounds, many, few))
-    busy = max(value.others_cores for values in rounds.values() for value in values)
-    text = f"{many} take at most {PROMISED_TIMES_LONG:g} times the time of {few}"
-    held = times <= PROMISED_TIMES_LONG
-    yield from promise_table([timing_promise(text, f"{times:.2f}", held, busy)])
-
-
-def measure_huge(_: Settings, workdir: Path, repeat: int) -> Iterator[str]:
-    """A plan of 50 checkpoints of a 70B model, of which all but the headers are holes."""
-    run = workdir / "sparse"
-    remove(run)
-    shards = make_sparse_run(run, 50, 70 * 10**9)
-    command: list[str | Path] = ["-m", "ckpt_ema", "plan", run, "-q", "-o", workdir / "out-huge"]
-    found = [measure([*command, "--half-life", "2000"])[0] for _ in range(repeat)]
-    few = [measure([*command, "--last", "2"])[0] for _ in range(repeat)]
-    remove(run)
-    yield f"## Huge: `plan` of 50 checkpoints of 70 billion parameters in {shards} shards each\n"
-    seconds = median_of(found, "wall_seconds")
-    most, least = (max(one.resident_bytes for one in runs) / MIB for runs in (found, few))
-    yield from promise_table(
-        [
-            Promise(
-                f"in at most {PROMISED_PLAN_SECONDS} s",
-                f"{seconds:.1f} s",
-                seconds <= PROMISED_PLAN_SECONDS,
-            ),
-            Promise(
-                f"in at most {PROMISED_PLAN_MIB} MiB",
-                f"{most:.0f} MiB; of 2 of them {least:.0f}",
-                most <= PROMISED_PLAN_MIB,
-            ),
-        ]
+def cold(run: Run) -> Part:
+    """Reading from the disk; the output is in memory, since writing it to that disk takes time."""
+    return Part(
+        "cold",
+        f"Nothing in the page cache, outputs in memory: {run}; net: less {TINY}",
+        run,
+        with_tiny(READ, ours(durable=False)),
+        (Check(WALL, OURS, READ.name, 1.05, is_net=True), Check(WALL, OURS, READ.name)),
+        in_memory=True,
+        is_cold=True,
     )
 
 
-def measure_scaling(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
-    """Peak anonymous memory of ckpt-ema for a short run, a long run and a large model."""
-    yield f"## Memory: {settings.dtype}, {settings.threads} threads\n"
-    peaks = []
-    promises = []
-    for checkpoints, size_mib in ((2, 64), (40, 64), (2, 640)):
-        sized = replace(settings, checkpoints=checkpoints, size_bytes=size_mib * MIB)
-        run = make_run(sized, workdir)
-        above = []
-        for number in range(repeat):
-            output = workdir / f"out-{number}-{sized.name}"
-            remove(output)
-            job = Job(run, output, settings.threads)
-            imported, averaged = (measure_contender(name, job) for name in (IMPORT, AVERAGE))
-            above.append(averaged.anonymous_bytes - imported.anonymous_bytes)
-            remove(output)
-        peaks.append(max(above))
-        promises.append(anonymous_promise(f"{checkpoints} of {size_mib} MiB: ", peaks[-1]))
-    spread = max(peaks) - min(peaks)
-    text = f"the same for all of them, to within {SAME_ANONYMOUS_MIB} MiB"
-    held = spread <= SAME_ANONYMOUS_MIB * MIB
-    promises.append(Promise(text, f"{spread / MIB:.0f} MiB apart", held))
-    yield from promise_table(promises)
+def with_tiny(*contenders: Contender) -> tuple[Contender, ...]:
+    """Add the same contenders on the tiny run."""
+    return (*contenders, *(one._replace(name=on_tiny(one.name), run=TINY) for one in contenders))
 
 
-def measure_startup(settings: Settings, workdir: Path, repeat: int) -> Iterator[str]:
-    """Wall seconds of what needs no torch, against `import torch`."""
-    run = make_run(replace(settings, size_bytes=16 * MIB), workdir)
-    commands: dict[str, list[str | Path]] = {
-        IMPORT: ["-c", "import torch"],
-        "ckpt-ema --help": ["-m", "ckpt_ema", "--help"],
-        "ckpt-ema plan": ["-m", "ckpt_ema", "plan", run],
-    }
-    found: dict[str, list[Measured]] = {name: [] for name in commands}
-    for _, (name, arguments) in itertools.product(range(repeat), commands.items()):
-        found[name].append(measure(arguments)[0])
-    busy = max(value.others_cores for values in found.values() for value in values)
-    medians = {name: median_of(values, "wall_seconds") for name, values in found.items()}
-    imported = medians.pop(IMPORT)
-    yield f"## Start-up: `import torch` takes {imported:.2f} s\n"
-    yield from promise_table(
-        timing_promise(
-            f"{name}: at most a third of the time of `import torch`",
-            f"{seconds:.2f} s, {seconds / imported:.2f}",
-            seconds <= PROMISED_STARTUP * imported,
-            busy,
-        )
-        for name, seconds in medians.items()
+def tiny() -> Part:
+    """What a small model in somebody's tests pays."""
+    usage = Contender("ckpt-ema --help", ("-m", "ckpt_ema", "--help"))
+    limits = {OURS: 0.2, PLAN: 1 / 3, usage.name: 1 / 3}
+    return Part(
+        "tiny",
+        f"A tiny run: {TINY}",
+        TINY,
+        (INTERPRETER, IMPORT, other(LOOP, "loop", True), usage, planned(), ours()),
+        tuple(Check(WALL, name, IMPORT.name, limit) for name, limit in limits.items()),
     )
 
 
-def describe(_: Settings, workdir: Path, repeat: int) -> Iterator[str]:
+def growth(run: Run) -> Part:
+    """Time and memory for more checkpoints, and for a larger model."""
+    lengths = [Run(run.dtype, n, run.size_bytes // 4) for n in (2, 8, 40)]
+    runs = [*lengths, Run(run.dtype, 2, 10 * run.size_bytes // 4)]
+    return Part(
+        "growth",
+        "More checkpoints, and a larger model",
+        run,
+        (IMPORT, *(ours(name=str(one), run=one) for one in runs)),
+        (
+            *(Check(PEAK, str(one), None, PROMISED_MIB) for one in runs),
+            *(Check(WALL, str(one), str(runs[0])) for one in runs[1:]),
+        ),
+    )
+
+
+def averages(run: Run) -> Part:
+    """Several averages in one pass."""
+    names = {1: "one average", 2: "two averages", 8: "eight averages"}
+    values = HALF_LIVES.split(",")
+    return Part(
+        "averages",
+        f"Several averages in one pass, outputs in memory: {run}",
+        run,
+        tuple(
+            ours("--half-life", ",".join(values[:count]), name=name, durable=False)
+            for count, name in names.items()
+        ),
+        (
+            Check(WALL, names[2], names[1]),
+            Check(WALL, names[8], names[1], 2.5),
+            Check(PROCESSOR, names[8], names[1]),
+            Check(PEAK, names[8]),
+        ),
+        in_memory=True,
+    )
+
+
+def tensors() -> Part:
+    """What each tensor costs, beside its bytes."""
+    few = "ckpt-ema, the same bytes in 100"
+    return Part(
+        "tensors",
+        f"100 000 tensors of 1 kB: {MANY_TENSORS}",
+        MANY_TENSORS,
+        (IMPORT, other(LOOP, "loop", True), planned(), ours(), ours(name=few, run=FEW_TENSORS)),
+        (
+            Check(WALL, PLAN, IMPORT.name, 0.8),
+            Check(WALL, OURS, IMPORT.name, 1.2),
+            *(Check(WALL, OURS, name) for name in (LOOP, few)),
+        ),
+    )
+
+
+def uniform(run: Run) -> Part:
+    """The mean, as timm's script makes it."""
+    return Part(
+        "uniform",
+        f"The mean, written in float32, with fsync and rename: {run}",
+        run,
+        (
+            other(TIMMS, "uniform-mean", True, True),
+            ours("--schedule", "uniform", "--dtype", "float32"),
+        ),
+        (Check(WALL, OURS, TIMMS), Check(PROCESSOR, OURS, TIMMS)),
+        average="mean",
+    )
+
+
+def ranks(run: Run) -> Part:
+    """Two processes beside the threads of one."""
+    return Part(
+        "ranks",
+        f"Two ranks, each with half of the cores: {run}",
+        run,
+        (ours(), RANKS),
+        (Check(WALL, RANKS.name, OURS, 1.2), Check(PROCESSOR, RANKS.name, OURS)),
+    )
+
+
+def length() -> Part:
+    """Many checkpoints of almost nothing."""
+    return Part(
+        "long",
+        "2000 checkpoints of one tensor of 1 kB",
+        LONG,
+        (ours(name=str(SHORT), run=SHORT), ours(name=str(LONG))),
+        (Check(WALL, str(LONG), str(SHORT), 12),),
+    )
+
+
+def huge() -> Part:
+    """Headers of a model of 70 billion parameters."""
+    return Part(
+        "huge",
+        "The plan of 50 checkpoints of 70 billion parameters in 28 shards each",
+        HUGE,
+        (planned(), planned("--last", "2", name="of the newest two")),
+        (Check(WALL, PLAN, None, 10), Check(PEAK, PLAN, None, 200)),
+    )
+
+
+def all_parts(dtypes: Iterable[str], checkpoints: int, size_bytes: int, peers: bool) -> list[Part]:
+    """Everything that can be measured, in the order of the report."""
+    runs = [Run(dtype, checkpoints, size_bytes) for dtype in dtypes]
+    first = runs[0]
+    return [
+        *(whole_commands(run, True, peers) for run in runs),
+        *(whole_commands(run, False, peers) for run in runs),
+        *map(fold, runs),
+        *map(cold, runs),
+        *(tiny(), growth(first), averages(first), tensors(), uniform(first), ranks(first)),
+        *(length(), huge()),
+    ]
+
+
+# The report
+
+
+def describe(workdir: Path, repeat: int, packages: Iterable[str]) -> Iterator[str]:
     """Machine, versions and command: a figure without them says nothing."""
-    cpu_info = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*: (.*)", cpu_info)
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    file_system = output_of("df", "--output=fstype", str(workdir)).split()[-1]
-    commit = output_of("git", "-C", str(REPOSITORY), "describe", "--always", "--dirty")
-    packages = ("torch", "safetensors", "ckpt-ema")
+    commit = printed_by("git", "-C", str(environment.REPOSITORY), "describe", "--always", "--dirty")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     yield "# ckpt-ema, measured\n"
     yield f"- command: `python scripts/bench.py {shlex.join(sys.argv[1:])}`"
     yield f"- date: {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, commit {commit or 'unknown'}"
@@ -410,18 +312,123 @@ def describe(_: Settings, workdir: Path, repeat: int) -> Iterator[str]:
         f"- machine: {model[1] if model else platform.machine()}, {os.cpu_count()} cores, "
         f"{memory_bytes / 1024**3:.0f} GiB, load {os.getloadavg()[0]:.1f} at the start"
     )
-    yield (
-        f"- versions: Linux {platform.release()}, Python {platform.python_version()}, "
-        + ", ".join(f"{package} {version(package)}" for package in packages)
-    )
-    yield f"- file system of the run and of the outputs: {file_system}; medians of {repeat} rounds"
-    yield "- promised: speed for 8 checkpoints of 512 MiB, 2 threads, all in the page cache"
+    yield f"- versions: Linux {platform.release()}, Python {platform.python_version()}, {versions}"
+    places = [
+        f"{place} {printed_by('df', '--output=fstype', str(place)).split()[-1]}"
+        for place in (workdir, Path("/dev/shm"))
+    ]
+    yield f"- file systems: {', '.join(places)}"
+    floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    yield f"- peak MiB: resident memory of the whole process; below {floor:.0f} it cannot be seen"
+    yield f"- medians of {repeat} rounds (peak memory: the largest), after one that is not counted"
+    yield f"- a round is left out if others keep more than {QUIET_CORES} cores busy\n"
+
+
+def printed_by(*command: str) -> str:
+    """What a command printed, or nothing where it failed."""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def report(result: Result) -> Iterator[str]:
+    """Contenders, ratios and promises of one part."""
+    yield f"## {result.part.title}\n"
+    yield from contender_table(result.rounds)
+    yield from check_table(result)
+    waiting = partial(share_of, seconds=lambda measured: measured.waiting_seconds)
+    yield f"Rounds: {len(result.rounds)}; left out: {result.left_out}. Cores that others kept busy:"
+    yield f"{each(map(others_cores, result.rounds))}. Share of the time in which a task waited for"
+    yield f"a core: {each(map(waiting, result.rounds))}."
+    if not result.is_quiet:
+        yield "No round was quiet, so seconds are not judged."
     yield ""
 
 
-def output_of(*command: str) -> str:
-    """What a command printed, or nothing where it failed."""
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+def contender_table(rounds: Sequence[Round]) -> Iterator[str]:
+    """Each contender's figures, and its seconds in each round."""
+    header = ["contender", WALL.label, PROCESSOR.label, PEAK.label, "wrong", "error"]
+    rows = [
+        [name, *figures(rounds, name), each(Check(WALL, name).each(rounds))] for name in rounds[0]
+    ]
+    return table([*header, "rounds, wall s"], rows)
+
+
+def figures(rounds: Sequence[Round], name: str) -> list[str]:
+    """Seconds, memory and errors of one contender."""
+    wall, processor, peak = (
+        Check(figure, name).found(rounds) for figure in (WALL, PROCESSOR, PEAK)
+    )
+    wrong, error = rounds[0][name].wrong, rounds[0][name].error  # the same in all rounds
+    return [
+        *(number(wall), number(processor), f"{peak:.0f}"),
+        "" if wrong is None else number(wrong),
+        "" if error is None else f"{error:.3f}",
+    ]
+
+
+def check_table(result: Result) -> Iterator[str]:
+    """What was promised, what was found, and ratios without a promise."""
+    rows = []
+    for check in result.part.checks:
+        limit = f"{check.limit:.3g}" if check.is_promise else ""
+        verdict = {True: "met", False: "MISSED", None: "not judged" if limit else ""}
+        found, met = number(check.found(result.rounds)), verdict[result.is_met(check)]
+        rows.append([str(check), found, limit, met, each(check.each(result.rounds))])
+    return table(["figure or ratio", "found", "at most", "", "rounds"], rows)
+
+
+def each(values: Iterable[float]) -> str:
+    """Numbers in a row."""
+    return " ".join(map(number, values))
+
+
+def number(value: float) -> str:
+    """A number to two decimals, or two digits where those would be zeros."""
+    return f"{value:.2f}" if abs(value) >= 0.01 else f"{value:.2g}"
+
+
+def readme_table(results: Iterable[Result]) -> Iterator[str]:
+    """The table of README.md: averages by whole commands, with fsync and rename."""
+    durable = [result for result in results if result.part.name == "durable"]
+    if not durable:
+        return
+    names = [c.name for c in reversed(durable[0].part.contenders) if c.is_judged]
+    names.append(IMPORT.name)
+    columns = [[str(durable[0].part.run).split(",")[0], *names]]
+    for result in durable:
+        cells = [figures(result.rounds, name) for name in names]
+        for label, index in ((f"{result.part.run.dtype}: s", 0), ("MiB", 2), ("wrong", 3)):
+            columns.append([label, *(row[index] for row in cells)])
+    yield "For README.md:\n"
+    header, *rows = map(list, zip(*columns, strict=True))
+    yield from table(header, rows)
+
+
+def summary(results: Iterable[Result]) -> Iterator[str]:
+    """How many promises were kept, and which were not."""
+    promises = [
+        (one, check) for one in results for check in one.part.checks if check.limit is not None
+    ]
+    verdicts = [result.is_met(check) for result, check in promises]
+    met, missed, unknown = map(verdicts.count, (True, False, None))
+    yield f"Promises: {met} met, {missed} missed, {unknown} not judged.\n"
+    for (result, check), is_met in zip(promises, verdicts, strict=True):
+        if is_met is False:
+            yield f"- MISSED: {check}: {number(check.found(result.rounds))} ({result.part.title})"
+    yield ""
+
+
+def table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
+    """Lines of a Markdown table that is aligned for who reads it as text, without empty columns."""
+    columns = [column for column in zip(header, *rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    header, *rows = map(list, zip(*columns, strict=True))
+    for row in [header, ["-" * width for width in widths], *rows]:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+
+
+# The command
 
 
 def size_in_bytes(text: str) -> int:
@@ -434,30 +441,21 @@ def size_in_bytes(text: str) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     """Options of the command line."""
+    parts = dict.fromkeys(part.name for part in all_parts(ITEM_BYTES, 6, MIB, peers=False))
     parser = argparse.ArgumentParser(description="Measure ckpt-ema.")
-    parser.add_argument("--dtype", choices=ITEM_BYTES, default="bfloat16")
-    parser.add_argument("--checkpoints", type=int, default=8)
-    parser.add_argument("--size", type=size_in_bytes, default="512MiB", help="of one checkpoint")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=3, help="rounds")
+    parser.add_argument("--parts", nargs="+", choices=parts, metavar="PART", help=", ".join(parts))
+    parser.add_argument("--dtype", choices=ITEM_BYTES, help="one of the two")
+    parser.add_argument("--checkpoints", type=int, default=6)
+    parser.add_argument("--size", type=size_in_bytes, default="256MiB", help="of one checkpoint")
+    parser.add_argument("--repeat", type=int, default=5, help="rounds")
+    parser.add_argument("--peers", action="store_true", help="mergekit too, from .venv-peers")
     parser.add_argument(
         "--workdir",
         type=Path,
-        help="where the runs are made, and kept for the next time (default: .bench here); "
-        "/dev/shm leaves the disk out",
+        default=environment.REPOSITORY / ".bench",
+        help="where the runs are made, and kept for the next time (default: .bench here)",
     )
     parser.add_argument("--record", action="store_true", help="write to benchmarks/")
-    parser.add_argument("--speed", action="store_true", help="the default where no part is named")
-    parser.add_argument("--peers", action="store_true", help="what others have (.venv-peers)")
-    parser.add_argument("--cold", action="store_true", help="with nothing in the page cache")
-    parser.add_argument("--many", action="store_true", help="eight averages in one pass")
-    parser.add_argument("--monitors", action="store_true", help="what looking at values costs")
-    parser.add_argument("--ranks", action="store_true", help="two processes against two threads")
-    parser.add_argument("--small", action="store_true", help="a hundred thousand small tensors")
-    parser.add_argument("--long", action="store_true", help="two thousand checkpoints")
-    parser.add_argument("--huge", action="store_true", help="the plan of a 70B model")
-    parser.add_argument("--scaling", action="store_true", help="memory for other lengths and sizes")
-    parser.add_argument("--startup", action="store_true", help="--help and plan")
     return parser.parse_args()
 
 
@@ -465,38 +463,34 @@ def main() -> None:
     """Measure what was asked for, print it as it comes and record it."""
     options = parse_arguments()
     if options.peers:
-        environment.enter(ENVIRONMENT)
-    settings = Settings(options.dtype, options.checkpoints, options.size, options.threads)
-    workdir = (options.workdir or REPOSITORY / ".bench").resolve()
+        environment.enter(PEERS)
+    workdir = options.workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     # As pip does with what it installs: else each process compiles, or the first.
-    compileall.compile_dir(REPOSITORY / "ckpt_ema", quiet=1)
-    if not options.workdir:
-        (workdir / ".gitignore").write_text("*\n")
-    measures = {
-        "speed": measure_speed,
-        "peers": measure_peers,
-        "cold": measure_cold,
-        "many": measure_many,
-        "monitors": measure_monitors,
-        "ranks": measure_ranks,
-        "small": measure_small,
-        "long": measure_long,
-        "huge": measure_huge,
-        "scaling": measure_scaling,
-        "startup": measure_startup,
-    }
-    parts = [part for part in measures if getattr(options, part)] or ["speed"]
-    lines = []
-    for part in (describe, *map(measures.__getitem__, parts)):
-        for line in part(settings, workdir, options.repeat):
+    compileall.compile_dir(environment.REPOSITORY / "ckpt_ema", quiet=1)
+    dtypes = [options.dtype] if options.dtype else list(ITEM_BYTES)
+    results: list[Result] = []
+    lines: list[str] = []
+
+    def tell(told: Iterable[str]) -> None:
+        for line in told:
             print(line, flush=True)
             lines.append(line)
+
+    packages = ["ckpt-ema", "torch", "safetensors", *(["mergekit"] if options.peers else [])]
+    tell(describe(workdir, options.repeat, packages))
+    for part in all_parts(dtypes, options.checkpoints, options.size, options.peers):
+        if not options.parts or part.name in options.parts:
+            results.append(measure_part(part, workdir, options.repeat))
+            tell(report(results[-1]))
+    tell(summary(results))
+    tell(readme_table(results))
     if options.record:
+        size = f"{options.checkpoints}x{options.size // MIB}MiB.md"
         date = f"{datetime.now(timezone.utc):%Y-%m-%d-%H%M}"
-        name = f"{date}-{'-'.join(parts)}-{settings.name}.md"
-        (REPOSITORY / "benchmarks").mkdir(exist_ok=True)
-        (REPOSITORY / "benchmarks" / name).write_text("\n".join(lines))
+        name = "-".join([date, *(options.parts or ["all"]), *dtypes, size])
+        (environment.REPOSITORY / "benchmarks" / name).write_text("\n".join(lines))
+    sys.exit(any(one.is_met(check) is False for one in results for check in one.part.checks))
 
 
 if __name__ == "__main__":

@@ -1,144 +1,35 @@
-"""The contenders of the benchmark and the run that they average; `bench.py` measures them.
+"""What the benchmark measures ckpt-ema against; each contender is a process of its own.
 
-    python scripts/contenders.py NAME RUN OUTPUT THREADS
+    python scripts/contenders.py NAME RUN OUTPUT [--durable]
 
-runs one of them in this process, after `import torch`, and prints its seconds as JSON.
+runs one of them, which writes into the folder OUTPUT. With --durable the files and the folder are
+synced and renamed, as ckpt-ema does it. Modules are imported where they are used: no contender pays
+for those of another.
 """
 
-import importlib
-import itertools
-import json
-import math
 import os
-import shutil
-import socket
 import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-MIB = 1024**2
 DECAY = 0.999
-HALF_LIVES = (100, 150, 200, 300, 400, 600, 800, 1000)  # steps; checkpoints are 100 apart
-CHUNK_ELEMENTS = 4 * MIB
-SHARD_BYTES = 5 * 10**9  # as transformers cuts them
-READ_BYTES = MIB // 2  # of 256 KiB to 2 MiB the fastest in a fresh process: the strictest baseline
-ITEM_BYTES = {"bfloat16": 2, "float32": 4}
-SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is averaged, and with how many threads."""
-
-    dtype: str
-    checkpoints: int
-    size_bytes: int
-    threads: int
-
-    @property
-    def name(self) -> str:
-        """Name of the run's folder."""
-        return f"{self.dtype}-{self.checkpoints}x{self.size_bytes // MIB}MiB"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a contender is given."""
-
-    run: Path
-    output: Path
-    threads: int
-
-
-# Making a run
-
-
-def llama_shapes(elements: int) -> dict[str, list[int]]:
-    """Shapes of a llama that has `elements` parameters, to within one row of its vocabulary."""
-    hidden = max(
-        (width for width in (64, 128, 256, 512, 1024, 2048, 4096) if elements > 115 * width**2),
-        default=64,
-    )
-    wide, narrow = hidden * 11 // 4, hidden // 4
-    projections = {
-        "self_attn.q_proj": [hidden, hidden],
-        "self_attn.k_proj": [narrow, hidden],
-        "self_attn.v_proj": [narrow, hidden],
-        "self_attn.o_proj": [hidden, hidden],
-        "mlp.gate_proj": [wide, hidden],
-        "mlp.up_proj": [wide, hidden],
-        "mlp.down_proj": [hidden, wide],
-        "input_layernorm": [hidden],
-        "post_attention_layernorm": [hidden],
-    }
-    layer_elements = sum(math.prod(shape) for shape in projections.values())
-    layers = max(1, int(0.75 * elements / layer_elements))
-    vocabulary = max(1, (elements - layers * layer_elements - hidden) // (2 * hidden))
-    shapes = {"model.embed_tokens.weight": [vocabulary, hidden]}
-    for layer, (name, shape) in itertools.product(range(layers), projections.items()):
-        shapes[f"model.layers.{layer}.{name}.weight"] = shape
-    return shapes | {"model.norm.weight": [hidden], "lm_head.weight": [vocabulary, hidden]}
-
-
-def encode_header(shapes: dict[str, list[int]], dtype: str) -> bytes:
-    """Length and padded JSON with which a safetensors file of these tensors begins."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, shape in shapes.items():
-        end = begin + math.prod(shape) * ITEM_BYTES[dtype]
-        header[name] = {
-            "dtype": SAFETENSORS_NAMES[dtype],
-            "shape": shape,
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def make_run(settings: Settings, workdir: Path) -> Path:
-    """Folder of the run, made unless it is there; a stamp beside it says that it is whole."""
-    import torch
-
-    run, stamp = workdir / settings.name, workdir / f"{settings.name}.whole"
-    if stamp.exists():
-        return run
-    shutil.rmtree(run, ignore_errors=True)
-    shapes = llama_shapes(settings.size_bytes // ITEM_BYTES[settings.dtype])
-    elements = sum(math.prod(shape) for shape in shapes.values())
-    # Every chunk is a window of the same noise at its own offset: drawing all of it takes minutes.
-    random = torch.Generator().manual_seed(0)
-    base = torch.randn(2 * CHUNK_ELEMENTS, generator=random) * 0.02
-    walk = torch.zeros(2 * CHUNK_ELEMENTS)
-    buffer = bytearray(CHUNK_ELEMENTS * ITEM_BYTES[settings.dtype])
-    rounded = torch.frombuffer(buffer, dtype=getattr(torch, settings.dtype))
-    for step in range(100, 100 * settings.checkpoints + 1, 100):
-        folder = run / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        config = {"model_type": "llama", "hidden_size": shapes["model.norm.weight"][0]}
-        (folder / "config.json").write_text(json.dumps(config))
-        with (folder / "model.safetensors").open("wb") as file:
-            file.write(encode_header(shapes, settings.dtype))
-            for chunk, start in enumerate(range(0, elements, CHUNK_ELEMENTS)):
-                count = min(CHUNK_ELEMENTS, elements - start)
-                near, far = chunk * 104_729 % CHUNK_ELEMENTS, chunk * 15_485_863 % CHUNK_ELEMENTS
-                rounded[:count] = base[near : near + count] + walk[far : far + count]
-                file.write(memoryview(buffer)[: count * ITEM_BYTES[settings.dtype]])
-            # Writing back 4 GiB of dirty pages later would disturb what is measured.
-            os.fsync(file.fileno())
-        walk += torch.randn(2 * CHUNK_ELEMENTS, generator=random) * 0.001
-    stamp.touch()
-    return run
+BLOCK_BYTES = 1 << 19  # of 256 KiB to 2 MiB the fastest in a fresh process: the strictest baseline
+THREADS = len(os.sched_getaffinity(0))
 
 
 def decay_of(fold: int) -> float:
     """TensorFlow's dynamic decay."""
     return min(DECAY, (1 + fold) / (10 + fold))
+
+
+def weights_of(checkpoints: int) -> list[float]:
+    """The share that each checkpoint has in the average, oldest first."""
+    weights = [1.0]
+    for fold in range(1, checkpoints):
+        decay = decay_of(fold)
+        weights = [*(weight * decay for weight in weights), 1 - decay]
+    return weights
 
 
 def weights_files(run: Path) -> list[Path]:
@@ -147,112 +38,86 @@ def weights_files(run: Path) -> list[Path]:
     return [folder / "model.safetensors" for folder in folders]
 
 
-def make_uniform_run(run: Path, checkpoints: int, tensors: int, size_bytes: int) -> None:
-    """A run in float32, all of whose tensors are equally large."""
-    import torch
-
-    header = encode_header(
-        {f"layer.{n}.weight": [size_bytes // 4] for n in range(tensors)}, "float32"
-    )
-    random = torch.Generator().manual_seed(0)
-    buffer = bytearray(tensors * size_bytes)
-    for step in range(100, 100 * checkpoints + 1, 100):
-        folder = run / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
-        torch.frombuffer(buffer, dtype=torch.uint8).random_(0, 100, generator=random)
-        with (folder / "model.safetensors").open("wb") as file:
-            file.write(header)
-            file.write(buffer)
+# Reading and writing without arithmetic
 
 
-def make_sparse_run(run: Path, checkpoints: int, elements: int) -> int:
-    """A run in bfloat16 in shards whose headers are real and whose data are holes; its shards."""
-    shards: list[dict[str, list[int]]] = [{}]
-    for name, shape in llama_shapes(elements).items():
-        size_bytes = sum(2 * math.prod(other) for other in shards[-1].values())
-        if shards[-1] and size_bytes + 2 * math.prod(shape) > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = shape
-    names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
-    weight_map = {tensor: name for name, held in zip(names, shards, strict=True) for tensor in held}
-    for step in range(500, 500 * checkpoints + 1, 500):
-        folder = run / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
-        index = {"metadata": {"total_size": 2 * elements}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        for name, held in zip(names, shards, strict=True):
-            header = encode_header(held, "bfloat16")
-            with (folder / name).open("wb") as file:
-                file.write(header)
-                file.truncate(len(header) + sum(2 * math.prod(shape) for shape in held.values()))
-    return len(shards)
+def read(run: Path, _: Path) -> None:
+    """Read every byte once, by position, file after file."""
+    transfer(weights_files(run), None)
 
 
-# The contenders, each in a process of its own
-
-
-def read_bytes(job: Job) -> None:
-    """Read every byte once, by position, into one small buffer for each thread."""
-    paths = weights_files(job.run)
-    sizes = [path.stat().st_size for path in paths]
-    ranges = [
-        (index, start)
-        for index, size_bytes in enumerate(sizes)
-        for start in range(0, size_bytes, READ_BYTES)
-    ]
-    descriptors = [os.open(path, os.O_RDONLY) for path in paths]
-
-    def read_share(share: int) -> int:
-        buffer = bytearray(READ_BYTES)
-        return sum(
-            os.preadv(descriptors[index], [buffer], start)
-            for index, start in ranges[share :: job.threads]
-        )
-
-    with ThreadPoolExecutor(job.threads) as pool:
-        found = sum(pool.map(read_share, range(job.threads)))
-    if found != sum(sizes):
-        sys.exit(f"{job.run}: read {found} bytes, expected {sum(sizes)}")
-
-
-def write_bytes(job: Job) -> float:
-    """Write as many bytes as the output has and return the seconds that fsync took."""
-    remaining = weights_files(job.run)[0].stat().st_size
-    block = os.urandom(MIB)
-    with job.output.open("wb", buffering=0) as file:
+def write(run: Path, output: Path) -> None:
+    """Write as many bytes as the output has."""
+    remaining = weights_files(run)[0].stat().st_size
+    block = os.urandom(2 * BLOCK_BYTES)
+    with (output / "model.safetensors").open("wb", buffering=0) as file:
         while remaining > 0:
             remaining -= file.write(block[:remaining])
-        start = time.perf_counter()
-        os.fsync(file.fileno())
-    return time.perf_counter() - start
 
 
-def run_loop(job: Job) -> None:
+def read_and_write(run: Path, output: Path) -> None:
+    """Read every byte once, and write those of the newest checkpoint."""
+    with (output / "model.safetensors").open("wb") as file:
+        transfer(weights_files(run), file.fileno())
+
+
+def transfer(paths: Sequence[Path], target: int | None) -> None:
+    """Read files by several threads, each with one small buffer; write the last to `target`."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    sizes = [path.stat().st_size for path in paths]
+    blocks = [
+        (index, start)
+        for index, size_bytes in enumerate(sizes)
+        for start in range(0, size_bytes, BLOCK_BYTES)
+    ]
+    if target is not None:
+        blocks.sort(key=lambda block: block[1])  # all inputs of a block, then its output
+    descriptors = [os.open(path, os.O_RDONLY) for path in paths]
+
+    def transfer_share(share: int) -> int:
+        buffer = memoryview(bytearray(BLOCK_BYTES))
+        read_bytes = 0
+        for index, start in blocks[share::THREADS]:
+            count = os.preadv(descriptors[index], [buffer], start)
+            read_bytes += count
+            if target is not None and index == len(paths) - 1:
+                os.pwrite(target, buffer[:count], start)
+        return read_bytes
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = sum(pool.map(transfer_share, range(THREADS)))
+    if found != sum(sizes):
+        sys.exit(f"read {found} bytes, expected {sum(sizes)}")
+
+
+# Averages by other means
+
+
+def loop(run: Path, output: Path) -> None:
     """Average with the loop that everybody writes: one float32 dict, one `lerp_` a tensor."""
     import torch
     from safetensors.torch import load_file
 
-    torch.set_num_threads(job.threads)
-    first, *later = weights_files(job.run)
+    torch.set_num_threads(THREADS)
+    first, *later = weights_files(run)
     state = load_file(first)
     shadow = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
     for fold, path in enumerate(later, start=1):
         state = load_file(path)
         for name, value in shadow.items():
             value.lerp_(state[name].float(), 1 - decay_of(fold))
-    save({name: value.to(state[name].dtype) for name, value in shadow.items()}, job.output)
+    save({name: value.to(state[name].dtype) for name, value in shadow.items()}, output)
 
 
-def run_averaged_model(job: Job) -> None:
+def averaged_model(run: Path, output: Path) -> None:
     """Average with torch's own `AveragedModel`; its shadow has the dtype of the model."""
     import torch
     from safetensors.torch import load_file
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    torch.set_num_threads(job.threads)
-    paths = weights_files(job.run)
+    torch.set_num_threads(THREADS)
+    paths = weights_files(run)
     names = list(load_file(paths[0]))
 
     def parameters(path: Path) -> list[torch.nn.Parameter]:
@@ -268,22 +133,51 @@ def run_averaged_model(job: Job) -> None:
         averaged.multi_avg_fn = get_ema_multi_avg_fn(decay_of(fold))  # type: ignore[no-untyped-call]
         averaged.update_parameters(model)
     values = [value.detach() for value in averaged.module.weights]
-    save(dict(zip(names, values, strict=True)), job.output)
+    save(dict(zip(names, values, strict=True)), output)
 
 
-def merge_file(run: Path) -> Path:
-    """Where the YAML lies that tells mergekit what to do with this run."""
-    return run.with_name(f"{run.name}-mergekit.yaml")
+def mergekit(run: Path, output: Path) -> None:
+    """Call what the command `mergekit-pytorch` calls: linear, with the weights of the average."""
+    import importlib
+    import tempfile
+
+    from safetensors import safe_open
+
+    module = importlib.import_module("mergekit.scripts.merge_raw_pytorch")
+    files = weights_files(run)
+    with safe_open(files[0], framework="pt") as opened:
+        held = opened.get_slice(next(iter(opened.keys()))).get_dtype()
+    weights = dict(zip(files, weights_of(len(files)), strict=True))
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(linear_merge(weights, {"BF16": "bfloat16", "F32": "float32"}[held]))
+        file.flush()
+        options = ["--num-threads", str(THREADS), "--quiet"]
+        module.main([file.name, str(output), *options], standalone_mode=False)
 
 
-def run_mergekit(job: Job) -> None:
-    """Call what the command `mergekit-pytorch` calls."""
-    module = importlib.import_module(IMPORTS[MERGEKIT])
-    options = ["--num-threads", str(job.threads), "--quiet"]
-    module.main([str(merge_file(job.run)), str(job.output), *options], standalone_mode=False)
+def linear_merge(weights: dict[Path, float], dtype: str) -> str:
+    """YAML with which mergekit adds up files by these weights and writes this dtype."""
+    import json
+
+    models = []
+    for path, weight in weights.items():
+        # Quoted by JSON's rules, which are YAML's; and without a point 1e-06 would be a text.
+        models.append(f"  - model: {json.dumps(str(path))}")
+        models.append(f"    parameters: {{weight: {weight:.17e}}}")
+    return "\n".join(
+        [
+            "merge_method: linear",
+            "parameters: {normalize: false}",
+            "dtype: float32",
+            f"out_dtype: {dtype}",
+            "models:",
+            *models,
+            "",
+        ]
+    )
 
 
-def run_uniform_mean(job: Job) -> None:
+def uniform_mean(run: Path, output: Path) -> None:
     """Average as the loop of timm's avg_checkpoints.py does, in words of our own.
 
     That script is in timm's repository but in no package. It sums every tensor in float64, divides
@@ -294,8 +188,8 @@ def run_uniform_mean(job: Job) -> None:
     import torch
     from safetensors.torch import load_file
 
-    torch.set_num_threads(job.threads)
-    paths = weights_files(job.run)
+    torch.set_num_threads(THREADS)
+    paths = weights_files(run)
     sums: dict[str, torch.Tensor] = {}
     for path in paths:
         for name, value in load_file(path).items():
@@ -307,7 +201,7 @@ def run_uniform_mean(job: Job) -> None:
     averaged = {}
     for name, total in sums.items():
         averaged[name] = total.div_(len(paths)).clamp(limits.min, limits.max).float()
-    save(averaged, job.output)
+    save(averaged, output)
 
 
 def save(averaged: dict[str, Any], output: Path) -> None:
@@ -323,148 +217,66 @@ def save(averaged: dict[str, Any], output: Path) -> None:
         )
         for name, value in averaged.items()
     }
-    output.mkdir()
     serialize_file(specs, output / "model.safetensors", metadata={"format": "pt"})
 
 
-def run_average(job: Job) -> None:
-    """Average with the library's one call."""
-    import ckpt_ema
-
-    ckpt_ema.average(job.run, decay=DECAY, output=job.output, threads=job.threads, overwrite=True)
+# ckpt-ema, started by a launcher
 
 
-def run_unwatched(job: Job) -> None:
-    """Average without the monitors of values; those of copies, zeros and NaN remain."""
-    from ckpt_ema.fold import monitors
+def two_ranks(run: Path, output: Path) -> None:
+    """Start the command twice, as a launcher does, with half of the cores for each."""
+    import socket
+    import subprocess
 
-    monitors.KINDS = monitors.KINDS[:3]
-    run_average(job)
-
-
-def run_uniform(job: Job) -> None:
-    """What `run_uniform_mean` makes, with the library's one call."""
-    import ckpt_ema
-
-    options: dict[str, Any] = {"schedule": "uniform", "dtype": "float32", "threads": job.threads}
-    ckpt_ema.average(job.run, output=job.output, **options)
-
-
-def run_ranks(job: Job) -> None:
-    """The same by two processes of one thread, as a launcher starts them but for the imports."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    import ckpt_ema
-
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if not child:
-            place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in place.items()})
-            ckpt_ema.average(job.run, decay=DECAY, output=job.output, threads=1, launch=True)
-            os._exit(0)
-        children.append(child)
-    if any(os.waitpid(child, 0)[1] for child in children):
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}
+    command = [sys.executable, "-m", "ckpt_ema", "average", str(run), "-o", str(output / "average")]
+    command += ["--decay", str(DECAY), "-q", "--threads", str(max(1, THREADS // 2))]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **meeting, "WORLD_SIZE": "2", "RANK": rank})
+        for rank in ("0", "1")
+    ]
+    codes = [rank.wait() for rank in ranks]
+    if any(codes):
         sys.exit("a rank failed")
 
 
-def run_half_life(job: Job) -> None:
-    """One average, by a half-life in steps."""
-    import ckpt_ema
-
-    ckpt_ema.average(job.run, half_life=HALF_LIVES[0], output=job.output, threads=job.threads)
-
-
-def run_half_lives(job: Job) -> None:
-    """Eight averages in one pass."""
-    import ckpt_ema
-
-    ckpt_ema.average(job.run, half_life=HALF_LIVES, output=job.output, threads=job.threads)
-
-
-def write_eight(job: Job) -> float:
-    """Write as many bytes as eight outputs have, file after file."""
-    job.output.mkdir()
-    places = [replace(job, output=job.output / str(number)) for number in range(len(HALF_LIVES))]
-    return sum(write_bytes(place) for place in places)
-
-
-def import_only(_: Job) -> None:
-    """Do nothing: the memory that `import torch` itself takes."""
-
-
-def import_ours(_: Job) -> None:
-    """Import what `run_average` and the command import, which their seconds include."""
-    from ckpt_ema import average  # noqa: F401
-
-
-IMPORT_OURS = "import ckpt_ema"
-IMPORT, READ, LOOP = "import torch", "read the bytes", "load_file + lerp_"
-TORCHS = "AveragedModel"
-MERGEKIT = "mergekit-pytorch"
-COMMAND = "ckpt-ema average"
-UNIFORM_MEAN, UNIFORM = "timm's loop, uniform", "ckpt_ema.average, uniform"
-AVERAGE, WRITE = "ckpt_ema.average", "write + fsync"
-RANKS = "two ranks"
-ONE, EIGHT, WRITE_EIGHT = "one average", "eight averages", "write + fsync, eight"
-CONTENDERS: dict[str, Callable[[Job], float | None]] = {
-    IMPORT: import_only,
-    READ: read_bytes,
-    LOOP: run_loop,
-    TORCHS: run_averaged_model,
-    AVERAGE: run_average,
-    WRITE: write_bytes,
-}
-# Those of the part on peers.
-OF_PEERS: dict[str, Callable[[Job], float | None]] = {
-    IMPORT: import_only,
-    IMPORT_OURS: import_ours,
-    READ: read_bytes,
-    WRITE: write_bytes,
-    LOOP: run_loop,
-    TORCHS: run_averaged_model,
-    MERGEKIT: run_mergekit,
-    AVERAGE: run_average,
-    UNIFORM_MEAN: run_uniform_mean,
-    UNIFORM: run_uniform,
-}
-# Those of the part on several averages.
-OF_MANY: dict[str, Callable[[Job], float | None]] = {
-    IMPORT: import_only,
-    READ: read_bytes,
-    ONE: run_half_life,
-    EIGHT: run_half_lives,
-    WRITE_EIGHT: write_eight,
+CONTENDERS: dict[str, Callable[[Path, Path], None]] = {
+    "read": read,
+    "write": write,
+    "read-and-write": read_and_write,
+    "loop": loop,
+    "averaged-model": averaged_model,
+    "mergekit": mergekit,
+    "uniform-mean": uniform_mean,
+    "two-ranks": two_ranks,
 }
 
 
-# Those of the part on monitors.
-UNWATCHED = "without monitors of values"
-OF_MONITORS: dict[str, Callable[[Job], float | None]] = {
-    AVERAGE: run_average,
-    UNWATCHED: run_unwatched,
-}
-# Those of the part on ranks.
-OF_RANKS: dict[str, Callable[[Job], float | None]] = {AVERAGE: run_average, RANKS: run_ranks}
-# What a contender imports, besides torch, before its seconds begin.
-IMPORTS = {MERGEKIT: "mergekit.scripts.merge_raw_pytorch"}
+def publish(staged: Path, output: Path) -> None:
+    """Make a folder durable and give it its name."""
+    for path in (*staged.rglob("*"), staged):
+        sync(path)
+    staged.rename(output)
+    sync(output.parent)
 
 
-def run_child(contender: str, run: str, output: str, threads: str) -> None:
-    """Run one contender in this process and print its seconds, from after its imports on."""
-    import torch  # noqa: F401 - its memory and its seconds are what all contenders start from
+def sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
-    if contender in IMPORTS:
-        importlib.import_module(IMPORTS[contender])
-    start = time.perf_counter()
-    fsync_seconds = {**CONTENDERS, **OF_PEERS, **OF_MANY, **OF_RANKS, **OF_MONITORS}[contender](
-        Job(Path(run), Path(output), int(threads))
-    )
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "fsync_seconds": fsync_seconds or 0.0}))
+
+def main(name: str, run: str, output: str, durable: str = "") -> None:
+    """Run one contender in this process."""
+    folder = Path(f"{output}.tmp" if durable else output)
+    folder.mkdir()
+    CONTENDERS[name](Path(run), folder)
+    if durable:
+        publish(folder, Path(output))
 
 
 if __name__ == "__main__":
-    run_child(*sys.argv[1:])
+    main(*sys.argv[1:])

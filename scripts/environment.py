@@ -1,21 +1,26 @@
 """Make the virtual environments in which the other scripts run: this project and what they need.
 
 `.venv/` in the repository has the tests and tools; whatever else was in that folder is replaced.
+Where only the compiled fold has changed, it alone is built again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+_COMPILED_FROM = ("native/fold.c", "setup.py", "ckpt_ema/__init__.py")  # the last has the version
 _LINES_SHOWN = 20
 
 
@@ -39,10 +44,7 @@ class Environment:
 
     def digest(self) -> str:
         """Name everything that it depends on; an editable install knows its own path."""
-        digest = hashlib.sha256(f"{sys.version}\n{REPOSITORY}\n{self.installs}\n".encode())
-        for name in self.decided_by:
-            digest.update((REPOSITORY / name).read_bytes())
-        return digest.hexdigest()
+        return _digest(f"{sys.version}\n{REPOSITORY}\n{self.installs}\n", self.decided_by)
 
 
 DEVELOPMENT = Environment(
@@ -54,17 +56,17 @@ DEVELOPMENT = Environment(
 
 def python(environment: Environment = DEVELOPMENT) -> Path:
     """Return the interpreter of an environment, which is made first if it is not up to date."""
-    wanted, stamp = environment.digest(), environment.stamp
+    stamp = environment.stamp
     # An environment whose making was interrupted has no stamp and is made again.
-    if not (stamp.is_file() and stamp.read_text() == wanted and environment.interpreter.exists()):
-        name = environment.folder.name
-        print(f"environment: installing into {name} (once; torch takes a while)", file=sys.stderr)
-        _run(f"making {name}", [sys.executable, "-m", "venv", "--clear", str(environment.folder)])
-        (environment.folder / ".gitignore").write_text("*\n")
-        pip = [str(environment.interpreter), "-m", "pip", "install", "--disable-pip-version-check"]
-        for arguments in environment.installs:
-            _run("installing", [*pip, *arguments])
-        stamp.write_text(wanted)
+    is_made = stamp.is_file() and environment.interpreter.exists()
+    found = stamp.read_text().split() if is_made else []
+    wanted = [environment.digest(), _digest("", _COMPILED_FROM)]
+    if found != wanted:
+        if found[:1] == wanted[:1]:
+            _install(environment, "--no-deps", "-e", ".")
+        else:
+            _make(environment)
+        stamp.write_text("\n".join(wanted))
     return environment.interpreter
 
 
@@ -79,17 +81,55 @@ def enter(environment: Environment = DEVELOPMENT) -> None:
     signal.signal(signal.SIGINT, _stop)
 
 
-def _run(action: str, command: list[str]) -> None:
+def run(action: str, command: list[str], folder: Path = REPOSITORY, **variables: str) -> None:
     """Run a command in silence; if it fails, show the end of what it said and exit."""
     try:
         finished = subprocess.run(
-            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=folder,
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
     except KeyboardInterrupt:
         _exit(f"interrupted while {action}; the next run starts that again", code=130)
     if finished.returncode != 0:
         tail = "\n".join(finished.stdout.splitlines()[-_LINES_SHOWN:])
         _exit(f"{action} failed (exit code {finished.returncode}); its last lines were:\n{tail}")
+
+
+def copy_sources(folder: Path) -> Path:
+    """Copy the repository without what was built or installed in it; return where it is."""
+    hidden = (".git", ".venv*", ".demo", ".bench", ".hypothesis", ".*_cache")
+    made = ("build", "dist", "*.egg-info", "*.so", "__pycache__")
+    left_out = shutil.ignore_patterns(*hidden, *made)
+    return Path(shutil.copytree(REPOSITORY, folder / "sources", ignore=left_out))
+
+
+def _digest(text: str, names: Iterable[str]) -> str:
+    """Return a digest of a text and of files in the repository."""
+    digest = hashlib.sha256(text.encode())
+    for name in names:
+        digest.update((REPOSITORY / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _make(environment: Environment) -> None:
+    name = environment.folder.name
+    print(f"environment: installing into {name} (once; torch takes a while)", file=sys.stderr)
+    run(f"making {name}", [sys.executable, "-m", "venv", "--clear", str(environment.folder)])
+    (environment.folder / ".gitignore").write_text("*\n")
+    for arguments in environment.installs:
+        _install(environment, *arguments)
+
+
+def _install(environment: Environment, *arguments: str) -> None:
+    """Install by pip; where the compiled fold can be built, it has to be, without a warning."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    can_compile = shutil.which("cc") is not None and header.is_file()
+    pip = [str(environment.interpreter), "-m", "pip", "install", "--disable-pip-version-check"]
+    run("installing", [*pip, *arguments], CKPT_EMA_BUILD="strict" if can_compile else "")
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:

@@ -1,13 +1,20 @@
-"""Judge averages, element by element, against the same averages in float64."""
+"""Judge averages, element by element, against the same averages in float64.
+
+    python scripts/exactness.py folded|mean RUN OUTPUT...
+
+prints the errors of each output as JSON.
+"""
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from contenders import CHUNK_ELEMENTS, ITEM_BYTES, SAFETENSORS_NAMES, decay_of
+from contenders import decay_of, weights_files
+from runs import CHUNK_ELEMENTS, ITEM_BYTES, SAFETENSORS_NAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,3 +111,17 @@ def errors(
             for name, held in averaged.items():
                 found[name].add(held[tensor].read(*window), exact)
     return found
+
+
+AVERAGES = {"folded": folded, "mean": mean}
+
+
+def main(average: str, run: str, *outputs: str) -> None:
+    """Print the share of wrong elements, and the error, of each output."""
+    folders = {output: Path(output) for output in outputs}
+    found = errors(weights_files(Path(run)), folders, AVERAGES[average]).values()
+    print(json.dumps([(one.wrong / one.elements, one.times_rounding) for one in found]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

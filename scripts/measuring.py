@@ -1,9 +1,8 @@
-"""Run contenders in processes of their own, by turns, and tell in tables what they took.
+"""Run contenders in turn, each as a process of its own, and check what was promised of them.
 
-It runs on Linux.
+It runs on Linux, and imports little: a process begins with its parent's peak of memory.
 """
 
-import itertools
 import json
 import os
 import re
@@ -15,208 +14,248 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from contenders import COMMAND, DECAY, IMPORT, MIB, READ, WRITE, WRITE_EIGHT, Job
+from runs import MIB, Run, ready
 
-SAMPLE_SECONDS = 0.005
-QUIET_CORES = 0.2  # OpenMP spins: one busy neighbour made the loop 50 times slower
+# Of the cores that others may keep busy. The kernel's CPU pressure is recorded but cannot decide:
+# a contender with more threads than cores presses on itself (0.3 without anybody else).
+QUIET_CORES = 0.2
+SURROUNDINGS = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_WAIT_POLICY": "passive",  # else OpenMP's threads spin while others work
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One process: seconds after its imports, seconds of all of it, peaks of its memory."""
+    """What one process took."""
 
-    seconds: float
     wall_seconds: float
     processor_seconds: float  # of all its threads, and of processes that it waited for
-    anonymous_bytes: int
-    resident_bytes: int
-    others_cores: float  # that processes other than ours kept busy meanwhile
-    fsync_seconds: float = 0.0
+    resident_bytes: int  # at its peak, but no less than the peak of the benchmark itself
+    others_seconds: float  # processor seconds of everything else on the machine meanwhile
+    waiting_seconds: float  # in which a task of any process waited for a core
+    wrong: float | None = None  # share of elements that are not the exact value, rounded once
+    error: float | None = None  # root mean square, in multiples of that of rounding once
+
+
+Round = dict[str, Measured]  # by the contender's name
+
+
+class Contender(NamedTuple):
+    """A process: its name in the report, and the arguments with which Python starts it."""
+
+    name: str
+    arguments: tuple[str, ...]  # {run} and {output} stand for folders
+    run: Run | None = None  # instead of the part's
+    is_judged: bool = False  # its output is compared with the exact average
+
+
+def on_tiny(contender: str) -> str:
+    """Name of the same contender on the tiny run, which is all start-up."""
+    return f"{contender}, tiny"
+
+
+class Figure(NamedTuple):
+    """What is compared."""
+
+    label: str
+    of: Callable[[Measured], float]
+    over_rounds: Callable[[Sequence[float]], float] = statistics.median
+    is_timing: bool = True
+
+
+WALL = Figure("wall s", lambda measured: measured.wall_seconds)
+PROCESSOR = Figure("CPU s", lambda measured: measured.processor_seconds)
+PEAK = Figure("peak MiB", lambda measured: measured.resident_bytes / MIB, max, is_timing=False)
+WRONG = Figure("wrong", lambda measured: measured.wrong or 0.0, max, is_timing=False)
+
+
+class Check(NamedTuple):
+    """A contender's figure, or its ratio to another's; with a limit it is a promise."""
+
+    figure: Figure
+    contender: str
+    over: str | None = None
+    limit: float | None = None
+    is_net: bool = False  # less the figure of the same contender on the tiny run
+
+    def __str__(self) -> str:
+        names = " / ".join(filter(None, (self.contender, self.over)))
+        return f"{self.figure.label}{', net' if self.is_net else ''}: {names}"
+
+    @property
+    def is_promise(self) -> bool:
+        """Whether there is a limit to keep."""
+        return self.limit is not None
+
+    def each(self, rounds: Sequence[Round]) -> list[float]:
+        """The figure or the ratio in each round."""
+        found = self._of(rounds, self.contender)
+        if self.over is None:
+            return found
+        below = self._of(rounds, self.over)
+        return [one / other for one, other in zip(found, below, strict=True)]
+
+    def found(self, rounds: Sequence[Round]) -> float:
+        """One number for all rounds."""
+        return self.figure.over_rounds(self.each(rounds))
+
+    def _of(self, rounds: Sequence[Round], contender: str) -> list[float]:
+        found = [self.figure.of(taken[contender]) for taken in rounds]
+        if not self.is_net:
+            return found
+        # The median, since the start-up of one round is as noisy as the fold is short.
+        start_up = statistics.median(self.figure.of(taken[on_tiny(contender)]) for taken in rounds)
+        return [value - start_up for value in found]
 
 
 @dataclass(frozen=True)
-class Promise:
-    """One line of the table of promises; `held` is None where there is nothing to judge."""
+class Part:
+    """A part of the report: who competes on which run, and what was promised."""
 
-    text: str
-    measured: str
-    held: bool | None
-
-    def row(self) -> list[str]:
-        """Cells of the line."""
-        return [self.text, self.measured, {True: "held", False: "MISSED", None: "-"}[self.held]]
-
-
-# Measuring
+    name: str  # by which the command line knows it
+    title: str
+    run: Run
+    contenders: tuple[Contender, ...]
+    checks: tuple[Check, ...]
+    in_memory: bool = False  # outputs are in /dev/shm
+    is_cold: bool = False  # nothing of the run is in the page cache
+    average: str | None = None  # folded or mean: what the outputs are compared with
 
 
-def busy_seconds() -> tuple[float, float]:
-    """Processor seconds of the whole machine so far, and of this process and those it ran."""
+@dataclass(frozen=True)
+class Result:
+    """The rounds of a part that count."""
+
+    part: Part
+    rounds: list[Round]
+    left_out: int = 0
+    is_quiet: bool = True  # if no round was, all are here, and seconds are not judged
+
+    def is_met(self, check: Check) -> bool | None:
+        """Whether a promise was kept; None where nothing was promised, or cannot be judged."""
+        if check.limit is None or (check.figure.is_timing and not self.is_quiet):
+            return None
+        return 0 <= check.found(self.rounds) <= check.limit  # below 0, start-up is all there is
+
+
+def measure_part(part: Part, workdir: Path, repeat: int) -> Result:
+    """Run the contenders in turn until `repeat` rounds were quiet, or twice as many were run.
+
+    A round ahead of all others warms the page cache, and its outputs are judged.
+    """
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if part.in_memory else workdir) as name:
+        outputs = Path(name)
+        take_turn(part, workdir, outputs)
+        judged = judge(part, workdir, outputs)
+        quiet: list[Round] = []
+        loud: list[Round] = []
+        while len(quiet) < repeat and len(quiet) + len(loud) < 2 * repeat:
+            taken = take_turn(part, workdir, outputs)
+            for contender, (wrong, error) in judged.items():
+                taken[contender] = replace(taken[contender], wrong=wrong, error=error)
+            (quiet if others_cores(taken) <= QUIET_CORES else loud).append(taken)
+    return Result(part, quiet or loud, len(loud) if quiet else 0, bool(quiet))
+
+
+def take_turn(part: Part, workdir: Path, outputs: Path) -> Round:
+    """Measure every contender of a part once; outputs stay where they are until the next turn."""
+    taken = {}
+    for contender in part.contenders:
+        run = ready(contender.run or part.run, workdir)
+        output = output_of(contender, outputs)
+        shutil.rmtree(output, ignore_errors=True)
+        os.sync()  # what others left to be written is not this one's to wait for
+        if part.is_cold:
+            drop_from_cache(run)
+        arguments = [text.format(run=run, output=output) for text in contender.arguments]
+        taken[contender.name] = measure(arguments)
+    return taken
+
+
+def output_of(contender: Contender, outputs: Path) -> Path:
+    """Where a contender writes."""
+    return outputs / re.sub(r"\W+", "-", contender.name)
+
+
+def drop_from_cache(run: Path) -> None:
+    """Have the kernel forget what it holds of a run, which is on the disk already."""
+    for path in run.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(arguments: Sequence[str]) -> Measured:
+    """Start Python with these arguments and wait for it."""
+    with tempfile.TemporaryFile("w+") as errors:
+        busy, waiting, start = busy_seconds(), waiting_seconds(), time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env={**os.environ, **SURROUNDINGS},
+        )
+        _, code, usage = os.wait4(process.pid, 0)
+        wall_seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(code)  # nobody can wait for it again
+        if process.returncode:
+            errors.seek(0)
+            sys.exit(f"{shlex.join(arguments)} failed:\n{errors.read()}")
+    return Measured(
+        wall_seconds,
+        usage.ru_utime + usage.ru_stime,
+        usage.ru_maxrss * 1024,
+        max(0.0, busy_seconds() - busy),
+        waiting_seconds() - waiting,
+    )
+
+
+def busy_seconds() -> float:
+    """Processor seconds of the whole machine so far, less those of this process and its children.
+
+    Those that a hypervisor gave to other machines are among them.
+    """
     ticks = list(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]))
     everybody = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # idle, iowait
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return everybody, sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return everybody - sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def measure(arguments: Sequence[str | Path]) -> tuple[Measured, str]:
-    """Run Python with these arguments: its figures, without net seconds, and what it printed.
-
-    Memory is sampled from outside. Linux keeps no peak of anonymous memory, and `ru_maxrss` of a
-    child starts from its parent's peak.
-    """
-    peaks = {"RssAnon": 0, "VmHWM": 0}
-    with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryFile("w+") as printed:
-        everybody, ours = busy_seconds()
-        start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *arguments], stdout=printed, stderr=errors)
-        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            for key, kibibytes in re.findall(r"(RssAnon|VmHWM):\s+(\d+)", status):
-                peaks[key] = max(peaks[key], int(kibibytes) * 1024)
-            time.sleep(SAMPLE_SECONDS)
-        wall_seconds = time.perf_counter() - start
-        _, code, usage = ended
-        process.returncode = os.waitstatus_to_exitcode(code)  # nobody can wait for it again
-        others = [now - then for now, then in zip(busy_seconds(), (everybody, ours), strict=True)]
-        others_cores = max(0.0, others[0] - others[1]) / wall_seconds
-        errors.seek(0)
-        printed.seek(0)
-        if process.returncode:
-            sys.exit(f"{shlex.join(map(str, arguments))} failed:\n{errors.read()}")
-        used = usage.ru_utime + usage.ru_stime
-        memory = peaks["RssAnon"], peaks["VmHWM"]
-        return Measured(0.0, wall_seconds, used, *memory, others_cores), printed.read()
+def waiting_seconds() -> float:
+    """Seconds so far in which a task waited for a core; none where the kernel does not count."""
+    pressure = Path("/proc/pressure/cpu")
+    total = re.search(r"some .*total=(\d+)", pressure.read_text() if pressure.exists() else "")
+    return int(total[1]) / 1e6 if total else 0.0
 
 
-def measure_contender(contender: str, job: Job) -> Measured:
-    """Run one contender in a fresh process; the command itself has only a wall time."""
-    places: list[str | Path] = [job.run, job.output, str(job.threads)]
-    if contender != COMMAND:
-        measured, printed = measure([Path(__file__).with_name("contenders.py"), contender, *places])
-        return replace(measured, **json.loads(printed))
-    places[1:] = ["-o", job.output, "--threads", str(job.threads)]
-    options = ["--decay", str(DECAY), "--overwrite", "-q"]
-    return measure(["-m", "ckpt_ema", "average", *places, *options])[0]
+def others_cores(taken: Round) -> float:
+    """Cores that others kept busy while the processes of a round ran."""
+    return share_of(taken, lambda measured: measured.others_seconds)
 
 
-def take_turns(
-    contenders: Iterable[str], job: Job, repeat: int
-) -> tuple[dict[str, list[Measured]], dict[str, Path]]:
-    """Rounds of each contender, and the folders of what each made first, below `job.output`."""
-    measure_contender(READ, job)  # fills the page cache
-    rounds: dict[str, list[Measured]] = {}
-    outputs: dict[str, Path] = {}
-    for number, contender in itertools.product(range(repeat), tuple(contenders)):
-        # A finished output is not made again: each round has its own.
-        output = job.output / f"out-{number}-{contender.replace(' ', '-')}"
-        remove(output)
-        os.sync()  # what others left to be written is not this one's to wait for
-        measured = measure_contender(contender, replace(job, output=output))
-        rounds.setdefault(contender, []).append(measured)
-        if number == 0 and output.is_dir():
-            outputs[contender] = output
-        else:
-            remove(output)
-    return rounds, outputs
+def share_of(taken: Round, seconds: Callable[[Measured], float]) -> float:
+    """Such seconds of all processes of a round, over their wall seconds."""
+    wall_seconds = sum(measured.wall_seconds for measured in taken.values())
+    return sum(seconds(measured) for measured in taken.values()) / wall_seconds
 
 
-def take_off_imports(rounds: dict[str, list[Measured]]) -> None:
-    """Give the command its net seconds: those of the whole process less those of its import."""
-    imported = median_of(rounds[IMPORT], "wall_seconds")
-    rounds[COMMAND] = [replace(m, seconds=m.wall_seconds - imported) for m in rounds[COMMAND]]
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def median_of(values: Sequence[Measured], field: str) -> float:
-    """Median of one field over the rounds."""
-    return float(statistics.median(getattr(value, field) for value in values))
-
-
-# Telling
-
-
-def contender_table(rounds: dict[str, list[Measured]]) -> Iterator[str]:
-    """Medians of each contender, and the net seconds of each round."""
-    anonymous, resident = (
-        median_of(rounds[IMPORT], field) for field in ("anonymous_bytes", "resident_bytes")
+def judge(part: Part, workdir: Path, outputs: Path) -> dict[str, tuple[float, float]]:
+    """`wrong` and `error` of each contender's output, by a process of its own: it needs torch."""
+    if part.average is None:
+        return {}
+    folders = {c.name: output_of(c, outputs) for c in part.contenders if c.is_judged}
+    script = str(Path(__file__).with_name("exactness.py"))
+    places = [ready(part.run, workdir), *folders.values()]
+    done = subprocess.run(
+        [sys.executable, script, part.average, *map(str, places)],
+        check=True,
+        stdout=subprocess.PIPE,
     )
-    rows = [
-        [
-            contender,
-            f"{median_of(values, 'seconds'):.3f}",
-            f"{median_of(values, 'wall_seconds'):.2f}",
-            f"{median_of(values, 'processor_seconds'):.2f}",
-            f"{(median_of(values, 'anonymous_bytes') - anonymous) / MIB:+.0f}",
-            f"{(median_of(values, 'resident_bytes') - resident) / MIB:+.0f}",
-            f"{max(value.others_cores for value in values):.1f}",
-            " ".join(f"{value.seconds:.2f}" for value in values),
-        ]
-        for contender, values in rounds.items()
-    ]
-    header = ["contender", "net s", "wall s", "CPU s", "anon MiB", "RSS MiB", "others"]
-    yield from table([*header, "rounds, net s"], rows)
-    yield "net: after all imports of torch and peers (the command: wall less `import torch`)."
-    yield "CPU: of all threads, imports included. others: cores that other processes kept busy;"
-    yield f"above {QUIET_CORES} no figure here should be quoted."
-    yield "anon, RSS: peaks of memory above those of `import torch`, which are"
-    yield f"{anonymous / MIB:.0f} MiB anonymous and {resident / MIB:.0f} MiB resident.\n"
-    for name in (WRITE, WRITE_EIGHT):
-        if name in rounds:
-            fsync = median_of(rounds[name], "fsync_seconds")
-            yield f"Of `{name}`, fsync took {fsync:.3f} s. ckpt-ema makes its outputs durable,"
-            yield "writing them out while it folds; all others do without.\n"
-
-
-def ratio_table(
-    rounds: dict[str, list[Measured]],
-    pairs: Sequence[tuple[str, str]],
-    field: str = "seconds",
-) -> Iterator[str]:
-    """Ratios of each round."""
-    rows = []
-    for above, below in pairs:
-        found = ratios(rounds, above, below, field)
-        rounded = " ".join(f"{ratio:.2f}" for ratio in found)
-        rows.append([f"{above} / {below}", f"{statistics.median(found):.2f}", rounded])
-    seconds = {"seconds": "net s", "wall_seconds": "wall s", "processor_seconds": "CPU s"}[field]
-    yield from table([f"ratio of {seconds}", "median", "rounds"], rows)
-
-
-def ratios(
-    rounds: dict[str, list[Measured]], above: str, below: str, field: str = "seconds"
-) -> list[float]:
-    """Ratio of two contenders in each round."""
-    pairs = zip(rounds[above], rounds[below], strict=True)
-    return [getattr(a, field) / getattr(b, field) for a, b in pairs]
-
-
-def timing_promise(text: str, measured: str, held: bool, busy_cores: float) -> Promise:
-    """A promise on seconds, which a busy machine can neither hold nor miss."""
-    if busy_cores > QUIET_CORES:
-        return Promise(text, f"{measured}, others took {busy_cores:.1f} cores", None)
-    return Promise(text, measured, held)
-
-
-def promise_table(promises: Iterable[Promise]) -> Iterator[str]:
-    """Promise, measured, held or missed."""
-    return table(["promise", "measured", ""], [promise.row() for promise in promises])
-
-
-def table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
-    """Lines of a Markdown table that is aligned for who reads it as text."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in [header, ["-" * width for width in widths], *rows]:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        yield f"| {' | '.join(cells)} |"
-    yield ""
+    return dict(zip(folders, json.loads(done.stdout), strict=True))

@@ -3,7 +3,7 @@
     python scripts/smoke.py
 
 It needs ckpt-ema to be installed for the Python that runs it, leaves nothing behind and ends within
-seconds. Exit code 0 means that the numbers are right.
+seconds. Exit code 0 means that the numbers are right. It does not import torch.
 """
 
 import json
@@ -11,15 +11,9 @@ import struct
 import subprocess
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
-from safetensors import safe_open
-
-with warnings.catch_warnings():
-    # torch warns at import where NumPy is missing, which nothing here needs.
-    warnings.simplefilter("ignore")
-    import torch
+from safetensors import deserialize
 
 VALUES = (1.0, 2.0, 3.0)
 # Decays 2/11 and 3/12, so the weights are 2/44, 9/44 and 33/44.
@@ -50,13 +44,14 @@ def main() -> None:
         if done.returncode:
             sys.exit(f"ckpt-ema ended with exit code {done.returncode}")
         output = Path(done.stdout.strip())
-        with safe_open(output / "model.safetensors", framework="pt") as file:
-            average = file.get_tensor("weight")
-        if not torch.equal(average, torch.full((8, 8), EXPECTED)):
+        tensors = dict(deserialize((output / "model.safetensors").read_bytes()))  # type: ignore[no-untyped-call]
+        content = tensors["weight"]["data"]
+        average = struct.unpack("<64f", content)
+        if content != struct.pack("<64f", *[EXPECTED] * 64):
             sys.exit(f"expected {EXPECTED} throughout, found {average}")
         if not (output / "config.json").is_file():
             sys.exit("config.json did not travel with the weights")
-    print(f"ok: the average of {VALUES} is {average[0, 0]:.6f}")
+    print(f"ok: the average of {VALUES} is {average[0]:.6f}")
 
 
 if __name__ == "__main__":

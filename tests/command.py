@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -146,15 +146,18 @@ def _carry_out(task: _Task) -> None:
     os.chdir(task.folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a shell's foreground
     sys.argv = [module.__file__, *task.words]
-    before_bytes = _peak_bytes()
-    try:
-        if task.before:
-            task.before()
-        app.main()
-    finally:
+    before_bytes, real_exit = _peak_bytes(), os._exit
+
+    def exit_at_last(status: int) -> NoReturn:
         used = resource.getrusage(resource.RUSAGE_SELF)
         seconds = used.ru_utime + used.ru_stime
         os.write(files[2], json.dumps([seconds, _peak_bytes() - before_bytes]).encode())
+        real_exit(status)
+
+    os._exit = exit_at_last  # which ends the process in any case, whether by the command or not
+    if task.before:
+        task.before()
+    app.main()
 
 
 def _peak_bytes() -> int:

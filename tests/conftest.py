@@ -1,22 +1,86 @@
-"""One factory that makes every run the tests need; files only below tmp_path."""
+"""One factory that makes every run the tests need; files only below tmp_path.
 
-from collections.abc import Callable, Sequence
+Where torch or numpy is not installed, test modules that import it are left out.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-import torch
 
-from tests.makers.safetensors_files import read_safetensors, write_safetensors, write_shards
-from tests.makers.tensors import StateDict, noise, raw, series
+from ckpt_ema.fold.native import compiled
+from tests.makers.folds import by_torch
+
+MISSING = {name for name in ("torch", "numpy") if importlib.util.find_spec(name) is None}
+if "torch" not in MISSING:
+    import torch
+
+    from tests.makers.safetensors_files import read_safetensors, write_safetensors, write_shards
+    from tests.makers.tensors import StateDict, noise, raw, series
 
 __all__ = ["noise", "raw", "read_safetensors", "series", "write_safetensors", "write_shards"]
 
+ROOT = Path(__file__).parent.parent
 MakeRun = Callable[..., Path]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Offer to write what users read into the golden file, instead of comparing it."""
     parser.addoption("--write-messages", action="store_true")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out modules that import what is not installed; None lets others decide."""
+    return True if MISSING and _imports_missing(collection_path) else None
+
+
+def _imports_missing(path: Path) -> bool:
+    """Return whether a module imports what is missing, itself or through another of the tests."""
+    if path.suffix != ".py":
+        return False
+    imported = set(_imported(path))
+    if any(name.partition(".")[0] in MISSING for name in imported):
+        return True
+    ours = [ROOT / name.replace(".", "/") for name in imported if name.startswith("tests.")]
+    files = [file for home in ours for file in (home.with_suffix(".py"), home / "__init__.py")]
+    return any(_imports_missing(file) for file in files if file.is_file())
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Yield the names that a module imports, each with its module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def free_port() -> int:
+    """Return a port at which nobody listens."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def either_fold(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a test with the compiled fold, and again with torch's."""
+    with by_torch() if request.param == "torch" else nullcontext():
+        yield
+
+
+@pytest.fixture
+def compiled_module() -> ModuleType:
+    """The compiled fold; a test of it is skipped where there is none."""
+    return compiled() or pytest.skip("the fold is not compiled here")
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from ckpt_ema import plan as make_plan
 from ckpt_ema.errors import Code
 from ckpt_ema.fold.devices import resolve_device
 from ckpt_ema.fold.shadow import widest_float
-from ckpt_ema.fold.tile_fold import PlainFold, StreamedFold, Use, device_element_bytes, make_fold
+from ckpt_ema.fold.tile_fold import Use
+from ckpt_ema.fold.torch_fold import PlainFold, StreamedFold, device_element_bytes, make_fold
 from tests.conftest import MakeRun, noise, series
 from tests.makers import fake_accelerator
 from tests.makers.fake_accelerator import (
@@ -33,6 +34,7 @@ from tests.makers.fake_accelerator import (
 )
 from tests.makers.faulty_os import faulty
 from tests.makers.faulty_storage import watching_reads
+from tests.makers.folds import by_torch
 
 State = dict[str, torch.Tensor]
 Seed = Callable[[pytest.MonkeyPatch], None]
@@ -380,7 +382,7 @@ def test_the_end_of_memory_on_the_cpu_is_the_end(
                            " memory: you tried to allocate 8 bytes.")  # fmt: skip
 
     monkeypatch.setattr(PlainFold, "fold", full)
-    with pytest.raises(FailedError) as caught:
+    with by_torch(), pytest.raises(FailedError) as caught:
         average(make_run(_mixed(2)), output=tmp_path / "out", device="cpu")
     assert caught.value.code is Code.OUT_OF_MEMORY
     assert not (tmp_path / "out").exists()

@@ -5,9 +5,11 @@ import json
 import math
 import os
 import resource
+import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,7 +22,9 @@ from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, read_safetensors, series, write_safetensors
 from tests.makers.faulty_os import faulty
 from tests.makers.faulty_storage import watching_reads
+from tests.makers.folds import by_torch
 
+both_ways = pytest.mark.usefixtures("either_fold")
 MADE = {"model.safetensors", "config.json", "ckpt_ema.json", "README.md"}
 
 
@@ -41,6 +45,7 @@ def test_the_output_is_a_sibling_that_mirrors_the_newest_checkpoint(make_run: Ma
     )
 
 
+@both_ways
 def test_shards_index_and_metadata_are_mirrored(make_run: MakeRun) -> None:
     states = series(3, **{f"layer{i}": noise(3, 3, 5, dtype=torch.bfloat16) for i in range(5)})
     run = make_run(states, shards=2)
@@ -90,6 +95,7 @@ def test_every_header_says_format_pt_and_where_it_comes_from(
     assert [checkpoint["step"] for checkpoint in provenance["checkpoints"]] == [1, 2]
 
 
+@both_ways
 def test_torch_files_come_out_as_model_safetensors(make_run: MakeRun) -> None:
     states = series(4, w=noise(4, 6, 6), n=torch.tensor(7))
     from_torch = ckpt_ema.average(make_run(states, torch_files=True), device="cpu").output
@@ -100,6 +106,7 @@ def test_torch_files_come_out_as_model_safetensors(make_run: MakeRun) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@both_ways
 def test_tied_tensors_are_averaged_once_and_both_names_are_written(tmp_path: Path) -> None:
     """Peers add a shared storage twice: 5.67, 4.11 or 1.89 where 3.0 is right."""
     run = tmp_path / "run"
@@ -114,6 +121,7 @@ def test_tied_tensors_are_averaged_once_and_both_names_are_written(tmp_path: Pat
     assert result.plan.bytes_read == 3 * 4 * 4  # once, although there are two names
 
 
+@both_ways
 @pytest.mark.parametrize("legacy", [False, True])
 def test_views_in_torch_files_are_read_in_their_logical_order(tmp_path: Path, legacy: bool) -> None:
     states = []
@@ -166,6 +174,7 @@ def test_neighbouring_tensors_are_read_together(make_run: MakeRun) -> None:
     assert plan.bytes_read == 3 * 100 * 5 * 4
 
 
+@both_ways
 def test_progress_ends_at_the_planned_number_of_bytes(make_run: MakeRun) -> None:
     calls = []
     run = make_run(series(3, w=noise(3, 500), mask=torch.tensor([-math.inf]), n=torch.arange(9)))
@@ -181,6 +190,7 @@ def test_torchs_thread_setting_is_left_alone(make_run: MakeRun) -> None:
     assert torch.get_num_threads() == before
 
 
+@both_ways
 def test_one_checkpoint_alone_is_the_result(make_run: MakeRun) -> None:
     values = noise(1, 8)
     run = make_run(series(1, w=values), steps=[10])
@@ -203,6 +213,7 @@ def test_a_device_that_is_not_there_is_an_option_error(make_run: MakeRun, device
     assert entries(run.parent) == {"run"}
 
 
+@both_ways
 @pytest.mark.parametrize("error", [errno.ENOSPC, KeyboardInterrupt])
 def test_a_failure_while_writing_leaves_nothing(make_run: MakeRun, error: Any) -> None:
     run = make_run(series(2, w=noise(2, 4000)))
@@ -212,20 +223,67 @@ def test_a_failure_while_writing_leaves_nothing(make_run: MakeRun, error: Any) -
     assert entries(run.parent) == {"run"}
 
 
+@pytest.mark.parametrize(
+    ("is_write", "error", "code", "file"),
+    [
+        (False, errno.EIO, Code.READ_FAILED, "run/checkpoint-1/model.safetensors"),
+        (True, errno.ENOSPC, Code.WRITE_FAILED, "run-ema"),
+    ],
+)
+def test_an_error_in_the_compiled_fold_names_the_file(
+    make_run: MakeRun,
+    compiled_module: ModuleType,
+    is_write: bool,
+    error: int,
+    code: Code,
+    file: str,
+) -> None:
+    run = make_run(series(2, w=noise(2, 4000)))
+    compiled_module.fail(is_write, 1, 1 << 62, error)
+    try:
+        with pytest.raises(FailedError) as caught:
+            ckpt_ema.average(run, device="cpu")
+    finally:
+        compiled_module.fail(is_write, 1 << 62, 1 << 62, 0)
+    assert (caught.value.code, caught.value.path) == (code, str(run.parent / file))
+    assert os.strerror(error) in caught.value.message
+    assert entries(run.parent) == {"run"}
+
+
+def interrupt(*_: int) -> None:
+    """Fail at the first call of progress, a tenth of a second after the first tile was begun."""
+    raise KeyboardInterrupt
+
+
 def test_threads_stop_within_a_tile(make_run: MakeRun) -> None:
-    """Reading 100 checkpoints takes 5 s here; the error comes in the first tenth of a second."""
+    """Reading 100 checkpoints by torch takes 5 s here."""
     run = make_run(series(100, w=noise(100, 10)))
-
-    def fail(*_: int) -> None:
-        raise KeyboardInterrupt
-
     before = time.monotonic()
-    with watching_reads(lambda *_: time.sleep(0.05)), pytest.raises(KeyboardInterrupt):
-        ckpt_ema.average(run, device="cpu", threads=2, tile_size=20, progress=fail)
+    slow = watching_reads(lambda *_: time.sleep(0.05))
+    with by_torch(), slow, pytest.raises(KeyboardInterrupt):
+        ckpt_ema.average(run, device="cpu", threads=2, tile_size=20, progress=interrupt)
     assert time.monotonic() - before < 2.5
     assert entries(run.parent) == {"run"}
 
 
+def test_the_compiled_fold_stops_within_a_tile(
+    make_run: MakeRun, compiled_module: ModuleType
+) -> None:
+    """The 40th read does not end before the threads were told to stop; few more are made then."""
+    run = make_run(series(100, w=noise(100, 10)))
+    module, is_write = compiled_module, False
+    module.fail(is_write, 40, 1 << 62, errno.EINTR)  # such a call is made again, and again
+    timer = threading.Timer(0.5, module.fail, (is_write, 1 << 62, 1 << 62, 0))  # counts anew
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        ckpt_ema.average(run, device="cpu", threads=1, progress=interrupt)
+    timer.join()
+    reads, _, _ = module.count_call(is_write)
+    assert reads < 40
+    assert entries(run.parent) == {"run"}
+
+
+@both_ways
 def test_a_file_that_vanishes_after_it_was_read_is_noticed(make_run: MakeRun) -> None:
     run = make_run(series(3, w=noise(3, 4)))
     model = run / "checkpoint-1/model.safetensors"

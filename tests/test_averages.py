@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from ckpt_ema.errors import Code
 from ckpt_ema.output.manifest import Result
 from tests.conftest import MakeRun, noise, read_safetensors, series, write_safetensors
 from tests.makers.faulty_storage import watching_reads
+from tests.makers.folds import by_torch, bytes_read_by_this_process
 
 NUMBERS = itertools.count()
 
@@ -150,17 +152,37 @@ def test_the_average_of_several_on_the_newest_of_each(make_run: MakeRun) -> None
     assert (ema["flags"].item(), explicit["flags"].item()) == (False, False)
 
 
+def weights(count: int) -> list[torch.Tensor]:
+    """Six tensors that do not cancel, as noise does, which is looked at again."""
+    return [1 + one / 10 for one in noise(6, count)]
+
+
 def test_every_byte_is_read_once_whatever_the_number_of_averages(make_run: MakeRun) -> None:
-    run = make_run(series(6, w=noise(6, 500), n=torch.arange(3)))
+    run = make_run(series(6, w=weights(500), n=torch.arange(3)))
     reads: list[tuple[Path, int, int]] = []
     plan = ckpt_ema.plan(run, last="2,4", half_life="1,2,3")
     assert len(plan.averages) == 6
     assert len(plan.checkpoints) == 4  # the oldest two are in none of them
     assert plan.bytes_read == 4 * 500 * 4 + 3 * 8
-    with watching_reads(lambda *read: reads.append(read)):
+    with by_torch(), watching_reads(lambda *read: reads.append(read)):
         ckpt_ema.average(run, device="cpu", last="2,4", half_life="1,2,3", tile_size=256)
     assert len(set(reads)) == len(reads)
     assert sum(size for _, _, size in reads) == plan.bytes_read
+
+
+def test_the_compiled_fold_reads_every_byte_once_whatever_the_number_of_averages(
+    make_run: MakeRun, compiled_module: ModuleType
+) -> None:
+    run = make_run(series(6, w=weights(1 << 20), n=torch.arange(3)))
+    options: dict[str, Any] = {"last": "2,4", "half_life": "1,2,3", "tile_size": 1 << 20}
+    ckpt_ema.average(
+        run, output=run.parent / "first", device="cpu", **options
+    )  # modules are imported, too
+    before = bytes_read_by_this_process()
+    made = ckpt_ema.average(run, device="cpu", **options)
+    read = bytes_read_by_this_process() - before
+    assert made.plan.bytes_read == 4 * 4 * (1 << 20) + 3 * 8
+    assert made.plan.bytes_read <= read < 1.01 * made.plan.bytes_read  # and headers
 
 
 def test_one_average_is_the_output_and_several_are_folders_in_it(

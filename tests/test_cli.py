@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from ckpt_ema.cli.options import variable
 from ckpt_ema.errors import flag
 from ckpt_ema.options import table
 from ckpt_ema.report.progress import ByteProgress
-from ckpt_ema.storage.local import LocalPool
 from tests.command import ENVIRONMENT, Command, ckpt_ema, wait_for
 from tests.conftest import MakeRun, noise, series
+from tests.makers.faulty_os import slowed
+from tests.makers.folds import without_compiled
 
 
 def imported_by(*words: Any) -> tuple[str, set[str]]:
@@ -285,6 +287,21 @@ def test_a_stdout_that_is_full_or_closed_is_no_traceback(run: Path, words: list[
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(("words", "code"), [(["--version"], 0), (["plan", "/nowhere"], 3)])
+def test_the_process_ends_at_once(words: list[str], code: int) -> None:
+    """Taking an interpreter with torch apart takes 0.4 s; what was printed still comes out."""
+    script = (
+        "import atexit, sys; from ckpt_ema.cli.app import main;"
+        "atexit.register(print, 'still here'); sys.stdout.write('first, '); main()"
+    )
+    command = [sys.executable, "-c", script, *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout.startswith("first, ")
+    assert "still here" not in done.stdout
+    assert bool(done.stderr) == bool(code)
+
+
 def test_an_empty_run_is_not_the_current_folder(run: Path) -> None:
     done = ckpt_ema("plan", "", cwd=run)
     assert (done.returncode, done.stdout) == (2, "")
@@ -394,19 +411,14 @@ class Ending:
 
 def end_in_a_destructor() -> None:
     """Have a signal arrive so at each call of progress, and make reading slow."""
-    real, read = ByteProgress.__call__, LocalPool.read_into
+    real = ByteProgress.__call__
 
     def call(*arguments: Any) -> None:
         Ending()
         real(*arguments)
 
-    def slow(*arguments: Any) -> None:
-        time.sleep(0.01)
-        read(*arguments)
-
-    patched = pytest.MonkeyPatch()
-    patched.setattr(ByteProgress, "__call__", call)
-    patched.setattr(LocalPool, "read_into", slow)
+    pytest.MonkeyPatch().setattr(ByteProgress, "__call__", call)
+    slowed("preadv", 0.01)
 
 
 def test_a_signal_in_a_destructor_which_swallows_it_ends_the_run(run: Path) -> None:
@@ -431,20 +443,31 @@ def test_a_limit_on_descriptors_is_respected(make_run: MakeRun) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def limit_memory() -> None:
+    """Leave 4 GiB of address space."""
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 32, 1 << 32))
+
+
+def limit_memory_of_torch() -> None:
+    """Leave as much, and have torch fold."""
+    without_compiled()
+    limit_memory()
+
+
 @pytest.mark.parametrize(
-    ("options", "code", "message"),
+    ("before", "options", "code", "message"),
     [
-        (["--tile-size", "512MiB"], 1, "error: The machine ran out of memory"),
-        (["--tile-size", "512MiB", "--max-memory", "64MiB"], 0, ""),
+        (limit_memory_of_torch, [], 1, "error: The machine ran out of memory"),
+        (limit_memory_of_torch, ["--max-memory", "64MiB"], 0, ""),
+        (limit_memory, [], 0, ""),  # the compiled fold takes no more for larger tiles
+        (limit_memory, ["--max-memory", "64MiB"], 0, ""),
     ],
 )
 def test_a_limit_on_memory_is_survived(
-    run: Path, options: list[str], code: int, message: str
+    run: Path, before: Callable[[], None], options: list[str], code: int, message: str
 ) -> None:
-    done = ckpt_ema(
-        *("average", run, "-q", "--device", "cpu", "--threads", "2", *options),
-        before=partial(resource.setrlimit, resource.RLIMIT_AS, (1 << 32, 1 << 32)),
-    )
+    words = ("average", run, "-q", "--device", "cpu", "--threads", "2", "--tile-size", "512MiB")
+    done = ckpt_ema(*words, *options, before=before)
     assert done.returncode == code
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == code

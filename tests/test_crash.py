@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 import ckpt_ema
 from ckpt_ema import CkptEmaError
+from ckpt_ema.output import sync
 from ckpt_ema.run import up_to_date
 from tests.command import processes
 from tests.conftest import MakeRun, noise, series
@@ -67,6 +69,12 @@ def replacing_in_parts(run: Path, output: Path) -> None:
         ckpt_ema.average_part(run, part, output=output, device="cpu", threads=1, **options)
     if not up_to_date(ckpt_ema.plan(run, output=output, decay=0.1, tile_size=64)):
         ckpt_ema.finish(output, overwrite=True)
+
+
+@pytest.fixture(autouse=True)
+def small_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of a few bytes are synced while they are written, as large ones are."""
+    monkeypatch.setattr(sync, "SYNCED_BYTES", 64)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -176,7 +184,7 @@ def test_whichever_call_fails_the_output_is_whole_or_absent(make_run: MakeRun, k
     sweep(Scene(small_run(make_run), one), kind, errno.EIO, ever_after=False)
 
 
-@pytest.mark.parametrize("kind", ["preadv", "pwrite"])
+@pytest.mark.parametrize("kind", ["pread", "preadv", "pwrite"])
 def test_a_short_transfer_is_gone_on_with(scene: Scene, kind: str) -> None:
     for k in itertools.count(1):
         with faulty(kind, k, 0) as faults:
@@ -186,6 +194,14 @@ def test_a_short_transfer_is_gone_on_with(scene: Scene, kind: str) -> None:
         if not faults.injected:
             break
     assert k > 5
+
+
+@pytest.mark.parametrize("kind", ["preadv", "pwrite"])
+def test_transfers_that_are_all_short_are_gone_on_with(scene: Scene, kind: str) -> None:
+    with faulty(kind, 1, 0, ever_after=True) as faults:
+        scene.job(scene.run, scene.output.parent / "out")
+    assert faults.injected == faults.calls[kind] > 5
+    assert scene.check(has_failed=False) is False
 
 
 def test_signals_that_somebody_else_handles_interrupt_nothing(scene: Scene) -> None:
@@ -265,6 +281,19 @@ def test_no_kind_of_call_is_never_made(make_run: MakeRun) -> None:
         scene.check(has_failed=False)
         made |= faults.calls.keys()
     assert made == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", ["preadv", "pwrite"])
+def test_calls_of_the_compiled_fold_count(
+    make_run: MakeRun, compiled_module: ModuleType, kind: str
+) -> None:
+    """Otherwise the sweeps would prove nothing about it; without a kind it is left alone."""
+    run, calls = small_run(make_run), []
+    for name in ("", kind):
+        with faulty(name, 1 << 40) as faults:
+            one(run, run.parent / f"out-{name}")
+        calls.append(faults.calls[kind])
+    assert calls[1] >= calls[0] + 3
 
 
 def killed_after(seconds: float, job: Job, run: Path, output: Path) -> float:

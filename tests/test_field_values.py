@@ -15,6 +15,8 @@ from ckpt_ema.fold.monitors.factors import deviation, rotation_deviation
 from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, read_safetensors, series
 
+pytestmark = pytest.mark.usefixtures("either_fold")
+
 WEIGHTS = (1 / 22, 9 / 44, 3 / 4)  # of three checkpoints by the dynamic decay
 Tensor = torch.Tensor
 

@@ -1,7 +1,11 @@
 """Tensors in pieces: any range of any view or set of chunks comes out as the tensor has it."""
 
+import subprocess
+import sys
+from collections.abc import Callable
 from itertools import pairwise, product
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,3 +78,47 @@ def test_a_range_of_chunks_is_that_range_of_the_tensor(
     gather(spec, start, memoryview(values), read_into)
     assert bytes(values) == bytes(tensor.flatten()[start : start + count].clone().untyped_storage())
     assert sum(reads) <= MOST_READ_PER_WANTED * count * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda memory: memory[:2400].view(40, 60).T,
+        lambda memory: memory[:40].view(40, 1).expand(40, 60),
+        lambda memory: memory[:1].expand(40, 60),
+        lambda memory: memory[:7200].view(40, 180)[:, 20:100],  # long rows with gaps
+        lambda memory: memory.view(10, 20, 36).permute(2, 0, 1)[::3, :, ::2],
+    ],
+)
+def test_a_range_of_a_view_is_that_range_whatever_the_width(
+    view: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
+) -> None:
+    memory = torch.randint(0, 100, (7200,), dtype=dtype)
+    tensor = view(memory)
+    name = {1: "U8", 2: "I16", 4: "I32", 8: "I64"}[dtype.itemsize]
+    offset = int(tensor.storage_offset()) * dtype.itemsize
+    starts, shape = (0,) * tensor.ndim, tuple(tensor.shape)
+    piece = Piece(0, offset, starts, shape, tensor.stride())
+    file = bytes(memory.untyped_storage())
+
+    def read_into(_: int, part: memoryview, offset: int) -> None:
+        part[:] = file[offset : offset + len(part)]
+
+    for start, stop in ((0, tensor.numel()), (1, tensor.numel() - 1), (70, 130)):
+        values = bytearray((stop - start) * dtype.itemsize)
+        gather(TensorSpec(name, shape, 0, offset, (piece,)), start, memoryview(values), read_into)
+        assert torch.frombuffer(values, dtype=dtype).equal(tensor.flatten()[start:stop])
+
+
+def test_gathering_imports_no_torch() -> None:
+    code = """
+import sys
+from ckpt_ema.containers.gather import gather
+from ckpt_ema.containers.specs import Piece, TensorSpec
+piece = Piece(0, 0, (0, 0), (2, 3), (1, 2))
+values = memoryview(bytearray(12))
+gather(TensorSpec("I16", (2, 3), 0, 0, (piece,)), 0, values, lambda *_: None)
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ckpt_ema import RefusedError, average
-from ckpt_ema.fold import engine, tile_fold
+from ckpt_ema.fold import torch_fold, torch_tiles
 from ckpt_ema.fold.shadow import widest_float
-from ckpt_ema.fold.tile_fold import TileFold, Uses
+from ckpt_ema.fold.torch_fold import DeviceFold, Uses
 from tests.conftest import MakeRun, noise, read_safetensors, series
 
 pytestmark = [
@@ -128,15 +128,15 @@ def test_a_full_device_is_done_without(
 ) -> None:
     """What torch really raises where a device has no memory left is taken for that."""
 
-    def make_fold(uses: Uses, capacity: int, *rest: Any) -> TileFold:
+    def make_fold(uses: Uses, capacity: int, *rest: Any) -> DeviceFold:
         wide, on, widest_bytes = rest
         if on.type != "cpu":
             torch.empty(1 << 50, dtype=torch.uint8, device=on)  # no device has so much
-        return tile_fold.make_fold(uses, capacity, wide, on, widest_bytes)
+        return torch_fold.make_fold(uses, capacity, wide, on, widest_bytes)
 
     run = make_run(series(3, weight=noise(3, 5003)))
     expected = _averaged(run, "cpu", device="cpu")
-    monkeypatch.setattr(engine, "make_fold", make_fold)
+    monkeypatch.setattr(torch_tiles, "make_fold", make_fold)
     made = average(run, output=run.parent / "device", device=str(device))
     assert made.manifests[0]["device"].endswith("which ran out of memory, and cpu")
     found = read_safetensors(made.output / "model.safetensors")

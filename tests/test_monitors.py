@@ -3,8 +3,9 @@
 import json
 import math
 import operator
+from collections.abc import Sequence
 from itertools import combinations, pairwise, takewhile
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,39 +14,49 @@ from hypothesis import strategies as st
 
 import ckpt_ema
 from ckpt_ema import FailedError, RefusedError
+from ckpt_ema.containers.reader import Reader
 from ckpt_ema.errors import Code
 from ckpt_ema.fold.monitors import make_monitors, watched
-from ckpt_ema.fold.monitors.protocol import Monitor, TileView, Watched
+from ckpt_ema.fold.monitors.protocol import Monitor, Watched
 from ckpt_ema.fold.monitors.twins import Twins
 from ckpt_ema.fold.monitors.zeros import Zeros
-from ckpt_ema.fold.tiles import Segments, Tile, tiles
+from ckpt_ema.fold.screen import Screen
+from ckpt_ema.fold.tiles import Segments, tiles
+from ckpt_ema.fold.views import Seen, TileView
 from ckpt_ema.output.manifest import Result
 from ckpt_ema.planning.plan import Plan
 from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, raw, read_safetensors, series, write_safetensors
 from tests.makers.faulty_os import faulty
 
+pytestmark = pytest.mark.usefixtures("either_fold")
+
 OPTIONS: dict[str, Any] = {"device": "cpu", "tile_size": 400}
 
 
-def view(plan: Plan, tile: Tile) -> TileView:
-    """A tile whose values nobody reads again."""
+class Contents:
+    """Checkpoints in memory, of one tensor each, which monitors read again."""
 
-    def read(*_: object) -> torch.Tensor:
-        raise AssertionError
+    def __init__(self, contents: Sequence[bytes]) -> None:
+        self._contents = contents
 
-    return TileView(plan, tile, Segments(plan).of(tile), read)
+    def read_into(self, checkpoint: int, _tensor: object, start: int, buffer: memoryview) -> None:
+        """See `Reader.read_into`."""
+        buffer[:] = self._contents[checkpoint][start : start + len(buffer)]
 
 
 def show(
     monitor: Monitor, plan: Plan, contents: list[bytes], dtype: torch.dtype = torch.float32
 ) -> None:
     """Show a monitor the first tile of a plan, whose checkpoints hold these bytes."""
-    watch = monitor.watch(view(plan, next(tiles(plan))))
+    tile, anything = next(tiles(plan)), cast(Any, None)
+    segments = Segments(plan).of(tile)
+    screen = Screen(plan, segments, tile.length, hashes=True)
     for number, content in enumerate(contents):
-        if watch:
-            values = torch.frombuffer(bytearray(content), dtype=dtype)
-            watch.see(number, memoryview(content), values)
+        values = torch.frombuffer(bytearray(content), dtype=dtype)
+        screen.see(number, memoryview(content), values)
+    read_again = cast(Reader, Contents(contents))
+    monitor.look(TileView(plan, tile, segments, read_again, anything), screen.seen())
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -72,10 +83,8 @@ def test_exactly_the_pairs_that_are_equal_are_found(
     monitor = Twins(Watched((), tuple(pairs), (), False, False, False, False))
     anything: Any = None
     for tile in data.draw(st.permutations(range(3))):
-        watch = monitor.watch(anything)
-        for number, values in enumerate(checkpoints):
-            if watch:
-                watch.see(number, memoryview(bytes([values[tile]])), anything)
+        hashes = [values[tile] for values in checkpoints] if monitor.wants_hashes() else []
+        monitor.look(anything, Seen([], [], hashes))
     assert monitor.state() == [(a, b) for a, b in pairs if checkpoints[a] != checkpoints[b]]
 
 
@@ -122,21 +131,27 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Plan]:
 
 
 @example([[0] * 12, [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]], 2)
+@example([[0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], [0] * 12], 4)
 @given(
-    st.lists(st.lists(st.integers(0, 1), min_size=12, max_size=12), max_size=8),
+    st.lists(st.lists(st.integers(0, 1), min_size=12, max_size=12), min_size=1, max_size=8),
     st.sampled_from([2, 4, 8]),
 )
 def test_zeros_are_new_if_they_end_a_tensor_and_the_neighbour_has_fewer(
     plans: dict[int, Plan], contents: list[list[int]], itemsize: int
 ) -> None:
     monitor = Zeros(watched(plans[itemsize]))
+    contents += contents[-1:] * (8 - len(contents))
     values = [b"".join(n.to_bytes(itemsize, "little") for n in content) for content in contents]
     dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
     show(monitor, plans[itemsize], values, dtype)
     at_end = [len(list(takewhile(operator.not_, reversed(one)))) for one in contents]
-    at_end = [count if count * itemsize >= 16 else 0 for count in at_end]  # a few are no tail
-    new = {later for later, (a, b) in enumerate(pairwise(at_end), start=1) if b - a >= 8}
-    if len(at_end) > 1 and 12 > at_end[0] >= at_end[1] + 8:  # not zero as a whole
+    # All of it may have become zero, or only more of its end.
+    new = {
+        later
+        for later, (before, now) in enumerate(pairwise(at_end), start=1)
+        if now - before >= 8 or now == 12 > before
+    }
+    if 12 > at_end[0] >= at_end[1] + 8:  # not zero as a whole
         new.add(0)
     assert {onset.checkpoint for onset in monitor.state()} == new
 

@@ -15,6 +15,8 @@ import ckpt_ema
 from ckpt_ema.options import make_options
 from tests.conftest import MakeRun, noise, raw, read_safetensors, series, write_safetensors
 
+pytestmark = pytest.mark.usefixtures("either_fold")
+
 NO_DEADLINE = settings(
     deadline=None,
     max_examples=40,

@@ -14,7 +14,7 @@ import torch
 
 import ckpt_ema
 from ckpt_ema.errors import CkptEmaError, Code, FailedError, OptionError, RefusedError
-from ckpt_ema.output.workspace import Workspace, replace_file
+from ckpt_ema.output.workspace import Workspace
 from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, series
 from tests.makers.faulty_os import faulty
@@ -257,15 +257,14 @@ def _claim(output: Path) -> None:
 
 
 def test_small_files_that_parts_write_at_the_same_time_are_whole(tmp_path: Path) -> None:
-    (tmp_path / "work").mkdir()
     texts = [b"a" * 120, b"b" * 110]
 
     def write(text: bytes) -> None:
         for _ in range(100):
-            replace_file(tmp_path / "README.md", text, tmp_path / "work")
+            work.replace_file(tmp_path / "README.md", text)
             assert (tmp_path / "README.md").read_bytes() in texts
 
-    with ThreadPoolExecutor(2) as pool:
+    with Workspace(tmp_path / "out") as work, ThreadPoolExecutor(2) as pool:
         for written in [pool.submit(write, text) for text in texts]:
             written.result()
 

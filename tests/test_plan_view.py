@@ -70,7 +70,7 @@ def test_one_average_on_80_columns(run: Path) -> None:
         "  equivalent sigma_rel                 0.209",
         "",
         "1 tensor averaged, 100 B to read, 508 B to write",
-        "working memory 22.0 MiB plus torch",
+        "working memory at most 22.0 MiB",
         "also copies config.json",
     ]
 

@@ -1,8 +1,11 @@
 """An output is published when it is whole, accepted by safetensors, and on the disk."""
 
+import contextlib
 import errno
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from safetensors import SafetensorError
 import ckpt_ema
 from ckpt_ema import FailedError
 from ckpt_ema.errors import Code
+from ckpt_ema.output.library import check_header
 from tests.conftest import MakeRun, noise, series
 from tests.makers.faulty_os import faulty
 
@@ -38,6 +42,60 @@ def test_a_file_that_the_library_rejects_is_not_published(
         ckpt_ema.average(run, device="cpu")
     assert (caught.value.code, caught.value.path) == (code, f"{run}-ema")
     assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+HEADER = b'{"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        bytes(7),
+        len(HEADER).to_bytes(8, "little") + HEADER + bytes(15),
+        len(HEADER).to_bytes(8, "little") + HEADER + bytes(17),
+        (len(HEADER) + 1).to_bytes(8, "little") + HEADER + bytes(16),
+        len(HEADER).to_bytes(8, "little") + HEADER.replace(b"4", b"5") + bytes(16),
+        len(HEADER).to_bytes(8, "little") + HEADER.replace(b"F32", b"F31") + bytes(16),
+    ],
+)
+def test_the_library_rejects_each_kind_of_damaged_header(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(SafetensorError):
+        check_header(str(path))
+
+
+def test_asking_the_library_imports_no_framework_and_leaves_no_trace(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(HEADER).to_bytes(8, "little") + HEADER + bytes(16))
+    code = """
+import sys
+from ckpt_ema.output.library import check_header
+check_header(sys.argv[1])
+found = {"torch", "numpy", "paddle", "safetensors.torch", "safetensors.numpy"} & {*sys.modules}
+sys.exit(", ".join(found) or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_library_that_imports_its_framework_first_is_asked_with_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the failed import would stand for the acceptance of a file that nobody looked at."""
+    asked = []
+
+    class Opened(contextlib.nullcontext[None]):
+        def __init__(self, path: str, framework: str) -> None:
+            super().__init__()
+            asked.append((path, framework))
+            if framework != "pt":
+                raise ModuleNotFoundError
+
+    monkeypatch.setattr("safetensors.safe_open", Opened)
+    check_header("some/path")
+    assert asked[-1] == ("some/path", "pt")
 
 
 def test_a_header_that_was_damaged_meanwhile_is_not_published(make_run: MakeRun) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,9 +15,9 @@ import torch
 import ckpt_ema
 from ckpt_ema import ranks
 from ckpt_ema.errors import Code, OptionError
-from ckpt_ema.ranks import Place, first_host, place_from
+from ckpt_ema.place import Place, first_host, place_from
 from tests.command import Command, wait_for
-from tests.conftest import MakeRun, noise, series
+from tests.conftest import MakeRun, free_port, noise, series
 from tests.makers.faulty_os import slowed
 
 Ended = list[tuple[int, str, str]]  # exit code, stdout and stderr of each rank
@@ -31,17 +30,14 @@ def run(make_run: MakeRun) -> Path:
     return make_run(states, shards=2)
 
 
-def start(size: int, rank: int, port: int, *words: Any, **options: Any) -> Command:
-    """Start one rank as torchrun would."""
+def start(
+    size: int, rank: int, port: int, *words: Any, launch: str = "none", **options: Any
+) -> Command:
+    """Start one rank as torchrun would, if it did not listen at the port itself."""
     place = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place |= {"TORCHELASTIC_RUN_ID": launch}
     words = ("average", *words, "--device", "cpu", "--threads", "1")
     return Command(*words, env=place, **options)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def launch(size: int, *words: Any, **options: Any) -> Ended:
@@ -89,13 +85,27 @@ def test_ranks_find_an_output_that_is_up_to_date(run: Path, tmp_path: Path) -> N
     assert last == (0, "", "")
 
 
+FAILS_ONCE = """
+import os, sys
+from ckpt_ema.cli.app import main
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    sys.exit("this rank fails")
+main()
+"""
+
+
 @pytest.mark.sweep
-def test_torchrun_launches_it(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_torchrun_launches_it(run: Path, tmp_path: Path, fails: bool) -> None:
+    """Once, or again at the same port if a rank failed the first time."""
+    program = tmp_path / "fails_once.py"
+    program.write_text(FAILS_ONCE)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("--master-port", str(free_port()), "-m", "ckpt_ema", "average"),
-            *(run, "-o", tmp_path / "out", "-q"),
+            *("--max-restarts", "1", "--master-port", str(free_port())),
+            *((program,) if fails else ("-m", "ckpt_ema")),
+            *("average", run, "-o", tmp_path / "out", "-q"),
         ],
         capture_output=True,
         text=True,
@@ -103,8 +113,23 @@ def test_torchrun_launches_it(run: Path, tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n"), done.stderr
+    assert ("this rank fails" in done.stderr) == fails
     whole = ckpt_ema.average(run, output=tmp_path / "whole", device="cpu").output
     assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_two_launches_with_one_port_do_not_mix(run: Path, tmp_path: Path) -> None:
+    port, decays = free_port(), ("0.1", "0.2")
+    processes = [
+        start(2, rank, port, run, "-o", tmp_path / decay, "--decay", decay, "-q", launch=decay)
+        for rank in range(2)
+        for decay in decays[:: 1 - 2 * rank]
+    ]
+    assert [status for status, *_ in ended(processes)] == [0] * 4
+    for decay in decays:
+        output = tmp_path / f"whole-{decay}"
+        whole = ckpt_ema.average(run, output=output, decay=decay, device="cpu").output
+        assert contents(tmp_path / decay) == contents(whole)
 
 
 def test_the_library_joins_a_launch_only_when_asked(
@@ -221,8 +246,17 @@ def test_ranks_that_never_come_are_named_and_not_waited_for_forever(
     [(status, stdout, stderr)] = ended([alone])
     assert (status, stdout) == (1, "")
     assert f"waiting for rank {1 - rank} of 2 at 127.0.0.1:{port}" in stderr
+    which = f"cannot reach rank 0 at 127.0.0.1:{port} or the 16 ports after it."
+    assert (which if rank else "rank 1 has not joined within 4 s.") in stderr
     assert "unset WORLD_SIZE" in stderr
     assert stderr.count("\n") == 2
+
+
+def test_if_rank_0_cannot_listen_it_says_where(run: Path, tmp_path: Path) -> None:
+    done = start(2, 0, 99999, run, "-o", tmp_path / "out").wait()
+    assert (done.returncode, done.stdout) == (1, "")
+    where = "at 127.0.0.1:99999 or the 16 ports after it."
+    assert f"error: rank 0 of 2 cannot listen {where}" in done.stderr
 
 
 def test_late_ranks_have_a_sentence() -> None:
@@ -252,10 +286,11 @@ TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "
         (TORCHRUN, Place(1, 2, "h", 29500, False, 0)),
         ({**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True"}, Place(1, 2, "h", 29500, True, 0)),
         ({**TORCHRUN, "WORLD_SIZE": "1"}, None),
-        (SLURM, Place(3, 4, "gpu08", 20219, False, 0)),
+        (SLURM, Place(3, 4, "gpu08", 20219, False, 0, "7.2")),
         ({**TORCHRUN, "LOCAL_RANK": "3"}, Place(1, 2, "h", 29500, False, 3)),
-        ({**SLURM, "SLURM_LOCALID": "1"}, Place(3, 4, "gpu08", 20219, False, 1)),
-        ({**SLURM, "MASTER_PORT": "5"}, Place(3, 4, "gpu08", 5, False, 0)),
+        ({**TORCHRUN, "TORCHELASTIC_RUN_ID": "a"}, Place(1, 2, "h", 29500, False, 0, "a")),
+        ({**SLURM, "SLURM_LOCALID": "1"}, Place(3, 4, "gpu08", 20219, False, 1, "7.2")),
+        ({**SLURM, "MASTER_PORT": "5"}, Place(3, 4, "gpu08", 5, False, 0, "7.2")),
         ({**SLURM, **TORCHRUN}, Place(1, 2, "h", 29500, False, 0)),  # torchrun under srun
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),
         # A batch script is one process, however many tasks its job may start.

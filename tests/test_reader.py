@@ -1,7 +1,7 @@
 """A Reader gives any range of any tensor without a plan; comparing checkpoints is done with it."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,9 @@ from ckpt_ema.containers.reader import Reader, hold_the_same
 from ckpt_ema.containers.source import read_specs
 from ckpt_ema.containers.specs import Member, ModelFiles, Specs
 from ckpt_ema.errors import Code, FailedError
-from ckpt_ema.storage.local import Local, LocalPool
-from ckpt_ema.storage.protocol import FilePool, Identity
+from ckpt_ema.storage.local import Local
 from tests.makers import dcp_folders, torch_files
+from tests.makers.faulty_storage import FewFiles, WatchedStorage
 from tests.makers.safetensors_files import write_safetensors, write_shards
 from tests.makers.tensors import StateDict, filled, raw
 
@@ -107,38 +107,18 @@ def test_a_file_that_changed_since_its_header_was_read(
 
 def test_more_files_than_may_be_open(tmp_path: Path) -> None:
     made = [as_safetensors(tmp_path / str(n), {"w": torch.ones(2) * n}) for n in range(40)]
-    storage = Few()
-    with Reader(storage, [(model.folder, specs) for model, specs in made]) as reader:
+    with Reader(FewFiles(), [(model.folder, specs) for model, specs in made]) as reader:
         before = len(os.listdir("/proc/self/fd"))
         for number in [*range(40), *range(40)]:
             buffer = bytearray(8)
             reader.read_into(number, made[number][1].tensors["w"], 0, memoryview(buffer))
             assert buffer == raw(torch.ones(2) * number)
             assert len(os.listdir("/proc/self/fd")) <= before + 8
+        with reader.descriptors((number, 0) for number in range(8)) as descriptors:
+            for fd, (model, _) in zip(descriptors, made, strict=False):
+                assert os.path.samestat(os.fstat(fd), model.path.stat())
+            assert len(os.listdir("/proc/self/fd")) <= before + 8
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-class Few(Local):
-    """A storage of which eight files may be open, and which counts what is read."""
-
-    read_bytes = 0
-
-    def pool(self, expected: Mapping[str, Identity], read_in_turn: int = 1) -> FilePool:
-        """Return a pool that is smaller than it would be."""
-        return Counting(self, LocalPool(dict(expected), read_in_turn, limit=8))
-
-
-class Counting:
-    """A pool that adds up the bytes it reads."""
-
-    def __init__(self, storage: Few, real: FilePool) -> None:
-        self._storage, self._real = storage, real
-        self.verify, self.close = real.verify, real.close
-
-    def read_into(self, path: str, view: memoryview, offset: int) -> None:
-        """Read, and count."""
-        self._storage.read_bytes += len(view)
-        self._real.read_into(path, view, offset)
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -182,6 +162,7 @@ def test_the_heads_of_all_tensors_are_compared_before_the_rest_of_any(tmp_path: 
     frozen = torch.zeros(1 << 20)
     one = as_safetensors(tmp_path / "a", {"frozen": frozen, "w": torch.ones(2)})
     other = as_safetensors(tmp_path / "b", {"frozen": frozen, "w": torch.zeros(2)})
-    storage = Few()
+    sizes: list[int] = []
+    storage = WatchedStorage(lambda _path, _offset, size: sizes.append(size))
     assert not hold_the_same(one, other, storage)
-    assert storage.read_bytes < 100_000
+    assert 0 < sum(sizes) < 100_000

@@ -271,10 +271,10 @@ class TestMakeHeader:
         content = header + random.Random(0).randbytes(sum(sizes))
         theirs = dict(deserialize(content))
         assert {n: (t["dtype"], tuple(t["shape"])) for n, t in theirs.items()} == tensors
-        for (name, begin), size in zip(offsets.items(), sizes, strict=True):
+        for name, begin, size in zip(tensors, offsets, sizes, strict=True):
             assert bytes(theirs[name]["data"]) == content[begin : begin + size]
         ours = read(tmp_path_factory.getbasetemp() / "made.safetensors", content)
-        assert {name: spec.offset for name, spec in ours.tensors.items()} == offsets
+        assert [ours.tensors[name].offset for name in tensors] == offsets
         assert ours.metadata == (metadata,)
 
 
@@ -322,6 +322,63 @@ class TestRefusals:
     def test_name_the_tensor_that_overlaps(self, tmp_path: Path) -> None:
         header = json.dumps({"v": entry(), "w": entry(offsets=[2, 6])})
         assert refusal(tmp_path / "a.safetensors", framed(header, bytes(6))).tensor == "w"
+
+    @pytest.mark.parametrize("size", [True, 1.0, "1"], ids=str)
+    @pytest.mark.parametrize("first", ["v", "x"])
+    def test_what_only_equals_a_size_beside_good_tensors(
+        self, tmp_path: Path, size: Any, first: str
+    ) -> None:
+        tensors = {"w": [1], "v": [1], "x": [1], first: [size]}
+        header = {
+            name: entry(shape=shape, offsets=[4 * n, 4 * n + 4])
+            for n, (name, shape) in enumerate(tensors.items())
+        }
+        content = framed(json.dumps(header), bytes(12))
+        assert library_refuses(content)
+        assert refusal(tmp_path / "a.safetensors", content).tensor == first
+
+    @pytest.mark.parametrize(
+        ("template", "name"),
+        [
+            ("{w},{w}", "w"),
+            ("{w}, {x},{w}", "w"),
+            ('"\\u003a":{free},{w},{w}', "w"),  # an escaped colon is not counted for a name's
+            ('"::":{free},{w},{w}', "w"),
+            ('"__metadata__":{{"a:":"b:","a:":"b"}},{w}', "a:"),
+            ('"__metadata__":{{"a":"\\u003a\\u003a"}},{w},{x},{w}', "w"),
+            ('"v":{{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "dtype"),
+        ],
+    )
+    def test_names_that_are_there_twice_whatever_other_colons_there_are(
+        self, tmp_path: Path, template: str, name: str
+    ) -> None:
+        w, free = json.dumps(entry()), json.dumps(entry(shape=[0], offsets=[0, 0]))
+        text = template.format(w=f'"w":{w}', x=f'"x" : {free}', free=free)
+        error = refusal(tmp_path / "a.safetensors", framed(f"{{{text}}}", bytes(4)))
+        assert f"'{name}' is there twice" in str(error)
+
+
+class TestEqualHeaders:
+    def test_are_parsed_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        parsed: list[str] = []
+        loads = json.loads
+
+        def noted(text: str, **options: Any) -> Any:
+            parsed.append(text)
+            return loads(text, **options)
+
+        monkeypatch.setattr(json, "loads", noted)
+        header = json.dumps({"only-here": entry()})
+        files = [tmp_path / f"{number}.safetensors" for number in range(10)]
+        specs = [read(file, framed(header, bytes([n] * 4))) for n, file in enumerate(files)]
+        assert parsed == [header]
+        assert all(one.tensors is specs[0].tensors for one in specs)
+
+    def test_do_not_excuse_a_file_that_is_cut_short(self, tmp_path: Path) -> None:
+        content = framed(json.dumps({"w": entry()}), bytes(4))
+        read(tmp_path / "a.safetensors", content)
+        assert refusal(tmp_path / "b.safetensors", content[:-1]).code is Code.CUT_SHORT
+        assert refusal(tmp_path / "c.safetensors", content + b"1").code is Code.DAMAGED
 
 
 class TestBounds:

@@ -1,7 +1,9 @@
 """How large tiles are and how many threads fold: what is asked for, within a limit of memory."""
 
 import gc
-from typing import Any
+import tracemalloc
+from types import ModuleType
+from typing import Any, cast
 
 import pytest
 import torch
@@ -9,9 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ckpt_ema
+from ckpt_ema.containers.reader import Reader
 from ckpt_ema.errors import Code, OptionError
-from ckpt_ema.fold.engine import uses
-from ckpt_ema.fold.tile_fold import make_fold
+from ckpt_ema.fold.compiled_fold import CompiledFold, Kernel
+from ckpt_ema.fold.tile_fold import uses
+from ckpt_ema.fold.torch_fold import make_fold
+from ckpt_ema.fold.views import Sink
 from ckpt_ema.options import Engine
 from tests.conftest import MakeRun, noise, series
 
@@ -127,3 +132,28 @@ def test_the_plan_holds_the_memory_that_the_fold_takes(
     taken = sum({one.data_ptr(): one.nbytes() for one in memory}.values())
     assert taken < plan.memory_bytes <= taken + 20 * plan.tile_elements
     del fold
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("averages", [1, 5, 20])
+@pytest.mark.parametrize("max_memory", [None, "512KiB", "64MiB"])
+def test_the_compiled_fold_takes_no_more_than_the_plan_holds(
+    make_run: MakeRun,
+    compiled_module: ModuleType,
+    dtype: torch.dtype,
+    averages: int,
+    max_memory: str | None,
+) -> None:
+    run = make_run(series(3, w=noise(3, 5, dtype=dtype)))
+    decays = [number / 20 for number in range(averages)]
+    plan = ckpt_ema.plan(run, decay=decays, threads=1, max_memory=max_memory)
+    opened = [(one.folder, one.specs) for one in plan.checkpoints]
+    nowhere = cast(Sink, None)
+    with Reader(plan.storage, opened) as reader:
+        kernel = Kernel(compiled_module, plan, reader, nowhere, bytearray(1))
+        tracemalloc.start()
+        fold = CompiledFold(kernel)
+        taken, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert 256 * 8 < taken <= plan.memory_bytes
+        del fold

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import ckpt_ema
+from tests.conftest import MakeRun, noise, series
+from tests.makers.imports import imported_by
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ckpt_ema"
@@ -63,7 +65,7 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 LAYERS = (
     *("errors", "notices", "trainers", "storage", "schedules", "values", "options"),
     *("containers", "find", "targets", "planning", "fold", "output", "report"),
-    *("ranks", "run", "cli", "__main__"),
+    *("place", "store", "ranks", "run", "cli", "__main__"),
 )
 
 
@@ -86,7 +88,8 @@ def test_data_goes_one_way(module: str) -> None:
         ("find.names", {"trainers.conventions"}),
         ("planning.work", {"containers.specs", "targets.target"}),
         ("fold.shadow", {"errors", "schedules.dynamic"}),
-        ("fold.tile_fold", {"fold.shadow"}),
+        ("fold.torch_fold", {"fold.shadow", "fold.tile_fold"}),
+        ("store", {"place"}),
     ],
 )
 def test_the_cores_know_only_what_they_compute_with(module: str, allowed: set[str]) -> None:
@@ -96,6 +99,18 @@ def test_the_cores_know_only_what_they_compute_with(module: str, allowed: set[st
 def test_importing_the_package_does_not_import_torch() -> None:
     code = "import sys, ckpt_ema; ckpt_ema.plan; ckpt_ema.average; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# Beside the standard library and this package; older releases of Typer bring click.
+_NEEDED = {"typer", "shellingham", "annotated_doc", "typing_extensions", "click", "colorama"}
+_NEEDED |= {"org"}  # pickle tries Jython's
+
+
+def test_a_plan_imports_nothing_that_it_does_not_need(make_run: MakeRun) -> None:
+    """No torch, numpy, pydantic, rich or tqdm, which take longer than the rest of a tiny run."""
+    run = make_run(series(3, w=noise(3, 4)))
+    homes = {name.partition(".")[0] for name in imported_by("plan", run)}
+    assert homes - sys.stdlib_module_names - {"ckpt_ema"} <= _NEEDED
 
 
 def test_the_public_names_are_there_and_stay_what_they_are() -> None:
@@ -118,7 +133,8 @@ PURE = {
     *("os.PathLike", "os.fspath", "os.fsencode", "os.fsdecode", "os.environ", "os.environ.get"),
     *("os.path.join", "os.path.split", "os.path.basename", "os.path.dirname", "os.path.normpath"),
     *("os.path.relpath", "os.path.commonpath", "os.path.commonprefix", "os.path.abspath"),
-    *("os.cpu_count", "os.sched_getaffinity"),
+    *("os.cpu_count", "os.sched_getaffinity", "os.terminal_size", "os.get_terminal_size"),
+    "os.strerror",
 }
 OF_THE_DISK = {
     *("exists", "is_dir", "is_file", "is_symlink", "is_fifo", "stat", "lstat", "iterdir", "glob"),
@@ -165,5 +181,5 @@ def test_tests_know_neither_each_other_nor_what_is_private(path: Path) -> None:
                 assert not [name for name in names if re.search(r"\.(test)?_[a-z]", name)]
         if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
             holder = ast.unparse(node.value)
-            is_ours = not holder.startswith(("self", "torch", "operator"))
+            is_ours = not holder.startswith(("self", "torch", "operator", "os"))
             assert not is_ours or node.attr == "_replace", ast.unparse(node)

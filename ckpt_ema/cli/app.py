@@ -3,11 +3,12 @@
 stdout carries the output path (or JSON) and nothing else; everything for people goes to stderr.
 """
 
+import gc
 import json as json_format
 import shutil
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -16,6 +17,7 @@ from ckpt_ema.cli import average, exits
 from ckpt_ema.cli.exits import say, show
 from ckpt_ema.cli.help import Command
 from ckpt_ema.cli.options import RunArgument, takes_options
+from ckpt_ema.cli.texts import TextGroup
 from ckpt_ema.errors import printable
 
 _MOST_ROWS = 200  # of the table of checkpoints; --json has them all
@@ -31,6 +33,7 @@ ckpt-ema finish averaged                        # when all parts are made
 
 app = typer.Typer(
     name="ckpt-ema",
+    cls=TextGroup,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_show_locals=False,
@@ -81,6 +84,7 @@ def finish(
     output: Annotated[str, typer.Argument(metavar="OUTPUT", readable=False)],
     *,
     overwrite: bool,
+    sync: bool,
     json: bool,
     quiet: bool,
 ) -> None:
@@ -91,7 +95,8 @@ def finish(
     with exits.errors_reported():
         from ckpt_ema.run import finish as publish
 
-        exits.print_result(publish(output, overwrite=overwrite), quiet=quiet, as_json=json)
+        result = publish(output, overwrite=overwrite, sync=sync)
+        exits.print_result(result, quiet=quiet, as_json=json)
 
 
 @app.command(cls=Command, epilog="ckpt-ema formats")
@@ -113,22 +118,44 @@ def formats(*, json: bool, markdown: bool) -> None:
 @app.callback(invoke_without_command=True)
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="With --version, also show what averages on the CPU.")
+    ] = False,
 ) -> None:
     """Average the checkpoints of a training run into one model, in the format of the run."""
+    if verbose and not version:
+        raise typer.BadParameter("--verbose goes with --version.")
+    gc.disable()  # a plan is large and without cycles, and so are the modules; the fold collects
     if version:
         typer.echo(f"ckpt-ema {__version__}")
+        if verbose:
+            from ckpt_ema.fold import native
+
+            typer.echo(f"fold: {native.described()}")
         raise typer.Exit
 
 
-def main() -> None:
-    """Run the command line; never returns."""
+def main() -> NoReturn:
+    """Run the command line and end the process."""
     exits.take_signals()
     # torch warns at import where numpy is missing, which nothing here needs.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
-        app()
+        code = _exit_code()
     except exits.SignalError as error:  # before or after the command itself
-        sys.exit(exits.say_signal(error))
+        code = exits.say_signal(error)
     except OSError as error:  # of stdout, where help and the version go
         say(f"error: {exits.unwritten(error)}")
-        sys.exit(1)
+        code = 1
+    exits.leave(code)
+
+
+def _exit_code() -> int:
+    """Run the command line, whose last act is to raise `SystemExit`."""
+    try:
+        app()
+    except SystemExit as end:
+        if sys.stdout:
+            sys.stdout.flush()
+        return int(end.code or 0)
+    return 0

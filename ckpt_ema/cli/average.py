@@ -1,5 +1,6 @@
 """`ckpt-ema average`: the whole job."""
 
+import gc
 import os
 import shlex
 import sys
@@ -10,7 +11,7 @@ from ckpt_ema.cli import exits
 from ckpt_ema.cli.exits import say
 from ckpt_ema.cli.options import RunArgument, takes_options, variable
 from ckpt_ema.errors import Code, OptionError, printable
-from ckpt_ema.ranks import place_from
+from ckpt_ema.place import place_from
 
 if TYPE_CHECKING:
     from ckpt_ema.output.manifest import Result
@@ -89,6 +90,9 @@ def _average(
 
     def tick(done_bytes: int, total_bytes: int) -> None:
         exits.check_signals()
+        if not gc.isenabled():
+            gc.freeze()  # the plan and all modules stay until the end
+            gc.enable()
         if plans:
             progress(done_bytes, total_bytes)
 

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
@@ -132,6 +132,15 @@ def print_result(result: "Result", *, quiet: bool, as_json: bool) -> None:
             typer.echo(os.fsencode(output))  # a terminal may lack letters of a path, not its bytes
     except OSError as error:
         raise unwritten(error, f"; {result.output} is complete") from error
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: the interpreter would first take torch's objects apart."""
+    ignore_signals()
+    with contextlib.suppress(OSError):
+        if sys.stderr:
+            sys.stderr.flush()
+    os._exit(code)
 
 
 def show(text: str) -> None:

@@ -5,13 +5,15 @@ import textwrap
 from itertools import groupby
 from typing import Any
 
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperOption
+
+from ckpt_ema.cli.texts import TextCommand
 
 _MOST_COLUMNS, _LEAST_COLUMNS = 100, 60
 _INDENT = 26  # of what options do
 
 
-class Command(TyperCommand):
+class Command(TextCommand):
     """A command whose help fits few screens; its epilog has the examples."""
 
     def get_usage(self, ctx: Any) -> str:

@@ -32,9 +32,11 @@ RunArgument = Annotated[
 
 
 def rows_of(command: Callable[..., None]) -> list[Row]:
-    """Return the rows of a command, by panel; with a parameter `options` it takes the table."""
-    names = inspect.signature(inspect.unwrap(command)).parameters
-    rows = [*(table() if "options" in names else []), *(row for row in OWN if row.name in names)]
+    """Return the rows that a command's keywords name, by panel; `options` is the whole table."""
+    parameters = inspect.signature(inspect.unwrap(command)).parameters
+    names = {name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY}
+    rows = [row for row in table() if row.name in names or "options" in names]
+    rows += [row for row in OWN if row.name in names]
     return sorted(rows, key=lambda row: PANELS.index(row.panel))
 
 

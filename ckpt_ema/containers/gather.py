@@ -7,6 +7,7 @@ reads that fetch little else. So a tile costs the memory of a tile, however the 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import add
+from typing import Literal
 
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
@@ -19,7 +20,9 @@ from ckpt_ema.containers.specs import (
     spanned,
 )
 
-_INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}  # by their width in bytes
+# What a memoryview calls elements, by their width in bytes.
+_FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
+_LONG_ROW = 64  # elements from which copying row by row beats copying the longest axis at a time
 
 ReadInto = Callable[[int, memoryview, int], None]  # file, where to, offset in bytes
 
@@ -60,11 +63,8 @@ def gather(tensor: TensorSpec, start: int, values: memoryview, read_into: ReadIn
                     continue
                 raw = bytearray(width * spanned(part, piece.strides))
                 read_into(piece.file, memoryview(raw), source)
-                import torch  # here, so that planning, which reads few tensors, rarely pays for it
-
-                dtype = getattr(torch, _INTEGERS[width])
-                box = torch.frombuffer(raw, dtype=dtype).as_strided(part, piece.strides)
-                torch.frombuffer(target, dtype=dtype).as_strided(part, strides).copy_(box)
+                box = memoryview(raw).cast(_FORMATS[width])
+                _copy(box, piece.strides, target.cast(_FORMATS[width]), strides, part)
         values = values[width * math.prod(sizes) :]
 
 
@@ -88,6 +88,38 @@ def _split(
     for begin, size in ((0, half), (half, sizes[axis] - half)):
         later = (*starts[:axis], starts[axis] + begin, *starts[axis + 1 :])
         yield from _split(later, (*sizes[:axis], size, *sizes[axis + 1 :]), strides)
+
+
+def _copy(
+    source: memoryview,
+    source_strides: Sequence[int],
+    target: memoryview,
+    target_strides: Sequence[int],
+    sizes: Sequence[int],
+) -> None:
+    """Copy a strided box of elements into another, one slice along an axis at a time."""
+    # An axis more, for a view of one element that was expanded: it has no step but 0.
+    axes = [*zip(sizes, source_strides, target_strides, strict=True), (1, 1, 1)]
+
+    def gain(axis: int) -> tuple[bool, int]:
+        size, step, target_step = axes[axis]
+        return size >= _LONG_ROW and step == target_step == 1, size if step else 0
+
+    size, step, target_step = axes.pop(max(range(len(axes)), key=gain))
+    length, target_length = (size - 1) * step + 1, (size - 1) * target_step + 1
+    begins = _offsets((size, step) for size, step, _ in axes)
+    target_begins = _offsets((size, step) for size, _, step in axes)
+    for begin, to in zip(begins, target_begins, strict=True):
+        target[to : to + target_length : target_step] = source[begin : begin + length : step]
+
+
+def _offsets(axes: Iterable[tuple[int, int]]) -> list[int]:
+    """Return where the elements of a box lie, in row-major order; axes are sizes and strides."""
+    offsets = [0]
+    for size, stride in axes:
+        steps = [i * stride for i in range(size)]
+        offsets = [offset + step for offset in offsets for step in steps]
+    return offsets
 
 
 def _distance(start: Sequence[int], end: Sequence[int], strides: Sequence[int]) -> int:

@@ -1,14 +1,14 @@
 """Reading and comparing the tensors of checkpoints, whatever the containers and layouts."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 
 from ckpt_ema.containers.gather import gather
 from ckpt_ema.containers.specs import DTYPE_BITS, ModelFiles, Specs, TensorSpec, as_real
-from ckpt_ema.errors import CkptEmaError, Code, RefusedError
+from ckpt_ema.errors import CkptEmaError, Code, FailedError, RefusedError
 from ckpt_ema.storage.protocol import Storage
 
 _CHUNK_BYTES = 1 << 20
@@ -52,6 +52,28 @@ class Reader(AbstractContextManager["Reader"]):
 
     def _read_file(self, checkpoint: int, file: int, buffer: memoryview, offset: int) -> None:
         self._pool.read_into(self._paths[checkpoint][file], buffer, offset)
+
+    @property
+    def most_open(self) -> int:
+        """How many files may be open at a time."""
+        return self._pool.most_open
+
+    @property
+    def ahead_bytes(self) -> int:
+        """How far ahead of a read the bytes of an uncached file should be requested."""
+        return self._pool.ahead_bytes
+
+    def descriptors(self, files: Iterable[tuple[int, int]]) -> AbstractContextManager[list[int]]:
+        """Yield descriptors of files, each given by a checkpoint and a number in its specs."""
+        return self._pool.descriptors(map(self._path, files))
+
+    def failure(self, file: tuple[int, int], code: int, offset: int) -> FailedError:
+        """Return the error of a read by descriptor; `code` is its errno, 0 where the file ends."""
+        return self._pool.failure(self._path(file), code, offset)
+
+    def _path(self, file: tuple[int, int]) -> str:
+        checkpoint, number = file
+        return self._paths[checkpoint][number]
 
     def verify(self) -> None:
         """Raise `FailedError` if a file has changed since its header was read."""

@@ -1,1 +1,1 @@
-"""Carrying a plan out: reading tiles, folding them, handing them on. It needs torch."""
+"""Carrying a plan out: reading tiles, folding them, handing them on; compiled, or by torch."""

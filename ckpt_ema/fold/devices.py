@@ -1,4 +1,4 @@
-"""Which device to fold on, and how much of its memory to take."""
+"""Which device torch folds on, and how much of its memory to take."""
 
 import hashlib
 from dataclasses import replace
@@ -6,13 +6,12 @@ from dataclasses import replace
 import torch
 
 from ckpt_ema.errors import Code, OptionError
+from ckpt_ema.fold.hardware import CPU, is_out_of_memory
 from ckpt_ema.fold.shadow import widest_float
-from ckpt_ema.fold.tile_fold import device_element_bytes
+from ckpt_ema.fold.torch_fold import device_element_bytes
 from ckpt_ema.planning.fingerprint import precision
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.targets.target import Output
-
-CPU = torch.device("cpu")
 
 # Smaller copies and kernels take less time than starting them.
 _MOST_ELEMENTS = 1 << 20
@@ -25,14 +24,14 @@ def resolve_device(name: str, place: int = 0) -> torch.device:
     Where there are several and `name` leaves open which, the process with number `place` on this
     machine takes the next. Raises `OptionError` for a device that is not available.
     """
-    if name.partition(":")[0] == "cpu":
-        return CPU
+    if name.partition(":")[0] == CPU:
+        return torch.device(CPU)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto" and accelerator is None:
-        return CPU
+        return torch.device(CPU)
     try:
         device = accelerator if accelerator and name == "auto" else torch.device(name)
-        if device.type not in ("cpu", accelerator and accelerator.type):
+        if device.type not in (CPU, accelerator and accelerator.type):
             raise RuntimeError("not here")
         count = torch.accelerator.device_count()
         if device.index is None and count > 1:
@@ -75,7 +74,7 @@ def _marked(output: Output, mark: str) -> Output:
 
 def elements_at_a_time(plan: Plan, device: torch.device) -> int:
     """Return the most elements that each thread has on the device at a time."""
-    if device == CPU:
+    if device.type == CPU:
         return plan.tile_elements
     longest = max((span.length for span in plan.work.spans if span.averaged), default=1)
     most = min(longest, _MOST_ELEMENTS)
@@ -94,9 +93,3 @@ def _free_bytes(device: torch.device) -> int:
         if is_out_of_memory(error):
             return 0
         raise
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether a device has no memory left; only some have a class for that."""
-    words = ("out of memory", "allocate memory", "bad_alloc")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

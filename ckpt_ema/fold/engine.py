@@ -1,97 +1,100 @@
 """The one loop: which tile, which thread, which device; the number of threads changes no byte."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from itertools import groupby, product
-
-import torch
 
 from ckpt_ema.containers.reader import Reader
-from ckpt_ema.containers.specs import FOLDED, TensorSpec
 from ckpt_ema.errors import Code, FailedError
-from ckpt_ema.fold.devices import CPU, accumulator, elements_at_a_time, is_out_of_memory
-from ckpt_ema.fold.monitors.protocol import Monitor, TileView, Watch
-from ckpt_ema.fold.shadow import is_finite
-from ckpt_ema.fold.tile_fold import Staging, TileFold, Use, make_fold
+from ckpt_ema.fold.compiled_fold import CompiledFold, Kernel
+from ckpt_ema.fold.hardware import CPU, check_room_for_thread, is_out_of_memory
+from ckpt_ema.fold.monitors.protocol import Monitor
+from ckpt_ema.fold.native import compiled
+from ckpt_ema.fold.tile_fold import StoppedError, TileFold
 from ckpt_ema.fold.tiles import Segments, Tile, cut, joined
+from ckpt_ema.fold.views import Sink, TileView
 from ckpt_ema.planning.plan import Plan
 
-_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, FOLDED[name]) for name in FOLDED}
 _POLL_SECONDS = 0.1  # the longest time before the main thread handles a signal
-_ROOM_TO_START = 16 << 20  # a thread's stack, and what it takes before it does anything
+_WIDEST_TILE = 1 << 20  # elements: neighbours are joined up to that
 
-Write = Callable[[int, memoryview, int], None]  # number of an output file, bytes, offset
 Finish = Callable[[range], None]  # numbers of tiles whose bytes have all been written
 
 
 def run(
     plan: Plan,
     tiles: Iterable[Tile],
-    device: torch.device,
-    write: Write,
+    device: str,
+    sink: Sink,
     finish: Finish,
     monitors: Sequence[Monitor],
     tick: Callable[[int], None],
 ) -> bool:
-    """Fold tiles of `plan` on `device`, and show the values to monitors.
+    """Fold tiles of `plan` on `device`, and show what was seen to monitors.
 
-    `write` and `finish` are called from many threads, `tick` from this one, ten times a second,
-    with the bytes read so far; what they raise ends the work, and every thread. A thread for which
-    an accelerator has no memory left continues on the CPU; returns whether none had to.
+    `sink` and `finish` are called from many threads, `tick` from this one, ten times a second, with
+    the bytes read so far; what they raise ends the work, and every thread. A thread for which an
+    accelerator has no memory left continues on the CPU; returns whether none had to.
     """
     with Reader(plan.storage, [(c.folder, c.specs) for c in plan.checkpoints]) as reader:
-        elements = elements_at_a_time(plan, device)
-        wide_tiles = joined(tiles, elements)
-        job = _Job(
-            plan, wide_tiles, device, elements, reader, write, finish, monitors, Segments(plan)
-        )
+        job = _Job(plan, device, reader, sink, finish, monitors, tiles)
         _run_threads(job, tick)
         reader.verify()
         return job.device_sufficed
 
 
-@dataclass(slots=True)
 class _Job:
     """What the threads share."""
 
-    plan: Plan
-    tiles: Iterator[Tile]
-    device: torch.device
-    elements: int  # that a thread has on the device at a time
-    reader: Reader
-    write: Write
-    finish: Finish
-    monitors: Sequence[Monitor]
-    segments: Segments
-    device_sufficed: bool = True
-    bytes_read: int = 0
-    stopped: bool = False
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(
+        self,
+        plan: Plan,
+        device: str,
+        reader: Reader,
+        sink: Sink,
+        finish: Finish,
+        monitors: Sequence[Monitor],
+        tiles: Iterable[Tile],
+    ) -> None:
+        self.plan, self.device, self.reader, self.sink = plan, device, reader, sink
+        self.finish, self.monitors = finish, monitors
+        self.segments = Segments(plan)
+        self.stop = bytearray(1)  # the compiled fold looks at it too
+        module = compiled() if plan.engine.accumulate == "float64" else None
+        self.kernel = module and Kernel(module, plan, reader, sink, self.stop)
+        self.device_sufficed = True
+        self.bytes_read = 0
+        self._tiles = joined(tiles, _most_joined(plan, device))
+        self.lock = threading.Lock()
+
+    def fold_on(self, device: str) -> TileFold:
+        """Return a fold for one thread."""
+        if device == CPU and self.kernel:
+            return CompiledFold(self.kernel)
+        from ckpt_ema.fold.torch_tiles import TorchTiles  # which imports torch
+
+        return TorchTiles(self.plan, self.reader, self.sink, self.stop, device)
 
     def next_tile(self) -> Tile | None:
+        """Take a tile; None where there are no more, or none is wanted."""
         with self.lock:
-            return None if self.stopped else next(self.tiles, None)
+            return None if self.stop[0] else next(self._tiles, None)
 
     def count_read(self, size_bytes: int) -> None:
+        """Note that bytes were read, for the progress."""
         with self.lock:
             self.bytes_read += size_bytes
 
-    def read(
-        self,
-        number: int,
-        source: TensorSpec,
-        start: int,
-        count: int,
-        staging: Staging | None = None,
-    ) -> torch.Tensor:
-        """Return `count` elements from element `start` of an averaged tensor on: shape (count,)."""
-        dtype = _DTYPES[source.dtype]
-        staging = staging or Staging(count * dtype.itemsize)
-        content = staging.bytes[: count * dtype.itemsize]
-        self.reader.read_into(number, source, start * dtype.itemsize, content)
-        return staging.values(dtype, count)
+
+def _most_joined(plan: Plan, device: str) -> int:
+    """Return how many elements of neighbouring tiles a thread may take at once."""
+    if device == CPU:
+        return plan.tile_elements if plan.engine.tile_size else _WIDEST_TILE
+    import torch
+
+    from ckpt_ema.fold.devices import elements_at_a_time
+
+    return elements_at_a_time(plan, torch.device(device))
 
 
 def _run_threads(job: _Job, tick: Callable[[int], None]) -> None:
@@ -106,37 +109,29 @@ def _run_threads(job: _Job, tick: Callable[[int], None]) -> None:
                     future.result()
                 tick(job.bytes_read)
         finally:
-            job.stopped = True
+            job.stop[0] = True
 
 
 def _started(pool: ThreadPoolExecutor, job: _Job) -> Future[None]:
-    # Python waits forever for the start of a thread that finds no memory.
-    bytes(_ROOM_TO_START)
     try:
+        check_room_for_thread()
         return pool.submit(_Worker(job).work)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         message = "The machine can start no more threads."
         hint = "Try --threads 1 and --max-memory 64MiB."
         raise FailedError(message, hint, code=Code.OUT_OF_MEMORY) from error
-
-
-class _StoppedError(Exception):
-    """Another thread has failed, or the process was asked to end."""
 
 
 class _Worker:
     """One thread's part, with memory of its own."""
 
     def __init__(self, job: _Job) -> None:
-        self._job, self._plan = job, job.plan
-        self._device, self._elements = job.device, job.elements
+        self._job, self._plan, self._device = job, job.plan, job.device
         self._fold: TileFold | None = None  # made for the first averaged tensor
-        self._staging = Staging(0)  # for kept tensors, likewise
+        self._kept = bytearray()  # memory for kept tensors
 
     def work(self) -> None:
         """Take tiles until there are none."""
-        # There is one thread per core already; without this each would start a team of its own.
-        torch.set_num_threads(1)
         try:
             while (tile := self._job.next_tile()) is not None:
                 if tile.span.averaged:
@@ -144,7 +139,7 @@ class _Worker:
                 else:
                     self._keep(tile)
                 self._job.finish(tile.numbers)
-        except _StoppedError:
+        except StoppedError:
             return
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -155,113 +150,41 @@ class _Worker:
 
     def _average(self, tile: Tile) -> None:
         """Fold a tile of every checkpoint and write each average; if need be, on the CPU."""
-        for part in cut(tile, self._elements):
-            if not self._fits(part):
-                self._device, self._elements, self._fold = CPU, self._plan.tile_elements, None
-                self._job.device_sufficed = False
-                rest = tile.length - (part.start - tile.start)
-                self._average(tile._replace(start=part.start, length=rest))
-                return
+        done = 0
+        while done < tile.length:
+            rest = tile._replace(start=tile.start + done, length=tile.length - done)
+            try:
+                if self._fold is None:
+                    self._fold = self._job.fold_on(self._device)
+                part = next(cut(rest, self._fold.most_elements(rest)))
+                self._fold_and_show(part, self._fold)
+            except RuntimeError as error:
+                if self._device == CPU or not is_out_of_memory(error):
+                    raise
+                self._device, self._fold, self._job.device_sufficed = CPU, None, False
+                continue
+            done += part.length
+            self._job.count_read(tile.span.bytes_read(self._plan.work.layout_of, part.length))
 
-    def _fits(self, tile: Tile) -> bool:
-        """Fold what the device has room for; return False if its memory is full."""
-        plan, device = self._plan, self._device
-        try:
-            if self._fold is None:
-                wide, widest_bytes = accumulator(plan, device), plan.work.widest_bytes
-                self._fold = make_fold(uses(plan), self._elements, wide, device, widest_bytes)
-            self._fold_tile(tile, self._fold)
-        except RuntimeError as error:
-            if device == CPU or not is_out_of_memory(error):
-                raise
-            return False
-        return True
+    def _fold_and_show(self, tile: Tile, fold: TileFold) -> None:
+        job = self._job
+        segments = job.segments.of(tile)
+        hashes = any(monitor.wants_hashes() for monitor in job.monitors)
+        seen, problems = fold.fold(tile, segments, hashes=hashes)
+        view = TileView(self._plan, tile, segments, job.reader, job.sink)
+        for monitor in job.monitors:
+            for average, element in problems.items():
+                monitor.see_problem(view, average, element)
+            monitor.look(view, seen)
 
     def _keep(self, tile: Tile) -> None:
         """Copy the bytes of the newest checkpoint."""
         span = tile.span
         assert span.kept_from is not None
-        if tile.length > len(self._staging.bytes):
-            self._staging = Staging(tile.length)
-        data = self._staging.bytes[: tile.length]
+        if tile.length > len(self._kept):
+            self._kept = bytearray(tile.length)
+        data = memoryview(self._kept)[: tile.length]
         self._job.reader.read_into(span.kept_from, span.sources[0], tile.start, data)
         self._job.count_read(tile.length)
-        for target in span.places:
-            self._job.write(target.file, data, target.offset + tile.start)
-
-    def _fold_tile(self, tile: Tile, fold: TileFold) -> None:
-        span, layout_of = tile.span, self._plan.work.layout_of
-        view = TileView(self._plan, tile, self._job.segments.of(tile), self._job.read)
-        watching = [watch for monitor in self._job.monitors if (watch := monitor.watch(view))]
-
-        def read(index: int, staging: Staging) -> torch.Tensor:
-            if self._job.stopped:  # a tile of a thousand checkpoints takes its time
-                raise _StoppedError
-            source = span.sources[layout_of[index]]
-            return self._job.read(index, source, tile.start, tile.length, staging)
-
-        def read_and_show(index: int, staging: Staging) -> torch.Tensor:
-            values = read(index, staging)
-            content = staging.bytes[: values.nbytes]
-            for watch in watching:
-                watch.see(index, content, values)
-            return values
-
-        fold.fold(tile.length, read_and_show)
-        rest = self._hand_on(view, fold, watching, {*span.dtypes.values()}, only_finite=True)
-        if rest:
-            fold.fold(tile.length, read, keeping_infinities=True)
-            self._hand_on(view, fold, watching, rest, only_finite=False)
-        self._job.count_read(span.bytes_read(layout_of, tile.length))
-
-    def _hand_on(
-        self,
-        view: TileView,
-        fold: TileFold,
-        watching: Sequence[Watch],
-        wanted: Set[str],
-        *,
-        only_finite: bool,
-    ) -> set[str]:
-        """Write the averages of a tile in the wanted dtypes; return those that are not finite.
-
-        With `only_finite`, those are not written.
-        """
-        tile, dtypes = view.tile, view.tile.span.dtypes
-        nonfinite = set()
-        for name, same in groupby(sorted(dtypes), dtypes.__getitem__):
-            if name not in wanted:
-                continue
-            dtype, numbers = _DTYPES[name], list(same)
-            data = fold.rounded(slice(numbers[0], numbers[-1] + 1), tile.length, dtype)
-            rounded = torch.frombuffer(data, dtype=dtype)
-            if not is_finite(rounded):
-                nonfinite.add(name)
-                if only_finite:
-                    continue
-                self._show_nonfinite(view, numbers, rounded)
-            rows = rounded.view(len(numbers), tile.length)
-            for watch, (average, row) in product(watching, zip(numbers, rows, strict=True)):
-                watch.see_average(average, row)
-            size_bytes = tile.length * dtype.itemsize
-            for target in tile.span.places:
-                if target.average in numbers:
-                    begin = numbers.index(target.average) * size_bytes
-                    offset = target.offset + tile.start * dtype.itemsize
-                    self._job.write(target.file, data[begin : begin + size_bytes], offset)
-        return nonfinite
-
-    def _show_nonfinite(self, view: TileView, averages: list[int], rounded: torch.Tensor) -> None:
-        rows = rounded.view(len(averages), view.tile.length)
-        for average, values in zip(averages, rows, strict=True):
-            for monitor in () if is_finite(values) else self._job.monitors:
-                monitor.see_nonfinite(view, average, values)
-
-
-def uses(plan: Plan) -> list[list[Use]]:
-    """Return how each checkpoint of a plan is used by each of its averages."""
-    found: list[list[Use]] = [[] for _ in plan.checkpoints]
-    for number, average in enumerate(plan.averages):
-        for checkpoint, decay in zip(average.members, (None, *average.decays), strict=True):
-            found[checkpoint].append(Use(number, decay))
-    return found
+        for place in span.places:
+            self._job.sink.write(place.file, data, place.offset + tile.start)

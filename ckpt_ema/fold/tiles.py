@@ -1,10 +1,11 @@
 """The work in tiles, numbered in the order of the output's bytes: a share is a range of a file."""
 
 import re
+from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ckpt_ema.containers.specs import DTYPE_BITS
 from ckpt_ema.errors import Code, OptionError
@@ -99,28 +100,87 @@ class Segment(NamedTuple):
         """Whether all of the tensor is in the tile."""
         return self.begins and self.ends
 
+    @property
+    def is_vector(self) -> bool:
+        """Whether the tensor has one axis, but for those of size 1."""
+        return is_vector(self.tensor.shape)
+
+
+# What is known of a segment before it is read; the other flags are in `views`.
+IS_VECTOR = 32  # its tensor has one axis
+IS_WHOLE = 64  # it is all of its tensor
+
+
+class TileSegments(Sequence[Segment]):
+    """The segments of a tile in order, by the names in its first average's output."""
+
+    def __init__(self, file: "_File", begin: int, end: int, first: int, tile: Tile) -> None:
+        """Tensors from number `begin` to `end` overlap a tile that begins at bit `first`."""
+        self._tensors, self._kinds = file.tensors[begin:end], file.kinds[begin:end]
+        self._first, self._length = first, tile.length
+        self._bits = DTYPE_BITS[tile.span.places[0].dtype]
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __getitem__(self, number: Any) -> Any:
+        tensor = self._tensors[number]
+        start = self._start(tensor)
+        stop = start + tensor.size_bytes * 8 // self._bits
+        inside = max(start, 0), min(stop, self._length)
+        return Segment(tensor, *inside, start >= 0, stop <= self._length)
+
+    def names(self) -> Iterator[str]:
+        """Yield the names of their tensors."""
+        return (tensor.name for tensor in self._tensors)
+
+    def bounds(self) -> "array[int]":
+        """Return where each segment begins, and the end."""
+        bounds = array("q", map(self._start, self._tensors))
+        bounds[0] = 0
+        bounds.append(self._length)
+        return bounds
+
+    def kinds(self) -> bytearray:
+        """Return IS_VECTOR and IS_WHOLE of each segment."""
+        kinds = bytearray(self._kinds)
+        for number in (0, -1):
+            if not self[number].is_whole:
+                kinds[number] &= ~IS_WHOLE
+        return kinds
+
+    def _start(self, tensor: OutputTensor) -> int:
+        return (tensor.offset * 8 - self._first) // self._bits
+
 
 class Segments:
     """Which tensors the tiles of a plan hold."""
 
     def __init__(self, plan: Plan) -> None:
         files = [file for one in plan.averages for file in one.output.files]
-        filled = ([tensor for tensor in file.tensors if tensor.size_bytes] for file in files)
-        self._tensors = [sorted(tensors, key=attrgetter("offset")) for tensors in filled]
-        self._offsets = [[tensor.offset for tensor in tensors] for tensors in self._tensors]
+        self._files = [_File(file.tensors) for file in files]
 
-    def of(self, tile: Tile) -> list[Segment]:
-        """Return the segments of a tile in order, by the names in its first average's output."""
+    def of(self, tile: Tile) -> TileSegments:
+        """Return the segments of a tile."""
         place = tile.span.places[0]
-        bits = DTYPE_BITS[place.dtype]
+        file, bits = self._files[place.file], DTYPE_BITS[place.dtype]
         first = place.offset * 8 + tile.start * bits  # in bits
-        offsets, tensors = self._offsets[place.file], self._tensors[place.file]
-        begin = bisect_right(offsets, first // 8) - 1
-        end = bisect_left(offsets, (first + tile.length * bits) // 8)
-        found = []
-        for tensor in tensors[begin:end]:
-            start = (tensor.offset * 8 - first) // bits
-            stop = start + tensor.size_bytes * 8 // bits
-            inside = max(start, 0), min(stop, tile.length)
-            found.append(Segment(tensor, *inside, start >= 0, stop <= tile.length))
-        return found
+        begin = bisect_right(file.offsets, first // 8) - 1
+        end = bisect_left(file.offsets, (first + tile.length * bits) // 8)
+        return TileSegments(file, begin, end, first, tile)
+
+
+class _File:
+    """The tensors of an output file that are not empty, in the order of their bytes."""
+
+    def __init__(self, tensors: Iterable[OutputTensor]) -> None:
+        filled = (tensor for tensor in tensors if 0 not in tensor.shape)
+        self.tensors = sorted(filled, key=attrgetter("offset"))
+        self.offsets = [tensor.offset for tensor in self.tensors]
+        # Those at a tile's ends may be in part outside; all between are whole.
+        self.kinds = bytes(IS_VECTOR * is_vector(one.shape) | IS_WHOLE for one in self.tensors)
+
+
+def is_vector(shape: Sequence[int]) -> bool:
+    """Return whether a tensor has one axis, but for those of size 1."""
+    return sum(size > 1 for size in shape) == 1 if len(shape) != 1 else shape[0] > 1

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ckpt_ema.errors import Code, FailedError
 from ckpt_ema.fold.monitors.protocol import Monitor, Watched
 from ckpt_ema.fold.tiles import Share
-from ckpt_ema.output.workspace import LINES, Workspace, as_failure, durable_file, write_all
+from ckpt_ema.output.workspace import LINES, Workspace, as_failure, write_all
 
 SECONDS_BETWEEN_LINES = 10.0  # the most work that is lost, but for what takes longer to write
 _OUTLINE = "outline"  # the record of what the parts are parts of
@@ -37,6 +37,7 @@ class Ledger:
             for monitor in monitors:
                 monitor.merge(line["monitors"][monitor.name])
         self._is_kept = is_kept
+        self._workspace = workspace
         self._path = workspace.path / f"tiles-{secrets.token_hex(4)}{LINES}"
         self._monitors, self._make_durable = monitors, make_durable
         self._new: list[int] = []
@@ -61,7 +62,7 @@ class Ledger:
         if tiles:
             self._make_durable()
             line = {"tiles": list(ranges(tiles)), "monitors": states(self._monitors)}
-            with as_failure(self._path), durable_file(self._path) as fd:
+            with as_failure(self._path), self._workspace.open_file(self._path) as fd:
                 write_all(fd, json.dumps(line).encode() + b"\n", os.fstat(fd).st_size)
         self._last = time.monotonic()
 
@@ -111,6 +112,7 @@ class Part(NamedTuple):
     seconds: float
     peak_memory_bytes: int
     bytes_read: int
+    sync: bool = True  # whether what it wrote was synced
 
 
 def record(workspace: Workspace, outline: Outline, kind: str, share: Share, part: Part) -> None:

@@ -97,9 +97,10 @@ def _describe_checkpoint(checkpoint: PlannedCheckpoint, **weighting: Any) -> dic
     }
 
 
-def describe_making(result: Result) -> dict[str, Any]:
-    """Return how making the averages went."""
+def describe_making(result: Result, sync: bool) -> dict[str, Any]:
+    """Return how making the averages went, and whether all files were synced."""
     return {
+        "sync": sync,
         "warnings_of_reading": [warning.described() for warning in result.warnings],
         "device": result.device,
         "seconds": result.seconds,

@@ -4,44 +4,59 @@ import contextlib
 import ctypes
 import errno
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ckpt_ema.errors import Code, FailedError
+from ckpt_ema.output.library import check_header
+from ckpt_ema.output.sync import Syncer
 from ckpt_ema.output.workspace import (
     PUBLISHED,
     Workspace,
     as_failure,
-    durable_file,
-    fsync_folder,
     hidden_sibling,
     remove,
-    replace_file,
     write_all,
 )
 from ckpt_ema.storage import Storage
+from ckpt_ema.storage.local import descriptor_limit, read_into
 from ckpt_ema.targets.safetensors import target_for
 from ckpt_ema.targets.target import OutputFile
 
-_MOST_OPEN_FILES = 16
+_FEWEST_OPEN = 16  # model files that stay open
+_FILES_EACH = 32  # that a thread may open for the moment, roughly
 _COPIED_BYTES = 1 << 20  # at a time
 
 
 class StagedOutput(Workspace):
     """An output that is being made: a workspace with the files in it, which it closes."""
 
-    def __init__(self, final: Path, key: str, overwrite: bool, *, is_shared: bool = False) -> None:
+    def __init__(
+        self,
+        final: Path,
+        key: str,
+        overwrite: bool,
+        *,
+        is_shared: bool = False,
+        sync: bool = True,
+    ) -> None:
         """See `Workspace`; `overwrite` is whether another output at `final` is replaced."""
-        super().__init__(final, key, is_shared=is_shared)
+        super().__init__(final, key, is_shared=is_shared, sync=sync)
         self.is_single_file = target_for(final).is_single_file
         self.left: Path | None = None  # the output that was replaced and cannot be removed
         self._overwrite = overwrite
+        few = descriptor_limit()
+        self._most_open = max(_FEWEST_OPEN, few // 2)
+        self._opening = threading.Semaphore(max(1, few // _FILES_EACH))  # threads that open more
         self._fds: list[int] = []  # of the first model files; there may be more files than that
         self._paths: list[Path] = []
+        self._syncer = Syncer(self._sync_data)
 
     def __exit__(self, *error: Any) -> None:
         try:
+            self._syncer.close()
             for fd in self._fds:
                 with contextlib.suppress(OSError):
                     os.close(fd)
@@ -59,7 +74,7 @@ class StagedOutput(Workspace):
                 try:
                     _reserve(fd, file.size_bytes)
                 finally:
-                    if number < _MOST_OPEN_FILES:
+                    if number < self._most_open:
                         self._fds.append(fd)
                     else:
                         os.close(fd)
@@ -75,9 +90,38 @@ class StagedOutput(Workspace):
 
     def write(self, file: int, data: memoryview, offset: int) -> None:
         """Write `data` at `offset` of model file number `file`; from any thread."""
-        with as_failure(self.final), self._opened(file) as fd:
+        with self.descriptors([file]) as [fd]:
             write_all(fd, data, offset)
-            _start_writeback(fd, offset, len(data))
+        self.written(file, len(data))
+
+    @contextlib.contextmanager
+    def descriptors(self, files: Sequence[int]) -> Iterator[list[int]]:
+        """Yield descriptors of model files, by their numbers, to write to; then call `written`.
+
+        An `OSError` inside is taken for one of writing.
+        """
+        is_open = all(file < len(self._fds) for file in files)
+        with as_failure(self.final), contextlib.ExitStack() as stack:
+            if not is_open:
+                stack.enter_context(self._opening)
+            yield [stack.enter_context(self._opened(file)) for file in files]
+
+    def written(self, file: int, size_bytes: int) -> None:
+        """Note that bytes were written to a model file; from any thread.
+
+        Raises `FailedError` if earlier ones cannot be made durable.
+        """
+        if self.sync:
+            self._syncer.note(file, size_bytes)
+
+    def _sync_data(self, file: int) -> None:
+        with as_failure(self.final), self._opened(file) as fd:
+            getattr(os, "fdatasync", os.fsync)(fd)  # macOS has none
+
+    def read_into(self, file: int, view: memoryview, offset: int) -> None:
+        """Fill `view` with bytes of model file number `file` that have been written."""
+        with as_failure(self.final), self._opened(file) as fd:
+            read_into(str(self._paths[file]), fd, view, offset)
 
     @contextlib.contextmanager
     def _opened(self, file: int) -> Iterator[int]:
@@ -96,14 +140,14 @@ class StagedOutput(Workspace):
         path = self.output / name
         with as_failure(self.final / name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, content, self.output.parent)  # parts may write it concurrently
+            self.replace_file(path, content)  # parts may write it concurrently
 
     def copy(self, source: Path, name: str, storage: Storage) -> None:
         """Copy a companion file, byte for byte."""
         path = self.output / name
         with storage.open(source) as file, as_failure(self.final / name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with durable_file(path) as fd:
+            with self.open_file(path) as fd:
                 size_bytes = file.identity.size_bytes
                 for offset in range(0, size_bytes, _COPIED_BYTES):
                     count = min(_COPIED_BYTES, size_bytes - offset)
@@ -112,28 +156,31 @@ class StagedOutput(Workspace):
 
     def check_loads(self) -> None:
         """Check that the safetensors library accepts every model file; it reads headers only."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         for number in range(len(self._paths)):
             try:
                 # By descriptor, since the library accepts only paths in UTF-8.
-                with self._opened(number) as fd, safe_open(f"/dev/fd/{fd}", "pt") as model:
-                    model.keys()
-            except (OSError, RuntimeError, SafetensorError) as error:  # torch, which maps it, too
+                with self._opened(number) as fd:
+                    check_header(f"/dev/fd/{fd}")
+            except (OSError, RuntimeError, SafetensorError) as error:
                 code = Code.DAMAGED if isinstance(error, SafetensorError) else Code.READ_FAILED
                 message = f"{self.final} cannot be loaded after writing: {error}."
                 hint = "Nothing was published."
                 raise FailedError(message, hint, code=code, path=self.final) from error
 
     def make_durable(self) -> None:
-        """Make everything written so far survive a power failure."""
+        """Make everything written so far survive a power failure, unless nothing is synced."""
+        if not self.sync:
+            return
         with as_failure(self.final):
             for number in range(len(self._paths)):
                 with self._opened(number) as fd:
                     os.fsync(fd)
             if not self.is_single_file:
                 for folder, _, _ in os.walk(self.output):
-                    fsync_folder(folder)
+                    self.sync_folder(folder)
+        self._syncer.wait()  # last: a sync under way may be the one that is told of an error
 
     def publish(self) -> None:
         """Give the output its final name, replacing what may be replaced there."""
@@ -143,14 +190,14 @@ class StagedOutput(Workspace):
             # This voids all records of the output; an exchange leaves the old one in its place.
             remove(ready)  # left by a run that was killed here
             os.rename(self.output, ready)
-            fsync_folder(ready.parent)
+            self.sync_folder(ready.parent)
             try:
                 replaced = self._give_name(ready)
             except OSError:
                 os.rename(ready, self.output)
                 raise
         try:
-            fsync_folder(self.final.parent)
+            self.sync_folder(self.final.parent)
         except OSError as error:
             why = f"may not survive a power failure: {error.strerror}"
             message = f"{self.final} is published, but {why}."
@@ -206,9 +253,3 @@ def _reserve(fd: int, size_bytes: int) -> None:
         if code not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
         os.ftruncate(fd, size_bytes)
-
-
-def _start_writeback(fd: int, offset: int, size_bytes: int) -> None:
-    """Make the kernel start to write these bytes, so that fsync need not wait for them."""
-    if hasattr(os, "posix_fadvise"):  # macOS has none; Linux writes dirty pages, drops clean ones
-        os.posix_fadvise(fd, offset, size_bytes, os.POSIX_FADV_DONTNEED)

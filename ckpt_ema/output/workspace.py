@@ -32,10 +32,16 @@ PART = "part-"  # the kind of records of parts that `finish` publishes
 class Workspace:
     """A context manager: the folder exists and is locked inside; removed after unless `kept`."""
 
-    def __init__(self, final: Path, key: str = "", *, is_shared: bool = False) -> None:
-        """For an output at `final`: the folder of a `key`, which others may share, or a new one."""
+    def __init__(
+        self, final: Path, key: str = "", *, is_shared: bool = False, sync: bool = True
+    ) -> None:
+        """For an output at `final`: the folder of a `key`, which others may share, or a new one.
+
+        Without `sync`, what is written may be lost in a power failure.
+        """
         self.final = Path(os.path.realpath(final))  # follows a link
         self.kept = False
+        self.sync = sync
         self._key = key
         self._is_shared = is_shared
         self._fd = -1
@@ -96,8 +102,8 @@ class Workspace:
         """Write a record, durably and atomically."""
         path = self.path / f"{name}{_RECORD}"
         with as_failure(path):
-            replace_file(path, json.dumps(content).encode(), self.path)
-            fsync_folder(self.path)
+            self.replace_file(path, json.dumps(content).encode())
+            self.sync_folder(self.path)
 
     def records(self, prefix: str) -> dict[str, dict[str, Any]]:
         """Return the records whose names have a prefix; raises `FailedError` for a damaged one."""
@@ -109,6 +115,39 @@ class Workspace:
                 message, hint = f"{path} is damaged.", "Remove it, and make that part again."
                 raise FailedError(message, hint, code=Code.DAMAGED, path=path) from error
         return found
+
+    @contextlib.contextmanager
+    def open_file(self, path: Path) -> Iterator[int]:
+        """Open a file for writing, created if it does not exist; synced when the block ends."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            yield fd
+            self.sync_file(fd)
+        finally:
+            os.close(fd)
+
+    def replace_file(self, path: Path, content: bytes) -> None:
+        """Write a small file atomically, by way of a temporary file in the workspace."""
+        temporary = self.path / f"{secrets.token_hex(4)}.tmp"
+        with self.open_file(temporary) as fd:
+            write_all(fd, content)
+        os.replace(temporary, path)
+
+    def sync_file(self, fd: int) -> None:
+        """Make an open file durable."""
+        if self.sync:
+            os.fsync(fd)
+
+    def sync_folder(self, path: str | Path) -> None:
+        """Make the names in a folder durable."""
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            self.sync_file(fd)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some network file systems need none
+                raise
+        finally:
+            os.close(fd)
 
 
 def keys_with_parts(final: Path) -> list[str]:
@@ -176,42 +215,11 @@ def _lock(fd: int, *, is_shared: bool) -> bool | None:
     return True
 
 
-@contextlib.contextmanager
-def durable_file(path: Path) -> Iterator[int]:
-    """Open a file for writing, created if it does not exist, and fsync it when the block ends."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        yield fd
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def replace_file(path: Path, content: bytes, folder: Path) -> None:
-    """Write a small file, durably and atomically, by way of a temporary file in `folder`."""
-    temporary = folder / f"{secrets.token_hex(4)}.tmp"
-    with durable_file(temporary) as fd:
-        write_all(fd, content)
-    os.replace(temporary, path)
-
-
 def write_all(fd: int, data: bytes | memoryview, offset: int = 0) -> None:
     """Write all of `data` (bytes) at `offset` of an open file."""
     view, done = memoryview(data), 0
     while done < len(view):
         done += os.pwrite(fd, view[done:], offset + done)
-
-
-def fsync_folder(path: str | Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems need none
-            raise
-    finally:
-        os.close(fd)
 
 
 def remove(path: Path) -> None:

@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from statistics import median
 from typing import NamedTuple
 
 from ckpt_ema.containers.model_key import ALREADY_AVERAGED
@@ -19,7 +18,7 @@ from ckpt_ema.find.verdict import Reason as FindReason
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.output import LaidOut
-from ckpt_ema.planning.roles import Reason, Ruling
+from ckpt_ema.planning.roles import Reason, Ruling, distinct
 from ckpt_ema.planning.same_model import Compared
 from ckpt_ema.schedules import dynamic
 from ckpt_ema.schedules.by_step import sigma_rel_of
@@ -102,7 +101,8 @@ def plan_notes(decided: Decided) -> Iterator[Notice]:
         yield Notice(Code.DECIDED, f"{some(doubles, 3)} {message}.")
     yield from _kept(newest.name, specs_of[newest], rulings)
     yield from dict.fromkeys(note for one in specs_of.values() for note in one.notes)
-    if any(pattern.search(key) for pattern in conventions.FACTORS for key in rulings):
+    adapters = conventions.may_be_of_adapters(rulings)
+    if any(pattern.search(key) for pattern in conventions.FACTORS for key in adapters):
         message = "The factors of the adapter are averaged one by one, which approximates the"
         message = f"{message} average of their products; reading them shows how closely."
         yield Notice(Code.ADAPTER_FACTORS, message)
@@ -114,7 +114,8 @@ def plan_notes(decided: Decided) -> Iterator[Notice]:
 def _kept(name: str, newest: Specs, rulings: Mapping[str, Ruling]) -> Iterator[Notice]:
     """Note the tensors that keep the newest value, by what they are."""
     kept: dict[str, list[str]] = {}
-    for key, (rule, made) in rulings.items():
+    is_any = any(one.made is Role.KEPT for one in distinct(rulings))
+    for key, (rule, made) in rulings.items() if is_any else ():
         if made is Role.KEPT:
             dtype = newest.tensors[key].dtype
             is_other = rule.reason is Reason.NOT_FLOAT
@@ -127,16 +128,17 @@ def _kept(name: str, newest: Specs, rulings: Mapping[str, Ruling]) -> Iterator[N
 
 def _share_not_averaged(newest: Specs, rulings: Mapping[str, Ruling]) -> Iterator[Notice]:
     """Warn of integers that change as weights do, with their share of the elements."""
+    if not any(one.rule.reason is Reason.CHANGING for one in distinct(rulings)):
+        return
     counts = Counter[Reason]()
     for name, (rule, made) in rulings.items():
         if made is Role.AVERAGED or rule.reason is Reason.CHANGING:
             counts[rule.reason] += math.prod(newest.tensors[name].shape)
-    if counts[Reason.CHANGING]:
-        share = counts[Reason.CHANGING] / counts.total()
-        names = [name for name, one in rulings.items() if one.rule.reason is Reason.CHANGING]
-        message = f"{some(names, 3)} hold integers that change in training, {share:.1%} of all"
-        message = f"{message} elements: they are not averaged and keep the newest value."
-        yield Notice(Code.NOT_AVERAGED, message)
+    share = counts[Reason.CHANGING] / counts.total()
+    names = [name for name, one in rulings.items() if one.rule.reason is Reason.CHANGING]
+    message = f"{some(names, 3)} hold integers that change in training, {share:.1%} of all"
+    message = f"{message} elements: they are not averaged and keep the newest value."
+    yield Notice(Code.NOT_AVERAGED, message)
 
 
 def _merged(
@@ -198,13 +200,15 @@ def _too_much(which: str, name: str, weight: float, remedy: str) -> Notice:
 def _irregular(average: Average, names: Sequence[str]) -> Iterator[Notice]:
     """Warn if weights count checkpoints that are not equally far apart."""
     known = [gap for gap in average.gaps if gap is not None]
-    if average.unit == "checkpoints" or max(known) <= _MOST_GAP * median(known):
+    middle = len(known) // 2
+    median = sum(sorted(known)[one] for one in (middle, ~middle)) / 2 if known else 0
+    if average.unit == "checkpoints" or max(known) <= _MOST_GAP * median:
         return
     longest = average.gaps.index(max(known))
     before, after = (names[average.members[n]] for n in (longest - 1, longest))
     age, unit = average.statistics.half_life, average.unit
     remedy = f"; --half-life {_brief(age)} counts {unit} and has the same mean age" if age else ""
-    found = f"{max(known)} {unit} from {before} to {after}, median {median(known):g}"
+    found = f"{max(known)} {unit} from {before} to {after}, median {median:g}"
     message = f"Weights count checkpoints, but their gaps differ: {found}{remedy}."
     yield Notice(Code.UNEVEN_GAPS, message)
 
@@ -244,7 +248,8 @@ def _falling_times(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
 
 def _about_run(specs_of: Mapping[Checkpoint, Specs]) -> Iterator[Notice]:
     specs = list(specs_of.values())
-    if any(map(conventions.OTHER_FACTOR.search, specs[-1].tensors)):
+    adapters = conventions.may_be_of_adapters(specs[-1].tensors)
+    if any(map(conventions.OTHER_FACTOR.search, adapters)):
         message = (
             "This adapter is not linear in its tensors, which are averaged one by one; how far"
         )

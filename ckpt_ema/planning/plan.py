@@ -6,7 +6,8 @@ Inputs are checked here, from headers alone; what follows only executes the plan
 import gc
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -118,7 +119,7 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """What the fold allocates in addition to torch, whatever the size of the model."""
+        """The most that the fold allocates, without torch's own, whatever the size of the model."""
         each = element_bytes(self.engine, self.work, len(self.averages))
         return self.threads * self.tile_elements * each
 
@@ -129,16 +130,22 @@ def plan(run: PathLike | Sequence[PathLike], **options: "Unpack[Keywords]") -> P
     The options are those of the command line: `decay`, `half_life`, `last`, `output` (a folder, or
     a path that ends in .safetensors for one file; by default a sibling of the run, `RUN-ema`),
     `dtype` (of averaged tensors), and so on. Where an option has several values, each makes an
-    average. Reads headers, and the start of tensors whose role these leave open; it imports torch
-    only to look into one that is not contiguous.
+    average. Reads headers, and the start of tensors whose role these leave open.
 
     Raises `OptionError` for an impossible option and `RefusedError` for inputs that cannot be
     averaged, or an output path that overlaps them.
     """
-    was_enabled = gc.isenabled()
-    gc.disable()  # a plan is large and without cycles; collection would double the time
-    try:
+    with uncollected():  # a plan is large and without cycles; collection would double the time
         return _plan(_paths(run), make_options(options))
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Collect no garbage inside of the block."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if was_enabled:
             gc.enable()

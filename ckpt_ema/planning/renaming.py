@@ -109,7 +109,7 @@ def unified(
 
 def _like(tensors: _Tensors, newest: _Tensors, is_equal: Equal, is_equal_there: Equal) -> Match:
     """Match tensors with the newest's; `is_equal_there` compares two tensors of the newest."""
-    if tensors.keys() == newest.keys():
+    if tensors is newest or tensors.keys() == newest.keys():
         return Match(tensors)
     named = _unwrapped(newest)
     new_name = {name: named.get(plain, name) for plain, name in _unwrapped(tensors).items()}

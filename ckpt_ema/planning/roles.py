@@ -141,17 +141,20 @@ def judge(
     is averaged.
     """
     asked = asked or {}
-    rulings = {key: Ruling(_ASKED[role], role) for key, role in asked.items()}
-    for rule, take in RULES:
-        ruling = Ruling(rule, rule.role)
-        for key in take(newest.tensors, contents):
-            rulings.setdefault(key, ruling)
+    rulings: dict[str, Ruling] = {}
+    for rule, take in reversed(RULES):  # the last takes all, the others replace its ruling
+        rulings.update(dict.fromkeys(take(newest.tensors, contents), Ruling(rule, rule.role)))
+    rulings |= {key: Ruling(_ASKED[role], role) for key, role in asked.items()}
     for key, first in _tied(newest.tensors, layouts).items():
         if key not in asked and first not in asked:
             rulings[key] = Ruling(_TIED, rulings[first].made)
-    rulings = {key: rulings[key] for key in newest.tensors}
     _check(rulings, name)
     return rulings
+
+
+def distinct(rulings: Mapping[str, Ruling]) -> list[Ruling]:
+    """Return the rulings, each once; nearly all tensors share one."""
+    return [*{id(ruling): ruling for ruling in rulings.values()}.values()]
 
 
 def asked_roles(tensors: _Tensors, reading: Reading) -> dict[str, Role]:
@@ -196,7 +199,8 @@ def _not_float(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
 
 def _quantised(tensors: _Tensors, contents: Contents) -> Iterator[str]:
     """Yield codes and their scales if one of them changes; frozen ones do no harm."""
-    codes = [key for key, one in tensors.items() if _CODE.search(one.dtype)]
+    dtypes = {dtype for dtype in {one.dtype for one in tensors.values()} if _CODE.search(dtype)}
+    codes = [key for key, one in tensors.items() if one.dtype in dtypes] if dtypes else []
     if not codes:
         return
     scales: dict[str, list[str]] = {}  # by module
@@ -222,13 +226,14 @@ def _changing(tensors: _Tensors, contents: Contents) -> Iterator[str]:
 
 
 def _singular_vectors(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
-    for key in filter(lambda key: key.endswith(_VECTORS), tensors):
+    for key in _ending(tensors, *_VECTORS):
         if f"{key[:-2]}_orig" in tensors or _PARAMETRIZED.search(key):
             yield key
 
 
 def _masks(tensors: _Tensors, contents: Contents) -> Iterator[str]:
-    for key in filter(lambda key: "mask" in key.lower(), tensors):
+    has_masks = "mask" in "\n".join(tensors).lower()
+    for key in filter(lambda key: "mask" in key.lower(), tensors if has_masks else ()):
         is_pruning = f"{key.removesuffix('_mask')}_orig" in tensors or _PARAMETRIZED.search(key)
         is_named = _MASK.search(key.rpartition(".")[2]) and tensors[key].dtype in AVERAGED
         if is_pruning or (is_named and contents.changes(key) and contents.is_binary(key)):
@@ -237,13 +242,12 @@ def _masks(tensors: _Tensors, contents: Contents) -> Iterator[str]:
 
 def _observers(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
     """Yield scales beside integer zero points, and what modules with a range have observed."""
-    observers = set()
-    for key, one in tensors.items():
-        if key.endswith(_ZERO_POINT) and one.dtype not in AVERAGED:
-            scale = f"{key.removesuffix(_ZERO_POINT)}scale"
-            yield from (scale,) if scale in tensors else ()
-        elif key.endswith(_LEAST) and f"{key.removesuffix(_LEAST)}{_MOST}" in tensors:
-            observers.add(key.rpartition(".")[0])
+    for key in _ending(tensors, _ZERO_POINT):
+        scale = f"{key.removesuffix(_ZERO_POINT)}scale"
+        if tensors[key].dtype not in AVERAGED and scale in tensors:
+            yield scale
+    ranges = (key.removesuffix(_LEAST) for key in _ending(tensors, _LEAST))
+    observers = {one.rpartition(".")[0] for one in ranges if f"{one}{_MOST}" in tensors}
     for key in tensors if observers else ():
         module, _, own = key.rpartition(".")
         if module in observers and own not in ("weight", "bias"):
@@ -252,17 +256,25 @@ def _observers(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
 
 def _ring_buffers(tensors: _Tensors, _contents: Contents) -> Iterator[str]:
     """Yield buffers that an integer beside them points into, such as MoCo's queue."""
-    for key, one in tensors.items():
-        if key.endswith("_ptr") and one.dtype not in AVERAGED:
-            yield from (key.removesuffix("_ptr"),) if key.removesuffix("_ptr") in tensors else ()
+    for key in _ending(tensors, "_ptr"):
+        if tensors[key].dtype not in AVERAGED and key.removesuffix("_ptr") in tensors:
+            yield key.removesuffix("_ptr")
 
 
 def _counters(tensors: _Tensors, contents: Contents) -> Iterator[str]:
     """Yield single floats that count, by name and content."""
-    for key in filter(_COUNTER.search, tensors):
-        is_one = math.prod(tensors[key].shape) == 1 and tensors[key].dtype in FOLDED
-        if is_one and contents.changes(key) and contents.is_whole_number(key):
+    ones = (key for key, one in tensors.items() if math.prod(one.shape) == 1)
+    for key in filter(_COUNTER.search, ones):
+        is_folded = tensors[key].dtype in FOLDED
+        if is_folded and contents.changes(key) and contents.is_whole_number(key):
             yield key
+
+
+def _ending(tensors: _Tensors, *ends: str) -> list[str]:
+    """Return the keys that end in one of these; most models have none, which is found out fast."""
+    text = "\n".join([*tensors, ""])
+    is_there = any(f"{end}\n" in text for end in ends)
+    return [key for key in tensors if key.endswith(ends)] if is_there else []
 
 
 # The first rule that takes a tensor decides; the last takes every tensor.
@@ -282,12 +294,13 @@ RULES: tuple[tuple[Rule, _Take], ...] = (
 
 def _check(rulings: Mapping[str, Ruling], name: str) -> None:
     """Raise `RefusedError` if a tensor rules the average out, or if none is averaged."""
+    found = distinct(rulings)
     for rule, (what, why, hint, code) in _REFUSALS.items():
-        refused = [key for key, one in rulings.items() if one.rule is rule]
-        if refused:
+        if any(one.rule is rule for one in found):
+            refused = [key for key, one in rulings.items() if one.rule is rule]
             message = f"{name} holds {what} ({some(refused, 3)}): {why}."
             raise RefusedError(message, hint, code=code, tensor=refused[0])
-    if all(ruling.made is not Role.AVERAGED for ruling in rulings.values()):
+    if all(one.made is not Role.AVERAGED for one in found):
         message = f"{name} holds no floating-point tensor to average."
         raise RefusedError(message, code=Code.NOT_AVERAGEABLE)
 

@@ -52,7 +52,7 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
     specs, matches, warnings = unified(names, own, equal)
     warnings += left_by_wrappers(models[-1].path.name, own[-1])
     rows = zip(checkpoints, own, specs, strict=True)
-    renamed = {c for c, one, other in rows if one.tensors.keys() != other.tensors.keys()}
+    renamed = {c for c, one, other in rows if _have_other_names(one.tensors, other.tensors)}
     # Before shapes: adapters of another rank have other shapes, and this names the reason.
     configs = compare_configs(checkpoints, specs, source.storage)
     warnings += [*_compare_tensors(names, specs), *configs]
@@ -60,6 +60,10 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
     second_names = {name for match in matches for name in match.dropped}
     dropped = {**dict.fromkeys(left_out, ASKED_TO_DROP), **dict.fromkeys(second_names, DROPPED)}
     return Compared(specs_of, renamed, dropped, warnings, tied_notes(names, matches))
+
+
+def _have_other_names(one: _Tensors, other: _Tensors) -> bool:
+    return one is not other and one.keys() != other.keys()
 
 
 def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:

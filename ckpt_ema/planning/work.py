@@ -4,13 +4,22 @@ The fold is elementwise, so tensors that are neighbours in every file are one sp
 thousand small tensors cost what one large tensor costs.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from operator import attrgetter
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Sequence
+from itertools import compress, count, pairwise
+from operator import add, ne
 from typing import NamedTuple
 
-from ckpt_ema.containers.specs import COMPLEX, DTYPE_BITS, Specs, TensorSpec, as_real
-from ckpt_ema.targets.target import OutputFile
+from ckpt_ema.containers.specs import (
+    COMPLEX,
+    DTYPE_BITS,
+    Role,
+    Specs,
+    TensorSpec,
+    as_real,
+    packed_bytes,
+)
+from ckpt_ema.targets.target import OutputFile, OutputTensor
 
 
 class Place(NamedTuple):
@@ -87,59 +96,97 @@ def make_work(
     """
     by_identity = {id(specs.tensors): specs for specs in checkpoints}
     number_of = {identity: number for number, identity in enumerate(by_identity)}
-    layouts = list(by_identity.values())
-    # Tied tensors share their bytes in every checkpoint: they are one span with several places.
-    untied: dict[object, Span] = {}
-    files = [(j, newest, file) for j, (newest, files) in enumerate(outputs) for file in files]
-    for number, (average, newest, file) in enumerate(files):
-        for tensor in sorted(file.tensors, key=attrgetter("offset")):
-            kept_from = None if tensor.averaged else newest
-            specs = layouts if tensor.averaged else [checkpoints[newest]]
-            sources = tuple([one.tensors[tensor.key] for one in specs])
-            elements, dtype = math.prod(tensor.shape), tensor.dtype
-            if tensor.averaged and dtype in COMPLEX:
-                elements, dtype = 2 * elements, COMPLEX[dtype]
-                sources = tuple(map(as_real, sources))
-            place = Place(average, number, tensor.offset, dtype)
-            length = elements if tensor.averaged else sources[0].size_bytes
-            first = Span(length, kept_from, (place,), sources)
-            span = untied.setdefault((kept_from, sources), first) if elements else first
-            if span is not first:
-                untied[kept_from, sources] = span._replace(places=(*span.places, place))
+    numbers = count()
+    laid_out = [
+        _laid_out(zip(files, numbers), [*by_identity.values()], checkpoints[newest])  # noqa: B905
+        for newest, files in outputs
+    ]
+    # What begins a span in one output does so in all, and is folded for all in one pass.
+    firsts = {key for one in laid_out for key in _firsts(one)}
+    spans: dict[object, Span] = {}
+    for average, (newest, _) in enumerate(outputs):
+        for span in _spans(laid_out[average], average, newest, firsts):
+            key = (span.kept_from, span.sources, span.length)
+            same = spans.setdefault(key, span)
+            if same is not span:
+                spans[key] = same._replace(places=same.places + span.places)
     layout_of = tuple(number_of[id(specs.tensors)] for specs in checkpoints)
-    return Work(tuple(_joined(untied.values())), layout_of)
+    return Work(tuple(spans.values()), layout_of)
 
 
-def _joined(spans: Iterable[Span]) -> Iterator[Span]:
-    """Yield the spans, those that follow each other as one."""
-    joined = last = None
-    was_alone = False
-    for span in spans:
-        # Tied names and pieces are never joined.
-        has_tied = len(span.places) > 1 and len(span.dtypes) < len(span.places)
-        is_alone = has_tied or span.in_pieces
-        if joined and last and not (is_alone or was_alone) and _follows(last, span):
-            joined = joined._replace(length=joined.length + span.length)
+class _LaidOut(NamedTuple):
+    """The tensors of one average that have elements, in the order of their bytes."""
+
+    files: list[int]  # of each, counted through the files of all averages
+    tensors: list[OutputTensor]
+    sources: list[list[TensorSpec]]  # by layout; what is kept has the newest's in all of them
+
+
+def _laid_out(
+    files: Iterable[tuple[OutputFile, int]], layouts: Sequence[Specs], newest: Specs
+) -> _LaidOut:
+    filled = [(n, one) for file, n in files for one in file.tensors if 0 not in one.shape]
+    tensors = [tensor for _, tensor in filled]
+    sources = [
+        [(specs if one.role is Role.AVERAGED else newest).tensors[one.key] for one in tensors]
+        for specs in layouts
+    ]
+    return _LaidOut([number for number, _ in filled], tensors, sources)
+
+
+def _firsts(one: _LaidOut) -> Iterator[str]:
+    """Yield the keys of the tensors that do not go on where the one before ends, everywhere.
+
+    Pieces, and tensors that share their bytes, go on nowhere.
+    """
+    roles = [tensor.role for tensor in one.tensors]
+    jumps = {0, *_changes(roles), *_changes(one.files), *_jumps(one.tensors, roles)}
+    alone = set[int]()
+    for column in one.sources:
+        jumps.update(_jumps(column, roles), _changes([source.file for source in column]))
+        alone.update(number for number, source in enumerate(column) if source.pieces)
+    if all(len({*column}) < len(column) for column in one.sources):
+        rows = [*zip(*one.sources, strict=True)]
+        counts = Counter(rows)
+        alone.update(number for number, row in enumerate(rows) if counts[row] > 1)
+    jumps |= alone | {number + 1 for number in alone}
+    return (tensor.key for number, tensor in enumerate(one.tensors) if number in jumps)
+
+
+def _jumps(
+    column: Sequence[OutputTensor] | Sequence[TensorSpec], roles: Sequence[Role]
+) -> Iterator[int]:
+    """Yield the numbers of those that begin elsewhere than where the one before ends.
+
+    So do numbers of another dtype, which are folded in another way.
+    """
+    dtypes, offsets = [one.dtype for one in column], [one.offset for one in column]
+    kinds = [*zip(dtypes, (one.shape for one in column), strict=True)]
+    bytes_of = {kind: packed_bytes(*kind) for kind in {*kinds}}
+    ends = map(add, offsets, map(bytes_of.__getitem__, kinds))
+    yield from compress(count(1), map(ne, ends, offsets[1:]))
+    for number in _changes(dtypes):
+        one, other = (COMPLEX.get(dtype, dtype) for dtype in dtypes[number - 1 : number + 1])
+        if one != other and roles[number] is Role.AVERAGED:
+            yield number
+
+
+def _changes(values: Sequence[object]) -> Iterator[int]:
+    """Yield the numbers of those that differ from the one before."""
+    return compress(count(1), map(ne, values, values[1:]))
+
+
+def _spans(one: _LaidOut, average: int, newest: int, firsts: Container[str]) -> Iterator[Span]:
+    """Yield a span for each of the `firsts` of one average, with all that follow it."""
+    starts = [number for number, tensor in enumerate(one.tensors) if tensor.key in firsts]
+    for start, end in pairwise([*starts, len(one.tensors)]):
+        tensor, last = one.tensors[start], one.tensors[end - 1]
+        size_bytes = last.offset + last.size_bytes - tensor.offset
+        sources = tuple(column[start] for column in one.sources)
+        place = Place(average, one.files[start], tensor.offset, tensor.dtype)
+        if tensor.averaged:
+            place = place._replace(dtype=COMPLEX.get(tensor.dtype, tensor.dtype))
+            length = size_bytes * 8 // DTYPE_BITS[place.dtype]
+            yield Span(length, None, (place,), tuple(map(as_real, sources)))
         else:
-            if joined:
-                yield joined
-            joined = span
-        last, was_alone = span, is_alone
-    if joined:
-        yield joined
-
-
-def _follows(span: Span, other: Span) -> bool:
-    """Return whether `other` begins where `span` ends, in every checkpoint and in every output."""
-    if span.kept_from != other.kept_from or len(span.places) != len(other.places):
-        return False
-    averaged, length = span.averaged, span.length
-    before: tuple[Place | TensorSpec, ...] = span.places + span.sources
-    after: tuple[Place | TensorSpec, ...] = other.places + other.sources
-    for one, next_one in zip(before, after, strict=True):
-        size_bytes = length * DTYPE_BITS[one.dtype] // 8 if averaged else length
-        if one.file != next_one.file or one.offset + size_bytes != next_one.offset:
-            return False
-        if averaged and one.dtype != next_one.dtype:
-            return False
-    return True
+            yield Span(size_bytes, newest, (place,), sources[:1])

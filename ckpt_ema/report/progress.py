@@ -27,17 +27,25 @@ class ByteProgress:
 
     def __call__(self, done_bytes: int, total_bytes: int) -> None:
         """Show that `done_bytes` of `total_bytes` are read."""
-        if self._bar is None:
+        if self._bar is None and self._may_have_bar():
             self._bar = self._make_bar(total_bytes)
-        self._bar.update(done_bytes - self._bar.n)
+        if self._bar is not None:
+            self._bar.update(done_bytes - self._bar.n)
         now = time.monotonic()
+        has_bar = self._bar is not None and not self._bar.disable
         silent = self._quiet or sys.stderr is None
-        if self._bar.disable and not silent and now - self._last_line > _SECONDS_BETWEEN_LINES:
+        if not (has_bar or silent) and now - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = now
             speed = done_bytes / (now - self._start)
             left = (total_bytes - done_bytes) / max(speed, 1)
             done = f"{size(done_bytes)} of {size(total_bytes)}"
             sys.stderr.write(f"{done}, {size(speed)}/s, {left:.0f} s left\n")
+
+    def _may_have_bar(self) -> bool:
+        """Return whether tqdm is worth its import; of its own variable, it decides itself."""
+        on_terminal = sys.stderr is not None and sys.stderr.isatty()
+        shown = on_terminal or os.environ.get("TQDM_POSITION") == "-1"
+        return "TQDM_DISABLE" in os.environ or (shown and not self._quiet)
 
     def _make_bar(self, total_bytes: int) -> Any:
         from tqdm import tqdm
@@ -45,11 +53,8 @@ class ByteProgress:
         class Bar(tqdm):  # type: ignore[type-arg]
             monitor_interval = 0  # updates are frequent, and a thread may lack memory
 
-        on_terminal = sys.stderr is not None and sys.stderr.isatty()
-        shown = on_terminal or os.environ.get("TQDM_POSITION") == "-1"
         # An explicit argument would override the variable.
-        disabled = {"disable": self._quiet or not shown}
-        options: Any = {} if "TQDM_DISABLE" in os.environ else disabled
+        options: Any = {} if "TQDM_DISABLE" in os.environ else {"disable": False}
         return Bar(
             total=total_bytes,
             unit="B",

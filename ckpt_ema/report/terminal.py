@@ -5,14 +5,14 @@ the terminal, 80 columns where there is none, and uses colours and blocks only w
 shown.
 """
 
-import io
+import contextlib
+import os
+import shutil
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TextIO
 
-from rich.console import Console, RenderableType
-from rich.table import Table
-from rich.text import Text
-
+from ckpt_ema.containers.specs import Role
 from ckpt_ema.errors import printable, some
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
@@ -25,6 +25,24 @@ _BETWEEN = 2  # before each column
 _LONGEST_NAME, _SHORTEST_NAME = 30, 16
 _BAR_COLUMNS = (4, 30)
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
+_BOLD, _CYAN = 1, 36
+
+
+class _Look(NamedTuple):
+    """What can be shown."""
+
+    width: int
+    has_blocks: bool
+    has_styles: bool
+    has_colours: bool
+
+    def bold(self, text: str) -> str:
+        """Return a heading."""
+        return f"\x1b[{_BOLD}m{text}\x1b[0m" if self.has_styles else text
+
+    def cyan(self, text: str) -> str:
+        """Return a bar."""
+        return f"\x1b[{_CYAN}m{text}\x1b[0m" if self.has_colours and text else text
 
 
 def plan_text(plan: Plan, stream: TextIO | None, most_rows: int) -> str:
@@ -32,34 +50,35 @@ def plan_text(plan: Plan, stream: TextIO | None, most_rows: int) -> str:
 
     Beyond `most_rows` checkpoints, those in the middle share one row.
     """
-    # Rich decides from the encoding of its file whether blocks can be shown.
     encoding = (stream and stream.encoding) or "ascii"
-    page = io.TextIOWrapper(io.BytesIO(), encoding, errors="backslashreplace")
+    text = "\n".join(_lines(plan, _look(stream, encoding), most_rows))
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _look(stream: TextIO | None, encoding: str) -> _Look:
     is_terminal = stream is not None and stream.isatty()
-    console = Console(file=page, force_terminal=is_terminal, highlight=False)
-    console.width = max(_LEAST_COLUMNS, console.width)
-    for part in _parts(plan, console, most_rows):
-        # A path is never broken in two.
-        console.print(part, soft_wrap=isinstance(part, Text))
-    page.seek(0)
-    return "\n".join(line.rstrip() for line in page.read().splitlines())
+    has_styles = is_terminal and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+    has_colours = has_styles and not os.environ.get("NO_COLOR")
+    fallback = os.terminal_size((80, 24))
+    with contextlib.suppress(OSError, AttributeError):
+        fallback = os.get_terminal_size(stream.fileno())  # type: ignore[union-attr]
+    width = max(_LEAST_COLUMNS, shutil.get_terminal_size(fallback).columns)
+    return _Look(width, encoding.lower().startswith("utf"), has_styles, has_colours)
 
 
-def _parts(plan: Plan, console: Console, most_rows: int) -> Iterator[RenderableType]:
-    yield Text(f"{printable(plan.run)} -> {printable(plan.output)}")
+def _lines(plan: Plan, look: _Look, most_rows: int) -> Iterator[str]:
+    yield f"{printable(plan.run)} -> {printable(plan.output)}"
     texts = [f"{one.text}; {counted(len(one.members), 'checkpoint')}" for one in plan.averages]
     if len(texts) == 1:
-        yield Text(texts[0])
+        yield texts[0]
     else:
-        yield Text(f"{len(texts)} averages in one pass, each in its own folder:")
+        yield f"{len(texts)} averages in one pass, each in its own folder:"
         for number, (average, text) in enumerate(zip(plan.averages, texts, strict=True), start=1):
-            yield Text(f"  ({number}) {average.name}: {text}")
-    for table in _tables(plan, console, most_rows):
-        yield ""
-        yield table
+            yield f"  ({number}) {average.name}: {text}"
+    yield from _tables(plan, look, most_rows)
     if len(texts) == 1:
         yield ""
-        yield _figures(plan.averages[0])
+        yield from _figures(plan.averages[0], look.width)
     yield ""
     yield from _sizes(plan)
 
@@ -72,41 +91,60 @@ class _Columns(NamedTuple):
     share: int
     bar: int  # 0: there is no room for bars
     averages: int
-    total: int
 
 
-def _tables(plan: Plan, console: Console, most_rows: int) -> Iterator[Table]:
+def _tables(plan: Plan, look: _Look, most_rows: int) -> Iterator[str]:
     """Yield tables of the weights, each of as many averages as fit; several with figures."""
     count, headings = len(plan.averages), cell_headings(plan.averages)
     names = [f"({number + 1})" for number in range(count)] if count > 1 else ["weight"]
     rows = without_middle(rows_of(plan, plan.averages), most_rows)
     figures = _figure_rows(plan.averages) if count > 1 else []
-    columns = _columns(headings, names, rows, figures, console.width)
-    console.width = max(console.width, columns.total)  # no number is ever cut
+    columns = _columns(headings, names, rows, figures, look.width)
     scale = columns.bar / max(max(average.weights) for average in plan.averages)
+    labels = [("checkpoint", *headings[: columns.cells])]
+    labels += [(_fitted(row.name, columns.name), *row.cells[: columns.cells]) for row in rows]
+    labels += [(label, *[""] * columns.cells) for label, _ in figures]
+    before = _aligned(labels)
+    none = (None,) * count
+    values = [(row.shares, row.weights if row.has_bars else none) for row in rows]
+    values += [(of_averages, none) for _, of_averages in figures]
 
-    def cell(text: str, weight: float | None = None) -> Text:
-        bar = _bar((weight or 0.0) * scale, console).ljust(columns.bar)
-        room = " " * _BETWEEN if columns.bar else ""
-        return Text.assemble(text.rjust(columns.share), room, (bar, "cyan"))
+    def cell(text: str, weight: float | None) -> str:
+        share = f"{'':{_BETWEEN}}{text:>{columns.share}}"
+        if not columns.bar:
+            return share
+        bar = _bar((weight or 0.0) * scale, look.has_blocks)
+        return f"{share}{'':{_BETWEEN}}{look.cyan(bar)}{'':{columns.bar - len(bar)}}"
 
     for first in range(0, count, columns.averages):
         shown = slice(first, first + columns.averages)
-        table = Table(box=None, padding=(0, 0, 0, _BETWEEN), header_style="bold")
-        table.add_column("checkpoint", no_wrap=True)
-        for heading in headings[: columns.cells]:
-            table.add_column(heading, justify="right", no_wrap=True)
-        for name in names[shown]:
-            table.add_column(name.rjust(columns.share), no_wrap=True)
-        for row in rows:
-            weights = row.weights if row.has_bars else (None,) * count
-            cells = map(cell, row.shares[shown], weights[shown])
-            table.add_row(_fitted(row.name, columns.name), *row.cells[: columns.cells], *cells)
-        if figures:
-            table.add_row()
-        for label, values in figures:
-            table.add_row(label, *[""] * columns.cells, *map(cell, values[shown]))
-        yield table
+        lines = [
+            (label + "".join(map(cell, shares[shown], weights[shown]))).rstrip()
+            for label, (shares, weights) in zip(before[1:], values, strict=True)
+        ]
+        heading = "".join(cell(name, None) for name in names[shown])
+        yield from ("", look.bold((before[0] + heading).rstrip()), *lines[: len(rows)])
+        yield from ("", *lines[len(rows) :]) if figures else ()
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line for each row; only the first column is aligned to the left."""
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        room = [" " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [row[0] + room[0], *map(str.__add__, room[1:], row[1:])]
+        lines.append("".join(" " * _BETWEEN + cell for cell in cells))
+    return lines
+
+
+def _width(text: str) -> int:
+    """Return the columns that a text takes; Chinese characters and their like take two."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import east_asian_width
+
+    return len(text) + sum(east_asian_width(character) in "WF" for character in text)
 
 
 def _columns(
@@ -133,23 +171,23 @@ def _columns(
     averages = max(1, min(len(names), (width - used) // each))
     bar = min(_BAR_COLUMNS[1], (width - used) // averages - each - _BETWEEN)
     bar = bar if bar >= _BAR_COLUMNS[0] else 0
-    return _Columns(name, len(cells), share, bar, averages, used + averages * each)
+    return _Columns(name, len(cells), share, bar, averages)
 
 
-def _fitted(name: str, columns: int) -> Text:
+def _fitted(name: str, columns: int) -> str:
     """Shorten a name in the middle, since its ends hold the numbers.
 
-    >>> _fitted("a-very-long-name-000100", 16).plain
+    >>> _fitted("a-very-long-name-000100", 16)
     'a-very...-000100'
     """
     end = (columns - 2) // 2
     is_long = len(name) > columns
-    return Text(f"{name[: columns - 3 - end]}...{name[-end:]}" if is_long else name)
+    return f"{name[: columns - 3 - end]}...{name[-end:]}" if is_long else name
 
 
-def _bar(columns: float, console: Console) -> str:
+def _bar(columns: float, has_blocks: bool) -> str:
     """Draw a bar, to an eighth of a column where blocks can be shown."""
-    if console.options.ascii_only:
+    if not has_blocks:
         return "#" * round(columns)
     whole, eighths = divmod(round(columns * 8), 8)
     return (_EIGHTHS[8] * whole + _EIGHTHS[eighths]).strip()
@@ -165,14 +203,19 @@ _FIGURES: tuple[tuple[str, str, Callable[[Statistics], str]], ...] = (
 )
 
 
-def _figures(average: Average) -> Table:
-    """Return the figures of one average."""
-    table = Table(box=None, padding=(0, 0, 0, _BETWEEN), show_header=False)
+def _figures(average: Average, width: int) -> Iterator[str]:
+    """Yield the figures of one average, their labels broken where there is too little room."""
+    rows = []
     for text, label, value_of in _FIGURES:
         value = value_of(average.statistics)
         has_unit = "{unit}" in label and value != UNKNOWN
-        table.add_row(text, f"{value} {average.unit}" if has_unit else value)
-    return table
+        rows.append((text, f"{value} {average.unit}" if has_unit else value))
+    room = width - 2 * _BETWEEN - max(len(value) for _, value in rows)
+    broken = [textwrap.wrap(text, room) for text, _ in rows]
+    longest = max(len(line) for lines in broken for line in lines)
+    for (first, *more), (_, value) in zip(broken, rows, strict=True):
+        yield f"{'':{_BETWEEN}}{first:{longest}}{'':{_BETWEEN}}{value}"
+        yield from (f"{'':{_BETWEEN}}{line}" for line in more)
 
 
 def _figure_rows(averages: Sequence[Average]) -> list[tuple[str, list[str]]]:
@@ -198,15 +241,16 @@ def _number(value: float | None) -> str:
     return f"{value:.3g}" if abs(value) < 100 or value >= 1e7 else f"{value:.0f}"
 
 
-def _sizes(plan: Plan) -> Iterator[Text]:
+def _sizes(plan: Plan) -> Iterator[str]:
     count, outputs = len(plan.averages), [average.output for average in plan.averages]
     tensors = [tensor for file in outputs[0].files for tensor in file.tensors]
-    averaged, total = sum(tensor.averaged for tensor in tensors), counted(len(tensors), "tensor")
+    averaged = [tensor.role for tensor in tensors].count(Role.AVERAGED)
+    total = counted(len(tensors), "tensor")
     taken = f"{averaged} of {total}" if averaged < len(tensors) else total
     where = f" in each of {count} averages" if count > 1 else ""
     done = f"{size(plan.bytes_read)} to read, {size(plan.bytes_written)} to write"
-    yield Text(f"{taken} averaged{where}, {done}")
-    yield Text(f"working memory {size(plan.memory_bytes)} plus torch")
+    yield f"{taken} averaged{where}, {done}"
+    yield f"working memory at most {size(plan.memory_bytes)}"
     copied = dict.fromkeys(c.name for output in outputs for c in output.companions)
     if copied:
-        yield Text(f"also copies {some(copied, 8)}")
+        yield f"also copies {some(copied, 8)}"

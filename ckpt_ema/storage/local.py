@@ -12,7 +12,7 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -139,9 +139,15 @@ class LocalFile:
 
     def read(self, count: int, offset: int) -> bytes:
         """See `OpenFile.read`."""
-        buffer = bytearray(count)
-        read_into(self.path, self.fd, memoryview(buffer), offset)
-        return bytes(buffer)
+        try:
+            content = os.pread(self.fd, count, offset)  # a buffer would have to be copied
+        except OSError as error:
+            raise unreadable(self.path, error.errno or 0, offset) from error
+        if len(content) < count:
+            rest = bytearray(count - len(content))
+            read_into(self.path, self.fd, memoryview(rest), offset + len(content))
+            content += rest
+        return content
 
     def first_hole(self) -> int | None:
         """See `OpenFile.first_hole`."""
@@ -200,16 +206,20 @@ def read_into(path: str, fd: int, view: memoryview, offset: int) -> None:
         try:
             count = os.preadv(fd, [view[done:]], offset + done)
         except OSError as error:
-            message = f"{path} cannot be read: {error.strerror}."
-            raise FailedError(message, code=Code.READ_FAILED, path=path) from error
+            raise unreadable(path, error.errno or 0, offset + done) from error
         if count == 0:
-            raise FailedError(
-                f"{path} ended at byte {offset + done} while being read.",
-                "It was replaced or truncated meanwhile; nothing was published.",
-                code=Code.CHANGED,
-                path=path,
-            )
+            raise unreadable(path, 0, offset + done)
         done += count
+
+
+def unreadable(path: str, code: int, offset: int) -> FailedError:
+    """Return the error of a read at `offset`; `code` is its errno, 0 where the file ends."""
+    if code:
+        message = f"{path} cannot be read: {os.strerror(code)}."
+        return FailedError(message, code=Code.READ_FAILED, path=path)
+    message = f"{path} ended at byte {offset} while being read."
+    hint = "It was replaced or truncated meanwhile; nothing was published."
+    return FailedError(message, hint, code=Code.CHANGED, path=path)
 
 
 @dataclass(slots=True)
@@ -254,14 +264,15 @@ class _Pooled:
                 os.posix_fadvise(self.fd, offset, _ASKED_BYTES, os.POSIX_FADV_WILLNEED)
 
 
-def _descriptor_limit() -> int:
+def descriptor_limit() -> int:
+    """Return how many input files may be open: a third of what the system allows this process."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(8, min(1024, soft // 2 if soft != resource.RLIM_INFINITY else 1024))
+    return max(8, min(1024, soft // 3 if soft != resource.RLIM_INFINITY else 1024))
 
 
 @dataclass(slots=True)
 class LocalPool:
-    """A `FilePool` with at most `limit` open files.
+    """A `FilePool` with at most `most_open` open files.
 
     A file that is not the expected one when it is opened, or at `verify`, raises `FailedError`.
     """
@@ -269,19 +280,29 @@ class LocalPool:
     expected: dict[str, Identity]
     read_in_turn: int = 1
     reads_ahead: bool = _CAN_READ_AHEAD
-    limit: int = field(default_factory=_descriptor_limit)
+    most_open: int = field(default_factory=descriptor_limit)
     _files: OrderedDict[str, _Pooled] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def ahead_bytes(self) -> int:
+        """See `FilePool.ahead_bytes`."""
+        return min(_AHEAD_BYTES, _MOST_AHEAD_BYTES // self.read_in_turn) * self.reads_ahead
+
     def read_into(self, path: str, view: memoryview, offset: int) -> None:
         """See `FilePool.read_into`."""
-        file = self._acquire(path)
-        try:
-            ahead_bytes = min(_AHEAD_BYTES, _MOST_AHEAD_BYTES // self.read_in_turn)
-            file.read_into(view, offset, ahead_bytes * self.reads_ahead)
-        finally:
-            with self._lock:
-                file.readers -= 1
+        with self._used(path) as file:
+            file.read_into(view, offset, self.ahead_bytes)
+
+    @contextmanager
+    def descriptors(self, paths: Iterable[str]) -> Iterator[list[int]]:
+        """See `FilePool.descriptors`."""
+        with ExitStack() as stack:
+            yield [stack.enter_context(self._used(path)).fd for path in paths]
+
+    def failure(self, path: str, code: int, offset: int) -> FailedError:
+        """See `FilePool.failure`."""
+        return unreadable(path, code, offset)
 
     def verify(self) -> None:
         """See `FilePool.verify`."""
@@ -300,6 +321,16 @@ class LocalPool:
                 os.close(file.fd)
             self._files.clear()
 
+    @contextmanager
+    def _used(self, path: str) -> Iterator[_Pooled]:
+        """Yield an open file, which stays open meanwhile."""
+        file = self._acquire(path)
+        try:
+            yield file
+        finally:
+            with self._lock:
+                file.readers -= 1
+
     def _acquire(self, path: str) -> _Pooled:
         with self._lock:
             file = self._files.get(path)
@@ -312,7 +343,7 @@ class LocalPool:
             return file
 
     def _make_room(self) -> None:
-        while len(self._files) >= self.limit:
+        while len(self._files) >= self.most_open:
             idle = next((path for path, file in self._files.items() if not file.readers), None)
             if idle is None:
                 return  # more threads than descriptors: each holds one

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+from ckpt_ema.errors import FailedError
+
 Location = str | os.PathLike[str]
 
 
@@ -49,8 +51,22 @@ class OpenFile(Protocol):
 class FilePool(Protocol):
     """Many files read by many threads, each checked to be the expected one."""
 
+    @property
+    def ahead_bytes(self) -> int:
+        """How far ahead of a read the bytes of an uncached file should be requested."""
+
+    @property
+    def most_open(self) -> int:
+        """How many files may be open at a time."""
+
     def read_into(self, path: str, view: memoryview, offset: int) -> None:
         """Fill `view` (bytes) from `offset` of a file; raises `FailedError` if that fails."""
+
+    def descriptors(self, paths: Iterable[str]) -> AbstractContextManager[list[int]]:
+        """Yield descriptors to read files with; raises `FailedError` if one cannot be opened."""
+
+    def failure(self, path: str, code: int, offset: int) -> FailedError:
+        """Return the error of a read by descriptor; `code` is its errno, 0 where the file ends."""
 
     def verify(self) -> None:
         """Raise `FailedError` if a file is no longer the expected one."""

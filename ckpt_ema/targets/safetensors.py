@@ -11,6 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from operator import mod
 from pathlib import Path
 
 from ckpt_ema.containers.safetensors import MAX_HEADER_BYTES, make_header
@@ -185,19 +187,18 @@ def _split(name: str) -> tuple[str, str]:
 
 def _file(name: str, member: int, keys: Sequence[str], model: Model) -> OutputFile:
     """Lay out one safetensors file that holds the tensors `keys` of a model."""
-    newest, roles = model.specs, model.roles
+    newest = model.specs
     prefix = newest.prefixes[member]
-    key_of = {key.removeprefix(prefix): key for key in keys}
-    if "__metadata__" in key_of:
+    if f"{prefix}__metadata__" in keys:
         message = "Tensor __metadata__ has a name that safetensors reserves."
         raise RefusedError(message, code=Code.INVALID_OUTPUT, tensor="__metadata__")
-    typed = []
-    for tensor, key in key_of.items():
-        spec = newest.tensors[key]
-        is_real = roles[key] is Role.AVERAGED and spec.dtype not in COMPLEX
-        dtype = (model.dtype if is_real else None) or spec.dtype
-        typed.append((tensor, WRITTEN_AS.get(dtype, dtype), spec.shape))
-    old = newest.metadata[newest.tensors[keys[0]].file]
+    written = cache(partial(_written_as, model.dtype))
+    tensors, roles = [newest.tensors[key] for key in keys], [model.roles[key] for key in keys]
+    typed = [
+        (key.removeprefix(prefix), written(role is Role.AVERAGED, spec.dtype), spec.shape)
+        for key, role, spec in zip(keys, roles, tensors, strict=True)
+    ]
+    old = newest.metadata[tensors[0].file]
     metadata = {
         **{key: value for key, value in old.items() if key not in _STALE_HASHES},
         "format": "pt",  # loaders of the Hugging Face family refuse a file without it
@@ -206,15 +207,22 @@ def _file(name: str, member: int, keys: Sequence[str], model: Model) -> OutputFi
     header, offsets = make_header(typed, metadata)
     # Readers view the bytes as numbers, so each tensor must start at a multiple of its element;
     # wide before narrow, as the safetensors library orders them, keeps that true.
-    if any(offsets[one] % _ELEMENT_BYTES[dtype] for one, dtype, _ in typed):
-        typed.sort(key=lambda tensor: -_ELEMENT_BYTES[tensor[1]])
+    widths = [_ELEMENT_BYTES[dtype] for _, dtype, _ in typed]
+    if any(map(mod, offsets, widths)):
+        order = sorted(range(len(keys)), key=lambda number: -widths[number])
+        keys, roles = [keys[number] for number in order], [roles[number] for number in order]
+        typed = [typed[number] for number in order]
         header, offsets = make_header(typed, metadata)
     if len(header) - 8 > MAX_HEADER_BYTES:
         message = f"{name} would need a header of {len(header)} bytes, more than the format allows."
         raise RefusedError(message, code=Code.INVALID_OUTPUT, path=name)
-    laid_out = tuple(
-        OutputTensor(key_of[one], one, dtype, shape, offsets[one], roles[key_of[one]])
-        for one, dtype, shape in typed
-    )
+    laid_out = tuple(map(OutputTensor, keys, *zip(*typed, strict=True), offsets, roles))
     size_bytes = laid_out[-1].offset + laid_out[-1].size_bytes
     return OutputFile(name, member, (Chunk(0, header),), size_bytes, laid_out)
+
+
+def _written_as(asked: str | None, is_averaged: bool, dtype: str) -> str:
+    """Return the dtype of a tensor in the output, where real averages have the dtype asked for."""
+    is_real = is_averaged and dtype not in COMPLEX
+    found = (asked if is_real else None) or dtype
+    return WRITTEN_AS.get(found, found)

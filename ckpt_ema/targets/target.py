@@ -45,7 +45,7 @@ class OutputFile:
     member: int  # number of the checkpoint's model file that it mirrors
     chunks: tuple[Chunk, ...]
     size_bytes: int
-    tensors: tuple[OutputTensor, ...]
+    tensors: tuple[OutputTensor, ...]  # in the order of their bytes
 
 
 Finish = tuple[str, bytes]  # the name and the content of a file that is written last

@@ -203,6 +203,16 @@ FACTORS = (FACTOR, ROTATION)
 # Adapters whose deviation nothing here bounds.
 OTHER_FACTOR = re.compile(r"(?<![A-Za-z])(boft_[Rs]|hra_u|vblora_|glora_|adalora_)")
 
+# One of which is in every name that these three match.
+_ADAPTER_HINTS = ("lora", "hada_", "lokr_", "vera_lambda", "oft_", "hra_u")
+
+
+def may_be_of_adapters(names: Iterable[str]) -> Iterable[str]:
+    """Return the names; none if no pattern for adapters can match, which is found out fast."""
+    text = "\n".join(names)
+    return names if any(hint in text for hint in _ADAPTER_HINTS) else ()
+
+
 # Names of weights that a trainer averaged itself, whether of files, folders, dicts or modules.
 AVERAGED_NAME = re.compile(
     rf"{_WORD_START}(?i:b?emas?|averaged?|avg|ave|swa|lawa|teacher|shadow|polyak"

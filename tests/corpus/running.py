@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.corpus.case import MIDDLE, Case, Make, nothing
 from tests.makers.faulty_os import faulty
 from tests.makers.faulty_storage import on_first_read
+from tests.makers.folds import without_compiled
 
 _lasting: list[AbstractContextManager[object]] = []  # until the process ends
 
@@ -99,7 +100,8 @@ CASES = [
     Running("a file is truncated", says=f"{CHANGED}|ended at byte", during=truncated),
     Running("a file is replaced", during=replaced),
     Running("a file is written again", during=written_again),
-    Running("reading fails", before=partial(broken, "preadv", 5, errno.EIO)),
+    Running("reading a header fails", before=partial(broken, "pread", 5, errno.EIO)),
+    Running("reading a tensor fails", before=partial(broken, "preadv", 1, errno.EIO)),
     Running("opening fails", before=partial(broken, "open", 3, errno.EIO), code=3),
     *(
         Running(f"{label} in {kind}, call {k}", before=partial(broken, kind, k, number))
@@ -132,12 +134,14 @@ CASES = [
     Running(
         "out of memory in torch's own library",
         during=partial(raised, RuntimeError("std::bad_alloc")),
+        before=without_compiled,
     ),
     Running(
         "out of memory in torch",
         during=partial(
             raised, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
         ),
+        before=without_compiled,
     ),
     *(
         Running(

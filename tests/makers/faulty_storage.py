@@ -1,15 +1,43 @@
 """A storage in which something happens when the first bytes of a tensor are read."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from ckpt_ema.storage import STORAGES
-from ckpt_ema.storage.local import Local
+from ckpt_ema.storage.local import Local, LocalPool
 from ckpt_ema.storage.protocol import FilePool, Identity
 
 Hook = Callable[[], object]
+BeforeRead = Callable[[Path, int, int], object]
+
+
+class WatchedPool:
+    """A pool of files; `before_read` is called with path, offset and size before each read.
+
+    What is read by descriptor is not seen: `before_read` is called with zeros when the files are
+    open.
+    """
+
+    def __init__(self, real: FilePool, before_read: BeforeRead) -> None:
+        self._real, self._before_read = real, before_read
+        self.ahead_bytes, self.most_open = real.ahead_bytes, real.most_open
+        self.failure, self.verify, self.close = real.failure, real.verify, real.close
+
+    def read_into(self, path: str, view: memoryview, offset: int) -> None:
+        """See `FilePool.read_into`."""
+        self._before_read(Path(path), offset, len(view))
+        self._real.read_into(path, view, offset)
+
+    @contextmanager
+    def descriptors(self, paths: Iterable[str]) -> Iterator[list[int]]:
+        """See `FilePool.descriptors`."""
+        wanted = list(paths)
+        with self._real.descriptors(wanted) as opened:
+            for path in wanted:
+                self._before_read(Path(path), 0, 0)
+            yield opened
 
 
 class HookedStorage(Local):
@@ -23,22 +51,12 @@ class HookedStorage(Local):
 
     def pool(self, expected: Mapping[str, Identity], read_in_turn: int = 1) -> FilePool:
         """Return a pool whose first read runs the hook."""
-        return _HookedPool(super().pool(expected, read_in_turn), self._run_hook)
+        return WatchedPool(super().pool(expected, read_in_turn), self._run_hook)
 
-    def _run_hook(self) -> None:
+    def _run_hook(self, *_: object) -> None:
         with self._lock:
             if self._hooks:
                 self._hooks.pop()()
-
-
-class _HookedPool:
-    def __init__(self, real: FilePool, before_read: Hook) -> None:
-        self._real, self._before_read = real, before_read
-        self.verify, self.close = real.verify, real.close
-
-    def read_into(self, path: str, view: memoryview, offset: int) -> None:
-        self._before_read()
-        self._real.read_into(path, view, offset)
 
 
 def on_first_read(hook: Hook) -> None:
@@ -47,29 +65,27 @@ def on_first_read(hook: Hook) -> None:
 
 
 class WatchedStorage(Local):
-    """Local files; `before_read` is called with path, offset and size before tensors are read."""
+    """Local files, whose pools are watched as by `WatchedPool`."""
 
-    def __init__(self, before_read: Callable[[Path, int, int], object]) -> None:
+    def __init__(self, before_read: BeforeRead) -> None:
         self._before_read = before_read
 
     def pool(self, expected: Mapping[str, Identity], read_in_turn: int = 1) -> FilePool:
         """Return a pool that is watched."""
-        return _WatchedPool(super().pool(expected, read_in_turn), self._before_read)
+        return WatchedPool(super().pool(expected, read_in_turn), self._before_read)
 
 
-class _WatchedPool:
-    def __init__(self, real: FilePool, before_read: Callable[[Path, int, int], object]) -> None:
-        self._real, self._before_read = real, before_read
-        self.verify, self.close = real.verify, real.close
+class FewFiles(Local):
+    """Local files, of which eight may be open at a time."""
 
-    def read_into(self, path: str, view: memoryview, offset: int) -> None:
-        self._before_read(Path(path), offset, len(view))
-        self._real.read_into(path, view, offset)
+    def pool(self, expected: Mapping[str, Identity], read_in_turn: int = 1) -> FilePool:
+        """Return a pool that is smaller than it would be."""
+        return LocalPool(dict(expected), read_in_turn, most_open=8)
 
 
 @contextmanager
-def watching_reads(before_read: Callable[[Path, int, int], object]) -> Iterator[None]:
-    """Call `before_read` with path, offset and size before each read of a tensor."""
+def watching_reads(before_read: BeforeRead) -> Iterator[None]:
+    """Call `before_read` before each read of a tensor, see `WatchedPool`."""
     real = STORAGES[""]
     STORAGES[""] = WatchedStorage(before_read)
     try:

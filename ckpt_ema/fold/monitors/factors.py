@@ -18,23 +18,15 @@ sum_i w_i 8 |d_i|^2.
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any
 
 from ckpt_ema.errors import Code
-from ckpt_ema.fold.monitors.protocol import (
-    Monitor,
-    TileView,
-    Watch,
-    Watched,
-    average_and_name,
-    key_of,
-)
+from ckpt_ema.fold.monitors.protocol import Monitor, Watched, average_and_name, key_of
 from ckpt_ema.fold.tiles import Segment
+from ckpt_ema.fold.views import Seen, TileView, describe, distance
 from ckpt_ema.notices import Notice
 from ckpt_ema.trainers.conventions import FACTOR, FACTORS, ROTATION
-
-if TYPE_CHECKING:
-    import torch
 
 # A smaller share is less than what bfloat16 rounds away.
 _LEAST = 1e-3
@@ -51,15 +43,25 @@ class Factors(Monitor):
         self._parts: dict[str, dict[str, list[float]]] = {}
         self._lock = threading.Lock()
 
-    def watch(self, view: TileView) -> Watch | None:
-        """See `Monitor.watch`."""
-        factors = [one for one in view.segments if any(p.search(one.tensor.name) for p in FACTORS)]
-        return _Watch(self, view, factors) if factors else None
+    def look(self, view: TileView, _seen: Seen) -> None:
+        """See `Monitor.look`; reads the factors again, to compare them with their average."""
+        for number, name in enumerate(view.segments.names()):
+            if _is_factor(name):
+                for average in range(len(view.plan.averages)):
+                    self._compare(view, view.segments[number], average)
 
-    def add(self, key: str, start: int, squares: list[float]) -> None:
-        """Add a part of a factor."""
+    def _compare(self, view: TileView, one: Segment, average: int) -> None:
+        own = view.read_average(average, one.start, one.stop)
+        share = own.elements / math.prod(one.tensor.shape)
+        norms = [math.sqrt(describe(own).squares)]
+        if ROTATION.search(one.tensor.name):
+            norms = [math.sqrt(_rotation_size(one.tensor.shape) * share)]
+        for checkpoint in view.plan.averages[average].members:
+            norms.append(distance(view.read_again(checkpoint, one.start, one.stop), own))
+        start = str(view.tile.start + one.start)
         with self._lock:
-            self._parts.setdefault(key, {})[str(start)] = squares
+            parts = self._parts.setdefault(key_of(average, one), {})
+            parts[start] = [norm**2 for norm in norms]
 
     def state(self) -> Any:
         """Return the squares of each part of each factor."""
@@ -99,27 +101,9 @@ class Factors(Monitor):
         return (Notice(Code.ADAPTER_FACTORS, text),)
 
 
-class _Watch(Watch):
-    """Reads the checkpoints of a tile again, to compare the factors in it with their average."""
-
-    def __init__(self, monitor: Factors, view: TileView, factors: Sequence[Segment]) -> None:
-        self._monitor, self._view, self._factors = monitor, view, factors
-
-    def see_average(self, average: int, values: "torch.Tensor") -> None:
-        """See `Watch.see_average`."""
-        for one in self._factors:
-            own = values[one.start : one.stop].double()
-            share = len(own) / math.prod(one.tensor.shape)
-            size = _rotation_size(one.tensor.shape) * share
-            is_rotation = ROTATION.search(one.tensor.name)
-            norms = [math.sqrt(size) if is_rotation else float(own.norm())]
-            for checkpoint in self._view.plan.averages[average].members:
-                values_then = self._view.read_again(checkpoint, one.start, one.stop)
-                differences = values_then.double().sub_(own)
-                norms.append(float(differences.norm()))
-            start = self._view.tile.start + one.start
-            squares = [norm**2 for norm in norms]
-            self._monitor.add(key_of(average, one), start, squares)
+@cache
+def _is_factor(name: str) -> bool:
+    return any(pattern.search(name) for pattern in FACTORS)
 
 
 def _rotation_size(shape: Sequence[int]) -> float:

@@ -8,27 +8,16 @@ import math
 import threading
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckpt_ema.errors import Code, some
-from ckpt_ema.fold.monitors.protocol import (
-    Monitor,
-    TileView,
-    Watch,
-    Watched,
-    average_and_name,
-    key_of,
-)
+from ckpt_ema.fold.monitors.protocol import Monitor, Watched, average_and_name, key_of
 from ckpt_ema.fold.tiles import Segment
+from ckpt_ema.fold.views import SHRUNK, UNIT, Seen, TileView, describe
 from ckpt_ema.notices import Notice
-
-if TYPE_CHECKING:
-    import torch
 
 _UNIT = 1e-3  # how far from 1 the norm of a unit vector may be
 _SHRUNK = 0.5  # of the newest norm: less is left only where values cancel
-_SAMPLE = 1 << 12  # elements of a matrix whose norm is taken, until it is in doubt
-_FEW = 8  # segments of a tile: more are reduced at once
 
 
 class Norms(Monitor):
@@ -45,27 +34,51 @@ class Norms(Monitor):
         self._parts: dict[str, dict[str, list[float]]] = {}  # of vectors in several tiles
         self._lock = threading.Lock()
 
-    def watch(self, view: TileView) -> Watch | None:
-        """See `Monitor.watch`; of a tensor that has kept its norm elsewhere, nothing is taken."""
-        averages = range(len(view.plan.averages))
-        is_known = all(
-            key_of(average, one) in self._not_shrunk and not _is_vector(one)
-            for one in view.segments
-            for average in averages
-        )
-        return None if is_known else _Watch(self, view)
+    def look(self, view: TileView, seen: Seen) -> None:
+        """See `Monitor.look`; of a tensor that has kept its norm elsewhere, nothing is taken."""
+        suspects = {*seen.having(UNIT | SHRUNK)}
+        ends = {n for n in (0, len(view.segments) - 1) if not view.segments[n].is_whole}
+        for number in sorted(suspects | ends):
+            one, flags = view.segments[number], seen.flags[number]
+            if not view.plan.rulings[one.tensor.key].is_asked:
+                for average, planned in enumerate(view.plan.averages):
+                    if len(planned.members) > 1:
+                        self._look_at(view, one, average, flags)
 
-    def add_vector(self, key: str, start: int, sums: list[float]) -> None:
-        """Add the sums of squares of a part of a vector: of all checkpoints, then the average."""
+    def _look_at(self, view: TileView, one: Segment, average: int, flags: int) -> None:
+        key, members = key_of(average, one), view.plan.averages[average].members
+        if one.is_vector and (flags & UNIT or not one.is_whole):
+            self._look_at_vector(view, one, average, may_be_unit=bool(flags & UNIT))
+        if not flags & SHRUNK:
+            if not one.is_whole:  # one part that has kept its norm clears the tensor
+                self._add_shrunk(key, is_shrunk=False)
+            return
+        if key in self._not_shrunk:
+            return
+        newest = describe(view.read_again(members[-1], one.start, one.stop)).squares
+        is_shrunk = _average_squares(view, one, average) < _SHRUNK**2 * newest < math.inf
+        if newest:
+            self._add_shrunk(key, is_shrunk=is_shrunk)
+
+    def _look_at_vector(
+        self, view: TileView, one: Segment, average: int, *, may_be_unit: bool
+    ) -> None:
+        sums = [math.inf, math.inf]  # no part of a unit vector
+        if may_be_unit:
+            contents = (
+                view.read_again(checkpoint, one.start, one.stop)
+                for checkpoint in view.plan.averages[average].members
+            )
+            sums = [describe(content).squares for content in contents]
+            sums.append(_average_squares(view, one, average))
+        key = key_of(average, one)
         with self._lock:
-            self._parts.setdefault(key, {})[str(start)] = sums
+            if not one.is_whole:
+                self._parts.setdefault(key, {})[str(view.tile.start + one.start)] = sums
+            elif is_lost_unit(sums):
+                self._unit.add(key)
 
-    def add_unit(self, key: str) -> None:
-        """Add a vector that has norm 1 in every checkpoint and not in the average."""
-        with self._lock:
-            self._unit.add(key)
-
-    def add_shrunk(self, key: str, *, is_shrunk: bool) -> None:
+    def _add_shrunk(self, key: str, *, is_shrunk: bool) -> None:
         """Add a tensor, or part of one, whose average has less than half of the norm, or not."""
         with self._lock:
             (self._shrunk if is_shrunk else self._not_shrunk).add(key)
@@ -105,94 +118,12 @@ class Norms(Monitor):
         return tuple(Notice(code, texts[code]) for code, names in found.items() if names)
 
 
-class _Watch(Watch):
-    """Takes the norms in one tile."""
-
-    def __init__(self, monitor: Norms, view: TileView) -> None:
-        self._monitor, self._view, self._plan = monitor, view, view.plan
-        self._newest = {one.newest for one in view.plan.averages if len(one.members) > 1}
-        self._segments = view.segments
-        vectors = {n for n, one in enumerate(view.segments) if _is_vector(one)}
-        self._parts = {number for number in vectors if not view.segments[number].is_whole}
-        self._vectors = vectors  # that have had norm 1 in each checkpoint so far, or a part of it
-        self._sums: dict[int, list[float]] = {}  # of a checkpoint: of the squares in each segment
-
-    def see(self, checkpoint: int, _content: memoryview, values: "torch.Tensor") -> None:
-        """See `Watch.see`."""
-        if self._vectors or checkpoint in self._newest:
-            sums = self._sums[checkpoint] = squares(values, self._segments)
-            self._vectors = {n for n in self._vectors if self._may_be_unit(n, sums[n])}
-
-    def see_average(self, average: int, values: "torch.Tensor") -> None:
-        """See `Watch.see_average`."""
-        members = self._plan.averages[average].members
-        if len(members) == 1:
-            return
-        results = squares(values, self._segments)
-        newest = self._sums[members[-1]]
-        for number, (one, result) in enumerate(zip(self._segments, results, strict=True)):
-            is_shrunk = result < _SHRUNK**2 * newest[number] < math.inf
-            if is_shrunk and is_sampled(one):
-                is_shrunk = self._is_shrunk(members[-1], one, values[one.start : one.stop])
-            if not is_shrunk and one.is_whole and number not in self._vectors:
-                continue
-            if self._plan.rulings[one.tensor.key].is_asked:
-                continue
-            if number in self._vectors | self._parts:
-                self._see_vector(average, number, result)
-            if newest[number]:
-                self._monitor.add_shrunk(key_of(average, one), is_shrunk=is_shrunk)
-
-    def _see_vector(self, average: int, number: int, result: float) -> None:
-        one, members = self._segments[number], self._plan.averages[average].members
-        sums = [math.inf, math.inf]  # no part of a unit vector
-        if number in self._vectors:
-            sums = [*(self._sums[checkpoint][number] for checkpoint in members), result]
-        if not one.is_whole:
-            start = self._view.tile.start + one.start
-            self._monitor.add_vector(key_of(average, one), start, sums)
-        elif is_lost_unit(sums):
-            self._monitor.add_unit(key_of(average, one))
-
-    def _is_shrunk(self, newest: int, one: Segment, average: "torch.Tensor") -> bool:
-        """Compare whole norms, with the values of the newest checkpoint read again."""
-        own = self._view.read_again(newest, one.start, one.stop)
-        return float(average.double().norm()) < _SHRUNK * float(own.double().norm())
-
-    def _may_be_unit(self, number: int, square: float) -> bool:
-        return _is_unit(square) or (square < 1 and not self._segments[number].is_whole)
+def _average_squares(view: TileView, one: Segment, average: int) -> float:
+    return describe(view.read_average(average, one.start, one.stop)).squares
 
 
 def _names(keys: Iterable[str]) -> list[str]:
     return sorted({average_and_name(key)[1] for key in keys})
-
-
-def squares(values: "torch.Tensor", segments: Sequence[Segment]) -> list[float]:
-    """Return the sum of squares of each segment of a tile; of large matrices, of their start."""
-    import torch
-
-    if len(segments) > _FEW:
-        lengths = torch.tensor([one.stop - one.start for one in segments])
-        wide = values.float().square()  # not in place: the values may be float32
-        sums: list[float] = torch.segment_reduce(wide, "sum", lengths=lengths).tolist()
-        return sums
-    found = []
-    for one in segments:
-        if is_sampled(one):  # which says enough in any dtype
-            own = values[one.start : one.start + _SAMPLE]
-        else:
-            own = values[one.start : one.stop].float()
-        found.append(float(torch.linalg.vector_norm(own)) ** 2)
-    return found
-
-
-def is_sampled(segment: Segment) -> bool:
-    """Return whether the norm of a segment is first taken of its start alone."""
-    return segment.stop - segment.start > _SAMPLE and not _is_vector(segment)
-
-
-def _is_vector(segment: Segment) -> bool:
-    return sum(size > 1 for size in segment.tensor.shape) == 1
 
 
 def is_lost_unit(squares: Sequence[float]) -> bool:

@@ -1,15 +1,10 @@
-"""The protocol of monitors: see values while they are folded, and judge them at the end."""
+"""The protocol of monitors: look at each tile when it is folded, and judge all at the end."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from ckpt_ema.containers.specs import TensorSpec
-from ckpt_ema.fold.tiles import Segment, Tile
+from ckpt_ema.fold.tiles import Segment
+from ckpt_ema.fold.views import Seen, TileView
 from ckpt_ema.notices import Notice
-from ckpt_ema.planning.plan import Plan
-
-if TYPE_CHECKING:
-    import torch
 
 Pair = tuple[int, int]  # two checkpoints, by their numbers in a plan
 
@@ -24,21 +19,6 @@ class Watched(NamedTuple):
     allow_nonfinite: bool
     allow_zeros: bool
     is_strict: bool  # every warning is an error
-
-
-class TileView(NamedTuple):
-    """A tile that is being folded, for monitors that need to look closer."""
-
-    plan: Plan
-    tile: Tile
-    segments: Sequence[Segment]
-    # Reads elements of a tensor of one checkpoint again: number, tensor, first element, count.
-    read: Callable[[int, TensorSpec, int, int], "torch.Tensor"]
-
-    def read_again(self, checkpoint: int, start: int, stop: int) -> "torch.Tensor":
-        """Read elements of the tile, from `start` to `stop`, of one checkpoint again."""
-        source = self.tile.span.sources[self.plan.work.layout_of[checkpoint]]
-        return self.read(checkpoint, source, self.tile.start + start, stop - start)
 
 
 def key_of(average: int, segment: Segment) -> str:
@@ -56,26 +36,20 @@ def average_and_name(key: str) -> tuple[int, str]:
     return int(average), name
 
 
-class Watch:
-    """Looks at one tile while it is folded, from one thread; methods do nothing here."""
-
-    def see(self, _checkpoint: int, _content: memoryview, _values: "torch.Tensor") -> None:
-        """Look at the values of a checkpoint, oldest first: as bytes, and of shape (count,)."""
-
-    def see_average(self, _average: int, _values: "torch.Tensor") -> None:
-        """Look at a rounded average, of shape (count,), after all checkpoints."""
-
-
 class Monitor(Protocol):
     """Looks at all values of a plan, or of a share, from many threads; methods do nothing here."""
 
     name: str  # of its state in records
 
-    def watch(self, _view: TileView) -> Watch | None:
-        """Return what looks at a tile; None for nothing."""
-        return None
+    def wants_hashes(self) -> bool:
+        """Return whether the values of the next tile shall be hashed."""
+        return False
 
-    def see_nonfinite(self, _view: TileView, _average: int, _values: "torch.Tensor") -> None:
+    def look(self, _view: TileView, _seen: Seen) -> None:
+        """Look at what screening found in a tile, and closer if need be."""
+        return
+
+    def see_problem(self, _view: TileView, _average: int, _element: int) -> None:
         """Look at an average that is not finite; raise `RefusedError` to end the work at once."""
         return
 

@@ -1,17 +1,13 @@
 """Finds float tensors that hold two values only, such as masks, whose average holds others."""
 
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ckpt_ema.errors import Code, some
-from ckpt_ema.fold.monitors.protocol import Monitor, TileView, Watch, Watched
+from ckpt_ema.fold.monitors.protocol import Monitor, Watched
 from ckpt_ema.fold.tiles import Segment
+from ckpt_ema.fold.views import FEW_VALUES, Seen, TileView, describe
 from ckpt_ema.notices import Notice
-
-if TYPE_CHECKING:
-    import torch
-
-_PROBES = 8  # elements that tell nearly every weight from a mask
 
 
 class Found(NamedTuple):
@@ -39,11 +35,21 @@ class TwoValues(Monitor):
         self._found: dict[str, Found] = {}
         self._lock = threading.Lock()
 
-    def watch(self, view: TileView) -> Watch | None:
-        """See `Monitor.watch`; a tensor with more values elsewhere is not looked at."""
-        known = (self._found.get(one.tensor.name) for one in view.segments)
-        is_known = all(one and len(one.values) > 2 for one in known)
-        return None if is_known else _Watch(self, view)
+    def look(self, view: TileView, seen: Seen) -> None:
+        """See `Monitor.look`; a tensor with more values elsewhere is not looked at."""
+        suspects = seen.having(FEW_VALUES)
+        for number in {0, len(view.segments) - 1}.difference(suspects):
+            one = view.segments[number]
+            if not one.is_whole:  # other parts may hold few values
+                self.add(one.tensor.name, _WEIGHT)
+        for number in suspects:
+            one = view.segments[number]
+            known = self._found.get(one.tensor.name)
+            is_asked = view.plan.rulings[one.tensor.key].is_asked
+            if not is_asked and not (known and len(known.values) > 2):
+                found = _found_in(view, one)
+                if found or not one.is_whole:
+                    self.add(one.tensor.name, found or _WEIGHT)
 
     def add(self, name: str, found: Found) -> None:
         """Add what a part of a tensor holds."""
@@ -78,55 +84,16 @@ class TwoValues(Monitor):
         return (Notice(Code.NOT_A_WEIGHT, text),)
 
 
-class _Watch(Watch):
-    """Looks for few values in one tile, where a few elements do not rule it out."""
-
-    def __init__(self, monitor: TwoValues, view: TileView) -> None:
-        self._monitor = monitor
-        self._view = view
-        self._suspects: dict[Segment, Found | None] = {}
-        self._last: dict[Segment, torch.Tensor] = {}  # values in the checkpoint before
-
-    def see(self, checkpoint: int, _content: memoryview, values: "torch.Tensor") -> None:
-        """See `Watch.see`."""
-        if checkpoint == 0:
-            self._suspects = dict.fromkeys(self._probed(values))
-        for segment in [*self._suspects]:
-            self._see_segment(segment, values[segment.start : segment.stop])
-
-    def see_average(self, _average: int, _values: "torch.Tensor") -> None:
-        """See `Watch.see_average`."""
-        for segment, found in self._suspects.items():
-            if found:
-                self._monitor.add(segment.tensor.name, found)
-        self._suspects = {}
-
-    def _probed(self, values: "torch.Tensor") -> list[Segment]:
-        """Return the segments of which a few elements hold at most two values."""
-        found, rulings = [], self._view.plan.rulings
-        for one in self._view.segments:
-            step = max(1, (one.stop - one.start) // _PROBES)
-            if len({*values[one.start : one.stop : step].tolist()}) > 2:
-                self._clear(one)
-            elif not rulings[one.tensor.key].is_asked:
-                found.append(one)
-        return found
-
-    def _clear(self, segment: Segment) -> None:
-        """Stop suspecting a tensor, other parts of which may hold few values."""
-        self._suspects.pop(segment, None)
-        if not segment.is_whole:
-            self._monitor.add(segment.tensor.name, _WEIGHT)
-
-    def _see_segment(self, segment: Segment, values: "torch.Tensor") -> None:
-        low, high = values.aminmax()
-        if not bool(((values == low) | (values == high)).all()):
-            self._clear(segment)
-            return
-        last = self._last.get(segment)
-        changes = last is not None and not last.equal(values)
-        self._last[segment] = values.clone()  # the memory is used again
-        held = tuple(sorted({float(low), float(high)}))
-        found = Found(held, len(held) == 2, changes)
-        before = self._suspects[segment]
-        self._suspects[segment] = found.joined(before) if before else found
+def _found_in(view: TileView, segment: Segment) -> Found | None:
+    """Return what a segment holds; None if some checkpoint has more than two values."""
+    found, before = None, None
+    for checkpoint in range(len(view.plan.checkpoints)):
+        content = view.read_again(checkpoint, segment.start, segment.stop)
+        held = describe(content)
+        if held.others:
+            return None
+        values = tuple(sorted({held.low, held.high}))
+        changes = before is not None and before != content.data
+        here = Found(values, len(values) == 2, changes)
+        found, before = found.joined(here) if found else here, content.data
+    return found

@@ -1,18 +1,19 @@
 """Finds tensors that end in zeros, as a save that sets the size first leaves them if cut off."""
 
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import pairwise
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from ckpt_ema.containers.specs import DTYPE_BITS
 from ckpt_ema.errors import Code, RefusedError
-from ckpt_ema.fold.monitors.protocol import Monitor, TileView, Watch, Watched
+from ckpt_ema.fold.monitors.protocol import Monitor, Watched
 from ckpt_ema.fold.tiles import Segment
+from ckpt_ema.fold.views import EMPTIED, Seen, TileView, describe
 from ckpt_ema.notices import Notice
 
-if TYPE_CHECKING:
-    import torch
-
-_PROBE = bytes(16)
 _FEWEST = 8  # elements; fewer zeros may well be values
 
 
@@ -36,9 +37,10 @@ class Zeros(Monitor):
         self._first: dict[int, Onset] = {}
         self._lock = threading.Lock()
 
-    def watch(self, view: TileView) -> Watch:
-        """See `Monitor.watch`."""
-        return _Watch(self, view)
+    def look(self, view: TileView, seen: Seen) -> None:
+        """See `Monitor.look`."""
+        for checkpoint, zeros in (*_tails(view, seen), *_emptied(view, seen)):
+            self._note(view, checkpoint, zeros)
 
     def state(self) -> list[Onset]:
         """Return the first onset in each checkpoint that has one."""
@@ -54,6 +56,17 @@ class Zeros(Monitor):
         """Add an onset of zeros."""
         with self._lock:
             self._first[onset.checkpoint] = min(onset, self._first.get(onset.checkpoint, onset))
+
+    def _note(self, view: TileView, checkpoint: int, zeros: range) -> None:
+        """Add an onset if these elements of a tile, zeros in one checkpoint alone, end a tensor."""
+        tile, place = view.tile, view.tile.span.places[0]
+        one = _segment_at(view, zeros[-1])
+        if len(zeros) < _FEWEST or not (one.start >= zeros[0] or one.ends):
+            return
+        start = tile.start + max(one.start, zeros[0])
+        offset = place.offset + start * DTYPE_BITS[place.dtype] // 8 - one.tensor.offset
+        last = tile.start + zeros[-1]
+        self.add(Onset(checkpoint, tile.numbers[0], last, one.tensor.name, offset))
 
     def verdict(self) -> tuple[Notice, ...]:
         """Raise `RefusedError` for new zeros, or return warnings if they are allowed."""
@@ -73,59 +86,40 @@ class Zeros(Monitor):
         raise RefusedError(message, hint, code=Code.ZEROS, tensor=onsets[0].tensor)
 
 
-class _Watch(Watch):
-    """Compares the zeros at the end of one tile from checkpoint to checkpoint."""
-
-    def __init__(self, monitor: Zeros, view: TileView) -> None:
-        self._monitor = monitor
-        self._view = view
-        self._before = 0  # zeros at the end of the checkpoint before, in elements
-        self._empty: set[int] = set()  # segments that were zero in it
-
-    def see(self, checkpoint: int, content: memoryview, values: "torch.Tensor") -> None:
-        """See `Watch.see`."""
-        zeros = _zero_bytes_at_end(content) // values.itemsize
-        count = len(content) // values.itemsize
-        if checkpoint and zeros > self._before:
-            self._note(checkpoint, range(count - zeros, count - self._before))
-        elif checkpoint == 1 and zeros < self._before:
-            begin, one = count - self._before, self._segment_at(count - zeros - 1)
-            # One tensor that is zero as a whole may have started so.
-            if begin > one.start or bool((values[begin : one.start] != 0).any()):
-                self._note(0, range(begin, count - zeros))
-        self._before = zeros
-        self._see_segments(checkpoint, values)
-
-    def _see_segments(self, checkpoint: int, values: "torch.Tensor") -> None:
-        """Add an onset for each tensor that is zero as a whole, and was not in the one before."""
-        empty = set()
-        for number, one in enumerate(self._view.segments):
-            own = values[one.start : one.stop]
-            if not any(own[:2].tolist()) and not bool(own.any()):  # two nearly always settle it
-                empty.add(number)
-        for number in sorted(empty - self._empty) if checkpoint else ():
-            one = self._view.segments[number]
-            self._note(checkpoint, range(one.start, one.stop))
-        self._empty = empty
-
-    def _segment_at(self, element: int) -> Segment:
-        return next(one for one in self._view.segments if one.start <= element < one.stop)
-
-    def _note(self, checkpoint: int, zeros: range) -> None:
-        """Add an onset if these elements of a tile, zeros in one checkpoint alone, end a tensor."""
-        tile, place = self._view.tile, self._view.tile.span.places[0]
-        one = self._segment_at(zeros[-1])
-        if len(zeros) < _FEWEST or not (one.start >= zeros[0] or one.ends):
-            return
-        start = tile.start + max(one.start, zeros[0])
-        offset = place.offset + start * DTYPE_BITS[place.dtype] // 8 - one.tensor.offset
-        last = tile.start + zeros[-1]
-        self._monitor.add(Onset(checkpoint, tile.numbers[0], last, one.tensor.name, offset))
+_Found = Iterator[tuple[int, range]]  # checkpoints, and elements of a tile that are zero there
 
 
-def _zero_bytes_at_end(values: memoryview) -> int:
-    # The very end nearly always settles it.
-    end = values[-len(_PROBE) :]
-    if end.tobytes() != _PROBE[: len(end)]:
-        return 0
-    return len(values) - len(values.tobytes().rstrip(b"\0"))
+def _tails(view: TileView, seen: Seen) -> _Found:
+    """Yield the zeros at the end of a tile that a checkpoint has and the one before has not."""
+    ends = [last + 1 for last in seen.last_nonzero]
+    if min(ends) == view.tile.length:  # as nearly always
+        return
+    for later, (before, now) in enumerate(pairwise(ends), start=1):
+        if now < before:
+            yield later, range(now, before)
+    if len(ends) > 1 and ends[0] < ends[1]:
+        one = _segment_at(view, ends[1] - 1)
+        # One tensor that is zero as a whole may have started so.
+        if ends[0] > one.start or not _is_zero(view, 1, ends[0], one.start):
+            yield 0, range(ends[0], ends[1])
+
+
+def _emptied(view: TileView, seen: Seen) -> _Found:
+    """Yield each tensor that is zero as a whole, and was not in the checkpoint before."""
+    for number in seen.having(EMPTIED):
+        one = view.segments[number]
+        checkpoints = range(len(view.plan.checkpoints))
+        are_zero = [_is_zero(view, checkpoint, one.start, one.stop) for checkpoint in checkpoints]
+        for later, (before, now) in enumerate(pairwise(are_zero), start=1):
+            if now and not before:
+                yield later, range(one.start, one.stop)
+
+
+def _is_zero(view: TileView, checkpoint: int, start: int, stop: int) -> bool:
+    return start >= stop or describe(view.read_again(checkpoint, start, stop)).is_zero
+
+
+def _segment_at(view: TileView, element: int) -> Segment:
+    number = bisect_right(view.segments, element, key=attrgetter("start")) - 1
+    found: Segment = view.segments[number]
+    return found
