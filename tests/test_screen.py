@@ -216,7 +216,7 @@ def test_no_tensor_is_cleared_that_is_no_weight(
     storage: Local,
     seed: int,
 ) -> None:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         tensors = {
             f"{number}": [*KINDS[kind](steps, shape).to(dtype)]

@@ -13,7 +13,7 @@ import pytest
 import ckpt_ema
 from ckpt_ema import FailedError
 from ckpt_ema.errors import Code
-from ckpt_ema.output import sync
+from ckpt_ema.output import publish, sync
 from ckpt_ema.output.manifest import Result
 from ckpt_ema.output.publish import StagedOutput
 from ckpt_ema.output.sync import Syncer
@@ -123,7 +123,10 @@ def test_a_line_of_the_ledger_waits_for_the_sync_under_way(
             staged.make_durable()
 
 
-def test_descriptors_are_those_of_the_files_however_many(tmp_path: Path) -> None:
+def test_descriptors_are_those_of_the_files_however_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "descriptor_limit", lambda: 8)
     names = [f"{number}.safetensors" for number in range(20)]
     with StagedOutput(tmp_path / "out", "", False) as staged:
         staged.create([(name, OutputFile(name, 0, (), 8, ())) for name in names])
