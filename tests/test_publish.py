@@ -6,6 +6,8 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ckpt_ema.errors import Code
 from ckpt_ema.output.library import check_header
 from tests.conftest import MakeRun, noise, series
 from tests.makers.faulty_os import faulty
+from tests.makers.faulty_storage import watching_reads
 
 
 @pytest.mark.parametrize(
@@ -155,6 +158,39 @@ def test_an_output_that_may_not_survive_a_power_failure_is_published_with_an_err
     assert (caught.value.code, caught.value.path) == (Code.WRITE_FAILED, f"{run}-ema")
     assert "is published" in caught.value.message
     assert ckpt_ema.average(run, device="cpu").is_up_to_date
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    """A folder in a tmpfs, which every Linux has."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        yield Path(name)
+
+
+def test_space_in_memory_is_not_allocated_ahead(make_run: MakeRun, in_memory: Path) -> None:
+    """Allocating takes as long there as writing; on a disk it takes no time."""
+    run = make_run(series(2, w=noise(2, 1000)))
+    for folder, allocated in ((in_memory, 0), (run.parent, 1)):
+        with faulty() as counted:
+            ckpt_ema.average(run, device="cpu", output=folder / "out")
+        assert counted.calls["posix_fallocate"] == allocated
+    outputs = [folder / "out/model.safetensors" for folder in (in_memory, run.parent)]
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+def test_too_little_memory_is_known_before_anything_is_read(
+    make_run: MakeRun, in_memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real = make_run(series(2, w=noise(2, 1000))), os.statvfs(in_memory)
+    full = os.statvfs_result((*real[:4], 0, *real[5:]))
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    with (
+        pytest.raises(FailedError, match="No space left on device") as caught,
+        watching_reads(lambda *_: pytest.fail("read")),
+    ):
+        ckpt_ema.average(run, device="cpu", output=in_memory / "out")
+    assert caught.value.code is Code.WRITE_FAILED
+    assert not [*in_memory.iterdir()]
 
 
 def test_output_files_honour_the_umask(make_run: MakeRun) -> None:

@@ -5,7 +5,7 @@ import ctypes
 import errno
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,9 @@ class StagedOutput(Workspace):
 
     def create(self, files: Sequence[tuple[str, OutputFile]]) -> None:
         """Allocate the model files, keeping data that they have, and write their headers."""
+        with as_failure(self.final):
+            needed = sum(file.size_bytes for _, file in files)
+            reserve = _reserving(self.path, 0 if os.path.exists(self.output) else needed)
         for number, (name, file) in enumerate(files):
             path = self._path_of(name)
             self._paths.append(path)
@@ -72,7 +75,7 @@ class StagedOutput(Workspace):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_CREAT, 0o666)
                 try:
-                    _reserve(fd, file.size_bytes)
+                    reserve(fd, file.size_bytes)
                 finally:
                     if number < self._most_open:
                         self._fds.append(fd)
@@ -244,8 +247,31 @@ def _link_or_rename(staging: Path, final: Path) -> None:
         os.rename(staging, final)  # a file system without hard links
 
 
-def _reserve(fd: int, size_bytes: int) -> None:
-    """Allocate the file's space now, so that a full disk fails before the work is done."""
+def _reserving(folder: Path, needed_bytes: int) -> Callable[[int, int], None]:
+    """Return what gives a file its size, so that a full disk fails before the work is done.
+
+    In memory, allocating takes as long as writing, and is left to the threads that write.
+    """
+    if not _is_in_memory(folder):
+        return _allocate
+    free = os.statvfs(folder)
+    if free.f_bavail * free.f_frsize < needed_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return os.ftruncate
+
+
+def _is_in_memory(folder: Path) -> bool:
+    """Return whether a folder is in a tmpfs, by what Linux says of the device."""
+    device = folder.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return any(line.split()[2] == number and " - tmpfs " in line for line in mounts.splitlines())
+
+
+def _allocate(fd: int, size_bytes: int) -> None:
     try:
         os.posix_fallocate(fd, 0, size_bytes)
     except (AttributeError, OSError) as error:  # macOS has no such function
