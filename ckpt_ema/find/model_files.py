@@ -90,6 +90,7 @@ def _model_file(folder: Path, names: set[str], source: Source) -> str | None:
     wanted = source.reading.form
     adapters = [name for name in conventions.ADAPTER_FILES if name in names]
     models = [name for name in conventions.OTHER_MODEL_FILES if name in names]
+    models += filter(conventions.FIRST_RANK.search, sorted(names))
     for single in reversed(conventions.MODEL_FILES):
         index = single + conventions.INDEX_SUFFIX
         shards = _without_index(folder, index, names, source) if single in names else []

@@ -42,6 +42,7 @@ class Trainer:
     # Where the model is.
     containers: tuple[str, ...] = ()  # globs of folders in a run that hold its checkpoints
     files: tuple[str, ...] = ()  # names of a model file that no other trainer uses
+    rank_files: tuple[str, ...] = ()  # patterns of the first rank's file where each has a part
     models: tuple[str, ...] = ()  # folders in a checkpoint that are a model with its files
     sharded: tuple[str, ...] = ()  # folders in a checkpoint that torch.distributed.checkpoint wrote
     model_keys: tuple[str, ...] = ()  # in a torch file or DCP; dots lead into dicts
@@ -112,9 +113,11 @@ TRAINERS = (
     Trainer(
         name="accelerate",
         entry="checkpoints/checkpoint_3/",
-        weights="model.safetensors, model_1.safetensors ..., or pytorch_model.bin",
+        weights="model.safetensors, model_1.safetensors ..., pytorch_model.bin, or FSDP's parts:"
+        " pytorch_model_fsdp_0/, pytorch_model_fsdp_0_rank0.bin ...",
         containers=("checkpoints",),
         files=("pytorch_model_fsdp.bin",),
+        rank_files=(r"pytorch_model_fsdp(_\d+)?_rank_?0\.bin",),
         sharded=("pytorch_model_fsdp_0",),
         state=("random_states", "custom_checkpoint", "sampler", "dl_state_dict"),
         needs_no_config=(r"random_states_\d+\.pkl", r"(optimizer|scheduler|sampler)(_\d+)?\.bin"),
@@ -166,24 +169,13 @@ TRAINERS = (
     ),
     Trainer(
         name="verl",
-        entry="global_step_100/actor/huggingface/",
-        weights="as transformers, if hf_model is among its save_contents; or that of one rank",
-        files=("model_world_size_1_rank_0.pt",),
+        entry="global_step_100/actor/",
+        weights="model_world_size_8_rank_0.pt ... (FSDP); or huggingface/, as transformers",
+        rank_files=(r"model_world_size_\d+_rank_0\.pt",),
         models=("actor/huggingface", "actor"),
         trackers=("latest_checkpointed_iteration.txt",),
         state=("extra_state",),
-    ),
-    Trainer(
-        name="verl, sharded",
-        tier="R",
-        entry="global_step_100/actor/",
-        weights="model_world_size_8_rank_0.pt ...",
-        refusals=_refused(
-            r"model_world_size_(?!1_)\d+_rank_\d+",
-            "sharded over ranks (DTensor), so that each file holds a part of the model",
-            "Merge each step first: `python -m verl.model_merger merge --backend fsdp"
-            " --local_dir STEP/actor --target_dir OUT`.",
-        ),
+        stays=(r"fsdp_config\.json",),
     ),
     Trainer(
         name="OpenRLHF",
