@@ -45,6 +45,7 @@ _ALLOWED = (
     "torch.distributed.checkpoint.filesystem",
     "torch.distributed.checkpoint.planner",
     "torch.distributed._shard.sharded_tensor.metadata",  # where older releases had some of them
+    "megatron.core.dist_checkpointing.strategies.torch",  # up to release 0.15
     "torch.serialization",
     "pathlib",
     "pathlib._local",  # Python 3.13
@@ -136,7 +137,7 @@ def _unpickled(path: str, raw: bytes) -> Record:
         raise refused(path, f"names {error}, {why}", code=Code.UNSAFE) from error
     except pickles.BROKEN_PICKLE as error:
         raise cut_short(path, pickles.what_broke(error), or_damaged=True) from error
-    if not isinstance(root, Record) or not root.name.endswith(".Metadata"):
+    if not isinstance(root, Record) or not root.name.endswith(("torch.MCoreMetadata", ".Metadata")):
         raise refused(path, "is not the metadata of a checkpoint")
     return root
 

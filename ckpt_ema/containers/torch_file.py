@@ -8,7 +8,7 @@ import hashlib
 import io
 import math
 import zipfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import IO, Any, NamedTuple, cast
@@ -105,6 +105,13 @@ def read_specs(
         numbers=numbers(structure.root),
         is_average=model.is_average,
     )
+
+
+def read_recorded(path: str, storage: Storage) -> Mapping[str, int]:
+    """Return the "step" and "epoch" that a file records, whether or not it holds a model."""
+    with storage.open(path) as file:
+        start = file.read(min(file.identity.size_bytes, HEAD_BYTES), 0)
+        return recorded(_read_structure(path, file, start).root)
 
 
 class Region(NamedTuple):

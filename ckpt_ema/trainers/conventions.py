@@ -94,11 +94,19 @@ COMPONENT = re.compile(
 PIPELINE_LIST = "model_index.json"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 DCP_METADATA = ".metadata"
+# What Megatron writes last into its distributed checkpoints, and what it calls their folders.
+MEGATRON_LIST = "metadata.json"
+MEGATRON_FOLDER = re.compile(r"^iter_\d{7}$")
+# What Lightning and Fabric write last into theirs, and what Lightning calls those.
+SHARDED_STATE = "meta.pt"
+LIGHTNING_FOLDER = re.compile(r"=\d.*\.ckpt$")
 
 CONTAINERS = _gathered(trainer.containers for trainer in TRAINERS)
 PRETRAINED_FOLDER = "huggingface"
 MODEL_FOLDERS = (*_gathered(trainer.models for trainer in TRAINERS), PRETRAINED_FOLDER)
 DCP_FOLDERS = ("", *_gathered(trainer.sharded for trainer in TRAINERS))
+# Advice for Megatron's distributed checkpoints, where the output is to be safetensors.
+MEGATRON = next(trainer.stacked for trainer in TRAINERS if trainer.stacked)
 REFUSALS = tuple(refusal for trainer in TRAINERS for refusal in trainer.refusals)
 
 # Where the model is in a torch file or in DCP's metadata, dots leading into dicts.

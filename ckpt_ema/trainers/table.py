@@ -65,12 +65,18 @@ class Trainer:
     # Patterns of files that are kept once per run and go with the average.
     travels: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    stacked: Refusal | None = None  # what is read, and can be written as it was saved alone
 
 
 def _refused(name: str, what: str, instead: str, is_certain: bool = True) -> tuple[Refusal, ...]:
     return (Refusal(re.compile(name, re.IGNORECASE), what, instead, is_certain),)
 
 
+_CONVERT_MEGATRON = (
+    "Megatron-Bridge `export_ckpt`; NeMo 2 `nemo llm export`; NeMo-RL"
+    " examples/converters/convert_megatron_to_hf.py; slime tools/convert_torch_dist_to_hf.py;"
+    " gpt-neox tools/ckpts/convert_neox_to_hf.py"
+)
 _OUT_OF_SCOPE = "Export it to safetensors or a state dict of PyTorch first."
 
 TRAINERS = (
@@ -133,15 +139,11 @@ TRAINERS = (
     ),
     Trainer(
         name="Lightning and Fabric, sharded",
-        tier="R",
+        tier="2",
         entry="epoch=1-step=100.ckpt/",
-        weights=".metadata and meta.pt",
-        refusals=_refused(
-            r"(^|/)meta\.pt$",
-            "a sharded checkpoint of Lightning",
-            "Convert each, under its name: `python -m torch.distributed.checkpoint.format_utils"
-            " dcp_to_torch CHECKPOINT CONVERTED/CHECKPOINT`.",
-        ),
+        weights=".metadata, .distcp and meta.pt: model (FSDP), state_dict (ModelParallel), or the"
+        " one dict of tensors (Fabric)",
+        done=("meta.pt",),
     ),
     Trainer(
         name="kohya sd-scripts, musubi-tuner",
@@ -195,16 +197,22 @@ TRAINERS = (
         name="Megatron-LM, Megatron-Bridge, slime, gpt-neox",
         tier="R",
         entry="iter_0000100/",
-        weights="mp_rank_00/model_optim_rng.pt, or torch_dist (common.pt)",
+        weights="mp_rank_00/model_optim_rng.pt, or torch_dist (metadata.json)",
         trackers=("latest_checkpointed_iteration.txt",),
         state=("distrib_optim",),
         folders=("energon",),
         refusals=_refused(
-            r"(^|/)(model_optim_rng\.pt|common\.pt|layer_\d+-model_\d+[^/]*\.pt)$",
+            r"(^|/)(model_optim_rng\.pt|common\.pt|layer_\d+-model_\d+[^/]*\.pt)$"
+            r"|(^|/)iter_\d{7}/[^/]*\.distcp$",
             "a Megatron checkpoint, with the weights in ranks and Megatron's names",
-            "Convert each step first: Megatron-Bridge `export_ckpt`; NeMo-RL"
-            " examples/converters/convert_megatron_to_hf.py; slime"
-            " tools/convert_torch_dist_to_hf.py; gpt-neox tools/ckpts/convert_neox_to_hf.py.",
+            f"Convert each step first: {_CONVERT_MEGATRON}.",
+        ),
+        stacked=Refusal(
+            re.compile(""),
+            "a Megatron checkpoint, with stacked layers under names that no loader of safetensors"
+            " knows",
+            "Average it in its own format with --save-as checkpoint, or convert each step first:"
+            f" {_CONVERT_MEGATRON}.",
         ),
     ),
     Trainer(
@@ -252,6 +260,7 @@ TRAINERS = (
         entry="name-epoch=3-step=1000/",
         weights="weights/ and context/ (hf_weights/ is read where it was exported)",
         models=("hf_weights",),
+        sharded=("weights",),
         refusals=_refused(
             r"(^|/)context/",
             "a NeMo checkpoint",
