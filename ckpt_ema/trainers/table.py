@@ -417,13 +417,20 @@ TRAINERS = (
         name="EDM",
         tier="R",
         entry="network-snapshot-000200.pkl",
-        weights="a pickled module (EDM2's training-state-*.pt are read: net)",
+        weights="a pickled module",
         refusals=_refused(
             r"\.pkl$",
             "a pickle that torch.save did not write, which cannot be read without running its code",
-            "Save the state_dict() of its module with torch.save instead.",
+            "Save the state_dict() of its module with torch.save instead; EDM2's"
+            " training-state-*.pt hold one, and are read.",
             is_certain=False,
         ),
+    ),
+    Trainer(
+        name="EDM2",
+        tier="2",
+        entry="training-state-0000100.pt",
+        weights="net (not ema; network-snapshot-*.pkl are averages in pickled modules)",
     ),
     Trainer(name="MLX-LM", entry="0000100_adapters.safetensors", weights="the file"),
     Trainer(
