@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 State = Mapping[str, torch.Tensor]
 SHARDED = "ShardedTensor"
@@ -48,18 +49,25 @@ def save(
     ranks = math.prod(mesh)
     for rank in range(ranks):
         with playing(rank, ranks):
-            parts = {key: part(one, layout.get(key), mesh, rank) for key, one in state.items()}
+            grid = mesh_of(mesh)  # which all tensors share, as in a trainer
+            parts = {key: part(one, layout.get(key), grid) for key, one in state.items()}
             content = parts if root is None else {"model": parts, **root}
             path = folder / name.format(rank=rank, ranks=ranks)
             torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     return folder
 
 
-def part(tensor: torch.Tensor, layout: Any, mesh: Sequence[int], rank: int) -> Any:
-    """What a rank has of a tensor."""
+def mesh_of(sizes: Sequence[int]) -> DeviceMesh:
+    """The mesh of all ranks, in one or two axes."""
+    names = ("ddp", "fsdp")[-len(sizes) :]
+    return init_device_mesh("cpu", tuple(sizes), mesh_dim_names=names)
+
+
+def part(tensor: torch.Tensor, layout: Any, mesh: DeviceMesh) -> Any:
+    """What the rank that is played has of a tensor."""
     if layout is None:
         return tensor
-    return _sharded(tensor, mesh, rank) if layout == SHARDED else _dtensor(tensor, layout, mesh)
+    return _sharded(tensor, mesh) if layout == SHARDED else _dtensor(tensor, layout, mesh)
 
 
 def chunk(tensor: torch.Tensor, dim: int, count: int, at: int) -> torch.Tensor:
@@ -68,24 +76,20 @@ def chunk(tensor: torch.Tensor, dim: int, count: int, at: int) -> torch.Tensor:
     return (chunks[at] if at < len(chunks) else tensor.narrow(dim, 0, 0)).clone()
 
 
-def _dtensor(tensor: torch.Tensor, dims: Sequence[int | None], mesh: Sequence[int]) -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
+def _dtensor(tensor: torch.Tensor, dims: Sequence[int | None], mesh: DeviceMesh) -> Any:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    names = ("ddp", "fsdp")[-len(mesh) :]
-    device_mesh = init_device_mesh("cpu", tuple(mesh), mesh_dim_names=names)
-    local = tensor
-    coordinates = device_mesh.get_coordinate()
+    local, coordinates = tensor, mesh.get_coordinate()
     assert coordinates is not None
-    for dim, count, at in zip(dims, mesh, coordinates, strict=True):
+    for dim, count, at in zip(dims, mesh.shape, coordinates, strict=True):
         local = local if dim is None else chunk(local, dim, count, at)
     placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
     return DTensor.from_local(
-        local, device_mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
 
 
-def _sharded(tensor: torch.Tensor, mesh: Sequence[int], rank: int) -> Any:
+def _sharded(tensor: torch.Tensor, mesh: DeviceMesh) -> Any:
     """What FSDP1 saves; with two axes, each row of ranks has the whole."""
     from torch.distributed._shard.metadata import ShardMetadata
     from torch.distributed._shard.sharded_tensor.api import ShardedTensor
@@ -95,7 +99,7 @@ def _sharded(tensor: torch.Tensor, mesh: Sequence[int], rank: int) -> Any:
     )
     from torch.distributed._shard.sharded_tensor.shard import Shard
 
-    count, begin, places, shards = mesh[-1], 0, [], []
+    count, rank, begin, places, shards = mesh.shape[-1], mesh.get_rank(), 0, [], []
     for at in range(count):
         local, owner = chunk(tensor, 0, count, at), rank - rank % count + at
         offsets = [begin, *[0] * (tensor.dim() - 1)]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.makers.rank_files import part, playing
+from tests.makers.rank_files import mesh_of, part, playing
 
 Tensors = dict[str, torch.Tensor]
 Row = Mapping[str, Any]  # the values of one checkpoint, by column
@@ -127,7 +127,8 @@ def _model(changes: Mapping[str, Any], row: Row) -> Any:
     if "ranks" in changes:
         ranks, rank = changes["ranks"], changes.get("rank", 0)
         with playing(rank, ranks):
-            return {name: part(tensor, (0,), (ranks,), rank) for name, tensor in model.items()}
+            mesh = mesh_of((ranks,))
+            return {name: part(tensor, (0,), mesh) for name, tensor in model.items()}
     if "shards" in changes:
         return _shards(model, changes["shards"])
     return collections.OrderedDict(model) if "ordered" in changes else model
