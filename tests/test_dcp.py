@@ -362,6 +362,15 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared / "sharded"
 
 
+def test_metadata_of_megatron_core_is_read(tmp_path: Path) -> None:
+    """Up to release 0.15 it has a class of its own."""
+    folder = save(tmp_path / "a", {"decoder.w": torch.ones(2, 3)})
+    edit(folder, unchanged)
+    ours = b"cmegatron.core.dist_checkpointing.strategies.torch\nMCoreMetadata\n"
+    splice(folder, b"ctorch.distributed.checkpoint.metadata\nMetadata\n", ours)
+    check(folder, {"decoder.w": torch.ones(2, 3)})
+
+
 @pytest.mark.parametrize("ranks", RANKS)
 class TestSharded:
     def test_every_rank_has_a_file(self, sharded: Path, ranks: int) -> None:

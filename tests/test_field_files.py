@@ -9,7 +9,6 @@ import json
 import pickle
 import shutil
 import tarfile
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import ckpt_ema
 from ckpt_ema.errors import Code, RefusedError
@@ -778,22 +776,12 @@ def test_deepspeed_without_zero_is_read_and_with_several_ranks_refused(tmp_path:
     assert "zero_to_fp32" not in str(refusal(run))
 
 
-@pytest.mark.parametrize("root", ["model", "state_dict"])
-def test_what_a_sharded_checkpoint_of_lightning_is_converted_with_works(
-    tmp_path: Path, root: str
-) -> None:
-    run, converted = tmp_path / "run", tmp_path / "converted"
-    converted.mkdir()
-    for step in (10, 20, 30):
-        folder = run / f"epoch=0-step={step}.ckpt"
-        optimizer = {"state": {"w": {"exp_avg": full(9)}}, "param_groups": [{"lr": 0.1}]}
-        save_distributed(folder, {root: layers(step), "optimizer_0": optimizer})
-        save(folder / "meta.pt", {"global_step": step})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one process is what is wanted
-            dcp_to_torch_save(folder, converted / folder.name)
-    assert "torch.distributed.checkpoint.format_utils dcp_to_torch" in refusal(run).hint
-    assert Averaged(converted).values() == dict.fromkeys(layers(1), 20.0)
+def test_a_last_folder_of_lightning_is_a_step_by_its_meta_file(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name, step in (("epoch=0-step=10", 10), ("epoch=0-step=20", 20), ("last", 30)):
+        save_distributed(run / f"{name}.ckpt", {"state_dict": layers(step)})
+        save(run / f"{name}.ckpt/meta.pt", {"epoch": 0, "global_step": step})
+    assert Averaged(run).values() == dict.fromkeys(layers(1), 20.0)
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -447,11 +447,11 @@ def test_a_model_above_the_folder_of_checkpoints_is_told(tmp_path: Path) -> None
 
 def test_a_folder_of_runs_is_not_called_by_what_one_of_them_holds(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        actor = tmp_path / name / "global_step_100/actor"
-        actor.mkdir(parents=True)
-        (actor / "model_world_size_2_rank_0.pt").touch()
+        ranks = tmp_path / name / "iter_0000100/mp_rank_00"
+        ranks.mkdir(parents=True)
+        (ranks / "model_optim_rng.pt").touch()
     assert refused(tmp_path) is Code.NO_CHECKPOINTS
-    for name in ("one", "one/global_step_100", "one/global_step_100/actor"):
+    for name in ("one", "one/iter_0000100", "one/iter_0000100/mp_rank_00"):
         assert refused(tmp_path / name) is Code.UNSUPPORTED_FORMAT
 
 

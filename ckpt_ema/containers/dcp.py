@@ -6,7 +6,6 @@ wrote them, so that no tensor is ever whole in memory; what is not a tensor is n
 
 import hashlib
 import io
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -22,9 +21,10 @@ from ckpt_ema.containers.checks import (
     read_listing,
     refused,
 )
+from ckpt_ema.containers.chunks import cover_once, in_pieces
 from ckpt_ema.containers.model_key import find_model
+from ckpt_ema.containers.pickles import Record, attribute
 from ckpt_ema.containers.specs import (
-    Box,
     FileSpec,
     Piece,
     Specs,
@@ -39,12 +39,13 @@ from ckpt_ema.storage.protocol import OpenFile, Storage
 from ckpt_ema.trainers.conventions import DCP_METADATA, STATE_PREFIXES
 
 _MAX_METADATA_BYTES = 1 << 30
-# Modules of which a .metadata may name classes; they become `_Record`s, which do nothing.
+# Modules of which a .metadata may name classes; they become `Record`s, which do nothing.
 _ALLOWED = (
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.checkpoint.filesystem",
     "torch.distributed.checkpoint.planner",
     "torch.distributed._shard.sharded_tensor.metadata",  # where older releases had some of them
+    "megatron.core.dist_checkpointing.strategies.torch",  # up to release 0.15
     "torch.serialization",
     "pathlib",
     "pathlib._local",  # Python 3.13
@@ -53,22 +54,6 @@ _ALLOWED = (
 _TORCH_NAMES = re.compile(r"^(complex|u?int|float|bits|q|sparse_|strided|jagged|\w+_format)\w*$")
 # Early releases of Python 3.11 pickle the members of an enumeration as a call of it.
 _GETATTR = (("builtins", "getattr"), ("__builtin__", "getattr"))
-_MOST_COMPARISONS = 200_000
-
-
-class _Record(pickles.Inert):
-    """An object of the metadata: its state as it was pickled."""
-
-    state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-def _get(record: Any, name: str) -> Any:
-    """Return an attribute of a record, or None."""
-    state = record.state if isinstance(record, _Record) else None
-    return state.get(name) if isinstance(state, dict) else None
 
 
 class _MetadataUnpickler(pickles.TensorUnpickler):
@@ -85,7 +70,7 @@ class _MetadataUnpickler(pickles.TensorUnpickler):
         is_allowed = module in _ALLOWED or (module, name) in _GETATTR
         if not is_allowed and not (module == "torch" and _TORCH_NAMES.search(name)):
             raise _ForbiddenError(f"{module}.{name}")
-        return _Record
+        return Record
 
 
 class _ForbiddenError(Exception):
@@ -108,7 +93,7 @@ class _Announced(NamedTuple):
     """One tensor as the metadata has it, unchecked."""
 
     fqn: str
-    entry: _Record
+    entry: Record
 
 
 def claims(name: str) -> bool:
@@ -135,7 +120,7 @@ def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Spec
     data_files, pieces, holes = _located(os.path.dirname(path), every_chunk, storage)
     files = (metadata, *data_files)
     joined = {
-        name: _joined(tensor, [pieces[chunk] for chunk in chunks])
+        name: in_pieces(tensor, [pieces[chunk] for chunk in chunks])
         for name, (tensor, chunks) in tensors.items()
     }
     return Specs(
@@ -144,7 +129,7 @@ def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Spec
     )
 
 
-def _unpickled(path: str, raw: bytes) -> _Record:
+def _unpickled(path: str, raw: bytes) -> Record:
     try:
         root = _MetadataUnpickler(io.BytesIO(raw)).load()
     except _ForbiddenError as error:
@@ -152,7 +137,7 @@ def _unpickled(path: str, raw: bytes) -> _Record:
         raise refused(path, f"names {error}, {why}", code=Code.UNSAFE) from error
     except pickles.BROKEN_PICKLE as error:
         raise cut_short(path, pickles.what_broke(error), or_damaged=True) from error
-    if not isinstance(root, _Record) or not root.name.endswith(".Metadata"):
+    if not isinstance(root, Record) or not root.name.endswith(("torch.MCoreMetadata", ".Metadata")):
         raise refused(path, "is not the metadata of a checkpoint")
     return root
 
@@ -160,12 +145,12 @@ def _unpickled(path: str, raw: bytes) -> _Record:
 _Saved = Mapping[tuple[Any, Any], Any]  # (name, offsets) -> where a chunk was saved
 
 
-def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Saved]:
+def _tree(path: str, root: Record) -> tuple[dict[str, Any], _Saved]:
     """Return what was saved, nested as it was (None for what is not a tensor), and where."""
-    entries, stored = _get(root, "state_dict_metadata"), _get(root, "storage_data")
+    entries, stored = attribute(root, "state_dict_metadata"), attribute(root, "storage_data")
     if not isinstance(entries, dict) or not isinstance(stored, dict):
         raise refused(path, "lists no tensors")
-    paths = _get(root, "planner_data")
+    paths = attribute(root, "planner_data")
     tree: dict[str, Any] = {}
     for fqn, entry in entries.items():
         if not isinstance(fqn, str):
@@ -181,13 +166,13 @@ def _tree(path: str, root: _Record) -> tuple[dict[str, Any], _Saved]:
             branch = branch.setdefault(str(step), {}) if isinstance(branch, dict) else None
         if not isinstance(branch, dict) or str(steps[-1]) in branch:
             raise refused(path, f"has two entries in the place of {fqn}")
-        is_tensor = isinstance(entry, _Record) and entry.name.endswith(".TensorStorageMetadata")
+        is_tensor = isinstance(entry, Record) and entry.name.endswith(".TensorStorageMetadata")
         branch[str(steps[-1])] = _Announced(fqn, entry) if is_tensor else None
     return tree, {_index(index): info for index, info in stored.items()}
 
 
 def _index(index: Any) -> tuple[Any, Any]:
-    fqn, offset = _get(index, "fqn"), _get(index, "offset")
+    fqn, offset = attribute(index, "fqn"), attribute(index, "offset")
     return (fqn, offset if _sizes(offset) else None) if isinstance(fqn, str) else (None, None)
 
 
@@ -195,9 +180,9 @@ def _declared(path: str, announced: _Announced, saved: _Saved) -> tuple[TensorSp
     """Return a tensor, not located yet, and its chunks, checked without the data files."""
     fqn, entry = announced
     refuse = partial(refused, path, tensor=fqn)
-    properties, shape, boxes = (_get(entry, name) for name in ("properties", "size", "chunks"))
-    dtype = _get(properties, "dtype")
-    if isinstance(properties, _Record) and isinstance(properties.state, tuple):
+    properties, shape, boxes = (attribute(entry, name) for name in ("properties", "size", "chunks"))
+    dtype = attribute(properties, "dtype")
+    if isinstance(properties, Record) and isinstance(properties.state, tuple):
         dtype = next(iter(properties.state), None)
     if not isinstance(dtype, pickles.Dtype):
         raise refuse("has a dtype that safetensors cannot hold", code=Code.UNREADABLE_TENSOR)
@@ -205,31 +190,29 @@ def _declared(path: str, announced: _Announced, saved: _Saved) -> tuple[TensorSp
         raise refuse("has no shape or no chunks")
     chunks = []
     for box in boxes:
-        starts, sizes = _get(box, "offsets"), _get(box, "sizes")
+        starts, sizes = attribute(box, "offsets"), attribute(box, "sizes")
         if not _sizes(starts) or not _sizes(sizes) or not len(starts) == len(sizes) == len(shape):
             raise refuse("has a chunk without a place")
         if any(a + n > whole for a, n, whole in zip(starts, sizes, shape, strict=True)):
             raise refuse(f"has a chunk beyond its shape {list(shape)}")
         place = _place(saved.get((fqn, starts)) or saved.get((fqn, None)), refuse)
         chunks.append(_Chunk(fqn, dtype.name, starts, sizes, *place))
-    filled = [(chunk.starts, chunk.sizes) for chunk in chunks if 0 not in chunk.sizes]
-    count = sum(math.prod(sizes) for _, sizes in filled)
-    if count != math.prod(shape) or _overlap(sorted(filled), 0):
+    if not cover_once(shape, [(chunk.starts, chunk.sizes) for chunk in chunks]):
         raise refuse(f"has chunks that do not cover its shape {list(shape)} exactly once")
     return TensorSpec(dtype.name, shape, 0, 0), chunks
 
 
 def _place(info: Any, refuse: Callable[..., RefusedError]) -> tuple[str, int, int]:
     """Return the file, offset and size of a chunk."""
-    if not isinstance(info, _Record):
+    if not isinstance(info, Record):
         raise refuse("has a chunk that was never saved")
-    file, offset, length = (_get(info, name) for name in ("relative_path", "offset", "length"))
+    file, offset, length = (attribute(info, name) for name in ("relative_path", "offset", "length"))
     if not is_plain_name(file):
         name = file if isinstance(file, str) else "something"
         raise refuse(f"lies in {name!r}, which is not a plain file name", code=Code.UNSAFE)
     if not _sizes((offset, length)):
         raise refuse("has a chunk at an impossible position")
-    if _get(info, "transform_descriptors"):
+    if attribute(info, "transform_descriptors"):
         why = "was compressed when it was saved, and only stored chunks can be read"
         raise refuse(why, code=Code.UNREADABLE_TENSOR)
     return file, offset, length
@@ -238,29 +221,6 @@ def _place(info: Any, refuse: Callable[..., RefusedError]) -> tuple[str, int, in
 def _sizes(values: Any) -> TypeGuard[tuple[int, ...]]:
     is_short = isinstance(values, tuple) and len(values) <= pickles.MAX_DIMENSIONS
     return is_short and all(map(pickles.is_size, values))
-
-
-def _overlap(boxes: list[Box], axis: int) -> bool:
-    """Return whether two boxes share an element, comparing only boxes that meet along `axis`."""
-    groups: list[list[Box]] = []
-    end = -1
-    for box in sorted(boxes, key=lambda box: box[0][axis : axis + 1]):
-        start, size = (box[0][axis], box[1][axis]) if box[0] else (0, 1)
-        if start >= end:
-            groups.append([])
-        groups[-1].append(box)
-        end = max(end, start + size)
-    crowded = [group for group in groups if len(group) > 1]
-    if crowded and axis + 1 >= len(boxes[0][0]):
-        # No single axis separates these boxes; compare them two by two.
-        if sum(len(group) ** 2 for group in crowded) > _MOST_COMPARISONS:
-            return True  # no ranks lay out chunks like that
-        return any(_meet(a, b) for group in crowded for i, a in enumerate(group) for b in group[:i])
-    return any(_overlap(group, axis + 1) for group in crowded)
-
-
-def _meet(one: Box, other: Box) -> bool:
-    return all(a < b + m and b < a + n for a, n, b, m in zip(*one, *other, strict=True))
 
 
 def _located(
@@ -296,13 +256,3 @@ def _piece(file: OpenFile, number: int, chunk: _Chunk) -> Piece:
         raise refused(file.path, why, tensor=chunk.tensor)
     strides = spec.pieces[0].strides if spec.pieces else packed_strides(chunk.sizes)
     return Piece(number, spec.offset, chunk.starts, chunk.sizes, strides)
-
-
-def _joined(tensor: TensorSpec, pieces: Iterable[Piece]) -> TensorSpec:
-    """Return a tensor of these pieces, without any where one piece is all of it in place."""
-    filled = tuple(piece for piece in pieces if 0 not in piece.sizes)
-    if not filled:
-        return tensor
-    is_whole = len(filled) == 1 and filled[0].strides == packed_strides(tensor.shape)
-    first, kept = filled[0], () if is_whole else filled
-    return tensor._replace(file=first.file, offset=first.offset, pieces=kept)

@@ -86,6 +86,32 @@ class UnreadTensor(Inert):
     """Stands in for a tensor of a kind that cannot be read."""
 
 
+class Part(UnreadTensor):
+    """Stands in for a tensor of which other files hold the rest: what the pickle has of it."""
+
+    dtype: str | None = None
+    shape: Any = None  # of the whole tensor
+    state: Any = None
+
+
+class Record(Inert):
+    """Stands in for an object of plain data: its state, as it was pickled."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def attribute(record: Any, name: str) -> Any:
+    """Return an attribute of a record or a part of a tensor, from its dict or slots; else None."""
+    state = record.state if isinstance(record, Record | Part) else None
+    for values in state if isinstance(state, tuple) else (state,):
+        if isinstance(values, dict) and name in values:
+            return values[name]
+    return None
+
+
 class Array(UnreadTensor):
     """Stands in for an array of numpy."""
 
@@ -248,7 +274,10 @@ class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
         if module.startswith("numpy") and name in ("_reconstruct", "_frombuffer"):
             return Array
         is_rebuilt = f"{module}.{name}".startswith("torch._utils._rebuild_")
-        return UnreadTensor if is_rebuilt or name.endswith("Tensor") else Inert
+        if is_rebuilt or name.endswith("Tensor"):
+            return UnreadTensor
+        # How parts of tensors are laid out over ranks.
+        return Record if module.startswith("torch.distributed.") else Inert
 
     def persistent_load(self, pid: Any) -> Any:
         """Return a storage, which torch pickles as ("storage", type, key, device, count, ...).
@@ -308,8 +337,16 @@ def _rebuild_parameter(data: Any, *_rest: Any) -> Any:
     return data
 
 
-def _rebuild_from_type(rebuild: Callable[..., Any], kind: Any, arguments: Any, _state: Any) -> Any:
+def _rebuild_wrapper(_kind: Any, dtype: Any, shape: Any, *_rest: Any) -> Part:
+    made = Part()
+    made.dtype, made.shape = dtype.name if isinstance(dtype, Dtype) else None, _size(shape)
+    return made
+
+
+def _rebuild_from_type(rebuild: Callable[..., Any], kind: Any, arguments: Any, state: Any) -> Any:
     made = rebuild(*arguments)
+    if isinstance(made, Part):
+        made.state = state
     if isinstance(made, UnreadTensor) and isinstance(kind, type) and issubclass(kind, Inert):
         made.name = kind.name  # the tensor's class says more than the function that rebuilds it
     return made
@@ -332,6 +369,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _Known(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v3"): _Known(_rebuild_tensor_v3),
     ("torch._utils", "_rebuild_parameter"): _Known(_rebuild_parameter),
+    ("torch._utils", "_rebuild_wrapper_subclass"): _Known(_rebuild_wrapper),
     ("torch._utils", "_rebuild_parameter_with_state"): _Known(_rebuild_parameter),
     ("torch._tensor", "_rebuild_from_type_v2"): _Known(_rebuild_from_type),
 }

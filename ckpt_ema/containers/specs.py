@@ -159,6 +159,8 @@ class ModelFiles:
     members: tuple[Member, ...]
     notes: tuple[Notice, ...] = ()
     is_average: bool = False  # that the trainer made, by its name
+    is_megatron: bool = False  # stacked layers, under names that only Megatron loads
+    written_last: str = ""  # the file in the folder without which it is incomplete
 
     @property
     def path(self) -> Path:

@@ -8,8 +8,9 @@ import hashlib
 import io
 import math
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import IO, Any, NamedTuple, cast
 
 from ckpt_ema.containers import pickles, safetensors
@@ -40,7 +41,9 @@ from ckpt_ema.storage.protocol import OpenFile, Storage
 
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 _DROPPED = TensorSpec("U8", (0,), 0, 0)  # an unreadable tensor that --drop leaves out
-_PLAIN = ("builtins.", "__builtin__.", "_codecs.", "typing.")  # not worth a note
+# Not worth a note.
+_PLAIN = ("builtins.", "__builtin__.", "_codecs.", "typing.")
+_OF_PARTS = ("torch.distributed.", "torch.device", "torch.serialization.")
 _BIG_ENDIAN = "was saved on a big-endian machine"
 _MAX_PICKLE_BYTES = 1 << 30
 _MAX_EXPANDED_BYTES = 1 << 20  # of a view with stride 0, where that is more than the whole file
@@ -58,36 +61,40 @@ def is_torch_file(start: bytes) -> bool:
     return is_zip or (start.startswith(b"\x80") and _LEGACY_MAGIC in start)
 
 
-def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Specs:
-    """See `Container.read_specs`; tensors are in the order of the state dict."""
+Locate = Callable[[pickles.PickledTensor], TensorSpec]
+ReadPart = Callable[[str, pickles.Part, Locate], TensorSpec]
+
+
+def read_specs(
+    path: str, storage: Storage, reading: Reading = AS_IT_IS, read_part: ReadPart | None = None
+) -> Specs:
+    """See `Container.read_specs`; tensors are in the order of the state dict.
+
+    A tensor of which the file has a part is refused, or `read_part` returns it, given its name and
+    a function that locates the tensors that it is made of.
+    """
     with storage.open(path) as file:
         size_bytes = file.identity.size_bytes
         start = file.read(min(size_bytes, HEAD_BYTES), 0)
         if safetensors.is_header(start, size_bytes):
             return safetensors.read_specs(path, storage, reading)
-        if start.startswith(b"PK\x03\x04"):
-            structure = _read_zip(path, Region(file, 0, size_bytes))
-        elif start.startswith(b"\x80") and _LEGACY_MAGIC in start:
-            structure = _read_legacy(path, file)
-        else:
-            check_start(path, start)
-            is_pickle = start.startswith(b"\x80")
-            kind = "a pickle, but not" if is_pickle else "not a file"
-            raise refused(path, f"is {kind} written by torch.save", AGAIN, Code.WRONG_FORMAT)
+        structure = _read_structure(path, file, start)
         model = find_model(
             path, structure.root, reading, (pickles.PickledTensor, pickles.UnreadTensor)
         )
-        tensors = {
-            name: _place(path, name, tensor, structure, size_bytes)
-            if isinstance(tensor, pickles.PickledTensor)
-            else _DROPPED
-            for name, tensor in model.values.items()
-            if _is_tensor(path, name, tensor, reading.drop)
-        }
+        tensors = {}
+        for name, tensor in model.values.items():
+            locate = partial(_place, path, name, structure, size_bytes)
+            if read_part and isinstance(tensor, pickles.Part) and _is_of_one_rank(tensor.name):
+                tensors[name] = read_part(name, tensor, locate)
+            elif _is_tensor(path, name, tensor, reading.drop):
+                is_read = isinstance(tensor, pickles.PickledTensor)
+                tensors[name] = locate(tensor) if is_read else _DROPPED
         spec = FileSpec(path, *file.identity, structure.digest)
         hole = file.first_hole()
     others = [name for name in model.values if name not in tensors]
-    classes = [name for name in structure.ignored if not name.startswith(_PLAIN)]
+    plain = (*_PLAIN, *_OF_PARTS) if any(map(_is_of_one_rank, structure.ignored)) else _PLAIN
+    classes = [name for name in structure.ignored if not name.startswith(plain)]
     rows = (("Not tensors, so not in the average", others), ("Pickled objects not read", classes))
     left_out = [Notice(Code.LEFT_OUT, f"{what}: {some(names)}.") for what, names in rows if names]
     notes = (*model.notes, *left_out)
@@ -98,6 +105,13 @@ def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Spec
         numbers=numbers(structure.root),
         is_average=model.is_average,
     )
+
+
+def read_recorded(path: str, storage: Storage) -> Mapping[str, int]:
+    """Return the "step" and "epoch" that a file records, whether or not it holds a model."""
+    with storage.open(path) as file:
+        start = file.read(min(file.identity.size_bytes, HEAD_BYTES), 0)
+        return recorded(_read_structure(path, file, start).root)
 
 
 class Region(NamedTuple):
@@ -113,7 +127,7 @@ def read_tensor(path: str, region: Region) -> TensorSpec:
     structure = _read_zip(path, region)
     if not isinstance(structure.root, pickles.PickledTensor):
         raise refused(path, "has something else where a tensor was expected")
-    return _place(path, f"at byte {region.start}", structure.root, structure, region.size_bytes)
+    return _place(path, f"at byte {region.start}", structure, region.size_bytes, structure.root)
 
 
 def _is_tensor(path: str, name: str, value: object, drop: Iterable[str]) -> bool:
@@ -125,7 +139,7 @@ def _is_tensor(path: str, name: str, value: object, drop: Iterable[str]) -> bool
     if isinstance(value, pickles.Array):
         why = "is a numpy array, which is not read"
         hint = f"Save it as a tensor (torch.from_numpy), or leave it out with --drop {name}."
-    elif value.name.endswith(OF_ONE_RANK):
+    elif _is_of_one_rank(value.name):
         why = f"is a {value.name}, of which each rank's file holds a part"
         hint = GATHER
     else:
@@ -135,13 +149,28 @@ def _is_tensor(path: str, name: str, value: object, drop: Iterable[str]) -> bool
     raise refused(path, why, hint, Code.UNREADABLE_TENSOR, tensor=name)
 
 
+def _is_of_one_rank(name: str) -> bool:
+    return name.endswith(OF_ONE_RANK)
+
+
 class _Structure(NamedTuple):
     """What a torch file holds, and how its tensors are found."""
 
     root: Any
-    ignored: Iterable[str]  # classes and functions
+    ignored: Collection[str]  # classes and functions
     digest: str
     locate: Callable[[pickles.PickledStorage], int]  # returns where a storage's first byte is
+
+
+def _read_structure(path: str, file: OpenFile, start: bytes) -> _Structure:
+    """Read what an open file holds that begins with these bytes."""
+    if start.startswith(b"PK\x03\x04"):
+        return _read_zip(path, Region(file, 0, file.identity.size_bytes))
+    if start.startswith(b"\x80") and _LEGACY_MAGIC in start:
+        return _read_legacy(path, file)
+    check_start(path, start)
+    kind = "a pickle, but not" if start.startswith(b"\x80") else "not a file"
+    raise refused(path, f"is {kind} written by torch.save", AGAIN, Code.WRONG_FORMAT)
 
 
 def _read_zip(path: str, region: Region) -> _Structure:
@@ -275,7 +304,7 @@ def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, pickles.TensorUnpickle
 
 
 def _place(
-    path: str, name: str, tensor: pickles.PickledTensor, structure: _Structure, file_bytes: int
+    path: str, name: str, structure: _Structure, file_bytes: int, tensor: pickles.PickledTensor
 ) -> TensorSpec:
     """Return where a tensor's elements are, checked to lie inside its storage."""
     dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides

@@ -98,6 +98,9 @@ def _problems(
                 yield from (
                     f"it lacks {n}, which other checkpoints of the run have" for n in lacking
                 )
+        last = one.model.written_last
+        if last and source.storage.kind(one.model.folder / last) is Kind.ABSENT:
+            yield f"it lacks {last}, which is written last"
         try:
             source.read(one.model)
         except IncompleteError as error:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import ModelFiles, is_safetensors
+from ckpt_ema.containers.torch_file import read_recorded
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
 from ckpt_ema.find.model_files import locate
 from ckpt_ema.find.names import is_unnumbered_of, numbers_in, slots_in, stem_of, template_of
@@ -121,6 +123,9 @@ class Entry:
         with contextlib.suppress(IncompleteError):
             if self.model and not self.is_folder:
                 return self.source.read(self.model).recorded
+            beside = self.path / conventions.SHARDED_STATE
+            if self.model and self.source.storage.kind(beside) is Kind.FILE:
+                return read_recorded(os.fspath(beside), self.source.storage)
         return {}
 
     def judged(self, verdict: Verdict) -> Judged:

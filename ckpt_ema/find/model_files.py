@@ -1,5 +1,6 @@
 """Which files in which folder are a checkpoint's model, by names alone, in the order of loaders."""
 
+import contextlib
 import json
 import os
 from dataclasses import replace
@@ -51,8 +52,6 @@ def _in_checkpoint(path: Path, source: Source, depth: int) -> Located:
     if source.reading.component:
         return _component(path, source.reading.component, source)
     names = source.storage.names(path)
-    if conventions.DCP_METADATA in names and "meta.pt" in names:
-        return refusal_of(["meta.pt"])
     found = (
         (_average(path, names, source) if source.reading.which == "ema" else None)
         or _in_folder(path, names, source)
@@ -90,6 +89,7 @@ def _model_file(folder: Path, names: set[str], source: Source) -> str | None:
     wanted = source.reading.form
     adapters = [name for name in conventions.ADAPTER_FILES if name in names]
     models = [name for name in conventions.OTHER_MODEL_FILES if name in names]
+    models += filter(conventions.FIRST_RANK.search, sorted(names))
     for single in reversed(conventions.MODEL_FILES):
         index = single + conventions.INDEX_SUFFIX
         shards = _without_index(folder, index, names, source) if single in names else []
@@ -247,19 +247,36 @@ def _in_model_folder(path: Path, source: Source) -> ModelFiles | None:
     return next(filter(None, found), None)
 
 
-def _distributed(path: Path, source: Source) -> Located:
+def _distributed(path: Path, source: Source) -> ModelFiles | None:
     """Return what torch.distributed.checkpoint wrote, in the checkpoint or a folder of it."""
     for name in conventions.DCP_FOLDERS:
         folder = path / name
         names = source.storage.names(folder) if source.storage.is_folder(folder) else set()
         # Without .metadata, which is written last, it is an unfinished save of the same format.
         if conventions.DCP_METADATA in names or any(file.endswith(".distcp") for file in names):
-            if "common.pt" in names or source.storage.is_folder(path / "context"):
-                return refusal_of(["common.pt", "context/"])
-            if name in conventions.MODEL_FOLDERS:
-                return ModelFiles(folder, (Member(conventions.DCP_METADATA),))
-            return ModelFiles(path, (Member(os.path.join(name, conventions.DCP_METADATA)),))
+            is_own = name in conventions.MODEL_FOLDERS
+            root, inside = (folder, "") if is_own else (path, name)
+            found = ModelFiles(root, (Member(os.path.join(inside, conventions.DCP_METADATA)),))
+            if _is_megatron(path, folder, names, source):
+                last = os.path.join(inside, conventions.MEGATRON_LIST)
+                return replace(found, is_megatron=True, written_last=last)
+            is_lightning = not name and conventions.LIGHTNING_FOLDER.search(path.name)
+            return replace(found, written_last=conventions.SHARDED_STATE if is_lightning else "")
     return None
+
+
+def _is_megatron(path: Path, folder: Path, names: set[str], source: Source) -> bool:
+    """Return whether Megatron, its Bridge or NeMo 2 wrote a distributed checkpoint.
+
+    Without its list of formats, which is written last, other files and the name tell.
+    """
+    listing = source.storage.read(folder / conventions.MEGATRON_LIST) or b""
+    with contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(listing)
+        if isinstance(content, dict) and content.get("sharded_backend") == "torch_dist":
+            return True
+    is_named = bool(conventions.MEGATRON_FOLDER.search(folder.name))
+    return "common.pt" in names or is_named or source.storage.is_folder(path / "context")
 
 
 def _own_names(path: Path, names: set[str], source: Source) -> Located:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ckpt_ema.containers import safetensors, torch_file
 from ckpt_ema.containers.checks import HEAD_BYTES, packed_as
+from ckpt_ema.containers.rank_files import split_by_rank
 from ckpt_ema.containers.reader import hold_the_same
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import AVERAGED, Member, ModelFiles
@@ -84,17 +85,17 @@ def _of_ranks(path: Path, model: ModelFiles, source: Source) -> Refusal | None:
     """Return the refusal of one rank's file if the file of another rank holds other tensors.
 
     A file of the first rank alone is a whole model, and so are copies of it. Tensors that say
-    themselves that they are parts are refused when they are read.
+    themselves that they are parts are read with those of the other ranks.
     """
-    before, after, rank = _split_by_rank(path.name)
+    before, after, rank = split_by_rank(path.name)
     others = [
         other
         for other in sorted(source.storage.names(path.parent) if rank else ())
-        if other != path.name and _split_by_rank(other)[:2] == (before, after)
+        if other != path.name and split_by_rank(other)[:2] == (before, after)
     ]
     theirs = ModelFiles(path.parent, tuple(Member(other) for other in others[:1]))
     try:
-        if not others or not holds_weights(theirs, source):
+        if not others or len(source.read(model).files) > 1 or not holds_weights(theirs, source):
             return None
         read = (source.read(model), source.read(theirs))
     except RefusedError:  # which is said when the first rank's file is read, if it has the same
@@ -104,15 +105,3 @@ def _of_ranks(path: Path, model: ModelFiles, source: Source) -> Refusal | None:
     what = f"of {len(others) + 1} ranks, whose files hold different tensors"
     instead = "Gather the ranks first, or save the full state dict on the first rank."
     return Refusal(re.compile(""), what, instead)
-
-
-def _split_by_rank(name: str) -> tuple[str, str, str]:
-    """Return what stands before and after the number of a rank in a name, and the number.
-
-    >>> _split_by_rank("model_0000100.rank_0.pth"), _split_by_rank("model.pth")
-    (('model_0000100.rank_', '.pth', '0'), ('model.pth', '', ''))
-    """
-    match = conventions.RANK.search(name)
-    if not match:
-        return name, "", ""
-    return name[: match.start("rank")], name[match.end("rank") :], match["rank"]

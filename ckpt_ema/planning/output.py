@@ -20,6 +20,7 @@ from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.targets.companions import Companions, companions
 from ckpt_ema.targets.safetensors import target_for
 from ckpt_ema.targets.target import Model, Output, Target
+from ckpt_ema.trainers import conventions
 
 
 def find_destination(
@@ -49,6 +50,15 @@ def find_destination(
         message = f"{output} exists and is neither a file nor a folder."
         raise RefusedError(message, code=Code.INVALID_OUTPUT, path=output)
     return output
+
+
+def check_loadable(checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse checkpoints of which no safetensors can be made that a trainer would load."""
+    for one in checkpoints:
+        if one.model.is_megatron and conventions.MEGATRON:
+            message = f"{one.path} is {conventions.MEGATRON.what}."
+            hint = conventions.MEGATRON.instead
+            raise RefusedError(message, hint, code=Code.UNSUPPORTED_FORMAT, path=one.path)
 
 
 def named(path: str | os.PathLike[str]) -> Path:

@@ -106,6 +106,11 @@ def _own(folder: Path, averaged: Collection[str], storage: Storage) -> tuple[_Fi
             is_log = conventions.NO_CHECKPOINTS.search(name)
             if not is_log and storage.is_folder(here / name) and not storage.is_link(here / name):
                 waiting.append(f"{prefix}{name}/")
+    # verl keeps what loaders need in a folder beside the parts of the model.
+    inside = f"{conventions.PRETRAINED_FOLDER}/"
+    if "config.json" not in found and f"{inside}config.json" in found:
+        in_it = [name for name in found if name.startswith(inside)]
+        found = {**{n.removeprefix(inside): found.pop(n) for n in in_it}, **found}
     return found, models
 
 

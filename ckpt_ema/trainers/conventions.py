@@ -48,6 +48,9 @@ SHARD_NUMBER = re.compile(r"[-_.](?P<number>\d{4,})[-_]of[-_](?P<count>\d{4,})")
 INDEX_SUFFIX = ".index.json"
 # A file of one rank.
 RANK = _any_case(r"(?:^|[._-])(?:rank|shard)[_-]?(?P<rank>\d+)(?:of\d+)?(?=(\.[a-z]+)+$)")
+# How many ranks there are, in a name; a parameter of FSDP that only its own ranks can divide.
+WORLD_SIZE = re.compile(r"(?<=world_size_)\d+")
+FLAT_PARAMETER = re.compile(r"(^|\.)_?flat_param(_\d+)?$")
 
 # Names of a whole model in a checkpoint's folder, in the order in which loaders look for them; each
 # may have an index of shards instead.
@@ -57,6 +60,8 @@ MODEL_FILES = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
+# That of the first rank's part of a model.
+FIRST_RANK = _any_case(f"^({_any_of(_gathered(trainer.rank_files for trainer in TRAINERS))})$")
 # Names that are never sharded.
 OTHER_MODEL_FILES = (
     *_gathered(trainer.files for trainer in TRAINERS),
@@ -89,10 +94,19 @@ COMPONENT = re.compile(
 PIPELINE_LIST = "model_index.json"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 DCP_METADATA = ".metadata"
+# What Megatron writes last into its distributed checkpoints, and what it calls their folders.
+MEGATRON_LIST = "metadata.json"
+MEGATRON_FOLDER = re.compile(r"^iter_\d{7}$")
+# What Lightning and Fabric write last into theirs, and what Lightning calls those.
+SHARDED_STATE = "meta.pt"
+LIGHTNING_FOLDER = re.compile(r"=\d.*\.ckpt$")
 
 CONTAINERS = _gathered(trainer.containers for trainer in TRAINERS)
-MODEL_FOLDERS = (*_gathered(trainer.models for trainer in TRAINERS), "huggingface")
+PRETRAINED_FOLDER = "huggingface"
+MODEL_FOLDERS = (*_gathered(trainer.models for trainer in TRAINERS), PRETRAINED_FOLDER)
 DCP_FOLDERS = ("", *_gathered(trainer.sharded for trainer in TRAINERS))
+# Advice for Megatron's distributed checkpoints, where the output is to be safetensors.
+MEGATRON = next(trainer.stacked for trainer in TRAINERS if trainer.stacked)
 REFUSALS = tuple(refusal for trainer in TRAINERS for refusal in trainer.refusals)
 
 # Where the model is in a torch file or in DCP's metadata, dots leading into dicts.
@@ -226,7 +240,7 @@ UNFINISHED_NAME = _any_case(
 )
 SHARD_OR_RANK = _any_case(
     r"[-_.]\d{4,}[-_]of[-_]\d{4,}|^__\d+_\d+$|^mp_rank_\d+|(?:^|_)zero_pp_rank_\d+"
-    r"|model_world_size_(?!1_)\d+_rank_\d+|(?:^|[._-])rank[_-]?0*[1-9]\d*\.(?:pt|pth|bin|ckpt)$"
+    r"|(?:^|[._-])rank[_-]?0*[1-9]\d*\.(?:pt|pth|bin|ckpt)$"
     r"|^layer_\d+-model_\d+|^expp_rank_|^consolidated\.\d+|_of_\d+|pp-rank-\d+-of-|^shard-\d+-|shard\d+of\d+"
 )
 MERGED = _any_case(r"[-_](merged|hf_merged)$")

@@ -42,6 +42,7 @@ class Trainer:
     # Where the model is.
     containers: tuple[str, ...] = ()  # globs of folders in a run that hold its checkpoints
     files: tuple[str, ...] = ()  # names of a model file that no other trainer uses
+    rank_files: tuple[str, ...] = ()  # patterns of the first rank's file where each has a part
     models: tuple[str, ...] = ()  # folders in a checkpoint that are a model with its files
     sharded: tuple[str, ...] = ()  # folders in a checkpoint that torch.distributed.checkpoint wrote
     model_keys: tuple[str, ...] = ()  # in a torch file or DCP; dots lead into dicts
@@ -64,12 +65,18 @@ class Trainer:
     # Patterns of files that are kept once per run and go with the average.
     travels: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    stacked: Refusal | None = None  # what is read, and can be written as it was saved alone
 
 
 def _refused(name: str, what: str, instead: str, is_certain: bool = True) -> tuple[Refusal, ...]:
     return (Refusal(re.compile(name, re.IGNORECASE), what, instead, is_certain),)
 
 
+_CONVERT_MEGATRON = (
+    "Megatron-Bridge `export_ckpt`; NeMo 2 `nemo llm export`; NeMo-RL"
+    " examples/converters/convert_megatron_to_hf.py; slime tools/convert_torch_dist_to_hf.py;"
+    " gpt-neox tools/ckpts/convert_neox_to_hf.py"
+)
 _OUT_OF_SCOPE = "Export it to safetensors or a state dict of PyTorch first."
 
 TRAINERS = (
@@ -112,9 +119,11 @@ TRAINERS = (
     Trainer(
         name="accelerate",
         entry="checkpoints/checkpoint_3/",
-        weights="model.safetensors, model_1.safetensors ..., or pytorch_model.bin",
+        weights="model.safetensors, model_1.safetensors ..., pytorch_model.bin, or FSDP's parts:"
+        " pytorch_model_fsdp_0/, pytorch_model_fsdp_0_rank0.bin ...",
         containers=("checkpoints",),
         files=("pytorch_model_fsdp.bin",),
+        rank_files=(r"pytorch_model_fsdp(_\d+)?_rank_?0\.bin",),
         sharded=("pytorch_model_fsdp_0",),
         state=("random_states", "custom_checkpoint", "sampler", "dl_state_dict"),
         needs_no_config=(r"random_states_\d+\.pkl", r"(optimizer|scheduler|sampler)(_\d+)?\.bin"),
@@ -130,15 +139,11 @@ TRAINERS = (
     ),
     Trainer(
         name="Lightning and Fabric, sharded",
-        tier="R",
+        tier="2",
         entry="epoch=1-step=100.ckpt/",
-        weights=".metadata and meta.pt",
-        refusals=_refused(
-            r"(^|/)meta\.pt$",
-            "a sharded checkpoint of Lightning",
-            "Convert each, under its name: `python -m torch.distributed.checkpoint.format_utils"
-            " dcp_to_torch CHECKPOINT CONVERTED/CHECKPOINT`.",
-        ),
+        weights=".metadata, .distcp and meta.pt: model (FSDP), state_dict (ModelParallel), or the"
+        " one dict of tensors (Fabric)",
+        done=("meta.pt",),
     ),
     Trainer(
         name="kohya sd-scripts, musubi-tuner",
@@ -166,24 +171,13 @@ TRAINERS = (
     ),
     Trainer(
         name="verl",
-        entry="global_step_100/actor/huggingface/",
-        weights="as transformers, if hf_model is among its save_contents; or that of one rank",
-        files=("model_world_size_1_rank_0.pt",),
+        entry="global_step_100/actor/",
+        weights="model_world_size_8_rank_0.pt ... (FSDP); or huggingface/, as transformers",
+        rank_files=(r"model_world_size_\d+_rank_0\.pt",),
         models=("actor/huggingface", "actor"),
         trackers=("latest_checkpointed_iteration.txt",),
         state=("extra_state",),
-    ),
-    Trainer(
-        name="verl, sharded",
-        tier="R",
-        entry="global_step_100/actor/",
-        weights="model_world_size_8_rank_0.pt ...",
-        refusals=_refused(
-            r"model_world_size_(?!1_)\d+_rank_\d+",
-            "sharded over ranks (DTensor), so that each file holds a part of the model",
-            "Merge each step first: `python -m verl.model_merger merge --backend fsdp"
-            " --local_dir STEP/actor --target_dir OUT`.",
-        ),
+        stays=(r"fsdp_config\.json",),
     ),
     Trainer(
         name="OpenRLHF",
@@ -203,16 +197,22 @@ TRAINERS = (
         name="Megatron-LM, Megatron-Bridge, slime, gpt-neox",
         tier="R",
         entry="iter_0000100/",
-        weights="mp_rank_00/model_optim_rng.pt, or torch_dist (common.pt)",
+        weights="mp_rank_00/model_optim_rng.pt, or torch_dist (metadata.json)",
         trackers=("latest_checkpointed_iteration.txt",),
         state=("distrib_optim",),
         folders=("energon",),
         refusals=_refused(
-            r"(^|/)(model_optim_rng\.pt|common\.pt|layer_\d+-model_\d+[^/]*\.pt)$",
+            r"(^|/)(model_optim_rng\.pt|common\.pt|layer_\d+-model_\d+[^/]*\.pt)$"
+            r"|(^|/)iter_\d{7}/[^/]*\.distcp$",
             "a Megatron checkpoint, with the weights in ranks and Megatron's names",
-            "Convert each step first: Megatron-Bridge `export_ckpt`; NeMo-RL"
-            " examples/converters/convert_megatron_to_hf.py; slime"
-            " tools/convert_torch_dist_to_hf.py; gpt-neox tools/ckpts/convert_neox_to_hf.py.",
+            f"Convert each step first: {_CONVERT_MEGATRON}.",
+        ),
+        stacked=Refusal(
+            re.compile(""),
+            "a Megatron checkpoint, with stacked layers under names that no loader of safetensors"
+            " knows",
+            "Average it in its own format with --save-as checkpoint, or convert each step first:"
+            f" {_CONVERT_MEGATRON}.",
         ),
     ),
     Trainer(
@@ -260,6 +260,7 @@ TRAINERS = (
         entry="name-epoch=3-step=1000/",
         weights="weights/ and context/ (hf_weights/ is read where it was exported)",
         models=("hf_weights",),
+        sharded=("weights",),
         refusals=_refused(
             r"(^|/)context/",
             "a NeMo checkpoint",
@@ -416,13 +417,20 @@ TRAINERS = (
         name="EDM",
         tier="R",
         entry="network-snapshot-000200.pkl",
-        weights="a pickled module (EDM2's training-state-*.pt are read: net)",
+        weights="a pickled module",
         refusals=_refused(
             r"\.pkl$",
             "a pickle that torch.save did not write, which cannot be read without running its code",
-            "Save the state_dict() of its module with torch.save instead.",
+            "Save the state_dict() of its module with torch.save instead; EDM2's"
+            " training-state-*.pt hold one, and are read.",
             is_certain=False,
         ),
+    ),
+    Trainer(
+        name="EDM2",
+        tier="2",
+        entry="training-state-0000100.pt",
+        weights="net (not ema; network-snapshot-*.pkl are averages in pickled modules)",
     ),
     Trainer(name="MLX-LM", entry="0000100_adapters.safetensors", weights="the file"),
     Trainer(

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from tests.makers.rank_files import mesh_of, part, playing
+
 Tensors = dict[str, torch.Tensor]
 Row = Mapping[str, Any]  # the values of one checkpoint, by column
 
@@ -84,8 +86,6 @@ def importable() -> Iterator[None]:
 _DTYPE = _foreign("numpy.dtype", object)
 _SCALAR = _foreign_function("numpy._core.multiarray.scalar")
 _RECONSTRUCT = _foreign_function("numpy._core.multiarray._reconstruct")
-_DTENSOR = _foreign("torch.distributed.tensor.DTensor", object)
-_DTENSOR_SPEC = _foreign("torch.distributed.tensor._dtensor_spec.DTensorSpec", object)
 
 
 class _Reduced:
@@ -104,16 +104,6 @@ def _numpy(value: str) -> _Reduced:
         return _Reduced(_SCALAR, (_DTYPE(), bytes(8)))
     state = (1, (3,), _DTYPE(), False, bytes(24))
     return _Reduced(_RECONSTRUCT, (_DTYPE, (0,), b"b"), state)
-
-
-def _rank_tensor(local: torch.Tensor, ranks: int) -> _Reduced:
-    """Return what torch pickles of a rank's part of a DTensor: a global shape, a local tensor."""
-    shape = (local.shape[0] * ranks, *local.shape[1:])
-    layout = (_DTENSOR, torch.float32, shape, local.stride(), 0, None, torch.device("cpu"), False)
-    parts = {"_local_tensor": local, "_spec": _DTENSOR_SPEC()}
-    rebuild = vars(torch._utils)["_rebuild_wrapper_subclass"]
-    arguments = (rebuild, _DTENSOR, layout, parts)
-    return _Reduced(vars(torch._tensor)["_rebuild_from_type_v2"], arguments)
 
 
 # --- builders of values: what the data file gives, and a row or the name of a class ---
@@ -135,7 +125,10 @@ def _model(changes: Mapping[str, Any], row: Row) -> Any:
     if "plus" in changes:
         model = {name: tensor + changes["plus"] for name, tensor in model.items()}
     if "ranks" in changes:
-        return {name: _rank_tensor(tensor[:1], changes["ranks"]) for name, tensor in model.items()}
+        ranks, rank = changes["ranks"], changes.get("rank", 0)
+        with playing(rank, ranks):
+            mesh = mesh_of((ranks,))
+            return {name: part(tensor, (0,), mesh) for name, tensor in model.items()}
     if "shards" in changes:
         return _shards(model, changes["shards"])
     return collections.OrderedDict(model) if "ordered" in changes else model
