@@ -144,6 +144,20 @@ def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Spec
     )
 
 
+def archives(path: str, storage: Storage) -> dict[str, list[tuple[int, int]]]:
+    """Return where each data file has archives, offset and size; `path` is that of the .metadata.
+
+    What was saved is an archive of its own, whether a tensor's chunk or not.
+    """
+    _, raw = read_listing(path, storage, _MAX_METADATA_BYTES, "metadata", "data files")
+    _, saved = _tree(path, _unpickled(path, raw))
+    found: dict[str, list[tuple[int, int]]] = {}
+    for info in saved.values():
+        file, *place = _place(info, partial(refused, path))
+        found.setdefault(file, []).append((place[0], place[1]))
+    return found
+
+
 def _unpickled(path: str, raw: bytes) -> _Record:
     try:
         root = _MetadataUnpickler(io.BytesIO(raw)).load()
