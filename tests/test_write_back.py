@@ -14,6 +14,7 @@ import ckpt_ema
 from ckpt_ema.containers.source import read_specs
 from ckpt_ema.containers.specs import DTYPE_BITS, Member, ModelFiles, spanned
 from ckpt_ema.errors import Code, OptionError, RefusedError
+from ckpt_ema.report.terminal import plan_text
 from ckpt_ema.run import up_to_date
 from ckpt_ema.storage.local import Local
 from tests.conftest import MakeRun, noise, series
@@ -284,6 +285,69 @@ def test_the_tracker_of_the_run_leads_to_the_average(tmp_path: Path) -> None:
         *(f"step-300/{name}" for name in files_of(run / "step-300")),
     }
     write_back(run, output, decay=0.5, overwrite=True)
+
+
+# --- What is warned of ----------------------------------------------------------------------------
+
+
+def warned(run: Path, output: Path, **options: Any) -> list[str]:
+    """The warnings of a plan that writes back, of other weights."""
+    found = ckpt_ema.plan(run, output=output, save_as="checkpoint", **options).warnings
+    return [one.message for one in found if one.code is Code.OTHER_WEIGHTS]
+
+
+def test_an_average_beside_the_model_is_warned_of(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in STEPS:
+        model = {"w": torch.full((3,), float(step))}
+        both = {"state_dict": model, "state_dict_ema": {"w": torch.zeros(3)}}
+        save(run / f"checkpoint-{step}.pth.tar", both)
+    [warning] = warned(run, tmp_path / "out")
+    assert "are copied as they are (state_dict_ema)" in warning
+    [warning] = warned(run, tmp_path / "out", which="ema")
+    assert "are copied as they are (state_dict)" in warning
+    write_back(run, tmp_path / "out", allow_zeros=True, which="ema", allow_duplicates=True)
+    loaded = torch.load(tmp_path / "out" / "checkpoint-300.pth.tar")
+    assert loaded["state_dict"]["w"].tolist() == [300.0] * 3
+
+
+def test_an_average_in_a_file_of_its_own_is_warned_of(make_run: MakeRun) -> None:
+    run = hugging_face_run(make_run)
+    assert warned(run, run.parent / "out") == []
+    save(newest_of(run) / "ema_model.pth", {"w": torch.zeros(3)})
+    [warning] = warned(run, run.parent / "out")
+    assert "ema_model.pth" in warning
+
+
+def test_masters_of_deepspeed_are_warned_of_with_what_ignores_them(make_run: MakeRun) -> None:
+    run = hugging_face_run(make_run)
+    for step in STEPS:
+        folder = run / f"checkpoint-{step}" / f"global_step{step}"
+        folder.mkdir()
+        (folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"state")
+    [warning] = warned(run, run.parent / "out")
+    assert "fp32 masters, in global_step300/bf16_zero_pp_rank_0" in warning
+    assert "load_module_only=True" in warning
+    output = write_back(run, run.parent / "out")
+    check_copied(newest_of(run), output)
+
+
+def test_masters_of_megatron_are_warned_of_with_what_ignores_them(tmp_path: Path) -> None:
+    for step in STEPS:
+        model = {"w": torch.full((3, 2), float(step))}
+        masters = {"optimizer.state.fp32_param.w": torch.ones(3, 2)}
+        dcp_folders.save(tmp_path / "run" / f"step-{step}", {"model": model, **masters})
+    [warning] = warned(tmp_path / "run", tmp_path / "out")
+    assert "fp32 masters, in .metadata" in warning
+    assert "--no-load-optim" in warning
+
+
+def test_the_plan_says_what_is_written_back(tmp_path: Path) -> None:
+    plan = ckpt_ema.plan(dcp_run(tmp_path / "run"), save_as="checkpoint", output=tmp_path / "out")
+    text = plan_text(plan, None, 9)
+    assert "written back into a copy of step-300 (2 files), which is otherwise unchanged" in text
+    assert "7 tensors averaged" in text
 
 
 # --- What is refused ------------------------------------------------------------------------------

@@ -140,6 +140,7 @@ def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Spec
     }
     return Specs(
         *(joined, files, ({},) * len(files), notes, model.warnings, holes),
+        other_models=model.others,
         is_average=model.is_average,
     )
 

@@ -259,5 +259,5 @@ class Specs:
     recorded: Mapping[str, int] = field(default_factory=dict)  # its own "step" and "epoch"
     prefixes: tuple[str, ...] = ("",)  # of the members
     numbers: Mapping[str, float] = field(default_factory=dict)  # beside the model, by dotted path
-    other_models: tuple[str, ...] = ()  # in the same files, by place: raw weights, or averages
+    other_models: tuple[str, ...] = ()  # averages beside raw weights, or the reverse, by place
     is_average: bool = False  # that the trainer made

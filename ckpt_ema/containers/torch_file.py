@@ -96,8 +96,25 @@ def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Spec
         *(tensors, (spec,), ({},), notes, model.warnings, holes),
         recorded=recorded(structure.root),
         numbers=numbers(structure.root),
+        other_models=model.others,
         is_average=model.is_average,
     )
+
+
+def structure(path: str, storage: Storage) -> bytes:
+    """Return the pickled structure of a zip archive by torch.save; nothing for any other file."""
+    with storage.open(path) as file:
+        size_bytes = file.identity.size_bytes
+        start = file.read(min(size_bytes, HEAD_BYTES), 0)
+        if not is_torch_file(start) or not start.startswith(b"PK"):
+            return b""
+        region = Region(file, 0, size_bytes)
+        records, _ = zip_directory(path, region)
+        found = [info for name, info in records.items() if name.endswith("/data.pkl")]
+        sizes = [info.file_size for info in found]
+        if sum(sizes) > _MAX_PICKLE_BYTES:
+            return b""
+        return b"".join(file.read(i.file_size, data_start(path, region, i)) for i in found)
 
 
 class Region(NamedTuple):
