@@ -243,6 +243,40 @@ def models(output: Path) -> dict[str, bytes]:
     return {name: data for name, data in files_of(output).items() if "ckpt_ema" not in name}
 
 
+@pytest.mark.usefixtures("either_fold")
+def test_either_fold_makes_the_same(run: Path) -> None:
+    check_copied(newest_of(run), write_back(run, run.parent / "out", tile_size=128))
+
+
+def test_averages_that_end_at_different_checkpoints_are_made_together(tmp_path: Path) -> None:
+    run = files_run(tmp_path / "run")
+    for path, loss in zip(sorted(run.iterdir()), (0.1, 0.2, 0.3), strict=True):
+        save(path, {**torch.load(path), "loss": loss})
+    how: dict[str, Any] = {"metric": "loss", "metric_mode": "min"}
+    both = write_back(run, tmp_path / "both", best=[2, 3], **how)
+    found = sorted(str(path.relative_to(both)) for path in both.rglob("*.ckpt"))
+    assert [name.rpartition("=")[2] for name in found] == ["200.ckpt", "300.ckpt"]
+    for name in found:
+        assert zipfile.ZipFile(both / name).testzip() is None
+
+
+def test_averages_of_different_pieces_are_made_one_at_a_time(tmp_path: Path) -> None:
+    run = one_tensor_run(
+        tmp_path / "run",
+        lambda step: (
+            {"w": (torch.arange(6.0) + step).view(3, 2).t().contiguous()}
+            if step == 200
+            else {"w": (torch.arange(6.0) * step).view(3, 2).t()}
+        ),
+    )
+    paths = sorted(run.iterdir())
+    for path, loss in zip(paths, (0.1, 0.2, 0.3), strict=True):
+        save(path, {**torch.load(path), "loss": loss})
+    with pytest.raises(RefusedError, match="one at a time"):
+        how: dict[str, Any] = {"metric": "loss", "metric_mode": "min"}
+        write_back(run, tmp_path / "both", best=[2, 3], **how)
+
+
 def test_parts_resume_tiles_and_threads_make_the_same_bytes(run: Path) -> None:
     whole = models(write_back(run, run.parent / "whole"))
     assert models(write_back(run, run.parent / "small", tile_size=64, threads=3)) == whole
@@ -409,7 +443,7 @@ def test_a_kept_tensor_that_shares_bytes_with_an_averaged_one_is_refused(tmp_pat
 @pytest.mark.parametrize(
     "options",
     [{"dtype": "float32"}, {"config_from": "x"}, {"output": "x.safetensors"}],
-    ids=lambda one: next(iter(one)),
+    ids=str,
 )
 def test_options_for_another_form_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     run = files_run(tmp_path / "run")

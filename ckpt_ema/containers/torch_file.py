@@ -90,10 +90,9 @@ def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Spec
     classes = [name for name in structure.ignored if not name.startswith(_PLAIN)]
     rows = (("Not tensors, so not in the average", others), ("Pickled objects not read", classes))
     left_out = [Notice(Code.LEFT_OUT, f"{what}: {some(names)}.") for what, names in rows if names]
-    notes = (*model.notes, *left_out)
     holes = {} if hole is None else {path: hole}
     return Specs(
-        *(tensors, (spec,), ({},), notes, model.warnings, holes),
+        *(tensors, (spec,), ({},), (*model.notes, *left_out), model.warnings, holes),
         recorded=recorded(structure.root),
         numbers=numbers(structure.root),
         other_models=model.others,

@@ -91,7 +91,6 @@ def lay_out(
     those that `fingerprint.deciding` returns.
     """
     shared = _shared_folder(found)
-    # Averages may end at the same checkpoint.
     copied_with = cache(lambda c: _companions(c, specs_of[c], shared, options, storage))
     outputs, other_models, missing = [], set(), set()
     targets = _targets(destination, averages, options, storage)
@@ -113,7 +112,20 @@ def lay_out(
         missing |= {*copied.missing}
         is_single = target.is_single_file
         outputs.append(Output(target.path, is_single, files, indexes, copied.files, digest))
+    _check_alike(outputs)
     return LaidOut(outputs, sorted(other_models), sorted(missing))
+
+
+def _check_alike(outputs: Sequence[Output]) -> None:
+    """Refuse averages together whose newest checkpoints store a tensor in different pieces."""
+    pieces = [
+        {(one.key, one.region) for file in output.files for one in file.tensors if one.region}
+        for output in outputs
+    ]
+    for key, _ in (one for own in pieces for one in own ^ pieces[0]):
+        message = f"Tensor {key} is stored in other pieces in one of the newest checkpoints."
+        hint = "Make the averages one at a time."
+        raise RefusedError(message, hint, code=Code.DIFFERENT_MODELS, tensor=key)
 
 
 def _companions(
