@@ -836,10 +836,12 @@ def check_lightning(
     check_average(state_of(averaged), states)
     check_absent(output, ["*.ckpt"])
     if key == "state_dict":
-        check_lightning_resumed(case, run, module, states)
+        check_lightning_resumed(case, run, module, options, states)
 
 
-def check_lightning_resumed(case: Case, run: Path, module: Any, states: Sequence[State]) -> None:
+def check_lightning_resumed(
+    case: Case, run: Path, module: Any, options: Any, states: Sequence[State]
+) -> None:
     """Written back, the average loads as a checkpoint, and training goes on from it."""
     written = case.write_back(run)
     [path] = written.glob("*.ckpt")
@@ -853,7 +855,7 @@ def check_lightning_resumed(case: Case, run: Path, module: Any, states: Sequence
             seen.append(state_of(self))
 
     folder = case.folder / "resumed"
-    train_lightning(folder, Resumed(loaded.hparams), max_steps=14, ckpt_path=path)
+    train_lightning(folder, Resumed(options), max_steps=14, ckpt_path=path)
     check_average(seen[0], states)
 
 
