@@ -3,6 +3,7 @@
 import json
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import ckpt_ema
 from ckpt_ema.containers.source import read_specs
 from ckpt_ema.containers.specs import DTYPE_BITS, Member, ModelFiles, spanned
-from ckpt_ema.errors import Code, OptionError, RefusedError
+from ckpt_ema.errors import Code, FailedError, OptionError, RefusedError
 from ckpt_ema.report.terminal import plan_text
 from ckpt_ema.run import up_to_date
 from ckpt_ema.storage.local import Local
@@ -464,6 +465,39 @@ def test_checksums_that_are_not_where_they_belong_are_refused(tmp_path: Path) ->
     with pytest.raises(RefusedError, match=r"the checksums of record .* differ"):
         write_back(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_copied_file_that_changes_meanwhile_ends_the_run(make_run: MakeRun) -> None:
+    run = hugging_face_run(make_run)
+    state = newest_of(run) / "optimizer.pt"
+
+    def cut(_plan: object) -> None:
+        state.write_bytes(state.read_bytes()[:-1])
+
+    with pytest.raises(FailedError, match=r"optimizer\.pt"):
+        write_back(run, run.parent / "out", started=cut)
+    assert [path.name for path in run.parent.iterdir()] == [run.name]
+
+
+def test_a_checksum_in_the_place_of_a_tensor_is_refused(tmp_path: Path) -> None:
+    """A record that the directory has inside of a tensor, where bytes look like its header."""
+    run = files_run(tmp_path / "run")
+    newest, name = newest_of(run), b"a/extra"
+    header = b"PK\x03\x04\x14" + bytes(9) + zlib.crc32(b"x").to_bytes(4, "little")
+    header += b"\x01\0\0\0" * 2 + len(name).to_bytes(4, "little") + name + b"x"
+    with zipfile.ZipFile(newest) as old:
+        records = {info.filename: old.read(info) for info in old.infolist()}
+    table = max(records, key=lambda name: len(records[name]))
+    records[table] = header + records[table][len(header) :]
+    with zipfile.ZipFile(newest, "w") as new:
+        for each, content in {**records, name.decode(): b"x"}.items():
+            new.writestr(each, content)
+    data = bytearray(newest.read_bytes())
+    entry = data.rindex(name) - 46
+    data[entry + 42 : entry + 46] = data.index(header).to_bytes(4, "little")
+    newest.write_bytes(data)
+    with pytest.raises(RefusedError, match="checksums of record a/extra"):
+        write_back(run, tmp_path / "out")
 
 
 def test_a_compressed_record_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard
 
@@ -154,8 +155,9 @@ def archives(path: str, storage: Storage) -> dict[str, list[tuple[int, int]]]:
     _, saved = _tree(path, _unpickled(path, raw))
     found: dict[str, list[tuple[int, int]]] = {}
     for info in saved.values():
-        file, *place = _place(info, partial(refused, path))
-        found.setdefault(file, []).append((place[0], place[1]))
+        with suppress(RefusedError):  # where the model's are was checked when these were read
+            file, offset, size_bytes = _place(info, partial(refused, path))
+            found.setdefault(file, []).append((offset, size_bytes))
     return found
 
 

@@ -53,14 +53,17 @@ class CheckpointTarget:
         """See `Target.lay_out`; raises for tensors that share bytes or are stored with gaps."""
         tensors = _placed(model)
         archives = self._archives(model.specs)
+        root = _root_of(self.newest, self.storage)
+        top = root.name if self._tracker else ""  # a tracker leads to a folder beside it
         files = []
         for number, file in enumerate(model.specs.files):
+            name = os.path.relpath(self.newest.model.folder / file.name, root)
             own = _without_tied(tensors.get(number, []), model)
             changed = [(one.offset, one.offset + one.size_bytes) for one in own]
             found = self._checksums(file, archives.get(number), changed) if own else []
             files.append(
                 OutputFile(
-                    self._name(file),
+                    os.path.join(top, name),
                     file.member,
                     (),
                     file.size_bytes,
@@ -82,12 +85,6 @@ class CheckpointTarget:
         if self.newest.step is None or not self.storage.is_folder(self.newest.path):
             return ""
         return next((one for one in TRACKERS if is_there(beside / one) is Kind.FILE), "")
-
-    def _name(self, file: FileSpec) -> str:
-        """Return where a file is in the output: below the step's folder if there is a tracker."""
-        root = _root_of(self.newest, self.storage)
-        name = os.path.relpath(self.newest.model.folder / file.name, root)
-        return os.path.join(root.name, name) if self._tracker else name
 
     def _archives(self, specs: Specs) -> Mapping[int, list[tuple[int, int]]]:
         """Return the archives in the files of a checkpoint, where these are not files."""
