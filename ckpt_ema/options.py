@@ -22,6 +22,9 @@ Counts = int | Sequence[int] | str
 # The names that --dtype gives to the dtypes of safetensors; None keeps each tensor's own.
 DTYPES = {"same": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
+# What --save-as makes: safetensors, or a copy of the newest checkpoint in its own format.
+SAFETENSORS, CHECKPOINT = "safetensors", "checkpoint"
+
 # Panels of the command line's help, in the order in which they are shown.
 COMMON, SCHEDULE, CHECKPOINTS = "Most used", "Schedule", "Which checkpoints"
 MODEL, OUTPUT, ENGINE = "Which model in a checkpoint", "Output", "Execution"
@@ -200,8 +203,24 @@ class Output(Group):
         "same",
         changes_bytes=True,
     )
+    save_as: str = _row(
+        of.choice(SAFETENSORS, CHECKPOINT),
+        "safetensors, or checkpoint: in the newest one's format",
+        SAFETENSORS,
+        changes_bytes=True,
+    )
     config_from: str | None = _row(of.PATH, "take the configuration from this model folder")
     card: bool = _row(of.FLAG, "do not write a model card (README.md)", True, changes_bytes=True)
+
+    def _check(self) -> None:
+        if self.save_as == SAFETENSORS:
+            return
+        kept = {"--dtype": self.dtype != "same", "--config-from": self.config_from is not None}
+        for name in filter(kept.__getitem__, kept):
+            what = "which keeps the dtypes and files of the newest checkpoint"
+            raise _conflict(f"{name} cannot be used with --save-as checkpoint, {what}.")
+        if self.output is not None and self.output.endswith(".safetensors"):
+            raise _conflict("--save-as checkpoint writes a folder; --output names a file.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +308,7 @@ class Keywords(TypedDict, total=False):
     allow_zeros: bool
     output: PathLike | None
     dtype: str
+    save_as: str
     config_from: PathLike | None
     card: bool
     device: str

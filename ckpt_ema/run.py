@@ -188,7 +188,8 @@ def execute(
         for file in average.output.files
     ]
     names = [name for name, _ in files]
-    outline = Outline(names, manifests, watched(plan), plan.bytes_written)
+    checksums = [file.checksums for _, file in files]
+    outline = Outline(names, manifests, watched(plan), plan.bytes_written, checksums)
     sync = plan.engine.sync
     with StagedOutput(plan.output, key, overwrite, is_shared=bool(kind), sync=sync) as staged:
         staged.kept = bool(key)
@@ -262,6 +263,7 @@ def finalize(final: Path, outline: Outline, parts: Sequence[Part], staged: Stage
     for folder, record in {} if staged.is_single_file else manifests.items():
         content = json.dumps(record, indent=2).encode() + b"\n"
         staged.add(os.path.join(folder, MANIFEST_NAME), content)
+    staged.write_checksums(outline.checksums)
     staged.check_loads()
     staged.publish()
     staged.kept = False

@@ -95,9 +95,9 @@ class Case:
     folder: Path
     said: str = ""  # by the commands so far
 
-    def average(self, run: Path, *options: str) -> Path:
+    def average(self, run: Path, *options: str, name: str = "average") -> Path:
         """Average a run as a user would and return the folder of the result."""
-        output = self.folder / "average"
+        output = self.folder / name
         arguments = ["average", str(run), "-o", str(output), "--decay", str(DECAY), *options]
         command = [sys.executable, "-m", "ckpt_ema", *arguments]
         finished = subprocess.run(
@@ -111,6 +111,10 @@ class Case:
         if finished.returncode:
             raise WrongError(f"the command ended with exit code {finished.returncode}")
         return output
+
+    def write_back(self, run: Path, *options: str) -> Path:
+        """Average a run into a copy of its newest checkpoint and return the folder of the copy."""
+        return self.average(run, "--save-as", "checkpoint", *options, name="written-back")
 
 
 @dataclass(frozen=True)
@@ -308,14 +312,21 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def train_language_model(folder: Path, model: Any, **options: Any) -> Path:
+def train_language_model(
+    folder: Path,
+    model: Any,
+    *callbacks: Any,
+    max_steps: int = 12,
+    resumed_from: Path | None = None,
+    **options: Any,
+) -> Path:
     """Train for 12 steps with transformers' Trainer: checkpoints 5, 10 and 12, the model beside."""
     from transformers import Trainer, TrainingArguments
 
     run = folder / "run"
     arguments = TrainingArguments(
         output_dir=str(run),
-        max_steps=12,
+        max_steps=max_steps,
         save_steps=5,
         per_device_train_batch_size=4,
         learning_rate=1e-2,
@@ -326,8 +337,14 @@ def train_language_model(folder: Path, model: Any, **options: Any) -> Path:
     )
     tokens = torch.randint(64, (64, 16))
     examples = [{"input_ids": row, "labels": row} for row in tokens]
-    trainer = Trainer(model, arguments, train_dataset=examples, processing_class=tiny_tokenizer())
-    trainer.train()
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=examples,
+        processing_class=tiny_tokenizer(),
+        callbacks=[*callbacks],
+    )
+    trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
     trainer.save_model()
     return run
 
@@ -354,7 +371,30 @@ def check_language_model(case: Case, model: Any, **options: Any) -> tuple[Path, 
     )
     check_absent(output, TRAINING_FILES)
     check_equal("vocabulary", len(AutoTokenizer.from_pretrained(output)), 64)
+    check_language_model_resumed(case, run, model, checkpoints)
     return checkpoints[-1], output
+
+
+def check_language_model_resumed(
+    case: Case, run: Path, model: Any, checkpoints: Sequence[Path]
+) -> None:
+    """Written back, the average is what the Trainer goes on from, at step 12."""
+    from transformers import TrainerCallback
+
+    written, states = case.write_back(run), [load_language_model(path) for path in checkpoints]
+    check_average(load_language_model(written), states)
+    check_copied(written, checkpoints[-1], ["optimizer.pt", "scheduler.pt", "trainer_state.json"])
+    seen: list[tuple[int, State]] = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, _args: Any, state: Any, _control: Any, **more: Any) -> None:
+            seen.append((state.global_step, state_of(more["model"])))
+
+    folder = case.folder / "resumed"
+    train_language_model(folder, model, Look(), max_steps=14, resumed_from=written)
+    [(step, state)] = seen
+    check_equal("step", step, 12)
+    check_average({name: state[name] for name in states[-1]}, states)
 
 
 @scenario("transformers: one file")
@@ -795,6 +835,28 @@ def check_lightning(
     averaged.load_state_dict(load_file(output / "model.safetensors"), strict=True)
     check_average(state_of(averaged), states)
     check_absent(output, ["*.ckpt"])
+    if key == "state_dict":
+        check_lightning_resumed(case, run, module, options, states)
+
+
+def check_lightning_resumed(
+    case: Case, run: Path, module: Any, options: Any, states: Sequence[State]
+) -> None:
+    """Written back, the average loads as a checkpoint, and training goes on from it."""
+    written = case.write_back(run)
+    [path] = written.glob("*.ckpt")
+    loaded = module.load_from_checkpoint(path, weights_only=False)
+    check_average(state_of(loaded), states)
+    seen: list[State] = []
+
+    class Resumed(module):
+        def on_train_start(self) -> None:
+            check_equal("step", self.global_step, 12)
+            seen.append(state_of(self))
+
+    folder = case.folder / "resumed"
+    train_lightning(folder, Resumed(options), max_steps=14, ckpt_path=path)
+    check_average(seen[0], states)
 
 
 def lightning_module() -> Any:
@@ -820,8 +882,15 @@ def lightning_module() -> Any:
     return Classifier
 
 
-def train_lightning(folder: Path, model: Any, *callbacks: Any, **saving: Any) -> Path:
-    """Train for 12 steps of 5 an epoch, saving each fourth."""
+def train_lightning(
+    folder: Path,
+    model: Any,
+    *callbacks: Any,
+    max_steps: int = 12,
+    ckpt_path: Path | None = None,
+    **saving: Any,
+) -> Path:
+    """Train for some steps of 5 an epoch, saving each fourth; resume from `ckpt_path`."""
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -832,13 +901,14 @@ def train_lightning(folder: Path, model: Any, *callbacks: Any, **saving: Any) ->
     saver = ModelCheckpoint(run, every_n_train_steps=4, **saving)
     trainer = Trainer(
         accelerator="cpu",
-        max_steps=12,
+        max_steps=max_steps,
         callbacks=[saver, *callbacks],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=4))
+    batches = torch.utils.data.DataLoader(data, batch_size=4)
+    trainer.fit(model, batches, ckpt_path=ckpt_path, weights_only=False)
     return run
 
 

@@ -55,6 +55,13 @@ def resumed(run: Path, output: Path) -> None:
     ckpt_ema.average(run, output=output, device="cpu", threads=1, tile_size=64, resume=True)
 
 
+def written_back(run: Path, output: Path) -> None:
+    """The newest checkpoint with the average in its place; checksums are written last."""
+    ckpt_ema.average(
+        run, output=output, device="cpu", threads=1, tile_size=64, save_as="checkpoint", resume=True
+    )
+
+
 def in_parts(run: Path, output: Path) -> None:
     """Two parts and their publication."""
     for part in ("1/2", "2/2"):
@@ -159,6 +166,11 @@ def scene(request: pytest.FixtureRequest, make_run: MakeRun) -> Scene:
     return Scene(small_run(make_run), request.param)
 
 
+def torch_run(make_run: MakeRun) -> Path:
+    """Three checkpoints in zip archives, whose records have checksums."""
+    return make_run(series(3, a=noise(3, 5, 7), n=torch.arange(9)), torch_files=True)
+
+
 def sweep(scene: Scene, kind: str, error: int, *, ever_after: bool) -> int:
     """Fail the first call of a kind, the second ..., until the run passes; how many there were."""
     for k in itertools.count(1):
@@ -182,6 +194,11 @@ def sweep(scene: Scene, kind: str, error: int, *, ever_after: bool) -> int:
 @pytest.mark.parametrize("kind", KINDS)
 def test_whichever_call_fails_the_output_is_whole_or_absent(make_run: MakeRun, kind: str) -> None:
     sweep(Scene(small_run(make_run), one), kind, errno.EIO, ever_after=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_so_is_a_checkpoint_that_is_written_back(make_run: MakeRun, kind: str) -> None:
+    sweep(Scene(torch_run(make_run), written_back), kind, errno.EIO, ever_after=False)
 
 
 @pytest.mark.parametrize("kind", ["pread", "preadv", "pwrite"])

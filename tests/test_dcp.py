@@ -49,7 +49,17 @@ from ckpt_ema.options import Reading
 from ckpt_ema.storage.local import Local
 from tests.command import processes
 from tests.conftest import MakeRun
-from tests.makers.dcp_folders import Change, chunked, edit, metadata_of, place, save, splice, w
+from tests.makers.dcp_folders import (
+    Change,
+    chunked,
+    edit,
+    loaded,
+    metadata_of,
+    place,
+    save,
+    splice,
+    w,
+)
 from tests.makers.limits import cheap
 from tests.makers.safetensors_files import read_safetensors
 from tests.makers.tensors import DTYPES, filled, raw
@@ -393,6 +403,19 @@ class TestSharded:
                     expected = raw(tensor)[start * tensor.element_size() :]
                     assert gathered(folder, specs, name, start) == expected, name
 
+    def test_it_is_written_back_whatever_ranks_saved_the_others(
+        self, sharded: Path, ranks: int, tmp_path: Path
+    ) -> None:
+        teams = [*RANKS[RANKS.index(ranks) + 1 :], *RANKS[: RANKS.index(ranks) + 1]]
+        run = [sharded / f"of-{of}" / f"step-{step}" for of, step in zip(teams, STEPS, strict=True)]
+        options: dict[str, Any] = {"decay": 0.9, "device": "cpu", "tile_size": 96}
+        average = read_safetensors(average_of(run, output=tmp_path / "average", **options))
+        output = tmp_path / "out"
+        ckpt_ema.average(run, output=output, save_as="checkpoint", **options)
+        assert {p.name for p in run[-1].iterdir()} < {p.name for p in output.iterdir()}
+        for name, tensor in loaded(output, average).items():
+            assert raw(tensor) == raw(average[name]), name
+
     def test_the_average_is_that_of_the_full_tensors(
         self, sharded: Path, ranks: int, tmp_path: Path, make_run: MakeRun
     ) -> None:
@@ -431,7 +454,7 @@ class TestSharded:
         assert len(outputs) == 1
 
 
-def average_of(run: Path, **options: Any) -> Path:
+def average_of(run: Path | list[Path], **options: Any) -> Path:
     """The one weights file of an average."""
     [file] = ckpt_ema.average(run, **options).output.glob("*.safetensors")
     return file

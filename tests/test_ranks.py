@@ -76,6 +76,15 @@ def test_ranks_make_the_bytes_of_one(run: Path, tmp_path: Path) -> None:
     assert entries(tmp_path) == ["out", "run", "whole"]
 
 
+def test_ranks_write_a_checkpoint_back(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(series(3, w=noise(3, 64, 32), n=torch.arange(9)), torch_files=True)
+    options: dict[str, Any] = {"save_as": "checkpoint", "device": "cpu"}
+    whole = ckpt_ema.average(run, output=tmp_path / "whole", **options).output
+    words = ("-o", tmp_path / "out", "--save-as", "checkpoint", "--tile-size", "256", "-q")
+    assert [status for status, *_ in launch(3, run, *words)] == [0] * 3
+    assert contents(tmp_path / "out") == contents(whole)
+
+
 @pytest.mark.sweep
 def test_ranks_find_an_output_that_is_up_to_date(run: Path, tmp_path: Path) -> None:
     output = ckpt_ema.average(run, output=tmp_path / "out", device="cpu").output

@@ -9,6 +9,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard
 
@@ -125,8 +126,24 @@ def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Spec
     }
     return Specs(
         *(joined, files, ({},) * len(files), notes, model.warnings, holes),
+        other_models=model.others,
         is_average=model.is_average,
     )
+
+
+def archives(path: str, storage: Storage) -> dict[str, list[tuple[int, int]]]:
+    """Return where each data file has archives, offset and size; `path` is that of the .metadata.
+
+    What was saved is an archive of its own, whether a tensor's chunk or not.
+    """
+    _, raw = read_listing(path, storage, _MAX_METADATA_BYTES, "metadata", "data files")
+    _, saved = _tree(path, _unpickled(path, raw))
+    found: dict[str, list[tuple[int, int]]] = {}
+    for info in saved.values():
+        with suppress(RefusedError):  # where the model's are was checked when these were read
+            file, offset, size_bytes = _place(info, partial(refused, path))
+            found.setdefault(file, []).append((offset, size_bytes))
+    return found
 
 
 def _unpickled(path: str, raw: bytes) -> Record:

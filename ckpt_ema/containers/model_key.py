@@ -7,7 +7,7 @@ of averages is smoothed twice. Nothing here reads a tensor.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckpt_ema.containers.checks import GATHER, OF_ONE_RANK, refused
@@ -35,6 +35,7 @@ class Model:
     notes: tuple[Notice, ...] = ()
     warnings: tuple[Notice, ...] = ()
     is_average: bool = False  # made by the trainer
+    others: tuple[str, ...] = ()  # places of averages beside raw weights, or of what was averaged
 
 
 def find_model(path: str, root: Any, reading: Reading, tensor: _Kind) -> Model:
@@ -60,7 +61,8 @@ def find_model(path: str, root: Any, reading: Reading, tensor: _Kind) -> Model:
         if pickled := next(filter(_class_name, objects), None):
             raise _no_model(path, pickled)
     if averages and (wants_average or not raw):
-        return _averaged(averages[_only(path, averages)], wants_average, _only(path, averages))
+        chosen = _averaged(averages[_only(path, averages)], wants_average, _only(path, averages))
+        return replace(chosen, others=tuple(place or "the top level" for place in raw))
     return _raw(path, root, raw, averages, tensor)
 
 
@@ -256,7 +258,7 @@ def _raw(path: str, root: Mapping[str, Any], raw: _Found, averages: _Found, tens
         text = f"Tensors beside the model under {_place(place)} are left out: {some(others)}; --key"
         text = f"{text} {_EVERYTHING} takes every dict of tensors in the file."
         warnings.append(Notice(Code.OTHER_WEIGHTS, text))
-    return Model(values, tuple(notes), tuple(warnings))
+    return Model(values, tuple(notes), tuple(warnings), others=tuple(averages))
 
 
 def _is_opennmt(root: Mapping[str, Any], raw: _Found) -> bool:

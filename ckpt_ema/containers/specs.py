@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import add, mul, sub
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,6 +144,67 @@ def is_packed(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
+class Region(NamedTuple):
+    """A box of a tensor, its elements in the order in which one checkpoint stores them."""
+
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    axes: tuple[int, ...]  # the axis whose stride is largest comes first
+
+    def of(self, tensor: TensorSpec) -> TensorSpec:
+        """Return the region of a tensor of any checkpoint as a tensor, which is row-major.
+
+        >>> Region((1, 0), (1, 2), (0, 1)).of(TensorSpec("F32", (3, 2), 0, 80))
+        TensorSpec(dtype='F32', shape=(1, 2), file=0, offset=88, pieces=())
+        """
+        found = [box for piece in _pieces(tensor) if (box := self._inside(piece, tensor.dtype))]
+        shape = tuple(self.sizes[axis] for axis in self.axes)
+        first = found[0]
+        is_whole = len(found) == 1 and is_packed(first.sizes, first.strides)
+        pieces = () if is_whole else tuple(found)
+        return TensorSpec(tensor.dtype, shape, first.file, first.offset, pieces)
+
+    def _inside(self, piece: Piece, dtype: str) -> Piece | None:
+        """Return the elements of a piece that are in the region; None if there are none."""
+        begins = [*map(max, self.starts, piece.starts)]
+        ends = map(min, map(add, self.starts, self.sizes), map(add, piece.starts, piece.sizes))
+        sizes = [*map(sub, ends, begins)]
+        if any(size <= 0 for size in sizes):
+            return None
+        skipped = sum(map(mul, map(sub, begins, piece.starts), piece.strides))
+        starts = [*map(sub, begins, self.starts)]
+        return Piece(
+            piece.file,
+            piece.offset + skipped * DTYPE_BITS[dtype] // 8,
+            *(tuple(each[axis] for axis in self.axes) for each in (starts, sizes, piece.strides)),
+        )
+
+
+def regions(tensor: TensorSpec) -> list[tuple[Region, Piece]] | None:
+    """Return the boxes of a tensor that are stored without gaps, and where each of them is.
+
+    None if one is stored with gaps, or some of its elements share their bytes.
+    """
+    found = []
+    for piece in _pieces(tensor):
+        sizes, strides = piece.sizes, piece.strides
+        axes = tuple(range(len(sizes)))
+        if not is_packed(sizes, strides):
+            axes = tuple(sorted(axes, key=lambda axis: (sizes[axis] > 1, -strides[axis])))
+            ordered = ([each[axis] for axis in axes] for each in (sizes, strides))
+            if not is_packed(*ordered):
+                return None
+        found.append((Region(piece.starts, sizes, axes), piece))
+    return found
+
+
+def _pieces(tensor: TensorSpec) -> tuple[Piece, ...]:
+    """Return the pieces of a tensor; one where it is stored in one place."""
+    shape = tensor.shape
+    whole = Piece(tensor.file, tensor.offset, (0,) * len(shape), shape, packed_strides(shape))
+    return tensor.pieces or (whole,)
+
+
 class Member(NamedTuple):
     """One model file of a checkpoint; nearly all checkpoints have one."""
 
@@ -199,4 +261,5 @@ class Specs:
     recorded: Mapping[str, int] = field(default_factory=dict)  # its own "step" and "epoch"
     prefixes: tuple[str, ...] = ("",)  # of the members
     numbers: Mapping[str, float] = field(default_factory=dict)  # beside the model, by dotted path
+    other_models: tuple[str, ...] = ()  # averages beside raw weights, or the reverse, by place
     is_average: bool = False  # that the trainer made

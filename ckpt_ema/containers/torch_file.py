@@ -97,12 +97,12 @@ def read_specs(
     classes = [name for name in structure.ignored if not name.startswith(plain)]
     rows = (("Not tensors, so not in the average", others), ("Pickled objects not read", classes))
     left_out = [Notice(Code.LEFT_OUT, f"{what}: {some(names)}.") for what, names in rows if names]
-    notes = (*model.notes, *left_out)
     holes = {} if hole is None else {path: hole}
     return Specs(
-        *(tensors, (spec,), ({},), notes, model.warnings, holes),
+        *(tensors, (spec,), ({},), (*model.notes, *left_out), model.warnings, holes),
         recorded=recorded(structure.root),
         numbers=numbers(structure.root),
+        other_models=model.others,
         is_average=model.is_average,
     )
 
@@ -112,6 +112,22 @@ def read_recorded(path: str, storage: Storage) -> Mapping[str, int]:
     with storage.open(path) as file:
         start = file.read(min(file.identity.size_bytes, HEAD_BYTES), 0)
         return recorded(_read_structure(path, file, start).root)
+
+
+def structure(path: str, storage: Storage) -> bytes:
+    """Return the pickled structure of a zip archive by torch.save; nothing for any other file."""
+    with storage.open(path) as file:
+        size_bytes = file.identity.size_bytes
+        start = file.read(min(size_bytes, HEAD_BYTES), 0)
+        if not is_torch_file(start) or not start.startswith(b"PK"):
+            return b""
+        region = Region(file, 0, size_bytes)
+        records, _ = zip_directory(path, region)
+        found = [info for name, info in records.items() if name.endswith("/data.pkl")]
+        sizes = [info.file_size for info in found]
+        if sum(sizes) > _MAX_PICKLE_BYTES:
+            return b""
+        return b"".join(file.read(i.file_size, data_start(path, region, i)) for i in found)
 
 
 class Region(NamedTuple):
@@ -174,7 +190,7 @@ def _read_structure(path: str, file: OpenFile, start: bytes) -> _Structure:
 
 
 def _read_zip(path: str, region: Region) -> _Structure:
-    records = _zip_records(path, region)
+    records, _ = zip_directory(path, region)
     roots = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
         why = "is a zip file without one data.pkl, not written by torch.save"
@@ -185,7 +201,7 @@ def _read_zip(path: str, region: Region) -> _Structure:
         info = records[prefix + name]
         if info.file_size > _MAX_PICKLE_BYTES:
             raise refused(path, f"has a {name} of {info.file_size} bytes, which is no structure")
-        return region.file.read(info.file_size, _data_start(path, region, info))
+        return region.file.read(info.file_size, data_start(path, region, info))
 
     if prefix + "byteorder" in records and record("byteorder") != b"little":
         raise refused(path, _BIG_ENDIAN, code=Code.WRONG_FORMAT)
@@ -197,7 +213,7 @@ def _read_zip(path: str, region: Region) -> _Structure:
         if info is None or info.file_size < _storage_bytes(storage):
             why = "is missing or shorter than declared"
             raise refused(path, f"is damaged: storage {storage.key} {why}")
-        return _data_start(path, region, info)
+        return data_start(path, region, info)
 
     return _Structure(root, unpickler.stand_ins, hashlib.sha256(pickled).hexdigest(), locate)
 
@@ -228,10 +244,14 @@ class _RegionStream(io.RawIOBase):
         return count
 
 
-def _zip_records(path: str, region: Region) -> dict[str, zipfile.ZipInfo]:
+def zip_directory(path: str, region: Region) -> tuple[dict[str, zipfile.ZipInfo], int]:
+    """Return the records of an archive by name, and where their directory is in its region.
+
+    Raises `RefusedError` for an archive that torch.save did not write.
+    """
     try:
         with zipfile.ZipFile(_RegionStream(region)) as archive:
-            infos = archive.infolist()
+            infos, start = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, OSError) as error:
         raise cut_short(path, "its zip directory cannot be read", or_damaged=True) from error
     records = {info.filename: info for info in infos}
@@ -242,10 +262,10 @@ def _zip_records(path: str, region: Region) -> dict[str, zipfile.ZipInfo]:
     stored = all(info.compress_size == info.file_size for info in infos)
     if len(records) != len(infos) or not stored or methods - {zipfile.ZIP_STORED}:
         raise refused(path, "has compressed or repeated records, which torch.save never writes")
-    return records
+    return records, start
 
 
-def _data_start(path: str, region: Region, info: zipfile.ZipInfo) -> int:
+def data_start(path: str, region: Region, info: zipfile.ZipInfo) -> int:
     """Return where a record's bytes begin, after a local header whose own lengths count."""
     offset, end = region.start + info.header_offset, region.start + region.size_bytes
     inside = region.start <= offset <= end - 30

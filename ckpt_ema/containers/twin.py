@@ -55,8 +55,14 @@ def one_of_both(path: Location, specs: Specs, *, wants_average: bool) -> Specs:
         text = (
             f"{len(twins)} of {len(tensors)} tensors are taken from {prefix}*; any others are raw."
         )
-    note = Notice(Code.DECIDED, text)
-    return replace(specs, tensors=tensors, notes=(*specs.notes, note), is_average=wants_average)
+    others = (*specs.other_models, *([] if wants_average else [f"{one}*" for one in averages]))
+    return replace(
+        specs,
+        tensors=tensors,
+        notes=(*specs.notes, Notice(Code.DECIDED, text)),
+        other_models=others,
+        is_average=wants_average,
+    )
 
 
 def _prefixes(groups: Mapping[str, object]) -> str:

@@ -98,7 +98,7 @@ class Segment(NamedTuple):
     @property
     def is_whole(self) -> bool:
         """Whether all of the tensor is in the tile."""
-        return self.begins and self.ends
+        return self.begins and self.ends and not self.tensor.is_part
 
     @property
     def is_vector(self) -> bool:
@@ -178,7 +178,9 @@ class _File:
         self.tensors = sorted(filled, key=attrgetter("offset"))
         self.offsets = [tensor.offset for tensor in self.tensors]
         # Those at a tile's ends may be in part outside; all between are whole.
-        self.kinds = bytes(IS_VECTOR * is_vector(one.shape) | IS_WHOLE for one in self.tensors)
+        self.kinds = bytes(
+            IS_VECTOR * is_vector(one.shape) | IS_WHOLE * (not one.is_part) for one in self.tensors
+        )
 
 
 def is_vector(shape: Sequence[int]) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from ckpt_ema.containers.reader import Reader
 from ckpt_ema.containers.specs import DTYPE_BITS, FOLDED, TensorSpec
 from ckpt_ema.fold.native import DTYPES, compiled
-from ckpt_ema.fold.tiles import Tile, TileSegments
+from ckpt_ema.fold.tiles import Segment, Tile, TileSegments
 from ckpt_ema.planning.plan import Plan
 
 if TYPE_CHECKING:
@@ -86,6 +86,12 @@ class TileView(NamedTuple):
     segments: TileSegments
     reader: Reader
     sink: Sink
+
+    def position(self, one: Segment) -> str:
+        """Return where a segment is written, which tells it from the other parts of its tensor."""
+        place = self.tile.span.places[0]
+        offset = place.offset * 8 + (self.tile.start + one.start) * DTYPE_BITS[place.dtype]
+        return f"{place.file}:{offset // 8}"
 
     def read_again(self, checkpoint: int, start: int, stop: int) -> Content:
         """Read elements of the tile, from `start` to `stop`, of one checkpoint again."""

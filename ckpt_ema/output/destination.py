@@ -14,6 +14,7 @@ from ckpt_ema.trainers.conventions import (
     MANIFEST_NAME,
     OWN_FILES,
     SHARD_NUMBER,
+    TRACKERS,
 )
 
 
@@ -79,7 +80,7 @@ def _own_files(manifest: dict[str, Any]) -> set[str]:
     """Return the files of an output, by its manifest."""
     names = {file["name"] for file in manifest.get("files", [])}
     indexes = {f"{SHARD_NUMBER.sub('', name)}{INDEX_SUFFIX}" for name in names}
-    return {*names, *indexes, *manifest.get("companions", []), *OWN_FILES}
+    return {*names, *indexes, *manifest.get("companions", []), *OWN_FILES, *TRACKERS}
 
 
 def _others_in_model(folder: Path) -> Iterator[str]:

@@ -102,6 +102,7 @@ class Outline(NamedTuple):
     manifests: Mapping[str, Mapping[str, Any]]  # by folder, without how it went
     watched: Watched
     bytes_written: int
+    checksums: Sequence[Sequence[Sequence[Any]]] = ()  # of each model file that has some
 
 
 class Part(NamedTuple):

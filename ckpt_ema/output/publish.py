@@ -5,11 +5,15 @@ import ctypes
 import errno
 import os
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ckpt_ema.containers.specs import is_safetensors
 from ckpt_ema.errors import Code, FailedError
+from ckpt_ema.fold.hardware import check_room_for_thread
 from ckpt_ema.output.library import check_header
 from ckpt_ema.output.sync import Syncer
 from ckpt_ema.output.workspace import (
@@ -24,10 +28,12 @@ from ckpt_ema.storage import Storage
 from ckpt_ema.storage.local import descriptor_limit, read_into
 from ckpt_ema.targets.safetensors import target_for
 from ckpt_ema.targets.target import OutputFile
+from ckpt_ema.trainers.conventions import INDEX_SUFFIX
 
 _FEWEST_OPEN = 16  # model files that stay open
 _FILES_EACH = 32  # that a thread may open for the moment, roughly
 _COPIED_BYTES = 1 << 20  # at a time
+_CHECKING_THREADS = 4  # each checks about 1.3 GB/s
 
 
 class StagedOutput(Workspace):
@@ -157,11 +163,38 @@ class StagedOutput(Workspace):
                     write_all(fd, file.read(count, offset), offset)
                 os.ftruncate(fd, size_bytes)
 
+    def write_checksums(self, checksums: Sequence[Sequence[Sequence[Any]]]) -> None:
+        """Write the checksums of what model files hold now, by the number of the file."""
+        jobs = [(number, *one) for number, of_file in enumerate(checksums) for one in of_file]
+        with contextlib.ExitStack() as stack:
+            run: Callable[..., Iterator[None]] = map
+            with contextlib.suppress(OSError, RuntimeError):  # then without more threads
+                check_room_for_thread()
+                pool = ThreadPoolExecutor(_CHECKING_THREADS, "ckpt-ema-checksum")
+                stack.callback(pool.shutdown, cancel_futures=True)
+                run = pool.map
+            for _ in run(self._write_checksum, *zip(*jobs, strict=True)) if jobs else ():
+                pass
+
+    def _write_checksum(
+        self, number: int, start: int, size_bytes: int, places: Sequence[int]
+    ) -> None:
+        crc, buffer = 0, memoryview(bytearray(min(size_bytes, _COPIED_BYTES)))
+        for offset in range(0, size_bytes, _COPIED_BYTES):
+            part = buffer[: size_bytes - offset]
+            self.read_into(number, part, start + offset)
+            crc = zlib.crc32(part, crc)
+        for place in places:
+            self.write(number, memoryview(crc.to_bytes(4, "little")), place)
+
     def check_loads(self) -> None:
-        """Check that the safetensors library accepts every model file; it reads headers only."""
+        """Check that the safetensors library accepts its model files; it reads headers only."""
         from safetensors import SafetensorError
 
-        for number in range(len(self._paths)):
+        for number, path in enumerate(self._paths):
+            is_ours = is_safetensors(path.name) and not path.name.endswith(INDEX_SUFFIX)
+            if not (is_ours or self.is_single_file):
+                continue
             try:
                 # By descriptor, since the library accepts only paths in UTF-8.
                 with self._opened(number) as fd:

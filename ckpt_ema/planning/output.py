@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import Code, OptionError, RefusedError
 from ckpt_ema.find.checkpoint import Checkpoint, Found
-from ckpt_ema.options import DTYPES
+from ckpt_ema.options import CHECKPOINT, DTYPES
 from ckpt_ema.options import Output as OutputOptions
 from ckpt_ema.planning.average import Weighted
 from ckpt_ema.planning.fingerprint import fingerprint
@@ -17,6 +17,7 @@ from ckpt_ema.planning.roles import Ruling
 from ckpt_ema.schedules.weights import weights_of
 from ckpt_ema.storage import Storage, storage_for
 from ckpt_ema.storage.protocol import Kind
+from ckpt_ema.targets.checkpoint import CheckpointTarget
 from ckpt_ema.targets.companions import Companions, companions
 from ckpt_ema.targets.safetensors import target_for
 from ckpt_ema.targets.target import Model, Output, Target
@@ -100,12 +101,11 @@ def lay_out(
     those that `fingerprint.deciding` returns.
     """
     shared = _shared_folder(found)
-    # Averages may end at the same checkpoint.
     copied_with = cache(lambda c: _companions(c, specs_of[c], shared, options, storage))
     outputs, other_models, missing = [], set(), set()
-    for average, target in zip(averages, _targets(destination, averages), strict=True):
+    targets = _targets(destination, averages, options, storage)
+    for average, target in zip(averages, targets, strict=True):
         newest = average.checkpoints[-1]
-        specs = specs_of[newest]
         copied = Companions() if target.is_single_file else copied_with(newest)
         inputs = [(c.model.folder, specs_of[c].files) for c in average.checkpoints]
         provenance = _provenance(average)
@@ -113,16 +113,29 @@ def lay_out(
         if target.is_single_file:  # a folder has it in its manifest
             provenance["fingerprint"] = digest
         roles = {name: one.made for name, one in rulings[newest].items()}
-        is_file = not storage.is_folder(newest.path)
-        dtype = DTYPES[options.dtype]
-        files = target.lay_out(Model(specs, roles, dtype, provenance, is_file))
+        is_file, dtype = not storage.is_folder(newest.path), DTYPES[options.dtype]
+        layouts = [specs_of[c].tensors for c in average.checkpoints]
+        model = Model(specs_of[newest], roles, dtype, provenance, is_file, layouts)
+        files = target.lay_out(model)
         indexes = target.finish(files, [member.name for member in newest.model.members])
         other_models |= {*copied.models}
         missing |= {*copied.missing}
-        outputs.append(
-            Output(target.path, target.is_single_file, files, indexes, copied.files, digest)
-        )
+        is_single = target.is_single_file
+        outputs.append(Output(target.path, is_single, files, indexes, copied.files, digest))
+    _check_alike(outputs)
     return LaidOut(outputs, sorted(other_models), sorted(missing))
+
+
+def _check_alike(outputs: Sequence[Output]) -> None:
+    """Refuse averages together whose newest checkpoints store a tensor in different pieces."""
+    pieces = [
+        {(one.key, one.region) for file in output.files for one in file.tensors if one.region}
+        for output in outputs
+    ]
+    for key, _ in (one for own in pieces for one in own ^ pieces[0]):
+        message = f"Tensor {key} is stored in other pieces in one of the newest checkpoints."
+        hint = "Make the averages one at a time."
+        raise RefusedError(message, hint, code=Code.DIFFERENT_MODELS, tensor=key)
 
 
 def _companions(
@@ -130,14 +143,24 @@ def _companions(
 ) -> Companions:
     """Return the files that are copied beside the weights of `newest`."""
     folder = newest.model.folder if storage.is_folder(newest.path) else None
+    if options.save_as == CHECKPOINT:  # a copy has its files already, or needs no other
+        files = () if folder else companions(None, [], run, None, storage).files
+        return Companions(files)
     config_from = Path(options.config_from) if options.config_from is not None else None
     return companions(folder, [file.name for file in specs.files], run, config_from, storage)
 
 
-def _targets(destination: Path, averages: Sequence[Weighted]) -> list[Target]:
+def _targets(
+    destination: Path, averages: Sequence[Weighted], options: OutputOptions, storage: Storage
+) -> list[Target]:
     """Return where each average goes: to the destination, or to a folder in it for each."""
+    is_one = len(averages) == 1
+    if options.save_as == CHECKPOINT:
+        paths = [destination if is_one else destination / one.name for one in averages]
+        newest = [average.checkpoints[-1] for average in averages]
+        return [CheckpointTarget(*one, storage) for one in zip(paths, newest, strict=True)]
     target = target_for(destination)
-    if len(averages) == 1:
+    if is_one:
         return [target]
     if target.is_single_file:
         problem = f"is one file, which cannot hold {len(averages)} averages; name a folder"

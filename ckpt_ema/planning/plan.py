@@ -24,7 +24,15 @@ from ckpt_ema.find.run import discover
 from ckpt_ema.find.select import select
 from ckpt_ema.find.verdict import Judged
 from ckpt_ema.notices import Notice, refuse_warnings
-from ckpt_ema.options import Engine, Keywords, Options, PathLike, Reading, make_options
+from ckpt_ema.options import (
+    CHECKPOINT,
+    Engine,
+    Keywords,
+    Options,
+    PathLike,
+    Reading,
+    make_options,
+)
 from ckpt_ema.planning.average import Average, Weighted, make_averages, weigh
 from ckpt_ema.planning.contents import judge_newest
 from ckpt_ema.planning.fingerprint import deciding
@@ -34,6 +42,7 @@ from ckpt_ema.planning.roles import Ruling, TensorRole, by_pattern
 from ckpt_ema.planning.same_model import Compared, compare
 from ckpt_ema.planning.sizing import element_bytes, make_sizes
 from ckpt_ema.planning.work import Work, make_work
+from ckpt_ema.planning.write_back import with_copied_files
 from ckpt_ema.storage import Storage, storage_for
 
 if TYPE_CHECKING:
@@ -160,10 +169,13 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     found, selected = with_common_files(found, selected, source)
     weighted = weigh(selected.subsets, options.weighting)
     checkpoints = _taken(weighted, found)
-    check_loadable(checkpoints)
     one_run = check_one_run(checkpoints, log_of)
     destination = find_destination(options.output.output, found, paths, source.storage)
     compared = compare(checkpoints, source)
+    if options.output.save_as == CHECKPOINT:
+        compared = with_copied_files(compared, weighted, source.storage)
+    else:
+        check_loadable(checkpoints)
     specs_of = compared.specs
     _check_names(weighted, compared)
     rulings = judge_newest(weighted, specs_of, options.reading, source.storage)
@@ -199,7 +211,7 @@ def _assembled(decided: Decided, destination: Path, storage: Storage, options: O
         engine=options.engine,
         given=options.given(),
         dtype=options.output.dtype,
-        card=options.output.card,
+        card=options.output.card and options.output.save_as != CHECKPOINT,
         reading=options.reading,
         output=destination,
         work=work,

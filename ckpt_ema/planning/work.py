@@ -125,13 +125,29 @@ class _LaidOut(NamedTuple):
 def _laid_out(
     files: Iterable[tuple[OutputFile, int]], layouts: Sequence[Specs], newest: Specs
 ) -> _LaidOut:
-    filled = [(n, one) for file, n in files for one in file.tensors if 0 not in one.shape]
-    tensors = [tensor for _, tensor in filled]
-    sources = [
-        [(specs if one.role is Role.AVERAGED else newest).tensors[one.key] for one in tensors]
-        for specs in layouts
-    ]
-    return _LaidOut([number for number, _ in filled], tensors, sources)
+    filled = [(n, *one) for file, n in files for one in _filled(file)]
+    sources = []
+    for specs in layouts:
+        tensors = (
+            copied or (specs if one.role is Role.AVERAGED else newest).tensors[one.key]
+            for _, one, copied in filled
+        )
+        regions = [one.region for _, one, _ in filled]
+        pairs = zip(regions, tensors, strict=True)
+        sources.append([region.of(tensor) if region else tensor for region, tensor in pairs])
+    return _LaidOut([number for number, *_ in filled], [one for _, one, _ in filled], sources)
+
+
+def _filled(file: OutputFile) -> Iterable[tuple[OutputTensor, TensorSpec | None]]:
+    """Return the tensors of a file that have elements, and what is copied as tensors of bytes."""
+    filled = [(one, None) for one in file.tensors if 0 not in one.shape]
+    if not file.copied:
+        return filled
+    copied = []
+    for offset, size_bytes, number in file.copied:
+        one = OutputTensor("", "", "U8", (size_bytes,), offset, Role.KEPT)
+        copied.append((one, TensorSpec("U8", (size_bytes,), number, offset)))
+    return sorted([*filled, *copied], key=lambda row: row[0].offset)
 
 
 def _firsts(one: _LaidOut) -> Iterator[str]:

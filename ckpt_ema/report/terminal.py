@@ -14,6 +14,7 @@ from typing import NamedTuple, TextIO
 
 from ckpt_ema.containers.specs import Role
 from ckpt_ema.errors import printable, some
+from ckpt_ema.options import CHECKPOINT
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.report.lines import counted, size
@@ -243,13 +244,17 @@ def _number(value: float | None) -> str:
 
 def _sizes(plan: Plan) -> Iterator[str]:
     count, outputs = len(plan.averages), [average.output for average in plan.averages]
-    tensors = [tensor for file in outputs[0].files for tensor in file.tensors]
-    averaged = [tensor.role for tensor in tensors].count(Role.AVERAGED)
+    tensors = {tensor.key: tensor.role for file in outputs[0].files for tensor in file.tensors}
+    averaged = [*tensors.values()].count(Role.AVERAGED)
     total = counted(len(tensors), "tensor")
     taken = f"{averaged} of {total}" if averaged < len(tensors) else total
     where = f" in each of {count} averages" if count > 1 else ""
     done = f"{size(plan.bytes_read)} to read, {size(plan.bytes_written)} to write"
     yield f"{taken} averaged{where}, {done}"
+    if plan.given.get("save_as") == CHECKPOINT:
+        newest = dict.fromkeys(plan.checkpoints[average.newest].name for average in plan.averages)
+        files = counted(len(outputs[0].files), "file")
+        yield f"written back into a copy of {some(newest)} ({files}), which is otherwise unchanged"
     yield f"working memory at most {size(plan.memory_bytes)}"
     copied = dict.fromkeys(c.name for output in outputs for c in output.companions)
     if copied:

@@ -24,6 +24,7 @@ def lines(width: int) -> list[str]:
                 ("      found as  ", trainer.entry),
                 ("      weights   ", trainer.weights),
                 *(("      instead   ", text) for text in instead),
+                *(("      written back as  ", text) for text in [trainer.written_back] if text),
             ):
                 rest = " " * max(4, len(label))
                 found += textwrap.TextWrapper(width, label, rest, break_on_hyphens=False).wrap(text)
@@ -33,18 +34,25 @@ def lines(width: int) -> list[str]:
 
 def markdown() -> list[str]:
     """Return the table in Markdown."""
-    found = ["| Trainer | Found as | Weights | Tier |", "|---|---|---|---|"]
+    found = ["| Trainer | Found as | Weights | Written back as | Tier |", "|---|---|---|---|---|"]
     for tier in TIERS:
         for trainer in (trainer for trainer in TRAINERS if trainer.tier == tier):
             entry = "`, `".join(trainer.entry.split(", "))
             weights = trainer.weights.replace("*", "\\*").replace("_", "\\_")
-            found.append(f"| {trainer.name} | `{entry}` | {weights} | {tier} |")
+            copy = trainer.written_back or "-"
+            found.append(f"| {trainer.name} | `{entry}` | {weights} | {copy} | {tier} |")
     return found
 
 
 def described() -> list[dict[str, str]]:
     """Return the table as plain values, ready for JSON."""
     return [
-        {"trainer": t.name, "found_as": t.entry, "weights": t.weights, "tier": t.tier}
+        {
+            "trainer": t.name,
+            "found_as": t.entry,
+            "weights": t.weights,
+            "written_back_as": t.written_back,
+            "tier": t.tier,
+        }
         for t in TRAINERS
     ]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ckpt_ema.containers.specs import Role, Specs, packed_bytes
+from ckpt_ema.containers.checksums import Checksum
+from ckpt_ema.containers.specs import Region, Role, Specs, TensorSpec, packed_bytes
 from ckpt_ema.targets.companions import Companion
 
 
@@ -18,6 +19,8 @@ class OutputTensor(NamedTuple):
     shape: tuple[int, ...]
     offset: int  # from the start of the file, in bytes
     role: Role  # AVERAGED or KEPT; a tied name has the role of the one whose bytes it shares
+    region: Region | None = None  # of the tensor, where this is not all of it as it is
+    is_part: bool = False  # the tensor has more regions
 
     @property
     def averaged(self) -> bool:
@@ -37,6 +40,14 @@ class Chunk(NamedTuple):
     content: bytes
 
 
+class Copied(NamedTuple):
+    """Bytes that are those of a file of the newest checkpoint, at the same place."""
+
+    offset: int
+    size_bytes: int
+    file: int  # index into Specs.files
+
+
 @dataclass(frozen=True, slots=True)
 class OutputFile:
     """One model file of the output: fixed chunks, and tensors at their offsets."""
@@ -46,6 +57,8 @@ class OutputFile:
     chunks: tuple[Chunk, ...]
     size_bytes: int
     tensors: tuple[OutputTensor, ...]  # in the order of their bytes
+    copied: tuple[Copied, ...] = ()  # what lies between them
+    checksums: tuple[Checksum, ...] = ()  # of what it holds, to be written last
 
 
 Finish = tuple[str, bytes]  # the name and the content of a file that is written last
@@ -59,6 +72,7 @@ class Model(NamedTuple):
     dtype: str | None  # of averaged tensors; None: each its own
     provenance: Mapping[str, object]  # goes into every file as JSON
     is_file: bool  # the checkpoint is a file, whose name tells it from other steps
+    layouts: Sequence[Mapping[str, TensorSpec]] = ()  # the tensors of every checkpoint
 
 
 class Target(Protocol):

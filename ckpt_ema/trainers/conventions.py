@@ -123,6 +123,7 @@ LOADS_COMPILED = _any_case(
 
 DONE = _gathered(trainer.done for trainer in TRAINERS)
 UNDONE = _gathered(trainer.undone for trainer in TRAINERS)
+MASTERS = tuple(masters for trainer in TRAINERS for masters in trainer.masters)
 TRACKERS = _gathered(trainer.trackers for trainer in TRAINERS)
 
 # --- Where the step is recorded -------------------------------------------------------------------

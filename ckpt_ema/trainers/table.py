@@ -29,6 +29,13 @@ class Record(NamedTuple):
     keys: Mapping[str, str]  # "step", "epoch" or "time" -> key of the JSON or YAML
 
 
+class Masters(NamedTuple):
+    """How to recognise that an optimizer has weights of its own, which its trainer prefers."""
+
+    pattern: str  # searched in names of files, and in the structure of what they hold
+    ignored_with: str  # how the trainer loads the model's weights instead
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trainer:
     """How one trainer saves a model. Patterns are regular expressions that ignore case."""
@@ -66,6 +73,21 @@ class Trainer:
     travels: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     stacked: Refusal | None = None  # what is read, and can be written as it was saved alone
+    # What --save-as checkpoint makes, where it is more than the name of an entry says.
+    copy: str = ""
+    masters: tuple[Masters, ...] = ()
+
+    @property
+    def written_back(self) -> str:
+        """What an average looks like that is written back as a checkpoint; empty if it cannot be.
+
+        >>> Trainer(name="a", entry="step_1/, 1.pt", weights="").written_back
+        'the folder or the file'
+        """
+        if self.copy or self.tier in ("R", "N"):
+            return self.copy
+        kinds = ("folder" if one.endswith("/") else "file" for one in self.entry.split(", "))
+        return " or ".join(dict.fromkeys(f"the {kind}" for kind in kinds))
 
 
 def _refused(name: str, what: str, instead: str, is_certain: bool = True) -> tuple[Refusal, ...]:
@@ -200,6 +222,13 @@ TRAINERS = (
         weights="mp_rank_00/model_optim_rng.pt, or torch_dist (metadata.json)",
         trackers=("latest_checkpointed_iteration.txt",),
         state=("distrib_optim",),
+        masters=(
+            Masters(
+                r"distrib_optim\.pt$|optimizer\.(state\.(fp32_)?param|distributed)\."
+                r"|fp32_from_fp16_params",
+                "--no-load-optim or --finetune",
+            ),
+        ),
         folders=("energon",),
         refusals=_refused(
             r"(^|/)(model_optim_rng\.pt|common\.pt|layer_\d+-model_\d+[^/]*\.pt)$"
@@ -221,6 +250,12 @@ TRAINERS = (
         entry="global_step100/",
         weights="zero_pp_rank_*; without ZeRO, mp_rank_00_model_states.pt is read: module",
         stays=("latest", r"zero_to_fp32\.py", r"global_step\d+"),
+        masters=(
+            Masters(
+                r"_optim_states\.pt$|(single_partition_of_)?fp32_(flat_)?groups",
+                "load_checkpoint(..., load_module_only=True)",
+            ),
+        ),
         refusals=(
             *_refused(
                 r"(^|/)layer_\d+-model_states\.pt$",
@@ -340,6 +375,7 @@ TRAINERS = (
         name="Hugging Face Hub cache",
         entry="models--org--name/refs/step1000",
         weights="the snapshot of each revision, as transformers",
+        copy="the snapshot",
     ),
     Trainer(
         name="LitGPT",

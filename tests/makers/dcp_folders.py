@@ -27,6 +27,17 @@ def save(folder: Path, content: Mapping[str, Any]) -> Path:
     return folder
 
 
+def loaded(folder: Path, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model as torch loads it, into tensors like these."""
+    from torch.distributed.checkpoint import state_dict_loader
+
+    into = {"model": {name: torch.zeros_like(one) for name, one in like.items()}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state_dict_loader.load(into, checkpoint_id=folder, no_dist=True)
+    return into["model"]
+
+
 def metadata_of(folder: Path) -> Metadata:
     """The metadata as torch reads it; of our own checkpoints only."""
     content = pickle.loads((folder / ".metadata").read_bytes())

@@ -58,7 +58,7 @@ class Factors(Monitor):
             norms = [math.sqrt(_rotation_size(one.tensor.shape) * share)]
         for checkpoint in view.plan.averages[average].members:
             norms.append(distance(view.read_again(checkpoint, one.start, one.stop), own))
-        start = str(view.tile.start + one.start)
+        start = view.position(one)
         with self._lock:
             parts = self._parts.setdefault(key_of(average, one), {})
             parts[start] = [norm**2 for norm in norms]

@@ -74,7 +74,7 @@ class Norms(Monitor):
         key = key_of(average, one)
         with self._lock:
             if not one.is_whole:
-                self._parts.setdefault(key, {})[str(view.tile.start + one.start)] = sums
+                self._parts.setdefault(key, {})[view.position(one)] = sums
             elif is_lost_unit(sums):
                 self._unit.add(key)
 

@@ -1,0 +1,220 @@
+"""Outputs in the container of the newest checkpoint: a copy of it with the averages in their place.
+
+Every byte that no averaged tensor has is the newest checkpoint's: pickles, optimizer, schedule,
+configuration. So whatever resumes from the checkpoint resumes from the average.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ckpt_ema.containers import dcp
+from ckpt_ema.containers.checksums import Checksum, checksums, meet
+from ckpt_ema.containers.specs import (
+    DTYPE_BITS,
+    FileSpec,
+    Role,
+    Specs,
+    TensorSpec,
+    packed_bytes,
+    regions,
+    spanned,
+)
+from ckpt_ema.containers.torch_file import Region as Archive
+from ckpt_ema.errors import Code, RefusedError
+from ckpt_ema.find.checkpoint import Checkpoint
+from ckpt_ema.storage import Storage
+from ckpt_ema.storage.protocol import Kind
+from ckpt_ema.targets.target import Copied, Finish, Model, OutputFile, OutputTensor
+from ckpt_ema.trainers.conventions import DCP_METADATA, MANIFEST_NAME, TRACKERS
+
+_ZIP = b"PK\x03\x04"
+_INSTEAD = "Write the average with --save-as safetensors."
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointTarget:
+    """A `Target` that copies the newest checkpoint and replaces the tensors that are averaged.
+
+    Of a checkpoint that is a folder, the output has all files; of one that is a file, the file.
+    """
+
+    path: Path
+    newest: Checkpoint
+    storage: Storage
+
+    @property
+    def is_single_file(self) -> bool:
+        """See `Target.is_single_file`; a copy keeps the name of its file, in a folder."""
+        return False
+
+    def lay_out(self, model: Model) -> tuple[OutputFile, ...]:
+        """See `Target.lay_out`; raises for tensors that share bytes or are stored with gaps."""
+        tensors = _placed(model)
+        archives = self._archives(model.specs)
+        root = _root_of(self.newest, self.storage)
+        top = root.name if self._tracker else ""  # a tracker leads to a folder beside it
+        files = []
+        for number, file in enumerate(model.specs.files):
+            name = os.path.relpath(self.newest.model.folder / file.name, root)
+            own = _without_tied(tensors.get(number, []), model)
+            changed = [(one.offset, one.offset + one.size_bytes) for one in own]
+            found = self._checksums(file, archives.get(number), changed) if own else []
+            files.append(
+                OutputFile(
+                    os.path.join(top, name),
+                    file.member,
+                    (),
+                    file.size_bytes,
+                    tuple(own),
+                    tuple(_between(changed, file.size_bytes, number)),
+                    tuple(found),
+                )
+            )
+        return tuple(files)
+
+    def finish(self, _files: Sequence[OutputFile], _members: Sequence[str]) -> tuple[Finish, ...]:
+        """See `Target.finish`; the trainer's own file that names the step, where it has one."""
+        return ((self._tracker, f"{self.newest.step}".encode()),) if self._tracker else ()
+
+    @property
+    def _tracker(self) -> str:
+        """The name of the file in the run that names its last step; empty if there is none."""
+        beside, is_there = self.newest.path.parent, self.storage.kind
+        if self.newest.step is None or not self.storage.is_folder(self.newest.path):
+            return ""
+        return next((one for one in TRACKERS if is_there(beside / one) is Kind.FILE), "")
+
+    def _archives(self, specs: Specs) -> Mapping[int, list[tuple[int, int]]]:
+        """Return the archives in the files of a checkpoint, where these are not files."""
+        members, folder = self.newest.model.members, self.newest.model.folder
+        found = {}
+        for number, member in enumerate(members):
+            if os.path.basename(member.name) != DCP_METADATA:
+                continue
+            inside = dcp.archives(os.path.join(folder, member.name), self.storage)
+            for at, file in enumerate(specs.files):
+                if file.member == number and os.path.basename(file.name) in inside:
+                    found[at] = inside[os.path.basename(file.name)]
+        return found
+
+    def _checksums(
+        self,
+        file: FileSpec,
+        archives: list[tuple[int, int]] | None,
+        changed: Sequence[tuple[int, int]],
+    ) -> list[Checksum]:
+        """Return the checksums of a file that will change, if it holds archives."""
+        path = os.path.join(self.newest.model.folder, file.name)
+        with self.storage.open(path) as opened:
+            size_bytes = opened.identity.size_bytes
+            if archives is None:
+                is_zip = size_bytes >= len(_ZIP) and opened.read(len(_ZIP), 0) == _ZIP
+                archives = [(0, size_bytes)] if is_zip else []
+            places = sorted({*archives})
+            return [
+                checksum
+                for offset, count in places
+                if meet(changed, offset, offset + count)
+                for checksum in checksums(path, Archive(opened, offset, count), changed)
+            ]
+
+
+def _root_of(checkpoint: Checkpoint, storage: Storage) -> Path:
+    """Return the folder whose files are those of a checkpoint, or that holds its one file."""
+    path, folder = checkpoint.path, checkpoint.model.folder
+    is_inside = f"{folder}/".startswith(f"{path}/")
+    return path if is_inside and storage.is_folder(path) else folder
+
+
+def with_all_files(checkpoint: Checkpoint, specs: Specs, storage: Storage) -> Specs:
+    """Return the specs of a checkpoint with every other file in its folder; one of a file as is."""
+    if not storage.is_folder(checkpoint.path):
+        return specs
+    root, model = _root_of(checkpoint, storage), checkpoint.model
+    known = {os.path.normpath(model.folder / file.name) for file in specs.files}
+    others = [name for name in _files_below(root, "", storage) if name != MANIFEST_NAME]
+    files = [
+        FileSpec(os.path.relpath(root / name, model.folder), *storage.identity(root / name), "")
+        for name in sorted(others)
+        if os.path.normpath(root / name) not in known
+    ]
+    metadata = (*specs.metadata, *({} for _ in files))
+    return replace(specs, files=(*specs.files, *files), metadata=metadata)
+
+
+def _files_below(root: Path, prefix: str, storage: Storage) -> Iterator[str]:
+    """Yield the files below a folder, relative to it; links to folders are not followed."""
+    for name in storage.names(root / prefix):
+        kind = storage.kind(root / prefix / name)
+        if kind is Kind.FILE:
+            yield f"{prefix}{name}"
+        elif kind is Kind.FOLDER and not storage.is_link(root / prefix / name):
+            yield from _files_below(root, f"{prefix}{name}/", storage)
+
+
+def _placed(model: Model) -> dict[int, list[OutputTensor]]:
+    """Return the regions of every tensor with elements by file, in the order of their bytes."""
+    found: dict[int, list[OutputTensor]] = {}
+    for key, tensor in model.specs.tensors.items():
+        if 0 in tensor.shape:
+            continue
+        role = model.roles[key]
+        for file, one in _regions(key, tensor, role):
+            found.setdefault(file, []).append(one)
+    return {file: sorted(ones, key=lambda one: one.offset) for file, ones in found.items()}
+
+
+def _regions(key: str, tensor: TensorSpec, role: Role) -> Iterator[tuple[int, OutputTensor]]:
+    """Yield the file and the place of each region of a tensor."""
+    found = regions(tensor)
+    if found is None and role is Role.AVERAGED:
+        message = f"Tensor {key} is a view whose elements have gaps between them or share bytes"
+        message = f"{message}, which cannot be replaced in its place."
+        raise RefusedError(message, _INSTEAD, code=Code.INVALID_OUTPUT, tensor=key)
+    if found is None:  # its first byte to its last
+        for piece in tensor.pieces:
+            count = spanned(piece.sizes, piece.strides) * DTYPE_BITS[tensor.dtype] // 8
+            yield piece.file, OutputTensor(key, key, "U8", (count,), piece.offset, role)
+        return
+    for region, piece in found:
+        shape = tuple(piece.sizes[axis] for axis in region.axes)
+        is_same = shape == tensor.shape and region.axes == tuple(range(len(shape)))
+        place = (key, key, tensor.dtype, shape, piece.offset, role)
+        yield piece.file, OutputTensor(*place, None if is_same else region, len(found) > 1)
+
+
+def _without_tied(tensors: Sequence[OutputTensor], model: Model) -> list[OutputTensor]:
+    """Return the averaged of some tensors that are in order, each storage once.
+
+    Raises `RefusedError` for tensors that share bytes, unless they are one in every checkpoint.
+    """
+    kept: list[OutputTensor] = []
+    last: OutputTensor | None = None
+    end = 0
+    for one in tensors:
+        if last is None or one.offset >= end:
+            kept += [one] * one.averaged
+        elif (one.averaged or last.averaged) and not _are_tied(last, one, model):
+            message = f"Tensors {last.key} and {one.key} share bytes in the newest checkpoint, and"
+            message = f"{message} are not one tensor in every checkpoint."
+            raise RefusedError(message, _INSTEAD, code=Code.INVALID_OUTPUT, tensor=one.key)
+        stop = one.offset + packed_bytes(one.dtype, one.shape)
+        if stop > end:
+            last, end = one, stop
+    return kept
+
+
+def _are_tied(one: OutputTensor, other: OutputTensor, model: Model) -> bool:
+    is_same = one._replace(key="", name="") == other._replace(key="", name="")
+    return is_same and all(layout[one.key] == layout[other.key] for layout in model.layouts)
+
+
+def _between(ranges: Sequence[tuple[int, int]], size_bytes: int, file: int) -> Iterator[Copied]:
+    """Yield what lies between ranges of a file that are in order."""
+    end = 0
+    for start, stop in (*ranges, (size_bytes, size_bytes)):
+        if start > end:
+            yield Copied(end, start - end, file)
+        end = stop
