@@ -8,7 +8,7 @@ import hashlib
 import io
 import math
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import IO, Any, NamedTuple, cast
 
@@ -62,28 +62,13 @@ def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Spec
     """See `Container.read_specs`; tensors are in the order of the state dict."""
     with storage.open(path) as file:
         size_bytes = file.identity.size_bytes
-        start = file.read(min(size_bytes, HEAD_BYTES), 0)
-        if safetensors.is_header(start, size_bytes):
+        if safetensors.is_header(file.read(min(size_bytes, HEAD_BYTES), 0), size_bytes):
             return safetensors.read_specs(path, storage, reading)
-        if start.startswith(b"PK\x03\x04"):
-            structure = _read_zip(path, Region(file, 0, size_bytes))
-        elif start.startswith(b"\x80") and _LEGACY_MAGIC in start:
-            structure = _read_legacy(path, file)
-        else:
-            check_start(path, start)
-            is_pickle = start.startswith(b"\x80")
-            kind = "a pickle, but not" if is_pickle else "not a file"
-            raise refused(path, f"is {kind} written by torch.save", AGAIN, Code.WRONG_FORMAT)
+        structure = read_structure(path, file)
         model = find_model(
             path, structure.root, reading, (pickles.PickledTensor, pickles.UnreadTensor)
         )
-        tensors = {
-            name: _place(path, name, tensor, structure, size_bytes)
-            if isinstance(tensor, pickles.PickledTensor)
-            else _DROPPED
-            for name, tensor in model.values.items()
-            if _is_tensor(path, name, tensor, reading.drop)
-        }
+        tensors = placed(structure, model.values, reading.drop)
         spec = FileSpec(path, *file.identity, structure.digest)
         hole = file.first_hole()
     others = [name for name in model.values if name not in tensors]
@@ -113,7 +98,39 @@ def read_tensor(path: str, region: Region) -> TensorSpec:
     structure = _read_zip(path, region)
     if not isinstance(structure.root, pickles.PickledTensor):
         raise refused(path, "has something else where a tensor was expected")
-    return _place(path, f"at byte {region.start}", structure.root, structure, region.size_bytes)
+    return place(structure, f"at byte {region.start}", structure.root)
+
+
+def read_structure(path: str, file: OpenFile) -> "Structure":
+    """Return what a file that torch.save wrote holds; tensors are placed while it is open.
+
+    Raises what `Container.read_specs` raises.
+    """
+    size_bytes = file.identity.size_bytes
+    start = file.read(min(size_bytes, HEAD_BYTES), 0)
+    if start.startswith(b"PK\x03\x04"):
+        return _read_zip(path, Region(file, 0, size_bytes))
+    if start.startswith(b"\x80") and _LEGACY_MAGIC in start:
+        return _read_legacy(path, file)
+    check_start(path, start)
+    kind = "a pickle, but not" if start.startswith(b"\x80") else "not a file"
+    raise refused(path, f"is {kind} written by torch.save", AGAIN, Code.WRONG_FORMAT)
+
+
+def placed(
+    structure: "Structure", values: Mapping[str, Any], drop: Iterable[str]
+) -> dict[str, TensorSpec]:
+    """Return where the tensors among these values are; `drop` has globs of ones that may be unread.
+
+    Raises `RefusedError` for a tensor of a kind that cannot be read.
+    """
+    return {
+        name: place(structure, name, value)
+        if isinstance(value, pickles.PickledTensor)
+        else _DROPPED
+        for name, value in values.items()
+        if _is_tensor(structure.path, name, value, drop)
+    }
 
 
 def _is_tensor(path: str, name: str, value: object, drop: Iterable[str]) -> bool:
@@ -135,16 +152,18 @@ def _is_tensor(path: str, name: str, value: object, drop: Iterable[str]) -> bool
     raise refused(path, why, hint, Code.UNREADABLE_TENSOR, tensor=name)
 
 
-class _Structure(NamedTuple):
+class Structure(NamedTuple):
     """What a torch file holds, and how its tensors are found."""
 
+    path: str
+    size_bytes: int
     root: Any
     ignored: Iterable[str]  # classes and functions
     digest: str
     locate: Callable[[pickles.PickledStorage], int]  # returns where a storage's first byte is
 
 
-def _read_zip(path: str, region: Region) -> _Structure:
+def _read_zip(path: str, region: Region) -> Structure:
     records = _zip_records(path, region)
     roots = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
@@ -170,7 +189,8 @@ def _read_zip(path: str, region: Region) -> _Structure:
             raise refused(path, f"is damaged: storage {storage.key} {why}")
         return _data_start(path, region, info)
 
-    return _Structure(root, unpickler.stand_ins, hashlib.sha256(pickled).hexdigest(), locate)
+    digest = hashlib.sha256(pickled).hexdigest()
+    return Structure(path, region.size_bytes, root, unpickler.stand_ins, digest, locate)
 
 
 class _RegionStream(io.RawIOBase):
@@ -228,7 +248,7 @@ def _data_start(path: str, region: Region, info: zipfile.ZipInfo) -> int:
     return start
 
 
-def _read_legacy(path: str, file: OpenFile) -> _Structure:
+def _read_legacy(path: str, file: OpenFile) -> Structure:
     """Read the form before torch 1.6: pickles one after the other, then every storage's bytes."""
     size_bytes = file.identity.size_bytes
     whole = _RegionStream(Region(file, 0, size_bytes))
@@ -256,7 +276,7 @@ def _read_legacy(path: str, file: OpenFile) -> _Structure:
             raise cut_short(path, f"storage {storage.key} is incomplete")
         return starts[storage.key]
 
-    return _Structure(root, unpickler.stand_ins, digest.hexdigest(), locate)
+    return Structure(path, size_bytes, root, unpickler.stand_ins, digest.hexdigest(), locate)
 
 
 def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, pickles.TensorUnpickler]:
@@ -274,18 +294,17 @@ def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, pickles.TensorUnpickle
         raise refused(path, f"is cut short or damaged: {why}") from error
 
 
-def _place(
-    path: str, name: str, tensor: pickles.PickledTensor, structure: _Structure, file_bytes: int
-) -> TensorSpec:
+def place(structure: Structure, name: str, tensor: pickles.PickledTensor) -> TensorSpec:
     """Return where a tensor's elements are, checked to lie inside its storage."""
     dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides
     item_bytes = DTYPE_BITS[dtype] // 8
     start = tensor.offset * item_bytes
     size_bytes = math.prod(shape) * item_bytes
     end = start + spanned(shape, strides) * item_bytes
-    if end > _storage_bytes(tensor.storage) or size_bytes > max(file_bytes, _MAX_EXPANDED_BYTES):
+    most_bytes = max(structure.size_bytes, _MAX_EXPANDED_BYTES)
+    if end > _storage_bytes(tensor.storage) or size_bytes > most_bytes:
         hint = "Download or save the file again."
-        raise refused(path, "reaches beyond its storage", hint, tensor=name)
+        raise refused(structure.path, "reaches beyond its storage", hint, tensor=name)
     if not size_bytes:
         return TensorSpec(dtype, shape, 0, 0)
     offset = structure.locate(tensor.storage) + start

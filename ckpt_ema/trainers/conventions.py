@@ -89,6 +89,7 @@ COMPONENT = re.compile(
 PIPELINE_LIST = "model_index.json"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 DCP_METADATA = ".metadata"
+DEEPSPEED_STEP = _any_case(r"^global_step\d+$")  # a folder that DeepSpeed names itself
 
 CONTAINERS = _gathered(trainer.containers for trainer in TRAINERS)
 MODEL_FOLDERS = (*_gathered(trainer.models for trainer in TRAINERS), "huggingface")
