@@ -326,9 +326,9 @@ def _tagged_by_deepspeed(path: Path, names: set[str], source: Source) -> Located
     """
     latest = source.storage.read(path / "latest", _MOST_TAG_BYTES) if "latest" in names else b""
     is_step = bool(numbers_in(stem_of(path.name)))
-    if not latest and not is_step:
-        return None
-    folders = {name: path / name for name in names if source.storage.is_folder(path / name)}
+    of_steps = {name for name in names if conventions.DEEPSPEED_STEP.search(name)}
+    tags = names if latest else of_steps if is_step else set()
+    folders = {tag: path / tag for tag in tags if source.storage.is_folder(path / tag)}
     located = {
         name: _of_deepspeed(folder, source.storage.names(folder), source)
         for name, folder in folders.items()
@@ -337,7 +337,7 @@ def _tagged_by_deepspeed(path: Path, names: set[str], source: Source) -> Located
     if len(found) != 1:
         return None
     [(tag, model)] = found.items()
-    is_of_step = is_step and conventions.DEEPSPEED_STEP.search(tag)
+    is_of_step = is_step and tag in of_steps
     is_latest = (latest or b"").strip() == tag.encode() and not numbers_in(tag)
     if not is_of_step and not is_latest:
         return None
