@@ -1147,7 +1147,11 @@ def _run_over(folder: Path, scenario: Scenario, case: Case) -> None:
     """Run it in a process of its own, which finds the packages in a folder first."""
     finished = subprocess.run(
         [sys.executable, __file__, "--only", scenario.name],
-        env={**os.environ, "PYTHONPATH": str(folder)},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(folder),
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
