@@ -28,6 +28,8 @@ import environment
 FOLDER = environment.REPOSITORY / ".venv-trainers"
 # The last transformers that still wrote pytorch_model.bin, laid over the environment for one run.
 OLDER = FOLDER / "transformers-4"
+# DeepSpeed changes what other trainers do where it is installed.
+DEEPSPEED = FOLDER / "deepspeed"
 ENVIRONMENT = environment.Environment(
     FOLDER,
     (
@@ -35,6 +37,13 @@ ENVIRONMENT = environment.Environment(
         (
             *("--no-deps", "--target", str(OLDER), "transformers==4.57.6", "datasets==4.0.0"),
             *("huggingface-hub==0.36.2", "tokenizers==0.22.2"),
+        ),
+        ("setuptools", "wheel"),
+        (
+            *("--no-deps", "--no-build-isolation", "--target", str(DEEPSPEED), "deepspeed==0.19.8"),
+            *("einops==0.8.2", "hjson==3.1.0", "msgpack==1.2.4", "ninja==1.13.2"),
+            *("py-cpuinfo==9.0.0", "pydantic==2.14.4", "pydantic-core==2.50.5"),
+            *("annotated-types==0.8.0", "typing-inspection==0.4.5"),
         ),
     ),
     ("pyproject.toml", "constraints.txt", "scripts/trainers.txt"),
@@ -49,6 +58,7 @@ def enter() -> None:
         HF_HUB_OFFLINE="1",
         OMP_NUM_THREADS="1",
         TOKENIZERS_PARALLELISM="false",
+        TORCH_EXTENSIONS_DIR=str(FOLDER / "extensions"),
         TQDM_DISABLE="1",
     )
     environment.enter(ENVIRONMENT)
@@ -123,19 +133,19 @@ class Scenario:
 
     name: str
     run: Callable[[Case], None]
-    older: bool  # needs the transformers in OLDER
+    over: Path | None  # a folder of packages that comes before those of the environment
 
 
 SCENARIOS: list[Scenario] = []
 
 
 def scenario(
-    name: str, *, older: bool = False
+    name: str, *, over: Path | None = None
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
     """Register the function that follows."""
 
     def register(function: Callable[[Case], None]) -> Callable[[Case], None]:
-        SCENARIOS.append(Scenario(name, function, older))
+        SCENARIOS.append(Scenario(name, function, over))
         return function
 
     return register
@@ -424,14 +434,14 @@ def transformers_tied(case: Case) -> None:
     check_stored_names(output, newest, ["model.safetensors"])
 
 
-@scenario("transformers 4: pytorch_model.bin", older=True)
+@scenario("transformers 4: pytorch_model.bin", over=OLDER)
 def transformers_bin(case: Case) -> None:
     """With tied weights, which such a file holds under both names."""
     newest, output = check_language_model(case, tiny_gpt2(), save_safetensors=False)
     check_copied_from_bin(newest, output)
 
 
-@scenario("transformers 4: sharded pytorch_model.bin", older=True)
+@scenario("transformers 4: sharded pytorch_model.bin", over=OLDER)
 def transformers_sharded_bin(case: Case) -> None:
     """In bfloat16."""
     model = tiny_llama().to(torch.bfloat16)
@@ -1049,6 +1059,122 @@ def train_rank(rank: int, folder: Path, run: Path, dtype: torch.dtype, flat: boo
     distributed.destroy_process_group()
 
 
+# DeepSpeed
+
+
+@scenario("deepspeed: without ZeRO", over=DEEPSPEED)
+def deepspeed_0(case: Case) -> None:
+    """The model's file is whole."""
+    check_deepspeed(case, 0)
+
+
+@scenario("deepspeed: ZeRO-1, bfloat16", over=DEEPSPEED)
+def deepspeed_1(case: Case) -> None:
+    """With float32 weights in the optimizer's files; frozen ones are in the model's alone."""
+    check_deepspeed(case, 1, is_rounded=True)
+
+
+@scenario("deepspeed: ZeRO-2", over=DEEPSPEED)
+def deepspeed_2(case: Case) -> None:
+    """The tag and the step are the trainer's own."""
+    check_deepspeed(case, 2)
+
+
+@scenario("deepspeed: ZeRO-2, bfloat16", over=DEEPSPEED)
+def deepspeed_2_rounded(case: Case) -> None:
+    """With frozen weights, which have no float32 ones."""
+    check_deepspeed(case, 2, is_rounded=True)
+
+
+@scenario("deepspeed: ZeRO-3", over=DEEPSPEED)
+def deepspeed_3(case: Case) -> None:
+    """Each rank has a part of each weight."""
+    check_deepspeed(case, 3)
+
+
+@scenario("deepspeed: ZeRO-3, bfloat16", over=DEEPSPEED)
+def deepspeed_3_rounded(case: Case) -> None:
+    """The parts are in groups of a few elements."""
+    check_deepspeed(case, 3, is_rounded=True)
+
+
+def check_deepspeed(case: Case, stage: int, *, is_rounded: bool = False) -> None:
+    """Train on two ranks; DeepSpeed's own script reads what they saved, but for frozen weights."""
+    from torch.multiprocessing.spawn import spawn
+
+    run = case.folder / "run"
+    spawn(train_deepspeed, (case.folder, run, stage, is_rounded), nprocs=RANKS)
+    checkpoints = steps(run, "global_step{}", [1, 2, 3])
+    states = [_consolidated(path, stage) for path in checkpoints]
+    output = case.average(run)
+    average = load_file(output / "model.safetensors")
+    model = deepspeed_network(is_rounded)
+    check_equal("names", set(average), set(model.state_dict()))
+    model.load_state_dict(average, strict=True)
+    check_average({name: average[name] for name in states[-1]}, states)
+    check_absent(output, ["*_states.pt", "zero_to_fp32.py", "latest"])
+
+
+def _consolidated(checkpoint: Path, stage: int) -> State:
+    """Return what DeepSpeed's script makes of a checkpoint; it refuses those without ZeRO."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if not stage:
+        whole = checkpoint / "mp_rank_00_model_states.pt"
+        return dict(torch.load(whole, weights_only=False)["module"])
+    state = get_fp32_state_dict_from_zero_checkpoint(checkpoint.parent, checkpoint.name)
+    return {name: torch.as_tensor(tensor) for name, tensor in state.items()}
+
+
+def deepspeed_network(is_rounded: bool) -> nn.Module:
+    """A network with tied and frozen weights; in bfloat16 it has no buffers, which stay float32."""
+    torch.manual_seed(0)
+    norm: nn.Module = nn.LayerNorm(7) if is_rounded else nn.BatchNorm1d(7)
+    layers = (nn.Embedding(11, 9), nn.Linear(9, 7), norm, nn.Linear(7, 9))
+    network = nn.Sequential(*layers, nn.Linear(9, 11, bias=False))
+    network[4].weight = network[0].weight
+    network[1].bias.requires_grad_(False)
+    return network
+
+
+def train_deepspeed(rank: int, folder: Path, run: Path, stage: int, is_rounded: bool) -> None:
+    """What one of the ranks does: 3 steps, each saved."""
+    os.environ.update(
+        DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS)
+    )
+    import deepspeed
+    from torch import distributed
+
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
+    )
+    network = deepspeed_network(is_rounded)
+    trained = [weight for weight in network.parameters() if weight.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=network,
+        optimizer=torch.optim.AdamW(trained, lr=1e-2),
+        config={
+            "train_micro_batch_size_per_gpu": 16,
+            "zero_allow_untrusted_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {
+                "stage": stage,
+                "stage3_param_persistence_threshold": 0,
+                "sub_group_size": 20 if is_rounded else 10**9,
+            },
+            "bf16": {"enabled": is_rounded},
+        },
+    )
+    torch.manual_seed(rank)
+    for _ in range(3):
+        tokens = torch.randint(11, (16,))
+        engine.backward(functional.cross_entropy(engine(tokens).float(), tokens.roll(1)))
+        engine.step()
+        engine.save_checkpoint(run)
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
 # Running them
 
 
@@ -1075,8 +1201,8 @@ def run_scenario(scenario: Scenario) -> Outcome:
         case = Case(Path(folder).resolve())
         try:
             with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
-                if scenario.older and not _runs_older():
-                    _run_with_older(scenario, case)
+                if scenario.over and str(scenario.over) not in sys.path:
+                    _run_over(scenario.over, scenario, case)
                 else:
                     scenario.run(case)
         except WrongError as error:
@@ -1087,15 +1213,15 @@ def run_scenario(scenario: Scenario) -> Outcome:
     return Outcome(scenario.name, time.monotonic() - began, problem)
 
 
-def _runs_older() -> bool:
-    return importlib.metadata.version("transformers").startswith("4.")
-
-
-def _run_with_older(scenario: Scenario, case: Case) -> None:
-    """Run it in a process of its own, which finds the older transformers first."""
+def _run_over(folder: Path, scenario: Scenario, case: Case) -> None:
+    """Run it in a process of its own, which finds the packages in a folder first."""
     finished = subprocess.run(
         [sys.executable, __file__, "--only", scenario.name],
-        env={**os.environ, "PYTHONPATH": str(OLDER)},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(folder),
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

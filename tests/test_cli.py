@@ -479,7 +479,7 @@ def test_formats_shows_every_trainer_and_what_to_do_instead() -> None:
     done = ckpt_ema("formats")
     assert (done.returncode, done.stderr) == (0, "")
     assert "transformers Trainer" in done.stdout
-    assert "zero_to_fp32.py" in done.stdout
+    assert "ds_to_universal.py" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     rows = json.loads(ckpt_ema("formats", "--json").stdout)
     assert {row["tier"] for row in rows} == {"1", "2", "R", "N"}

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from ckpt_ema.containers import dcp, rank_files, safetensors, shards, torch_file
+from ckpt_ema.containers import dcp, deepspeed, rank_files, safetensors, shards, torch_file
 from ckpt_ema.containers.checks import AS_IT_IS, refused
 from ckpt_ema.containers.model_key import ALREADY_AVERAGED
 from ckpt_ema.containers.specs import ModelFiles, Specs
@@ -34,7 +34,10 @@ class Container(Protocol):
 
 
 # The first to claim a name reads it; torch_file claims all that are left.
-CONTAINERS: tuple[Container, ...] = (dcp, shards, safetensors, rank_files, torch_file)
+CONTAINERS: tuple[Container, ...] = (
+    *(dcp, shards, safetensors),
+    *(deepspeed, rank_files, torch_file),
+)
 
 
 @dataclass(slots=True)

@@ -75,21 +75,19 @@ def read_specs(
     """
     with storage.open(path) as file:
         size_bytes = file.identity.size_bytes
-        start = file.read(min(size_bytes, HEAD_BYTES), 0)
-        if safetensors.is_header(start, size_bytes):
+        if safetensors.is_header(file.read(min(size_bytes, HEAD_BYTES), 0), size_bytes):
             return safetensors.read_specs(path, storage, reading)
-        structure = _read_structure(path, file, start)
+        structure = read_structure(path, file)
         model = find_model(
             path, structure.root, reading, (pickles.PickledTensor, pickles.UnreadTensor)
         )
         tensors = {}
         for name, tensor in model.values.items():
-            locate = partial(_place, path, name, structure, size_bytes)
+            locate = partial(place, structure, name)
             if read_part and isinstance(tensor, pickles.Part) and _is_of_one_rank(tensor.name):
                 tensors[name] = read_part(name, tensor, locate)
-            elif _is_tensor(path, name, tensor, reading.drop):
-                is_read = isinstance(tensor, pickles.PickledTensor)
-                tensors[name] = locate(tensor) if is_read else _DROPPED
+            else:
+                tensors |= placed(structure, {name: tensor}, reading.drop)
         spec = FileSpec(path, *file.identity, structure.digest)
         hole = file.first_hole()
     others = [name for name in model.values if name not in tensors]
@@ -110,8 +108,7 @@ def read_specs(
 def read_recorded(path: str, storage: Storage) -> Mapping[str, int]:
     """Return the "step" and "epoch" that a file records, whether or not it holds a model."""
     with storage.open(path) as file:
-        start = file.read(min(file.identity.size_bytes, HEAD_BYTES), 0)
-        return recorded(_read_structure(path, file, start).root)
+        return recorded(read_structure(path, file).root)
 
 
 def structure(path: str, storage: Storage) -> bytes:
@@ -143,7 +140,39 @@ def read_tensor(path: str, region: Region) -> TensorSpec:
     structure = _read_zip(path, region)
     if not isinstance(structure.root, pickles.PickledTensor):
         raise refused(path, "has something else where a tensor was expected")
-    return _place(path, f"at byte {region.start}", structure, region.size_bytes, structure.root)
+    return place(structure, f"at byte {region.start}", structure.root)
+
+
+def read_structure(path: str, file: OpenFile) -> "Structure":
+    """Return what a file that torch.save wrote holds; tensors are placed while it is open.
+
+    Raises what `Container.read_specs` raises.
+    """
+    size_bytes = file.identity.size_bytes
+    start = file.read(min(size_bytes, HEAD_BYTES), 0)
+    if start.startswith(b"PK\x03\x04"):
+        return _read_zip(path, Region(file, 0, size_bytes))
+    if start.startswith(b"\x80") and _LEGACY_MAGIC in start:
+        return _read_legacy(path, file)
+    check_start(path, start)
+    kind = "a pickle, but not" if start.startswith(b"\x80") else "not a file"
+    raise refused(path, f"is {kind} written by torch.save", AGAIN, Code.WRONG_FORMAT)
+
+
+def placed(
+    structure: "Structure", values: Mapping[str, Any], drop: Iterable[str]
+) -> dict[str, TensorSpec]:
+    """Return where the tensors among these values are; `drop` has globs of ones that may be unread.
+
+    Raises `RefusedError` for a tensor of a kind that cannot be read.
+    """
+    return {
+        name: place(structure, name, value)
+        if isinstance(value, pickles.PickledTensor)
+        else _DROPPED
+        for name, value in values.items()
+        if _is_tensor(structure.path, name, value, drop)
+    }
 
 
 def _is_tensor(path: str, name: str, value: object, drop: Iterable[str]) -> bool:
@@ -169,27 +198,18 @@ def _is_of_one_rank(name: str) -> bool:
     return name.endswith(OF_ONE_RANK)
 
 
-class _Structure(NamedTuple):
+class Structure(NamedTuple):
     """What a torch file holds, and how its tensors are found."""
 
+    path: str
+    size_bytes: int
     root: Any
     ignored: Collection[str]  # classes and functions
     digest: str
     locate: Callable[[pickles.PickledStorage], int]  # returns where a storage's first byte is
 
 
-def _read_structure(path: str, file: OpenFile, start: bytes) -> _Structure:
-    """Read what an open file holds that begins with these bytes."""
-    if start.startswith(b"PK\x03\x04"):
-        return _read_zip(path, Region(file, 0, file.identity.size_bytes))
-    if start.startswith(b"\x80") and _LEGACY_MAGIC in start:
-        return _read_legacy(path, file)
-    check_start(path, start)
-    kind = "a pickle, but not" if start.startswith(b"\x80") else "not a file"
-    raise refused(path, f"is {kind} written by torch.save", AGAIN, Code.WRONG_FORMAT)
-
-
-def _read_zip(path: str, region: Region) -> _Structure:
+def _read_zip(path: str, region: Region) -> Structure:
     records, _ = zip_directory(path, region)
     roots = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
@@ -215,7 +235,8 @@ def _read_zip(path: str, region: Region) -> _Structure:
             raise refused(path, f"is damaged: storage {storage.key} {why}")
         return data_start(path, region, info)
 
-    return _Structure(root, unpickler.stand_ins, hashlib.sha256(pickled).hexdigest(), locate)
+    digest = hashlib.sha256(pickled).hexdigest()
+    return Structure(path, region.size_bytes, root, unpickler.stand_ins, digest, locate)
 
 
 class _RegionStream(io.RawIOBase):
@@ -277,7 +298,7 @@ def data_start(path: str, region: Region, info: zipfile.ZipInfo) -> int:
     return start
 
 
-def _read_legacy(path: str, file: OpenFile) -> _Structure:
+def _read_legacy(path: str, file: OpenFile) -> Structure:
     """Read the form before torch 1.6: pickles one after the other, then every storage's bytes."""
     size_bytes = file.identity.size_bytes
     whole = _RegionStream(Region(file, 0, size_bytes))
@@ -305,7 +326,7 @@ def _read_legacy(path: str, file: OpenFile) -> _Structure:
             raise cut_short(path, f"storage {storage.key} is incomplete")
         return starts[storage.key]
 
-    return _Structure(root, unpickler.stand_ins, digest.hexdigest(), locate)
+    return Structure(path, size_bytes, root, unpickler.stand_ins, digest.hexdigest(), locate)
 
 
 def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, pickles.TensorUnpickler]:
@@ -323,18 +344,17 @@ def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, pickles.TensorUnpickle
         raise refused(path, f"is cut short or damaged: {why}") from error
 
 
-def _place(
-    path: str, name: str, structure: _Structure, file_bytes: int, tensor: pickles.PickledTensor
-) -> TensorSpec:
+def place(structure: Structure, name: str, tensor: pickles.PickledTensor) -> TensorSpec:
     """Return where a tensor's elements are, checked to lie inside its storage."""
     dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides
     item_bytes = DTYPE_BITS[dtype] // 8
     start = tensor.offset * item_bytes
     size_bytes = math.prod(shape) * item_bytes
     end = start + spanned(shape, strides) * item_bytes
-    if end > _storage_bytes(tensor.storage) or size_bytes > max(file_bytes, _MAX_EXPANDED_BYTES):
+    most_bytes = max(structure.size_bytes, _MAX_EXPANDED_BYTES)
+    if end > _storage_bytes(tensor.storage) or size_bytes > most_bytes:
         hint = "Download or save the file again."
-        raise refused(path, "reaches beyond its storage", hint, tensor=name)
+        raise refused(structure.path, "reaches beyond its storage", hint, tensor=name)
     if not size_bytes:
         return TensorSpec(dtype, shape, 0, 0)
     offset = structure.locate(tensor.storage) + start

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from re import Pattern
@@ -62,6 +62,7 @@ def candidates_in(folder: Path, selection: Selection, source: Source) -> Candida
     context = _Folder(names, appended, selection)
     verdicts = {entry: judge(_RULES, entry, context) for entry in entries}
     verdicts = _with_second_choice(verdicts, source.reading.which)
+    verdicts |= _of_the_folder_itself(verdicts, names)
     undecided = [entry for entry, verdict in verdicts.items() if verdict is None]
     numbered = [entry for entry in undecided if not _is_unnumbered(entry, selection)]
     if not any(entry.model for entry in numbered):
@@ -108,6 +109,17 @@ def _with_second_choice(
         if others:
             return {**verdicts, **dict.fromkeys(others)}
     return verdicts
+
+
+def _of_the_folder_itself(
+    verdicts: Mapping[Entry, Verdict | None], names: Collection[str]
+) -> dict[Entry, Verdict]:
+    """Leave out the one state of DeepSpeed that a checkpoint has beside its model."""
+    models = [entry for entry, verdict in verdicts.items() if not verdict and entry.model]
+    ours = [entry for entry in models if entry.is_of_deepspeed]
+    if len(ours) != 1 or not any(name in names for name in conventions.FOLDER_WEIGHTS):
+        return {}
+    return {ours[0]: replace(skipped(Reason.TRAINING_STATE), rule="beside-model")}
 
 
 def _several(entries: Iterable[Entry]) -> set[str]:

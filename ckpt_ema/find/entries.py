@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ckpt_ema.containers import deepspeed
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import ModelFiles, is_safetensors
 from ckpt_ema.containers.torch_file import read_recorded
@@ -108,11 +109,17 @@ class Entry:
         """The model that it holds, if it can be read."""
         return self.located if isinstance(self.located, ModelFiles) else None
 
+    @property
+    def is_of_deepspeed(self) -> bool:
+        """Whether its model is one that DeepSpeed saved for itself."""
+        return self.model is not None and deepspeed.claims(self.model.path.name)
+
     @cached_property
     def recorded(self) -> Mapping[str, int]:
         """The "step", "epoch" or "time" that it records outside of torch files."""
         beside, _ = recorded_beside(self.path, self.source)
-        return beside or (self._recorded_inside() if is_safetensors(self.path.name) else {})
+        is_told = is_safetensors(self.path.name) or self.is_of_deepspeed
+        return beside or (self._recorded_inside() if is_told else {})
 
     @cached_property
     def recorded_anywhere(self) -> Mapping[str, int]:
@@ -121,6 +128,8 @@ class Entry:
 
     def _recorded_inside(self) -> Mapping[str, int]:
         with contextlib.suppress(IncompleteError):
+            if self.model and self.is_of_deepspeed:
+                return deepspeed.recorded(os.fspath(self.model.path), self.source.storage)
             if self.model and not self.is_folder:
                 return self.source.read(self.model).recorded
             beside = self.path / conventions.SHARDED_STATE

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from ckpt_ema.containers import deepspeed
 from ckpt_ema.containers.shards import complete_set
 from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Member, ModelFiles
@@ -24,6 +25,7 @@ from ckpt_ema.trainers import conventions
 from ckpt_ema.trainers.table import Refusal
 
 _MOST_UNKNOWN = 64  # names in a folder whose files are opened to see what they are
+_MOST_TAG_BYTES = 1024
 _DEEPEST = 5  # folders deep that signs of another format are looked for
 
 
@@ -55,10 +57,11 @@ def _in_checkpoint(path: Path, source: Source, depth: int) -> Located:
     found = (
         (_average(path, names, source) if source.reading.which == "ema" else None)
         or _in_folder(path, names, source)
-        or _without_zero(path, names)
+        or _of_deepspeed(path, names, source)
         or _pipeline(path, source)
         or _in_model_folder(path, source)
         or _distributed(path, source)
+        or _tagged_by_deepspeed(path, names, source)
     )
     if found:
         return found
@@ -191,6 +194,7 @@ def _component_named(path: Path, component: str, names: set[str], source: Source
         return (
             _in_folder(inside, source.storage.names(inside), source)
             or _in_model_folder(inside, source)
+            or _of_deepspeed(inside, source.storage.names(inside), source)
             or _distributed(inside, source)
             or refusal_of(_names_below(inside, _DEEPEST, source))
         )
@@ -320,14 +324,43 @@ def _may_be_a_model(name: str, beside: set[str], folder: Path, source: Source) -
     return is_named and source.storage.kind(folder / name) is Kind.FILE
 
 
-def _without_zero(path: Path, names: set[str]) -> ModelFiles | None:
-    """Return the file of DeepSpeed that has the whole model: there are no partitions, and one rank.
+def _of_deepspeed(path: Path, names: set[str], source: Source) -> Located:
+    """Return the model in a folder that DeepSpeed wrote, or the refusal of a layout of its own."""
+    name = deepspeed.model_file(names)
+    if not name:
+        return None
+    others = [one for one in names if not deepspeed.is_one_of(one)]
+    folders = [f"{one}/" for one in others if source.storage.is_folder(path / one)]
+    refusal = refusal_of([*others, *folders], certain_only=True)
+    return refusal or ModelFiles(path, (Member(name),))
 
-    With ZeRO, partitions of the optimizer hold more precise weights.
+
+def _tagged_by_deepspeed(path: Path, names: set[str], source: Source) -> Located:
+    """Return what DeepSpeed wrote into the one folder that a checkpoint has for it.
+
+    That is the one in the file `latest`, or `global_step500` in a `checkpoint-500`; a folder
+    without a number that holds the latter is a run.
     """
-    ours = [name for name in names if name.endswith("_states.pt")]
-    whole = "mp_rank_00_model_states.pt"
-    return ModelFiles(path, (Member(whole),)) if ours == [whole] else None
+    latest = source.storage.read(path / "latest", _MOST_TAG_BYTES) if "latest" in names else b""
+    is_step = bool(numbers_in(stem_of(path.name)))
+    of_steps = {name for name in names if conventions.DEEPSPEED_STEP.search(name)}
+    tags = names if latest else of_steps if is_step else set()
+    folders = {tag: path / tag for tag in tags if source.storage.is_folder(path / tag)}
+    located = {
+        name: _of_deepspeed(folder, source.storage.names(folder), source)
+        for name, folder in folders.items()
+    }
+    found = {name: model for name, model in located.items() if model}
+    if len(found) != 1:
+        return None
+    [(tag, model)] = found.items()
+    is_of_step = is_step and tag in of_steps
+    is_latest = (latest or b"").strip() == tag.encode() and not numbers_in(tag)
+    if not is_of_step and not is_latest:
+        return None
+    if isinstance(model, ModelFiles):
+        return ModelFiles(path, (Member(f"{tag}/{model.members[0].name}"),))
+    return model
 
 
 def folders_with_models(path: Path, source: Source) -> list[str]:
@@ -356,7 +389,7 @@ def _models_below(path: Path, below: list[str], source: Source) -> dict[str, Mod
             continue
         inside = path / name
         names = source.storage.names(inside)
-        model = _in_folder(inside, names, source)
+        model = _in_folder(inside, names, source) or _of_deepspeed(inside, names, source)
         only = _own_names(inside, names, source) if len(weights) == 1 else None
         located = model or _distributed(inside, source) or only
         if isinstance(located, ModelFiles):

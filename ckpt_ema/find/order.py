@@ -107,6 +107,9 @@ def _recorded_keys(entries: Sequence[Entry], selection: Selection) -> _Keys | No
     recorded = _shared(entries, lambda entry: entry.recorded)
     if recorded and selection.order == "auto":
         _check_names(entries, recorded[0])
+        named = named_keys(entries)
+        if named and any(entry.is_of_deepspeed for entry in entries):
+            _check_rises(entries, *named)
     return recorded
 
 
@@ -180,6 +183,8 @@ def _check_names(entries: Sequence[Entry], unit: str) -> None:
         named = next((entry.numbers[word] for word in units if word in entry.numbers), recorded)
         if abs(named - recorded) > rounding_of(named, entry.stem):
             _, file = recorded_beside(entry.path, entry.source)
+            if entry.is_of_deepspeed and not file:
+                continue  # it counts updates, whatever its user counts in names
             where = f"{unit} {recorded} in {file or 'its header'}"
             text = f"{entry.name} records {where}; was it renamed?"
             hint = "Order by what it records (--order metadata) or by its name (--order name)."
@@ -205,7 +210,10 @@ def _check_rises(entries: Sequence[Entry], unit: str, keys: Sequence[int]) -> No
     """Refuse names in another order than the epochs in them, or than the steps in the files."""
     rows = [entry for _, entry in sorted(zip(keys, entries, strict=True), key=lambda row: row[0])]
     named = [{u: n for u, n in entry.numbers.items() if u == "epoch"} for entry in rows]
-    inside = [{} if entry.is_folder else entry.recorded_anywhere for entry in rows]
+    inside = [
+        entry.recorded_anywhere if entry.is_of_deepspeed or not entry.is_folder else {}
+        for entry in rows
+    ]
     for recorded in (named, inside):
         for (earlier, first), (later, second) in pairwise(zip(rows, recorded, strict=True)):
             what = deciding_unit(first, second)

@@ -33,6 +33,14 @@ def choose_series(found: Candidates, selection: Selection) -> dict[Entry, Verdic
     return verdicts | dict.fromkeys(steps, Verdict(Outcome.STEP, Reason.NUMBERED, "series"))
 
 
+def _beside_models(steps: Sequence[Entry], _selection: Selection) -> Verdicts:
+    """Leave out what DeepSpeed saves to resume from, beside a series of whole models."""
+    ours = [entry for entry in steps if entry.is_of_deepspeed]
+    models = {entry.template for entry in steps if entry not in ours}
+    others = [entry for entry in ours if models and entry.template not in models]
+    return dict.fromkeys(others, skipped(Reason.TRAINING_STATE))
+
+
 def _beside_files(steps: Sequence[Entry], _selection: Selection) -> Verdicts:
     """Leave out folders beside files of their names, which hold something else."""
     files = {entry.template for entry in steps if not entry.is_folder}
@@ -144,6 +152,7 @@ def _check_folders(steps: Sequence[Entry]) -> None:
 
 _Rule = Callable[[Sequence[Entry], Selection], Verdicts]
 _RULES: tuple[tuple[str, _Rule], ...] = (
+    ("deepspeed-beside-models", _beside_models),
     ("folder-beside-file", _beside_files),
     ("same-step", _same_steps),
     ("only-one", _only_ones),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt_ema.containers import dcp
+from ckpt_ema.containers import dcp, deepspeed
 from ckpt_ema.containers.checksums import Checksum, checksums, meet
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
@@ -51,6 +51,7 @@ class CheckpointTarget:
 
     def lay_out(self, model: Model) -> tuple[OutputFile, ...]:
         """See `Target.lay_out`; raises for tensors that share bytes or are stored with gaps."""
+        self._check_container()
         tensors = _placed(model)
         archives = self._archives(model.specs)
         root = _root_of(self.newest, self.storage)
@@ -77,6 +78,16 @@ class CheckpointTarget:
     def finish(self, _files: Sequence[OutputFile], _members: Sequence[str]) -> tuple[Finish, ...]:
         """See `Target.finish`; the trainer's own file that names the step, where it has one."""
         return ((self._tracker, f"{self.newest.step}".encode()),) if self._tracker else ()
+
+    def _check_container(self) -> None:
+        """Raise for weights that a checkpoint has twice, of which only one copy is read."""
+        if any(deepspeed.claims(member.name) for member in self.newest.model.members):
+            message = (
+                f"{self.newest.path} has each weight twice, in DeepSpeed's optimizer files and"
+            )
+            message = f"{message} rounded in the model's, and cannot be written back yet."
+            path = self.newest.path
+            raise RefusedError(message, _INSTEAD, code=Code.UNSUPPORTED_FORMAT, path=path)
 
     @property
     def _tracker(self) -> str:

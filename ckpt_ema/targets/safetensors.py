@@ -145,7 +145,7 @@ def _output_name(name: str, prefix: str = "") -> str:
     folder, base = _split(name)
     if is_safetensors(base):
         return os.path.join(folder, base)
-    if base.endswith((".distcp", conventions.DCP_METADATA)):
+    if base.endswith((".distcp", conventions.DCP_METADATA, "_states.pt")):
         return "model.safetensors"  # the folder of the data files is no model's folder
     stem = conventions.WEIGHTS_EXTENSION.sub("", conventions.OTHER_EXTENSION.sub("", base))
     shard = SHARD_NUMBER.search(stem)

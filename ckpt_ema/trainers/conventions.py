@@ -100,6 +100,7 @@ MEGATRON_FOLDER = re.compile(r"^iter_\d{7}$")
 # What Lightning and Fabric write last into theirs, and what Lightning calls those.
 SHARDED_STATE = "meta.pt"
 LIGHTNING_FOLDER = re.compile(r"=\d.*\.ckpt$")
+DEEPSPEED_STEP = _any_case(r"^global_step\d+$")  # a folder that DeepSpeed names itself
 
 CONTAINERS = _gathered(trainer.containers for trainer in TRAINERS)
 PRETRAINED_FOLDER = "huggingface"

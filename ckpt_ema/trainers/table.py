@@ -101,6 +101,8 @@ _CONVERT_MEGATRON = (
 )
 _OUT_OF_SCOPE = "Export it to safetensors or a state dict of PyTorch first."
 
+_IN_THE_TRAINER = "Load each step in the trainer, and save the model's state_dict() there."
+
 TRAINERS = (
     Trainer(
         name="transformers Trainer, Unsloth, LLaMA-Factory, ms-swift, axolotl",
@@ -246,32 +248,48 @@ TRAINERS = (
     ),
     Trainer(
         name="DeepSpeed",
-        tier="R",
-        entry="global_step100/",
-        weights="zero_pp_rank_*; without ZeRO, mp_rank_00_model_states.pt is read: module",
-        stays=("latest", r"zero_to_fp32\.py", r"global_step\d+"),
+        entry="global_step100/, checkpoint-500/global_step500/",
+        weights="ZeRO-1, 2, 3: float32 of all zero_pp_rank_*_optim_states.pt;"
+        " without ZeRO mp_rank_00_model_states.pt: module",
+        stays=("latest", r"zero_to_(fp32|torch)\.py", r"global_step\d+"),
         masters=(
             Masters(
                 r"_optim_states\.pt$|(single_partition_of_)?fp32_(flat_)?groups",
                 "load_checkpoint(..., load_module_only=True)",
             ),
         ),
+    ),
+    Trainer(
+        name="DeepSpeed, model parallel",
+        tier="R",
+        entry="global_step100/",
+        weights="layer_01-model_states.pt, mp_rank_01_*, *expert_0_*, zero/ of a universal one",
         refusals=(
             *_refused(
                 r"(^|/)layer_\d+-model_states\.pt$",
                 "a checkpoint of DeepSpeed's pipelines, with each layer in a file of its own",
-                "Load each step in the trainer, and save the model's state_dict() there.",
+                _IN_THE_TRAINER,
             ),
             *_refused(
-                r"zero_pp_rank_\d+|^global_step\d+/.*_optim_states\.pt$",
-                "a DeepSpeed checkpoint, with the weights in partitions",
-                "Gather each step first: `python zero_to_fp32.py RUN OUT -t global_stepN`.",
+                r"(^|/)(layer_\d+_)?expert_\d+_mp_rank_|(^|/)expp_rank_\d+",
+                "of DeepSpeed, a mixture of experts, with each expert in a file of its own",
+                _IN_THE_TRAINER,
             ),
             *_refused(
-                r"mp_rank_\d+(_\d+)?_model_states|^global_step\d+/.*_states\.pt$",
-                "of DeepSpeed, with the weights in files of ranks",
-                "Pass the folder if it has one rank's file; else load each step in the trainer, and"
-                " save the model's state_dict() there.",
+                r"(^|_|/)mp_rank_(?!00_)\d+_(model|optim)_states\.pt$",
+                "a DeepSpeed checkpoint of several model-parallel ranks, of which each file holds a"
+                " part",
+                _IN_THE_TRAINER,
+            ),
+            *_refused(
+                r"^zero/$|(^|/)zero/optimizer_state\.pt$",
+                "a universal checkpoint of DeepSpeed, with each weight in a folder of its own",
+                "Average the checkpoints from which ds_to_universal.py made them.",
+            ),
+            *_refused(
+                r"^(\w+_)?mp_rank_00_(model|optim)_states\.pt$",
+                "one file of a DeepSpeed checkpoint",
+                "Pass the folder that holds it.",
             ),
         ),
     ),

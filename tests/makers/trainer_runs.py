@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+from tests.makers import deepspeed_folders
 from tests.makers.safetensors_files import write_safetensors, write_shards
 from tests.makers.trainer_values import Row, build, importable
 
@@ -269,6 +270,12 @@ def _dcp(path: Path, value: Mapping[str, Any]) -> None:
         state_dict_saver.save(dict(value), checkpoint_id=path.parent, no_dist=True)
 
 
+def _zero(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a checkpoint of DeepSpeed into the folder of its model's file."""
+    options = {key: one for key, one in value.items() if key != "model"}
+    deepspeed_folders.save(path.parent, value["model"], **options)
+
+
 def _pickle(path: Path, value: Any) -> None:
     with importable():
         path.write_bytes(pickle.dumps(value))
@@ -316,6 +323,7 @@ WRITERS: dict[str, Callable[[Path, Any], object]] = {
     "safetensors": _safetensors,
     "index": _index,
     "dcp": _dcp,
+    "zero": _zero,
     "pickle": _pickle,
     "archive": _archive,
     "link": lambda path, value: path.symlink_to(value),
