@@ -150,6 +150,25 @@ def average_of(run: Path, **options: Any) -> dict[str, torch.Tensor]:
     return read_safetensors(result.output / "model.safetensors")
 
 
+def test_an_average_is_written_back_into_the_parts(tmp_path: Path) -> None:
+    """Where each rank has a part; a copy on another rank would keep its values."""
+    run = tmp_path / "ranks"
+    names = ("rows", "columns", "inner", "half", "count")
+    for step in STEPS:
+        split = {name: state(step)[name] for name in names}
+        save(run / f"global_step_{step}/actor", split, FLAT, (3,))
+    options: dict[str, Any] = {"decay": 0.9, "device": "cpu", "tile_size": 20}
+    expected = average_of(run, output=tmp_path / "whole", **options)
+    options["save_as"] = "checkpoint"
+    output = ckpt_ema.average(run, output=tmp_path / "out", **options).output
+    check(output / "actor", {name: expected[name] for name in names})
+    for step in STEPS:
+        save(run / f"global_step_{step}/actor", state(step), FLAT, (3,))
+    with pytest.raises(RefusedError, match="has no part of its own in some of the 3 files") as one:
+        ckpt_ema.plan(run, output=tmp_path / "other", **options)
+    assert one.value.tensor in ("few", "scalar", "copies", "plain")
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy"])
 def test_a_model_beside_other_things_is_found(tmp_path: Path, form: str) -> None:
     root = {"optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}, "step": 7}

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt_ema.containers import dcp, deepspeed
+from ckpt_ema.containers import dcp, deepspeed, rank_files
 from ckpt_ema.containers.checksums import Checksum, checksums, meet
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
@@ -53,6 +53,7 @@ class CheckpointTarget:
         """See `Target.lay_out`; raises for tensors that share bytes or are stored with gaps."""
         self._check_container()
         tensors = _placed(model)
+        self._check_ranks(model.specs, tensors)
         archives = self._archives(model.specs)
         root = _root_of(self.newest, self.storage)
         top = root.name if self._tracker else ""  # a tracker leads to a folder beside it
@@ -88,6 +89,24 @@ class CheckpointTarget:
             message = f"{message} rounded in the model's, and cannot be written back yet."
             path = self.newest.path
             raise RefusedError(message, _INSTEAD, code=Code.UNSUPPORTED_FORMAT, path=path)
+
+    def _check_ranks(self, specs: Specs, tensors: Mapping[int, Sequence[OutputTensor]]) -> None:
+        """Refuse files of ranks where a rank may have a copy of a tensor, which is not read."""
+        for member in filter(lambda one: rank_files.claims(one.name), self.newest.model.members):
+            same = rank_files.split_by_rank(member.name)[:2]
+            names = [rank_files.split_by_rank(file.name)[:2] for file in specs.files]
+            ranks = {number for number, name in enumerate(names) if name == same}
+            holders: dict[str, set[int]] = {}
+            for number in ranks:
+                for one in tensors.get(number, ()):
+                    if one.averaged:
+                        holders.setdefault(one.key, set()).add(number)
+            for key, numbers in holders.items():
+                if numbers != ranks:
+                    message = f"Tensor {key} has no part of its own in some of the {len(ranks)}"
+                    message = f"{message} files of ranks, which may hold a copy that would stay."
+                    code = Code.UNSUPPORTED_FORMAT
+                    raise RefusedError(message, _INSTEAD, code=code, tensor=key)
 
     @property
     def _tracker(self) -> str:
