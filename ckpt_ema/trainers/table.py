@@ -101,7 +101,7 @@ _CONVERT_MEGATRON = (
 )
 _OUT_OF_SCOPE = "Export it to safetensors or a state dict of PyTorch first."
 
-_IN_THE_TRAINER = "Load each step in the trainer, and save the model's state_dict() there."
+_BY_ITS_TOOLS = "Convert each step to one state dict with the tools of its trainer first."
 
 TRAINERS = (
     Trainer(
@@ -268,18 +268,18 @@ TRAINERS = (
             *_refused(
                 r"(^|/)layer_\d+-model_states\.pt$",
                 "a checkpoint of DeepSpeed's pipelines, with each layer in a file of its own",
-                _IN_THE_TRAINER,
+                _BY_ITS_TOOLS,
             ),
             *_refused(
                 r"(^|/)(layer_\d+_)?expert_\d+_mp_rank_|(^|/)expp_rank_\d+",
                 "of DeepSpeed, a mixture of experts, with each expert in a file of its own",
-                _IN_THE_TRAINER,
+                _BY_ITS_TOOLS,
             ),
             *_refused(
                 r"(^|_|/)mp_rank_(?!00_)\d+_(model|optim)_states\.pt$",
                 "a DeepSpeed checkpoint of several model-parallel ranks, of which each file holds a"
                 " part",
-                _IN_THE_TRAINER,
+                _BY_ITS_TOOLS,
             ),
             *_refused(
                 r"^zero/$|(^|/)zero/optimizer_state\.pt$",
