@@ -41,16 +41,17 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if MISSING and _imports_missing(collection_path) else None
 
 
-def _imports_missing(path: Path) -> bool:
+def _imports_missing(path: Path, seen: frozenset[Path] = frozenset()) -> bool:
     """Return whether a module imports what is missing, itself or through another of the tests."""
-    if path.suffix != ".py":
+    if path.suffix != ".py" or path in seen:
         return False
     imported = set(_imported(path))
     if any(name.partition(".")[0] in MISSING for name in imported):
         return True
     ours = [ROOT / name.replace(".", "/") for name in imported if name.startswith("tests.")]
     files = [file for home in ours for file in (home.with_suffix(".py"), home / "__init__.py")]
-    return any(_imports_missing(file) for file in files if file.is_file())
+    seen |= {path}
+    return any(_imports_missing(file, seen) for file in files if file.is_file())
 
 
 def _imported(path: Path) -> Iterator[str]:
