@@ -313,11 +313,11 @@ def describe(workdir: Path, repeat: int, packages: Iterable[str]) -> Iterator[st
         f"{memory_bytes / 1024**3:.0f} GiB, load {os.getloadavg()[0]:.1f} at the start"
     )
     yield f"- versions: Linux {platform.release()}, Python {platform.python_version()}, {versions}"
-    places = [
-        f"{place} {printed_by('df', '--output=fstype', str(place)).split()[-1]}"
-        for place in (workdir, Path("/dev/shm"))
+    kinds = [
+        f"{what} on {printed_by('df', '--output=fstype', place).split()[-1]}"
+        for what, place in (("runs", str(workdir)), ("outputs in memory", "/dev/shm"))
     ]
-    yield f"- file systems: {', '.join(places)}"
+    yield f"- file systems: {', '.join(kinds)}"
     floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     yield f"- peak MiB: resident memory of the whole process; below {floor:.0f} it cannot be seen"
     yield f"- medians of {repeat} rounds (peak memory: the largest), after one that is not counted"
