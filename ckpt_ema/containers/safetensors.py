@@ -46,7 +46,7 @@ def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Spec
     with storage.open(path) as file:
         size_bytes = file.identity.size_bytes
         raw = _header_bytes(file)
-        digest = _digest(raw)
+        digest = hashlib.sha256(raw).hexdigest()
         spec = FileSpec(path, *file.identity, digest)
         hole = file.first_hole()
     content = _known.get((digest, size_bytes))
@@ -64,13 +64,6 @@ _Content = tuple[Mapping[str, TensorSpec], Mapping[str, str]]  # tensors and met
 # By digest of the header and size of the file: most checkpoints of a run have the same headers.
 _known: dict[tuple[str, int], _Content] = {}
 _MOST_KNOWN = 4096  # more shards than a checkpoint has, so that the next one finds its own
-_latest: list[tuple[bytes, str]] = []  # the last header, which is compared faster than digested
-
-
-def _digest(raw: bytes) -> str:
-    if not _latest or _latest[0][0] != raw:
-        _latest[:] = [(raw, hashlib.sha256(raw).hexdigest())]
-    return _latest[0][1]
 
 
 def _content(path: str, raw: bytes, size_bytes: int) -> _Content:
