@@ -24,8 +24,8 @@ def needs_torch(device: str) -> bool:
 
 
 def _may_have_accelerator() -> bool:
-    if sys.modules.get("torch"):  # it knows better, and costs nothing more
-        return True
+    if torch := sys.modules.get("torch"):  # it knows better, and costs nothing more
+        return torch.accelerator.current_accelerator(check_available=True) is not None
     is_apple = (platform.system(), platform.machine()) == ("Darwin", "arm64")
     is_sure = is_apple or any(map(glob, _DEVICES))
     if not is_sure and not glob(_INTEL):
