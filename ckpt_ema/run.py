@@ -319,7 +319,7 @@ def _on_device(plan: Plan, place: int) -> tuple[Plan, str]:
     if is_exact and compiled() and not needs_torch(plan.engine.device):
         return plan, CPU
     try:
-        with uncollected():  # torch makes much when it is imported, and no garbage
+        with uncollected():  # importing torch allocates much and frees little
             from ckpt_ema.fold import devices  # and with it torch, which is needed only now
     except (ImportError, OSError) as error:
         message = f"torch cannot be imported: {error}."

@@ -125,7 +125,7 @@ def _options(
     """Average the checkpoints of a training run into one model, in the format of the run."""
     if verbose and not version:
         raise typer.BadParameter("--verbose goes with --version.")
-    gc.disable()  # a plan is large and without cycles, and so are the modules; the fold collects
+    gc.disable()  # modules and plans are large and have no cycles; the fold turns it on again
     if version:
         typer.echo(f"ckpt-ema {__version__}")
         if verbose:

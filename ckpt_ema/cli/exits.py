@@ -135,7 +135,7 @@ def print_result(result: "Result", *, quiet: bool, as_json: bool) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once: the interpreter would first take torch's objects apart."""
+    """Exit at once; a regular exit would spend a third of a second tearing torch down."""
     ignore_signals()
     with contextlib.suppress(OSError):
         if sys.stderr:

@@ -1,7 +1,7 @@
-"""Commands that get the values of options as texts, without a conversion by Typer.
+"""Commands that take option values as text, without conversion by Typer.
 
-Typer imports pydantic to make a text of a text, which takes longer than planning a small run. The
-table of options parses the texts anyway.
+Typer imports pydantic even to convert text to text, which takes longer than planning a small run.
+The table of options parses the text anyway.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ _Process = Callable[[Any, Any], Any]  # takes the context and a value, returns t
 
 
 class _TakesTexts:
-    """Leaves the conversion to Typer only where a value is no text."""
+    """Lets Typer convert only values that are not text."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters."""
@@ -34,7 +34,7 @@ class TextGroup(_TakesTexts, TyperGroup):
 
 
 def _processed(param: Any, process: _Process, ctx: Any, value: Any) -> Any:
-    """Return the value of a parameter, by `process`, which is Typer's way, if it is no text."""
+    """Return the value of a parameter; Typer's own `process` converts what is not text."""
     is_flag = getattr(param, "is_flag", False)  # whose text is from an environment variable
     is_text = isinstance(value, str) and not is_flag
     are_texts = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)

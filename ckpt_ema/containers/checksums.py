@@ -1,4 +1,4 @@
-"""Where a zip archive keeps the checksums of its records, for those whose bytes will change.
+"""Finds where a zip archive keeps the checksums of records whose bytes will change.
 
 `torch.load` ignores a wrong checksum, other readers of zip files report it.
 """
@@ -28,7 +28,7 @@ class Checksum(NamedTuple):
 
 
 def meet(ranges: Sequence[Range], start: int, stop: int) -> bool:
-    """Return whether one of some ranges, in order and without overlaps, has bytes of another.
+    """Return whether any of some ranges, sorted and disjoint, overlaps another one.
 
     >>> meet([(0, 8), (16, 24)], 8, 16), meet([(0, 8), (16, 24)], 8, 17)
     (False, True)

@@ -1,4 +1,4 @@
-"""Chunks of a tensor that several files hold: whether they cover it, and the tensor of them."""
+"""Joins chunks of a tensor from several files, and checks that they cover it."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -61,13 +61,13 @@ def model_file(names: set[str]) -> str | None:
 
 
 def is_one_of(name: str) -> bool:
-    """Return whether a name is that of a file which is read here with its folder."""
+    """Return whether a file of this name is read together with its folder."""
     is_of_rank = _MODEL_OF_RANK.search(name) or _OPTIMIZER_OF_RANK.search(name)
     return name == WHOLE or bool(is_of_rank)
 
 
 def recorded(path: str, storage: Storage) -> Mapping[str, int]:
-    """Return the "step" that the model's file records, which is cheaper than to read all files."""
+    """Return the "step" recorded in the model's file, without reading the others."""
     folder, name = os.path.split(path)
     with _Folder(folder, storage).opened(name) as opened:
         return _recorded(opened.structure.root)
@@ -127,7 +127,7 @@ class _Folder:
         with self.storage.open(path) as file:
             structure = torch_file.read_structure(path, file)
             if not isinstance(structure.root, dict):
-                raise refused(path, "holds no dict, as every file of DeepSpeed does")
+                raise refused(path, "does not hold a dict, as every DeepSpeed file does")
             yield _Opened(structure, file, len(self.files))
             self.files.append(FileSpec(path, *file.identity, structure.digest))
             if (hole := file.first_hole()) is not None:
@@ -287,7 +287,7 @@ def _partition(opened: _Opened) -> Partition:
     paddings = state.get("param_alignment_paddings") or []
     are_lists = isinstance(paddings, list) and all(isinstance(one, list) for one in paddings)
     if not are_lists or not all(pickles.is_size(one) for padded in paddings for one in padded):
-        raise refused(structure.path, "has paddings that are no numbers of elements")
+        raise refused(structure.path, "has paddings that are not element counts")
     return Partition(
         structure.path,
         whole is None,
@@ -302,7 +302,7 @@ def _partition(opened: _Opened) -> Partition:
 def _flat(structure: Structure, group: int, flat: Any) -> TensorSpec:
     """Return where one rank's part of a group of weights is."""
     if not isinstance(flat, pickles.PickledTensor):
-        raise refused(structure.path, "holds a group of weights that is no tensor")
+        raise refused(structure.path, "holds a group of weights that is not a tensor")
     spec = torch_file.place(structure, f"of group {group}", flat)
     if len(spec.shape) != 1 or spec.pieces or spec.dtype not in FOLDED:
         raise refused(structure.path, "holds a group of weights that is not flat")
@@ -333,7 +333,7 @@ def _shapes(structure: Structure, key: str = "param_shapes") -> list[Shapes]:
             sizes = shape if isinstance(shape, tuple) else (None,)
             is_shape = len(sizes) <= pickles.MAX_DIMENSIONS and all(map(pickles.is_size, sizes))
             if not isinstance(name, str) or not is_shape:
-                raise refused(structure.path, f"has {key} that are no shapes by name")
+                raise refused(structure.path, f"has {key} that do not map names to shapes")
     return groups
 
 

@@ -269,7 +269,7 @@ def _is_opennmt(root: Mapping[str, Any], raw: _Found) -> bool:
 def _only(path: str, found: _Found) -> str:
     """Return the place of the only model among dicts of tensors; raises if there are several.
 
-    Lists, lone tensors at the top, and what belongs to a loss are no second model beside a dict
+    Lists, lone tensors at the top, and what belongs to a loss are not a second model beside a dict
     that trainers call the model.
     """
     dicts = [place for place, one in found.items() if isinstance(one, dict)]

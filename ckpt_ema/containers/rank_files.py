@@ -157,7 +157,7 @@ def _split_dim(placement: Any, count: int, refuse: _Refuse) -> int | None:
     if name == "Replicate":
         return None
     if name != "Shard":
-        why = f"has the placement {name}, so that its parts are no slices of it"
+        why = f"has the placement {name}, so its parts are not slices of it"
         raise refuse(why, _WHOLE, code=Code.UNREADABLE_TENSOR)
     if not pickles.is_size(dim) or dim >= count:
         raise refuse("is split along a dimension that it does not have")

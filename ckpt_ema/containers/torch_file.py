@@ -220,7 +220,9 @@ def _read_zip(path: str, region: Region) -> Structure:
     def record(name: str) -> bytes:
         info = records[prefix + name]
         if info.file_size > _MAX_PICKLE_BYTES:
-            raise refused(path, f"has a {name} of {info.file_size} bytes, which is no structure")
+            raise refused(
+                path, f"has a {name} of {info.file_size} bytes, too large for a structure"
+            )
         return region.file.read(info.file_size, data_start(path, region, info))
 
     if prefix + "byteorder" in records and record("byteorder") != b"little":

@@ -1,4 +1,4 @@
-"""Weights in the partitions of ZeRO: flat runs of elements, one a rank, as pieces of files."""
+"""Turns ZeRO's partitions, a flat run of elements on each rank, into pieces of tensors."""
 
 import math
 import os

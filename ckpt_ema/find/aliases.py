@@ -125,7 +125,7 @@ def _unreadable(entry: Entry, error: RefusedError, run: _Run) -> Verdict:
     return Verdict(Outcome.REFUSED, Reason.UNREADABLE, "unreadable", detail)
 
 
-# Of files that are no torch files, or hold other things than a model.
+# Files that are not torch files, or do not hold a model.
 _NO_WEIGHTS = (Code.NO_MODEL, Code.WRONG_FORMAT, Code.UNSAFE, Code.NOT_A_CHECKPOINT)
 
 

@@ -199,7 +199,7 @@ def _own_output(entry: Entry, folder: _Folder) -> Verdict | None:
 
 
 def _by_name(reason: Reason, pattern: Pattern[str]) -> Callable[[Entry, _Folder], Verdict | None]:
-    """Return a rule that names matching a pattern are no steps; --pattern overrides it."""
+    """Return a rule that names matching a pattern are not steps; --pattern overrides it."""
 
     def rule(entry: Entry, folder: _Folder) -> Verdict | None:
         if folder.selection.pattern or not _matches(entry, pattern):
@@ -269,6 +269,6 @@ def _matches(entry: Entry, pattern: Pattern[str]) -> bool:
 
 
 def _not_a_step(entry: Entry, reason: Reason) -> Verdict:
-    """Return the verdict that an entry is no step, reported if it looks like one."""
+    """Return the verdict that an entry is not a step, reported if it looks like one."""
     is_told = entry.numbers or not entry.is_folder or entry.model
     return skipped(reason) if is_told else other(reason)

@@ -1,6 +1,6 @@
 """Whether checkpoints are of one run: the log of an earlier one begins that of a later one.
 
-Trainers copy the whole log into every checkpoint. File times are no proof: copying changes them.
+Trainers copy the whole log into every checkpoint. File times prove nothing: copying changes them.
 """
 
 from collections.abc import Callable, Mapping, Sequence

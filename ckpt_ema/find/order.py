@@ -245,7 +245,7 @@ def deciding_unit(one: Mapping[str, int], other: Mapping[str, int]) -> str | Non
 
 def _varying_slot(entries: Sequence[Entry]) -> list[int] | None:
     """Return the one number that differs from name to name, where names give no unit."""
-    # Without the suffix of a name that was taken, which is no step.
+    # Without the suffix of a name that was taken, which is not a step.
     slots = [slots_in(entry.stem) for entry in entries]
     if len(entries) == 1:
         return [slots[0][-1]] if slots[0] else None

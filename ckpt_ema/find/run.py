@@ -162,7 +162,7 @@ def _alone(candidates: Candidates, selection: Selection, source: Source) -> Foun
     if not numbered:
         _check_selected(candidates, selection)
     is_run = candidates.unsupported or candidates.skipped(Reason.NO_MODEL)
-    # A model deeper than a checkpoint's own folders, or beside unreadable steps, is no step.
+    # A model deeper than a checkpoint's own folders, or beside unreadable steps, is not a step.
     own = None if is_run and not numbers_in(run.name) else locate(run, source, depth=1)
     if isinstance(own, ModelFiles) and own.path not in {e.model.path for e in numbered if e.model}:
         unit, step = step_in_name(Entry(run, source))

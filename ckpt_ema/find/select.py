@@ -121,7 +121,7 @@ def _best(
     """Return the best checkpoints for each value of --best; ties go to the later checkpoint."""
     if selection.best is None or selection.metric is None:
         return [(None, list(checkpoints))]
-    # A checkpoint that is left out may have logged the metrics of one that is chosen.
+    # The metrics of a chosen checkpoint may be in the log of one that was left out.
     run = [*(one.path for one in found.left_out), *(one.path for one in found.checkpoints)]
     # Before the direction is asked for: the name may be a slip.
     logged = _logs(run, log_of)

@@ -90,7 +90,7 @@ def alias(reason: Reason, detail: str = "") -> Verdict:
 
 
 def other(reason: Reason = Reason.NOT_A_CHECKPOINT) -> Verdict:
-    """Return the verdict that an entry is no checkpoint, which is not reported."""
+    """Return the verdict that an entry is not a checkpoint, which is not reported."""
     return Verdict(Outcome.OTHER, reason)
 
 

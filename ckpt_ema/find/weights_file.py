@@ -61,7 +61,7 @@ def _is_own_name(name: str) -> bool:
 
 
 def holds_weights(model: ModelFiles, source: Source) -> bool:
-    """Return whether a file holds tensors that can be averaged, and is no training state.
+    """Return whether a file holds tensors that can be averaged, and is not training state.
 
     It is True of what cannot be read as it is and is refused when it is read with its checkpoint.
     """

@@ -74,7 +74,7 @@ class CompiledFold:
         if len(self._calls_of(tile._replace(length=most))) > 1:
             most = min(most, kernel.block)  # between calls, the shadow of one block is kept
         while most > 1 and self._most_files(tile._replace(length=most)) > kernel.most_files:
-            most //= 2  # which has fewer pieces of a tensor that lies in many files
+            most //= 2  # fewer elements lie in fewer files
         return most
 
     def _most_files(self, tile: Tile) -> int:
@@ -168,7 +168,7 @@ class _Call:
 
 
 def _calls(kernel: Kernel, tile: Tile) -> Iterator[_Call]:
-    """Yield the calls for a tile, each with no more files than may be open, or one checkpoint."""
+    """Yield the calls for a tile; each reads as many checkpoints as open files allow, or one."""
     span, layout_of = tile.span, kernel.plan.work.layout_of
     sources = [_without_far_pieces(span.sources[layout], tile) for layout in layout_of]
     first, files = 0, dict[File, int]()

@@ -76,7 +76,7 @@ class _Job:
         return TorchTiles(self.plan, self.reader, self.sink, self.stop, device)
 
     def next_tile(self) -> Tile | None:
-        """Take a tile; None where there are no more, or none is wanted."""
+        """Return the next tile; None if there are no more, or the work was stopped."""
         with self.lock:
             return None if self.stop[0] else next(self._tiles, None)
 

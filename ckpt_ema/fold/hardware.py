@@ -1,4 +1,4 @@
-"""What this machine has, accelerators and memory, without importing torch for it."""
+"""Looks for accelerators and for memory, without importing torch."""
 
 import mmap
 import platform
@@ -13,11 +13,11 @@ _DEVICES = (
     *("/dev/nvidia[0-9]*", "/dev/dxg"),  # CUDA, and inside of Windows
     *("/dev/kfd", "/dev/davinci[0-9]*", "/dev/hl[0-9]*", "/dev/accel/accel*"),
 )
-_INTEL = "/dev/dri/renderD*"  # which most machines have; for torch's xpu build alone
+_INTEL = "/dev/dri/renderD*"  # most machines have it; only torch's xpu build uses it
 
 
 def needs_torch(device: str) -> bool:
-    """Return whether torch must say what a --device is; it does not for the CPU."""
+    """Return whether torch is needed to resolve a --device, as it is not for the CPU."""
     if device.partition(":")[0] == CPU:
         return False
     return device != "auto" or _may_have_accelerator()

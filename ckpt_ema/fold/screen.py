@@ -1,4 +1,4 @@
-"""Screening by torch: a few cheap looks at each tensor, so that monitors look closer at few.
+"""Screens tensors with torch, cheaply, so that monitors need a closer look at only a few.
 
 `native/fold.c` does the same where it folds.
 """

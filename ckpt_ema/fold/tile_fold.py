@@ -16,10 +16,10 @@ class Use(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """What became of a tile, apart from the averages, which have been written."""
+    """The result of folding a tile; the averages themselves have been written."""
 
     seen: Seen
-    # The first element of an average that is not finite, unless it is so in each checkpoint alike.
+    # Average -> its first element that is not finite, except infinities in every checkpoint.
     problems: Mapping[int, int]
 
 

@@ -1,7 +1,7 @@
 """What monitors get of a tile: what screening found in it, and a closer look at any part.
 
-Screening looks at every tensor while it is folded, at little cost: it clears nearly all of them,
-and says of the others why they might be no weights. It never clears one that is not.
+Screening looks at every tensor while it is folded, at little cost. It clears nearly all of them
+and flags the others with the reason; a tensor that may not be a weight is never cleared.
 """
 
 import math
@@ -50,7 +50,7 @@ class Description(NamedTuple):
     """What some elements have in common."""
 
     squares: float  # their sum
-    low: float  # of those that are no NaN
+    low: float  # NaN ignored
     high: float
     others: int  # elements that are neither `low` nor `high`
     nans: int
@@ -116,7 +116,7 @@ class TileView(NamedTuple):
 
 
 def describe(content: Content) -> Description:
-    """Describe elements; all of them, in float64."""
+    """Describe elements, in float64."""
     if module := compiled():
         code = DTYPES.index(content.dtype)
         return Description(*module.describe(content.data, code, content.elements))

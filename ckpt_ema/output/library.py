@@ -1,4 +1,4 @@
-"""Asking the safetensors library, which shares no code with us, whether it accepts a file."""
+"""Checks a file with the safetensors library, which shares no code with us."""
 
 import os
 import sys

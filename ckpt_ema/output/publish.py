@@ -216,7 +216,7 @@ class StagedOutput(Workspace):
             if not self.is_single_file:
                 for folder, _, _ in os.walk(self.output):
                     self.sync_folder(folder)
-        self._syncer.wait()  # last: a sync under way may be the one that is told of an error
+        self._syncer.wait()  # Linux reports a write error once, perhaps to the sync under way
 
     def publish(self) -> None:
         """Give the output its final name, replacing what may be replaced there."""
@@ -283,7 +283,7 @@ def _link_or_rename(staging: Path, final: Path) -> None:
 def _reserving(folder: Path, needed_bytes: int) -> Callable[[int, int], None]:
     """Return what gives a file its size, so that a full disk fails before the work is done.
 
-    In memory, allocating takes as long as writing, and is left to the threads that write.
+    On a tmpfs, allocating takes as long as writing, so the threads that write do it.
     """
     if not _is_in_memory(folder):
         return _allocate

@@ -1,6 +1,6 @@
 """Syncing model files while they are written, so that the sync at the end has little left to do.
 
-What makes a sync slow is the disk's own flush, even of bytes that the kernel has written already.
+The disk's own flush makes a sync slow, even if the kernel has written the data back already.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ SYNCED_BYTES = 32 << 20  # at a time; 16 MiB to 64 MiB make no difference
 
 
 class Syncer:
-    """A thread, if enough is written for it, that syncs files; for many threads."""
+    """Syncs files in the background once enough has been written; threads may share it."""
 
     def __init__(self, sync: Callable[[int], None]) -> None:
         """Sync files by `sync`, which takes the number of one."""

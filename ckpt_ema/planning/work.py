@@ -151,9 +151,9 @@ def _filled(file: OutputFile) -> Iterable[tuple[OutputTensor, TensorSpec | None]
 
 
 def _firsts(one: _LaidOut) -> Iterator[str]:
-    """Yield the keys of the tensors that do not go on where the one before ends, everywhere.
+    """Yield the keys of tensors that somewhere do not start where the previous one ends.
 
-    Pieces, and tensors that share their bytes, go on nowhere.
+    Tensors in pieces, and those that share their bytes, always start anew.
     """
     roles = [tensor.role for tensor in one.tensors]
     jumps = {0, *_changes(roles), *_changes(one.files), *_jumps(one.tensors, roles)}
@@ -172,9 +172,9 @@ def _firsts(one: _LaidOut) -> Iterator[str]:
 def _jumps(
     column: Sequence[OutputTensor] | Sequence[TensorSpec], roles: Sequence[Role]
 ) -> Iterator[int]:
-    """Yield the numbers of those that begin elsewhere than where the one before ends.
+    """Yield the indexes of items that do not start where the previous one ends.
 
-    So do numbers of another dtype, which are folded in another way.
+    Averaged items of another dtype than the previous one count too: they are folded differently.
     """
     dtypes, offsets = [one.dtype for one in column], [one.offset for one in column]
     kinds = [*zip(dtypes, (one.shape for one in column), strict=True)]
@@ -188,7 +188,7 @@ def _jumps(
 
 
 def _changes(values: Sequence[object]) -> Iterator[int]:
-    """Yield the numbers of those that differ from the one before."""
+    """Yield the indexes of values that differ from the previous one."""
     return compress(count(1), map(ne, values, values[1:]))
 
 

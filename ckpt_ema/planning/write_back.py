@@ -1,4 +1,4 @@
-"""What is copied with an average that is written back as a checkpoint, and what to warn of."""
+"""Adds the files that are copied when an average is written back as a checkpoint."""
 
 import os
 import re
@@ -22,7 +22,7 @@ from ckpt_ema.trainers.table import Masters
 def with_copied_files(
     compared: Compared, averages: Sequence[Weighted], storage: Storage
 ) -> Compared:
-    """Add to each checkpoint at which an average ends the files that only are copied.
+    """Add the files to copy to each checkpoint that an average is written back into.
 
     Warns of weights that are copied with the average and that a trainer may prefer to it.
     """
@@ -71,7 +71,7 @@ def _masters(checkpoint: Checkpoint, specs: Specs, storage: Storage) -> Iterator
 
 
 def _structure(path: str, storage: Storage) -> bytes:
-    """Return the names in a file that torch wrote, unparsed; nothing for any other file."""
+    """Return the pickled structure of a torch file, unparsed; nothing for any other file."""
     with suppress(CkptEmaError):  # of what is only copied, nothing has to be readable
         is_metadata = dcp.claims(os.path.basename(path))
         return (storage.read(path) if is_metadata else torch_file.structure(path, storage)) or b""

@@ -140,7 +140,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _width(text: str) -> int:
-    """Return the columns that a text takes; Chinese characters and their like take two."""
+    """Return the display width of a text; East Asian wide characters count twice."""
     if text.isascii():
         return len(text)
     from unicodedata import east_asian_width

@@ -37,7 +37,7 @@ _INSTEAD = "Write the average with --save-as safetensors."
 class CheckpointTarget:
     """A `Target` that copies the newest checkpoint and replaces the tensors that are averaged.
 
-    Of a checkpoint that is a folder, the output has all files; of one that is a file, the file.
+    A folder is copied with all its files, a single file by itself.
     """
 
     path: Path
@@ -159,7 +159,7 @@ def _root_of(checkpoint: Checkpoint, storage: Storage) -> Path:
 
 
 def with_all_files(checkpoint: Checkpoint, specs: Specs, storage: Storage) -> Specs:
-    """Return the specs of a checkpoint with every other file in its folder; one of a file as is."""
+    """Add every other file in a checkpoint's folder to its specs; a single file has none."""
     if not storage.is_folder(checkpoint.path):
         return specs
     root, model = _root_of(checkpoint, storage), checkpoint.model

@@ -151,7 +151,7 @@ def _chosen(config_from: Path, averaged: Collection[str], storage: Storage) -> _
 def _pipeline(pipeline: Path, averaged: Collection[str], storage: Storage) -> _Files | None:
     """Return what a pipeline of diffusers lists, weights included, but for what is averaged.
 
-    None if the folder is no pipeline.
+    None if the folder is not a pipeline.
     """
     path = pipeline / conventions.PIPELINE_LIST
     if storage.kind(path) is not Kind.FILE:

@@ -146,7 +146,7 @@ def _output_name(name: str, prefix: str = "") -> str:
     if is_safetensors(base):
         return os.path.join(folder, base)
     if base.endswith((".distcp", conventions.DCP_METADATA, "_states.pt")):
-        return "model.safetensors"  # the folder of the data files is no model's folder
+        return "model.safetensors"  # the folder of the data files is not the model's
     stem = conventions.WEIGHTS_EXTENSION.sub("", conventions.OTHER_EXTENSION.sub("", base))
     shard = SHARD_NUMBER.search(stem)
     number = shard.group() if shard else ""

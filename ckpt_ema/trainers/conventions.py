@@ -235,7 +235,7 @@ AVERAGED_NAME = re.compile(
     r"|momentum(?=[-_](?:encoder|model|net)))(?![a-z])"
 )
 
-# Names that hold a number or weights and still are no step of the run.
+# Names with a number or weights that are still not a step of the run.
 UNFINISHED_NAME = _any_case(
     r"^(\.|__|tmp([-_.]|$)|old_step_|recovery_tmp|recovery-)"
     r"|([-_.]te?mp|-unfinished)$|\.orbax-checkpoint-tmp"
@@ -335,5 +335,5 @@ WEIGHTS_LIKE = _any_case(
     r"(\.safetensors|\.ckpt|\.pth|\.pt|\.bin|\.tar|\.lora|\.pkl|\.npz|\.h5|\.msgpack|\.onnx|\.gguf"
     r"|\.distcp|\.index\.json)$"
 )
-# Statistics of a processor (LeRobot), which are no weights though they look like them.
+# Statistics of a processor (LeRobot), which look like weights but are not.
 PROCESSOR_STATE = _any_case(r"(^|_)(pre|post)processor_.*\.safetensors$")

@@ -1,7 +1,7 @@
-"""Finds averages that are no weights by their norms: unit vectors, and signs that cancel.
+"""Finds averages that are not weights by their norms: unit vectors, and signs that cancel.
 
 A vector of norm 1 in every checkpoint is a direction, such as a singular vector, and its average is
-shorter. An average with far less than the newest checkpoint's norm comes of opposite signs.
+shorter. An average with far less than the newest checkpoint's norm has values that cancel.
 """
 
 import math
@@ -35,7 +35,7 @@ class Norms(Monitor):
         self._lock = threading.Lock()
 
     def look(self, view: TileView, seen: Seen) -> None:
-        """See `Monitor.look`; of a tensor that has kept its norm elsewhere, nothing is taken."""
+        """See `Monitor.look`."""
         suspects = {*seen.having(UNIT | SHRUNK)}
         ends = {n for n in (0, len(view.segments) - 1) if not view.segments[n].is_whole}
         for number in sorted(suspects | ends):
@@ -110,7 +110,7 @@ class Norms(Monitor):
         settle = "decide with --keep GLOB or --average GLOB"
         texts = {
             Code.NOT_A_WEIGHT: f"{some(unit, 3)} have norm 1 in every checkpoint but not in the"
-            f" average, as directions (singular vectors) do, which are no weights; {settle}.",
+            f" average, as directions (singular vectors) do, which are not weights; {settle}.",
             Code.CANCELLED: f"The average of {some(shrunk, 3)} has less than half of the norm in"
             f" {self._newest}: values of opposite sign may cancel; {settle}.",
         }

@@ -42,7 +42,7 @@ class Monitor(Protocol):
     name: str  # of its state in records
 
     def wants_hashes(self) -> bool:
-        """Return whether the values of the next tile shall be hashed."""
+        """Return whether the values of the next tile should be hashed."""
         return False
 
     def look(self, _view: TileView, _seen: Seen) -> None:

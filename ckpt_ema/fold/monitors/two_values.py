@@ -78,7 +78,7 @@ class TwoValues(Monitor):
         low, high = self._found[names[0]].values
         text = (
             f"{some(names, 3)} hold two values only ({low:g} and {high:g}) and change, as masks and"
-            " signs do, which are no weights: the average holds other values; decide with --keep"
+            " signs do, which are not weights: the average holds other values; decide with --keep"
             " GLOB or --average GLOB."
         )
         return (Notice(Code.NOT_A_WEIGHT, text),)

@@ -90,7 +90,7 @@ _Found = Iterator[tuple[int, range]]  # checkpoints, and elements of a tile that
 
 
 def _tails(view: TileView, seen: Seen) -> _Found:
-    """Yield the zeros at the end of a tile that a checkpoint has and the one before has not."""
+    """Yield the trailing zeros of a tile in a checkpoint that the previous one does not have."""
     ends = [last + 1 for last in seen.last_nonzero]
     if min(ends) == view.tile.length:  # as nearly always
         return
