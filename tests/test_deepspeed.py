@@ -183,6 +183,27 @@ def test_the_average_is_the_fold_of_the_full_weights_for_any_tile(
     ]
 
 
+def test_an_average_is_written_back_where_each_weight_is_stored_once(
+    make: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Without ZeRO; else the model's file would keep its own weights."""
+    output = tmp_path / "out"
+    ckpt_ema.average(make(0), output=output, device="cpu", save_as="checkpoint")
+    found, expected = read(output), fold([*map(model, (1, 2, 3))])
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=2**-23, atol=0)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_average_is_not_written_back_beside_a_copy(
+    make: Callable[..., Path], tmp_path: Path, stage: int
+) -> None:
+    with pytest.raises(RefusedError, match="may hold copies of tensor") as error:
+        ckpt_ema.plan(make(stage), output=tmp_path / "out", save_as="checkpoint")
+    assert error.value.code is Code.UNSUPPORTED_FORMAT
+
+
 def test_the_output_has_the_dtype_that_is_asked_for(
     make: Callable[..., Path], tmp_path: Path
 ) -> None:

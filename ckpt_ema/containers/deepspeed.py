@@ -181,13 +181,14 @@ def _with_partitions(
         raise _of_other_ranks(folder, len(ranks), {*folder.by_rank(_MODEL_OF_RANK)})
     join = join_zero_3 if ranks[0].stage3 else join_zero_1_and_2
     joined = {**_frozen(models), **join(path, _shapes(main.structure), ranks)}
-    found = {name: joined.get(name, tensor) for name, tensor in tensors.items()}
+    found = dict(tensors)
     for name, tensor in joined.items():
         own = tensors.get(name, tensor)
         if 0 not in own.shape and own.shape != tensor.shape:
             why = f"is {list(own.shape)}, and {list(tensor.shape)} in the ranks' files"
             raise refused(path, why, TWO_SAVES, tensor=name)
-        found.setdefault(name, tensor)
+        # The model's file may hold it too, rounded to the dtype of the training.
+        found[name] = tensor._replace(may_have_copies=True)
     return _tied(main.structure.root, found, joined)
 
 

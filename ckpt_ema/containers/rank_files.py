@@ -220,16 +220,19 @@ def _joined(paths: Sequence[str], name: str, ranks: Sequence[tuple[_Parts, Specs
             raise refused(path, f"{why}: they are of two saves", _RESTORE, tensor=name)
     known = [part for part in parts if part is not None]
     if not known:
-        return whole
+        return whole._replace(may_have_copies=len(ranks) > 1)
     incomplete = partial(_incomplete, paths[0], name)
     pieces: dict[tuple[tuple[int, ...], tuple[int, ...]], Piece] = {}
     counts = [1 + max(places) for places in zip(*(part.at for part in known), strict=True)]
+    has_copies = False
     for number, part in enumerate(known):
         for starts, local in _placed(part, counts, incomplete):
             strides = local.pieces[0].strides if local.pieces else packed_strides(local.shape)
             piece = Piece(number, local.offset, starts, local.shape, strides)
-            pieces.setdefault((starts, local.shape), piece)
-    return _covered(whole, pieces.values(), incomplete)
+            is_copy = pieces.setdefault((starts, local.shape), piece) is not piece
+            has_copies |= is_copy and 0 not in local.shape
+    joined = _covered(whole, pieces.values(), incomplete)
+    return joined._replace(may_have_copies=has_copies)
 
 
 def _incomplete(path: str, tensor: str, why: str) -> IncompleteError:

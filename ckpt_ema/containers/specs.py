@@ -88,6 +88,7 @@ class TensorSpec(NamedTuple):
     file: int  # index into Specs.files; of the first piece where there are pieces
     offset: int  # of its first element in that file, in bytes
     pieces: tuple[Piece, ...] = ()  # which cover the tensor, each element once
+    may_have_copies: bool = False  # elsewhere in the checkpoint, where they are not read
 
     @property
     def size_bytes(self) -> int:
@@ -99,7 +100,7 @@ def as_real(tensor: TensorSpec) -> TensorSpec:
     """Return a tensor as real numbers; a complex one gains a last axis of size 2.
 
     >>> as_real(TensorSpec("C64", (3,), 0, 8))
-    TensorSpec(dtype='F32', shape=(3, 2), file=0, offset=8, pieces=())
+    TensorSpec(dtype='F32', shape=(3, 2), file=0, offset=8, pieces=(), may_have_copies=False)
     """
     if tensor.dtype not in COMPLEX:
         return tensor
@@ -155,7 +156,7 @@ class Region(NamedTuple):
         """Return the region of a tensor of any checkpoint as a tensor, which is row-major.
 
         >>> Region((1, 0), (1, 2), (0, 1)).of(TensorSpec("F32", (3, 2), 0, 80))
-        TensorSpec(dtype='F32', shape=(1, 2), file=0, offset=88, pieces=())
+        TensorSpec(dtype='F32', shape=(1, 2), file=0, offset=88, pieces=(), may_have_copies=False)
         """
         found = [box for piece in _pieces(tensor) if (box := self._inside(piece, tensor.dtype))]
         shape = tuple(self.sizes[axis] for axis in self.axes)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt_ema.containers import dcp, deepspeed, rank_files
+from ckpt_ema.containers import dcp
 from ckpt_ema.containers.checksums import Checksum, checksums, meet
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
@@ -50,10 +50,8 @@ class CheckpointTarget:
         return False
 
     def lay_out(self, model: Model) -> tuple[OutputFile, ...]:
-        """See `Target.lay_out`; raises for tensors that share bytes or are stored with gaps."""
-        self._check_container()
-        tensors = _placed(model)
-        self._check_ranks(model.specs, tensors)
+        """See `Target.lay_out`; raises for tensors that cannot be replaced where they lie."""
+        tensors = _placed(self.newest, model)
         archives = self._archives(model.specs)
         root = _root_of(self.newest, self.storage)
         top = root.name if self._tracker else ""  # a tracker leads to a folder beside it
@@ -79,34 +77,6 @@ class CheckpointTarget:
     def finish(self, _files: Sequence[OutputFile], _members: Sequence[str]) -> tuple[Finish, ...]:
         """See `Target.finish`; the trainer's own file that names the step, where it has one."""
         return ((self._tracker, f"{self.newest.step}".encode()),) if self._tracker else ()
-
-    def _check_container(self) -> None:
-        """Raise for weights that a checkpoint has twice, of which only one copy is read."""
-        if any(deepspeed.claims(member.name) for member in self.newest.model.members):
-            message = (
-                f"{self.newest.path} has each weight twice, in DeepSpeed's optimizer files and"
-            )
-            message = f"{message} rounded in the model's, and cannot be written back yet."
-            path = self.newest.path
-            raise RefusedError(message, _INSTEAD, code=Code.UNSUPPORTED_FORMAT, path=path)
-
-    def _check_ranks(self, specs: Specs, tensors: Mapping[int, Sequence[OutputTensor]]) -> None:
-        """Refuse files of ranks where a rank may have a copy of a tensor, which is not read."""
-        for member in filter(lambda one: rank_files.claims(one.name), self.newest.model.members):
-            same = rank_files.split_by_rank(member.name)[:2]
-            names = [rank_files.split_by_rank(file.name)[:2] for file in specs.files]
-            ranks = {number for number, name in enumerate(names) if name == same}
-            holders: dict[str, set[int]] = {}
-            for number in ranks:
-                for one in tensors.get(number, ()):
-                    if one.averaged:
-                        holders.setdefault(one.key, set()).add(number)
-            for key, numbers in holders.items():
-                if numbers != ranks:
-                    message = f"Tensor {key} has no part of its own in some of the {len(ranks)}"
-                    message = f"{message} files of ranks, which may hold a copy that would stay."
-                    code = Code.UNSUPPORTED_FORMAT
-                    raise RefusedError(message, _INSTEAD, code=code, tensor=key)
 
     @property
     def _tracker(self) -> str:
@@ -184,13 +154,18 @@ def _files_below(root: Path, prefix: str, storage: Storage) -> Iterator[str]:
             yield from _files_below(root, f"{prefix}{name}/", storage)
 
 
-def _placed(model: Model) -> dict[int, list[OutputTensor]]:
+def _placed(newest: Checkpoint, model: Model) -> dict[int, list[OutputTensor]]:
     """Return the regions of every tensor with elements by file, in the order of their bytes."""
     found: dict[int, list[OutputTensor]] = {}
     for key, tensor in model.specs.tensors.items():
         if 0 in tensor.shape:
             continue
         role = model.roles[key]
+        if tensor.may_have_copies and role is Role.AVERAGED:
+            message = f"{newest.path} may hold copies of tensor {key} that are not read and would"
+            message = f"{message} keep the newest values."
+            code = Code.UNSUPPORTED_FORMAT
+            raise RefusedError(message, _INSTEAD, code=code, path=newest.path, tensor=key)
         for file, one in _regions(key, tensor, role):
             found.setdefault(file, []).append(one)
     return {file: sorted(ones, key=lambda one: one.offset) for file, ones in found.items()}
