@@ -34,7 +34,7 @@ from ckpt_ema.containers.specs import (
     is_packed,
     spanned,
 )
-from ckpt_ema.errors import Code, some
+from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Reading
 from ckpt_ema.storage.protocol import OpenFile, Storage
@@ -81,13 +81,7 @@ def read_specs(
         model = find_model(
             path, structure.root, reading, (pickles.PickledTensor, pickles.UnreadTensor)
         )
-        tensors = {}
-        for name, tensor in model.values.items():
-            locate = partial(place, structure, name)
-            if read_part and isinstance(tensor, pickles.Part) and _is_of_one_rank(tensor.name):
-                tensors[name] = read_part(name, tensor, locate)
-            else:
-                tensors |= placed(structure, {name: tensor}, reading.drop)
+        tensors = placed(structure, model.values, reading.drop, read_part)
         spec = FileSpec(path, *file.identity, structure.digest)
         hole = file.first_hole()
     others = [name for name in model.values if name not in tensors]
@@ -160,27 +154,30 @@ def read_structure(path: str, file: OpenFile) -> "Structure":
 
 
 def placed(
-    structure: "Structure", values: Mapping[str, Any], drop: Iterable[str]
+    structure: "Structure",
+    values: Mapping[str, Any],
+    drop: Iterable[str],
+    read_part: ReadPart | None = None,
 ) -> dict[str, TensorSpec]:
     """Return where the tensors among these values are; `drop` has globs of ones that may be unread.
 
     Raises `RefusedError` for a tensor of a kind that cannot be read.
     """
-    return {
-        name: place(structure, name, value)
-        if isinstance(value, pickles.PickledTensor)
-        else _DROPPED
-        for name, value in values.items()
-        if _is_tensor(structure.path, name, value, drop)
-    }
+    tensors = {}
+    for name, value in values.items():
+        if read_part and isinstance(value, pickles.Part) and _is_of_one_rank(value.name):
+            tensors[name] = read_part(name, value, partial(place, structure, name))
+        elif isinstance(value, pickles.PickledTensor):
+            tensors[name] = place(structure, name, value)
+        elif isinstance(value, pickles.UnreadTensor):
+            if not any(fnmatchcase(name, glob) for glob in drop):
+                raise _unreadable(structure.path, name, value)
+            tensors[name] = _DROPPED
+    return tensors
 
 
-def _is_tensor(path: str, name: str, value: object, drop: Iterable[str]) -> bool:
-    """Return whether a value is a tensor; raises for an unreadable tensor unless it is dropped."""
-    if not isinstance(value, pickles.UnreadTensor):
-        return isinstance(value, pickles.PickledTensor)
-    if any(fnmatchcase(name, glob) for glob in drop):
-        return True
+def _unreadable(path: str, name: str, value: pickles.UnreadTensor) -> RefusedError:
+    """Return the error for a tensor of a kind that cannot be read."""
     if isinstance(value, pickles.Array):
         why = "is a numpy array, which is not read"
         hint = f"Save it as a tensor (torch.from_numpy), or leave it out with --drop {name}."
@@ -191,7 +188,7 @@ def _is_tensor(path: str, name: str, value: object, drop: Iterable[str]) -> bool
         kind = f"{value.name}: sparse, quantised or without data"
         why = f"is of a kind that safetensors cannot hold ({kind})"
         hint = "Save it dense, or leave it out of the state dict."
-    raise refused(path, why, hint, Code.UNREADABLE_TENSOR, tensor=name)
+    return refused(path, why, hint, Code.UNREADABLE_TENSOR, tensor=name)
 
 
 def _is_of_one_rank(name: str) -> bool:
