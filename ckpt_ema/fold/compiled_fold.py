@@ -61,7 +61,8 @@ class CompiledFold:
         self._kernel, self._plan = kernel, kernel.plan
         sizes = (kernel.checkpoints, kernel.averages, kernel.block)
         self._scratch = bytearray(kernel.module.scratch_bytes(*sizes))
-        self._calls: tuple[Span | Tile | None, list[_Call]] = (None, [])  # of the last one
+        # The last ones, and the span, start and length that they are for.
+        self._calls: tuple[tuple[Span, int, int] | None, list[_Call]] = (None, [])
 
     def most_elements(self, tile: Tile) -> int:
         """See `TileFold.most_elements`."""
@@ -127,8 +128,8 @@ class CompiledFold:
 
     def _calls_of(self, tile: Tile) -> "list[_Call]":
         """Return the calls for a tile; they are the same for all tiles of contiguous tensors."""
-        of = tile._replace(numbers=range(0)) if tile.span.in_pieces else tile.span
-        if self._calls[0] is not of and self._calls[0] != of:
+        of = (tile.span, tile.start, tile.length) if tile.span.in_pieces else (tile.span, 0, 0)
+        if self._calls[0] != of:
             self._calls = (of, list(_calls(self._kernel, tile)))
         return self._calls[1]
 

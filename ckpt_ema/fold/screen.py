@@ -9,11 +9,19 @@ from collections.abc import Sequence
 import torch
 
 from ckpt_ema.fold.tiles import IS_VECTOR, IS_WHOLE, Segment, TileSegments
-from ckpt_ema.fold.views import EMPTIED, FEW_VALUES, HEAD, SHRUNK, UNIT, Seen
+from ckpt_ema.fold.views import (
+    EMPTIED,
+    FEW_VALUES,
+    HEAD,
+    SHRUNK,
+    SHRUNK_NORM,
+    UNIT,
+    UNIT_TOLERANCE,
+    Seen,
+)
 from ckpt_ema.planning.plan import Plan
 
 _PROBES = 8  # elements that tell nearly every weight from a mask
-_UNIT = 1e-3  # how far from 1 the norm of a unit vector may be
 _FEW = 8  # segments: the squares of more are summed at once
 
 
@@ -27,7 +35,6 @@ class Screen:
         self._segments: Sequence[Segment] = [*segments]
         self._flags = segments.kinds()
         self._vectors = {n for n, kind in enumerate(self._flags) if kind & IS_VECTOR}
-        self._newest = {one.newest for one in plan.averages}
         self._newest_of = [one.newest for one in plan.averages]
         self._squares: dict[int, list[float]] = {}  # of the newest checkpoints
         self._empty: set[int] = set()  # segments that were zero in the checkpoint before
@@ -46,7 +53,7 @@ class Screen:
             for number, one in enumerate(self._segments):
                 self._flags[number] |= FEW_VALUES * _has_few_values(values[one.start : one.stop])
         self._see_zeros(checkpoint, values)
-        if self._vectors or checkpoint in self._newest:
+        if self._vectors or checkpoint in self._newest_of:
             squares = self._squares[checkpoint] = squares_of(values, self._segments)
             self._vectors = {n for n in self._vectors if self._may_be_unit(n, squares[n])}
 
@@ -54,7 +61,7 @@ class Screen:
         """Look at a rounded average, of shape (count,), after all checkpoints."""
         newest = self._squares[self._newest_of[average]]
         for number, squares in enumerate(squares_of(values, self._segments)):
-            if squares <= newest[number] / 4:  # or both are zero
+            if squares <= SHRUNK_NORM**2 * newest[number]:  # or both are zero
                 self._flags[number] |= SHRUNK
 
     def seen(self) -> Seen:
@@ -74,8 +81,8 @@ class Screen:
         self._empty = empty
 
     def _may_be_unit(self, number: int, squares: float) -> bool:
-        least = (1 - _UNIT) ** 2 if self._flags[number] & IS_WHOLE else 0.0
-        return least <= squares <= (1 + _UNIT) ** 2
+        least = (1 - UNIT_TOLERANCE) ** 2 if self._flags[number] & IS_WHOLE else 0.0
+        return least <= squares <= (1 + UNIT_TOLERANCE) ** 2
 
 
 def squares_of(values: torch.Tensor, segments: Sequence[Segment]) -> list[float]:

@@ -18,11 +18,13 @@ from ckpt_ema.planning.plan import Plan
 if TYPE_CHECKING:
     import torch
 
-# Why a segment needs a closer look. The same numbers are in native/fold.c.
+# Why a segment needs a closer look. All these numbers are in native/fold.c too.
 FEW_VALUES = 1  # eight elements of the first checkpoint have at most two values
 UNIT = 2  # a vector that may have norm 1 in every checkpoint
-SHRUNK = 4  # an average may have less than half of the newest checkpoint's norm
+SHRUNK = 4  # an average may have less than SHRUNK_NORM of the newest checkpoint's norm
 EMPTIED = 8  # zero in a checkpoint, and not in the one before
+UNIT_TOLERANCE = 1e-3  # how far from 1 the norm of a unit vector may be
+SHRUNK_NORM = 0.5  # of the newest checkpoint's: less is left only where values cancel
 HEAD = 4096  # elements of a large tensor whose norm is taken by screening
 
 

@@ -7,17 +7,22 @@ shorter. An average with far less than the newest checkpoint's norm has values t
 import math
 import threading
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
+from itertools import product, zip_longest
 from typing import Any
 
 from ckpt_ema.errors import Code, some
 from ckpt_ema.fold.monitors.protocol import Monitor, Watched, average_and_name, key_of
 from ckpt_ema.fold.tiles import Segment
-from ckpt_ema.fold.views import SHRUNK, UNIT, Seen, TileView, describe
+from ckpt_ema.fold.views import (
+    SHRUNK,
+    SHRUNK_NORM,
+    UNIT,
+    UNIT_TOLERANCE,
+    Seen,
+    TileView,
+    describe,
+)
 from ckpt_ema.notices import Notice
-
-_UNIT = 1e-3  # how far from 1 the norm of a unit vector may be
-_SHRUNK = 0.5  # of the newest norm: less is left only where values cancel
 
 
 class Norms(Monitor):
@@ -38,12 +43,12 @@ class Norms(Monitor):
         """See `Monitor.look`."""
         suspects = {*seen.having(UNIT | SHRUNK)}
         ends = {n for n in (0, len(view.segments) - 1) if not view.segments[n].is_whole}
-        for number in sorted(suspects | ends):
-            one, flags = view.segments[number], seen.flags[number]
+        planned = enumerate(view.plan.averages)
+        averages = [number for number, one in planned if len(one.members) > 1]
+        for number, average in product(sorted(suspects | ends), averages):
+            one = view.segments[number]
             if not view.plan.rulings[one.tensor.key].is_asked:
-                for average, planned in enumerate(view.plan.averages):
-                    if len(planned.members) > 1:
-                        self._look_at(view, one, average, flags)
+                self._look_at(view, one, average, seen.flags[number])
 
     def _look_at(self, view: TileView, one: Segment, average: int, flags: int) -> None:
         key, members = key_of(average, one), view.plan.averages[average].members
@@ -56,8 +61,9 @@ class Norms(Monitor):
         if key in self._not_shrunk:
             return
         newest = describe(view.read_again(members[-1], one.start, one.stop)).squares
-        is_shrunk = _average_squares(view, one, average) < _SHRUNK**2 * newest < math.inf
         if newest:
+            least = SHRUNK_NORM**2 * newest
+            is_shrunk = _average_squares(view, one, average) < least < math.inf
             self._add_shrunk(key, is_shrunk=is_shrunk)
 
     def _look_at_vector(
@@ -133,4 +139,4 @@ def is_lost_unit(squares: Sequence[float]) -> bool:
 
 
 def _is_unit(square: float) -> bool:
-    return abs(math.sqrt(square) - 1) <= _UNIT
+    return abs(math.sqrt(square) - 1) <= UNIT_TOLERANCE
