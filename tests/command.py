@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -47,6 +47,19 @@ def processes() -> ForkServerContext:
             patched.setenv(name, value)  # typer asks when it is imported
         forkserver.ensure_running()
     return context
+
+
+def run_together(function: Callable[..., object], every_args: Sequence[tuple[Any, ...]]) -> None:
+    """Call a function in one process for each tuple of arguments, all at a time."""
+    team = [processes().Process(target=function, args=args) for args in every_args]
+    for process in team:
+        process.start()
+    deadline = time.monotonic() + 60
+    for process in team:
+        process.join(max(0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
+    assert [process.exitcode for process in team] == [0] * len(team)
 
 
 @dataclass(frozen=True)

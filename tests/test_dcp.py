@@ -11,7 +11,6 @@ import random
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -47,7 +46,7 @@ from ckpt_ema.containers.specs import (
 from ckpt_ema.errors import CkptEmaError, Code, IncompleteError, RefusedError
 from ckpt_ema.options import Reading
 from ckpt_ema.storage.local import Local
-from tests.command import processes
+from tests.command import run_together
 from tests.conftest import MakeRun
 from tests.makers.dcp_folders import (
     Change,
@@ -343,19 +342,8 @@ def _save_as_rank(run: Path, rank: int, ranks: int) -> None:
 
 def _save_sharded(folder: Path) -> None:
     folder.mkdir()
-    teams = [
-        processes().Process(target=_save_as_rank, args=(folder / f"of-{ranks}", rank, ranks))
-        for ranks in RANKS
-        for rank in range(ranks)
-    ]
-    for process in teams:
-        process.start()
-    deadline = time.monotonic() + 60
-    for process in teams:
-        process.join(max(0, deadline - time.monotonic()))
-        process.kill()
-        process.join()
-    assert [process.exitcode for process in teams] == [0] * len(teams)
+    ranks_of = [(ranks, rank) for ranks in RANKS for rank in range(ranks)]
+    run_together(_save_as_rank, [(folder / f"of-{ranks}", rank, ranks) for ranks, rank in ranks_of])
 
 
 @pytest.fixture(scope="session")

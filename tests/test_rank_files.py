@@ -6,7 +6,6 @@ broken by saving other parts.
 
 import random
 import re
-import time
 import zipfile
 from collections.abc import Callable, Mapping
 from itertools import product
@@ -23,7 +22,7 @@ from ckpt_ema.containers.specs import Member, ModelFiles, Specs
 from ckpt_ema.errors import CkptEmaError, Code, IncompleteError, RefusedError
 from ckpt_ema.options import Reading
 from ckpt_ema.storage.local import Local
-from tests.command import processes
+from tests.command import run_together
 from tests.conftest import MakeRun
 from tests.makers.limits import cheap
 from tests.makers.rank_files import SHARDED, VERL, playing, save
@@ -206,15 +205,7 @@ def _save_as_rank(folder: Path, rank: int) -> None:
 
 
 def test_what_fsdp_saves_on_two_ranks_is_found(tmp_path: Path) -> None:
-    team = [processes().Process(target=_save_as_rank, args=(tmp_path, rank)) for rank in (0, 1)]
-    for process in team:
-        process.start()
-    deadline = time.monotonic() + 60
-    for process in team:
-        process.join(max(0, deadline - time.monotonic()))
-        process.kill()
-        process.join()
-    assert [process.exitcode for process in team] == [0, 0]
+    run_together(_save_as_rank, [(tmp_path, rank) for rank in (0, 1)])
     specs = check(tmp_path, torch.load(tmp_path / "whole.pt"))
     assert len(specs.tensors["0.weight"].pieces) == 2
 
