@@ -14,9 +14,9 @@ from ckpt_ema.errors import Code, OptionError, printable
 from ckpt_ema.place import place_from
 
 if TYPE_CHECKING:
+    from ckpt_ema.execute import Progress
     from ckpt_ema.output.manifest import Result
     from ckpt_ema.planning.plan import Plan
-    from ckpt_ema.run import Progress
 
 EXAMPLES = """
 ckpt-ema plan runs/                                 # show the weights first
