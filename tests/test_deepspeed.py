@@ -19,7 +19,7 @@ from ckpt_ema.storage.local import Local
 from tests.makers.deepspeed_folders import save
 from tests.makers.safetensors_files import read_safetensors
 from tests.makers.tensors import DTYPES, raw
-from tests.makers.torch_files import archive, hostile_pickles
+from tests.makers.torch_files import archive, hostile_pickles, records
 from tests.makers.trainer_values import build, importable
 
 State = dict[str, torch.Tensor]
@@ -183,25 +183,25 @@ def test_the_average_is_the_fold_of_the_full_weights_for_any_tile(
     ]
 
 
-def test_an_average_is_written_back_where_each_weight_is_stored_once(
-    make: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_average_is_written_back_into_the_masters_and_the_rounded_weights(
+    make: Callable[..., Path], tmp_path: Path, stage: int, dtype: torch.dtype
 ) -> None:
-    """Without ZeRO; else the model's file would keep its own weights."""
+    """The files are those that the ranks would have saved of the average."""
+    saved: Any = {"ranks": 3 if stage else 1, "dtype": dtype}
+    run = make(stage, **saved)
+    ckpt_ema.average(run, output=tmp_path / "whole", device="cpu")
+    average = read_safetensors(tmp_path / "whole/model.safetensors")
+    weights = {name: average[TIED.get(name, name)].clone() for name in model(3)}
+    expected = save(tmp_path / "expected", weights, stage=stage, step=30, **saved, **PARTS)
     output = tmp_path / "out"
-    ckpt_ema.average(make(0), output=output, device="cpu", save_as="checkpoint")
-    found, expected = read(output), fold([*map(model, (1, 2, 3))])
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=2**-23, atol=0)
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_an_average_is_not_written_back_beside_a_copy(
-    make: Callable[..., Path], tmp_path: Path, stage: int
-) -> None:
-    with pytest.raises(RefusedError, match="may hold copies of tensor") as error:
-        ckpt_ema.plan(make(stage), output=tmp_path / "out", save_as="checkpoint")
-    assert error.value.code is Code.UNSUPPORTED_FORMAT
+    for tile, threads in ((4, 1), (1 << 20, 2)):
+        options: Any = {"tile_size": tile, "threads": threads, "overwrite": True}
+        ckpt_ema.average(run, output=output, device="cpu", save_as="checkpoint", **options)
+        for path in expected.iterdir():
+            assert records(output / "global_step30" / path.name) == records(path)
+    assert (output / "latest").read_text() == "global_step30"
 
 
 def test_the_output_has_the_dtype_that_is_asked_for(

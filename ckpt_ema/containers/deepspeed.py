@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ckpt_ema.containers import pickles, torch_file
 from ckpt_ema.containers.checks import AS_IT_IS, present, refused
 from ckpt_ema.containers.model_key import find_model, numbers
-from ckpt_ema.containers.specs import FOLDED, FileSpec, Specs, TensorSpec
+from ckpt_ema.containers.specs import FOLDED, Copy, FileSpec, Specs, TensorSpec, pieces_of
 from ckpt_ema.containers.torch_file import Structure
 from ckpt_ema.containers.zero import (
     TWO_SAVES,
@@ -39,6 +39,7 @@ OF_RANK_0 = f"zero_pp_rank_0_{WHOLE}"  # with ZeRO-3, where each rank has one
 _MODEL_OF_RANK = re.compile(rf"^zero_pp_rank_(\d+)_{re.escape(WHOLE)}$")
 _OPTIMIZER_OF_RANK = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 _TENSOR = (pickles.PickledTensor, pickles.UnreadTensor)
+_FRAGMENTS = "frozen_param_fragments"
 _MOST_RANKS = 1_000_000  # that are counted for a message
 
 
@@ -83,17 +84,17 @@ def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Spec
     with folder.opened(name) as opened:
         structure, root = opened.structure, opened.structure.root
         # Fragments of frozen weights look like a second model.
-        searched = {key: value for key, value in root.items() if key != "frozen_param_fragments"}
+        searched = {key: value for key, value in root.items() if key != _FRAGMENTS}
         model = find_model(path, searched, reading, _TENSOR)
         tensors = torch_file.placed(structure, model.values, reading.drop)
-        main = _Model(structure, _fragments(opened))
+        main = _Model(structure, _placed(opened, _FRAGMENTS), tensors)
     others = [name for name in model.values if name not in tensors]
     text = f"Not tensors, so not in the average: {some(others)}."
     notes = (*model.notes, Notice(Code.LEFT_OUT, text)) if others else model.notes
     optimizers = folder.by_rank(_OPTIMIZER_OF_RANK)
     is_alone = reading.key is not None and not optimizers
     if model.values is root.get("module") and root.get("param_shapes") and not is_alone:
-        tensors = _with_partitions(folder, main, tensors, optimizers)
+        tensors = _with_partitions(folder, main, optimizers)
     files = tuple(folder.files)
     return Specs(
         *(tensors, files, ({},) * len(files), notes, model.warnings, folder.holes),
@@ -159,13 +160,11 @@ class _Model(NamedTuple):
 
     structure: Structure
     fragments: Mapping[str, TensorSpec]  # frozen weights; with ZeRO-3 the part of one rank
+    tensors: Mapping[str, TensorSpec]  # weights are empty with ZeRO-3, and else may be rounded
 
 
 def _with_partitions(
-    folder: _Folder,
-    main: _Model,
-    tensors: Mapping[str, TensorSpec],
-    optimizers: Mapping[int, str],
+    folder: _Folder, main: _Model, optimizers: Mapping[int, str]
 ) -> dict[str, TensorSpec]:
     """Return the tensors of the model with the float32 weights of all ranks."""
     path, name = main.structure.path, os.path.basename(main.structure.path)
@@ -181,14 +180,18 @@ def _with_partitions(
         raise _of_other_ranks(folder, len(ranks), {*folder.by_rank(_MODEL_OF_RANK)})
     join = join_zero_3 if ranks[0].stage3 else join_zero_1_and_2
     joined = {**_frozen(models), **join(path, _shapes(main.structure), ranks)}
-    found = dict(tensors)
-    for name, tensor in joined.items():
-        own = tensors.get(name, tensor)
-        if 0 not in own.shape and own.shape != tensor.shape:
-            why = f"is {list(own.shape)}, and {list(tensor.shape)} in the ranks' files"
+    found = {**main.tensors, **joined}
+    for name, tensor in found.items():
+        own = [model.tensors[name] for model in models if name in model.tensors]
+        filled = [one for one in own if 0 not in one.shape]
+        if other := next((one for one in filled if one.shape != tensor.shape), None):
+            why = f"is {list(other.shape)}, and {list(tensor.shape)} in the ranks' files"
             raise refused(path, why, TWO_SAVES, tensor=name)
-        # The model's file may hold it too, rounded to the dtype of the training.
-        found[name] = tensor._replace(may_have_copies=True)
+        # Weights of ZeRO-1 and 2, rounded to the dtype of the training; buffers on other ranks.
+        copies = [Copy(one.dtype, piece) for one in filled for piece in pieces_of(one)]
+        places = {(piece.file, piece.offset) for piece in pieces_of(tensor)}
+        kept = [copy for copy in copies if (copy.piece.file, copy.piece.offset) not in places]
+        found[name] = tensor._replace(copies=tuple(kept))
     return _tied(main.structure.root, found, joined)
 
 
@@ -216,7 +219,8 @@ def _models_of_other_ranks(folder: _Folder, main: _Model) -> list[_Model]:
     models = []
     for other in list(others.values())[1:]:
         with folder.opened(other) as opened:
-            models.append(_Model(opened.structure, _fragments(opened)))
+            tensors = _placed(opened, "module")
+            models.append(_Model(opened.structure, _placed(opened, _FRAGMENTS), tensors))
         steps = [one.structure.root.get("global_steps") for one in (main, models[-1])]
         if steps[0] != steps[1]:
             why = f"is of step {steps[1]}, and {name} of step {steps[0]}: of two saves"
@@ -224,12 +228,18 @@ def _models_of_other_ranks(folder: _Folder, main: _Model) -> list[_Model]:
     return models
 
 
-def _fragments(opened: _Opened) -> dict[str, TensorSpec]:
-    fragments = opened.structure.root.get("frozen_param_fragments")
-    named = fragments if isinstance(fragments, dict) else {}
+def _placed(opened: _Opened, key: str) -> dict[str, TensorSpec]:
+    """Return where the tensors of one dict of a file are."""
+    found = opened.structure.root.get(key)
+    named = found if isinstance(found, dict) else {}
     known = {name: one for name, one in named.items() if isinstance(name, str)}
     placed = torch_file.placed(opened.structure, known, ())
-    return {name: tensor._replace(file=opened.number) for name, tensor in placed.items()}
+    return {name: _in_file(tensor, opened.number) for name, tensor in placed.items()}
+
+
+def _in_file(tensor: TensorSpec, number: int) -> TensorSpec:
+    pieces = tuple(piece._replace(file=number) for piece in tensor.pieces)
+    return tensor._replace(file=number, pieces=pieces)
 
 
 def _partitions(folder: _Folder, names: Mapping[int, str]) -> list[Partition]:

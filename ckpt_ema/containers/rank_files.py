@@ -15,7 +15,15 @@ from ckpt_ema.containers import pickles, torch_file
 from ckpt_ema.containers.checks import AS_IT_IS, refused
 from ckpt_ema.containers.chunks import cover_once, in_pieces
 from ckpt_ema.containers.pickles import attribute
-from ckpt_ema.containers.specs import DTYPE_BITS, Piece, Specs, TensorSpec, packed_strides
+from ckpt_ema.containers.specs import (
+    DTYPE_BITS,
+    Copy,
+    Piece,
+    Specs,
+    TensorSpec,
+    packed_strides,
+    pieces_of,
+)
 from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
 from ckpt_ema.options import Reading
 from ckpt_ema.storage.protocol import Storage
@@ -220,19 +228,22 @@ def _joined(paths: Sequence[str], name: str, ranks: Sequence[tuple[_Parts, Specs
             raise refused(path, f"{why}: they are of two saves", _RESTORE, tensor=name)
     known = [part for part in parts if part is not None]
     if not known:
-        return whole._replace(may_have_copies=len(ranks) > 1)
+        others = [pieces_of(specs.tensors[name]) for _, specs in ranks[1:]]
+        placed = [one._replace(file=rank) for rank, [one] in enumerate(others, start=1)]
+        return whole._replace(copies=tuple(Copy(whole.dtype, one) for one in placed))
     incomplete = partial(_incomplete, paths[0], name)
     pieces: dict[tuple[tuple[int, ...], tuple[int, ...]], Piece] = {}
     counts = [1 + max(places) for places in zip(*(part.at for part in known), strict=True)]
-    has_copies = False
+    copies = []
     for number, part in enumerate(known):
         for starts, local in _placed(part, counts, incomplete):
             strides = local.pieces[0].strides if local.pieces else packed_strides(local.shape)
             piece = Piece(number, local.offset, starts, local.shape, strides)
             is_copy = pieces.setdefault((starts, local.shape), piece) is not piece
-            has_copies |= is_copy and 0 not in local.shape
+            if is_copy and 0 not in local.shape:
+                copies.append(Copy(whole.dtype, piece))
     joined = _covered(whole, pieces.values(), incomplete)
-    return joined._replace(may_have_copies=has_copies)
+    return joined._replace(copies=tuple(copies))
 
 
 def _incomplete(path: str, tensor: str, why: str) -> IncompleteError:

@@ -80,6 +80,13 @@ class Piece(NamedTuple):
     strides: tuple[int, ...]  # in elements
 
 
+class Copy(NamedTuple):
+    """Where a box of a tensor is stored once more, perhaps rounded to another dtype."""
+
+    dtype: str
+    piece: Piece
+
+
 class TensorSpec(NamedTuple):
     """One tensor of one checkpoint and where its bytes are: in one place, or in pieces."""
 
@@ -88,7 +95,7 @@ class TensorSpec(NamedTuple):
     file: int  # index into Specs.files; of the first piece where there are pieces
     offset: int  # of its first element in that file, in bytes
     pieces: tuple[Piece, ...] = ()  # which cover the tensor, each element once
-    may_have_copies: bool = False  # elsewhere in the checkpoint, where they are not read
+    copies: tuple[Copy, ...] = ()  # which are not read, but written back with it
 
     @property
     def size_bytes(self) -> int:
@@ -100,7 +107,7 @@ def as_real(tensor: TensorSpec) -> TensorSpec:
     """Return a tensor as real numbers; a complex one gains a last axis of size 2.
 
     >>> as_real(TensorSpec("C64", (3,), 0, 8))
-    TensorSpec(dtype='F32', shape=(3, 2), file=0, offset=8, pieces=(), may_have_copies=False)
+    TensorSpec(dtype='F32', shape=(3, 2), file=0, offset=8, pieces=(), copies=())
     """
     if tensor.dtype not in COMPLEX:
         return tensor
@@ -156,9 +163,9 @@ class Region(NamedTuple):
         """Return the region of a tensor of any checkpoint as a tensor, which is row-major.
 
         >>> Region((1, 0), (1, 2), (0, 1)).of(TensorSpec("F32", (3, 2), 0, 80))
-        TensorSpec(dtype='F32', shape=(1, 2), file=0, offset=88, pieces=(), may_have_copies=False)
+        TensorSpec(dtype='F32', shape=(1, 2), file=0, offset=88, pieces=(), copies=())
         """
-        found = [box for piece in _pieces(tensor) if (box := self._inside(piece, tensor.dtype))]
+        found = [box for piece in pieces_of(tensor) if (box := self._inside(piece, tensor.dtype))]
         shape = tuple(self.sizes[axis] for axis in self.axes)
         first = found[0]
         is_whole = len(found) == 1 and is_packed(first.sizes, first.strides)
@@ -181,26 +188,23 @@ class Region(NamedTuple):
         )
 
 
-def regions(tensor: TensorSpec) -> list[tuple[Region, Piece]] | None:
-    """Return the boxes of a tensor that are stored without gaps, and where each of them is.
+def region_of(piece: Piece) -> Region | None:
+    """Return the box of a piece, in the order in which it is stored.
 
-    None if one is stored with gaps, or some of its elements share their bytes.
+    None if it is stored with gaps, or some of its elements share their bytes.
     """
-    found = []
-    for piece in _pieces(tensor):
-        sizes, strides = piece.sizes, piece.strides
-        axes = tuple(range(len(sizes)))
-        if not is_packed(sizes, strides):
-            axes = tuple(sorted(axes, key=lambda axis: (sizes[axis] > 1, -strides[axis])))
-            ordered = ([each[axis] for axis in axes] for each in (sizes, strides))
-            if not is_packed(*ordered):
-                return None
-        found.append((Region(piece.starts, sizes, axes), piece))
-    return found
+    sizes, strides = piece.sizes, piece.strides
+    axes = tuple(range(len(sizes)))
+    if not is_packed(sizes, strides):
+        axes = tuple(sorted(axes, key=lambda axis: (sizes[axis] > 1, -strides[axis])))
+        ordered = ([each[axis] for axis in axes] for each in (sizes, strides))
+        if not is_packed(*ordered):
+            return None
+    return Region(piece.starts, sizes, axes)
 
 
-def _pieces(tensor: TensorSpec) -> tuple[Piece, ...]:
-    """Return the pieces of a tensor; one where it is stored in one place."""
+def pieces_of(tensor: TensorSpec) -> tuple[Piece, ...]:
+    """Return the pieces of a tensor; one where it is stored in one place, or is one view."""
     shape = tensor.shape
     whole = Piece(tensor.file, tensor.offset, (0,) * len(shape), shape, packed_strides(shape))
     return tensor.pieces or (whole,)

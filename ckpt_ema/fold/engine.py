@@ -171,6 +171,8 @@ class _Worker:
         segments = job.segments.of(tile)
         hashes = any(monitor.wants_hashes() for monitor in job.monitors)
         seen, problems = fold.fold(tile, segments, hashes=hashes)
+        if segments[0].tensor.is_copy:  # of what monitors see elsewhere
+            return
         view = TileView(self._plan, tile, segments, job.reader, job.sink)
         for monitor in job.monitors:
             for average, element in problems.items():

@@ -105,8 +105,13 @@ def make_work(
     firsts = {key for one in laid_out for key in _firsts(one)}
     spans: dict[object, Span] = {}
     for average, (newest, _) in enumerate(outputs):
+        dtypes: dict[object, list[str]] = {}  # in which this average has the same elements
         for span in _spans(laid_out[average], average, newest, firsts):
-            key = (span.kept_from, span.sources, span.length)
+            elements = (span.kept_from, span.sources, span.length)
+            known = dtypes.setdefault(elements, [])
+            if span.places[0].dtype not in known:
+                known.append(span.places[0].dtype)
+            key = (elements, known.index(span.places[0].dtype))
             same = spans.setdefault(key, span)
             if same is not span:
                 spans[key] = same._replace(places=same.places + span.places)

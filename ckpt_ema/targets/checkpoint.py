@@ -14,11 +14,13 @@ from ckpt_ema.containers.checksums import Checksum, checksums, meet
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     FileSpec,
+    Piece,
     Role,
     Specs,
     TensorSpec,
     packed_bytes,
-    regions,
+    pieces_of,
+    region_of,
     spanned,
 )
 from ckpt_ema.containers.torch_file import Region as Archive
@@ -30,6 +32,7 @@ from ckpt_ema.targets.target import Copied, Finish, Model, OutputFile, OutputTen
 from ckpt_ema.trainers.conventions import DCP_METADATA, MANIFEST_NAME, TRACKERS
 
 _ZIP = b"PK\x03\x04"
+_MOST_TRACKER_BYTES = 1024
 _INSTEAD = "Write the average with --save-as safetensors."
 
 
@@ -51,10 +54,10 @@ class CheckpointTarget:
 
     def lay_out(self, model: Model) -> tuple[OutputFile, ...]:
         """See `Target.lay_out`; raises for tensors that cannot be replaced where they lie."""
-        tensors = _placed(self.newest, model)
+        tensors = _placed(model)
         archives = self._archives(model.specs)
         root = _root_of(self.newest, self.storage)
-        top = root.name if self._tracker else ""  # a tracker leads to a folder beside it
+        top = root.name if self._tracker() else ""  # a tracker leads to a folder beside it
         files = []
         for number, file in enumerate(model.specs.files):
             name = os.path.relpath(self.newest.model.folder / file.name, root)
@@ -76,15 +79,18 @@ class CheckpointTarget:
 
     def finish(self, _files: Sequence[OutputFile], _members: Sequence[str]) -> tuple[Finish, ...]:
         """See `Target.finish`; the trainer's own file that names the step, where it has one."""
-        return ((self._tracker, f"{self.newest.step}".encode()),) if self._tracker else ()
+        return self._tracker()
 
-    @property
-    def _tracker(self) -> str:
-        """The name of the file in the run that names its last step; empty if there is none."""
-        beside, is_there = self.newest.path.parent, self.storage.kind
-        if self.newest.step is None or not self.storage.is_folder(self.newest.path):
-            return ""
-        return next((one for one in TRACKERS if is_there(beside / one) is Kind.FILE), "")
+    def _tracker(self) -> tuple[Finish, ...]:
+        """Return the file in the run that leads to its last step, as it leads to the newest."""
+        path, step = self.newest.path, self.newest.step
+        for name in TRACKERS if self.storage.is_folder(path) else ():
+            text = (self.storage.read(path.parent / name, _MOST_TRACKER_BYTES) or b"").strip()
+            if text.isdigit() and step is not None:
+                return ((name, f"{step}".encode()),)
+            if text and self.storage.is_folder(path.parent / os.fsdecode(text)):
+                return ((name, os.fsencode(path.name)),)
+        return ()
 
     def _archives(self, specs: Specs) -> Mapping[int, list[tuple[int, int]]]:
         """Return the archives in the files of a checkpoint, where these are not files."""
@@ -154,40 +160,36 @@ def _files_below(root: Path, prefix: str, storage: Storage) -> Iterator[str]:
             yield from _files_below(root, f"{prefix}{name}/", storage)
 
 
-def _placed(newest: Checkpoint, model: Model) -> dict[int, list[OutputTensor]]:
+def _placed(model: Model) -> dict[int, list[OutputTensor]]:
     """Return the regions of every tensor with elements by file, in the order of their bytes."""
     found: dict[int, list[OutputTensor]] = {}
     for key, tensor in model.specs.tensors.items():
         if 0 in tensor.shape:
             continue
         role = model.roles[key]
-        if tensor.may_have_copies and role is Role.AVERAGED:
-            message = f"{newest.path} may hold copies of tensor {key} that are not read and would"
-            message = f"{message} keep the newest values."
-            code = Code.UNSUPPORTED_FORMAT
-            raise RefusedError(message, _INSTEAD, code=code, path=newest.path, tensor=key)
-        for file, one in _regions(key, tensor, role):
-            found.setdefault(file, []).append(one)
-    return {file: sorted(ones, key=lambda one: one.offset) for file, ones in found.items()}
+        for piece in pieces_of(tensor):
+            one = _region(key, tensor, piece, role)
+            found.setdefault(piece.file, []).append(one)
+        for dtype, piece in tensor.copies:
+            one = _region(key, tensor._replace(dtype=dtype), piece, role)
+            found.setdefault(piece.file, []).append(one._replace(is_copy=True))
+    return {n: sorted(ones, key=lambda one: (one.offset, one.is_copy)) for n, ones in found.items()}
 
 
-def _regions(key: str, tensor: TensorSpec, role: Role) -> Iterator[tuple[int, OutputTensor]]:
-    """Yield the file and the place of each region of a tensor."""
-    found = regions(tensor)
-    if found is None and role is Role.AVERAGED:
+def _region(key: str, tensor: TensorSpec, piece: Piece, role: Role) -> OutputTensor:
+    """Return the place of one piece of a tensor."""
+    region = region_of(piece)
+    if region is None and role is Role.AVERAGED:
         message = f"Tensor {key} is a view whose elements have gaps between them or share bytes"
         message = f"{message}, which cannot be replaced in its place."
         raise RefusedError(message, _INSTEAD, code=Code.INVALID_OUTPUT, tensor=key)
-    if found is None:  # its first byte to its last
-        for piece in tensor.pieces:
-            count = spanned(piece.sizes, piece.strides) * DTYPE_BITS[tensor.dtype] // 8
-            yield piece.file, OutputTensor(key, key, "U8", (count,), piece.offset, role)
-        return
-    for region, piece in found:
-        shape = tuple(piece.sizes[axis] for axis in region.axes)
-        is_same = shape == tensor.shape and region.axes == tuple(range(len(shape)))
-        place = (key, key, tensor.dtype, shape, piece.offset, role)
-        yield piece.file, OutputTensor(*place, None if is_same else region, len(found) > 1)
+    if region is None:  # its first byte to its last
+        count = spanned(piece.sizes, piece.strides) * DTYPE_BITS[tensor.dtype] // 8
+        return OutputTensor(key, key, "U8", (count,), piece.offset, role)
+    shape = tuple(piece.sizes[axis] for axis in region.axes)
+    is_same = shape == tensor.shape and region.axes == tuple(range(len(shape)))
+    place = (key, key, tensor.dtype, shape, piece.offset, role)
+    return OutputTensor(*place, None if is_same else region, piece.sizes != tensor.shape)
 
 
 def _without_tied(tensors: Sequence[OutputTensor], model: Model) -> list[OutputTensor]:
@@ -212,8 +214,8 @@ def _without_tied(tensors: Sequence[OutputTensor], model: Model) -> list[OutputT
 
 
 def _are_tied(one: OutputTensor, other: OutputTensor, model: Model) -> bool:
-    is_same = one._replace(key="", name="") == other._replace(key="", name="")
-    return is_same and all(layout[one.key] == layout[other.key] for layout in model.layouts)
+    place, same = (each._replace(key="", name="", is_copy=False) for each in (one, other))
+    return place == same and all(layout[one.key] == layout[other.key] for layout in model.layouts)
 
 
 def _between(ranges: Sequence[tuple[int, int]], size_bytes: int, file: int) -> Iterator[Copied]:

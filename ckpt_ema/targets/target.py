@@ -21,6 +21,7 @@ class OutputTensor(NamedTuple):
     role: Role  # AVERAGED or KEPT; a tied name has the role of the one whose bytes it shares
     region: Region | None = None  # of the tensor, where this is not all of it as it is
     is_part: bool = False  # the tensor has more regions
+    is_copy: bool = False  # the tensor is elsewhere in the output too
 
     @property
     def averaged(self) -> bool:

@@ -251,7 +251,8 @@ TRAINERS = (
         entry="global_step100/, checkpoint-500/global_step500/",
         weights="ZeRO-1, 2, 3: float32 of all zero_pp_rank_*_optim_states.pt;"
         " without ZeRO mp_rank_00_model_states.pt: module",
-        stays=("latest", r"zero_to_(fp32|torch)\.py", r"global_step\d+"),
+        trackers=("latest",),
+        stays=(r"zero_to_(fp32|torch)\.py", r"global_step\d+"),
         masters=(
             Masters(
                 r"_optim_states\.pt$|(single_partition_of_)?fp32_(flat_)?groups",

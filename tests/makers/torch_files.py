@@ -123,3 +123,10 @@ def hostile_pickles(mark: Path) -> dict[str, bytes]:
 def number(value: int) -> bytes:
     """The opcodes that push an integer of any size."""
     return pickle.dumps(value, 2)[2:-1]
+
+
+def records(path: Path) -> dict[str, bytes]:
+    """The records of a zip archive by torch.save, but for the one that is a random number."""
+    with zipfile.ZipFile(path) as archive:
+        named = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    return {name: content for name, content in named.items() if "serialization_id" not in name}
