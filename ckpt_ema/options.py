@@ -203,17 +203,16 @@ class Output(Group):
         "same",
         changes_bytes=True,
     )
-    save_as: str = _row(
+    save_as: str | None = _row(
         of.choice(SAFETENSORS, CHECKPOINT),
         "safetensors, or checkpoint: in the newest one's format",
-        SAFETENSORS,
         changes_bytes=True,
     )
     config_from: str | None = _row(of.PATH, "take the configuration from this model folder")
     card: bool = _row(of.FLAG, "do not write a model card (README.md)", True, changes_bytes=True)
 
     def _check(self) -> None:
-        if self.save_as == SAFETENSORS:
+        if self.save_as != CHECKPOINT:
             return
         kept = {"--dtype": self.dtype != "same", "--config-from": self.config_from is not None}
         for name in filter(kept.__getitem__, kept):
@@ -308,7 +307,7 @@ class Keywords(TypedDict, total=False):
     allow_zeros: bool
     output: PathLike | None
     dtype: str
-    save_as: str
+    save_as: str | None
     config_from: PathLike | None
     card: bool
     device: str

@@ -368,16 +368,6 @@ def test_masters_of_deepspeed_are_warned_of_with_what_ignores_them(make_run: Mak
     check_copied(newest_of(run), output)
 
 
-def test_masters_of_megatron_are_warned_of_with_what_ignores_them(tmp_path: Path) -> None:
-    for step in STEPS:
-        model = {"w": torch.full((3, 2), float(step))}
-        masters = {"optimizer.state.fp32_param.w": torch.ones(3, 2)}
-        dcp_folders.save(tmp_path / "run" / f"step-{step}", {"model": model, **masters})
-    [warning] = warned(tmp_path / "run", tmp_path / "out")
-    assert "fp32 masters, in .metadata" in warning
-    assert "--no-load-optim" in warning
-
-
 def test_the_plan_says_what_is_written_back(tmp_path: Path) -> None:
     plan = ckpt_ema.plan(dcp_run(tmp_path / "run"), save_as="checkpoint", output=tmp_path / "out")
     text = plan_text(plan, None, 9)

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard
 
@@ -39,6 +40,7 @@ from ckpt_ema.options import Reading
 from ckpt_ema.storage.protocol import OpenFile, Storage
 from ckpt_ema.trainers.conventions import DCP_METADATA, STATE_PREFIXES
 
+_METADATA = "the metadata of a checkpoint"
 _MAX_METADATA_BYTES = 1 << 30
 # Modules of which a .metadata may name classes; they become `Record`s, which do nothing.
 _ALLOWED = (
@@ -104,10 +106,8 @@ def claims(name: str) -> bool:
 
 def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Specs:
     """See `Container.read_specs`; `path` is that of the .metadata."""
-    what = "the metadata of a checkpoint"
-    identity, raw = read_listing(path, storage, _MAX_METADATA_BYTES, what, "data files")
-    metadata = FileSpec(path, *identity, hashlib.sha256(raw).hexdigest())
-    tree, saved = _tree(path, _unpickled(path, raw))
+    metadata, root = _read_metadata(path, storage)
+    tree, saved = _tree(path, root)
     model = find_model(path, tree, reading, _Announced)
     tensors = {
         name: _declared(path, announced, saved)
@@ -117,6 +117,48 @@ def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Spec
     others = [name for name, value in model.values.items() if value is None]
     message = f"Not tensors, so not in the average: {some(others)}."
     notes = (*model.notes, Notice(Code.LEFT_OUT, message)) if others else model.notes
+    return replace(
+        _in_place(path, metadata, tensors, storage),
+        notes=notes,
+        warnings=model.warnings,
+        other_models=model.others,
+        is_average=model.is_average,
+    )
+
+
+def structure(path: str, storage: Storage) -> bytes:
+    """Return the metadata as they are pickled; raises what `read_specs` raises."""
+    return read_listing(path, storage, _MAX_METADATA_BYTES, _METADATA, "data files")[1]
+
+
+def read_all(path: str, storage: Storage, wanted: Callable[[str], object]) -> Specs:
+    """Return the tensors with names that are wanted, whatever they are of; `path` as above.
+
+    Raises what `read_specs` raises.
+    """
+    metadata, root = _read_metadata(path, storage)
+    entries = attribute(root, "state_dict_metadata")
+    _, saved = _tree(path, root)
+    tensors = {
+        name: _declared(path, _Announced(name, entry), saved)
+        for name, entry in entries.items()
+        if isinstance(name, str) and _is_tensor(entry) and wanted(name)
+    }
+    return _in_place(path, metadata, tensors, storage)
+
+
+def _read_metadata(path: str, storage: Storage) -> tuple[FileSpec, Record]:
+    identity, raw = read_listing(path, storage, _MAX_METADATA_BYTES, _METADATA, "data files")
+    return FileSpec(path, *identity, hashlib.sha256(raw).hexdigest()), _unpickled(path, raw)
+
+
+def _in_place(
+    path: str,
+    metadata: FileSpec,
+    tensors: Mapping[str, tuple[TensorSpec, list[_Chunk]]],
+    storage: Storage,
+) -> Specs:
+    """Return tensors with the places of their chunks in the data files."""
     every_chunk = [chunk for _, chunks in tensors.values() for chunk in chunks]
     data_files, pieces, holes = _located(os.path.dirname(path), every_chunk, storage)
     files = (metadata, *data_files)
@@ -124,11 +166,7 @@ def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Spec
         name: in_pieces(tensor, [pieces[chunk] for chunk in chunks])
         for name, (tensor, chunks) in tensors.items()
     }
-    return Specs(
-        *(joined, files, ({},) * len(files), notes, model.warnings, holes),
-        other_models=model.others,
-        is_average=model.is_average,
-    )
+    return Specs(joined, files, ({},) * len(files), holes=holes)
 
 
 def archives(path: str, storage: Storage) -> dict[str, list[tuple[int, int]]]:
@@ -136,8 +174,8 @@ def archives(path: str, storage: Storage) -> dict[str, list[tuple[int, int]]]:
 
     What was saved is an archive of its own, whether a tensor's chunk or not.
     """
-    _, raw = read_listing(path, storage, _MAX_METADATA_BYTES, "metadata", "data files")
-    _, saved = _tree(path, _unpickled(path, raw))
+    _, root = _read_metadata(path, storage)
+    _, saved = _tree(path, root)
     found: dict[str, list[tuple[int, int]]] = {}
     for info in saved.values():
         with suppress(RefusedError):  # where the model's are was checked when these were read
@@ -183,9 +221,12 @@ def _tree(path: str, root: Record) -> tuple[dict[str, Any], _Saved]:
             branch = branch.setdefault(str(step), {}) if isinstance(branch, dict) else None
         if not isinstance(branch, dict) or str(steps[-1]) in branch:
             raise refused(path, f"has two entries in the place of {fqn}")
-        is_tensor = isinstance(entry, Record) and entry.name.endswith(".TensorStorageMetadata")
-        branch[str(steps[-1])] = _Announced(fqn, entry) if is_tensor else None
+        branch[str(steps[-1])] = _Announced(fqn, entry) if _is_tensor(entry) else None
     return tree, {_index(index): info for index, info in stored.items()}
+
+
+def _is_tensor(entry: Any) -> TypeGuard[Record]:
+    return isinstance(entry, Record) and entry.name.endswith(".TensorStorageMetadata")
 
 
 def _index(index: Any) -> tuple[Any, Any]:

@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 from ckpt_ema.containers import pickles, torch_file
 from ckpt_ema.containers.checks import AS_IT_IS, present, refused
 from ckpt_ema.containers.model_key import find_model, numbers
-from ckpt_ema.containers.specs import FOLDED, Copy, FileSpec, Specs, TensorSpec, pieces_of
+from ckpt_ema.containers.specs import (
+    FOLDED,
+    Copy,
+    FileSpec,
+    Specs,
+    TensorSpec,
+    pieces_of,
+    renumbered,
+)
 from ckpt_ema.containers.torch_file import Structure
 from ckpt_ema.containers.zero import (
     TWO_SAVES,
@@ -234,12 +242,7 @@ def _placed(opened: _Opened, key: str) -> dict[str, TensorSpec]:
     named = found if isinstance(found, dict) else {}
     known = {name: one for name, one in named.items() if isinstance(name, str)}
     placed = torch_file.placed(opened.structure, known, ())
-    return {name: _in_file(tensor, opened.number) for name, tensor in placed.items()}
-
-
-def _in_file(tensor: TensorSpec, number: int) -> TensorSpec:
-    pieces = tuple(piece._replace(file=number) for piece in tensor.pieces)
-    return tensor._replace(file=number, pieces=pieces)
+    return {name: renumbered(tensor, [opened.number]) for name, tensor in placed.items()}
 
 
 def _partitions(folder: _Folder, names: Mapping[int, str]) -> list[Partition]:

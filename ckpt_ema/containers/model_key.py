@@ -181,6 +181,16 @@ def _is_averaged(root: Mapping[Any, Any], place: str) -> bool:
     return bool(conventions.AVERAGED_NAME.search(place))
 
 
+def every_weight(path: str, root: Any, tensor: _Kind) -> dict[str, Any]:
+    """Return every tensor that may be one of a model, by dotted path; there may be none.
+
+    Raises `RefusedError` for two at one path.
+    """
+    found = _tensors_in(root, tensor) if isinstance(root, dict) else {}
+    values = _joined(path, {place: _by_name(one) for place, one in found.items()})
+    return {name: value for name, value in values.items() if isinstance(value, tensor)}
+
+
 def _under_keys(
     path: str, root: Mapping[Any, Any], key: str, wants_average: bool, tensor: _Kind
 ) -> Model:

@@ -208,9 +208,13 @@ def check_lengths(stream: IO[bytes]) -> None:
 
 
 def _check_keys(keys: Iterable[Any]) -> None:
-    """Refuse tuples of tuples as keys: hashing deep ones crashes, and doubled ones never ends."""
+    """Refuse tuples of tuples as keys: hashing deep ones crashes, and doubled ones never ends.
+
+    Tuples of dtypes are not deep; Megatron has them.
+    """
     for key in keys:
-        if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
+        parts = key if isinstance(key, tuple) else ()
+        if any(isinstance(part, tuple) and type(part) is not Dtype for part in parts):
             raise pickle.UnpicklingError("a dict has nested tuples as keys")
 
 

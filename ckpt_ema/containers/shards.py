@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ckpt_ema.containers import safetensors, torch_file
 from ckpt_ema.containers.checks import AS_IT_IS, is_plain_name, present, read_listing, refused
-from ckpt_ema.containers.specs import Specs, TensorSpec
+from ckpt_ema.containers.specs import Specs, TensorSpec, renumbered
 from ckpt_ema.errors import Code, IncompleteError, RefusedError, some
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Reading
@@ -128,7 +128,8 @@ def joined(read: Sequence[Specs]) -> Specs:
     tensors: dict[str, TensorSpec] = {}
     count = 0
     for specs in read:
-        tensors |= {name: _moved(tensor, count) for name, tensor in specs.tensors.items()}
+        numbers = range(count, count + len(specs.files))
+        tensors |= {name: renumbered(tensor, numbers) for name, tensor in specs.tensors.items()}
         count += len(specs.files)
     return Specs(
         tensors,
@@ -138,12 +139,6 @@ def joined(read: Sequence[Specs]) -> Specs:
         tuple(warning for specs in read for warning in specs.warnings),
         {path: hole for specs in read for path, hole in specs.holes.items()},
     )
-
-
-def _moved(tensor: TensorSpec, files: int) -> TensorSpec:
-    """Return a tensor whose files are counted from `files` on."""
-    pieces = tuple(piece._replace(file=piece.file + files) for piece in tensor.pieces)
-    return tensor._replace(file=tensor.file + files, pieces=pieces)
 
 
 def _weight_map(path: str, storage: Storage) -> Mapping[str, str]:

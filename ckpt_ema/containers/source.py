@@ -4,13 +4,14 @@ One more container is one more module, with the functions of `Container`, and on
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ckpt_ema.containers import dcp, deepspeed, rank_files, safetensors, shards, torch_file
 from ckpt_ema.containers.checks import AS_IT_IS, refused
 from ckpt_ema.containers.model_key import ALREADY_AVERAGED
-from ckpt_ema.containers.specs import ModelFiles, Specs
+from ckpt_ema.containers.specs import Member, ModelFiles, Specs, is_safetensors
 from ckpt_ema.containers.twin import one_of_both
 from ckpt_ema.errors import Code, some
 from ckpt_ema.notices import Notice
@@ -85,8 +86,11 @@ def read_specs(model: ModelFiles, storage: Storage, reading: Reading = AS_IT_IS)
     inside = len(os.path.join(model.folder, ""))
     for number, member in enumerate(model.members):
         path = os.path.join(model.folder, member.name)
-        container = next(one for one in CONTAINERS if one.claims(os.path.basename(path)))
-        one = container.read_specs(path, storage, reading)
+        if member.is_part and not is_safetensors(member.name):
+            one = torch_file.read_part(path, storage, reading)
+        else:
+            container = next(one for one in CONTAINERS if one.claims(os.path.basename(path)))
+            one = container.read_specs(path, storage, reading)
         files = tuple(f._replace(name=f.name[inside:], member=number) for f in one.files)
         tensors = one.tensors
         if member.prefix:
@@ -96,7 +100,21 @@ def read_specs(model: ModelFiles, storage: Storage, reading: Reading = AS_IT_IS)
     if sum(len(one.tensors) for one in read) > len(specs.tensors):
         twice = next(n for n in specs.tensors if sum(n in one.tensors for one in read) > 1)
         raise refused(model.folder, "is in two of its model files", tensor=twice)
+    for member, one in zip(model.members, read, strict=True):
+        _check_of_one_save(model, member, one.recorded, read[0].recorded)
     prefixes = tuple(member.prefix for member in model.members)
     notes, recorded = model.notes + specs.notes, read[0].recorded
     is_average = read[0].is_average
     return replace(specs, notes=notes, recorded=recorded, prefixes=prefixes, is_average=is_average)
+
+
+def _check_of_one_save(
+    model: ModelFiles, member: Member, own: Mapping[str, int], first: Mapping[str, int]
+) -> None:
+    """Refuse a part that records another step than the first one."""
+    for unit in own.keys() & first.keys() if member.is_part else ():
+        if own[unit] != first[unit]:
+            both = f"{unit} {own[unit]}, and {model.members[0].name} {first[unit]}"
+            hint = "Restore the files of one save, or leave the checkpoint out."
+            why = f"records {both}: they are of two saves"
+            raise refused(os.path.join(model.folder, member.name), why, hint)

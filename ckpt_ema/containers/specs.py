@@ -210,12 +210,33 @@ def pieces_of(tensor: TensorSpec) -> tuple[Piece, ...]:
     return tensor.pieces or (whole,)
 
 
+def renumbered(tensor: TensorSpec, numbers: Sequence[int]) -> TensorSpec:
+    """Return a tensor whose file number n is `numbers[n]` elsewhere.
+
+    >>> renumbered(TensorSpec("F32", (3,), 1, 80), [4, 7]).file
+    7
+    """
+    pieces = tuple(piece._replace(file=numbers[piece.file]) for piece in tensor.pieces)
+    copies = tuple(
+        Copy(dtype, piece._replace(file=numbers[piece.file])) for dtype, piece in tensor.copies
+    )
+    return tensor._replace(file=numbers[tensor.file], pieces=pieces, copies=copies)
+
+
 class Member(NamedTuple):
     """One model file of a checkpoint; nearly all checkpoints have one."""
 
     name: str  # the file, the index of shards or DCP's .metadata, relative to the folder
     prefix: str = ""  # set before the names of its tensors, to tell them from other members'
     is_further: bool = False  # found beside the model by its content, not by its name
+    is_part: bool = False  # of a model whose files are averaged one by one
+
+
+class OnlyAsSaved(NamedTuple):
+    """Why no other format of a model than its own would be loaded: what it is, and the way out."""
+
+    what: str
+    instead: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +247,7 @@ class ModelFiles:
     members: tuple[Member, ...]
     notes: tuple[Notice, ...] = ()
     is_average: bool = False  # that the trainer made, by its name
-    is_megatron: bool = False  # stacked layers, under names that only Megatron loads
+    only_as_saved: OnlyAsSaved | None = None
     written_last: str = ""  # the file in the folder without which it is incomplete
 
     @property

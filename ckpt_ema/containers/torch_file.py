@@ -8,7 +8,7 @@ import hashlib
 import io
 import math
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import IO, Any, NamedTuple, cast
@@ -24,7 +24,7 @@ from ckpt_ema.containers.checks import (
     cut_short,
     refused,
 )
-from ckpt_ema.containers.model_key import find_model, numbers, recorded
+from ckpt_ema.containers.model_key import every_weight, find_model, numbers, recorded
 from ckpt_ema.containers.specs import (
     DTYPE_BITS,
     FileSpec,
@@ -41,11 +41,14 @@ from ckpt_ema.storage.protocol import OpenFile, Storage
 
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 _DROPPED = TensorSpec("U8", (0,), 0, 0)  # an unreadable tensor that --drop leaves out
+_TENSOR = (pickles.PickledTensor, pickles.UnreadTensor)
 # Not worth a note.
 _PLAIN = ("builtins.", "__builtin__.", "_codecs.", "typing.")
 _OF_PARTS = ("torch.distributed.", "torch.device", "torch.serialization.")
 _BIG_ENDIAN = "was saved on a big-endian machine"
+_DEEPEST = 16  # levels of dicts and lists
 _MAX_PICKLE_BYTES = 1 << 30
+_LEGACY_BYTES = 1 << 24
 _MAX_EXPANDED_BYTES = 1 << 20  # of a view with stride 0, where that is more than the whole file
 
 
@@ -78,9 +81,7 @@ def read_specs(
         if safetensors.is_header(file.read(min(size_bytes, HEAD_BYTES), 0), size_bytes):
             return safetensors.read_specs(path, storage, reading)
         structure = read_structure(path, file)
-        model = find_model(
-            path, structure.root, reading, (pickles.PickledTensor, pickles.UnreadTensor)
-        )
+        model = find_model(path, structure.root, reading, _TENSOR)
         tensors = placed(structure, model.values, reading.drop, read_part)
         spec = FileSpec(path, *file.identity, structure.digest)
         hole = file.first_hole()
@@ -99,6 +100,54 @@ def read_specs(
     )
 
 
+def read_part(path: str, storage: Storage, reading: Reading) -> Specs:
+    """Return the weights in one of the files of a model that are averaged one by one.
+
+    Raises what `Container.read_specs` raises.
+    """
+    with storage.open(path) as file:
+        structure = read_structure(path, file)
+        values = every_weight(path, structure.root, _TENSOR)
+        tensors = placed(structure, values, reading.drop)
+        spec, hole = FileSpec(path, *file.identity, structure.digest), file.first_hole()
+    holes = {} if hole is None else {path: hole}
+    return Specs(tensors, (spec,), ({},), holes=holes, recorded=recorded(structure.root))
+
+
+def read_all(path: str, storage: Storage, wanted: Callable[[str], object]) -> Specs:
+    """Return the tensors at dotted paths that are wanted, whatever they are of.
+
+    Raises what `Container.read_specs` raises.
+    """
+    with storage.open(path) as file:
+        structure = read_structure(path, file)
+        tensors = {
+            name: place(structure, name, tensor)
+            for name, tensor in _tensors_in(structure.root)
+            if wanted(name)
+        }
+        spec, hole = FileSpec(path, *file.identity, structure.digest), file.first_hole()
+    return Specs(tensors, (spec,), ({},), holes={} if hole is None else {path: hole})
+
+
+def _tensors_in(root: Any) -> Iterator[tuple[str, pickles.PickledTensor]]:
+    """Yield every tensor in dicts and lists, with its dotted path; what is shared comes once."""
+    waiting, seen = [("", root, _DEEPEST)] if _is_nested(root) else [], {id(root)}
+    for place, value, depth in waiting:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            name = f"{place}.{key}".removeprefix(".").encode("utf-8", "replace").decode()
+            if isinstance(inner, pickles.PickledTensor):
+                yield name, inner
+            if _is_nested(inner) and depth and id(inner) not in seen:
+                seen.add(id(inner))
+                waiting.append((name, inner, depth - 1))
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, dict | list) or type(value) is tuple
+
+
 def read_recorded(path: str, storage: Storage) -> Mapping[str, int]:
     """Return the "step" and "epoch" that a file records, whether or not it holds a model."""
     with storage.open(path) as file:
@@ -106,12 +155,17 @@ def read_recorded(path: str, storage: Storage) -> Mapping[str, int]:
 
 
 def structure(path: str, storage: Storage) -> bytes:
-    """Return the pickled structure of a zip archive by torch.save; nothing for any other file."""
+    """Return the pickled structure of a file of torch.save, unparsed; nothing for any other file.
+
+    Of the older form it is the start, in which the structure is.
+    """
     with storage.open(path) as file:
         size_bytes = file.identity.size_bytes
         start = file.read(min(size_bytes, HEAD_BYTES), 0)
-        if not is_torch_file(start) or not start.startswith(b"PK"):
+        if not is_torch_file(start):
             return b""
+        if not start.startswith(b"PK"):
+            return file.read(min(size_bytes, _LEGACY_BYTES), 0)
         region = Region(file, 0, size_bytes)
         records, _ = zip_directory(path, region)
         found = [info for name, info in records.items() if name.endswith("/data.pkl")]

@@ -9,7 +9,7 @@ from pathlib import Path
 from ckpt_ema.containers import deepspeed
 from ckpt_ema.containers.shards import complete_set
 from ckpt_ema.containers.source import Source
-from ckpt_ema.containers.specs import Member, ModelFiles
+from ckpt_ema.containers.specs import Member, ModelFiles, OnlyAsSaved
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.find.names import numbers_in, slots_in, stem_of
 from ckpt_ema.find.weights_file import (
@@ -67,7 +67,7 @@ def _in_checkpoint(path: Path, source: Source, depth: int) -> Located:
         return found
     below = _names_below(path, depth, source)
     return (
-        refusal_of(below, certain_only=True)
+        _in_parts(path, refusal_of(below, certain_only=True), source)
         or _own_names(path, names, source)
         or _only_folder(path, below, source)
         or _average(path, names, source)
@@ -263,7 +263,8 @@ def _distributed(path: Path, source: Source) -> ModelFiles | None:
             found = ModelFiles(root, (Member(os.path.join(inside, conventions.DCP_METADATA)),))
             if _is_megatron(path, folder, names, source):
                 last = os.path.join(inside, conventions.MEGATRON_LIST)
-                return replace(found, is_megatron=True, written_last=last)
+                only = OnlyAsSaved(conventions.MEGATRON.what, conventions.MEGATRON.instead)
+                return replace(found, only_as_saved=only, written_last=last)
             is_lightning = not name and conventions.LIGHTNING_FOLDER.search(path.name)
             return replace(found, written_last=conventions.SHARDED_STATE if is_lightning else "")
     return None
@@ -332,7 +333,17 @@ def _of_deepspeed(path: Path, names: set[str], source: Source) -> Located:
     others = [one for one in names if not deepspeed.is_one_of(one)]
     folders = [f"{one}/" for one in others if source.storage.is_folder(path / one)]
     refusal = refusal_of([*others, *folders], certain_only=True)
-    return refusal or ModelFiles(path, (Member(name),))
+    return _in_parts(path, refusal, source) if refusal else ModelFiles(path, (Member(name),))
+
+
+def _in_parts(path: Path, refusal: Refusal | None, source: Source) -> Located:
+    """Return a model whose files are averaged one by one, if it is in such a format."""
+    if refusal is None or refusal.parts is None:
+        return refusal
+    names = [name for name in source.storage.files_below(path) if refusal.parts.search(name)]
+    members = tuple(Member(name, f"{name}:", is_part=True) for name in sorted(names))
+    only = OnlyAsSaved(refusal.what, refusal.instead)
+    return ModelFiles(path, members, only_as_saved=only) if members else refusal
 
 
 def _tagged_by_deepspeed(path: Path, names: set[str], source: Source) -> Located:

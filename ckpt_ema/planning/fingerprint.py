@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.containers.specs import FileSpec
-from ckpt_ema.options import Engine, Options
+from ckpt_ema.options import SAFETENSORS, Engine, Options
 from ckpt_ema.storage import Storage
 from ckpt_ema.targets.companions import Companion
 
@@ -18,7 +18,9 @@ FOLD_VERSION = 2
 
 def deciding(options: Options) -> dict[str, Any]:
     """Return the choices that change the bytes of an output from the same checkpoints."""
-    return {**options.deciding(), "accumulate": precision(options.engine), "fold": FOLD_VERSION}
+    choices = {"accumulate": precision(options.engine), "fold": FOLD_VERSION}
+    save_as = options.output.save_as or SAFETENSORS
+    return {**options.deciding(), **choices, "save_as": save_as}
 
 
 def precision(engine: Engine) -> str:

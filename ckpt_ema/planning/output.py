@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ from ckpt_ema.targets.checkpoint import CheckpointTarget
 from ckpt_ema.targets.companions import Companions, companions
 from ckpt_ema.targets.safetensors import target_for
 from ckpt_ema.targets.target import Model, Output, Target
-from ckpt_ema.trainers import conventions
 
 
 def find_destination(
@@ -53,13 +53,21 @@ def find_destination(
     return output
 
 
-def check_loadable(checkpoints: Sequence[Checkpoint]) -> None:
-    """Refuse checkpoints of which no safetensors can be made that a trainer would load."""
-    for one in checkpoints:
-        if one.model.is_megatron and conventions.MEGATRON:
-            message = f"{one.path} is {conventions.MEGATRON.what}."
-            hint = conventions.MEGATRON.instead
-            raise RefusedError(message, hint, code=Code.UNSUPPORTED_FORMAT, path=one.path)
+def with_format(options: OutputOptions, checkpoints: Sequence[Checkpoint]) -> OutputOptions:
+    """Return the options with the format that the checkpoints need, if they need one.
+
+    Raises `RefusedError` if another was asked for, which no trainer would load.
+    """
+    found = ((one, one.model.only_as_saved) for one in checkpoints)
+    only, reason = next(((one, why) for one, why in found if why), (None, None))
+    if only is None or reason is None or options.save_as == CHECKPOINT:
+        return options
+    if options.save_as is None:
+        return replace(options, save_as=CHECKPOINT)
+    instead = reason.instead[0].lower() + reason.instead[1:]
+    hint = f"Write it back with --save-as checkpoint, or {instead}"
+    message = f"{only.path} is {reason.what}."
+    raise RefusedError(message, hint, code=Code.UNSUPPORTED_FORMAT, path=only.path)
 
 
 def named(path: str | os.PathLike[str]) -> Path:

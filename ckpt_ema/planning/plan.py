@@ -37,7 +37,7 @@ from ckpt_ema.planning.average import Average, Weighted, make_averages, weigh
 from ckpt_ema.planning.contents import judge_newest
 from ckpt_ema.planning.fingerprint import deciding
 from ckpt_ema.planning.notices import Decided, plan_notes, plan_warnings
-from ckpt_ema.planning.output import check_loadable, find_destination, lay_out, named
+from ckpt_ema.planning.output import find_destination, lay_out, named, with_format
 from ckpt_ema.planning.roles import Ruling, TensorRole, by_pattern
 from ckpt_ema.planning.same_model import Compared, compare
 from ckpt_ema.planning.sizing import element_bytes, make_sizes
@@ -169,13 +169,12 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     found, selected = with_common_files(found, selected, source)
     weighted = weigh(selected.subsets, options.weighting)
     checkpoints = _taken(weighted, found)
+    options = options._replace(output=with_format(options.output, checkpoints))
     one_run = check_one_run(checkpoints, log_of)
     destination = find_destination(options.output.output, found, paths, source.storage)
     compared = compare(checkpoints, source)
     if options.output.save_as == CHECKPOINT:
         compared = with_copied_files(compared, weighted, source.storage)
-    else:
-        check_loadable(checkpoints)
     specs_of = compared.specs
     _check_names(weighted, compared)
     rulings = judge_newest(weighted, specs_of, options.reading, source.storage)

@@ -44,7 +44,7 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
     own = [source.read(checkpoint.model) for checkpoint in checkpoints]
     if source.reading.strip_prefix:
         own = without_prefix(own, source.reading.strip_prefix)
-    own, left_out = without_dropped(_shared(own), source.reading.drop)
+    own, left_out = without_dropped(shared(own), source.reading.drop)
     models = [checkpoint.model for checkpoint in checkpoints]
     equal = [
         partial(are_equal, of=of, storage=source.storage) for of in zip(models, own, strict=True)
@@ -55,7 +55,7 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
     renamed = {c for c, one, other in rows if _have_other_names(one.tensors, other.tensors)}
     # Before shapes: adapters of another rank have other shapes, and this names the reason.
     configs = compare_configs(checkpoints, specs, source.storage)
-    warnings += [*_compare_tensors(names, specs), *configs]
+    warnings += [*compare_tensors(names, specs), *configs]
     specs_of = dict(zip(checkpoints, specs, strict=True))
     second_names = {name for match in matches for name in match.dropped}
     dropped = {**dict.fromkeys(left_out, ASKED_TO_DROP), **dict.fromkeys(second_names, DROPPED)}
@@ -66,14 +66,14 @@ def _have_other_names(one: _Tensors, other: _Tensors) -> bool:
     return one is not other and one.keys() != other.keys()
 
 
-def _shared(checkpoints: Sequence[Specs]) -> list[Specs]:
+def shared(checkpoints: Sequence[Specs]) -> list[Specs]:
     """Share one mapping of tensors among neighbours that have equal ones, to save memory."""
-    shared = [*checkpoints[:1]]
+    sharing = [*checkpoints[:1]]
     for specs in checkpoints[1:]:
-        earlier = shared[-1].tensors
+        earlier = sharing[-1].tensors
         same = specs.tensors is not earlier and specs.tensors == earlier
-        shared.append(replace(specs, tensors=earlier) if same else specs)
-    return shared
+        sharing.append(replace(specs, tensors=earlier) if same else specs)
+    return sharing
 
 
 def without_dropped(
@@ -91,7 +91,7 @@ def without_dropped(
     return [replace(one, tensors=kept[id(one.tensors)]) for one in checkpoints], dropped
 
 
-def _compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list[Notice]:
+def compare_tensors(names: Sequence[str], checkpoints: Sequence[Specs]) -> list[Notice]:
     """Refuse other tensors than the last checkpoint's; return warnings about their dtypes."""
     newest_name, newest = names[-1], checkpoints[-1].tensors
     warnings = []

@@ -1,42 +1,40 @@
-"""Adds the files that are copied when an average is written back as a checkpoint."""
+"""Adds what is averaged or copied beside the model where an average is written back."""
 
-import os
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 
-from ckpt_ema.containers import dcp, torch_file
 from ckpt_ema.containers.specs import Specs
-from ckpt_ema.errors import CkptEmaError, Code, some
+from ckpt_ema.errors import Code, some
 from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.find.names import stem_of
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.average import Weighted
-from ckpt_ema.planning.same_model import Compared
+from ckpt_ema.planning.masters import WithMasters, with_masters
+from ckpt_ema.planning.same_model import Compared, compare_tensors, shared
 from ckpt_ema.storage import Storage
 from ckpt_ema.targets.checkpoint import with_all_files
 from ckpt_ema.trainers import conventions
-from ckpt_ema.trainers.table import Masters
 
 
 def with_copied_files(
     compared: Compared, averages: Sequence[Weighted], storage: Storage
 ) -> Compared:
-    """Add the files to copy to each checkpoint that an average is written back into.
+    """Add the masters in every checkpoint, and the files to copy in those that are written to.
 
     Warns of weights that are copied with the average and that a trainer may prefer to it.
     """
     newest = {average.checkpoints[-1] for average in averages}
-    specs_of, warnings = {}, [*compared.warnings]
-    for checkpoint, own in compared.specs.items():
-        specs = own
-        if checkpoint in newest:
-            specs = with_all_files(checkpoint, own, storage)
-            copied = [file.name for file in specs.files[len(own.files) :]]
-            warnings += [*_other_models(checkpoint, own, copied)]
-            warnings += [*_masters(checkpoint, specs, storage)]
-        specs_of[checkpoint] = specs
-    return compared._replace(specs=specs_of, warnings=warnings)
+    made = {one: with_masters(one, specs, storage) for one, specs in compared.specs.items()}
+    specs_of = dict(zip(made, shared([one.specs for one in made.values()]), strict=True))
+    names = [checkpoint.name for checkpoint in made]
+    warnings = [*compared.warnings, *compare_tensors(names, [*specs_of.values()])]
+    for checkpoint in newest:
+        own = specs_of[checkpoint]
+        specs_of[checkpoint] = specs = with_all_files(checkpoint, own, storage)
+        copied = [file.name for file in specs.files[len(own.files) :]]
+        warnings += [*_other_models(checkpoint, own, copied), *_kept(made[checkpoint])]
+    last, last_made = list(made.items())[-1]
+    notes = [*compared.notes, *_only_as_saved(last), *_averaged(last_made)]
+    return compared._replace(specs=specs_of, warnings=[*dict.fromkeys(warnings)], notes=notes)
 
 
 def _other_models(checkpoint: Checkpoint, specs: Specs, copied: Sequence[str]) -> Iterator[Notice]:
@@ -54,25 +52,26 @@ def _holds_average(name: str) -> bool:
     return is_named and bool(conventions.WEIGHTS_LIKE.search(name))
 
 
-def _masters(checkpoint: Checkpoint, specs: Specs, storage: Storage) -> Iterator[Notice]:
-    """Warn of weights that an optimizer keeps in higher precision and that a trainer prefers."""
-    found: dict[Masters, list[str]] = {}
-    for file in specs.files:
-        path = os.path.join(checkpoint.model.folder, file.name)
-        known = b"\n".join([os.fsencode(file.name), _structure(path, storage)])
-        for masters in conventions.MASTERS:
-            if re.search(masters.pattern.encode(), known, re.MULTILINE):
-                found.setdefault(masters, []).append(file.name)
-    for masters, names in found.items():
+def _only_as_saved(newest: Checkpoint) -> Iterable[Notice]:
+    """Note why the average is written back, if no other format of it would be loaded."""
+    if only := newest.model.only_as_saved:
+        text = f"{newest.name} is {only.what}, so the average is written back in its own format"
+        yield Notice(Code.DECIDED, f"{text} (--save-as checkpoint).")
+
+
+def _averaged(newest: WithMasters) -> Iterable[Notice]:
+    """Note the masters that are averaged, and what is not."""
+    if newest.found:
+        text = f"The optimizer's own copy of the weights ({some(newest.found, 2)}) is averaged too;"
+        text = f"{text} its moments, the random state and the schedule stay the newest."
+        yield Notice(Code.DECIDED, text)
+
+
+def _kept(newest: WithMasters) -> Iterator[Notice]:
+    """Warn of weights that an optimizer keeps in higher precision and that are not averaged."""
+    preferred = {masters: one for masters, one in newest.kept.items() if masters.ignored_with}
+    for masters, names in preferred.items():
         text = f"The optimizer's own copy of the weights (fp32 masters, in {some(names, 2)}) is not"
         text = f"{text} averaged, and a trainer that resumes takes it instead of the average; load"
         text = f"{text} the output with {masters.ignored_with}."
         yield Notice(Code.OTHER_WEIGHTS, text)
-
-
-def _structure(path: str, storage: Storage) -> bytes:
-    """Return the pickled structure of a torch file, unparsed; nothing for any other file."""
-    with suppress(CkptEmaError):  # of what is only copied, nothing has to be readable
-        is_metadata = dcp.claims(os.path.basename(path))
-        return (storage.read(path) if is_metadata else torch_file.structure(path, storage)) or b""
-    return b""

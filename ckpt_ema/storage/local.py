@@ -64,14 +64,16 @@ class Local:
         """See `Storage.exists`."""
         return _mode(path, os.lstat) is not None
 
-    def files_below(self, folder: Location, most_depth: int) -> Iterator[str]:
-        """See `Storage.files_below`; it ends some way beyond a thousand files."""
+    def files_below(self, folder: Location, most_depth: int | None = None) -> Iterator[str]:
+        """See `Storage.files_below`; with a depth it ends some way beyond a thousand files."""
         count = 0
         for root, folders, files in os.walk(folder):
             prefix = "" if root == os.fspath(folder) else os.path.relpath(root, folder) + "/"
+            yield from (prefix + name for name in sorted(files))
+            if most_depth is None:
+                continue
             if prefix.count("/") >= most_depth:
                 folders.clear()
-            yield from (prefix + name for name in sorted(files))
             count += len(files)
             if count > _MOST_LISTED:
                 return

@@ -100,10 +100,11 @@ class Storage(Protocol):
     def exists(self, path: Location) -> bool:
         """Return whether anything is at `path`, even a broken link."""
 
-    def files_below(self, folder: Location, most_depth: int) -> Iterable[str]:
+    def files_below(self, folder: Location, most_depth: int | None = None) -> Iterable[str]:
         """Yield the names of files below a folder, relative to it, at most `most_depth` deep.
 
-        Links to folders are not followed.
+        With a depth, those that lead far enough to see what the folder is. Links to folders are not
+        followed.
         """
 
     def file_id(self, path: Location) -> object:

@@ -94,15 +94,16 @@ class CheckpointTarget:
 
     def _archives(self, specs: Specs) -> Mapping[int, list[tuple[int, int]]]:
         """Return the archives in the files of a checkpoint, where these are not files."""
-        members, folder = self.newest.model.members, self.newest.model.folder
         found = {}
-        for number, member in enumerate(members):
-            if os.path.basename(member.name) != DCP_METADATA:
-                continue
-            inside = dcp.archives(os.path.join(folder, member.name), self.storage)
-            for at, file in enumerate(specs.files):
-                if file.member == number and os.path.basename(file.name) in inside:
-                    found[at] = inside[os.path.basename(file.name)]
+        for metadata in specs.files:
+            folder, name = os.path.split(metadata.name)
+            if name == DCP_METADATA:
+                path = os.path.join(self.newest.model.folder, metadata.name)
+                inside = dcp.archives(path, self.storage)
+                for at, file in enumerate(specs.files):
+                    beside, name = os.path.split(file.name)
+                    if beside == folder and name in inside:
+                        found[at] = inside[name]
         return found
 
     def _checksums(
@@ -134,30 +135,27 @@ def _root_of(checkpoint: Checkpoint, storage: Storage) -> Path:
     return path if is_inside and storage.is_folder(path) else folder
 
 
+def files_of(checkpoint: Checkpoint, storage: Storage) -> tuple[Path, list[str]]:
+    """Return the folder of a checkpoint and the names of all files that are copied with it."""
+    root = _root_of(checkpoint, storage)
+    if not storage.is_folder(checkpoint.path):
+        return root, [member.name for member in checkpoint.model.members]
+    names = (name for name in storage.files_below(root) if name != MANIFEST_NAME)
+    return root, sorted(name for name in names if storage.kind(root / name) is Kind.FILE)
+
+
 def with_all_files(checkpoint: Checkpoint, specs: Specs, storage: Storage) -> Specs:
     """Add every other file in a checkpoint's folder to its specs; a single file has none."""
-    if not storage.is_folder(checkpoint.path):
-        return specs
-    root, model = _root_of(checkpoint, storage), checkpoint.model
+    root, names = files_of(checkpoint, storage)
+    model = checkpoint.model
     known = {os.path.normpath(model.folder / file.name) for file in specs.files}
-    others = [name for name in _files_below(root, "", storage) if name != MANIFEST_NAME]
     files = [
         FileSpec(os.path.relpath(root / name, model.folder), *storage.identity(root / name), "")
-        for name in sorted(others)
+        for name in names
         if os.path.normpath(root / name) not in known
     ]
     metadata = (*specs.metadata, *({} for _ in files))
     return replace(specs, files=(*specs.files, *files), metadata=metadata)
-
-
-def _files_below(root: Path, prefix: str, storage: Storage) -> Iterator[str]:
-    """Yield the files below a folder, relative to it; links to folders are not followed."""
-    for name in storage.names(root / prefix):
-        kind = storage.kind(root / prefix / name)
-        if kind is Kind.FILE:
-            yield f"{prefix}{name}"
-        elif kind is Kind.FOLDER and not storage.is_link(root / prefix / name):
-            yield from _files_below(root, f"{prefix}{name}/", storage)
 
 
 def _placed(model: Model) -> dict[int, list[OutputTensor]]:

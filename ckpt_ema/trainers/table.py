@@ -20,6 +20,8 @@ class Refusal:
     what: str
     instead: str
     is_certain: bool = True  # False: such files also lie beside models that are read
+    # The files, below the checkpoint, that can be averaged one by one and written back.
+    parts: Pattern[str] | None = None
 
 
 class Record(NamedTuple):
@@ -30,10 +32,12 @@ class Record(NamedTuple):
 
 
 class Masters(NamedTuple):
-    """How to recognise that an optimizer has weights of its own, which its trainer prefers."""
+    """Where a checkpoint has its weights once more: masters of an optimizer, or rounded copies."""
 
-    pattern: str  # searched in names of files, and in the structure of what they hold
-    ignored_with: str  # how the trainer loads the model's weights instead
+    sign: str  # searched in names of files, and in the structure of what they hold
+    # Searched in "FILE:PATH.OF.A.TENSOR"; a group "weight" is the name of the weight, rounded.
+    place: str
+    ignored_with: str = ""  # how a trainer that prefers them loads the model's weights instead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +76,7 @@ class Trainer:
     # Patterns of files that are kept once per run and go with the average.
     travels: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
-    stacked: Refusal | None = None  # what is read, and can be written as it was saved alone
+    stacked: Refusal | None = None  # of what is read, and loaded only as it was saved
     # What --save-as checkpoint makes, where it is more than the name of an entry says.
     copy: str = ""
     masters: tuple[Masters, ...] = ()
@@ -90,8 +94,11 @@ class Trainer:
         return " or ".join(dict.fromkeys(f"the {kind}" for kind in kinds))
 
 
-def _refused(name: str, what: str, instead: str, is_certain: bool = True) -> tuple[Refusal, ...]:
-    return (Refusal(re.compile(name, re.IGNORECASE), what, instead, is_certain),)
+def _refused(
+    name: str, what: str, instead: str, is_certain: bool = True, parts: str | None = None
+) -> tuple[Refusal, ...]:
+    found = re.compile(parts, re.IGNORECASE) if parts else None
+    return (Refusal(re.compile(name, re.IGNORECASE), what, instead, is_certain, found),)
 
 
 _CONVERT_MEGATRON = (
@@ -101,6 +108,7 @@ _CONVERT_MEGATRON = (
 )
 _OUT_OF_SCOPE = "Export it to safetensors or a state dict of PyTorch first."
 
+_PARTS_OF_DEEPSPEED = r"(^|/)layer_\d+-model_states\.pt$|(^|_|/)mp_rank_\d+_model_states\.pt$"
 _BY_ITS_TOOLS = "Convert each step to one state dict with the tools of its trainer first."
 
 TRAINERS = (
@@ -219,15 +227,19 @@ TRAINERS = (
     ),
     Trainer(
         name="Megatron-LM, Megatron-Bridge, slime, gpt-neox",
-        tier="R",
-        entry="iter_0000100/",
-        weights="mp_rank_00/model_optim_rng.pt, or torch_dist (metadata.json)",
+        tier="2",
+        entry="iter_0000100/, global_step100/",
+        weights="mp_rank_*/model_optim_rng.pt, layer_*-model_*-model_states.pt, or torch_dist"
+        " (metadata.json); written back only",
         trackers=("latest_checkpointed_iteration.txt",),
         state=("distrib_optim",),
         masters=(
             Masters(
                 r"distrib_optim\.pt$|optimizer\.(state\.(fp32_)?param|distributed)\."
                 r"|fp32_from_fp16_params",
+                r"distrib_optim\.pt:.*\.param(\.\d+)?$|fp32_from_fp16_params\."
+                r"|optimizer\.state\.(fp32_)?param\.(?P<weight>.+)"
+                r"|optimizer\.distributed\..*\.param$",
                 "--no-load-optim or --finetune",
             ),
         ),
@@ -237,13 +249,13 @@ TRAINERS = (
             r"|(^|/)iter_\d{7}/[^/]*\.distcp$",
             "a Megatron checkpoint, with the weights in ranks and Megatron's names",
             f"Convert each step first: {_CONVERT_MEGATRON}.",
+            parts=r"(^|/)(model_(optim_)?rng|layer_\d+-model_\d+[^/]*)\.pt$",
         ),
         stacked=Refusal(
             re.compile(""),
             "a Megatron checkpoint, with stacked layers under names that no loader of safetensors"
             " knows",
-            "Average it in its own format with --save-as checkpoint, or convert each step first:"
-            f" {_CONVERT_MEGATRON}.",
+            f"Convert each step first: {_CONVERT_MEGATRON}.",
         ),
     ),
     Trainer(
@@ -256,31 +268,37 @@ TRAINERS = (
         masters=(
             Masters(
                 r"_optim_states\.pt$|(single_partition_of_)?fp32_(flat_)?groups",
+                r"(single_partition_of_)?fp32_(flat_)?groups(_flat)?\.\d+$",
                 "load_checkpoint(..., load_module_only=True)",
             ),
+            Masters(r"_model_states\.pt$", r"_model_states\.pt:module\."),
         ),
     ),
     Trainer(
         name="DeepSpeed, model parallel",
-        tier="R",
+        tier="2",
         entry="global_step100/",
-        weights="layer_01-model_states.pt, mp_rank_01_*, *expert_0_*, zero/ of a universal one",
+        weights="layer_01-model_states.pt, mp_rank_01_*, *expert_0_*; written back only (zero/ of a"
+        " universal one is refused)",
         refusals=(
             *_refused(
                 r"(^|/)layer_\d+-model_states\.pt$",
                 "a checkpoint of DeepSpeed's pipelines, with each layer in a file of its own",
                 _BY_ITS_TOOLS,
+                parts=_PARTS_OF_DEEPSPEED,
             ),
             *_refused(
                 r"(^|/)(layer_\d+_)?expert_\d+_mp_rank_|(^|/)expp_rank_\d+",
                 "of DeepSpeed, a mixture of experts, with each expert in a file of its own",
                 _BY_ITS_TOOLS,
+                parts=_PARTS_OF_DEEPSPEED,
             ),
             *_refused(
                 r"(^|_|/)mp_rank_(?!00_)\d+_(model|optim)_states\.pt$",
                 "a DeepSpeed checkpoint of several model-parallel ranks, of which each file holds a"
                 " part",
                 _BY_ITS_TOOLS,
+                parts=_PARTS_OF_DEEPSPEED,
             ),
             *_refused(
                 r"^zero/$|(^|/)zero/optimizer_state\.pt$",
@@ -310,9 +328,9 @@ TRAINERS = (
     ),
     Trainer(
         name="NeMo 2",
-        tier="R",
+        tier="2",
         entry="name-epoch=3-step=1000/",
-        weights="weights/ and context/ (hf_weights/ is read where it was exported)",
+        weights="weights/, written back only; or hf_weights/, where it was exported",
         models=("hf_weights",),
         sharded=("weights",),
         refusals=_refused(
@@ -378,16 +396,35 @@ TRAINERS = (
         done=(".metadata.json",),
     ),
     Trainer(
-        name="OLMo, sharded; nanotron",
+        name="OLMo, sharded",
         tier="R",
-        entry="step1000/, 1000/",
+        entry="step1000/",
         weights="rank files",
         refusals=_refused(
-            r"pp-rank-\d+-of-|(^|/)(model|optim)/rank\d+\.(pt|bin)$|(^|/)train/rank\d+\.pt$",
+            r"(^|/)(model|optim)/rank\d+\.(pt|bin)$|(^|/)train/rank\d+\.pt$",
             "sharded over ranks",
             "Unshard each step first: OLMo scripts/unshard.py; OLMo-core"
-            " src/examples/huggingface/convert_checkpoint_to_hf.py; nanotron"
-            " examples/llama/convert_nanotron_to_hf.py.",
+            " src/examples/huggingface/convert_checkpoint_to_hf.py.",
+        ),
+    ),
+    Trainer(
+        name="nanotron",
+        tier="2",
+        entry="1000/",
+        weights="model/ with each tensor in files of its own; written back only",
+        trackers=("latest.txt",),
+        masters=(
+            Masters(
+                r"gradient_accumulator",
+                r"gradient_accumulator\.",
+                "checkpoints.load_optimizer: false in its configuration",
+            ),
+        ),
+        refusals=_refused(
+            r"pp-rank-\d+-of-",
+            "of nanotron, with each tensor sharded over ranks",
+            "Convert each step first with nanotron's examples/llama/convert_nanotron_to_hf.py.",
+            parts=r"^model/.*\.safetensors$",
         ),
     ),
     Trainer(

@@ -38,6 +38,22 @@ def loaded(folder: Path, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
     return into["model"]
 
 
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor, by its full name, as torch loads it."""
+    from torch.distributed.checkpoint import state_dict_loader
+
+    found = metadata_of(folder).state_dict_metadata
+    into = {
+        name: torch.zeros(one.size, dtype=one.properties.dtype)
+        for name, one in found.items()
+        if isinstance(one, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state_dict_loader.load(into, checkpoint_id=folder, no_dist=True)
+    return into
+
+
 def metadata_of(folder: Path) -> Metadata:
     """The metadata as torch reads it; of our own checkpoints only."""
     content = pickle.loads((folder / ".metadata").read_bytes())

@@ -106,6 +106,15 @@ def save(
     return folder
 
 
+def partitions(folder: Path, rank: int) -> list[torch.Tensor]:
+    """The float32 weights of one rank of ZeRO-1 or 2; of our own checkpoints only."""
+    [path] = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    with importable():
+        content = torch.load(path, weights_only=False)
+    found: list[torch.Tensor] = content["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+    return found
+
+
 def _part(tensor: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
     """Return one rank's part of a weight of ZeRO-3, padded so that all are equal."""
     size = math.ceil(tensor.numel() / ranks)
