@@ -73,6 +73,7 @@ import functools
 import importlib.metadata
 import io
 import json
+import multiprocessing
 import shutil
 import string
 import tempfile
@@ -977,9 +978,37 @@ def train_timm(run: Path, metrics: Sequence[float]) -> None:
         saver.save_checkpoint(epoch, metric)
 
 
-# torch.distributed.checkpoint
+# Ranks
 
 RANKS = 2
+
+
+def run_ranks(case: Case, function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function with the number of a rank and these arguments, each rank in a process."""
+    from torch.multiprocessing.spawn import start_processes
+
+    # The fork server imports this script once, so that the ranks need not.
+    multiprocessing.set_forkserver_preload(["__main__"])
+    rendezvous = Path(tempfile.mkdtemp(dir=case.folder)) / "rendezvous"
+    start_processes(_run_rank, (rendezvous, function, arguments), RANKS, start_method="forkserver")
+
+
+def _run_rank(
+    rank: int, rendezvous: Path, function: Callable[..., None], arguments: Sequence[Any]
+) -> None:
+    from torch import distributed
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
+    place = f"file://{rendezvous}"
+    noise = io.StringIO()
+    with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+        distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=RANKS)
+        function(rank, *arguments)
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+# torch.distributed.checkpoint
 
 
 @scenario("torch.distributed.checkpoint: model and optim")
@@ -997,10 +1026,9 @@ def distributed_flat(case: Case) -> None:
 def check_distributed(case: Case, dtype: torch.dtype, *, flat: bool) -> None:
     """Train on two ranks; read with one."""
     from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-    from torch.multiprocessing.spawn import spawn
 
     run = case.folder / "run"
-    spawn(train_rank, (case.folder, run, dtype, flat), nprocs=RANKS)
+    run_ranks(case, train_rank, run, dtype, flat)
     checkpoints = steps(run, "step-{}", [10, 20, 30])
     if not all(len(list(path.glob("*.distcp"))) == RANKS for path in checkpoints):
         raise WrongError("this test is wrong: not every rank wrote a file")
@@ -1025,17 +1053,13 @@ def tiny_network(dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(*layers).to(dtype)
 
 
-def train_rank(rank: int, folder: Path, run: Path, dtype: torch.dtype, flat: bool) -> None:
+def train_rank(rank: int, run: Path, dtype: torch.dtype, flat: bool) -> None:
     """What one of the ranks does: 30 steps under FSDP, saving each tenth."""
-    from torch import distributed
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
     from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
-    )
     mesh = init_device_mesh("cpu", (RANKS,))
     model: Any = tiny_network(dtype)
     for layer in (model[1], model[3]):
@@ -1055,8 +1079,6 @@ def train_rank(rank: int, folder: Path, run: Path, dtype: torch.dtype, flat: boo
             if flat:
                 state = {**weights, "optimizer": moments, "train_state": {"step": step}}
             save_distributed(state, checkpoint_id=run / f"step-{step}")
-    distributed.barrier()
-    distributed.destroy_process_group()
 
 
 # DeepSpeed
@@ -1100,10 +1122,8 @@ def deepspeed_3_rounded(case: Case) -> None:
 
 def check_deepspeed(case: Case, stage: int, *, is_rounded: bool = False) -> None:
     """Train on two ranks; DeepSpeed's own script reads what they saved, but for frozen weights."""
-    from torch.multiprocessing.spawn import spawn
-
     run = case.folder / "run"
-    spawn(train_deepspeed, (case.folder, run, stage, is_rounded), nprocs=RANKS)
+    run_ranks(case, train_deepspeed, run, stage, is_rounded)
     checkpoints = steps(run, "global_step{}", [1, 2, 3])
     states = [_consolidated(path, stage) for path in checkpoints]
     output = case.average(run)
@@ -1137,17 +1157,11 @@ def deepspeed_network(is_rounded: bool) -> nn.Module:
     return network
 
 
-def train_deepspeed(rank: int, folder: Path, run: Path, stage: int, is_rounded: bool) -> None:
+def train_deepspeed(rank: int, run: Path, stage: int, is_rounded: bool) -> None:
     """What one of the ranks does: 3 steps, each saved."""
-    os.environ.update(
-        DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS)
-    )
+    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
-    from torch import distributed
 
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
-    )
     network = deepspeed_network(is_rounded)
     trained = [weight for weight in network.parameters() if weight.requires_grad]
     engine, *_ = deepspeed.initialize(
@@ -1171,8 +1185,6 @@ def train_deepspeed(rank: int, folder: Path, run: Path, stage: int, is_rounded: 
         engine.backward(functional.cross_entropy(engine(tokens).float(), tokens.roll(1)))
         engine.step()
         engine.save_checkpoint(run)
-    distributed.barrier()
-    distributed.destroy_process_group()
 
 
 # Running them
