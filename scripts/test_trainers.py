@@ -79,7 +79,7 @@ import string
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -1008,6 +1008,71 @@ def _run_rank(
         distributed.destroy_process_group()
 
 
+def shard(layers: nn.Sequential, mesh: Any) -> None:
+    """Shard a network with FSDP2: two of its layers, and the rest together."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in [layer for layer in layers if isinstance(layer, nn.Linear)]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(layers, mesh=mesh)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Train a tiny network to name the token before each."""
+    tokens = torch.randint(11, (16,))
+    functional.cross_entropy(model(tokens).float(), tokens.roll(1)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def check_rest(written: Path, newest: Path, averaged: Iterable[str]) -> None:
+    """Whatever is not averaged in a torch.distributed.checkpoint folder is the newest's."""
+    found, wanted = everything_in(written), everything_in(newest)
+    for name in averaged:
+        del found[name], wanted[name]
+    check_same(found, wanted)
+
+
+def check_same(found: Mapping[str, object], newest: Mapping[str, object]) -> None:
+    """What is beside the weights is the newest checkpoint's."""
+    check_equal("entries beside the weights", set(found), set(newest))
+    if not any(isinstance(value, Tensor) for value in newest.values()):
+        raise WrongError("this test is wrong: there are no tensors beside the weights")
+    for name, value in newest.items():
+        if not is_same(found[name], value):
+            raise WrongError(f"{name} is not the newest checkpoint's")
+
+
+def everything_in(path: Path) -> dict[str, object]:
+    """What torch reads from a folder of torch.distributed.checkpoint, by dotted names."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    with tempfile.NamedTemporaryFile() as file:
+        dcp_to_torch_save(path, file.name)
+        return flatten(torch.load(file.name, weights_only=False))
+
+
+def flatten(value: Any) -> dict[str, object]:
+    """The leaves of nested dicts and lists, by dotted names."""
+    if not isinstance(value, dict | list | tuple):
+        return {"": value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {
+        f"{key}.{below}".rstrip("."): leaf
+        for key, inner in items
+        for below, leaf in flatten(inner).items()
+    }
+
+
+def is_same(one: object, other: object) -> bool:
+    """Return whether two leaves are equal, tensors bit for bit."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return _kind(one) == _kind(other) and torch.equal(_bits(one), _bits(other))
+    if isinstance(one, io.BytesIO) and isinstance(other, io.BytesIO):
+        return one.getvalue() == other.getvalue()
+    return type(one) is type(other) and bool(one == other)
+
+
 # torch.distributed.checkpoint
 
 
@@ -1025,28 +1090,61 @@ def distributed_flat(case: Case) -> None:
 
 def check_distributed(case: Case, dtype: torch.dtype, *, flat: bool) -> None:
     """Train on two ranks; read with one."""
-    from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-
     run = case.folder / "run"
     run_ranks(case, train_rank, run, dtype, flat)
     checkpoints = steps(run, "step-{}", [10, 20, 30])
     if not all(len(list(path.glob("*.distcp"))) == RANKS for path in checkpoints):
         raise WrongError("this test is wrong: not every rank wrote a file")
-
-    def load(path: Path) -> State:
-        state = tiny_network(dtype).state_dict()
-        wanted = state if flat else {"model": state}
-        load_distributed(wanted, checkpoint_id=path, no_dist=True)
-        return state
-
+    states = [state_of(load_distributed(path, dtype, flat)[0]) for path in checkpoints]
     output = case.average(run)
     model = tiny_network(dtype)
     model.load_state_dict(load_file(output / "model.safetensors"), strict=True)
-    check_average(state_of(model), [load(path) for path in checkpoints])
+    check_average(state_of(model), states)
     check_absent(output, ["*.distcp", ".metadata"])
+    written = case.write_back(run)
+    resumed, optimizer = load_distributed(written, dtype, flat)
+    check_average(state_of(resumed), states)
+    prefix = "" if flat else "model."
+    check_rest(written, checkpoints[-1], {f"{prefix}{name}" for name in states[-1]})
+    train_step(resumed, optimizer)
+    check_equal("steps of the optimizer", {int(s["step"]) for s in optimizer.state.values()}, {31})
 
 
-def tiny_network(dtype: torch.dtype) -> nn.Module:
+def load_distributed(
+    path: Path, dtype: torch.dtype, flat: bool
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Read a checkpoint as the trainer does that resumes from it, but on one rank."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    model = tiny_network(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    state = distributed_state(model, optimizer, flat)
+    load(state, checkpoint_id=path, no_dist=True)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict={name: state[name] for name in model.state_dict()}
+        if flat
+        else state["model"],
+        optim_state_dict=state["optimizer" if flat else "optim"],
+        options=StateDictOptions(flatten_optimizer_state_dict=flat),
+    )
+    return model, optimizer
+
+
+def distributed_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, flat: bool
+) -> dict[str, Any]:
+    """What is saved of a model and its optimizer, and what is loaded into them."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    return {**weights, "optimizer": moments} if flat else {"model": weights, "optim": moments}
+
+
+def tiny_network(dtype: torch.dtype) -> nn.Sequential:
     """Its sizes are odd, so that no two ranks hold the same."""
     torch.manual_seed(0)
     layers = (nn.Embedding(11, 9), nn.Linear(9, 7), nn.BatchNorm1d(7), nn.Linear(7, 11, bias=False))
@@ -1055,30 +1153,19 @@ def tiny_network(dtype: torch.dtype) -> nn.Module:
 
 def train_rank(rank: int, run: Path, dtype: torch.dtype, flat: bool) -> None:
     """What one of the ranks does: 30 steps under FSDP, saving each tenth."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-    from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+    from torch.distributed.checkpoint.state_dict_saver import save
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (RANKS,))
-    model: Any = tiny_network(dtype)
-    for layer in (model[1], model[3]):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    model = tiny_network(dtype)
+    shard(model, init_device_mesh("cpu", (RANKS,)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     torch.manual_seed(rank)
     for step in range(1, 31):
-        tokens = torch.randint(11, (16,))
-        functional.cross_entropy(model(tokens).float(), tokens.roll(1)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train_step(model, optimizer)
         if step % 10 == 0:
-            options = StateDictOptions(flatten_optimizer_state_dict=flat)
-            weights, moments = get_state_dict(model, optimizer, options=options)
-            state = {"model": weights, "optim": moments}
-            if flat:
-                state = {**weights, "optimizer": moments, "train_state": {"step": step}}
-            save_distributed(state, checkpoint_id=run / f"step-{step}")
+            state = distributed_state(model, optimizer, flat)
+            counters = {"train_state": {"step": step}} if flat else {}
+            save({**state, **counters}, checkpoint_id=run / f"step-{step}")
 
 
 # DeepSpeed
