@@ -792,6 +792,60 @@ def train_accelerate(
     return accelerator, models, steps(run / "checkpoints", "checkpoint_{}", range(4))
 
 
+@scenario("accelerate: FSDP2, folders of shards")
+def accelerate_fsdp(case: Case) -> None:
+    """Saved by `save_state` on two ranks; `load_state` takes what is written back."""
+    run = case.folder / "run"
+    run_ranks(case, train_accelerate_rank, case.folder)
+    checkpoints = steps(run / "checkpoints", "checkpoint_{}", range(3))
+    model = "pytorch_model_fsdp_0"
+    states = [tensors_in(path / model, "model.") for path in checkpoints]
+    output = case.average(run)
+    check_average(load_file(output / "model.safetensors"), states)
+    check_absent(output, ["*.distcp", ".metadata", "random_states*"])
+    written, newest = case.write_back(run), checkpoints[-1]
+    shards = [f"optimizer_0/__{rank}_0.distcp" for rank in range(RANKS)]
+    random = [f"random_states_{rank}.pkl" for rank in range(RANKS)]
+    check_copied(written, newest, [*shards, *random, "optimizer_0/.metadata"])
+    run_ranks(case, train_accelerate_rank, case.folder / "resumed", written)
+    check_resumed(case.folder / "resumed", states)
+
+
+def train_accelerate_rank(rank: int, folder: Path, resumed_from: Path | None = None) -> None:
+    """What one of the ranks does: 3 steps, each saved; or one more after `resumed_from`."""
+    os.environ["MASTER_ADDR"] = "localhost"  # which accelerate wants, though it is not used
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import (
+        DistributedType,
+        FullyShardedDataParallelPlugin,
+        ProjectConfiguration,
+    )
+
+    project = ProjectConfiguration(str(folder / "run"), automatic_checkpoint_naming=True)
+    accelerator = Accelerator(cpu=True, project_config=project)
+    # On CPUs, accelerate knows nothing but data parallelism; what it does for FSDP needs no GPU.
+    PartialState().distributed_type = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        state_dict_type="SHARDED_STATE_DICT",
+        auto_wrap_policy="size_based_wrap",
+        min_num_params=20,
+        cpu_ram_efficient_loading=False,
+    )
+    network = tiny_network(torch.float32)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    model, optimizer = accelerator.prepare(network, optimizer)
+    torch.manual_seed(rank)
+    if resumed_from:
+        accelerator.load_state(str(resumed_from))
+        save_whole(model, folder, "began")
+    for _ in range(1 if resumed_from else 3):
+        train_step(model, optimizer, accelerator.backward)
+        accelerator.save_state()
+    save_whole(model, folder, "ended")
+
+
 # Lightning
 
 STEPS = ("epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt", "epoch=2-step=12.ckpt")
@@ -1008,6 +1062,36 @@ def _run_rank(
         distributed.destroy_process_group()
 
 
+def whole_state(module: nn.Module) -> State:
+    """A copy of a sharded module's state dict, without shards; all ranks have to call it."""
+    from torch.distributed.tensor import DTensor
+
+    return {
+        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in state_of(module).items()
+    }
+
+
+def save_whole(module: nn.Module, folder: Path, name: str) -> None:
+    """Save what each rank has of a sharded module, without shards; all ranks have to call it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(whole_state(module), folder / f"{name}-{torch.distributed.get_rank()}.pt")
+
+
+def check_resumed(folder: Path, states: Sequence[State]) -> None:
+    """On every rank, training began with the average and went on."""
+    for rank in range(RANKS):
+        began, ended = (torch.load(folder / f"{when}-{rank}.pt") for when in ("began", "ended"))
+        check_average(began, states)
+        check_moved(began, ended)
+
+
+def check_moved(began: State, ended: State) -> None:
+    """A step of training has changed something."""
+    if all(torch.equal(tensor, ended[name]) for name, tensor in began.items()):
+        raise WrongError("no step was trained after the average was loaded")
+
+
 def shard(layers: nn.Sequential, mesh: Any) -> None:
     """Shard a network with FSDP2: two of its layers, and the rest together."""
     from torch.distributed.fsdp import fully_shard
@@ -1017,10 +1101,12 @@ def shard(layers: nn.Sequential, mesh: Any) -> None:
     fully_shard(layers, mesh=mesh)
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def train_step(
+    model: nn.Module, optimizer: Any, backward: Callable[[Tensor], None] = Tensor.backward
+) -> None:
     """Train a tiny network to name the token before each."""
     tokens = torch.randint(11, (16,))
-    functional.cross_entropy(model(tokens).float(), tokens.roll(1)).backward()
+    backward(functional.cross_entropy(model(tokens).float(), tokens.roll(1)))
     optimizer.step()
     optimizer.zero_grad()
 
@@ -1050,6 +1136,15 @@ def everything_in(path: Path) -> dict[str, object]:
     with tempfile.NamedTemporaryFile() as file:
         dcp_to_torch_save(path, file.name)
         return flatten(torch.load(file.name, weights_only=False))
+
+
+def tensors_in(path: Path, prefix: str) -> State:
+    """The tensors in a folder of torch.distributed.checkpoint whose names begin with this."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in everything_in(path).items()
+        if name.startswith(prefix) and isinstance(value, Tensor)
+    }
 
 
 def flatten(value: Any) -> dict[str, object]:
