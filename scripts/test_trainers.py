@@ -924,6 +924,58 @@ def check_lightning_resumed(
     check_average(seen[0], states)
 
 
+SHARDED_STEPS = ("epoch=1-step=4.ckpt", "epoch=2-step=8.ckpt", "epoch=3-step=12.ckpt")
+
+
+@scenario("lightning: ModelParallelStrategy, folders of shards")
+def lightning_sharded(case: Case) -> None:
+    """On two ranks; written back, the average is what `Trainer(ckpt_path=...)` resumes from."""
+    run_ranks(case, train_lightning_rank, case.folder)
+    run = case.folder / "run"
+    expected = {*SHARDED_STEPS, "last.ckpt"}
+    check_equal("files of the run", {path.name for path in run.iterdir()}, expected)
+    states = [tensors_in(run / name, "state_dict.") for name in SHARDED_STEPS]
+    output = case.average(run)
+    check_average(load_file(output / "model.safetensors"), states)
+    check_absent(output, ["*.distcp", "meta.pt", ".metadata"])
+    written, newest = case.write_back(run), run / SHARDED_STEPS[-1]
+    check_copied(written, newest, ["meta.pt", ".metadata"])
+    check_rest(written, newest, {f"state_dict.{name}" for name in states[-1]})
+    run_ranks(case, train_lightning_rank, case.folder / "resumed", 13, written)
+    check_resumed(case.folder / "resumed", states)
+
+
+def train_lightning_rank(
+    _rank: int, folder: Path, max_steps: int = 12, ckpt_path: Path | None = None
+) -> None:
+    """What one of the ranks does: 12 steps or those that are left, saving each fourth."""
+    os.environ.update(TORCHELASTIC_RUN_ID="1", GROUP_RANK="0", LOCAL_WORLD_SIZE=str(RANKS))
+    load_torchvision()
+    # Where ranks resume, Lightning forgets that it was told `weights_only=False`.
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    class Sharded(lightning_module()):
+        def configure_model(self) -> None:
+            shard(self.net, self.device_mesh["data_parallel"])
+
+        def on_train_start(self) -> None:
+            check_equal("step", self.global_step, max_steps - 1 if ckpt_path else 0)
+            save_whole(self, folder, "began")
+
+        def on_train_end(self) -> None:
+            save_whole(self, folder, "ended")
+
+    train_lightning(
+        folder,
+        Sharded(argparse.Namespace(width=7)),
+        max_steps=max_steps,
+        ckpt_path=ckpt_path,
+        devices=RANKS,
+        strategy=ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1),
+    )
+
+
 def lightning_module() -> Any:
     """The class of a small model; Lightning is imported when its turn comes."""
     from lightning.pytorch import LightningModule
@@ -953,6 +1005,8 @@ def train_lightning(
     *callbacks: Any,
     max_steps: int = 12,
     ckpt_path: Path | None = None,
+    devices: int = 1,
+    strategy: Any = "auto",
     **saving: Any,
 ) -> Path:
     """Train for some steps of 5 an epoch, saving each fourth; resume from `ckpt_path`."""
@@ -966,6 +1020,8 @@ def train_lightning(
     saver = ModelCheckpoint(run, every_n_train_steps=4, **saving)
     trainer = Trainer(
         accelerator="cpu",
+        devices=devices,
+        strategy=strategy,
         max_steps=max_steps,
         callbacks=[saver, *callbacks],
         logger=False,
