@@ -1319,6 +1319,51 @@ def train_rank(rank: int, run: Path, dtype: torch.dtype, flat: bool) -> None:
             save({**state, **counters}, checkpoint_id=run / f"step-{step}")
 
 
+# Files of ranks
+
+
+@scenario("verl: FSDP2, a file of each rank")
+def verl_ranks(case: Case) -> None:
+    """Its parts are DTensors; buffers are whole in the file of each rank."""
+    run = case.folder / "run"
+    run_ranks(case, train_verl, case.folder)
+    checkpoints = steps(run, "global_step_{}", [1, 2, 3])
+    states = [torch.load(case.folder / f"{path.name}-0.pt") for path in checkpoints]
+    output = case.average(run)
+    check_average(load_file(output / "model.safetensors"), states)
+    check_absent(output, ["*.pt"])
+    written, newest = case.write_back(run), checkpoints[-1]
+    for kind in ("optim", "extra_state"):
+        others = [f"actor/{kind}_world_size_{RANKS}_rank_{rank}.pt" for rank in range(RANKS)]
+        check_copied(written, newest, others)
+    run_ranks(case, train_verl, case.folder / "resumed", written / "actor")
+    check_resumed(case.folder / "resumed", states)
+
+
+def train_verl(rank: int, folder: Path, resumed_from: Path | None = None) -> None:
+    """What one of the ranks does, as verl's FSDPCheckpointManager saves and loads it."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mine = f"world_size_{RANKS}_rank_{rank}.pt"
+    model = tiny_network(torch.float32)
+    shard(model, init_device_mesh("cpu", (RANKS,), mesh_dim_names=("fsdp",)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(0)
+    if resumed_from:
+        model.load_state_dict(torch.load(resumed_from / f"model_{mine}", weights_only=False))
+        optimizer.load_state_dict(torch.load(resumed_from / f"optim_{mine}", weights_only=False))
+        save_whole(model, folder, "began")
+    for step in (4,) if resumed_from else (1, 2, 3):
+        train_step(model, optimizer)
+        path = folder / "run" / f"global_step_{step}" / "actor"
+        path.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), path / f"model_{mine}")
+        torch.save(optimizer.state_dict(), path / f"optim_{mine}")
+        torch.save({"lr_scheduler": None, "rng": {}}, path / f"extra_state_{mine}")
+        save_whole(model, folder, path.parent.name)
+    save_whole(model, folder, "ended")
+
+
 # DeepSpeed
 
 
