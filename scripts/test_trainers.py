@@ -1416,6 +1416,29 @@ def check_deepspeed(case: Case, stage: int, *, is_rounded: bool = False) -> None
     model.load_state_dict(average, strict=True)
     check_average({name: average[name] for name in states[-1]}, states)
     check_absent(output, ["*_states.pt", "zero_to_fp32.py", "latest"])
+    check_deepspeed_resumed(case, run, states, stage, is_rounded)
+
+
+def check_deepspeed_resumed(
+    case: Case, run: Path, states: Sequence[State], stage: int, is_rounded: bool
+) -> None:
+    """Both ranks load the average that is written back, and train on.
+
+    What they save at once is what they have loaded: masters, and weights rounded from them.
+    """
+    output, loaded = case.write_back(run), case.folder / "loaded"
+    run_ranks(case, resume_deepspeed, output, loaded, stage, is_rounded)
+    for saved in (output, loaded):
+        found = _consolidated(saved / "global_step3", stage)
+        check_average(found, states)
+        whole = saved / "global_step3/mp_rank_00_model_states.pt"
+        module = torch.load(whole, weights_only=False)["module"] if whole.exists() else {}
+        for name in module.keys() & found.keys():
+            if not torch.equal(module[name], found[name].to(module[name].dtype)):
+                raise WrongError(f"{name} in the model's file is not the average, rounded")
+    later = _consolidated(loaded / "global_step4", stage)
+    if not any(not torch.equal(later[name], found[name]) for name in found):
+        raise WrongError("the step after the average changed nothing")
 
 
 def _consolidated(checkpoint: Path, stage: int) -> State:
@@ -1442,6 +1465,33 @@ def deepspeed_network(is_rounded: bool) -> nn.Module:
 
 def train_deepspeed(rank: int, run: Path, stage: int, is_rounded: bool) -> None:
     """What one of the ranks does: 3 steps, each saved."""
+    engine = deepspeed_engine(stage, is_rounded)
+    torch.manual_seed(rank)
+    for _ in range(3):
+        deepspeed_step(engine)
+        engine.save_checkpoint(run)
+
+
+def resume_deepspeed(rank: int, output: Path, saved: Path, stage: int, is_rounded: bool) -> None:
+    """What one of the ranks does later: it loads, saves what it has loaded, and trains a step."""
+    engine = deepspeed_engine(stage, is_rounded)
+    path, _ = engine.load_checkpoint(output)
+    check_equal("where the step was loaded from", Path(path).parent, output / "global_step3")
+    engine.save_checkpoint(saved)
+    torch.manual_seed(rank)
+    deepspeed_step(engine)
+    engine.save_checkpoint(saved)
+
+
+def deepspeed_step(engine: Any) -> None:
+    """Train one step."""
+    tokens = torch.randint(11, (16,))
+    engine.backward(functional.cross_entropy(engine(tokens).float(), tokens.roll(1)))
+    engine.step()
+
+
+def deepspeed_engine(stage: int, is_rounded: bool) -> Any:
+    """What DeepSpeed trains with, on one of the ranks."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
@@ -1462,12 +1512,7 @@ def train_deepspeed(rank: int, run: Path, stage: int, is_rounded: bool) -> None:
             "bf16": {"enabled": is_rounded},
         },
     )
-    torch.manual_seed(rank)
-    for _ in range(3):
-        tokens = torch.randint(11, (16,))
-        engine.backward(functional.cross_entropy(engine(tokens).float(), tokens.roll(1)))
-        engine.step()
-        engine.save_checkpoint(run)
+    return engine
 
 
 # Running them
