@@ -156,6 +156,19 @@ def test_each_tensor_of_nanotron_is_averaged_in_its_file(tmp_path: Path) -> None
     assert (output / "latest.txt").read_text() == "300"
 
 
+def test_digests_of_the_files_are_left_out(tmp_path: Path) -> None:
+    """They would not be those of the average, and its trainer would refuse it."""
+    run = make_run(tmp_path / "run", "iter_{:07}", megatron)
+    for step in STEPS:
+        (run / f"iter_{step:07}/integrity.json").write_text("{}")
+    output = ckpt_ema.average(run, output=tmp_path / "out", device="cpu").output
+    assert sorted(path.name for path in output.iterdir()) == [
+        "ckpt_ema.json",
+        "mp_rank_00",
+        "mp_rank_01",
+    ]
+
+
 def test_parts_resume_and_threads_make_the_same_bytes(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "iter_{:07}", megatron)
     made = []

@@ -29,7 +29,7 @@ from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.storage import Storage
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.targets.target import Copied, Finish, Model, OutputFile, OutputTensor
-from ckpt_ema.trainers.conventions import DCP_METADATA, MANIFEST_NAME, TRACKERS
+from ckpt_ema.trainers.conventions import DCP_METADATA, DIGESTS, MANIFEST_NAME, TRACKERS
 
 _ZIP = b"PK\x03\x04"
 _MOST_TRACKER_BYTES = 1024
@@ -140,7 +140,8 @@ def files_of(checkpoint: Checkpoint, storage: Storage) -> tuple[Path, list[str]]
     root = _root_of(checkpoint, storage)
     if not storage.is_folder(checkpoint.path):
         return root, [member.name for member in checkpoint.model.members]
-    names = (name for name in storage.files_below(root) if name != MANIFEST_NAME)
+    left = (MANIFEST_NAME, *DIGESTS)  # which are about the files as they were
+    names = (name for name in storage.files_below(root) if os.path.basename(name) not in left)
     return root, sorted(name for name in names if storage.kind(root / name) is Kind.FILE)
 
 

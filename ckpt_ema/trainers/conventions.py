@@ -126,6 +126,7 @@ DONE = _gathered(trainer.done for trainer in TRAINERS)
 UNDONE = _gathered(trainer.undone for trainer in TRAINERS)
 MASTERS = tuple(masters for trainer in TRAINERS for masters in trainer.masters)
 TRACKERS = _gathered(trainer.trackers for trainer in TRAINERS)
+DIGESTS = _gathered(trainer.digests for trainer in TRAINERS)
 
 # --- Where the step is recorded -------------------------------------------------------------------
 

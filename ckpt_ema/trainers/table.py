@@ -69,6 +69,7 @@ class Trainer:
     epoch_keys: tuple[str, ...] = ()
     # What is not the model's.
     state: tuple[str, ...] = ()  # files of training state, without number and extension
+    digests: tuple[str, ...] = ()  # files with digests of a checkpoint's other files
     stays: tuple[str, ...] = ()  # patterns of other names in a checkpoint that stay behind
     folders: tuple[str, ...] = ()  # patterns of folders that hold no checkpoints
     # Patterns of files beside a model that is loaded without config.json.
@@ -233,6 +234,7 @@ TRAINERS = (
         " (metadata.json); written back only",
         trackers=("latest_checkpointed_iteration.txt",),
         state=("distrib_optim",),
+        digests=("integrity.json",),
         masters=(
             Masters(
                 r"distrib_optim\.pt$|optimizer\.(state\.(fp32_)?param|distributed)\."
