@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from ckpt_ema.containers import pickles, safetensors
 from ckpt_ema.containers.checks import (
@@ -301,7 +301,7 @@ def _read_legacy(path: str, file: OpenFile) -> Structure:
     """Read the form before torch 1.6: pickles one after the other, then every storage's bytes."""
     size_bytes = file.identity.size_bytes
     whole = _RegionStream(Region(file, 0, size_bytes))
-    with cast(IO[bytes], io.BufferedReader(whole)) as stream:
+    with io.BufferedReader(whole) as stream:
         _unpickle(path, stream)  # the magic number
         _unpickle(path, stream)  # the protocol's version
         system, _ = _unpickle(path, stream)
@@ -328,7 +328,7 @@ def _read_legacy(path: str, file: OpenFile) -> Structure:
     return Structure(path, size_bytes, root, unpickler.stand_ins, digest.hexdigest(), locate)
 
 
-def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, pickles.TensorUnpickler]:
+def _unpickle(path: str, stream: io.BufferedIOBase) -> tuple[Any, pickles.TensorUnpickler]:
     unpickler = pickles.TensorUnpickler(stream)
     try:
         return unpickler.load(), unpickler
