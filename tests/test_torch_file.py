@@ -474,6 +474,25 @@ class TestMemory:
                 pickles.TensorUnpickler(io.BytesIO(pickled)).load()
 
 
+class TestKnownStructures:
+    """Most checkpoints of a run have the same structure, which is unpickled once."""
+
+    def found(self, folder: Path) -> int:
+        """Read two checkpoints; return how many structures were known."""
+        before = torch_file._unpickled.cache_info().hits
+        for step in range(2):
+            state = {folder.name: torch.full((3,), step), "v": torch.full((2,), step)}
+            check(save(folder / f"{step}.pt", state), state)
+        return torch_file._unpickled.cache_info().hits - before
+
+    def test_of_equal_pickles(self, tmp_path: Path) -> None:
+        assert self.found(tmp_path) == 1
+
+    def test_large_ones_are_not_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch_file, "_MOST_KNOWN_BYTES", 100)
+        assert self.found(tmp_path) == 0
+
+
 class TestKeysThatCannotBeHashed:
     """CPython hashes tuples recursively: deep ones overflow the stack, doubled ones never end."""
 

@@ -8,9 +8,10 @@ import hashlib
 import io
 import math
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from ckpt_ema.containers import pickles, safetensors
@@ -46,6 +47,8 @@ _PLAIN = ("builtins.", "__builtin__.", "_codecs.", "typing.")
 _OF_PARTS = ("torch.distributed.", "torch.device", "torch.serialization.")
 _BIG_ENDIAN = "was saved on a big-endian machine"
 _MAX_PICKLE_BYTES = 1 << 30
+_MOST_KNOWN = 16  # pickles whose content is kept
+_MOST_KNOWN_BYTES = 1 << 18  # of each; DTensors take seven times that in memory
 _MAX_EXPANDED_BYTES = 1 << 20  # of a view with stride 0, where that is more than the whole file
 
 
@@ -225,7 +228,9 @@ def _read_zip(path: str, region: Region) -> Structure:
     if prefix + "byteorder" in records and record("byteorder") != b"little":
         raise refused(path, _BIG_ENDIAN, code=Code.WRONG_FORMAT)
     pickled = record("data.pkl")
-    root, unpickler = _unpickle(path, io.BytesIO(pickled))
+    load = _unpickled if len(pickled) <= _MOST_KNOWN_BYTES else _unpickled.__wrapped__
+    with _refusing(path):
+        root, ignored = load(pickled)
 
     def locate(storage: pickles.PickledStorage) -> int:
         info = records.get(f"{prefix}data/{storage.key}")
@@ -235,7 +240,14 @@ def _read_zip(path: str, region: Region) -> Structure:
         return data_start(path, region, info)
 
     digest = hashlib.sha256(pickled).hexdigest()
-    return Structure(path, region.size_bytes, root, unpickler.stand_ins, digest, locate)
+    return Structure(path, region.size_bytes, root, ignored, digest, locate)
+
+
+@lru_cache(_MOST_KNOWN)  # the files of one rank have the same structure in every checkpoint
+def _unpickled(pickled: bytes) -> tuple[Any, Collection[str]]:
+    """Return what was pickled, which nobody may change, and the classes and functions in it."""
+    unpickler = pickles.TensorUnpickler(io.BytesIO(pickled))
+    return unpickler.load(), unpickler.stand_ins
 
 
 class _RegionStream(io.RawIOBase):
@@ -330,8 +342,15 @@ def _read_legacy(path: str, file: OpenFile) -> Structure:
 
 def _unpickle(path: str, stream: io.BufferedIOBase) -> tuple[Any, pickles.TensorUnpickler]:
     unpickler = pickles.TensorUnpickler(stream)
-    try:
+    with _refusing(path):
         return unpickler.load(), unpickler
+
+
+@contextmanager
+def _refusing(path: str) -> Iterator[None]:
+    """Turn what an unpickler raises into a refusal of the file at `path`."""
+    try:
+        yield
     except pickles.UnfitTensorError as error:
         why = f"holds a tensor of a kind that safetensors cannot hold ({error})"
         hint = "Leave it out of what is saved."
