@@ -8,6 +8,7 @@ of averages is smoothed twice. Nothing here reads a tensor.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from ckpt_ema.containers.checks import GATHER, OF_ONE_RANK, refused
@@ -126,12 +127,13 @@ def _tensors_in(root: Any, tensor: _Kind, *, with_callbacks: bool = False) -> di
         if _is_optimizer(value):
             continue
         items = [*value.items()] if isinstance(value, dict) else [*enumerate(value)]
-        tensors = [item for _, item in items if isinstance(item, tensor)]
-        if not place:  # such as "rng" beside the model
-            tensors = [one for key, one in items if isinstance(one, tensor) and _may_be(str(key))]
-        if tensors and (not isinstance(value, dict) or _are_names(value)):
+        tensors = (  # at the top, something such as "rng" lies beside the model
+            item for key, item in items if isinstance(item, tensor) and (place or _may_be(str(key)))
+        )
+        first = next(tensors, None)
+        if first is not None and (not isinstance(value, dict) or _are_names(value)):
             others[place] = value
-            if any(getattr(item, "is_weight", True) for item in tensors):
+            if any(getattr(item, "is_weight", True) for item in chain([first], tensors)):
                 weights[place] = value
         for key, inner in items:
             # A file may hold one dict under two names, and a hostile one under any number.
