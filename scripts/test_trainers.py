@@ -30,6 +30,8 @@ FOLDER = environment.REPOSITORY / ".venv-trainers"
 OLDER = FOLDER / "transformers-4"
 # DeepSpeed changes what other trainers do where it is installed.
 DEEPSPEED = FOLDER / "deepspeed"
+# Laid over the environment for Megatron alone; it asks for Python 3.12, but runs on 3.11.
+MEGATRON = FOLDER / "megatron"
 ENVIRONMENT = environment.Environment(
     FOLDER,
     (
@@ -44,6 +46,10 @@ ENVIRONMENT = environment.Environment(
             *("einops==0.8.2", "hjson==3.1.0", "msgpack==1.2.4", "ninja==1.13.2"),
             *("py-cpuinfo==9.0.0", "pydantic==2.14.4", "pydantic-core==2.50.5"),
             *("annotated-types==0.8.0", "typing-inspection==0.4.5"),
+        ),
+        (
+            *("--no-deps", "--ignore-requires-python", "--target", str(MEGATRON)),
+            "megatron-core==0.19.2",
         ),
     ),
     ("pyproject.toml", "constraints.txt", "scripts/trainers.txt"),
@@ -69,6 +75,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import copy
 import functools
 import importlib.metadata
 import io
@@ -88,6 +95,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 DECAY = 0.999
 COMMAND_SECONDS = 120
@@ -261,8 +269,9 @@ def steps(run: Path, pattern: str, expected: Sequence[int | str]) -> list[Path]:
 
 
 def state_of(module: nn.Module) -> State:
-    """A copy of a module's state dict."""
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    """A copy of the tensors of a module's state dict."""
+    state = module.state_dict().items()
+    return {name: value.detach().clone() for name, value in state if isinstance(value, Tensor)}
 
 
 # transformers
@@ -1093,14 +1102,16 @@ def train_timm(run: Path, metrics: Sequence[float]) -> None:
 RANKS = 2
 
 
-def run_ranks(case: Case, function: Callable[..., None], *arguments: Any) -> None:
+def run_ranks(
+    case: Case, function: Callable[..., None], *arguments: Any, method: str = "forkserver"
+) -> None:
     """Call a function with the number of a rank and these arguments, each rank in a process."""
     from torch.multiprocessing.spawn import start_processes
 
     # The fork server imports this script once, so that the ranks need not.
     multiprocessing.set_forkserver_preload(["__main__"])
     rendezvous = Path(tempfile.mkdtemp(dir=case.folder)) / "rendezvous"
-    start_processes(_run_rank, (rendezvous, function, arguments), RANKS, start_method="forkserver")
+    start_processes(_run_rank, (rendezvous, function, arguments), RANKS, start_method=method)
 
 
 def _run_rank(
@@ -1513,6 +1524,172 @@ def deepspeed_engine(stage: int, is_rounded: bool) -> Any:
         },
     )
     return engine
+
+
+# Megatron
+
+
+@scenario("megatron-core: torch_dist, float32", over=MEGATRON)
+def megatron_float32(case: Case) -> None:
+    """Tensor parallel on two ranks; layers are stacked, and there are no masters."""
+    check_megatron(case, torch.float32)
+
+
+def check_megatron(case: Case, dtype: torch.dtype) -> None:
+    """Train on two ranks, write back, load the result on two ranks and train on."""
+    import_megatron()
+    run = case.folder / "run"
+    run_ranks(case, train_megatron, run, dtype, method="fork")
+    checkpoints = steps(run, "iter_{}", ["0000001", "0000002", "0000003"])
+    written = case.write_back(run)
+    tracker = "latest_checkpointed_iteration.txt"
+    check_copied(written, run, [tracker])
+    newest, average = checkpoints[-1], written / checkpoints[-1].name
+    check_copied(average, newest, ["metadata.json", ".metadata"])
+    files = {path.name for path in newest.iterdir()} - {"integrity.json"}
+    check_equal("files", {path.name for path in average.iterdir()}, files)
+    run_ranks(case, resume_megatron, average, checkpoints, dtype, method="fork")
+
+
+def import_megatron() -> None:
+    """Import Megatron, without a GPU, before the ranks are forked."""
+    from unittest.mock import MagicMock
+
+    # This module imports triton, which CPU builds of torch come without.
+    sys.modules["megatron.core.transformer.moe.ops.paged_stash"] = MagicMock()
+    torch.cuda.synchronize = lambda *_: None
+    torch.cuda.current_device = MagicMock(return_value="cpu")
+    from megatron.core import tensor_parallel
+    from megatron.core.models import gpt  # noqa: F401
+
+    tensor_parallel.get_cuda_rng_tracker = MagicMock()
+
+
+class OnTheCpu(TorchFunctionMode):
+    """Create tensors on the CPU where CUDA is asked for."""
+
+    def __torch_function__(
+        self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """See `TorchFunctionMode`."""
+        options = dict(kwargs or {})
+        if "cuda" in str(options.get("device")):
+            options["device"] = "cpu"
+        return function(*args, **options)
+
+
+def megatron_model(dtype: torch.dtype) -> tuple[Any, Any]:
+    """A GPT of two layers, and Megatron's optimizer."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.optimizer.optimizer import FP32Optimizer
+    from megatron.core.transformer import TransformerConfig
+
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=8,
+        num_attention_heads=2,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        params_dtype=dtype,
+    )
+    spec = get_gpt_layer_local_spec()
+    model = GPTModel(config, spec, vocab_size=24, max_sequence_length=16).to(dtype)
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    options = OptimizerConfig(params_dtype=dtype, lr=1e-2, clip_grad=0.0)
+    return model, FP32Optimizer(adam, options, _init_moments)
+
+
+def _init_moments(adam: torch.optim.Optimizer, _options: Any = None) -> None:
+    """Give an optimizer a state to load into."""
+    for group in adam.param_groups:
+        for weight in group["params"]:
+            empty = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[weight] = {**empty, "step": torch.tensor(0.0)}
+
+
+def megatron_state(model: Any, optimizer: Any, step: int, **options: Any) -> dict[str, Any]:
+    """What Megatron's training script saves and loads."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    rank, weights = torch.distributed.get_rank(), model.sharded_state_dict()
+    return {
+        "checkpoint_version": 3.0,
+        "iteration": step,
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, **options),
+        "rng_state": ShardedObject("rng_state", [torch.get_rng_state()], (RANKS,), (rank,)),
+    }
+
+
+def train_megatron(_rank: int, run: Path, dtype: torch.dtype) -> None:
+    """What one of the ranks does: 3 steps, each saved."""
+    from megatron.core import dist_checkpointing, parallel_state
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=RANKS)
+    with OnTheCpu():
+        model, optimizer = megatron_model(dtype)
+        for step in range(1, 4):
+            train_megatron_step(model, optimizer)
+            path = run / f"iter_{step:07d}"
+            path.mkdir(parents=True, exist_ok=True)
+            state = megatron_state(model, optimizer, step)
+            dist_checkpointing.save(state, str(path), verify_integrity=True)
+    (run / "latest_checkpointed_iteration.txt").write_text("3")
+
+
+def train_megatron_step(model: Any, optimizer: Any) -> None:
+    """Train on tokens that are the same on all ranks."""
+    tokens = torch.randint(24, (4, 16))
+    places = torch.arange(16).expand(4, 16)
+    optimizer.zero_grad()
+    model(tokens, places, None, labels=tokens.roll(1, -1)).mean().backward()
+    for weight in model.parameters():  # as Megatron's DistributedDataParallel leaves them
+        weight.main_grad = weight.grad.float()
+    optimizer.step()
+
+
+def resume_megatron(
+    _rank: int, written: Path, checkpoints: Sequence[Path], dtype: torch.dtype
+) -> None:
+    """Check a rank's part of the average by its parts of the checkpoints, and train on from it."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=RANKS)
+    with OnTheCpu():
+        loaded = [load_megatron(path, dtype) for path in checkpoints]
+        average = load_megatron(written, dtype)
+        began = state_of(average.model)
+        check_average(began, [state_of(one.model) for one in loaded])
+        check_same(average.rest, loaded[-1].rest)
+        train_megatron_step(average.model, average.optimizer)
+        check_moved(began, state_of(average.model))
+
+
+@dataclass
+class Megatron:
+    """A rank's part of a checkpoint, loaded."""
+
+    model: Any
+    optimizer: Any
+    rest: dict[str, object]  # what else was loaded, by dotted names
+
+
+def load_megatron(path: Path, dtype: torch.dtype) -> Megatron:
+    """Read as Megatron's training script does that resumes."""
+    from megatron.core import dist_checkpointing
+
+    model, optimizer = megatron_model(dtype)
+    wanted = megatron_state(model, optimizer, 0, is_loading=True)
+    state = dist_checkpointing.load(wanted, str(path))
+    rest = flatten(copy.deepcopy({name: v for name, v in state.items() if name != "model"}))
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return Megatron(model, optimizer, rest)
 
 
 # Running them
