@@ -1535,6 +1535,12 @@ def megatron_float32(case: Case) -> None:
     check_megatron(case, torch.float32)
 
 
+@scenario("megatron-core: torch_dist, bfloat16", over=MEGATRON)
+def megatron_bfloat16(case: Case) -> None:
+    """With masters in the optimizer, from which the weights are rounded."""
+    check_megatron(case, torch.bfloat16)
+
+
 def check_megatron(case: Case, dtype: torch.dtype) -> None:
     """Train on two ranks, write back, load the result on two ranks and train on."""
     import_megatron()
@@ -1566,7 +1572,7 @@ def import_megatron() -> None:
 
 
 class OnTheCpu(TorchFunctionMode):
-    """Create tensors on the CPU where CUDA is asked for."""
+    """Create tensors on the CPU where CUDA is asked for, and report their types as CUDA's."""
 
     def __torch_function__(
         self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
@@ -1575,7 +1581,10 @@ class OnTheCpu(TorchFunctionMode):
         options = dict(kwargs or {})
         if "cuda" in str(options.get("device")):
             options["device"] = "cpu"
-        return function(*args, **options)
+        found = function(*args, **options)
+        if function is Tensor.type and len(args) == 1 and not options:
+            return found.replace("torch.", "torch.cuda.")
+        return found
 
 
 def megatron_model(dtype: torch.dtype) -> tuple[Any, Any]:
@@ -1583,10 +1592,14 @@ def megatron_model(dtype: torch.dtype) -> tuple[Any, Any]:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.optimizer.optimizer import FP32Optimizer
+    from megatron.core.optimizer.optimizer import (
+        Float16OptimizerWithFloat16Params,
+        FP32Optimizer,
+    )
     from megatron.core.transformer import TransformerConfig
 
     torch.manual_seed(0)
+    is_rounded = dtype == torch.bfloat16
     config = TransformerConfig(
         num_layers=2,
         hidden_size=8,
@@ -1596,11 +1609,14 @@ def megatron_model(dtype: torch.dtype) -> tuple[Any, Any]:
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
         params_dtype=dtype,
+        bf16=is_rounded,
     )
     spec = get_gpt_layer_local_spec()
     model = GPTModel(config, spec, vocab_size=24, max_sequence_length=16).to(dtype)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    options = OptimizerConfig(params_dtype=dtype, lr=1e-2, clip_grad=0.0)
+    options = OptimizerConfig(bf16=is_rounded, params_dtype=dtype, lr=1e-2, clip_grad=0.0)
+    if is_rounded:
+        return model, Float16OptimizerWithFloat16Params(adam, options, None, _init_moments)
     return model, FP32Optimizer(adam, options, _init_moments)
 
 
@@ -1664,10 +1680,24 @@ def resume_megatron(
         loaded = [load_megatron(path, dtype) for path in checkpoints]
         average = load_megatron(written, dtype)
         began = state_of(average.model)
-        check_average(began, [state_of(one.model) for one in loaded])
+        if dtype == torch.bfloat16:
+            check_masters(average, loaded)
+        else:
+            check_average(began, [state_of(one.model) for one in loaded])
         check_same(average.rest, loaded[-1].rest)
         train_megatron_step(average.model, average.optimizer)
         check_moved(began, state_of(average.model))
+
+
+def check_masters(average: Megatron, loaded: Sequence[Megatron]) -> None:
+    """Masters are averaged in float32, and the weights are the same average in bfloat16."""
+    masters = [one.masters for one in loaded]
+    check_average(average.masters, masters)
+    weights = state_of(average.model)
+    check_equal("names", set(weights), set(average.masters))
+    for name, weight in weights.items():
+        check_equal(f"dtype of {name}", weight.dtype, torch.bfloat16)
+        _check_rounded(name, weight, [one[name] for one in masters])
 
 
 @dataclass
@@ -1676,6 +1706,7 @@ class Megatron:
 
     model: Any
     optimizer: Any
+    masters: State  # by the names of their weights; none in float32
     rest: dict[str, object]  # what else was loaded, by dotted names
 
 
@@ -1687,9 +1718,13 @@ def load_megatron(path: Path, dtype: torch.dtype) -> Megatron:
     wanted = megatron_state(model, optimizer, 0, is_loading=True)
     state = dist_checkpointing.load(wanted, str(path))
     rest = flatten(copy.deepcopy({name: v for name, v in state.items() if name != "model"}))
+    has_masters = dtype == torch.bfloat16
+    names = [name for name, _ in model.named_parameters() if has_masters]
+    keys = [key for key in rest if "fp32_from_fp16_params" in key]
+    masters = dict(zip(names, [rest.pop(key) for key in keys], strict=True))
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return Megatron(model, optimizer, rest)
+    return Megatron(model, optimizer, masters, rest)
 
 
 # Running them
