@@ -81,6 +81,7 @@ import importlib.metadata
 import io
 import json
 import multiprocessing
+import re
 import shutil
 import string
 import tempfile
@@ -1541,11 +1542,17 @@ def megatron_bfloat16(case: Case) -> None:
     check_megatron(case, torch.bfloat16)
 
 
-def check_megatron(case: Case, dtype: torch.dtype) -> None:
+@scenario("megatron-core: torch_dist, distributed optimizer", over=MEGATRON)
+def megatron_distributed(case: Case) -> None:
+    """With masters in flat buffers, between which Megatron saves memory that it never wrote."""
+    check_megatron(case, torch.bfloat16, is_flat=True)
+
+
+def check_megatron(case: Case, dtype: torch.dtype, *, is_flat: bool = False) -> None:
     """Train on two ranks, write back, load the result on two ranks and train on."""
     import_megatron()
     run = case.folder / "run"
-    run_ranks(case, train_megatron, run, dtype, method="fork")
+    run_ranks(case, train_megatron, run, dtype, is_flat, method="fork")
     checkpoints = steps(run, "iter_{}", ["0000001", "0000002", "0000003"])
     written = case.write_back(run)
     tracker = "latest_checkpointed_iteration.txt"
@@ -1554,7 +1561,7 @@ def check_megatron(case: Case, dtype: torch.dtype) -> None:
     check_copied(average, newest, ["metadata.json", ".metadata"])
     files = {path.name for path in newest.iterdir()} - {"integrity.json"}
     check_equal("files", {path.name for path in average.iterdir()}, files)
-    run_ranks(case, resume_megatron, average, checkpoints, dtype, method="fork")
+    run_ranks(case, resume_megatron, average, checkpoints, dtype, is_flat, method="fork")
 
 
 def import_megatron() -> None:
@@ -1565,6 +1572,7 @@ def import_megatron() -> None:
     sys.modules["megatron.core.transformer.moe.ops.paged_stash"] = MagicMock()
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.current_device = MagicMock(return_value="cpu")
+    torch.cuda.current_stream = MagicMock()
     from megatron.core import tensor_parallel
     from megatron.core.models import gpt  # noqa: F401
 
@@ -1587,7 +1595,7 @@ class OnTheCpu(TorchFunctionMode):
         return found
 
 
-def megatron_model(dtype: torch.dtype) -> tuple[Any, Any]:
+def megatron_model(dtype: torch.dtype, is_flat: bool) -> tuple[Any, Any]:
     """A GPT of two layers, and Megatron's optimizer."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -1613,19 +1621,29 @@ def megatron_model(dtype: torch.dtype) -> tuple[Any, Any]:
     )
     spec = get_gpt_layer_local_spec()
     model = GPTModel(config, spec, vocab_size=24, max_sequence_length=16).to(dtype)
+    rates = {"lr": 1e-2, "min_lr": 1e-2, "clip_grad": 0.0}
+    options = OptimizerConfig(
+        bf16=is_rounded, params_dtype=dtype, use_distributed_optimizer=is_flat, **rates
+    )
+    if is_flat:
+        return model, flat_optimizer(config, options, model)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    options = OptimizerConfig(bf16=is_rounded, params_dtype=dtype, lr=1e-2, clip_grad=0.0)
     if is_rounded:
-        return model, Float16OptimizerWithFloat16Params(adam, options, None, _init_moments)
-    return model, FP32Optimizer(adam, options, _init_moments)
+        return model, Float16OptimizerWithFloat16Params(adam, options, None, lambda *_: None)
+    return model, FP32Optimizer(adam, options, lambda *_: None)
 
 
-def _init_moments(adam: torch.optim.Optimizer, _options: Any = None) -> None:
-    """Give an optimizer a state to load into."""
-    for group in adam.param_groups:
-        for weight in group["params"]:
-            empty = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
-            adam.state[weight] = {**empty, "step": torch.tensor(0.0)}
+def flat_optimizer(config: Any, options: Any, model: Any) -> Any:
+    """An optimizer whose state is divided among the ranks, in flat buffers."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    gradients = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": True}
+    chunk = DistributedDataParallel(config, DistributedDataParallelConfig(**gradients), model)
+    return get_megatron_optimizer(options, [chunk])
+
+
+FLAT = {"distrib_optim_sharding_type": "dp_reshardable"}  # as the buffers are
 
 
 def megatron_state(model: Any, optimizer: Any, step: int, **options: Any) -> dict[str, Any]:
@@ -1637,18 +1655,18 @@ def megatron_state(model: Any, optimizer: Any, step: int, **options: Any) -> dic
         "checkpoint_version": 3.0,
         "iteration": step,
         "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, **options),
+        "optimizer": optimizer.sharded_state_dict(weights, metadata=FLAT, **options),
         "rng_state": ShardedObject("rng_state", [torch.get_rng_state()], (RANKS,), (rank,)),
     }
 
 
-def train_megatron(_rank: int, run: Path, dtype: torch.dtype) -> None:
+def train_megatron(_rank: int, run: Path, dtype: torch.dtype, is_flat: bool) -> None:
     """What one of the ranks does: 3 steps, each saved."""
     from megatron.core import dist_checkpointing, parallel_state
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=RANKS)
     with OnTheCpu():
-        model, optimizer = megatron_model(dtype)
+        model, optimizer = megatron_model(dtype, is_flat)
         for step in range(1, 4):
             train_megatron_step(model, optimizer)
             path = run / f"iter_{step:07d}"
@@ -1662,42 +1680,53 @@ def train_megatron_step(model: Any, optimizer: Any) -> None:
     """Train on tokens that are the same on all ranks."""
     tokens = torch.randint(24, (4, 16))
     places = torch.arange(16).expand(4, 16)
+    chunks = getattr(optimizer, "model_chunks", [])
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
     model(tokens, places, None, labels=tokens.roll(1, -1)).mean().backward()
-    for weight in model.parameters():  # as Megatron's DistributedDataParallel leaves them
+    for chunk in chunks:
+        chunk.finish_grad_sync()
+    for weight in () if chunks else model.parameters():
         weight.main_grad = weight.grad.float()
     optimizer.step()
 
 
 def resume_megatron(
-    _rank: int, written: Path, checkpoints: Sequence[Path], dtype: torch.dtype
+    _rank: int, written: Path, checkpoints: Sequence[Path], dtype: torch.dtype, is_flat: bool
 ) -> None:
     """Check a rank's part of the average by its parts of the checkpoints, and train on from it."""
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=RANKS)
     with OnTheCpu():
-        loaded = [load_megatron(path, dtype) for path in checkpoints]
-        average = load_megatron(written, dtype)
+        loaded = [load_megatron(path, dtype, is_flat) for path in checkpoints]
+        average = load_megatron(written, dtype, is_flat)
         began = state_of(average.model)
         if dtype == torch.bfloat16:
-            check_masters(average, loaded)
-        else:
+            check_masters(average, loaded, is_flat)
+        if dtype == torch.float32 or is_flat:
             check_average(began, [state_of(one.model) for one in loaded])
         check_same(average.rest, loaded[-1].rest)
         train_megatron_step(average.model, average.optimizer)
         check_moved(began, state_of(average.model))
 
 
-def check_masters(average: Megatron, loaded: Sequence[Megatron]) -> None:
-    """Masters are averaged in float32, and the weights are the same average in bfloat16."""
-    masters = [one.masters for one in loaded]
-    check_average(average.masters, masters)
-    weights = state_of(average.model)
-    check_equal("names", set(weights), set(average.masters))
-    for name, weight in weights.items():
+def check_masters(average: Megatron, loaded: Sequence[Megatron], is_flat: bool) -> None:
+    """Masters are averaged in float32, and weights that have a name are rounded from that."""
+    masters = [masters_of(one.model) for one in loaded]
+    found, weights = masters_of(average.model), state_of(average.model)
+    check_average(found, masters)
+    check_equal("names", set(weights), set(found))
+    for name, weight in () if is_flat else weights.items():
         check_equal(f"dtype of {name}", weight.dtype, torch.bfloat16)
         _check_rounded(name, weight, [one[name] for one in masters])
+
+
+def masters_of(model: Any) -> State:
+    """The masters that Megatron has left beside the weights of a model."""
+    weights = model.named_parameters()
+    return {name: one.main_param.detach().clone().view(one.shape) for name, one in weights}
 
 
 @dataclass
@@ -1706,25 +1735,23 @@ class Megatron:
 
     model: Any
     optimizer: Any
-    masters: State  # by the names of their weights; none in float32
     rest: dict[str, object]  # what else was loaded, by dotted names
 
 
-def load_megatron(path: Path, dtype: torch.dtype) -> Megatron:
+def load_megatron(path: Path, dtype: torch.dtype, is_flat: bool) -> Megatron:
     """Read as Megatron's training script does that resumes."""
     from megatron.core import dist_checkpointing
 
-    model, optimizer = megatron_model(dtype)
+    model, optimizer = megatron_model(dtype, is_flat)
+    train_megatron_step(model, optimizer)  # before it, there are no moments to load into
     wanted = megatron_state(model, optimizer, 0, is_loading=True)
     state = dist_checkpointing.load(wanted, str(path))
     rest = flatten(copy.deepcopy({name: v for name, v in state.items() if name != "model"}))
-    has_masters = dtype == torch.bfloat16
-    names = [name for name, _ in model.named_parameters() if has_masters]
-    keys = [key for key in rest if "fp32_from_fp16_params" in key]
-    masters = dict(zip(names, [rest.pop(key) for key in keys], strict=True))
+    # Masters, and steps that Megatron does not save.
+    is_other = re.compile(r"fp32_from_fp16_params|\.param$|\.param_state\..*\.step$").search
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return Megatron(model, optimizer, masters, rest)
+    return Megatron(model, optimizer, {k: v for k, v in rest.items() if not is_other(k)})
 
 
 # Running them
