@@ -106,6 +106,31 @@ def test_masters_in_flat_buckets_are_averaged_as_they_are(tmp_path: Path) -> Non
         is_fold(found[name], run, [rounded(masters(step))[name] for step in STEPS])
 
 
+def test_memory_between_flat_masters_may_hold_anything(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    bucket = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(bf16, fp32).bucket_idx_0"
+    padding = {100: [float("inf")] * 70000, 200: [float("nan")] * 70000, 300: [0.0] * 70000}
+    flats = [torch.cat([masters(step)["w.out"], torch.tensor(padding[step])]) for step in STEPS]
+    for step, flat in zip(STEPS, flats, strict=True):
+        content = {**rounded(masters(step)), f"{bucket}.param": flat}
+        dcp_folders.save(run / f"step-{step}", content)
+    found = dcp_folders.tensors(average(run))[f"{bucket}.param"]
+    is_fold(found[:7], run, [flat[:7] for flat in flats])
+    assert found[7:].isnan().all()
+
+
+def test_values_of_the_weights_beside_flat_masters_are_looked_at(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    bucket = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(bf16, fp32).bucket_idx_0"
+    for step in STEPS:
+        weights = masters(step)
+        weights["w.out"][3] = float("nan") if step == 200 else 1.0
+        content = {**rounded(weights), f"{bucket}.param": torch.full((9,), float(step))}
+        dcp_folders.save(run / f"step-{step}", content)
+    with pytest.raises(RefusedError, match=r"tensor w\.out holds 1 NaN values"):
+        average(run)
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy"])
 def test_masters_in_the_file_of_the_model_are_averaged(tmp_path: Path, form: str) -> None:
     run = tmp_path / "run"
