@@ -110,7 +110,7 @@ def read_part(path: str, storage: Storage, reading: Reading) -> Specs:
     """
     with storage.open(path) as file:
         structure = read_structure(path, file)
-        values = every_weight(path, structure.root, _TENSOR)
+        values = every_weight(path, structure.root, _TENSOR, reading.key)
         tensors = placed(structure, values, reading.drop)
         spec, hole = FileSpec(path, *file.identity, structure.digest), file.first_hole()
     holes = {} if hole is None else {path: hole}
