@@ -76,6 +76,8 @@ class Local:
             prefix = "" if root == os.fspath(folder) else os.path.relpath(root, folder) + "/"
             yield from (prefix + name for name in sorted(files))
             if most_depth is None:
+                links = (name for name in folders if os.path.islink(os.path.join(root, name)))
+                yield from (prefix + name for name in sorted(links))
                 continue
             if prefix.count("/") >= most_depth:
                 folders.clear()
