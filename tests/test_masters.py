@@ -337,3 +337,16 @@ def test_masters_of_weights_that_are_kept_are_warned_of_if_not_known(tmp_path: P
         "Further copies of the weights (distrib_optim.pt:0.param) are averaged whole, also where"
         " --keep or --drop matches a weight."
     ]
+
+
+def test_weights_are_looked_at_although_a_copy_of_them_comes_first(tmp_path: Path) -> None:
+    """Without mixed precision, the module and the partition of one rank are alike."""
+    run = tmp_path / "run"
+    for step in STEPS:
+        deepspeed_folders.save(run / f"global_step{step}", masters(step), ranks=1, step=step)
+    assert average(run).exists()  # not taken for one state three times
+    spoiled = masters(200)
+    spoiled["w.in"][3, 3] = torch.nan
+    deepspeed_folders.save(run / "global_step200", spoiled, ranks=1, step=200)
+    with pytest.raises(RefusedError, match=r"tensor w\.in holds 1 NaN"):
+        ckpt_ema.average(run, output=tmp_path / "other", **OPTIONS)
