@@ -91,6 +91,18 @@ def test_weights_are_rounded_from_the_average_of_masters_with_their_names(tmp_pa
     )
 
 
+def test_weights_are_not_made_of_masters_with_fewer_bits(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in STEPS:
+        named = {f"optimizer.state.param.{n}": t for n, t in rounded(masters(step)).items()}
+        dcp_folders.save(run / f"step-{step}", {**masters(step), **named})
+    found = dcp_folders.tensors(average(run))
+    for name in masters(1):
+        is_fold(found[name], run, [masters(step)[name] for step in STEPS])
+        states = [rounded(masters(step))[name] for step in STEPS]
+        is_fold(found[f"optimizer.state.param.{name}"], run, states)
+
+
 def test_masters_in_flat_buckets_are_averaged_as_they_are(tmp_path: Path) -> None:
     run = tmp_path / "run"
     bucket = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(bf16, fp32).bucket_idx_0"
