@@ -91,6 +91,18 @@ def test_weights_are_rounded_from_the_average_of_masters_with_their_names(tmp_pa
     )
 
 
+def test_weights_are_not_made_of_masters_with_fewer_bits(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in STEPS:
+        named = {f"optimizer.state.param.{n}": t for n, t in rounded(masters(step)).items()}
+        dcp_folders.save(run / f"step-{step}", {**masters(step), **named})
+    found = dcp_folders.tensors(average(run))
+    for name in masters(1):
+        is_fold(found[name], run, [masters(step)[name] for step in STEPS])
+        states = [rounded(masters(step))[name] for step in STEPS]
+        is_fold(found[f"optimizer.state.param.{name}"], run, states)
+
+
 def test_masters_in_flat_buckets_are_averaged_as_they_are(tmp_path: Path) -> None:
     run = tmp_path / "run"
     bucket = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(bf16, fp32).bucket_idx_0"
@@ -362,3 +374,16 @@ def test_masters_of_weights_that_are_kept_are_warned_of_if_not_known(tmp_path: P
         "Further copies of the weights (distrib_optim.pt:0.param) are averaged whole, also where"
         " --keep or --drop matches a weight."
     ]
+
+
+def test_weights_are_looked_at_although_a_copy_of_them_comes_first(tmp_path: Path) -> None:
+    """Without mixed precision, the module and the partition of one rank are alike."""
+    run = tmp_path / "run"
+    for step in STEPS:
+        deepspeed_folders.save(run / f"global_step{step}", masters(step), ranks=1, step=step)
+    assert average(run).exists()  # not taken for one state three times
+    spoiled = masters(200)
+    spoiled["w.in"][3, 3] = torch.nan
+    deepspeed_folders.save(run / "global_step200", spoiled, ranks=1, step=200)
+    with pytest.raises(RefusedError, match=r"tensor w\.in holds 1 NaN"):
+        ckpt_ema.average(run, output=tmp_path / "other", **OPTIONS)

@@ -171,7 +171,7 @@ class _Search:
             return
         self.found.append(key)
         weight = self._tensors.get(name)
-        if weight and weight.shape == master.shape and weight.dtype in AVERAGED:
+        if weight and weight.shape == master.shape and _is_rounded(weight, master):
             copies = (Copy(weight.dtype, piece) for piece in pieces_of(weight))
             self._tensors[name] = master._replace(copies=(*copies, *weight.copies))
         else:
@@ -203,6 +203,12 @@ class _Search:
             self._numbers[name] = len(self._files)
             self._files.append(file._replace(name=name))
         return self._numbers[name]
+
+
+def _is_rounded(weight: TensorSpec, master: TensorSpec) -> bool:
+    """Return whether a weight may be made of its master; one in float16 would spoil float32."""
+    is_wide = DTYPE_BITS[master.dtype] >= DTYPE_BITS[weight.dtype]
+    return is_wide and weight.dtype in AVERAGED
 
 
 def _ends(name: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ thousand small tensors cost what one large tensor costs.
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import compress, count, pairwise
-from operator import add, ne
+from operator import add, attrgetter, ne
 from typing import NamedTuple
 
 from ckpt_ema.containers.specs import (
@@ -29,6 +29,7 @@ class Place(NamedTuple):
     file: int  # counted through the files of all averages
     offset: int  # in bytes
     dtype: str
+    is_copy: bool = False  # of a tensor that is written elsewhere too
 
 
 class Span(NamedTuple):
@@ -114,7 +115,9 @@ def make_work(
             key = (elements, known.index(span.places[0].dtype))
             same = spans.setdefault(key, span)
             if same is not span:
-                spans[key] = same._replace(places=same.places + span.places)
+                # Monitors look at the first place, and do not look at copies.
+                places = sorted(same.places + span.places, key=attrgetter("average", "is_copy"))
+                spans[key] = same._replace(places=tuple(places))
     layout_of = tuple(number_of[id(specs.tensors)] for specs in checkpoints)
     return Work(tuple(spans.values()), layout_of)
 
@@ -162,6 +165,7 @@ def _firsts(one: _LaidOut) -> Iterator[str]:
     """
     roles = [tensor.role for tensor in one.tensors]
     jumps = {0, *_changes(roles), *_changes(one.files), *_jumps(one.tensors, roles)}
+    jumps.update(_changes([tensor.is_copy for tensor in one.tensors]))
     alone = set[int]()
     for column in one.sources:
         jumps.update(_jumps(column, roles), _changes([source.file for source in column]))
@@ -204,7 +208,7 @@ def _spans(one: _LaidOut, average: int, newest: int, firsts: Container[str]) -> 
         tensor, last = one.tensors[start], one.tensors[end - 1]
         size_bytes = last.offset + last.size_bytes - tensor.offset
         sources = tuple(column[start] for column in one.sources)
-        place = Place(average, one.files[start], tensor.offset, tensor.dtype)
+        place = Place(average, one.files[start], tensor.offset, tensor.dtype, tensor.is_copy)
         if tensor.averaged:
             place = place._replace(dtype=COMPLEX.get(tensor.dtype, tensor.dtype))
             length = size_bytes * 8 // DTYPE_BITS[place.dtype]
