@@ -84,7 +84,13 @@ def _describe_average(plan: Plan, average: Average) -> dict[str, Any]:
 
 def _describe_checkpoint(checkpoint: PlannedCheckpoint, **weighting: Any) -> dict[str, Any]:
     files = [
-        {"name": f.name, "bytes": f.size_bytes, "mtime_ns": f.mtime_ns, "header_sha256": f.digest}
+        {
+            "name": f.name,
+            "bytes": f.size_bytes,
+            "mtime_ns": f.mtime_ns,
+            "header_sha256": f.digest,
+            **({"tag": f.tag} if f.tag else {}),
+        }
         for f in checkpoint.specs.files
     ]
     return {

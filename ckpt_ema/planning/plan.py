@@ -198,7 +198,9 @@ def _assembled(decided: Decided, destination: Path, storage: Storage, options: O
     """Lay the work out, and put all that was decided together; raises for warnings if strict."""
     found, averages, specs_of = decided.found, decided.averages, decided.compared.specs
     work = make_work([*specs_of.values()], [(one.newest, one.output.files) for one in averages])
-    tile_elements, threads = make_sizes(options.engine, work, len(averages))
+    tile_elements, threads = make_sizes(
+        options.engine, work, len(averages), is_remote=storage.most_requests > 1
+    )
     warnings = tuple(plan_warnings(decided))
     refuse_warnings(warnings if options.engine.strict else ())
     return Plan(

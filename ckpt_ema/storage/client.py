@@ -15,9 +15,9 @@ class RemoteFile(NamedTuple):
 class Client(Protocol):
     """Requests to one kind of place; many threads call it.
 
-    Paths are URIs without a slash at the end. A request that may succeed later is repeated here, and
-    nowhere else. Messages have the URI and one line of the reason; never a header, a query or a
-    token.
+    Paths are URIs without a slash at the end. A request that may succeed later is repeated here,
+    and nowhere else. Messages have the URI and one line of the reason; never a header, a query or
+    a token.
     """
 
     def files(self, path: str) -> list[RemoteFile]:

@@ -1,0 +1,205 @@
+"""Files that are reached over a network: one listing of what is below a URI, and ranges of bytes.
+
+A listing is made once. Small reads come from blocks that are fetched once; the bytes of tensors
+are fetched ahead of the fold, many ranges at a time, into files in memory, from which it reads by
+descriptor as from a disk.
+"""
+
+import os
+import posixpath
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from ckpt_ema.errors import Code, FailedError, IncompleteError, RefusedError
+from ckpt_ema.storage.client import Client, RemoteFile
+from ckpt_ema.storage.protocol import FilePool, Identity, Kind, Location
+from ckpt_ema.storage.remote_pool import RemotePool
+
+_BLOCK_BYTES = 1 << 18  # of small reads: a header, an index, the directory of an archive
+_MOST_BLOCKS = 1 << 10
+_MOST_SMALL_BYTES = 1 << 28
+
+
+def client_for(scheme: str) -> Client:
+    """Return the client of a kind of places."""
+    if scheme == "hf":
+        from ckpt_ema.storage.hub import Hub
+
+        return Hub()
+    from ckpt_ema.storage.objects import Objects
+
+    return Objects()
+
+
+@dataclass
+class _Tree:
+    """What is below one URI, by name relative to it; the URI itself is the empty name."""
+
+    files: dict[str, RemoteFile]
+    folders: dict[str, set[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            while name:
+                folder, name_in_it = posixpath.split(name)
+                held = self.folders.setdefault(folder, set())
+                if name_in_it in held:
+                    break
+                held.add(name_in_it)
+                name = folder
+
+
+class Remote:
+    """A `Storage` that is reached by a client."""
+
+    most_requests = 32
+
+    def __init__(self, scheme: str, client: Client | None = None) -> None:
+        self.client = client or client_for(scheme)
+        self._trees: dict[str, _Tree] = {}
+        self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _find(self, path: Location) -> tuple[str, _Tree, str]:
+        """Return the URI that was listed, what is below it, and the name of a path there."""
+        text = os.fspath(path).rstrip("/")
+        for root, tree in self._trees.items():
+            if text == root or text.startswith(f"{root}/"):
+                return root, tree, text[len(root) + 1 :]
+        self._trees[text] = _Tree({file.name: file for file in self.client.files(text)})
+        return text, self._trees[text], ""
+
+    def _file(self, path: Location) -> tuple[str, RemoteFile]:
+        """Return a file and the URI that was listed for it; raises `IncompleteError` if absent."""
+        root, tree, name = self._find(path)
+        if name not in tree.files:
+            raise IncompleteError(f"{path} does not exist.", code=Code.NOT_FOUND, path=path)
+        return root, tree.files[name]
+
+    def kind(self, path: Location) -> Kind:
+        """See `Storage.kind`."""
+        _, tree, name = self._find(path)
+        if name in tree.files:
+            return Kind.FILE
+        return Kind.FOLDER if name in tree.folders else Kind.ABSENT
+
+    def is_folder(self, path: Location) -> bool:
+        """See `Storage.is_folder`."""
+        return self.kind(path) is Kind.FOLDER
+
+    def names(self, folder: Location) -> set[str]:
+        """See `Storage.names`."""
+        _, tree, name = self._find(folder)
+        if name not in tree.folders:
+            raise RefusedError(f"{folder} is not a folder.", code=Code.INACCESSIBLE, path=folder)
+        return set(tree.folders[name])
+
+    def can_list(self, _folder: Location) -> bool:
+        """See `Storage.can_list`."""
+        return True
+
+    def is_link(self, _path: Location) -> bool:
+        """See `Storage.is_link`."""
+        return False
+
+    def exists(self, path: Location) -> bool:
+        """See `Storage.exists`."""
+        return self.kind(path) is not Kind.ABSENT
+
+    def files_below(self, folder: Location, most_depth: int | None = None) -> Iterator[str]:
+        """See `Storage.files_below`."""
+        _, tree, name = self._find(folder)
+        prefix = f"{name}/" if name else ""
+        for file in sorted(tree.files):
+            inside = file[len(prefix) :]
+            is_near = most_depth is None or inside.count("/") <= most_depth
+            if file.startswith(prefix) and inside and is_near:
+                yield inside
+
+    def file_id(self, path: Location) -> object:
+        """See `Storage.file_id`."""
+        return os.fspath(path)
+
+    def real_paths(self, paths: Iterable[Location]) -> list[str]:
+        """See `Storage.real_paths`."""
+        return [os.fspath(path) for path in paths]
+
+    def identity(self, path: Location) -> Identity:
+        """See `Storage.identity`."""
+        return _identity(self._file(path)[1])
+
+    def read(self, path: Location, most_bytes: int | None = None) -> bytes | None:
+        """See `Storage.read`."""
+        if self.kind(path) is not Kind.FILE:
+            return None
+        root, file = self._file(path)
+        count = file.size_bytes if most_bytes is None else min(file.size_bytes, most_bytes)
+        if count > _MOST_SMALL_BYTES:
+            why = f"{path} has {count} bytes, too many for a text file."
+            raise RefusedError(why, code=Code.WRONG_FORMAT, path=path)
+        try:
+            return self.range_of(root, file, 0, count)
+        except FailedError as error:
+            raise RefusedError(error.message, code=error.code, path=path) from error
+
+    def range_of(self, root: str, file: RemoteFile, start: int, count: int) -> bytes:
+        """Return a range of a file; a small one from blocks that are fetched once."""
+        if count > _BLOCK_BYTES:
+            return self.client.read(root, file, start, count)
+        first, last = start // _BLOCK_BYTES, max(start, start + count - 1) // _BLOCK_BYTES
+        held = b"".join(self._block(root, file, number) for number in range(first, last + 1))
+        begin = start - first * _BLOCK_BYTES
+        return held[begin : begin + count]
+
+    def _block(self, root: str, file: RemoteFile, number: int) -> bytes:
+        key = (f"{root}/{file.name}", number)
+        with self._lock:
+            if key in self._blocks:
+                return self._blocks[key]
+        start = number * _BLOCK_BYTES
+        count = min(_BLOCK_BYTES, file.size_bytes - start)
+        content = self.client.read(root, file, start, count) if count > 0 else b""
+        with self._lock:
+            self._blocks[key] = content
+            while len(self._blocks) > _MOST_BLOCKS:
+                self._blocks.popitem(last=False)
+        return content
+
+    @contextmanager
+    def open(self, path: Location) -> Iterator["RemoteOpenFile"]:
+        """See `Storage.open`."""
+        root, file = self._file(path)
+        yield RemoteOpenFile(os.fspath(path), _identity(file), self, root, file)
+
+    def pool(self, expected: Mapping[str, Identity], _read_in_turn: int = 1) -> FilePool:
+        """See `Storage.pool`."""
+        return RemotePool(self.client, {path: self._file(path) for path in expected})
+
+
+def _identity(file: RemoteFile) -> Identity:
+    return Identity(file.size_bytes, file.mtime_ns, file.tag)
+
+
+@dataclass(frozen=True)
+class RemoteOpenFile:
+    """An `OpenFile` of which ranges are fetched."""
+
+    path: str
+    identity: Identity
+    storage: Remote
+    root: str
+    file: RemoteFile
+
+    def read(self, count: int, offset: int) -> bytes:
+        """See `OpenFile.read`."""
+        if offset + count > self.file.size_bytes:
+            message = f"{self.path} ended at byte {self.file.size_bytes} while being read."
+            raise FailedError(message, code=Code.CHANGED, path=self.path)
+        return self.storage.range_of(self.root, self.file, offset, count)
+
+    def first_hole(self) -> int | None:
+        """See `OpenFile.first_hole`; a place without holes has none."""
+        return None
