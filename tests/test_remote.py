@@ -130,7 +130,8 @@ def test_the_output_is_that_of_a_local_run(
     make(run, make_run)
     options: dict[str, Any] = {"device": "cpu", "save_as": save_as, "last": "2,3"}
     local = ckpt_ema.average(run, output=tmp_path / "local", **options).output
-    for number, more in enumerate(({}, {"threads": 3, "tile_size": 1024})):
+    ways: list[Any] = [{}, {"threads": 3, "tile_size": 1024}]
+    for number, more in enumerate(ways):
         result = ckpt_ema.average(
             "s3://bucket/my run", output=tmp_path / f"far-{number}", **options, **more
         )

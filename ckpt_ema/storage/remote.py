@@ -7,19 +7,16 @@ descriptor as from a disk.
 
 import os
 import posixpath
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ckpt_ema.errors import Code, FailedError, IncompleteError, RefusedError
+from ckpt_ema.storage.blocks import BLOCK_BYTES, REQUESTS, Blocks
 from ckpt_ema.storage.client import Client, RemoteFile
 from ckpt_ema.storage.protocol import FilePool, Identity, Kind, Location
 from ckpt_ema.storage.remote_pool import RemotePool
 
-_BLOCK_BYTES = 1 << 18  # of small reads: a header, an index, the directory of an archive
-_MOST_BLOCKS = 1 << 10
 _MOST_SMALL_BYTES = 1 << 28
 
 
@@ -55,13 +52,12 @@ class _Tree:
 class Remote:
     """A `Storage` that is reached by a client."""
 
-    most_requests = 32
+    most_requests = REQUESTS
 
     def __init__(self, scheme: str, client: Client | None = None) -> None:
         self.client = client or client_for(scheme)
         self._trees: dict[str, _Tree] = {}
-        self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
-        self._lock = threading.Lock()
+        self._blocks = Blocks(self.client)
 
     def _find(self, path: Location) -> tuple[str, _Tree, str]:
         """Return the URI that was listed, what is below it, and the name of a path there."""
@@ -146,27 +142,10 @@ class Remote:
             raise RefusedError(error.message, code=error.code, path=path) from error
 
     def range_of(self, root: str, file: RemoteFile, start: int, count: int) -> bytes:
-        """Return a range of a file; a small one from blocks that are fetched once."""
-        if count > _BLOCK_BYTES:
+        """Return a range of a file that was listed below `root`."""
+        if count > BLOCK_BYTES:
             return self.client.read(root, file, start, count)
-        first, last = start // _BLOCK_BYTES, max(start, start + count - 1) // _BLOCK_BYTES
-        held = b"".join(self._block(root, file, number) for number in range(first, last + 1))
-        begin = start - first * _BLOCK_BYTES
-        return held[begin : begin + count]
-
-    def _block(self, root: str, file: RemoteFile, number: int) -> bytes:
-        key = (f"{root}/{file.name}", number)
-        with self._lock:
-            if key in self._blocks:
-                return self._blocks[key]
-        start = number * _BLOCK_BYTES
-        count = min(_BLOCK_BYTES, file.size_bytes - start)
-        content = self.client.read(root, file, start, count) if count > 0 else b""
-        with self._lock:
-            self._blocks[key] = content
-            while len(self._blocks) > _MOST_BLOCKS:
-                self._blocks.popitem(last=False)
-        return content
+        return self._blocks.read(root, file, start, count, self._trees[root].files.values())
 
     @contextmanager
     def open(self, path: Location) -> Iterator["RemoteOpenFile"]:
@@ -174,7 +153,11 @@ class Remote:
         root, file = self._file(path)
         yield RemoteOpenFile(os.fspath(path), _identity(file), self, root, file)
 
-    def pool(self, expected: Mapping[str, Identity], _read_in_turn: int = 1) -> FilePool:
+    def pool(
+        self,
+        expected: Mapping[str, Identity],
+        read_in_turn: int = 1,  # noqa: ARG002 - what is requested is bounded by the fold
+    ) -> FilePool:
         """See `Storage.pool`."""
         return RemotePool(self.client, {path: self._file(path) for path in expected})
 

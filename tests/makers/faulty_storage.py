@@ -30,7 +30,6 @@ class WatchedPool:
         self._before_read(Path(path), offset, len(view))
         self._real.read_into(path, view, offset)
 
-    @contextmanager
     def request(self, ranges: Iterable[Range]) -> None:
         """See `FilePool.request`."""
         self._real.request(ranges)
@@ -39,6 +38,7 @@ class WatchedPool:
         """See `FilePool.held`."""
         return self._real.held(ranges)
 
+    @contextmanager
     def descriptors(self, paths: Iterable[str]) -> Iterator[list[int]]:
         """See `FilePool.descriptors`."""
         wanted = list(paths)
