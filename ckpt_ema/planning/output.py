@@ -85,8 +85,9 @@ def _sibling(root: Path) -> Path:
     if not run.name:
         message = "--output is missing; the checkpoints share no folder."
         raise OptionError(message, code=Code.INVALID_OPTION)
-    beside = Path() if scheme_of(run) else run.parent
-    return beside / f"{run.name.removesuffix('.safetensors')}-ema"
+    if scheme_of(run):  # a revision is no part of the name
+        return Path(f"{run.name.split('@')[0].removesuffix('.safetensors')}-ema")
+    return run.parent / f"{run.name.removesuffix('.safetensors')}-ema"
 
 
 class LaidOut(NamedTuple):
