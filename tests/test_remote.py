@@ -1,15 +1,20 @@
 """A run that is reached over a network is averaged to the same bytes as its copy on a disk."""
 
 import json
+import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import ckpt_ema
+from ckpt_ema.errors import Code, FailedError, OptionError, RefusedError
+from ckpt_ema.report.terminal import plan_text
 from ckpt_ema.storage import STORAGES
 from ckpt_ema.storage.client import RemoteFile
 from ckpt_ema.storage.remote import Remote
@@ -29,6 +34,8 @@ class Folders:
         self.folder = folder
         self.reads: list[tuple[str, int, int]] = []
         self.lists = 0
+        self.most = self._now = 0  # requests at a time
+        self.before_tensor: Callable[[], object] = int
         self._lock = threading.Lock()
 
     def files(self, path: str) -> list[RemoteFile]:
@@ -46,6 +53,13 @@ class Folders:
     def read(self, path: str, file: RemoteFile, start: int, count: int) -> bytes:
         with self._lock:
             self.reads.append((f"{path}/{file.name}", start, count))
+            self._now += 1
+            self.most = max(self.most, self._now)
+        time.sleep(0.002)
+        with self._lock:
+            self._now -= 1
+        if start and count >= 1 << 16:
+            self.before_tensor()
         root = self.folder / path.removeprefix("s3://bucket").lstrip("/")
         source = root / file.name if file.name else root
         with source.open("rb") as stream:
@@ -138,3 +152,136 @@ def test_the_output_is_that_of_a_local_run(
         assert files_of(result.output) == files_of(local)
     for one in ckpt_ema.plan("s3://bucket/my run", output=tmp_path / "x", **options).checkpoints:
         assert str(one.path).startswith("s3://bucket/my run/")
+
+
+# --- What is asked for, and in which order --------------------------------------------------------
+
+
+def one_tensor_run(bucket: Folders, steps: int = 3) -> Path:
+    """Steps of one tensor of 256 KiB."""
+    run = bucket.folder / "run"
+    for step in range(1, steps + 1):
+        values = torch.full((1 << 16,), float(step))
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        save_file({"w": values}, run / f"checkpoint-{step}/model.safetensors")
+    return run
+
+
+def test_each_byte_is_read_once_in_the_order_of_the_fold(bucket: Folders, tmp_path: Path) -> None:
+    one_tensor_run(bucket)
+    plan = ckpt_ema.plan("s3://bucket/run", output=tmp_path / "out")
+    bucket.reads.clear()
+    ckpt_ema.average(
+        "s3://bucket/run", output=tmp_path / "out", device="cpu", threads=1, tile_size=1 << 16
+    )
+    tensor = [one for one in bucket.reads if one[2] == 1 << 16]
+    assert sorted(tensor) == sorted(set(tensor))
+    assert sum(count for _, _, count in tensor) == plan.bytes_read == 3 << 18
+    offsets = [start for _, start, _ in tensor]
+    assert [min(offsets[at : at + 3]) for at in range(0, 12, 3)] == sorted({*offsets})
+
+
+def test_a_plan_lists_once_and_reads_headers_alone(bucket: Folders, tmp_path: Path) -> None:
+    one_tensor_run(bucket)
+    text = plan_text(ckpt_ema.plan("s3://bucket/run", output=tmp_path / "out"), None, 9)
+    assert "768 KiB to read in 3 requests" in text
+    assert bucket.lists == 1
+    assert {start for _, start, _ in bucket.reads} == {0}
+
+
+def test_what_is_alike_in_other_steps_is_read_with_it(bucket: Folders, tmp_path: Path) -> None:
+    """After a few requests that wait for each other, all are made at once."""
+    one_tensor_run(bucket, 40)
+    bucket.most = 0
+    ckpt_ema.plan("s3://bucket/run", output=tmp_path / "out")
+    assert len(bucket.reads) == len(set(bucket.reads)) == 40
+    assert bucket.most > 8
+
+
+# --- Everything that works on a disk --------------------------------------------------------------
+
+
+def test_parts_resume_and_up_to_date(bucket: Folders, tmp_path: Path) -> None:
+    run = one_tensor_run(bucket)
+    options: dict[str, Any] = {"device": "cpu", "tile_size": 1 << 16}
+    local = ckpt_ema.average(run, output=tmp_path / "local", **options).output
+    output = tmp_path / "out"
+    for part in ("2/3", "1/3", "3/3"):
+        ckpt_ema.average_part("s3://bucket/run/", part, output=output, **options)
+    ckpt_ema.finish(output)
+    assert files_of(output) == files_of(local)
+    bucket.reads.clear()
+    assert ckpt_ema.average("s3://bucket/run", output=output, **options).is_up_to_date
+    assert sum(count for _, _, count in bucket.reads) < 3 << 18
+
+
+def test_a_list_of_uris_and_a_configuration_from_one(bucket: Folders, tmp_path: Path) -> None:
+    run = one_tensor_run(bucket)
+    base = bucket.folder / "base"
+    base.mkdir()
+    (base / "config.json").write_text('{"a": 1}')
+    uris = [f"s3://bucket/run/checkpoint-{step}" for step in (1, 2, 3)]
+    options: dict[str, Any] = {"device": "cpu", "config_from": "s3://bucket/base"}
+    output = ckpt_ema.average(uris, output=tmp_path / "out", **options).output
+    local = ckpt_ema.average(run, output=tmp_path / "local", device="cpu").output
+    assert (output / "config.json").read_text() == '{"a": 1}'
+    assert files_of(output)["model.safetensors"] == files_of(local)["model.safetensors"]
+
+
+def test_the_manifest_has_uris_and_what_identifies_their_files(
+    bucket: Folders, tmp_path: Path
+) -> None:
+    one_tensor_run(bucket)
+    output = ckpt_ema.average("s3://bucket/run", output=tmp_path / "out", device="cpu").output
+    manifest = json.loads((output / "ckpt_ema.json").read_text())
+    assert manifest["run"] == "s3://bucket/run"
+    for one in manifest["checkpoints"]:
+        assert one["path"].startswith("s3://bucket/run/checkpoint-")
+        assert one["files"][0]["tag"].startswith("etag-")
+
+
+def test_the_default_output_is_in_the_current_folder(
+    bucket: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_tensor_run(bucket)
+    monkeypatch.chdir(tmp_path)
+    assert ckpt_ema.plan("s3://bucket/run").output == Path("run-ema")
+    with pytest.raises(OptionError, match="s3://bucket/out is a URI"):
+        ckpt_ema.plan("s3://bucket/run", output="s3://bucket/out")
+
+
+# --- What goes wrong ------------------------------------------------------------------------------
+
+
+def test_a_file_that_changes_is_noticed_and_nothing_is_published(
+    bucket: Folders, tmp_path: Path
+) -> None:
+    run = one_tensor_run(bucket)
+    path = run / "checkpoint-2/model.safetensors"
+
+    def change() -> None:
+        os.utime(path, (1, 1))
+
+    bucket.before_tensor = change
+    with pytest.raises(FailedError, match=r"checkpoint-2/model\.safetensors changed") as caught:
+        ckpt_ema.average("s3://bucket/run", output=tmp_path / "out", device="cpu")
+    assert caught.value.code is Code.CHANGED
+    assert {one.name for one in tmp_path.iterdir()} == {"bucket"}
+
+
+def test_a_place_without_checkpoints_is_refused(bucket: Folders, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="s3://bucket/nothing"):
+        ckpt_ema.plan("s3://bucket/nothing", output=tmp_path / "out")
+    assert bucket.lists
+
+
+def test_a_read_that_fails_ends_the_run(bucket: Folders, tmp_path: Path) -> None:
+    one_tensor_run(bucket)
+
+    def fail() -> None:
+        raise FailedError("s3://bucket/run cannot be read: 503.", code=Code.READ_FAILED)
+
+    bucket.before_tensor = fail
+    with pytest.raises(FailedError, match="503"):
+        ckpt_ema.average("s3://bucket/run", output=tmp_path / "out", device="cpu", threads=2)
+    assert {one.name for one in tmp_path.iterdir()} == {"bucket"}

@@ -142,6 +142,7 @@ def _describe_run(plan: Plan) -> dict[str, Any]:
         "device": plan.engine.device,
         "threads": plan.threads,
         "bytes_read": plan.bytes_read,
+        **({} if plan.requests is None else {"requests": plan.requests}),
         "memory_bytes": plan.memory_bytes,
         "left_out": [_describe_entry(one) for one in plan.left_out],
         "notes": [note.described() for note in plan.notes],

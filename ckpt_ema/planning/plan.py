@@ -40,10 +40,11 @@ from ckpt_ema.planning.notices import Decided, plan_notes, plan_warnings
 from ckpt_ema.planning.output import find_destination, lay_out, named, with_format
 from ckpt_ema.planning.roles import Ruling, TensorRole, by_pattern
 from ckpt_ema.planning.same_model import Compared, compare
-from ckpt_ema.planning.sizing import element_bytes, make_sizes
+from ckpt_ema.planning.sizing import KEPT_BYTES, element_bytes, make_sizes
 from ckpt_ema.planning.work import Work, make_work
 from ckpt_ema.planning.write_back import with_copied_files
 from ckpt_ema.storage import Storage, storage_for
+from ckpt_ema.storage.protocol import REQUEST_BYTES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -107,6 +108,17 @@ class Plan:
     def bytes_read(self) -> int:
         """Bytes of tensor data to read, each once."""
         return sum(span.bytes_read(self.work.layout_of) for span in self.work.spans)
+
+    @property
+    def requests(self) -> int | None:
+        """How many requests read that from a place over a network; None for a file system."""
+        if self.storage.most_requests == 1:
+            return None
+        layout_of, tile = self.work.layout_of, self.tile_elements
+        return sum(
+            span.requests(layout_of, tile * (1 if span.averaged else KEPT_BYTES), REQUEST_BYTES)
+            for span in self.work.spans
+        )
 
     @property
     def bytes_written(self) -> int:

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 from ckpt_ema.errors import FailedError
 
+REQUEST_BYTES = 1 << 22  # the most that one request over a network asks for
+
 Location = str | os.PathLike[str]
 
 

@@ -14,11 +14,10 @@ from contextlib import ExitStack, contextmanager
 from typing import IO
 
 from ckpt_ema.errors import Code, FailedError
+from ckpt_ema.storage.blocks import REQUESTS
 from ckpt_ema.storage.client import Client, RemoteFile
-from ckpt_ema.storage.protocol import Range
+from ckpt_ema.storage.protocol import REQUEST_BYTES, Range
 
-_MOST_FETCHED_BYTES = 1 << 22  # by one request
-_REQUESTS = 32  # at a time
 _MOST_OPEN = 256
 
 Located = tuple[str, RemoteFile]  # the URI that was listed, and the file
@@ -39,7 +38,7 @@ class RemotePool:
 
     def __init__(self, client: Client, files: Mapping[str, Located]) -> None:
         self._client, self._files = client, files
-        self._threads = ThreadPoolExecutor(_REQUESTS, thread_name_prefix="ckpt-ema-fetch")
+        self._threads = ThreadPoolExecutor(REQUESTS, thread_name_prefix="ckpt-ema-fetch")
         self._requested: dict[Range, deque[list[Future[bytes]]]] = {}
         self._lock = threading.Lock()
         self._held = _Held()
@@ -53,8 +52,8 @@ class RemotePool:
     def _fetched(self, one: Range) -> list[Future[bytes]]:
         """Begin to fetch a range; return its parts."""
         root, file = self._files[one.path]
-        starts = range(one.offset, one.offset + one.size_bytes, _MOST_FETCHED_BYTES)
-        counts = (min(_MOST_FETCHED_BYTES, starts.stop - start) for start in starts)
+        starts = range(one.offset, one.offset + one.size_bytes, REQUEST_BYTES)
+        counts = (min(REQUEST_BYTES, starts.stop - start) for start in starts)
         return [
             self._threads.submit(self._client.read, root, file, start, count)
             for start, count in zip(starts, counts, strict=True)
