@@ -18,12 +18,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
 import environment
+import layouts
 from contenders import DECAY
 from measuring import (
     PEAK,
@@ -282,6 +284,39 @@ def huge() -> Part:
     )
 
 
+def of_ranks(run: Run) -> Part:
+    """Weights in the files of ranks, beside the same weights in safetensors files."""
+    whole = replace(run, layout="")
+    return Part(
+        "layouts",
+        f"Weights in the files of ranks, outputs in memory: {run}",
+        run,
+        (ours(name=str(whole), run=whole, durable=False), ours(durable=False)),
+        (
+            Check(WALL, OURS, str(whole), 1.2),
+            Check(PROCESSOR, OURS, str(whole)),
+            Check(PEAK, OURS, None, PROMISED_MIB),
+        ),
+        in_memory=True,
+    )
+
+
+def write_back(run: Run) -> Part:
+    """The newest checkpoint with averaged weights, beside a durable copy of it."""
+    copied = "cp and fsync of the newest"
+    return Part(
+        "write-back",
+        f"Checkpoints three times as large as their weights, with fsync and rename: {run}",
+        run,
+        (other(copied, "copy-newest", True), ours("--save-as", "checkpoint")),
+        (
+            Check(WALL, OURS, copied, 1.3),
+            Check(PROCESSOR, OURS, copied),
+            Check(PEAK, OURS, None, PROMISED_MIB),
+        ),
+    )
+
+
 def all_parts(dtypes: Iterable[str], checkpoints: int, size_bytes: int, peers: bool) -> list[Part]:
     """Everything that can be measured, in the order of the report."""
     runs = [Run(dtype, checkpoints, size_bytes) for dtype in dtypes]
@@ -292,6 +327,8 @@ def all_parts(dtypes: Iterable[str], checkpoints: int, size_bytes: int, peers: b
         *map(fold, runs),
         *map(cold, runs),
         *(tiny(), growth(first), averages(first), tensors(), uniform(first), ranks(first)),
+        *(of_ranks(Run("float32", 4, 2 * size_bytes, layout=one)) for one in layouts.OF_RANKS),
+        *(write_back(Run("float32", 2, size_bytes, layout=one)) for one in layouts.WITH_MOMENTS),
         *(length(), huge()),
     ]
 

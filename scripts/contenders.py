@@ -91,6 +91,14 @@ def transfer(paths: Sequence[Path], target: int | None) -> None:
         sys.exit(f"read {found} bytes, expected {sum(sizes)}")
 
 
+def copy_newest(run: Path, output: Path) -> None:
+    """Copy the newest checkpoint, a file or a folder, as people do it."""
+    import subprocess
+
+    newest = max(run.iterdir(), key=lambda path: int(path.stem.rpartition("-")[2]))
+    subprocess.run(["cp", "-r", newest, output], check=True)
+
+
 # Averages by other means
 
 
@@ -246,6 +254,7 @@ CONTENDERS: dict[str, Callable[[Path, Path], None]] = {
     "read": read,
     "write": write,
     "read-and-write": read_and_write,
+    "copy-newest": copy_newest,
     "loop": loop,
     "averaged-model": averaged_model,
     "mergekit": mergekit,

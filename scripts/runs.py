@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import layouts
 
 MIB = 1024**2
 CHUNK_ELEMENTS = 4 * MIB
@@ -33,17 +36,18 @@ class Run:
     size_bytes: int  # of one checkpoint
     tensors: int | None = None  # equally large ones; without a number, the model is a llama
     is_sparse: bool = False  # headers are real, data are holes
+    layout: str = ""  # a trainer's, of `layouts.LAYOUTS`; else safetensors files
 
     def __str__(self) -> str:
         size = f"{self.size_bytes / MIB:.0f} MiB"
         if self.size_bytes < MIB:
             size = f"{self.size_bytes / 1000:.0f} kB"
-        return f"{self.checkpoints} x {size}, {self.dtype}"
+        return ", ".join(filter(None, [f"{self.checkpoints} x {size}", self.dtype, self.layout]))
 
     @property
     def name(self) -> str:
         """Name of its folder."""
-        kind = self.tensors or "sparse" * self.is_sparse
+        kind = self.tensors or "sparse" * self.is_sparse or re.sub(r"\W+", "-", self.layout)
         parts = filter(None, [self.dtype, self.checkpoints, self.size_bytes, kind])
         return "-".join(map(str, parts))
 
@@ -72,6 +76,10 @@ def make(run: Run, folder: Path) -> None:
     """Write the run, and wait until it is on the disk."""
     import torch
 
+    if run.layout:
+        layouts.make(run.layout, run.shapes, run.checkpoints, folder)
+        os.sync()
+        return
     shards = in_shards(run)
     elements = sum(math.prod(shape) for shape in run.shapes.values())
     window = 2 * min(CHUNK_ELEMENTS, elements)

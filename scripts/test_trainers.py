@@ -30,6 +30,8 @@ FOLDER = environment.REPOSITORY / ".venv-trainers"
 OLDER = FOLDER / "transformers-4"
 # DeepSpeed changes what other trainers do where it is installed.
 DEEPSPEED = FOLDER / "deepspeed"
+# Laid over the environment for Megatron alone; it asks for Python 3.12, but runs on 3.11.
+MEGATRON = FOLDER / "megatron"
 ENVIRONMENT = environment.Environment(
     FOLDER,
     (
@@ -44,6 +46,10 @@ ENVIRONMENT = environment.Environment(
             *("einops==0.8.2", "hjson==3.1.0", "msgpack==1.2.4", "ninja==1.13.2"),
             *("py-cpuinfo==9.0.0", "pydantic==2.14.4", "pydantic-core==2.50.5"),
             *("annotated-types==0.8.0", "typing-inspection==0.4.5"),
+        ),
+        (
+            *("--no-deps", "--ignore-requires-python", "--target", str(MEGATRON)),
+            "megatron-core==0.19.2",
         ),
     ),
     ("pyproject.toml", "constraints.txt", "scripts/trainers.txt"),
@@ -69,11 +75,13 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import copy
 import functools
 import importlib.metadata
 import io
 import json
 import multiprocessing
+import re
 import shutil
 import string
 import tempfile
@@ -88,6 +96,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 DECAY = 0.999
 COMMAND_SECONDS = 120
@@ -261,8 +270,9 @@ def steps(run: Path, pattern: str, expected: Sequence[int | str]) -> list[Path]:
 
 
 def state_of(module: nn.Module) -> State:
-    """A copy of a module's state dict."""
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    """A copy of the tensors of a module's state dict."""
+    state = module.state_dict().items()
+    return {name: value.detach().clone() for name, value in state if isinstance(value, Tensor)}
 
 
 # transformers
@@ -1093,14 +1103,16 @@ def train_timm(run: Path, metrics: Sequence[float]) -> None:
 RANKS = 2
 
 
-def run_ranks(case: Case, function: Callable[..., None], *arguments: Any) -> None:
+def run_ranks(
+    case: Case, function: Callable[..., None], *arguments: Any, method: str = "forkserver"
+) -> None:
     """Call a function with the number of a rank and these arguments, each rank in a process."""
     from torch.multiprocessing.spawn import start_processes
 
     # The fork server imports this script once, so that the ranks need not.
     multiprocessing.set_forkserver_preload(["__main__"])
     rendezvous = Path(tempfile.mkdtemp(dir=case.folder)) / "rendezvous"
-    start_processes(_run_rank, (rendezvous, function, arguments), RANKS, start_method="forkserver")
+    start_processes(_run_rank, (rendezvous, function, arguments), RANKS, start_method=method)
 
 
 def _run_rank(
@@ -1513,6 +1525,233 @@ def deepspeed_engine(stage: int, is_rounded: bool) -> Any:
         },
     )
     return engine
+
+
+# Megatron
+
+
+@scenario("megatron-core: torch_dist, float32", over=MEGATRON)
+def megatron_float32(case: Case) -> None:
+    """Tensor parallel on two ranks; layers are stacked, and there are no masters."""
+    check_megatron(case, torch.float32)
+
+
+@scenario("megatron-core: torch_dist, bfloat16", over=MEGATRON)
+def megatron_bfloat16(case: Case) -> None:
+    """With masters in the optimizer, from which the weights are rounded."""
+    check_megatron(case, torch.bfloat16)
+
+
+@scenario("megatron-core: torch_dist, distributed optimizer", over=MEGATRON)
+def megatron_distributed(case: Case) -> None:
+    """With masters in flat buffers, between which Megatron saves memory that it never wrote."""
+    check_megatron(case, torch.bfloat16, is_flat=True)
+
+
+def check_megatron(case: Case, dtype: torch.dtype, *, is_flat: bool = False) -> None:
+    """Train on two ranks, write back, load the result on two ranks and train on."""
+    import_megatron()
+    run = case.folder / "run"
+    run_ranks(case, train_megatron, run, dtype, is_flat, method="fork")
+    checkpoints = steps(run, "iter_{}", ["0000001", "0000002", "0000003"])
+    written = case.write_back(run)
+    tracker = "latest_checkpointed_iteration.txt"
+    check_copied(written, run, [tracker])
+    newest, average = checkpoints[-1], written / checkpoints[-1].name
+    check_copied(average, newest, ["metadata.json", ".metadata"])
+    files = {path.name for path in newest.iterdir()} - {"integrity.json"}
+    check_equal("files", {path.name for path in average.iterdir()}, files)
+    run_ranks(case, resume_megatron, average, checkpoints, dtype, is_flat, method="fork")
+
+
+def import_megatron() -> None:
+    """Import Megatron, without a GPU, before the ranks are forked."""
+    from unittest.mock import MagicMock
+
+    # This module imports triton, which CPU builds of torch come without.
+    sys.modules["megatron.core.transformer.moe.ops.paged_stash"] = MagicMock()
+    torch.cuda.synchronize = lambda *_: None
+    torch.cuda.current_device = MagicMock(return_value="cpu")
+    torch.cuda.current_stream = MagicMock()
+    from megatron.core import tensor_parallel
+    from megatron.core.models import gpt  # noqa: F401
+
+    tensor_parallel.get_cuda_rng_tracker = MagicMock()
+
+
+class OnTheCpu(TorchFunctionMode):
+    """Create tensors on the CPU where CUDA is asked for, and report their types as CUDA's."""
+
+    def __torch_function__(
+        self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """See `TorchFunctionMode`."""
+        options = dict(kwargs or {})
+        if "cuda" in str(options.get("device")):
+            options["device"] = "cpu"
+        found = function(*args, **options)
+        if function is Tensor.type and len(args) == 1 and not options:
+            return found.replace("torch.", "torch.cuda.")
+        return found
+
+
+def megatron_model(dtype: torch.dtype, is_flat: bool) -> tuple[Any, Any]:
+    """A GPT of two layers, and Megatron's optimizer."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.optimizer.optimizer import (
+        Float16OptimizerWithFloat16Params,
+        FP32Optimizer,
+    )
+    from megatron.core.transformer import TransformerConfig
+
+    torch.manual_seed(0)
+    is_rounded = dtype == torch.bfloat16
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=8,
+        num_attention_heads=2,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        params_dtype=dtype,
+        bf16=is_rounded,
+    )
+    spec = get_gpt_layer_local_spec()
+    model = GPTModel(config, spec, vocab_size=24, max_sequence_length=16).to(dtype)
+    rates = {"lr": 1e-2, "min_lr": 1e-2, "clip_grad": 0.0}
+    options = OptimizerConfig(
+        bf16=is_rounded, params_dtype=dtype, use_distributed_optimizer=is_flat, **rates
+    )
+    if is_flat:
+        return model, flat_optimizer(config, options, model)
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if is_rounded:
+        return model, Float16OptimizerWithFloat16Params(adam, options, None, lambda *_: None)
+    return model, FP32Optimizer(adam, options, lambda *_: None)
+
+
+def flat_optimizer(config: Any, options: Any, model: Any) -> Any:
+    """An optimizer whose state is divided among the ranks, in flat buffers."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    gradients = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": True}
+    chunk = DistributedDataParallel(config, DistributedDataParallelConfig(**gradients), model)
+    return get_megatron_optimizer(options, [chunk])
+
+
+FLAT = {"distrib_optim_sharding_type": "dp_reshardable"}  # as the buffers are
+
+
+def megatron_state(model: Any, optimizer: Any, step: int, **options: Any) -> dict[str, Any]:
+    """What Megatron's training script saves and loads."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    rank, weights = torch.distributed.get_rank(), model.sharded_state_dict()
+    return {
+        "checkpoint_version": 3.0,
+        "iteration": step,
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, metadata=FLAT, **options),
+        "rng_state": ShardedObject("rng_state", [torch.get_rng_state()], (RANKS,), (rank,)),
+    }
+
+
+def train_megatron(_rank: int, run: Path, dtype: torch.dtype, is_flat: bool) -> None:
+    """What one of the ranks does: 3 steps, each saved."""
+    from megatron.core import dist_checkpointing, parallel_state
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=RANKS)
+    with OnTheCpu():
+        model, optimizer = megatron_model(dtype, is_flat)
+        for step in range(1, 4):
+            train_megatron_step(model, optimizer)
+            path = run / f"iter_{step:07d}"
+            path.mkdir(parents=True, exist_ok=True)
+            state = megatron_state(model, optimizer, step)
+            dist_checkpointing.save(state, str(path), verify_integrity=True)
+    (run / "latest_checkpointed_iteration.txt").write_text("3")
+
+
+def train_megatron_step(model: Any, optimizer: Any) -> None:
+    """Train on tokens that are the same on all ranks."""
+    tokens = torch.randint(24, (4, 16))
+    places = torch.arange(16).expand(4, 16)
+    chunks = getattr(optimizer, "model_chunks", [])
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    model(tokens, places, None, labels=tokens.roll(1, -1)).mean().backward()
+    for chunk in chunks:
+        chunk.finish_grad_sync()
+    for weight in () if chunks else model.parameters():
+        weight.main_grad = weight.grad.float()
+    optimizer.step()
+
+
+def resume_megatron(
+    _rank: int, written: Path, checkpoints: Sequence[Path], dtype: torch.dtype, is_flat: bool
+) -> None:
+    """Check a rank's part of the average by its parts of the checkpoints, and train on from it."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=RANKS)
+    with OnTheCpu():
+        loaded = [load_megatron(path, dtype, is_flat) for path in checkpoints]
+        average = load_megatron(written, dtype, is_flat)
+        began = state_of(average.model)
+        if dtype == torch.bfloat16:
+            check_masters(average, loaded, is_flat)
+        if dtype == torch.float32 or is_flat:
+            check_average(began, [state_of(one.model) for one in loaded])
+        check_same(average.rest, loaded[-1].rest)
+        train_megatron_step(average.model, average.optimizer)
+        check_moved(began, state_of(average.model))
+
+
+def check_masters(average: Megatron, loaded: Sequence[Megatron], is_flat: bool) -> None:
+    """Masters are averaged in float32, and weights that have a name are rounded from that."""
+    masters = [masters_of(one.model) for one in loaded]
+    found, weights = masters_of(average.model), state_of(average.model)
+    check_average(found, masters)
+    check_equal("names", set(weights), set(found))
+    for name, weight in () if is_flat else weights.items():
+        check_equal(f"dtype of {name}", weight.dtype, torch.bfloat16)
+        _check_rounded(name, weight, [one[name] for one in masters])
+
+
+def masters_of(model: Any) -> State:
+    """The masters that Megatron has left beside the weights of a model."""
+    weights = model.named_parameters()
+    return {name: one.main_param.detach().clone().view(one.shape) for name, one in weights}
+
+
+@dataclass
+class Megatron:
+    """A rank's part of a checkpoint, loaded."""
+
+    model: Any
+    optimizer: Any
+    rest: dict[str, object]  # what else was loaded, by dotted names
+
+
+def load_megatron(path: Path, dtype: torch.dtype, is_flat: bool) -> Megatron:
+    """Read as Megatron's training script does that resumes."""
+    from megatron.core import dist_checkpointing
+
+    model, optimizer = megatron_model(dtype, is_flat)
+    train_megatron_step(model, optimizer)  # before it, there are no moments to load into
+    wanted = megatron_state(model, optimizer, 0, is_loading=True)
+    state = dist_checkpointing.load(wanted, str(path))
+    rest = flatten(copy.deepcopy({name: v for name, v in state.items() if name != "model"}))
+    # Masters, and steps that Megatron does not save.
+    is_other = re.compile(r"fp32_from_fp16_params|\.param$|\.param_state\..*\.step$").search
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return Megatron(model, optimizer, {k: v for k, v in rest.items() if not is_other(k)})
 
 
 # Running them

@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
 import bench
 import contenders
+import layouts
 import runs
 from bench import TINY
 from contenders import decay_of, linear_merge, weights_files, weights_of
@@ -203,6 +204,26 @@ def test_a_sparse_run_is_in_shards_and_takes_no_room(tmp_path: Path) -> None:
     assert sum(shard.stat().st_size for shard in shards) > 27 * 10**9
     assert sum(shard.stat().st_blocks * 512 for shard in shards) < MIB
     assert len(ckpt_ema.plan(tmp_path).checkpoints) == 2
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_a_run_in_a_layout_of_a_trainer_has_the_same_weights(layout: str, tmp_path: Path) -> None:
+    wanted = Run("float32", 2, 400_000, layout=layout)
+    runs.make(wanted, tmp_path / "run")
+    ckpt_ema.average(tmp_path / "run", output=tmp_path / "out")
+    averaged = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: list(value.shape) for name, value in averaged.items()} == wanted.shapes
+    assert all(value.std() > 0.01 for value in averaged.values())
+
+
+def test_the_newest_checkpoint_is_copied(tmp_path: Path) -> None:
+    for layout, name in (("torch file", "checkpoint-10.pt"), ("DCP", "step-10/.metadata")):
+        runs.make(Run("float32", 10, 100_000, layout=layout), tmp_path / layout)
+        contenders.main(
+            "copy-newest", str(tmp_path / layout), str(tmp_path / name[:4]), "--durable"
+        )
+        copy = tmp_path / name[:4] / name
+        assert copy.read_bytes() == (tmp_path / layout / name).read_bytes()
 
 
 def test_a_run_is_made_once_and_again_after_an_interruption(

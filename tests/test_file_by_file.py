@@ -169,6 +169,45 @@ def test_digests_of_the_files_are_left_out(tmp_path: Path) -> None:
     ]
 
 
+def beside_the_model(step: int) -> Files:
+    """Floating point that is no weight, and an average of the trainer's own."""
+    return {
+        "mp_rank_00/model_optim_rng.pt": {
+            "iteration": step,
+            "model": {"w": weight(step, 0)},
+            "ema": {"w": weight(step, 1)},
+            "rerun_state_machine": {"statistics": {"loss": weight(step, 2)}},
+        },
+        "mp_rank_01/model_optim_rng.pt": {
+            "iteration": step,
+            "module": None,
+            "client": {"loss": weight(step, 3)},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "averaged"),
+    [({}, {"model"}), ({"key": "model"}, {"model"}), ({"which": "ema"}, {"ema"})],
+)
+def test_only_the_model_in_a_file_is_averaged(
+    tmp_path: Path, options: Any, averaged: set[str]
+) -> None:
+    """Statistics, losses and what a client saves keep the newest value."""
+    run = make_run(tmp_path / "run", "iter_{:07}", beside_the_model)
+    ckpt_ema.average(run, output=tmp_path / "out", device="cpu", **options)
+    for file, content in beside_the_model(300).items():
+        found = tensors(torch.load(tmp_path / "out" / file, weights_only=True))
+        for path, newest in tensors(content).items():
+            is_newest = raw(found[path]) == raw(newest)
+            assert is_newest is not (path.split(".")[1] in averaged), path
+
+
+def test_a_key_that_no_file_has_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "iter_{:07}", megatron)
+    assert refused(run, key="nonsense").code is Code.NO_MODEL
+
+
 def test_parts_resume_and_threads_make_the_same_bytes(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "iter_{:07}", megatron)
     made = []

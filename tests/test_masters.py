@@ -53,9 +53,9 @@ def average(run: Path, **options: Any) -> Path:
     return ckpt_ema.average(run, output=run.parent / "out", **{**OPTIONS, **options}).output
 
 
-def notices(run: Path) -> tuple[list[str], list[str]]:
+def notices(run: Path, **options: Any) -> tuple[list[str], list[str]]:
     """The warnings of other weights, and the notes on masters."""
-    plan = ckpt_ema.plan(run, output=run.parent / "out", **OPTIONS)
+    plan = ckpt_ema.plan(run, output=run.parent / "out", **OPTIONS, **options)
     warnings = [one.message for one in plan.warnings if one.code is Code.OTHER_WEIGHTS]
     return warnings, [one.message for one in plan.notes if "optimizer's own copy" in one.message]
 
@@ -104,6 +104,31 @@ def test_masters_in_flat_buckets_are_averaged_as_they_are(tmp_path: Path) -> Non
     assert found[f"{bucket}.exp_avg"].eq(300).all()
     for name in masters(1):
         is_fold(found[name], run, [rounded(masters(step))[name] for step in STEPS])
+
+
+def test_memory_between_flat_masters_may_hold_anything(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    bucket = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(bf16, fp32).bucket_idx_0"
+    padding = {100: [float("inf")] * 70000, 200: [float("nan")] * 70000, 300: [0.0] * 70000}
+    flats = [torch.cat([masters(step)["w.out"], torch.tensor(padding[step])]) for step in STEPS]
+    for step, flat in zip(STEPS, flats, strict=True):
+        content = {**rounded(masters(step)), f"{bucket}.param": flat}
+        dcp_folders.save(run / f"step-{step}", content)
+    found = dcp_folders.tensors(average(run))[f"{bucket}.param"]
+    is_fold(found[:7], run, [flat[:7] for flat in flats])
+    assert found[7:].isnan().all()
+
+
+def test_values_of_the_weights_beside_flat_masters_are_looked_at(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    bucket = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(bf16, fp32).bucket_idx_0"
+    for step in STEPS:
+        weights = masters(step)
+        weights["w.out"][3] = float("nan") if step == 200 else 1.0
+        content = {**rounded(weights), f"{bucket}.param": torch.full((9,), float(step))}
+        dcp_folders.save(run / f"step-{step}", content)
+    with pytest.raises(RefusedError, match=r"tensor w\.out holds 1 NaN values"):
+        average(run)
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy"])
@@ -167,6 +192,107 @@ def test_deepspeed_beside_a_model_in_safetensors_is_averaged_with_it(make_run: M
     assert notices(run)[0] == []
 
 
+@pytest.mark.parametrize(
+    "place", ["fp32_from_fp16_params", "fp32_from_fp16", "fp32_groups", "master_param"]
+)
+def test_masters_of_every_optimizer_are_found(tmp_path: Path, place: str) -> None:
+    """Megatron's, apex's, DeepSpeed's without ZeRO, and TransformerEngine's."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in STEPS:
+        own = [*masters(step).values()]
+        state = {n: {"exp_avg": torch.zeros(2), place: one} for n, one in enumerate(own)}
+        optimizer = {"state": state} if place == "master_param" else {place: [own]}
+        save(run / f"model_{step}.pt", {"model": rounded(masters(step)), "optimizer": optimizer})
+    found = torch.load(average(run) / "model_300.pt", weights_only=True)["optimizer"]
+    of_all = (
+        [one[place] for one in found["state"].values()] if "state" in found else found[place][0]
+    )
+    for name, tensor in zip(masters(1), of_all, strict=True):
+        is_fold(tensor, run, [masters(step)[name] for step in STEPS])
+    assert notices(run)[0] == []
+
+
+@pytest.mark.parametrize("options", [{"which": "ema"}, {"key": "ema"}, {}, {"key": "model"}])
+def test_an_average_of_the_trainers_own_is_not_read_from_the_masters(
+    tmp_path: Path, options: Any
+) -> None:
+    """Masters are those of the raw weights, whatever the names."""
+    run = tmp_path / "run"
+    for step in STEPS:
+        own, average_of = masters(step), {n: t.bfloat16() / 2 for n, t in masters(step).items()}
+        named = {f"optimizer.state.fp32_param.{name}": tensor for name, tensor in own.items()}
+        content = {"model": rounded(own), "ema": average_of, **named}
+        dcp_folders.save(run / f"step-{step}", content)
+    found = dcp_folders.tensors(average(run, **options))
+    states = [dcp_folders.tensors(run / f"step-{step}") for step in STEPS]
+    is_ema = "ema" in options.values()
+    for name in masters(1):
+        chosen, other = ("ema", "model") if is_ema else ("model", "ema")
+        is_fold(found[f"{chosen}.{name}"], run, [one[f"{chosen}.{name}"] for one in states])
+        assert raw(found[f"{other}.{name}"]) == raw(states[-1][f"{other}.{name}"])
+        master = f"optimizer.state.fp32_param.{name}"
+        if is_ema:
+            assert raw(found[master]) == raw(states[-1][master])
+        else:
+            is_fold(found[master], run, [one[master] for one in states])
+    warnings, _ = notices(run, **options)
+    assert any("not averaged, and a trainer that resumes" in one for one in warnings) is is_ema
+
+
+def test_masters_of_weights_that_are_dropped_keep_the_newest_value(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in STEPS:
+        dcp_folders.save(run / f"step-{step}", megatron(step))
+    found, newest = (
+        dcp_folders.tensors(one) for one in (average(run, drop=["w.in"]), run / "step-300")
+    )
+    for name in ("w.in", "optimizer.state.fp32_param.w.in"):
+        assert raw(found[name]) == raw(newest[name])
+    is_fold(found["w.out"], run, [masters(step)["w.out"] for step in STEPS])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_partitions_of_weights_that_are_dropped_keep_the_newest_value(
+    tmp_path: Path, stage: int
+) -> None:
+    run = tmp_path / "run"
+    saved: dict[str, Any] = {"stage": stage, "dtype": torch.bfloat16}
+    for step in STEPS:
+        deepspeed_folders.save(run / f"global_step{step}", masters(step), step=step, **saved)
+    # Only the group of w.out changes: it has the vectors, the other one the matrices.
+    output = average(run, drop=["w.in"])
+    for path in sorted(output.glob("*optim_states.pt")):
+        now, before = (
+            deepspeed_folders.optimizer(one) for one in (path, run / "global_step300" / path.name)
+        )
+        flats = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+        assert raw(now[flats][0]) == raw(before[flats][0])
+        assert raw(now[flats][1]) != raw(before[flats][1])
+    for path in output.glob("mp_rank_*"):
+        module, newest = (
+            torch.load(one, weights_only=True)["module"]
+            for one in (path, run / "global_step300" / path.name)
+        )
+        assert raw(module["w.in"]) == raw(newest["w.in"])
+
+
+def test_buffers_of_each_rank_are_averaged_by_themselves(tmp_path: Path) -> None:
+    """With ZeRO-3, each rank saves its own statistics of batches."""
+    run, name = tmp_path / "run", "zero_pp_rank_1_mp_rank_00_model_states.pt"
+    for step in STEPS:
+        model = {**masters(step), "mean": torch.full((5,), float(step))}
+        folder = run / f"global_step{step}"
+        deepspeed_folders.save(folder, model, stage=3, step=step, buffers=["mean"])
+        content = torch.load(folder / name, weights_only=True)
+        content["module"]["mean"] *= 7
+        torch.save(content, folder / name)
+    output = average(run)
+    for factor, path in enumerate(sorted(output.glob("zero_pp*model_states.pt"))):
+        states = [torch.full((5,), float(step * (7 if factor else 1))) for step in STEPS]
+        is_fold(torch.load(path, weights_only=True)["module"]["mean"], run, states)
+
+
 # --- What is warned of or refused -----------------------------------------------------------------
 
 
@@ -210,3 +336,29 @@ def test_steps_with_other_masters_are_refused_by_name(tmp_path: Path) -> None:
         save(folder / "distrib_optim.pt", {0: {"param": torch.full((count,), float(step))}})
     with pytest.raises(RefusedError, match=r"distrib_optim.pt:0.param has shape \[9\] in step_100"):
         ckpt_ema.plan(run, output=tmp_path / "out", **OPTIONS)
+
+
+@pytest.mark.parametrize("lacking", [100, 300])
+def test_masters_that_not_every_step_has_keep_the_newest_value(
+    tmp_path: Path, lacking: int
+) -> None:
+    """Runs lose the optimizers of older steps, and the last save may have none."""
+    run = with_optimizer(tmp_path / "run", lambda path: save(path, {0: {"param": torch.ones(9)}}))
+    (run / f"step_{lacking}/distrib_optim.pt").unlink()
+    warnings, notes = notices(run)
+    assert not notes
+    assert warnings == [
+        "The optimizer's own copy of the weights (distrib_optim.pt:0.param) keeps the values of"
+        " step_300, since step_100 has none; a trainer that resumes takes it instead of the"
+        " average."
+    ] * (lacking == 100)
+    own = [rounded(masters(step))["w.in"] for step in STEPS]
+    is_fold(torch.load(average(run) / "model.pt", weights_only=True)["model"]["w.in"], run, own)
+
+
+def test_masters_of_weights_that_are_kept_are_warned_of_if_not_known(tmp_path: Path) -> None:
+    run = with_optimizer(tmp_path / "run", lambda path: save(path, {0: {"param": torch.ones(9)}}))
+    assert notices(run, keep=["w.in"])[0] == [
+        "Further copies of the weights (distrib_optim.pt:0.param) are averaged whole, also where"
+        " --keep or --drop matches a weight."
+    ]

@@ -165,6 +165,23 @@ def test_an_average_is_written_back_into_the_parts_and_every_copy(
         assert records(output / "actor" / path.name) == records(path)
 
 
+def test_what_a_rank_has_of_its_own_is_averaged_by_itself(tmp_path: Path) -> None:
+    """Experts, and statistics of batches, are plain tensors that differ from rank to rank."""
+    run, name = tmp_path / "run", VERL.format(ranks=2, rank=1)
+    for step in STEPS:
+        folder = save(run / f"global_step_{step}", state(step), FLAT)
+        content = torch.load(folder / name, weights_only=False)
+        content["plain"].fill_(step)
+        torch.save(content, folder / name)
+    output = ckpt_ema.average(
+        run, output=tmp_path / "out", save_as="checkpoint", decay=0.5, schedule="constant"
+    ).output
+    found = torch.load(output / name, weights_only=False)["plain"]
+    assert found.unique().tolist() == [0.25 * 100 + 0.25 * 200 + 0.5 * 300]
+    first = torch.load(output / VERL.format(ranks=2, rank=0), weights_only=False)["plain"]
+    assert first.unique().numel() == first.numel()
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy"])
 def test_a_model_beside_other_things_is_found(tmp_path: Path, form: str) -> None:
     root = {"optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}, "step": 7}

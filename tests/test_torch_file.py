@@ -462,26 +462,35 @@ class TestMemory:
         path = container(tmp_path / "a.pt", b"\x80\x04" + opcodes + b".")
         assert refusal(path).code in (Code.DAMAGED, Code.CUT_SHORT)
 
-    def test_the_scan_knows_every_opcode(self) -> None:
-        """It finds a huge length behind an opcode, whose argument holds what would end the scan."""
-        for opcode in pickletools.opcodes:
-            if opcode.name in ("STOP", "PUT", "LONG_BINPUT", "FRAME"):
-                continue
-            length = opcode.arg.n if opcode.arg else 0
-            lines = 2 if opcode.arg and opcode.arg.name.endswith("pair") else 1
-            width = {-2: 1, -3: 4, -4: 4, -5: 8}.get(length)
-            argument = (1).to_bytes(width, "little") + b"." if width else b"." * length
-            argument += b".\n" * lines * (length == -1)
-            claim = b"\x8e" + struct.pack("<Q", 2**40)
-            stream = io.BytesIO(opcode.code.encode("latin1") + argument + claim)
-            with pytest.raises(pickle.UnpicklingError):
-                pickles.check_lengths(stream)
+    def test_of_every_opcode_that_declares_a_length(self) -> None:
+        bytes_of = {pickletools.TAKEN_FROM_ARGUMENT4: 4, pickletools.TAKEN_FROM_ARGUMENT4U: 4}
+        bytes_of[pickletools.TAKEN_FROM_ARGUMENT8U] = 8
+        long = {
+            o.code: bytes_of[o.arg.n] for o in pickletools.opcodes if o.arg and o.arg.n in bytes_of
+        }
+        for code, length_bytes in (long | {"\x95": 8}).items():
+            pickled = code.encode("latin1") + b"\xff" * (length_bytes - 1) + b"\x7f."
+            with pytest.raises(pickle.UnpicklingError, match="declares more than the file has"):
+                pickles.TensorUnpickler(io.BytesIO(pickled)).load()
 
-    def test_the_scan_leaves_the_stream_where_it_was(self) -> None:
-        stream = io.BytesIO(b"before" + pickle.dumps(["x" * 100_000, {1: (2, 3)}], 2) + b"after")
-        stream.seek(6)
-        pickles.check_lengths(stream)
-        assert stream.tell() == 6
+
+class TestKnownStructures:
+    """Most checkpoints of a run have the same structure, which is unpickled once."""
+
+    def found(self, folder: Path) -> int:
+        """Read two checkpoints; return how many structures were known."""
+        before = torch_file._unpickled.cache_info().hits
+        for step in range(2):
+            state = {folder.name: torch.full((3,), step), "v": torch.full((2,), step)}
+            check(save(folder / f"{step}.pt", state), state)
+        return torch_file._unpickled.cache_info().hits - before
+
+    def test_of_equal_pickles(self, tmp_path: Path) -> None:
+        assert self.found(tmp_path) == 1
+
+    def test_large_ones_are_not_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch_file, "_MOST_KNOWN_BYTES", 100)
+        assert self.found(tmp_path) == 0
 
 
 class TestKeysThatCannotBeHashed:

@@ -196,7 +196,11 @@ def _with_partitions(
             why = f"is {list(other.shape)}, and {list(tensor.shape)} in the ranks' files"
             raise refused(path, why, TWO_SAVES, tensor=name)
         # Weights of ZeRO-1 and 2, rounded to the dtype of the training; buffers on other ranks.
-        copies = [Copy(one.dtype, piece) for one in filled for piece in pieces_of(one)]
+        copies = [
+            Copy(one.dtype, piece, one is filled[0] or name in joined)
+            for one in filled
+            for piece in pieces_of(one)
+        ]
         places = {(piece.file, piece.offset) for piece in pieces_of(tensor)}
         kept = [copy for copy in copies if (copy.piece.file, copy.piece.offset) not in places]
         found[name] = tensor._replace(copies=tuple(kept))

@@ -8,6 +8,7 @@ of averages is smoothed twice. Nothing here reads a tensor.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from ckpt_ema.containers.checks import GATHER, OF_ONE_RANK, refused
@@ -20,6 +21,8 @@ ALREADY_AVERAGED = (
     "are averaged already (their decay is unknown); averaging them again smooths twice"
 )
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # in names of hostile pickles; cannot be written
+# Of the model, or a part of it, in a file of Megatron or DeepSpeed.
+_OWN_KEY = re.compile(r"^(model\d*|module|state_dict)$")
 _DEEPEST = 8  # levels of dicts that are searched
 _EVERYTHING = "."  # the key of the whole file
 
@@ -126,12 +129,13 @@ def _tensors_in(root: Any, tensor: _Kind, *, with_callbacks: bool = False) -> di
         if _is_optimizer(value):
             continue
         items = [*value.items()] if isinstance(value, dict) else [*enumerate(value)]
-        tensors = [item for _, item in items if isinstance(item, tensor)]
-        if not place:  # such as "rng" beside the model
-            tensors = [one for key, one in items if isinstance(one, tensor) and _may_be(str(key))]
-        if tensors and (not isinstance(value, dict) or _are_names(value)):
+        tensors = (  # at the top, something such as "rng" lies beside the model
+            item for key, item in items if isinstance(item, tensor) and (place or _may_be(str(key)))
+        )
+        first = next(tensors, None)
+        if first is not None and (not isinstance(value, dict) or _are_names(value)):
             others[place] = value
-            if any(getattr(item, "is_weight", True) for item in tensors):
+            if any(getattr(item, "is_weight", True) for item in chain([first], tensors)):
                 weights[place] = value
         for key, inner in items:
             # A file may hold one dict under two names, and a hostile one under any number.
@@ -181,14 +185,27 @@ def _is_averaged(root: Mapping[Any, Any], place: str) -> bool:
     return bool(conventions.AVERAGED_NAME.search(place))
 
 
-def every_weight(path: str, root: Any, tensor: _Kind) -> dict[str, Any]:
+def every_weight(path: str, root: Any, tensor: _Kind, key: str | None = None) -> dict[str, Any]:
     """Return every tensor that may be one of a model, by dotted path; there may be none.
 
-    Raises `RefusedError` for two at one path.
+    They are those below `key` (several keys with commas between them), by default below the keys
+    of models and of averages, or all where the file has no key of a model. Raises `RefusedError`
+    for two at one path.
     """
-    found = _tensors_in(root, tensor) if isinstance(root, dict) else {}
+    whole = root if isinstance(root, dict) else {}
+    found = _tensors_in(whole, tensor)
+    if key is None and any(_OWN_KEY.search(str(name)) for name in whole):
+        found = {place: one for place, one in found.items() if _is_of_model(place)}
+    elif key not in (None, _EVERYTHING):
+        keys = tuple(f"{one}." for one in str(key).split(","))
+        found = {place: one for place, one in found.items() if f"{place}.".startswith(keys)}
     values = _joined(path, {place: _by_name(one) for place, one in found.items()})
     return {name: value for name, value in values.items() if isinstance(value, tensor)}
+
+
+def _is_of_model(place: str) -> bool:
+    top = place.partition(".")[0]
+    return bool(_OWN_KEY.search(top) or conventions.AVERAGED_NAME.search(top))
 
 
 def _under_keys(

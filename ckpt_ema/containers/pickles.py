@@ -4,11 +4,12 @@ A pickle builds objects by calling what it names. The few names that torch's ten
 the functions below, which only take notes; every other name leads to an inert stand-in.
 """
 
+import io
 import math
 import pickle
 import struct
 from collections.abc import Callable, Iterable
-from typing import IO, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 # What safetensors calls a dtype, torch, and torch's class of storages with it.
 _DTYPES = [
@@ -24,17 +25,6 @@ _DTYPES = [
     *(("F8_E4M3FNUZ", "float8_e4m3fnuz", ""), ("F8_E5M2FNUZ", "float8_e5m2fnuz", "")),
     *(("F8_E8M0", "float8_e8m0fnu", ""),),
 ]
-
-# How long the arguments of opcodes are, as pickletools lists them; other opcodes have none.
-_FIXED = dict(
-    zip(b"KMJGqhrj\x80\x82\x83\x84\x95", (1, 2, 4, 8, 1, 1, 4, 4, 1, 1, 2, 4, 8), strict=True)
-)
-_COUNTED = dict(
-    zip(b"UTXCB\x8c\x8d\x8e\x96\x8a\x8b", (1, 4, 4, 1, 4, 1, 8, 8, 8, 1, 4), strict=True)
-)
-_LINES = dict(zip(b"ciFILSVPgp", (2, 2, 1, 1, 1, 1, 1, 1, 1, 1), strict=True))
-
-_LONG_BINPUT, _PUT, _FRAME = b"rp\x95"
 
 MAX_DIMENSIONS = 64  # torch's own kernels take no more
 _MAX_STAND_INS = 1_000
@@ -175,38 +165,6 @@ def what_broke(error: BaseException) -> str:
     return str(error) or "it ends too soon"
 
 
-def check_lengths(stream: IO[bytes]) -> None:
-    """Refuse a pickle with lengths beyond its file, or memo numbers beyond its count of opcodes.
-
-    An unpickler allocates these before it reads; no writer of pickles numbers its memo beyond its
-    opcodes. The stream is left where it was.
-    """
-    start = stream.tell()
-    size_bytes = stream.seek(0, 2) - start
-    stream.seek(start)
-    opcodes = 0
-    while (opcode := stream.read(1)) not in (b".", b""):
-        code, length, limit = opcode[0], 0, size_bytes
-        opcodes += 1
-        if code in _FIXED:
-            argument = stream.read(_FIXED[code])
-            if code in (_LONG_BINPUT, _FRAME):
-                length = int.from_bytes(argument, "little")
-                limit = opcodes if code == _LONG_BINPUT else size_bytes
-        elif code in _COUNTED:
-            length = int.from_bytes(stream.read(_COUNTED[code]), "little")
-            if length < 1 << 16:
-                stream.read(length)  # much faster than seek, for which a file asks the system
-            elif length <= size_bytes:
-                stream.seek(length, 1)
-        elif code in _LINES:
-            lines = [stream.readline() for _ in range(_LINES[code])]
-            length, limit = (int(lines[0]), opcodes) if code == _PUT else (0, 0)
-        if length > limit:
-            raise pickle.UnpicklingError("it declares more than the file has")
-    stream.seek(start)
-
-
 def _check_keys(keys: Iterable[Any]) -> None:
     """Refuse tuples of tuples as keys: hashing deep ones crashes, and doubled ones never ends.
 
@@ -218,7 +176,11 @@ def _check_keys(keys: Iterable[Any]) -> None:
             raise pickle.UnpicklingError("a dict has nested tuples as keys")
 
 
-_PythonUnpickler: Any = pickle._Unpickler  # whose methods the type stubs do not list
+# What the type stubs do not list.
+_PythonUnpickler: Any = pickle._Unpickler
+_Stop: Any = pickle._Stop  # type: ignore[attr-defined]
+
+_Action = Callable[[Any], None]  # what an unpickler does for an opcode
 
 # Which of the values on the stack become keys of a dict or members of a set.
 _KEYS_OF = {
@@ -227,8 +189,14 @@ _KEYS_OF = {
     **dict.fromkeys((pickle.ADDITEMS, pickle.FROZENSET), slice(None)),
 }
 
+# In how many bytes the opcodes with long arguments declare their length.
+_LENGTH_BYTES = {
+    **dict.fromkeys((pickle.BINSTRING, pickle.BINBYTES, pickle.BINUNICODE, pickle.LONG4), 4),
+    **dict.fromkeys((pickle.BINBYTES8, pickle.BINUNICODE8, pickle.BYTEARRAY8), 8),
+}
 
-def _checked(opcode: bytes, keys: slice) -> Callable[[Any], None]:
+
+def _with_checked_keys(opcode: bytes, keys: slice) -> _Action:
     """Return a function that checks the keys before it does what the opcode does."""
     load = _PythonUnpickler.dispatch[opcode[0]]
 
@@ -239,27 +207,73 @@ def _checked(opcode: bytes, keys: slice) -> Callable[[Any], None]:
     return checked
 
 
+def _with_checked_length(opcode: bytes, length_bytes: int) -> _Action:
+    """Return a function that checks the length before it does what the opcode does.
+
+    The argument's memory is allocated before it is read.
+    """
+    load = _PythonUnpickler.dispatch[opcode[0]]
+
+    def checked(unpickler: Any) -> None:
+        declared = unpickler.read(length_bytes)
+        unpickler.check_length(declared)
+        unpickler.seek(-len(declared), 1)  # fewer where the file ends
+        load(unpickler)
+
+    return checked
+
+
+def _skip_frame(unpickler: Any) -> None:
+    """Skip the length of a frame, which says how much a reader may buffer."""
+    unpickler.check_length(unpickler.read(8))
+
+
 class TensorUnpickler(_PythonUnpickler):  # type: ignore[misc]
     """Unpickles to dicts, lists and `PickledTensor`; `storages` has every storage by its key.
 
     It extends the unpickler in Python: the one in C cannot check keys before it hashes them.
     """
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+    dispatch: ClassVar[dict[int, _Action]] = {
         **_PythonUnpickler.dispatch,
-        **{opcode[0]: _checked(opcode, keys) for opcode, keys in _KEYS_OF.items()},
+        **{opcode[0]: _with_checked_keys(opcode, keys) for opcode, keys in _KEYS_OF.items()},
+        **{opcode[0]: _with_checked_length(opcode, n) for opcode, n in _LENGTH_BYTES.items()},
+        pickle.FRAME[0]: _skip_frame,
     }
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: io.BufferedIOBase) -> None:
         super().__init__(file, encoding="utf-8")
-        self._file = file
+        self.read, self.readinto, self.readline = file.read, file.readinto, file.readline
+        self.seek = file.seek
+        start = file.tell()
+        self._size_bytes = file.seek(0, 2) - start
+        file.seek(start)
         self.storages: dict[str, PickledStorage] = {}
         self.stand_ins: dict[str, type[Inert]] = {}  # by full names of classes and functions
 
     def load(self) -> Any:
-        """Return the root object; raises one of `BROKEN_PICKLE`."""
-        check_lengths(self._file)
-        return super().load()
+        """Return the root object; raises one of `BROKEN_PICKLE`.
+
+        The base class reads through a layer for frames, which takes half of the time.
+        """
+        self.metastack: list[list[Any]] = []
+        self.stack: list[Any] = []
+        self.append = self.stack.append
+        try:
+            while opcode := self.read(1):
+                self.dispatch[opcode[0]](self)
+        except _Stop as stop:
+            self._check_size(max(self.memo, default=0))  # no writer skips numbers
+            return stop.value
+        raise EOFError
+
+    def check_length(self, declared: bytes) -> None:
+        """Raise if the length of an argument is more than the file has."""
+        self._check_size(int.from_bytes(declared, "little"))
+
+    def _check_size(self, size: int) -> None:
+        if size > self._size_bytes:
+            raise pickle.UnpicklingError("it declares more than the file has")
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the inert counterpart of any global; never imports."""

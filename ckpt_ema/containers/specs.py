@@ -85,6 +85,7 @@ class Copy(NamedTuple):
 
     dtype: str
     piece: Piece
+    is_same: bool = True  # False: its rank may have changed it, as a buffer or an expert
 
 
 class TensorSpec(NamedTuple):
@@ -218,7 +219,8 @@ def renumbered(tensor: TensorSpec, numbers: Sequence[int]) -> TensorSpec:
     """
     pieces = tuple(piece._replace(file=numbers[piece.file]) for piece in tensor.pieces)
     copies = tuple(
-        Copy(dtype, piece._replace(file=numbers[piece.file])) for dtype, piece in tensor.copies
+        copy._replace(piece=copy.piece._replace(file=numbers[copy.piece.file]))
+        for copy in tensor.copies
     )
     return tensor._replace(file=numbers[tensor.file], pieces=pieces, copies=copies)
 

@@ -9,9 +9,10 @@ import io
 import math
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import IO, Any, NamedTuple, cast
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 from ckpt_ema.containers import pickles, safetensors
 from ckpt_ema.containers.checks import (
@@ -49,6 +50,8 @@ _BIG_ENDIAN = "was saved on a big-endian machine"
 _DEEPEST = 16  # levels of dicts and lists
 _MAX_PICKLE_BYTES = 1 << 30
 _LEGACY_BYTES = 1 << 24
+_MOST_KNOWN = 16  # pickles whose content is kept
+_MOST_KNOWN_BYTES = 1 << 18  # of each; DTensors take seven times that in memory
 _MAX_EXPANDED_BYTES = 1 << 20  # of a view with stride 0, where that is more than the whole file
 
 
@@ -107,7 +110,7 @@ def read_part(path: str, storage: Storage, reading: Reading) -> Specs:
     """
     with storage.open(path) as file:
         structure = read_structure(path, file)
-        values = every_weight(path, structure.root, _TENSOR)
+        values = every_weight(path, structure.root, _TENSOR, reading.key)
         tensors = placed(structure, values, reading.drop)
         spec, hole = FileSpec(path, *file.identity, structure.digest), file.first_hole()
     holes = {} if hole is None else {path: hole}
@@ -279,7 +282,9 @@ def _read_zip(path: str, region: Region) -> Structure:
     if prefix + "byteorder" in records and record("byteorder") != b"little":
         raise refused(path, _BIG_ENDIAN, code=Code.WRONG_FORMAT)
     pickled = record("data.pkl")
-    root, unpickler = _unpickle(path, io.BytesIO(pickled))
+    load = _unpickled if len(pickled) <= _MOST_KNOWN_BYTES else _unpickled.__wrapped__
+    with _refusing(path):
+        root, ignored = load(pickled)
 
     def locate(storage: pickles.PickledStorage) -> int:
         info = records.get(f"{prefix}data/{storage.key}")
@@ -289,7 +294,14 @@ def _read_zip(path: str, region: Region) -> Structure:
         return data_start(path, region, info)
 
     digest = hashlib.sha256(pickled).hexdigest()
-    return Structure(path, region.size_bytes, root, unpickler.stand_ins, digest, locate)
+    return Structure(path, region.size_bytes, root, ignored, digest, locate)
+
+
+@lru_cache(_MOST_KNOWN)  # the files of one rank have the same structure in every checkpoint
+def _unpickled(pickled: bytes) -> tuple[Any, Collection[str]]:
+    """Return what was pickled, which nobody may change, and the classes and functions in it."""
+    unpickler = pickles.TensorUnpickler(io.BytesIO(pickled))
+    return unpickler.load(), unpickler.stand_ins
 
 
 class _RegionStream(io.RawIOBase):
@@ -355,7 +367,7 @@ def _read_legacy(path: str, file: OpenFile) -> Structure:
     """Read the form before torch 1.6: pickles one after the other, then every storage's bytes."""
     size_bytes = file.identity.size_bytes
     whole = _RegionStream(Region(file, 0, size_bytes))
-    with cast(IO[bytes], io.BufferedReader(whole)) as stream:
+    with io.BufferedReader(whole) as stream:
         _unpickle(path, stream)  # the magic number
         _unpickle(path, stream)  # the protocol's version
         system, _ = _unpickle(path, stream)
@@ -382,10 +394,17 @@ def _read_legacy(path: str, file: OpenFile) -> Structure:
     return Structure(path, size_bytes, root, unpickler.stand_ins, digest.hexdigest(), locate)
 
 
-def _unpickle(path: str, stream: IO[bytes]) -> tuple[Any, pickles.TensorUnpickler]:
+def _unpickle(path: str, stream: io.BufferedIOBase) -> tuple[Any, pickles.TensorUnpickler]:
     unpickler = pickles.TensorUnpickler(stream)
-    try:
+    with _refusing(path):
         return unpickler.load(), unpickler
+
+
+@contextmanager
+def _refusing(path: str) -> Iterator[None]:
+    """Turn what an unpickler raises into a refusal of the file at `path`."""
+    try:
+        yield
     except pickles.UnfitTensorError as error:
         why = f"holds a tensor of a kind that safetensors cannot hold ({error})"
         hint = "Leave it out of what is saved."

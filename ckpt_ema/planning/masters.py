@@ -6,13 +6,13 @@ A trainer that resumes takes the masters, so an average that is written back has
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
-from ckpt_ema.containers import dcp, torch_file
+from ckpt_ema.containers import dcp, deepspeed, torch_file
 from ckpt_ema.containers.specs import (
     AVERAGED,
     DTYPE_BITS,
@@ -20,6 +20,7 @@ from ckpt_ema.containers.specs import (
     FileSpec,
     Specs,
     TensorSpec,
+    is_packed,
     pieces_of,
     renumbered,
     spanned,
@@ -39,25 +40,42 @@ class WithMasters(NamedTuple):
     found: list[str]  # the masters: a file and a dotted path
     kept: dict[Masters, list[str]]  # files with a sign of masters in which none were found
 
+    @property
+    def apart(self) -> list[str]:
+        """The masters that are tensors of their own, since no weight is known to be theirs."""
+        return [key for key in self.found if key in self.specs.tensors]
 
-def with_masters(checkpoint: Checkpoint, specs: Specs, storage: Storage) -> WithMasters:
+
+def with_masters(
+    checkpoint: Checkpoint, specs: Specs, dropped: Container[str], storage: Storage
+) -> WithMasters:
     """Add the tensors in which a checkpoint has its weights once more to its specs.
 
-    A weight that has a master of its name is read from that, and becomes one of its copies.
+    A weight that has a master of its name is read from that, and becomes one of its copies; masters
+    of weights that are `dropped` are not added. Those of an average that the trainer made are its
+    raw weights, and are not found.
     """
-    search = _Search(specs, os.fspath(checkpoint.model.folder))
+    search = _Search(specs, os.fspath(checkpoint.model.folder), dropped, storage)
     root, names = files_of(checkpoint, storage)
     is_folder = storage.is_folder(checkpoint.path)
     kept: dict[Masters, list[str]] = {}
-    for name in names:
+    weights = _partitions(checkpoint, specs)
+    for name in (name for name in names if os.path.normpath(root / name) not in weights):
         path, label = os.path.join(root, name), _label(name) if is_folder else ""
         for masters in _signed(path, storage):
-            read = _read(path, storage, label, masters)
-            if read and read.tensors:
-                search.add(read, label, masters)
-            else:
+            read = None if specs.is_average else _read(path, storage, label, masters)
+            if not (read and read.tensors and search.add(path, read, label, masters)):
                 kept.setdefault(masters, []).append(name)
     return WithMasters(search.specs(), search.found, kept)
+
+
+def _partitions(checkpoint: Checkpoint, specs: Specs) -> set[str]:
+    """Return the paths of ZeRO's partitions of which the weights are read, or left out if asked."""
+    ranks = (f.name for f in specs.files if deepspeed.is_one_of(os.path.basename(f.name)))
+    parts = (name for name in ranks if os.path.basename(name) != deepspeed.WHOLE)
+    is_whole = deepspeed.claims(os.path.basename(checkpoint.model.members[0].name))
+    folder = checkpoint.model.folder
+    return {os.path.normpath(folder / name) for name in parts} if is_whole else set()
 
 
 def _signed(path: str, storage: Storage) -> Iterator[Masters]:
@@ -107,18 +125,21 @@ def _match(masters: Masters, label: str, path: str) -> re.Match[str] | None:
 class _Search:
     """The specs of one checkpoint, to which masters are added."""
 
-    def __init__(self, specs: Specs, folder: str) -> None:
-        self._specs, self._folder = specs, folder
-        self._tensors, self._files = {**specs.tensors}, [*specs.files]
+    def __init__(
+        self, specs: Specs, folder: str, dropped: Container[str], storage: Storage
+    ) -> None:
+        self._specs, self._folder, self._storage = specs, folder, storage
+        self._dropped = dropped
+        self._tensors, self._files = _with_copies_apart(specs), [*specs.files]
         self._numbers = {os.path.normpath(f.name): n for n, f in enumerate(specs.files)}
         self._holes = {**specs.holes}
-        self._taken = _Taken(specs.tensors.values())
+        self._taken = _Taken(self._tensors.values())
         self.found: list[str] = []
 
     def specs(self) -> Specs:
         """Return the specs with all that was found."""
         own = self._specs
-        if not self.found:
+        if not self.found and len(self._tensors) == len(own.tensors):
             return own
         added = len(self._files) - len(own.files)
         metadata = (*own.metadata, *({} for _ in range(added)))
@@ -127,24 +148,48 @@ class _Search:
             own, tensors=self._tensors, files=files, metadata=metadata, holes=self._holes
         )
 
-    def add(self, read: Specs, label: str, masters: Masters) -> None:
-        """Add the masters in one file."""
+    def add(self, path: str, read: Specs, label: str, masters: Masters) -> bool:
+        """Add the masters in one file; return whether they are those of the averaged model."""
+        named = {key: _weight_name(masters, label, key) for key in read.tensors}
+        weights = self._weights(path, [name for name in named.values() if name])
+        if weights is None:
+            return False
         numbers = [self._number_of(file) for file in read.files]
         self._holes |= read.holes
-        for path, tensor in read.tensors.items():
+        for one, tensor in read.tensors.items():
             placed = renumbered(tensor, numbers)
-            if tensor.dtype not in AVERAGED or self._taken.holds(placed):
+            is_dropped = any(end in self._dropped for end in _ends(named[one]))
+            if tensor.dtype not in AVERAGED or is_dropped or self._taken.holds(placed):
                 continue
-            key = f"{label}:{path}"
+            key = f"{label}:{one}"
             self.found.append(key)
-            match = _match(masters, label, path)
-            name = match.groupdict().get("weight") if match else None
-            weight = self._tensors.get(name or "")
-            if name and weight and weight.shape == tensor.shape and weight.dtype in AVERAGED:
+            name = weights.get(named[one], "")
+            weight = self._tensors.get(name)
+            if weight and weight.shape == tensor.shape and weight.dtype in AVERAGED:
                 copies = (Copy(weight.dtype, piece) for piece in pieces_of(weight))
                 self._tensors[name] = placed._replace(copies=(*copies, *weight.copies))
             else:
                 self._tensors[key] = placed
+        return True
+
+    def _weights(self, path: str, names: Sequence[str]) -> Mapping[str, str] | None:
+        """Return the key of each weight by its name in a file, if that can be told.
+
+        None if the model in that file is not the one that is averaged: the place of one weight, not
+        its name, tells one model from another.
+        """
+        kept = (name for name in names if not any(end in self._dropped for end in _ends(name)))
+        name = next(kept, None)
+        read = _container(path).read_all(path, self._storage, name.__eq__) if name else None
+        if not name or not read or name not in read.tensors:
+            return {}
+        numbers = [self._number_of(file) for file in read.files]
+        place = renumbered(read.tensors[name], numbers)
+        own = {key: one._replace(copies=()) for key, one in self._specs.tensors.items()}
+        key = next((end for end in _ends(name) if own.get(end) == place), None)
+        if key is None:
+            return {} if place in own.values() else None
+        return {one: one.removeprefix(name.removesuffix(key)) for one in names}
 
     def _number_of(self, file: FileSpec) -> int:
         name = os.path.relpath(file.name, self._folder)
@@ -152,6 +197,39 @@ class _Search:
             self._numbers[name] = len(self._files)
             self._files.append(file._replace(name=name))
         return self._numbers[name]
+
+
+def _weight_name(masters: Masters, label: str, path: str) -> str:
+    """Return the name of the weight that a master belongs to, as far as its own name tells."""
+    match = _match(masters, label, path)
+    return (match.groupdict().get("weight") if match else None) or ""
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield a dotted name, and what is left of it without its first parts.
+
+    >>> [*_ends("module.layer.weight")]
+    ['module.layer.weight', 'layer.weight', 'weight']
+    """
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts)))
+
+
+def _with_copies_apart(specs: Specs) -> dict[str, TensorSpec]:
+    """Return tensors with those copies as tensors of their own that a rank may have changed."""
+    tensors = {}
+    for key, tensor in specs.tensors.items():
+        apart = [piece for _, piece, is_same in tensor.copies if not is_same]
+        same = tuple(copy for copy in tensor.copies if copy.is_same)
+        tensors[key] = tensor._replace(copies=same) if apart else tensor
+        for piece in apart:
+            is_whole = is_packed(piece.sizes, piece.strides)
+            own = TensorSpec(
+                *(tensor.dtype, tensor.shape, piece.file, piece.offset),
+                () if is_whole else (piece,),
+            )
+            tensors[f"{_label(specs.files[piece.file].name)}:{key}"] = own
+    return tensors
 
 
 class _Taken:
@@ -179,7 +257,8 @@ class _Taken:
 def _ranges(tensor: TensorSpec) -> Iterator[tuple[int, int, int]]:
     """Yield the file, the first byte and the end of each piece of a tensor and of its copies."""
     own = [(tensor.dtype, piece) for piece in pieces_of(tensor)]
-    for dtype, piece in (*own, *tensor.copies):
+    copies = [(copy.dtype, copy.piece) for copy in tensor.copies]
+    for dtype, piece in (*own, *copies):
         count = spanned(piece.sizes, piece.strides)
         if count:
             yield piece.file, piece.offset, piece.offset + count * DTYPE_BITS[dtype] // 8

@@ -1,12 +1,14 @@
 """Adds what is averaged or copied beside the model where an average is written back."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import Code, some
 from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.find.names import stem_of
 from ckpt_ema.notices import Notice
+from ckpt_ema.options import Reading
 from ckpt_ema.planning.average import Weighted
 from ckpt_ema.planning.masters import WithMasters, with_masters
 from ckpt_ema.planning.same_model import Compared, compare_tensors, shared
@@ -16,15 +18,21 @@ from ckpt_ema.trainers import conventions
 
 
 def with_copied_files(
-    compared: Compared, averages: Sequence[Weighted], storage: Storage
+    compared: Compared, averages: Sequence[Weighted], reading: Reading, storage: Storage
 ) -> Compared:
     """Add the masters in every checkpoint, and the files to copy in those that are written to.
 
     Warns of weights that are copied with the average and that a trainer may prefer to it.
     """
-    newest = {average.checkpoints[-1] for average in averages}
-    made = {one: with_masters(one, specs, storage) for one, specs in compared.specs.items()}
-    specs_of = dict(zip(made, shared([one.specs for one in made.values()]), strict=True))
+    newest = dict.fromkeys(average.checkpoints[-1] for average in averages)
+    made = {
+        one: with_masters(one, specs, compared.dropped, storage)
+        for one, specs in compared.specs.items()
+    }
+    lacking = [one for one, found in made.items() if not found.apart]
+    incomplete = lacking[0].name if 0 < len(lacking) < len(made) else None
+    of_masters = [_without_apart(one) if incomplete else one.specs for one in made.values()]
+    specs_of = dict(zip(made, shared(of_masters), strict=True))
     names = [checkpoint.name for checkpoint in made]
     warnings = [*compared.warnings, *compare_tensors(names, [*specs_of.values()])]
     for checkpoint in newest:
@@ -32,9 +40,38 @@ def with_copied_files(
         specs_of[checkpoint] = specs = with_all_files(checkpoint, own, storage)
         copied = [file.name for file in specs.files[len(own.files) :]]
         warnings += [*_other_models(checkpoint, own, copied), *_kept(made[checkpoint])]
+        apart = made[checkpoint].apart
+        warnings += [*_not_in_all(checkpoint, apart, incomplete)]
+        warnings += [*_whole([*own.tensors.keys() - compared.specs[checkpoint].tensors], reading)]
     last, last_made = list(made.items())[-1]
-    notes = [*compared.notes, *_only_as_saved(last), *_averaged(last_made)]
+    averaged = [key for key in last_made.found if not (incomplete and key in last_made.apart)]
+    notes = [*compared.notes, *_only_as_saved(last), *_averaged(averaged)]
     return compared._replace(specs=specs_of, warnings=[*dict.fromkeys(warnings)], notes=notes)
+
+
+def _without_apart(one: WithMasters) -> Specs:
+    apart = {*one.apart}
+    tensors = {key: tensor for key, tensor in one.specs.tensors.items() if key not in apart}
+    return replace(one.specs, tensors=tensors)
+
+
+def _not_in_all(
+    newest: Checkpoint, apart: Sequence[str], incomplete: str | None
+) -> Iterator[Notice]:
+    """Warn of masters that are not averaged, since another checkpoint has none."""
+    if apart and incomplete:
+        text = f"The optimizer's own copy of the weights ({some(apart, 2)}) keeps the values of"
+        text = f"{text} {newest.name}, since {incomplete} has none; a trainer that resumes takes it"
+        text = f"{text} instead of the average."
+        yield Notice(Code.OTHER_WEIGHTS, text)
+
+
+def _whole(apart: Sequence[str], reading: Reading) -> Iterator[Notice]:
+    """Warn of copies of weights that are averaged although their weights may not be."""
+    if apart and (reading.keep or reading.drop):
+        text = f"Further copies of the weights ({some(sorted(apart), 2)}) are averaged whole, also"
+        text = f"{text} where --keep or --drop matches a weight."
+        yield Notice(Code.OTHER_WEIGHTS, text)
 
 
 def _other_models(checkpoint: Checkpoint, specs: Specs, copied: Sequence[str]) -> Iterator[Notice]:
@@ -59,10 +96,10 @@ def _only_as_saved(newest: Checkpoint) -> Iterable[Notice]:
         yield Notice(Code.DECIDED, f"{text} (--save-as checkpoint).")
 
 
-def _averaged(newest: WithMasters) -> Iterable[Notice]:
+def _averaged(masters: Sequence[str]) -> Iterable[Notice]:
     """Note the masters that are averaged, and what is not."""
-    if newest.found:
-        text = f"The optimizer's own copy of the weights ({some(newest.found, 2)}) is averaged too;"
+    if masters:
+        text = f"The optimizer's own copy of the weights ({some(masters, 2)}) is averaged too;"
         text = f"{text} its moments, the random state and the schedule stay the newest."
         yield Notice(Code.DECIDED, text)
 

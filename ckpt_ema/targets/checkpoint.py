@@ -29,7 +29,13 @@ from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.storage import Storage
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.targets.target import Copied, Finish, Model, OutputFile, OutputTensor
-from ckpt_ema.trainers.conventions import DCP_METADATA, DIGESTS, MANIFEST_NAME, TRACKERS
+from ckpt_ema.trainers.conventions import (
+    DCP_METADATA,
+    DIGESTS,
+    MANIFEST_NAME,
+    PADDED_MASTERS,
+    TRACKERS,
+)
 
 _ZIP = b"PK\x03\x04"
 _MOST_TRACKER_BYTES = 1024
@@ -166,10 +172,11 @@ def _placed(model: Model) -> dict[int, list[OutputTensor]]:
         if 0 in tensor.shape:
             continue
         role = model.roles[key]
+        is_copy = PADDED_MASTERS.search(key) is not None  # of weights, whose values are looked at
         for piece in pieces_of(tensor):
             one = _region(key, tensor, piece, role)
-            found.setdefault(piece.file, []).append(one)
-        for dtype, piece in tensor.copies:
+            found.setdefault(piece.file, []).append(one._replace(is_copy=is_copy))
+        for dtype, piece, _ in tensor.copies:
             one = _region(key, tensor._replace(dtype=dtype), piece, role)
             found.setdefault(piece.file, []).append(one._replace(is_copy=True))
     return {n: sorted(ones, key=lambda one: (one.offset, one.is_copy)) for n, ones in found.items()}

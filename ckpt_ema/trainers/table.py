@@ -238,8 +238,9 @@ TRAINERS = (
         masters=(
             Masters(
                 r"distrib_optim\.pt$|optimizer\.(state\.(fp32_)?param|distributed)\."
-                r"|fp32_from_fp16_params",
-                r"distrib_optim\.pt:.*\.param(\.\d+)?$|fp32_from_fp16_params\."
+                r"|fp32_from_fp16|master_param",
+                r"distrib_optim\.pt:.*\.param(\.\d+)?$|fp32_from_fp16(_params)?\."
+                r"|\.master_params?(\.\d+)*$"
                 r"|optimizer\.state\.(fp32_)?param\.(?P<weight>.+)"
                 r"|optimizer\.distributed\..*\.param$",
                 "--no-load-optim or --finetune",
@@ -270,10 +271,10 @@ TRAINERS = (
         masters=(
             Masters(
                 r"_optim_states\.pt$|(single_partition_of_)?fp32_(flat_)?groups",
-                r"(single_partition_of_)?fp32_(flat_)?groups(_flat)?\.\d+$",
+                r"(single_partition_of_)?fp32_(flat_)?groups(_flat)?(\.\d+)+$",
                 "load_checkpoint(..., load_module_only=True)",
             ),
-            Masters(r"_model_states\.pt$", r"_model_states\.pt:module\."),
+            Masters(r"_model_states\.pt$", r"_model_states\.pt:module\.(?P<weight>.+)"),
         ),
     ),
     Trainer(

@@ -109,9 +109,14 @@ def save(
 def partitions(folder: Path, rank: int) -> list[torch.Tensor]:
     """The float32 weights of one rank of ZeRO-1 or 2; of our own checkpoints only."""
     [path] = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    found: list[torch.Tensor] = optimizer(path)["single_partition_of_fp32_groups"]
+    return found
+
+
+def optimizer(path: Path) -> dict[str, Any]:
+    """What the optimizer's file of one rank holds; of our own checkpoints only."""
     with importable():
-        content = torch.load(path, weights_only=False)
-    found: list[torch.Tensor] = content["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+        found: dict[str, Any] = torch.load(path, weights_only=False)["optimizer_state_dict"]
     return found
 
 
