@@ -17,7 +17,7 @@ from ckpt_ema.fold.tile_fold import StoppedError, TileFold
 from ckpt_ema.fold.tiles import Segments, Tile, cut, joined
 from ckpt_ema.fold.views import Sink, TileView
 from ckpt_ema.planning.plan import Plan
-from ckpt_ema.planning.sizing import AHEAD_BYTES
+from ckpt_ema.planning.sizing import ahead_bytes, most_fetched
 from ckpt_ema.storage.protocol import Range
 
 _POLL_SECONDS = 0.1  # the longest time before the main thread handles a signal
@@ -71,7 +71,7 @@ class _Job:
         self.bytes_read = 0
         self._tiles = joined(tiles, _most_joined(plan, device))
         self._is_remote = plan.storage.most_requests > 1
-        self._requested = deque[Tile]()
+        self._requested, self._ahead_bytes = deque[Tile](), ahead_bytes(plan.engine)
         self.lock = threading.Lock()
 
     def fold_on(self, device: str) -> TileFold:
@@ -96,7 +96,7 @@ class _Job:
         """Request the bytes of the next tiles, in the order in which they will be folded."""
         layout_of = self.plan.work.layout_of
         ahead = sum(tile.span.bytes_read(layout_of, tile.length) for tile in self._requested)
-        while ahead < AHEAD_BYTES and (tile := next(self._tiles, None)):
+        while ahead < self._ahead_bytes and (tile := next(self._tiles, None)):
             self.reader.request(self._ranges(tile))
             self._requested.append(tile)
             ahead += tile.span.bytes_read(layout_of, tile.length)
@@ -125,8 +125,10 @@ class _Job:
 
 def _most_joined(plan: Plan, device: str) -> int:
     """Return how many elements of neighbouring tiles a thread may take at once."""
-    if plan.storage.most_requests > 1 or (device == CPU and plan.engine.tile_size):
+    if plan.engine.tile_size and device == CPU:
         return plan.tile_elements
+    if plan.storage.most_requests > 1:
+        return max(plan.tile_elements, most_fetched(plan.engine, plan.work))
     if device == CPU:
         return _WIDEST_TILE
     import torch

@@ -40,7 +40,13 @@ from ckpt_ema.planning.notices import Decided, plan_notes, plan_warnings
 from ckpt_ema.planning.output import find_destination, lay_out, named, with_format
 from ckpt_ema.planning.roles import Ruling, TensorRole, by_pattern
 from ckpt_ema.planning.same_model import Compared, compare
-from ckpt_ema.planning.sizing import KEPT_BYTES, element_bytes, make_sizes
+from ckpt_ema.planning.sizing import (
+    KEPT_BYTES,
+    ahead_bytes,
+    element_bytes,
+    make_sizes,
+    most_fetched,
+)
 from ckpt_ema.planning.work import Work, make_work
 from ckpt_ema.planning.write_back import with_copied_files
 from ckpt_ema.storage import Storage, storage_for
@@ -114,9 +120,10 @@ class Plan:
         """How many requests read that from a place over a network; None for a file system."""
         if self.storage.most_requests == 1:
             return None
-        layout_of, tile = self.work.layout_of, self.tile_elements
+        fetched = max(self.tile_elements, most_fetched(self.engine, self.work))
+        kept = self.tile_elements * KEPT_BYTES
         return sum(
-            span.requests(layout_of, tile * (1 if span.averaged else KEPT_BYTES), REQUEST_BYTES)
+            span.requests(self.work.layout_of, fetched if span.averaged else kept, REQUEST_BYTES)
             for span in self.work.spans
         )
 
@@ -140,9 +147,13 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """The most that the fold allocates, without torch's own, whatever the size of the model."""
+        """The most that the fold allocates, without torch's own, whatever the size of the model.
+
+        With what is fetched ahead from a place over a network.
+        """
         each = element_bytes(self.engine, self.work, len(self.averages))
-        return self.threads * self.tile_elements * each
+        fold = self.threads * self.tile_elements * each
+        return fold if self.requests is None else fold + 2 * ahead_bytes(self.engine)
 
 
 def plan(run: PathLike | Sequence[PathLike], **options: "Unpack[Keywords]") -> Plan:
