@@ -85,7 +85,7 @@ def _ours(uri: str, doing: Doing, error: Exception) -> CkptEmaError:
     text = str(error).partition("\n\nDebug source")[0]
     answer = _STATUS.search(text)
     if _OF_THE_MACHINE.search(text):
-        return refused(uri, "no credentials were found", hint=hint_of(uri))
+        return refused(uri, "no valid credentials were found", hint=hint_of(uri))
     if answer:
         return _of_an_answer(uri, doing, int(answer[1]), answer[2])
     if doing is not Doing.OPENING and isinstance(error, _path_errors()):

@@ -117,7 +117,9 @@ class Objects:
         if not match:
             message = "s3://, gs:// and az:// have to be followed by the name of a bucket."
             raise RefusedError(message, code=Code.NOT_FOUND)  # the text may hold a password
-        scheme, bucket, key = match["scheme"], match["bucket"], match["key"] or ""
+        scheme, bucket, key = match["scheme"], match["bucket"], (match["key"] or "").rstrip("/")
+        if _UNSAFE_NAME.search(key):  # obstore would read another key for one that begins with /
+            raise refused(uri, "its path has parts that are no names", Code.UNSAFE)
         with self._lock:
             if (scheme, bucket) not in self._stores:
                 self._stores[scheme, bucket] = self._make(uri, scheme, bucket)
