@@ -25,6 +25,8 @@ _STATUS = re.compile(r"non-2xx status code: (\d{3})\b[^\n]*?(?:<Code>(\w+)</Code
 _OF_THE_MACHINE = re.compile(
     r"//(169\.254\.|metadata\.google\.)|/latest/(api/token|meta-data)|token request"
 )
+# The kind of the error and the request, with its address, stand before the reason.
+_BEFORE_REASON = re.compile(r"^(Generic \w+ error: )*(Error performing .* - )?")
 _USER = re.compile(r"//[^/\s@]*@")
 
 
@@ -109,8 +111,9 @@ def _of_an_answer(uri: str, doing: Doing, status: int, code: str | None) -> Ckpt
 
 
 def _line(text: str) -> str:
-    """Return the first line of an error, without queries of addresses and users in them."""
-    return _USER.sub("//", text.partition("\n")[0]).partition("?")[0].rstrip(". ")
+    """Return the reason in the first line of an error, without addresses' queries and users."""
+    reason = _BEFORE_REASON.sub("", text.partition("\n")[0])
+    return _USER.sub("//", reason).partition("?")[0].rstrip(". ")
 
 
 def _shown(uri: str) -> str:
