@@ -185,7 +185,11 @@ def uncollected() -> Iterator[None]:
 
 def _plan(paths: Sequence[Path], options: Options) -> Plan:
     """Find, select, weigh, compare, lay out: each stage takes its own options."""
-    source = Source(storage_for(paths[0]), options.reading)
+    storage, *others = map(storage_for, paths)
+    if any(other is not storage for other in others):
+        message = "The checkpoints are in several places; all must be on disks, or in one store."
+        raise OptionError(message, code=Code.INVALID_OPTION)
+    source = Source(storage, options.reading)
     found = discover(paths, options.selection, source)
     log_of = reader_of_logs(source)
     selected = select(found, options.selection, source, log_of)

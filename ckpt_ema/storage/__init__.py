@@ -13,8 +13,12 @@ STORAGES: dict[str, Storage] = {"": Local()}
 def storage_for(location: Location) -> Storage:
     """Return the storage that a path or URI names."""
     scheme = scheme_of(location)
-    if scheme not in STORAGES:
-        from ckpt_ema.storage.remote import Remote  # which few runs need
+    if not scheme:
+        return STORAGES[""]
+    from ckpt_ema.storage.remote import Remote  # which few runs need
 
-        STORAGES[scheme] = Remote(scheme)
-    return STORAGES[scheme]
+    storage = STORAGES.get(scheme) or Remote(scheme)
+    assert isinstance(storage, Remote)
+    STORAGES[scheme] = storage
+    storage.give(location)
+    return storage

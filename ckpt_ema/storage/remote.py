@@ -56,17 +56,30 @@ class Remote:
 
     def __init__(self, scheme: str, client: Client | None = None) -> None:
         self.client = client or client_for(scheme)
+        self._given: list[str] = []  # URIs that were asked for
         self._trees: dict[str, _Tree] = {}
         self._blocks = Blocks(self.client)
 
+    def give(self, uri: Location) -> None:
+        """Note a URI that was asked for: it is listed when it is first looked at."""
+        text = os.fspath(uri).rstrip("/")
+        if not any(_is_below(text, root) for root in self._given):
+            self._given.append(text)
+
     def _find(self, path: Location) -> tuple[str, _Tree, str]:
-        """Return the URI that was listed, what is below it, and the name of a path there."""
+        """Return the URI that was listed, what is below it, and the name of a path there.
+
+        Above the URIs that were given are folders of which nothing else is known; what lies beside
+        them was not asked for, and is absent.
+        """
         text = os.fspath(path).rstrip("/")
-        for root, tree in self._trees.items():
-            if text == root or text.startswith(f"{root}/"):
-                return root, tree, text[len(root) + 1 :]
-        self._trees[text] = _Tree({file.name: file for file in self.client.files(text)})
-        return text, self._trees[text], ""
+        root = next((one for one in self._given if _is_below(text, one)), None)
+        if root is None:
+            below = (one[len(text) + 1 :] for one in self._given if _is_below(one, text))
+            return text, _Tree({}, {"": {name.split("/")[0] for name in below}}), ""
+        if root not in self._trees:
+            self._trees[root] = _Tree({file.name: file for file in self.client.files(root)})
+        return root, self._trees[root], text[len(root) + 1 :]
 
     def _file(self, path: Location) -> tuple[str, RemoteFile]:
         """Return a file and the URI that was listed for it; raises `IncompleteError` if absent."""
@@ -80,7 +93,7 @@ class Remote:
         _, tree, name = self._find(path)
         if name in tree.files:
             return Kind.FILE
-        return Kind.FOLDER if name in tree.folders else Kind.ABSENT
+        return Kind.FOLDER if tree.folders.get(name) else Kind.ABSENT
 
     def is_folder(self, path: Location) -> bool:
         """See `Storage.is_folder`."""
@@ -160,6 +173,11 @@ class Remote:
     ) -> FilePool:
         """See `Storage.pool`."""
         return RemotePool(self.client, {path: self._file(path) for path in expected})
+
+
+def _is_below(path: str, root: str) -> bool:
+    """Return whether a URI is another one or below it."""
+    return f"{path}/".startswith(f"{root}/")
 
 
 def _identity(file: RemoteFile) -> Identity:

@@ -4,9 +4,12 @@ import os
 import re
 from pathlib import Path, PosixPath
 
+from ckpt_ema.errors import Code, OptionError
 from ckpt_ema.storage.protocol import Location
 
-_URI = re.compile(r"^(?P<scheme>s3|gs|az|hf):/")
+SCHEMES = ("s3", "gs", "az", "hf")
+_URI = re.compile(rf"^(?P<scheme>{'|'.join(SCHEMES)}):(?=/|$)")
+_OTHER = re.compile(r"^[a-z][a-z0-9+.-]*://")
 
 
 class URI(PosixPath):
@@ -33,7 +36,14 @@ def path_of(location: Location) -> Path:
     >>> path_of("hf://org/repo@step*").name
     'repo@step*'
     """
-    return URI(location) if scheme_of(location) else Path(location)
+    if not scheme_of(location):
+        text = os.fspath(location)
+        if other := _OTHER.search(text):
+            read = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+            message = f"{other[0]} is not read; URIs begin with {read}."
+            raise OptionError(message, code=Code.INVALID_OPTION)
+        return Path(location)
+    return URI(location)
 
 
 def absolute(path: Location) -> str:
