@@ -19,8 +19,8 @@ from ckpt_ema.storage.web import Web, WebError
 
 T = TypeVar("T")
 
-_MOST_NAMES = 200_000  # of files and folders, in all trees of one listing
-_MOST_PAGES = 10_000  # of one tree; the Hub puts a thousand names on each
+MOST_NAMES = 200_000  # of files and folders, in all trees of one listing
+MOST_PAGES = 10_000  # of one tree; the Hub puts a thousand names on each
 _MOST_JSON_BYTES = 1 << 26
 _TREES_AT_A_TIME = 32
 _REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
@@ -148,7 +148,7 @@ class Listing:
         url = f"{self._api}/{place.repo}/tree/{commit}"
         url += f"/{quote(place.path)}" if place.path else ""
         query: str | None = f"recursive={recursive}&expand=false"
-        for _ in range(_MOST_PAGES):
+        for _ in range(MOST_PAGES):
             try:
                 rows, query = self._json(f"{url}?{query}")
             except WebError as error:
@@ -156,13 +156,13 @@ class Listing:
                     return
                 raise
             for row in _of_kind(rows, list):
-                if next(counted) >= _MOST_NAMES:
-                    raise WebError(f"it has more than {_MOST_NAMES} files")
+                if next(counted) >= MOST_NAMES:
+                    raise WebError(f"it has more than {MOST_NAMES} files")
                 if _entry(row, "type", str) == "file":
                     yield _remote_file(row, commit)
             if query is None:
                 return
-        raise WebError(f"its listing has more than {_MOST_PAGES} pages")
+        raise WebError(f"its listing has more than {MOST_PAGES} pages")
 
     def _json(self, url: str) -> tuple[object, str | None]:
         """Return what a URL of the interface answers, and the query of the next page."""

@@ -114,6 +114,10 @@ class FakeHub:
         """Have the next `times` requests fail of those with `match` in kind or path."""
         self._planned.append(_Planned(fault, match, times, status, headers or {}))
 
+    def recover(self) -> None:
+        """Fail no more."""
+        self._planned.clear()
+
     def expire(self) -> None:
         """Let no address that was signed before be valid any longer."""
         self.generation += 1
