@@ -447,11 +447,11 @@ def test_a_model_above_the_folder_of_checkpoints_is_told(tmp_path: Path) -> None
 
 def test_a_folder_of_runs_is_not_called_by_what_one_of_them_holds(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        ranks = tmp_path / name / "iter_0000100/mp_rank_00"
-        ranks.mkdir(parents=True)
-        (ranks / "model_optim_rng.pt").touch()
+        context = tmp_path / name / "gpt-step=1000/context"
+        context.mkdir(parents=True)
+        (context / "model.yaml").touch()
     assert refused(tmp_path) is Code.NO_CHECKPOINTS
-    for name in ("one", "one/iter_0000100", "one/iter_0000100/mp_rank_00"):
+    for name in ("one", "one/gpt-step=1000"):
         assert refused(tmp_path / name) is Code.UNSUPPORTED_FORMAT
 
 

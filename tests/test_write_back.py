@@ -431,6 +431,22 @@ def test_a_kept_tensor_that_shares_bytes_with_an_averaged_one_is_refused(tmp_pat
         write_back(run, tmp_path / "out", keep=["two"])
 
 
+def test_a_link_to_a_folder_is_refused_since_it_may_hold_a_part(make_run: MakeRun) -> None:
+    run = hugging_face_run(make_run)
+    (run.parent / "elsewhere").mkdir()
+    (newest_of(run) / "global_step").symlink_to(run.parent / "elsewhere")
+    with pytest.raises(RefusedError, match="global_step is a link to a folder"):
+        ckpt_ema.plan(run, output=run.parent / "out", save_as="checkpoint")
+
+
+def test_metadata_of_what_is_only_copied_need_not_be_readable(make_run: MakeRun) -> None:
+    run = hugging_face_run(make_run)
+    for step in run.iterdir():
+        (step / "tool").mkdir()
+        (step / "tool/.metadata").write_text("{}")
+    assert (write_back(run, run.parent / "out") / "tool/.metadata").read_text() == "{}"
+
+
 @pytest.mark.parametrize(
     "options",
     [{"dtype": "float32"}, {"config_from": "x"}, {"output": "x.safetensors"}],

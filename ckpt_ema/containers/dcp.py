@@ -8,7 +8,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -131,18 +131,25 @@ def structure(path: str, storage: Storage) -> bytes:
     return read_listing(path, storage, _MAX_METADATA_BYTES, _METADATA, "data files")[1]
 
 
-def read_all(path: str, storage: Storage, wanted: Callable[[str], object]) -> Specs:
-    """Return the tensors with names that are wanted, whatever they are of; `path` as above.
+def read_all(
+    path: str, storage: Storage, choose: Callable[[Collection[str]], Container[str]]
+) -> Specs:
+    """Return the tensors that are chosen by their names, whatever they are of; `path` as above.
 
     Raises what `read_specs` raises.
     """
     metadata, root = _read_metadata(path, storage)
-    entries = attribute(root, "state_dict_metadata")
+    entries = {
+        name: entry
+        for name, entry in attribute(root, "state_dict_metadata").items()
+        if isinstance(name, str) and _is_tensor(entry)
+    }
+    chosen = choose(entries.keys())
     _, saved = _tree(path, root)
     tensors = {
         name: _declared(path, _Announced(name, entry), saved)
         for name, entry in entries.items()
-        if isinstance(name, str) and _is_tensor(entry) and wanted(name)
+        if name in chosen
     }
     return _in_place(path, metadata, tensors, storage)
 

@@ -8,7 +8,7 @@ import hashlib
 import io
 import math
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
@@ -117,18 +117,18 @@ def read_part(path: str, storage: Storage, reading: Reading) -> Specs:
     return Specs(tensors, (spec,), ({},), holes=holes, recorded=recorded(structure.root))
 
 
-def read_all(path: str, storage: Storage, wanted: Callable[[str], object]) -> Specs:
-    """Return the tensors at dotted paths that are wanted, whatever they are of.
+def read_all(
+    path: str, storage: Storage, choose: Callable[[Collection[str]], Container[str]]
+) -> Specs:
+    """Return the tensors that are chosen by their dotted paths, whatever they are of.
 
     Raises what `Container.read_specs` raises.
     """
     with storage.open(path) as file:
         structure = read_structure(path, file)
-        tensors = {
-            name: place(structure, name, tensor)
-            for name, tensor in _tensors_in(structure.root)
-            if wanted(name)
-        }
+        found = dict(_tensors_in(structure.root))
+        chosen = choose(found.keys())
+        tensors = {n: place(structure, n, tensor) for n, tensor in found.items() if n in chosen}
         spec, hole = FileSpec(path, *file.identity, structure.digest), file.first_hole()
     return Specs(tensors, (spec,), ({},), holes={} if hole is None else {path: hole})
 

@@ -6,9 +6,9 @@ A trainer that resumes takes the masters, so an average that is written back has
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from itertools import islice
 from types import ModuleType
 from typing import NamedTuple
 
@@ -63,8 +63,7 @@ def with_masters(
     for name in (name for name in names if os.path.normpath(root / name) not in weights):
         path, label = os.path.join(root, name), _label(name) if is_folder else ""
         for masters in _signed(path, storage):
-            read = None if specs.is_average else _read(path, storage, label, masters)
-            if not (read and read.tensors and search.add(path, read, label, masters)):
+            if specs.is_average or not search.add(path, label, masters):
                 kept.setdefault(masters, []).append(name)
     return WithMasters(search.specs(), search.found, kept)
 
@@ -109,15 +108,6 @@ def _label(name: str) -> str:
     return "/".join("global_step" if conventions.DEEPSPEED_STEP.search(f) else f for f in folders)
 
 
-def _read(path: str, storage: Storage, label: str, masters: Masters) -> Specs | None:
-    """Return the masters in a file by dotted path; None if it cannot be read."""
-    try:
-        read: Specs = _container(path).read_all(path, storage, partial(_match, masters, label))
-    except CkptEmaError:
-        return None
-    return read
-
-
 def _match(masters: Masters, label: str, path: str) -> re.Match[str] | None:
     return re.search(masters.place, f"{label}:{path}")
 
@@ -148,48 +138,64 @@ class _Search:
             own, tensors=self._tensors, files=files, metadata=metadata, holes=self._holes
         )
 
-    def add(self, path: str, read: Specs, label: str, masters: Masters) -> bool:
-        """Add the masters in one file; return whether they are those of the averaged model."""
-        named = {key: _weight_name(masters, label, key) for key in read.tensors}
-        weights = self._weights(path, [name for name in named.values() if name])
-        if weights is None:
+    def add(self, path: str, label: str, masters: Masters) -> bool:
+        """Add the masters in one file; return whether it has some of the averaged model."""
+        named: dict[str, str] = {}  # the name of the weight of each master, as far as it tells
+
+        def choose(names: Collection[str]) -> set[str]:
+            matches = ((name, _match(masters, label, name)) for name in names)
+            named.update(
+                {n: match.groupdict().get("weight") or "" for n, match in matches if match}
+            )
+            known = (one for one in named.values() if one in names and not self._is_dropped(one))
+            return {*named, *islice(known, 1)}
+
+        try:
+            read: Specs = _container(path).read_all(path, self._storage, choose)
+        except CkptEmaError:
             return False
         numbers = [self._number_of(file) for file in read.files]
+        placed = {one: renumbered(tensor, numbers) for one, tensor in read.tensors.items()}
+        weights = self._weights(placed, [*named.values()])
+        if weights is None or not named:
+            return False
         self._holes |= read.holes
-        for one, tensor in read.tensors.items():
-            placed = renumbered(tensor, numbers)
-            is_dropped = any(end in self._dropped for end in _ends(named[one]))
-            if tensor.dtype not in AVERAGED or is_dropped or self._taken.holds(placed):
-                continue
-            key = f"{label}:{one}"
-            self.found.append(key)
-            name = weights.get(named[one], "")
-            weight = self._tensors.get(name)
-            if weight and weight.shape == tensor.shape and weight.dtype in AVERAGED:
-                copies = (Copy(weight.dtype, piece) for piece in pieces_of(weight))
-                self._tensors[name] = placed._replace(copies=(*copies, *weight.copies))
-            else:
-                self._tensors[key] = placed
+        for one, name in named.items():
+            if not self._is_dropped(name):
+                self._add(f"{label}:{one}", placed[one], weights.get(name, ""))
         return True
 
-    def _weights(self, path: str, names: Sequence[str]) -> Mapping[str, str] | None:
+    def _add(self, key: str, master: TensorSpec, name: str) -> None:
+        """Add one master, to the weight of a name if there is one."""
+        if master.dtype not in AVERAGED or self._taken.holds(master):
+            return
+        self.found.append(key)
+        weight = self._tensors.get(name)
+        if weight and weight.shape == master.shape and weight.dtype in AVERAGED:
+            copies = (Copy(weight.dtype, piece) for piece in pieces_of(weight))
+            self._tensors[name] = master._replace(copies=(*copies, *weight.copies))
+        else:
+            self._tensors[key] = master
+
+    def _weights(
+        self, placed: Mapping[str, TensorSpec], names: Sequence[str]
+    ) -> Mapping[str, str] | None:
         """Return the key of each weight by its name in a file, if that can be told.
 
         None if the model in that file is not the one that is averaged: the place of one weight, not
         its name, tells one model from another.
         """
-        kept = (name for name in names if not any(end in self._dropped for end in _ends(name)))
-        name = next(kept, None)
-        read = _container(path).read_all(path, self._storage, name.__eq__) if name else None
-        if not name or not read or name not in read.tensors:
+        name = next((name for name in names if name in placed), None)
+        if name is None:
             return {}
-        numbers = [self._number_of(file) for file in read.files]
-        place = renumbered(read.tensors[name], numbers)
         own = {key: one._replace(copies=()) for key, one in self._specs.tensors.items()}
-        key = next((end for end in _ends(name) if own.get(end) == place), None)
+        key = next((end for end in _ends(name) if own.get(end) == placed[name]), None)
         if key is None:
-            return {} if place in own.values() else None
+            return {} if placed[name] in own.values() else None
         return {one: one.removeprefix(name.removesuffix(key)) for one in names}
+
+    def _is_dropped(self, name: str) -> bool:
+        return any(end in self._dropped for end in _ends(name))
 
     def _number_of(self, file: FileSpec) -> int:
         name = os.path.relpath(file.name, self._folder)
@@ -197,12 +203,6 @@ class _Search:
             self._numbers[name] = len(self._files)
             self._files.append(file._replace(name=name))
         return self._numbers[name]
-
-
-def _weight_name(masters: Masters, label: str, path: str) -> str:
-    """Return the name of the weight that a master belongs to, as far as its own name tells."""
-    match = _match(masters, label, path)
-    return (match.groupdict().get("weight") if match else None) or ""
 
 
 def _ends(name: str) -> Iterator[str]:

@@ -68,11 +68,18 @@ class Local:
 
     def files_below(self, folder: Location, most_depth: int | None = None) -> Iterator[str]:
         """See `Storage.files_below`; with a depth it ends some way beyond a thousand files."""
+
+        def fail(error: OSError) -> None:
+            if most_depth is None:
+                raise inaccessible(error.filename or folder, error) from error
+
         count = 0
-        for root, folders, files in os.walk(folder):
+        for root, folders, files in os.walk(folder, onerror=fail):
             prefix = "" if root == os.fspath(folder) else os.path.relpath(root, folder) + "/"
             yield from (prefix + name for name in sorted(files))
             if most_depth is None:
+                links = (name for name in folders if os.path.islink(os.path.join(root, name)))
+                yield from (prefix + name for name in sorted(links))
                 continue
             if prefix.count("/") >= most_depth:
                 folders.clear()

@@ -125,7 +125,7 @@ class Storage(Protocol):
         """Yield the names of files below a folder, relative to it, at most `most_depth` deep.
 
         With a depth, those that lead far enough to see what the folder is. Links to folders are not
-        followed.
+        followed; without a depth, they are named like files.
         """
 
     def file_id(self, path: Location) -> object:

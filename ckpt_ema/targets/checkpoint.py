@@ -5,7 +5,7 @@ configuration. So whatever resumes from the checkpoint resumes from the average.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,7 +61,8 @@ class CheckpointTarget:
     def lay_out(self, model: Model) -> tuple[OutputFile, ...]:
         """See `Target.lay_out`; raises for tensors that cannot be replaced where they lie."""
         tensors = _placed(model)
-        archives = self._archives(model.specs)
+        folders = {os.path.dirname(model.specs.files[number].name) for number in tensors}
+        archives = self._archives(model.specs, folders)
         root = _root_of(self.newest, self.storage)
         top = root.name if self._tracker() else ""  # a tracker leads to a folder beside it
         files = []
@@ -98,12 +99,14 @@ class CheckpointTarget:
                 return ((name, os.fsencode(path.name)),)
         return ()
 
-    def _archives(self, specs: Specs) -> Mapping[int, list[tuple[int, int]]]:
-        """Return the archives in the files of a checkpoint, where these are not files."""
+    def _archives(
+        self, specs: Specs, folders: Container[str]
+    ) -> Mapping[int, list[tuple[int, int]]]:
+        """Return the archives in the files of some folders, where these are not files."""
         found = {}
         for metadata in specs.files:
             folder, name = os.path.split(metadata.name)
-            if name == DCP_METADATA:
+            if name == DCP_METADATA and folder in folders:
                 path = os.path.join(self.newest.model.folder, metadata.name)
                 inside = dcp.archives(path, self.storage)
                 for at, file in enumerate(specs.files):
@@ -142,13 +145,21 @@ def _root_of(checkpoint: Checkpoint, storage: Storage) -> Path:
 
 
 def files_of(checkpoint: Checkpoint, storage: Storage) -> tuple[Path, list[str]]:
-    """Return the folder of a checkpoint and the names of all files that are copied with it."""
+    """Return the folder of a checkpoint and the names of all files that are copied with it.
+
+    Raises `RefusedError` for a link to a folder, in which there may be a part of the checkpoint.
+    """
     root = _root_of(checkpoint, storage)
     if not storage.is_folder(checkpoint.path):
         return root, [member.name for member in checkpoint.model.members]
     left = (MANIFEST_NAME, *DIGESTS)  # which are about the files as they were
     names = (name for name in storage.files_below(root) if os.path.basename(name) not in left)
-    return root, sorted(name for name in names if storage.kind(root / name) is Kind.FILE)
+    kinds = {name: storage.kind(root / name) for name in names}
+    if link := next((name for name, kind in kinds.items() if kind is Kind.FOLDER), None):
+        text = f"{root / link} is a link to a folder, which is not followed."
+        hint = "Put the folder itself in its place."
+        raise RefusedError(text, hint, code=Code.INVALID_OUTPUT, path=root / link)
+    return root, sorted(name for name, kind in kinds.items() if kind is Kind.FILE)
 
 
 def with_all_files(checkpoint: Checkpoint, specs: Specs, storage: Storage) -> Specs:
