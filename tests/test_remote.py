@@ -18,8 +18,12 @@ from ckpt_ema.report.terminal import plan_text
 from ckpt_ema.storage import STORAGES
 from ckpt_ema.storage.client import RemoteFile
 from ckpt_ema.storage.remote import Remote
+from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, series
 from tests.makers import dcp_folders, deepspeed_folders
+from tests.makers.fake_hub import FakeHub, fake_hub
+from tests.makers.fake_s3 import Fault as S3Fault
+from tests.makers.fake_s3 import fake_s3
 from tests.makers.torch_files import save
 
 pytestmark = pytest.mark.usefixtures("either_fold")
@@ -285,3 +289,82 @@ def test_a_read_that_fails_ends_the_run(bucket: Folders, tmp_path: Path) -> None
     with pytest.raises(FailedError, match="503"):
         ckpt_ema.average("s3://bucket/run", output=tmp_path / "out", device="cpu", threads=2)
     assert {one.name for one in tmp_path.iterdir()} == {"bucket"}
+
+
+# --- Real protocols -------------------------------------------------------------------------------
+
+SECRETS = ("wJalrSECRETvalue", "hf_SECRETtoken", "Signature=")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A Hub whose revisions are steps, with a private repository."""
+    for number, step in enumerate(STEPS):
+        folder = tmp_path / f"hub/org/run/step{step}"
+        folder.mkdir(parents=True)
+        save_file({"w": noise(3, 400, 300)[number]}, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+    monkeypatch.setenv("HF_TOKEN", SECRETS[1])
+    with fake_hub(tmp_path / "hub") as found:
+        monkeypatch.setenv("HF_ENDPOINT", found.endpoint)
+        found.token = SECRETS[1]
+        yield found
+    STORAGES.pop("hf", None)
+
+
+def ran(*arguments: str, **options: Any) -> str:
+    """All that a command that succeeds says; no secret is among it."""
+    done = command(*arguments, **options)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert not any(secret in said for secret in SECRETS)
+    return said
+
+
+def test_revisions_on_the_hub_are_steps(hub: FakeHub, tmp_path: Path) -> None:
+    local = ckpt_ema.average(tmp_path / "hub/org/run", output=tmp_path / "local", device="cpu")
+    ran("average", "hf://org/run@step*", "-o", str(tmp_path / "far"), "--device", "cpu", "--json")
+    assert files_of(tmp_path / "far") == files_of(local.output)
+    assert hub.authorized["hub"]
+    assert not hub.authorized["cdn"]
+    manifest = (tmp_path / "far/ckpt_ema.json").read_text()
+    assert "hf://org/run@step*/step300" in manifest
+    assert not any(secret in manifest for secret in SECRETS)
+
+
+def test_objects_are_averaged_to_the_bytes_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in STEPS:
+        folder = tmp_path / f"store/bucket/a run/checkpoint-{step}"
+        folder.mkdir(parents=True)
+        save_file({"w": noise(3, 400, 300)[STEPS.index(step)]}, folder / "model.safetensors")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKID")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRETS[0])
+    run = tmp_path / "store/bucket/a run"
+    local = ckpt_ema.average(run, output=tmp_path / "local", device="cpu")
+    with fake_s3(tmp_path / "store") as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
+        ran("average", "s3://bucket/a run", "-o", str(tmp_path / "far"), "--device", "cpu")
+        store.faults.append(S3Fault("403", "checkpoint-200"))
+        done = command("average", "s3://bucket/a run", "-o", str(tmp_path / "other"))
+    assert files_of(tmp_path / "far") == files_of(local.output)
+    assert done.returncode == 3
+    assert "s3://bucket/a run/checkpoint-200" in done.stderr
+    assert done.stderr.count("\n") <= 2
+    assert not any(secret in done.stderr for secret in SECRETS)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_name_of_a_repository_is_answered_with_its_uri(tmp_path: Path) -> None:
+    done = command("plan", "EleutherAI/pythia-14m", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "pass hf://EleutherAI/pythia-14m." in done.stderr
+
+
+def test_other_schemes_and_several_places_are_refused(bucket: Folders, tmp_path: Path) -> None:
+    one_tensor_run(bucket)
+    with pytest.raises(OptionError, match="https:// is not read"):
+        ckpt_ema.plan("https://example.com/run")
+    with pytest.raises(OptionError, match="in several places"):
+        ckpt_ema.plan(["s3://bucket/run/checkpoint-1", tmp_path])
