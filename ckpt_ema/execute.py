@@ -27,6 +27,7 @@ from ckpt_ema.planning.plan import Plan
 from ckpt_ema.ranks import Ranks
 from ckpt_ema.report.card import card
 from ckpt_ema.report.figure import Picture
+from ckpt_ema.storage import storage_for
 from ckpt_ema.trainers.conventions import CARD_NAME, MANIFEST_NAME
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read in all
@@ -212,4 +213,5 @@ def _add_side_files(
             if picture:
                 staged.add(os.path.join(folder, picture.name), picture.content)
         for companion in average.output.companions:
-            staged.copy(companion.source, os.path.join(folder, companion.name), plan.storage)
+            storage = storage_for(companion.source)
+            staged.copy(companion.source, os.path.join(folder, companion.name), storage)

@@ -1,6 +1,6 @@
 """One factory that makes every run the tests need; files only below tmp_path.
 
-Where torch or numpy is not installed, test modules that import it are left out.
+Where torch, numpy or obstore is not installed, test modules that import it are left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 from ckpt_ema.fold.native import compiled
 from tests.makers.folds import by_torch
 
-MISSING = {name for name in ("torch", "numpy") if importlib.util.find_spec(name) is None}
+MISSING = {name for name in ("torch", "numpy", "obstore") if importlib.util.find_spec(name) is None}
 if "torch" not in MISSING:
     import torch
 

@@ -68,12 +68,44 @@ def gather(tensor: TensorSpec, start: int, values: memoryview, read_into: ReadIn
         values = values[width * math.prod(sizes) :]
 
 
+def covering(
+    tensor: TensorSpec, start_byte: int, size_bytes: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yield a file, an offset and a count of bytes for each piece that has some of a range.
+
+    The range is of the tensor's elements, row-major without gaps; between a piece's first wanted
+    element and its last, others may lie.
+    """
+    if not tensor.pieces:
+        yield tensor.file, tensor.offset + start_byte, size_bytes
+        return
+    width = DTYPE_BITS[tensor.dtype] // 8
+    wanted = [*boxes(tensor.shape, start_byte // width, (start_byte + size_bytes) // width)]
+    for piece in tensor.pieces:
+        found = [
+            (piece.offset + width * _distance(piece.starts, begins, piece.strides), part)
+            for starts, sizes in wanted
+            for begins, part in _overlaps(piece, starts, sizes)
+        ]
+        if found:
+            first = min(offset for offset, _ in found)
+            end = max(offset + width * spanned(part, piece.strides) for offset, part in found)
+            yield piece.file, first, end - first
+
+
 def _reads(piece: Piece, starts: Sequence[int], sizes: Sequence[int]) -> Iterable[Box]:
     """Return the parts of a box that a piece has, each to be read at once."""
+    for begins, part in _overlaps(piece, starts, sizes):
+        yield from _split(begins, part, piece.strides)
+
+
+def _overlaps(piece: Piece, starts: Sequence[int], sizes: Sequence[int]) -> Iterator[Box]:
+    """Yield the part of a box that a piece has, if it has any."""
     begins = tuple(map(max, starts, piece.starts))
     ends = map(min, map(add, starts, sizes), map(add, piece.starts, piece.sizes))
     part = tuple(end - begin for begin, end in zip(begins, ends, strict=True))
-    return _split(begins, part, piece.strides) if all(size > 0 for size in part) else ()
+    if all(size > 0 for size in part):
+        yield begins, part
 
 
 def _split(

@@ -1,15 +1,15 @@
 """Reading and comparing the tensors of checkpoints, whatever the containers and layouts."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 
-from ckpt_ema.containers.gather import gather
+from ckpt_ema.containers.gather import covering, gather
 from ckpt_ema.containers.specs import DTYPE_BITS, ModelFiles, Specs, TensorSpec, as_real
 from ckpt_ema.errors import CkptEmaError, Code, FailedError, RefusedError
-from ckpt_ema.storage.protocol import Storage
+from ckpt_ema.storage.protocol import Range, Storage
 
 _CHUNK_BYTES = 1 << 20
 _HEAD_BYTES = 1 << 12
@@ -52,6 +52,21 @@ class Reader(AbstractContextManager["Reader"]):
 
     def _read_file(self, checkpoint: int, file: int, buffer: memoryview, offset: int) -> None:
         self._pool.read_into(self._paths[checkpoint][file], buffer, offset)
+
+    def ranges(
+        self, checkpoint: int, tensor: TensorSpec, start_byte: int, size_bytes: int
+    ) -> Iterator[Range]:
+        """Yield ranges of files that have all of these bytes of a tensor, as `read_into` counts."""
+        for file, offset, count in covering(tensor, start_byte, size_bytes):
+            yield Range(self._paths[checkpoint][file], offset, count)
+
+    def request(self, ranges: Iterable[Range]) -> None:
+        """Have bytes fetched that will be read soon, in this order."""
+        self._pool.request(ranges)
+
+    def held(self, ranges: Iterable[Range]) -> AbstractContextManager[None]:
+        """Have bytes at hand inside of the block, for reads by descriptor too."""
+        return self._pool.held(ranges)
 
     @property
     def most_open(self) -> int:

@@ -4,7 +4,8 @@ One more container is one more module, with the functions of `Container`, and on
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -49,6 +50,13 @@ class Source:
     reading: Reading
     _specs: dict[ModelFiles, Specs] = field(default_factory=dict)
     _plain: set[int] = field(default_factory=set)  # identities of tensors without an average
+
+    def read_ahead(self, models: Sequence[ModelFiles]) -> None:
+        """Read several, many at a time where that is worth it; `read` raises what is wrong."""
+        count = min(self.storage.most_requests, len(models))
+        if count > 1:
+            with ThreadPoolExecutor(count) as pool:
+                wait([pool.submit(self.read, model) for model in models])
 
     def read(self, model: ModelFiles) -> Specs:
         """Return the specs of a checkpoint, which has tensors; raises what `read_specs` raises."""

@@ -264,13 +264,14 @@ class FileSpec(NamedTuple):
     name: str  # relative to the checkpoint's folder
     size_bytes: int
     mtime_ns: int
+    tag: str  # of its content, where the place has such
     digest: str  # SHA-256 of the header (or of the pickled structure), in hex
     member: int = 0  # index into Specs.prefixes
 
     @property
     def identity(self) -> Identity:
         """What tells it from a later file at the same path."""
-        return Identity(self.size_bytes, self.mtime_ns)
+        return Identity(self.size_bytes, self.mtime_ns, self.tag)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """What a person names: a list of checkpoints, taken in the order given, --append, and globs."""
 
-import os
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -18,6 +17,7 @@ from ckpt_ema.find.verdict import Outcome, Reason, Verdict, skipped
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Selection
 from ckpt_ema.storage.protocol import Kind
+from ckpt_ema.storage.uri import absolute, common_folder, path_of
 from ckpt_ema.trainers import conventions
 from ckpt_ema.trainers.table import Refusal
 
@@ -87,7 +87,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     """Return what to call each path: its name, or the first of its folders that differs."""
     if len({path.name for path in paths}) == len(paths):
         return [path.name for path in paths]
-    columns = zip(*(Path(os.path.abspath(path)).parts for path in paths), strict=False)
+    columns = zip(*(path_of(absolute(path)).parts for path in paths), strict=False)
     differing = next((column for column in columns if len(set(column)) == len(paths)), None)
     return list(differing) if differing else [str(path) for path in paths]
 
@@ -116,8 +116,8 @@ def common_root(checkpoints: Sequence[Checkpoint]) -> Path:
     """Return the folder that the checkpoints share; one without a number is its own root."""
     if len(checkpoints) == 1 and checkpoints[0].step is None:
         return checkpoints[0].path
-    parents = {Path(os.path.abspath(checkpoint.path)).parent for checkpoint in checkpoints}
-    return checkpoints[0].path.parent if len(parents) == 1 else Path(os.path.commonpath(parents))
+    parents = {path_of(absolute(checkpoint.path)).parent for checkpoint in checkpoints}
+    return checkpoints[0].path.parent if len(parents) == 1 else common_folder([*parents])
 
 
 def append(
@@ -126,7 +126,7 @@ def append(
     """Return the checkpoints of --append: names in these folders, or paths."""
     appended: list[Checkpoint] = []
     for name in selection.append:
-        places = [*(folder / name for folder in folders), Path(name)]
+        places = [*(folder / name for folder in folders), path_of(name)]
         there = [one for one in places if source.storage.kind(one) is not Kind.ABSENT]
         path = (there or places)[0]
         if any(matches(path.name, glob) for glob in selection.exclude):

@@ -38,7 +38,7 @@ def discover(paths: Sequence[Path], selection: Selection, source: Source) -> Fou
         if source.storage.kind(path) is Kind.ABSENT:
             is_link = source.storage.exists(path)
             text = f"{path} is a broken link." if is_link else f"{path} does not exist."
-            raise RefusedError(text, "Check the path.", code=Code.NOT_FOUND, path=path)
+            raise RefusedError(text, _instead_of(path), code=Code.NOT_FOUND, path=path)
     if len(paths) == 1 and source.storage.is_folder(paths[0]):
         run = paths[0]
         if run.name == "snapshots" and is_hub_cache(run.parent, source):
@@ -67,6 +67,14 @@ def _in_run(run: Path, candidates: Candidates, selection: Selection, source: Sou
         warnings = (*found.warnings, *beside_container(candidates))
         return replace(found, root=run, warnings=warnings)
     return _alone(candidates, selection, source) or in_folder(run, candidates, selection, source)
+
+
+def _instead_of(path: Path) -> str:
+    """Return what to do about a path that does not exist."""
+    from ckpt_ema.storage.hub import suggestion  # which a run on a disk does not need
+
+    uri = suggestion(str(path))
+    return f"If it is a repository on the Hub, pass {uri}." if uri else "Check the path."
 
 
 def _given_runs(paths: Sequence[Path], selection: Selection, source: Source) -> list[Candidates]:

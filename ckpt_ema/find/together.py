@@ -14,6 +14,7 @@ from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.find.folder import in_folder
 from ckpt_ema.find.logs import continuation, reader_of_logs
 from ckpt_ema.options import Selection
+from ckpt_ema.storage.uri import common_folder
 
 
 def together(
@@ -23,7 +24,7 @@ def together(
 
     Folders that nobody named, in the folder `above`, are one run only if their logs prove it.
     """
-    common = Path(os.path.commonpath([os.path.abspath(one.folder) for one in runs]))
+    common = common_folder([one.folder for one in runs])
     labels = {one.folder: os.path.relpath(one.folder, common) for one in runs}
     numbered, unnumbered, unsupported = zip(*(one.undecided for one in runs), strict=True)
     verdicts = dict(chain(*(one.verdicts.items() for one in runs)))

@@ -1,10 +1,13 @@
 """The one loop: which tile, which thread, which device; the number of threads changes no byte."""
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 
 from ckpt_ema.containers.reader import Reader
+from ckpt_ema.containers.specs import DTYPE_BITS
 from ckpt_ema.errors import Code, FailedError
 from ckpt_ema.fold.compiled_fold import CompiledFold, Kernel
 from ckpt_ema.fold.hardware import CPU, check_room_for_thread, is_out_of_memory
@@ -14,6 +17,8 @@ from ckpt_ema.fold.tile_fold import StoppedError, TileFold
 from ckpt_ema.fold.tiles import Segments, Tile, cut, joined
 from ckpt_ema.fold.views import Sink, TileView
 from ckpt_ema.planning.plan import Plan
+from ckpt_ema.planning.sizing import ahead_bytes, most_fetched
+from ckpt_ema.storage.protocol import Range
 
 _POLL_SECONDS = 0.1  # the longest time before the main thread handles a signal
 _WIDEST_TILE = 1 << 20  # elements: neighbours are joined up to that
@@ -65,6 +70,8 @@ class _Job:
         self.device_sufficed = True
         self.bytes_read = 0
         self._tiles = joined(tiles, _most_joined(plan, device))
+        self._is_remote = plan.storage.most_requests > 1
+        self._requested, self._ahead_bytes = deque[Tile](), ahead_bytes(plan.engine)
         self.lock = threading.Lock()
 
     def fold_on(self, device: str) -> TileFold:
@@ -78,7 +85,37 @@ class _Job:
     def next_tile(self) -> Tile | None:
         """Return the next tile; None if there are no more, or the work was stopped."""
         with self.lock:
-            return None if self.stop[0] else next(self._tiles, None)
+            if self.stop[0]:
+                return None
+            if not self._is_remote:
+                return next(self._tiles, None)
+            self._look_ahead()
+            return self._requested.popleft() if self._requested else None
+
+    def _look_ahead(self) -> None:
+        """Request the bytes of the next tiles, in the order in which they will be folded."""
+        layout_of = self.plan.work.layout_of
+        ahead = sum(tile.span.bytes_read(layout_of, tile.length) for tile in self._requested)
+        while ahead < self._ahead_bytes and (tile := next(self._tiles, None)):
+            self.reader.request(self._ranges(tile))
+            self._requested.append(tile)
+            ahead += tile.span.bytes_read(layout_of, tile.length)
+
+    def held(self, tile: Tile) -> AbstractContextManager[None]:
+        """Have the bytes of a tile at hand inside of the block."""
+        return self.reader.held(self._ranges(tile)) if self._is_remote else nullcontext()
+
+    def _ranges(self, tile: Tile) -> Iterator[Range]:
+        """Yield the ranges that a tile reads, oldest checkpoint first."""
+        span = tile.span
+        if span.kept_from is not None:
+            yield from self.reader.ranges(span.kept_from, span.sources[0], tile.start, tile.length)
+            return
+        for checkpoint, layout in enumerate(self.plan.work.layout_of):
+            source = span.sources[layout]
+            width = DTYPE_BITS[source.dtype] // 8
+            where = (tile.start * width, tile.length * width)
+            yield from self.reader.ranges(checkpoint, source, *where)
 
     def count_read(self, size_bytes: int) -> None:
         """Note that bytes were read, for the progress."""
@@ -88,8 +125,12 @@ class _Job:
 
 def _most_joined(plan: Plan, device: str) -> int:
     """Return how many elements of neighbouring tiles a thread may take at once."""
+    if plan.engine.tile_size and device == CPU:
+        return plan.tile_elements
+    if plan.storage.most_requests > 1:
+        return max(plan.tile_elements, most_fetched(plan.engine, plan.work))
     if device == CPU:
-        return plan.tile_elements if plan.engine.tile_size else _WIDEST_TILE
+        return _WIDEST_TILE
     import torch
 
     from ckpt_ema.fold.devices import elements_at_a_time
@@ -134,10 +175,11 @@ class _Worker:
         """Take tiles until there are none."""
         try:
             while (tile := self._job.next_tile()) is not None:
-                if tile.span.averaged:
-                    self._average(tile)
-                else:
-                    self._keep(tile)
+                with self._job.held(tile):
+                    if tile.span.averaged:
+                        self._average(tile)
+                    else:
+                        self._keep(tile)
                 self._job.finish(tile.numbers)
         except StoppedError:
             return

@@ -14,11 +14,12 @@ from typing import Any
 
 from ckpt_ema import __version__
 from ckpt_ema.containers.safetensors import read_specs
-from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.errors import CkptEmaError, RefusedError
 from ckpt_ema.find.verdict import Judged
 from ckpt_ema.notices import Notice
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan, PlannedCheckpoint
+from ckpt_ema.storage import storage_for
 from ckpt_ema.storage.local import Local
 from ckpt_ema.targets.target import Output, OutputFile
 from ckpt_ema.trainers.conventions import MANIFEST_NAME, PROVENANCE_KEY
@@ -84,7 +85,13 @@ def _describe_average(plan: Plan, average: Average) -> dict[str, Any]:
 
 def _describe_checkpoint(checkpoint: PlannedCheckpoint, **weighting: Any) -> dict[str, Any]:
     files = [
-        {"name": f.name, "bytes": f.size_bytes, "mtime_ns": f.mtime_ns, "header_sha256": f.digest}
+        {
+            "name": f.name,
+            "bytes": f.size_bytes,
+            "mtime_ns": f.mtime_ns,
+            "header_sha256": f.digest,
+            **({"tag": f.tag} if f.tag else {}),
+        }
         for f in checkpoint.specs.files
     ]
     return {
@@ -135,6 +142,7 @@ def _describe_run(plan: Plan) -> dict[str, Any]:
         "device": plan.engine.device,
         "threads": plan.threads,
         "bytes_read": plan.bytes_read,
+        **({} if plan.requests is None else {"requests": plan.requests}),
         "memory_bytes": plan.memory_bytes,
         "left_out": [_describe_entry(one) for one in plan.left_out],
         "notes": [note.described() for note in plan.notes],
@@ -179,10 +187,10 @@ def _is_up_to_date(output: Output) -> bool:
         if any((output.path / name).read_bytes() != content for name, content in output.indexes):
             return False
         return all(_is_whole(output.path / file.name, file) for file in output.files) and all(
-            (output.path / name).stat().st_size == source.stat().st_size
+            (output.path / name).stat().st_size == storage_for(source).identity(source).size_bytes
             for name, source in output.companions
         )
-    except OSError:
+    except (OSError, RefusedError):
         return False
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ckpt_ema.containers.specs import FileSpec
 from ckpt_ema.options import SAFETENSORS, Engine, Options
-from ckpt_ema.storage import Storage
+from ckpt_ema.storage import Storage, storage_for
 from ckpt_ema.targets.companions import Companion
 
 # Increase it when the arithmetic of the fold, the roles of tensors or the layout of files changes.
@@ -46,6 +46,6 @@ def fingerprint(
     """
     folders = storage.real_paths(folder for folder, _ in inputs)
     files = [(folder, *files) for folder, (_, files) in zip(folders, inputs, strict=True)]
-    copied = [(one.name, *storage.identity(one.source)) for one in companions]
+    copied = [(one.name, *storage_for(one.source).identity(one.source)) for one in companions]
     text = json.dumps([files, copied, provenance, choices])
     return hashlib.sha256(text.encode()).hexdigest()

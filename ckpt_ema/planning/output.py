@@ -18,6 +18,7 @@ from ckpt_ema.planning.roles import Ruling
 from ckpt_ema.schedules.weights import weights_of
 from ckpt_ema.storage import Storage, storage_for
 from ckpt_ema.storage.protocol import Kind
+from ckpt_ema.storage.uri import absolute, path_of, scheme_of
 from ckpt_ema.targets.checkpoint import CheckpointTarget
 from ckpt_ema.targets.companions import Companions, companions
 from ckpt_ema.targets.safetensors import target_for
@@ -32,7 +33,10 @@ def find_destination(
     Raises `RefusedError` for a path that overlaps an input or can never be written. Whether an
     output is there already is for `output.destination` to check.
     """
-    output = Path(asked) if asked is not None else _sibling(found.root)
+    output = path_of(asked) if asked is not None else _sibling(found.root)
+    if scheme_of(output):
+        message = f"--output {output} is a URI; an output is written to a local folder."
+        raise OptionError(message, code=Code.INVALID_OPTION)
     links = [c.model.path for c in found.checkpoints if storage.is_link(c.model.path)]
     inputs = [*paths, *(checkpoint.path for checkpoint in found.checkpoints), *links]
     sources = storage.real_paths(inputs)
@@ -72,8 +76,8 @@ def with_format(options: OutputOptions, checkpoints: Sequence[Checkpoint]) -> Ou
 
 def named(path: str | os.PathLike[str]) -> Path:
     """Return the path with a name to call it by, which "." and ".." lack."""
-    given = Path(path)
-    return given if given.name not in ("", "..") else Path(os.path.abspath(given))
+    given = path_of(path)
+    return given if given.name not in ("", "..") else path_of(absolute(given))
 
 
 def _sibling(root: Path) -> Path:
@@ -81,6 +85,8 @@ def _sibling(root: Path) -> Path:
     if not run.name:
         message = "--output is missing; the checkpoints share no folder."
         raise OptionError(message, code=Code.INVALID_OPTION)
+    if scheme_of(run):  # a revision is no part of the name
+        return Path(f"{run.name.split('@')[0].removesuffix('.safetensors')}-ema")
     return run.parent / f"{run.name.removesuffix('.safetensors')}-ema"
 
 
@@ -154,7 +160,7 @@ def _companions(
     if options.save_as == CHECKPOINT:  # a copy has its files already, or needs no other
         files = () if folder else companions(None, [], run, None, storage).files
         return Companions(files)
-    config_from = Path(options.config_from) if options.config_from is not None else None
+    config_from = path_of(options.config_from) if options.config_from is not None else None
     return companions(folder, [file.name for file in specs.files], run, config_from, storage)
 
 
@@ -179,7 +185,7 @@ def _targets(
 
 def _shared_folder(found: Found) -> Path | None:
     """Return the folder that all checkpoints share; None for a list from several folders."""
-    folders = {os.path.dirname(os.path.abspath(c.path)) for c in found.checkpoints}
+    folders = {os.path.dirname(absolute(c.path)) for c in found.checkpoints}
     return found.root if len(folders) == 1 else None
 
 

@@ -40,10 +40,17 @@ from ckpt_ema.planning.notices import Decided, plan_notes, plan_warnings
 from ckpt_ema.planning.output import find_destination, lay_out, named, with_format
 from ckpt_ema.planning.roles import Ruling, TensorRole, by_pattern
 from ckpt_ema.planning.same_model import Compared, compare
-from ckpt_ema.planning.sizing import element_bytes, make_sizes
+from ckpt_ema.planning.sizing import (
+    KEPT_BYTES,
+    ahead_bytes,
+    element_bytes,
+    make_sizes,
+    most_fetched,
+)
 from ckpt_ema.planning.work import Work, make_work
 from ckpt_ema.planning.write_back import with_copied_files
 from ckpt_ema.storage import Storage, storage_for
+from ckpt_ema.storage.protocol import REQUEST_BYTES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -109,6 +116,18 @@ class Plan:
         return sum(span.bytes_read(self.work.layout_of) for span in self.work.spans)
 
     @property
+    def requests(self) -> int | None:
+        """How many requests read that from a place over a network; None for a file system."""
+        if self.storage.most_requests == 1:
+            return None
+        fetched = max(self.tile_elements, most_fetched(self.engine, self.work))
+        kept = self.tile_elements * KEPT_BYTES
+        return sum(
+            span.requests(self.work.layout_of, fetched if span.averaged else kept, REQUEST_BYTES)
+            for span in self.work.spans
+        )
+
+    @property
     def bytes_written(self) -> int:
         """Bytes of the model files to write."""
         return sum(file.size_bytes for one in self.averages for file in one.output.files)
@@ -128,9 +147,13 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """The most that the fold allocates, without torch's own, whatever the size of the model."""
+        """The most that the fold allocates, without torch's own, whatever the size of the model.
+
+        With what is fetched ahead from a place over a network.
+        """
         each = element_bytes(self.engine, self.work, len(self.averages))
-        return self.threads * self.tile_elements * each
+        fold = self.threads * self.tile_elements * each
+        return fold if self.requests is None else fold + 2 * ahead_bytes(self.engine)
 
 
 def plan(run: PathLike | Sequence[PathLike], **options: "Unpack[Keywords]") -> Plan:
@@ -162,7 +185,11 @@ def uncollected() -> Iterator[None]:
 
 def _plan(paths: Sequence[Path], options: Options) -> Plan:
     """Find, select, weigh, compare, lay out: each stage takes its own options."""
-    source = Source(storage_for(paths[0]), options.reading)
+    storage, *others = map(storage_for, paths)
+    if any(other is not storage for other in others):
+        message = "The checkpoints are in several places; all must be on disks, or in one store."
+        raise OptionError(message, code=Code.INVALID_OPTION)
+    source = Source(storage, options.reading)
     found = discover(paths, options.selection, source)
     log_of = reader_of_logs(source)
     selected = select(found, options.selection, source, log_of)
@@ -198,7 +225,9 @@ def _assembled(decided: Decided, destination: Path, storage: Storage, options: O
     """Lay the work out, and put all that was decided together; raises for warnings if strict."""
     found, averages, specs_of = decided.found, decided.averages, decided.compared.specs
     work = make_work([*specs_of.values()], [(one.newest, one.output.files) for one in averages])
-    tile_elements, threads = make_sizes(options.engine, work, len(averages))
+    tile_elements, threads = make_sizes(
+        options.engine, work, len(averages), is_remote=storage.most_requests > 1
+    )
     warnings = tuple(plan_warnings(decided))
     refuse_warnings(warnings if options.engine.strict else ())
     return Plan(

@@ -41,6 +41,7 @@ def compare(checkpoints: Sequence[Checkpoint], source: Source) -> Compared:
     Raises `RefusedError` if they are not the same model.
     """
     names = [checkpoint.name for checkpoint in checkpoints]
+    source.read_ahead([checkpoint.model for checkpoint in checkpoints])
     own = [source.read(checkpoint.model) for checkpoint in checkpoints]
     if source.reading.strip_prefix:
         own = without_prefix(own, source.reading.strip_prefix)

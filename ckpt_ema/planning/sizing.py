@@ -12,18 +12,23 @@ _LEAST_TILE, _MOST_TILE = 1 << 14, 1 << 18
 KEPT_BYTES = 8  # of a kept tensor for each element of a tile: whole elements of any dtype
 _FEWEST_ELEMENTS = 1 << 10  # a limit that leaves no room for so many is refused
 _THREADS_TO_FIT = 4
+_AHEAD_BYTES = 1 << 27
+_TILES_AHEAD = 4
 
 
-def make_sizes(engine: Engine, work: Work, averages: int) -> tuple[int, int]:
+def make_sizes(engine: Engine, work: Work, averages: int, *, is_remote: bool) -> tuple[int, int]:
     """Return how many elements a thread folds at a time, and how many threads there are.
 
-    Both are as asked for, or as suits a core; --max-memory may reduce them.
+    Both are as asked for, or as suits a core, or what fetches the bytes; --max-memory may reduce
+    them.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     threads = engine.threads or (len(affinity(0)) if affinity else os.cpu_count() or 1)
     if engine.tile_size is None:
         # The shadows, and what is folded into them, stay in a core's cache.
         tile_elements = max(_LEAST_TILE, min(_MOST_TILE, 2 * _MOST_TILE // averages))
+        if is_remote:
+            tile_elements = min(tile_elements, most_fetched(engine, work))
     else:
         tile_elements = max(1, engine.tile_size // work.widest_bytes)
     if engine.max_memory is None:
@@ -37,6 +42,18 @@ def make_sizes(engine: Engine, work: Work, averages: int) -> tuple[int, int]:
     # Independent of the cores here, so that parts made on other machines have the same tiles.
     tile_elements = min(tile_elements, room, max(_LEAST_TILE, room // _THREADS_TO_FIT))
     return tile_elements, min(threads, room // tile_elements)
+
+
+def ahead_bytes(engine: Engine) -> int:
+    """Return the bytes that are requested from far away before a thread folds them."""
+    return min(_AHEAD_BYTES, (engine.max_memory or 2 * _AHEAD_BYTES) // 2)
+
+
+def most_fetched(engine: Engine, work: Work) -> int:
+    """Return how many elements of neighbouring tiles a thread has fetched at a time."""
+    spans = (span for span in work.spans if span.averaged)
+    each = max((span.bytes_read(work.layout_of, 1) for span in spans), default=1)
+    return max(_LEAST_TILE, ahead_bytes(engine) // _TILES_AHEAD // each)
 
 
 def element_bytes(engine: Engine, work: Work, averages: int) -> int:

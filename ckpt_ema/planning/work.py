@@ -58,6 +58,16 @@ class Span(NamedTuple):
         bits = [DTYPE_BITS[source.dtype] for source in self.sources]
         return length * sum(bits[layout] for layout in layout_of) // 8
 
+    def requests(self, layout_of: Sequence[int], tile: int, most_bytes: int) -> int:
+        """Return how many reads of at most `most_bytes` fetch all tiles of `tile` units."""
+        bits = [8]
+        if self.averaged:
+            bits = [DTYPE_BITS[self.sources[layout].dtype] for layout in layout_of]
+        whole, rest = divmod(self.length, tile)
+        each = (whole * -(-tile * one // 8 // most_bytes) for one in bits)
+        last = (-(-rest * one // 8 // most_bytes) for one in bits)
+        return sum(each) + sum(last)
+
     def bytes_written(self, length: int) -> int:
         """Return the bytes to write for `length` of its units."""
         if not self.averaged:

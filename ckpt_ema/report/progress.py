@@ -8,6 +8,7 @@ from typing import Any
 from ckpt_ema.report.lines import size
 
 _SECONDS_BETWEEN_LINES = 30
+_SECONDS_UNTIL_STALLED = 15
 
 
 class ByteProgress:
@@ -16,7 +17,8 @@ class ByteProgress:
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
         self._bar: Any = None
-        self._start = self._last_line = time.monotonic()
+        self._start = self._last_line = self._last_read = time.monotonic()
+        self._done_bytes = 0
 
     def __enter__(self) -> "ByteProgress":
         return self
@@ -29,9 +31,14 @@ class ByteProgress:
         """Show that `done_bytes` of `total_bytes` are read."""
         if self._bar is None and self._may_have_bar():
             self._bar = self._make_bar(total_bytes)
-        if self._bar is not None:
-            self._bar.update(done_bytes - self._bar.n)
         now = time.monotonic()
+        if done_bytes > self._done_bytes:
+            self._done_bytes, self._last_read = done_bytes, now
+        idle = now - self._last_read
+        stalled = f"nothing read for {idle:.0f} s" if idle > _SECONDS_UNTIL_STALLED else ""
+        if self._bar is not None:
+            self._bar.set_postfix_str(stalled, refresh=False)
+            self._bar.update(done_bytes - self._bar.n)
         has_bar = self._bar is not None and not self._bar.disable
         silent = self._quiet or sys.stderr is None
         if not (has_bar or silent) and now - self._last_line > _SECONDS_BETWEEN_LINES:
@@ -39,7 +46,8 @@ class ByteProgress:
             speed = done_bytes / (now - self._start)
             left = (total_bytes - done_bytes) / max(speed, 1)
             done = f"{size(done_bytes)} of {size(total_bytes)}"
-            sys.stderr.write(f"{done}, {size(speed)}/s, {left:.0f} s left\n")
+            rest = stalled or f"{left:.0f} s left"
+            sys.stderr.write(f"{done}, {size(speed)}/s, {rest}\n")
 
     def _may_have_bar(self) -> bool:
         """Return whether tqdm is worth its import; of its own variable, it decides itself."""

@@ -249,7 +249,8 @@ def _sizes(plan: Plan) -> Iterator[str]:
     total = counted(len(tensors), "tensor")
     taken = f"{averaged} of {total}" if averaged < len(tensors) else total
     where = f" in each of {count} averages" if count > 1 else ""
-    done = f"{size(plan.bytes_read)} to read, {size(plan.bytes_written)} to write"
+    requests = "" if plan.requests is None else f" in {counted(plan.requests, 'request')}"
+    done = f"{size(plan.bytes_read)} to read{requests}, {size(plan.bytes_written)} to write"
     yield f"{taken} averaged{where}, {done}"
     if plan.given.get("save_as") == CHECKPOINT:
         newest = dict.fromkeys(plan.checkpoints[average.newest].name for average in plan.averages)

@@ -12,12 +12,12 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 
 from ckpt_ema.errors import Code, FailedError, IncompleteError, RefusedError
-from ckpt_ema.storage.protocol import FilePool, Identity, Kind, Location
+from ckpt_ema.storage.protocol import FilePool, Identity, Kind, Location, Range
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _MOST_SMALL_BYTES = 1 << 28  # of a configuration or a log; trainers write megabytes
@@ -31,6 +31,8 @@ COLD_BYTES = 1 << 26  # beyond an uncached place, taken to be uncached too
 
 class Local:
     """A `Storage` on a local or network file system."""
+
+    most_requests = 1
 
     def kind(self, path: Location) -> Kind:
         """See `Storage.kind`."""
@@ -312,6 +314,13 @@ class LocalPool:
     def failure(self, path: str, code: int, offset: int) -> FailedError:
         """See `FilePool.failure`."""
         return unreadable(path, code, offset)
+
+    def request(self, ranges: Iterable[Range]) -> None:
+        """See `FilePool.request`; `ahead_bytes` serves that here."""
+
+    def held(self, _ranges: Iterable[Range]) -> AbstractContextManager[None]:
+        """See `FilePool.held`."""
+        return nullcontext()
 
     def verify(self) -> None:
         """See `FilePool.verify`."""

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 from ckpt_ema.errors import FailedError
 
+REQUEST_BYTES = 1 << 22  # the most that one request over a network asks for
+
 Location = str | os.PathLike[str]
 
 
@@ -25,6 +27,7 @@ class Identity(NamedTuple):
 
     size_bytes: int
     mtime_ns: int
+    tag: str = ""  # of its content, where the place has such: an ETag, a digest
 
 
 class OpenFile(Protocol):
@@ -48,6 +51,14 @@ class OpenFile(Protocol):
         """
 
 
+class Range(NamedTuple):
+    """A range of a file."""
+
+    path: str
+    offset: int
+    size_bytes: int
+
+
 class FilePool(Protocol):
     """Many files read by many threads, each checked to be the expected one."""
 
@@ -68,6 +79,12 @@ class FilePool(Protocol):
     def failure(self, path: str, code: int, offset: int) -> FailedError:
         """Return the error of a read by descriptor; `code` is its errno, 0 where the file ends."""
 
+    def request(self, ranges: Iterable[Range]) -> None:
+        """Have bytes fetched that will be read soon, in this order."""
+
+    def held(self, ranges: Iterable[Range]) -> AbstractContextManager[None]:
+        """Have bytes at hand inside of the block, for reads by descriptor too; once for each."""
+
     def verify(self) -> None:
         """Raise `FailedError` if a file is no longer the expected one."""
 
@@ -81,6 +98,10 @@ class Storage(Protocol):
     Methods raise `RefusedError` for what cannot be accessed: a disk that fails for a moment must
     not look like an absent file, which would make another average.
     """
+
+    @property
+    def most_requests(self) -> int:
+        """How many reads are worth making at a time; 1 unless they wait for a network."""
 
     def kind(self, path: Location) -> Kind:
         """Return what `path` leads to; a broken link leads to nothing."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ckpt_ema.errors import Code, RefusedError
-from ckpt_ema.storage import Storage
+from ckpt_ema.storage import Storage, storage_for
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers import conventions
 
@@ -57,7 +57,7 @@ def companions(
     found |= own
     if config_from is not None:
         # --config-from wins, but for the configuration of a component that is averaged.
-        chosen = _chosen(config_from, averaged, storage)
+        chosen = _chosen(config_from, averaged, storage_for(config_from))
         found |= {name: chosen[name] for name in chosen if "/" not in name or name not in own}
     kept = sorted(found.keys() - set(averaged))
     copied = tuple(Companion(name, found[name]) for name in kept)

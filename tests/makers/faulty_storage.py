@@ -2,12 +2,12 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from ckpt_ema.storage import STORAGES
 from ckpt_ema.storage.local import Local, LocalPool
-from ckpt_ema.storage.protocol import FilePool, Identity
+from ckpt_ema.storage.protocol import FilePool, Identity, Range
 
 Hook = Callable[[], object]
 BeforeRead = Callable[[Path, int, int], object]
@@ -29,6 +29,14 @@ class WatchedPool:
         """See `FilePool.read_into`."""
         self._before_read(Path(path), offset, len(view))
         self._real.read_into(path, view, offset)
+
+    def request(self, ranges: Iterable[Range]) -> None:
+        """See `FilePool.request`."""
+        self._real.request(ranges)
+
+    def held(self, ranges: Iterable[Range]) -> AbstractContextManager[None]:
+        """See `FilePool.held`."""
+        return self._real.held(ranges)
 
     @contextmanager
     def descriptors(self, paths: Iterable[str]) -> Iterator[list[int]]:

@@ -1,0 +1,90 @@
+"""Small reads over a network: blocks that are fetched once, and for all steps of a run together."""
+
+import re
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+
+from ckpt_ema.storage.client import Client, RemoteFile
+
+BLOCK_BYTES = 1 << 18  # a header, an index, the directory of an archive
+REQUESTS = 32  # at a time
+_MOST_BLOCKS = 1 << 10  # that are kept
+_PATIENCE = 3  # requests that wait for each other before those alike are made together
+_NUMBER = re.compile(r"\d+")
+
+_Alike = tuple[str, str, bool]  # a URI, a name without its numbers, and whether it is the first
+
+
+class Blocks:
+    """The blocks of files below URIs; many threads ask for them."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._blocks: OrderedDict[tuple[str, str, int], bytes] = OrderedDict()
+        self._alone: Counter[_Alike] = Counter()
+        self._fetching = 0
+        self._lock = threading.Lock()
+
+    def read(
+        self, root: str, file: RemoteFile, start: int, count: int, files: Iterable[RemoteFile]
+    ) -> bytes:
+        """Return a range of one of the `files` below a URI; raises what `Client.read` raises.
+
+        What is read of one step is soon read of the others: after a few requests that waited for
+        each other, the same block is fetched of every file whose name differs in numbers alone.
+        """
+        numbers = range(start // BLOCK_BYTES, -(-(start + count) // BLOCK_BYTES))
+        held = []
+        for number in numbers:
+            held.append(self._block(root, file, number))
+            self._fetch_alike(root, file, number, files)
+        begin = start - numbers.start * BLOCK_BYTES
+        return b"".join(held)[begin : begin + count]
+
+    def _block(self, root: str, file: RemoteFile, number: int) -> bytes:
+        key = (root, file.name, number)
+        with self._lock:
+            if key in self._blocks:
+                return self._blocks[key]
+            if not self._fetching:
+                self._alone[_alike(root, file, number)] += 1
+            self._fetching += 1
+        start = number * BLOCK_BYTES
+        try:
+            count = min(BLOCK_BYTES, file.size_bytes - start)
+            content = self._client.read(root, file, start, count)
+        finally:
+            with self._lock:
+                self._fetching -= 1
+        with self._lock:
+            self._blocks[key] = content
+            while len(self._blocks) > _MOST_BLOCKS:
+                self._blocks.popitem(last=False)
+        return content
+
+    def _fetch_alike(
+        self, root: str, file: RemoteFile, number: int, files: Iterable[RemoteFile]
+    ) -> None:
+        alike = _alike(root, file, number)
+        if self._alone[alike] != _PATIENCE:
+            return
+        self._alone[alike] += 1  # never again
+        found = [
+            (one, at)
+            for one in files
+            for at in {0, _last(one)}
+            if one.size_bytes and _alike(root, one, at) == alike
+        ]
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            wait([pool.submit(self._block, root, *one) for one in found[:_MOST_BLOCKS]])
+
+
+def _last(file: RemoteFile) -> int:
+    """Return the number of a file's last block."""
+    return max(0, file.size_bytes - 1) // BLOCK_BYTES
+
+
+def _alike(root: str, file: RemoteFile, number: int) -> _Alike:
+    return root, _NUMBER.sub("#", file.name), number == 0

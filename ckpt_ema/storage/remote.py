@@ -1,0 +1,206 @@
+"""Files that are reached over a network: one listing of what is below a URI, and ranges of bytes.
+
+A listing is made once. Small reads come from blocks that are fetched once; the bytes of tensors
+are fetched ahead of the fold, many ranges at a time, into files in memory, from which it reads by
+descriptor as from a disk.
+"""
+
+import os
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from ckpt_ema.errors import Code, FailedError, IncompleteError, RefusedError
+from ckpt_ema.storage.blocks import BLOCK_BYTES, REQUESTS, Blocks
+from ckpt_ema.storage.client import Client, RemoteFile
+from ckpt_ema.storage.protocol import FilePool, Identity, Kind, Location
+from ckpt_ema.storage.remote_pool import RemotePool
+
+_MOST_SMALL_BYTES = 1 << 28
+
+
+def client_for(scheme: str) -> Client:
+    """Return the client of a kind of places."""
+    if scheme == "hf":
+        from ckpt_ema.storage.hub import Hub
+
+        return Hub()
+    from ckpt_ema.storage.objects import Objects
+
+    return Objects()
+
+
+@dataclass
+class _Tree:
+    """What is below one URI, by name relative to it; the URI itself is the empty name."""
+
+    files: dict[str, RemoteFile]
+    folders: dict[str, set[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            while name:
+                folder, name_in_it = posixpath.split(name)
+                held = self.folders.setdefault(folder, set())
+                if name_in_it in held:
+                    break
+                held.add(name_in_it)
+                name = folder
+
+
+class Remote:
+    """A `Storage` that is reached by a client."""
+
+    most_requests = REQUESTS
+
+    def __init__(self, scheme: str, client: Client | None = None) -> None:
+        self.client = client or client_for(scheme)
+        self._given: list[str] = []  # URIs that were asked for
+        self._trees: dict[str, _Tree] = {}
+        self._blocks = Blocks(self.client)
+
+    def give(self, uri: Location) -> None:
+        """Note a URI that was asked for: it is listed when it is first looked at."""
+        text = os.fspath(uri).rstrip("/")
+        if not any(_is_below(text, root) for root in self._given):
+            self._given.append(text)
+
+    def _find(self, path: Location) -> tuple[str, _Tree, str]:
+        """Return the URI that was listed, what is below it, and the name of a path there.
+
+        Above the URIs that were given are folders of which nothing else is known; what lies beside
+        them was not asked for, and is absent.
+        """
+        text = os.fspath(path).rstrip("/")
+        root = next((one for one in self._given if _is_below(text, one)), None)
+        if root is None:
+            below = (one[len(text) + 1 :] for one in self._given if _is_below(one, text))
+            return text, _Tree({}, {"": {name.split("/")[0] for name in below}}), ""
+        if root not in self._trees:
+            self._trees[root] = _Tree({file.name: file for file in self.client.files(root)})
+        return root, self._trees[root], text[len(root) + 1 :]
+
+    def _file(self, path: Location) -> tuple[str, RemoteFile]:
+        """Return a file and the URI that was listed for it; raises `IncompleteError` if absent."""
+        root, tree, name = self._find(path)
+        if name not in tree.files:
+            raise IncompleteError(f"{path} does not exist.", code=Code.NOT_FOUND, path=path)
+        return root, tree.files[name]
+
+    def kind(self, path: Location) -> Kind:
+        """See `Storage.kind`."""
+        _, tree, name = self._find(path)
+        if name in tree.files:
+            return Kind.FILE
+        return Kind.FOLDER if tree.folders.get(name) else Kind.ABSENT
+
+    def is_folder(self, path: Location) -> bool:
+        """See `Storage.is_folder`."""
+        return self.kind(path) is Kind.FOLDER
+
+    def names(self, folder: Location) -> set[str]:
+        """See `Storage.names`."""
+        _, tree, name = self._find(folder)
+        if name not in tree.folders:
+            raise RefusedError(f"{folder} is not a folder.", code=Code.INACCESSIBLE, path=folder)
+        return set(tree.folders[name])
+
+    def can_list(self, _folder: Location) -> bool:
+        """See `Storage.can_list`."""
+        return True
+
+    def is_link(self, _path: Location) -> bool:
+        """See `Storage.is_link`."""
+        return False
+
+    def exists(self, path: Location) -> bool:
+        """See `Storage.exists`."""
+        return self.kind(path) is not Kind.ABSENT
+
+    def files_below(self, folder: Location, most_depth: int | None = None) -> Iterator[str]:
+        """See `Storage.files_below`."""
+        _, tree, name = self._find(folder)
+        prefix = f"{name}/" if name else ""
+        for file in sorted(tree.files):
+            inside = file[len(prefix) :]
+            is_near = most_depth is None or inside.count("/") <= most_depth
+            if file.startswith(prefix) and inside and is_near:
+                yield inside
+
+    def file_id(self, path: Location) -> object:
+        """See `Storage.file_id`."""
+        return os.fspath(path)
+
+    def real_paths(self, paths: Iterable[Location]) -> list[str]:
+        """See `Storage.real_paths`."""
+        return [os.fspath(path) for path in paths]
+
+    def identity(self, path: Location) -> Identity:
+        """See `Storage.identity`."""
+        return _identity(self._file(path)[1])
+
+    def read(self, path: Location, most_bytes: int | None = None) -> bytes | None:
+        """See `Storage.read`."""
+        if self.kind(path) is not Kind.FILE:
+            return None
+        root, file = self._file(path)
+        count = file.size_bytes if most_bytes is None else min(file.size_bytes, most_bytes)
+        if count > _MOST_SMALL_BYTES:
+            why = f"{path} has {count} bytes, too many for a text file."
+            raise RefusedError(why, code=Code.WRONG_FORMAT, path=path)
+        try:
+            return self.range_of(root, file, 0, count)
+        except FailedError as error:
+            raise RefusedError(error.message, code=error.code, path=path) from error
+
+    def range_of(self, root: str, file: RemoteFile, start: int, count: int) -> bytes:
+        """Return a range of a file that was listed below `root`."""
+        if count > BLOCK_BYTES:
+            return self.client.read(root, file, start, count)
+        return self._blocks.read(root, file, start, count, self._trees[root].files.values())
+
+    @contextmanager
+    def open(self, path: Location) -> Iterator["RemoteOpenFile"]:
+        """See `Storage.open`."""
+        root, file = self._file(path)
+        yield RemoteOpenFile(os.fspath(path), _identity(file), self, root, file)
+
+    def pool(
+        self,
+        expected: Mapping[str, Identity],
+        read_in_turn: int = 1,  # noqa: ARG002 - what is requested is bounded by the fold
+    ) -> FilePool:
+        """See `Storage.pool`."""
+        return RemotePool(self.client, {path: self._file(path) for path in expected})
+
+
+def _is_below(path: str, root: str) -> bool:
+    """Return whether a URI is another one or below it."""
+    return f"{path}/".startswith(f"{root}/")
+
+
+def _identity(file: RemoteFile) -> Identity:
+    return Identity(file.size_bytes, file.mtime_ns, file.tag)
+
+
+@dataclass(frozen=True)
+class RemoteOpenFile:
+    """An `OpenFile` of which ranges are fetched."""
+
+    path: str
+    identity: Identity
+    storage: Remote
+    root: str
+    file: RemoteFile
+
+    def read(self, count: int, offset: int) -> bytes:
+        """See `OpenFile.read`."""
+        if offset + count > self.file.size_bytes:
+            message = f"{self.path} ended at byte {self.file.size_bytes} while being read."
+            raise FailedError(message, code=Code.CHANGED, path=self.path)
+        return self.storage.range_of(self.root, self.file, offset, count)
+
+    def first_hole(self) -> int | None:
+        """See `OpenFile.first_hole`; a place without holes has none."""
+        return None

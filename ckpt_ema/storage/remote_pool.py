@@ -1,0 +1,131 @@
+"""The bytes of tensors from far away: fetched in the order of use, many ranges at a time.
+
+A thread that folds a tile has its ranges in files in memory, each at its place, and reads them by
+descriptor as from a disk.
+"""
+
+import os
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import IO
+
+from ckpt_ema.errors import Code, FailedError
+from ckpt_ema.storage.blocks import REQUESTS
+from ckpt_ema.storage.client import Client, RemoteFile
+from ckpt_ema.storage.protocol import REQUEST_BYTES, Range
+
+_MOST_OPEN = 256
+
+Located = tuple[str, RemoteFile]  # the URI that was listed, and the file
+
+
+class _Held(threading.local):
+    """What a thread has in memory: of each path a file, and the ranges that are in it."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[IO[bytes], list[tuple[int, int]]]] = {}
+
+
+class RemotePool:
+    """A `FilePool` that fetches what is requested, and holds it until it was used."""
+
+    ahead_bytes = 0
+    most_open = _MOST_OPEN
+
+    def __init__(self, client: Client, files: Mapping[str, Located]) -> None:
+        self._client, self._files = client, files
+        self._threads = ThreadPoolExecutor(REQUESTS, thread_name_prefix="ckpt-ema-fetch")
+        self._requested: dict[Range, deque[list[Future[bytes]]]] = {}
+        self._lock = threading.Lock()
+        self._held = _Held()
+
+    def request(self, ranges: Iterable[Range]) -> None:
+        """See `FilePool.request`."""
+        for one in ranges:
+            with self._lock:
+                self._requested.setdefault(one, deque()).append(self._fetched(one))
+
+    def _fetched(self, one: Range) -> list[Future[bytes]]:
+        """Begin to fetch a range; return its parts."""
+        root, file = self._files[one.path]
+        starts = range(one.offset, one.offset + one.size_bytes, REQUEST_BYTES)
+        counts = (min(REQUEST_BYTES, starts.stop - start) for start in starts)
+        return [
+            self._threads.submit(self._client.read, root, file, start, count)
+            for start, count in zip(starts, counts, strict=True)
+        ]
+
+    @contextmanager
+    def held(self, ranges: Iterable[Range]) -> Iterator[None]:
+        """See `FilePool.held`."""
+        with ExitStack() as stack:
+            stack.callback(self._held.files.clear)
+            for one in ranges:
+                stream, known = self._stream(one.path, stack)
+                offset = one.offset
+                for part in self._taken(one):
+                    offset += os.pwrite(stream.fileno(), part.result(), offset)
+                known.append((one.offset, offset))
+            yield
+
+    def _stream(self, path: str, stack: ExitStack) -> tuple[IO[bytes], list[tuple[int, int]]]:
+        """Return the file in memory for a path, and what this thread has in it."""
+        if path not in self._held.files:
+            self._held.files[path] = stack.enter_context(_in_memory()), []
+        return self._held.files[path]
+
+    def _taken(self, one: Range) -> list[Future[bytes]]:
+        """Return the parts of a range, requested before or now."""
+        with self._lock:
+            waiting = self._requested.get(one)
+            if not waiting:
+                return self._fetched(one)
+            parts = waiting.popleft()
+            if not waiting:
+                del self._requested[one]
+            return parts
+
+    def read_into(self, path: str, view: memoryview, offset: int) -> None:
+        """See `FilePool.read_into`; what is not held is fetched."""
+        if held := self._held.files.get(path):
+            stream, known = held
+            end = offset + len(view)
+            if any(start <= offset and end <= stop for start, stop in known):
+                os.preadv(stream.fileno(), [view], offset)
+                return
+        view[:] = self._client.read(*self._files[path], offset, len(view))
+
+    @contextmanager
+    def descriptors(self, paths: Iterable[str]) -> Iterator[list[int]]:
+        """See `FilePool.descriptors`; nothing but what is held can be read by them."""
+        yield [self._held.files[path][0].fileno() for path in paths]
+
+    def failure(self, path: str, code: int, offset: int) -> FailedError:
+        """See `FilePool.failure`."""
+        why = os.strerror(code) if code else f"it ends at byte {offset}"
+        return FailedError(f"{path} cannot be read: {why}.", code=Code.READ_FAILED, path=path)
+
+    def verify(self) -> None:
+        """See `FilePool.verify`; all is listed once more."""
+        roots = {root for root, _ in self._files.values()}
+        now = {root: {one.name: one for one in self._client.files(root)} for root in roots}
+        for path, (root, file) in self._files.items():
+            if now[root].get(file.name) != file:
+                message = f"{path} changed or vanished while it was read."
+                hint = "Is the run still being saved or rotated? Nothing was published."
+                raise FailedError(message, hint, code=Code.CHANGED, path=path)
+
+    def close(self) -> None:
+        """See `FilePool.close`."""
+        self._threads.shutdown(cancel_futures=True)
+
+
+def _in_memory() -> IO[bytes]:
+    """Return an empty file in memory, or in the folder of temporary files where there is none."""
+    if hasattr(os, "memfd_create"):  # Linux
+        return os.fdopen(os.memfd_create("ckpt-ema"), "r+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)
