@@ -94,6 +94,10 @@ class Reader(AbstractContextManager["Reader"]):
         """Raise `FailedError` if a file has changed since its header was read."""
         self._pool.verify()
 
+    def cancel(self) -> None:
+        """Have reads that wait for a network fail soon."""
+        self._pool.cancel()
+
     def close(self) -> None:
         """Close the files; no thread may be reading."""
         self._pool.close()

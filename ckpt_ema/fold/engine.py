@@ -151,6 +151,7 @@ def _run_threads(job: _Job, tick: Callable[[int], None]) -> None:
                 tick(job.bytes_read)
         finally:
             job.stop[0] = True
+            job.reader.cancel()
 
 
 def _started(pool: ThreadPoolExecutor, job: _Job) -> Future[None]:

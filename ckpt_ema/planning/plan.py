@@ -49,7 +49,7 @@ from ckpt_ema.planning.sizing import (
 )
 from ckpt_ema.planning.work import Work, make_work
 from ckpt_ema.planning.write_back import with_copied_files
-from ckpt_ema.storage import Storage, storage_for
+from ckpt_ema.storage import Storage, storages_anew
 from ckpt_ema.storage.protocol import REQUEST_BYTES
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def uncollected() -> Iterator[None]:
 
 def _plan(paths: Sequence[Path], options: Options) -> Plan:
     """Find, select, weigh, compare, lay out: each stage takes its own options."""
-    storage, *others = map(storage_for, paths)
+    storage, *others = storages_anew(paths)
     if any(other is not storage for other in others):
         message = "The checkpoints are in several places; all must be on disks, or in one store."
         raise OptionError(message, code=Code.INVALID_OPTION)

@@ -1,13 +1,28 @@
 """Where checkpoints are kept, by the scheme of a path or URI."""
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 from ckpt_ema.storage.local import Local
 from ckpt_ema.storage.protocol import Location, Storage
 from ckpt_ema.storage.uri import scheme_of
 
-__all__ = ["STORAGES", "Location", "Storage", "storage_for"]
+if TYPE_CHECKING:
+    from ckpt_ema.storage.remote import Remote
+
+__all__ = ["STORAGES", "Location", "Storage", "storage_for", "storages_anew"]
 
 # By scheme; "" is a path on a local file system. Others are added with the first URI.
 STORAGES: dict[str, Storage] = {"": Local()}
+
+
+def storages_anew(locations: Iterable[Location]) -> list[Storage]:
+    """Return the storages of what a job begins with; what is far away is listed anew."""
+    paths = list(locations)
+    for scheme in {scheme_of(path) for path in paths} - {""}:
+        if scheme in STORAGES:
+            STORAGES[scheme] = _remote(scheme).anew()
+    return [storage_for(path) for path in paths]
 
 
 def storage_for(location: Location) -> Storage:
@@ -15,10 +30,15 @@ def storage_for(location: Location) -> Storage:
     scheme = scheme_of(location)
     if not scheme:
         return STORAGES[""]
+    storage = _remote(scheme)
+    storage.give(location)
+    return storage
+
+
+def _remote(scheme: str) -> "Remote":
+    """Return the storage of all URIs with a scheme."""
     from ckpt_ema.storage.remote import Remote  # which few runs need
 
-    storage = STORAGES.get(scheme) or Remote(scheme)
+    storage = STORAGES.setdefault(scheme, Remote(scheme))
     assert isinstance(storage, Remote)
-    STORAGES[scheme] = storage
-    storage.give(location)
     return storage

@@ -10,7 +10,7 @@ from ckpt_ema.storage.client import Client, RemoteFile
 
 BLOCK_BYTES = 1 << 18  # a header, an index, the directory of an archive
 REQUESTS = 32  # at a time
-_MOST_BLOCKS = 1 << 10  # that are kept
+_MOST_BLOCKS = 1 << 8  # that are kept
 _PATIENCE = 3  # requests that wait for each other before those alike are made together
 _NUMBER = re.compile(r"\d+")
 

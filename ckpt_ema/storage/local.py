@@ -332,6 +332,9 @@ class LocalPool:
             if now != identity:
                 raise _changed(path)
 
+    def cancel(self) -> None:
+        """See `FilePool.cancel`."""
+
     def close(self) -> None:
         """See `FilePool.close`."""
         with self._lock:

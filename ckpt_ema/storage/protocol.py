@@ -88,6 +88,9 @@ class FilePool(Protocol):
     def verify(self) -> None:
         """Raise `FailedError` if a file is no longer the expected one."""
 
+    def cancel(self) -> None:
+        """Have reads that wait for a network fail soon: nobody needs them any more."""
+
     def close(self) -> None:
         """Close every file; no reader may be active."""
 

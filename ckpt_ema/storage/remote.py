@@ -7,9 +7,10 @@ descriptor as from a disk.
 
 import os
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ckpt_ema.errors import Code, FailedError, IncompleteError, RefusedError
 from ckpt_ema.storage.blocks import BLOCK_BYTES, REQUESTS, Blocks
@@ -54,11 +55,23 @@ class Remote:
 
     most_requests = REQUESTS
 
-    def __init__(self, scheme: str, client: Client | None = None) -> None:
-        self.client = client or client_for(scheme)
+    def __init__(self, scheme: str, make_client: Callable[[str], Client] = client_for) -> None:
+        self._scheme, self._make_client = scheme, make_client
         self._given: list[str] = []  # URIs that were asked for
         self._trees: dict[str, _Tree] = {}
-        self._blocks = Blocks(self.client)
+
+    def anew(self) -> "Remote":
+        """Return a storage of the same places that knows nothing of them yet."""
+        return Remote(self._scheme, self._make_client)
+
+    @cached_property
+    def client(self) -> Client:
+        """What makes the requests; made for the first of them."""
+        return self._make_client(self._scheme)
+
+    @cached_property
+    def _blocks(self) -> Blocks:
+        return Blocks(self.client)
 
     def give(self, uri: Location) -> None:
         """Note a URI that was asked for: it is listed when it is first looked at."""

@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from typing import IO
 
@@ -19,6 +19,7 @@ from ckpt_ema.storage.client import Client, RemoteFile
 from ckpt_ema.storage.protocol import REQUEST_BYTES, Range
 
 _MOST_OPEN = 256
+_POLL_SECONDS = 0.2
 
 Located = tuple[str, RemoteFile]  # the URI that was listed, and the file
 
@@ -42,6 +43,7 @@ class RemotePool:
         self._requested: dict[Range, deque[list[Future[bytes]]]] = {}
         self._lock = threading.Lock()
         self._held = _Held()
+        self._cancelled = False
 
     def request(self, ranges: Iterable[Range]) -> None:
         """See `FilePool.request`."""
@@ -68,9 +70,16 @@ class RemotePool:
                 stream, known = self._stream(one.path, stack)
                 offset = one.offset
                 for part in self._taken(one):
-                    offset += os.pwrite(stream.fileno(), part.result(), offset)
+                    offset += os.pwrite(stream.fileno(), self._result(part), offset)
                 known.append((one.offset, offset))
             yield
+
+    def _result(self, part: Future[bytes]) -> bytes:
+        """Wait for a part, but not longer than anybody needs it."""
+        while not self._cancelled:
+            if part in wait([part], _POLL_SECONDS).done:
+                return part.result()
+        raise FailedError("The work was stopped.", code=Code.READ_FAILED)
 
     def _stream(self, path: str, stack: ExitStack) -> tuple[IO[bytes], list[tuple[int, int]]]:
         """Return the file in memory for a path, and what this thread has in it."""
@@ -119,9 +128,13 @@ class RemotePool:
                 hint = "Is the run still being saved or rotated? Nothing was published."
                 raise FailedError(message, hint, code=Code.CHANGED, path=path)
 
+    def cancel(self) -> None:
+        """See `FilePool.cancel`."""
+        self._cancelled = True
+
     def close(self) -> None:
-        """See `FilePool.close`."""
-        self._threads.shutdown(cancel_futures=True)
+        """See `FilePool.close`; requests that are under way end by themselves."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _in_memory() -> IO[bytes]:

@@ -30,6 +30,10 @@ class WatchedPool:
         self._before_read(Path(path), offset, len(view))
         self._real.read_into(path, view, offset)
 
+    def cancel(self) -> None:
+        """See `FilePool.cancel`."""
+        self._real.cancel()
+
     def request(self, ranges: Iterable[Range]) -> None:
         """See `FilePool.request`."""
         self._real.request(ranges)
