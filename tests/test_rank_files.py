@@ -182,6 +182,20 @@ def test_what_a_rank_has_of_its_own_is_averaged_by_itself(tmp_path: Path) -> Non
     assert first.unique().numel() == first.numel()
 
 
+def test_what_a_rank_has_of_its_own_is_kept_if_a_step_was_of_other_ranks(tmp_path: Path) -> None:
+    run, (first, *_, last) = tmp_path / "run", STEPS
+    for step in STEPS:
+        save(run / f"global_step_{step}", state(step), FLAT, (2 if step == first else 3,))
+    result = ckpt_ema.average(run, output=tmp_path / "out", save_as="checkpoint")
+    name = VERL.format(ranks=3, rank=2)
+    kept = torch.load(result.output / name, weights_only=False)["plain"]
+    assert raw(kept) == raw(state(last)["plain"])
+    assert result.plan
+    assert any(
+        "not every checkpoint is of the same ranks" in n.message for n in result.plan.warnings
+    )
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy"])
 def test_a_model_beside_other_things_is_found(tmp_path: Path, form: str) -> None:
     root = {"optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}, "step": 7}

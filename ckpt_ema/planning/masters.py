@@ -39,6 +39,7 @@ class WithMasters(NamedTuple):
     specs: Specs
     found: list[str]  # the masters: a file and a dotted path
     kept: dict[Masters, list[str]]  # files with a sign of masters in which none were found
+    copies: list[str]  # what a rank has of its own, for which the model has no name
 
     @property
     def apart(self) -> list[str]:
@@ -65,7 +66,7 @@ def with_masters(
         for masters in _signed(path, storage):
             if specs.is_average or not search.add(path, label, masters):
                 kept.setdefault(masters, []).append(name)
-    return WithMasters(search.specs(), search.found, kept)
+    return WithMasters(search.specs(), search.found, kept, search.copies)
 
 
 def _partitions(checkpoint: Checkpoint, specs: Specs) -> set[str]:
@@ -121,6 +122,7 @@ class _Search:
         self._specs, self._folder, self._storage = specs, folder, storage
         self._dropped = dropped
         self._tensors, self._files = _with_copies_apart(specs), [*specs.files]
+        self.copies = [key for key in self._tensors if key not in specs.tensors]
         self._numbers = {os.path.normpath(f.name): n for n, f in enumerate(specs.files)}
         self._holes = {**specs.holes}
         self._taken = _Taken(self._tensors.values())
@@ -234,7 +236,7 @@ def _with_copies_apart(specs: Specs) -> dict[str, TensorSpec]:
                 *(tensor.dtype, tensor.shape, piece.file, piece.offset),
                 () if is_whole else (piece,),
             )
-            tensors[f"{_label(specs.files[piece.file].name)}:{key}"] = own
+            tensors[f"file {piece.file + 1}:{key}"] = own
     return tensors
 
 

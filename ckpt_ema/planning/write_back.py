@@ -1,6 +1,6 @@
 """Adds what is averaged or copied beside the model where an average is written back."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from ckpt_ema.containers.specs import Specs
@@ -31,7 +31,12 @@ def with_copied_files(
     }
     lacking = [one for one, found in made.items() if not found.apart]
     incomplete = lacking[0].name if 0 < len(lacking) < len(made) else None
-    of_masters = [_without_apart(one) if incomplete else one.specs for one in made.values()]
+    copies = set.intersection(*({*one.copies} for one in made.values()))
+    left_out = {
+        one: {*found.copies} - copies | {*(found.apart if incomplete else ())}
+        for one, found in made.items()
+    }
+    of_masters = [_without(found.specs, left_out[one]) for one, found in made.items()]
     specs_of = dict(zip(made, shared(of_masters), strict=True))
     names = [checkpoint.name for checkpoint in made]
     warnings = [*compared.warnings, *compare_tensors(names, [*specs_of.values()])]
@@ -42,6 +47,7 @@ def with_copied_files(
         warnings += [*_other_models(checkpoint, own, copied), *_kept(made[checkpoint])]
         apart = made[checkpoint].apart
         warnings += [*_not_in_all(checkpoint, apart, incomplete)]
+        warnings += [*_of_other_ranks(checkpoint, {*made[checkpoint].copies} - copies)]
         warnings += [*_whole([*own.tensors.keys() - compared.specs[checkpoint].tensors], reading)]
     last, last_made = list(made.items())[-1]
     averaged = [key for key in last_made.found if not (incomplete and key in last_made.apart)]
@@ -49,10 +55,19 @@ def with_copied_files(
     return compared._replace(specs=specs_of, warnings=[*dict.fromkeys(warnings)], notes=notes)
 
 
-def _without_apart(one: WithMasters) -> Specs:
-    apart = {*one.apart}
-    tensors = {key: tensor for key, tensor in one.specs.tensors.items() if key not in apart}
-    return replace(one.specs, tensors=tensors)
+def _without(specs: Specs, left_out: Collection[str]) -> Specs:
+    if not left_out:
+        return specs
+    tensors = {key: tensor for key, tensor in specs.tensors.items() if key not in left_out}
+    return replace(specs, tensors=tensors)
+
+
+def _of_other_ranks(newest: Checkpoint, copies: Collection[str]) -> Iterator[Notice]:
+    """Warn of what ranks have for themselves, where other checkpoints are of other ranks."""
+    if copies:
+        text = f"Tensors that each rank has for itself ({some(sorted(copies), 2)}) keep the values"
+        text = f"{text} of {newest.name}, since not every checkpoint is of the same ranks."
+        yield Notice(Code.OTHER_WEIGHTS, text)
 
 
 def _not_in_all(
