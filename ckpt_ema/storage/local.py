@@ -67,7 +67,12 @@ class Local:
     def files_below(self, folder: Location, most_depth: int | None = None) -> Iterator[str]:
         """See `Storage.files_below`; with a depth it ends some way beyond a thousand files."""
         count = 0
-        for root, folders, files in os.walk(folder):
+
+        def fail(error: OSError) -> None:
+            if most_depth is None:  # all are wanted, so none may be passed over
+                raise inaccessible(error.filename or folder, error) from error
+
+        for root, folders, files in os.walk(folder, onerror=fail):
             prefix = "" if root == os.fspath(folder) else os.path.relpath(root, folder) + "/"
             yield from (prefix + name for name in sorted(files))
             if most_depth is None:
