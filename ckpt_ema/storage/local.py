@@ -70,7 +70,7 @@ class Local:
         """See `Storage.files_below`; with a depth it ends some way beyond a thousand files."""
 
         def fail(error: OSError) -> None:
-            if most_depth is None:
+            if most_depth is None:  # all are wanted, so none may be passed over
                 raise inaccessible(error.filename or folder, error) from error
 
         count = 0
