@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 
 from ckpt_ema.errors import Code, FailedError, IncompleteError, RefusedError
 from ckpt_ema.storage.blocks import BLOCK_BYTES, REQUESTS, Blocks
@@ -19,6 +20,7 @@ from ckpt_ema.storage.protocol import FilePool, Identity, Kind, Location
 from ckpt_ema.storage.remote_pool import RemotePool
 
 _MOST_SMALL_BYTES = 1 << 28
+_MOST_LISTED = 1000  # files below a folder
 
 
 def client_for(scheme: str) -> Client:
@@ -48,6 +50,16 @@ class _Tree:
                     break
                 held.add(name_in_it)
                 name = folder
+
+    def below(self, folder: str, prefix: str, depth: int | None) -> Iterator[str]:
+        """Yield the files below a folder, the names of which get a prefix."""
+        inside = sorted(self.folders.get(folder, ()))
+        for name in inside:
+            if posixpath.join(folder, name) in self.files:
+                yield prefix + name
+        for name in inside if depth != 0 else ():
+            rest = None if depth is None else depth - 1
+            yield from self.below(posixpath.join(folder, name), f"{prefix}{name}/", rest)
 
 
 class Remote:
@@ -132,14 +144,10 @@ class Remote:
         return self.kind(path) is not Kind.ABSENT
 
     def files_below(self, folder: Location, most_depth: int | None = None) -> Iterator[str]:
-        """See `Storage.files_below`."""
+        """See `Storage.files_below`; with a depth it ends after a thousand files."""
         _, tree, name = self._find(folder)
-        prefix = f"{name}/" if name else ""
-        for file in sorted(tree.files):
-            inside = file[len(prefix) :]
-            is_near = most_depth is None or inside.count("/") <= most_depth
-            if file.startswith(prefix) and inside and is_near:
-                yield inside
+        found = tree.below(name, "", most_depth)
+        return found if most_depth is None else islice(found, _MOST_LISTED)
 
     def file_id(self, path: Location) -> object:
         """See `Storage.file_id`."""
