@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import ckpt_ema
 from ckpt_ema.errors import Code, RefusedError
@@ -387,3 +388,21 @@ def test_weights_are_looked_at_although_a_copy_of_them_comes_first(tmp_path: Pat
     deepspeed_folders.save(run / "global_step200", spoiled, ranks=1, step=200)
     with pytest.raises(RefusedError, match=r"tensor w\.in holds 1 NaN"):
         ckpt_ema.average(run, output=tmp_path / "other", **OPTIONS)
+
+
+def test_another_model_beside_it_is_copied_with_its_masters_and_warned_of(tmp_path: Path) -> None:
+    """As the critic of PPO beside the actor."""
+    run = tmp_path / "run"
+    for step in STEPS:
+        actor = run / f"step_{step}/actor"
+        actor.mkdir(parents=True)
+        save_file(rounded(masters(step)), actor / "model.safetensors", {"format": "pt"})
+        critic = run / f"step_{step}/critic"
+        saved: dict[str, Any] = {"stage": 2, "ranks": 1, "dtype": torch.bfloat16}
+        deepspeed_folders.save(critic / f"global_step{step}", masters(step), step=step, **saved)
+    output = average(run, component="actor")
+    plan = ckpt_ema.plan(run, output=tmp_path / "other", component="actor", **OPTIONS)
+    [warning] = [one.message for one in plan.warnings if one.code is Code.OTHER_WEIGHTS]
+    assert "Other weights in step_300 are copied as they are (critic/)" in warning
+    for path in (run / "step_300/critic").rglob("*.pt"):
+        assert (output / path.relative_to(run / "step_300")).read_bytes() == path.read_bytes()

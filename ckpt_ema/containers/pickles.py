@@ -141,6 +141,10 @@ class Dtype(NamedTuple):
 
     name: str
 
+    def __repr__(self) -> str:
+        """Return the name: it may be in the key of a dict, and so in a path."""
+        return self.name
+
 
 class UnfitTensorError(pickle.UnpicklingError):
     """The pickle is valid, but holds a tensor of a kind that safetensors cannot hold."""

@@ -58,6 +58,8 @@ def with_masters(
     """
     search = _Search(specs, os.fspath(checkpoint.model.folder), dropped, storage)
     root, names = files_of(checkpoint, storage)
+    inside = os.path.join(os.path.normpath(checkpoint.model.folder), "")
+    names = [name for name in names if os.path.normpath(root / name).startswith(inside)]
     is_folder = storage.is_folder(checkpoint.path)
     kept: dict[Masters, list[str]] = {}
     weights = _partitions(checkpoint, specs)

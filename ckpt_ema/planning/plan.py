@@ -201,7 +201,7 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     destination = find_destination(options.output.output, found, paths, source.storage)
     compared = compare(checkpoints, source)
     if options.output.save_as == CHECKPOINT:
-        compared = with_copied_files(compared, weighted, options.reading, source.storage)
+        compared = with_copied_files(compared, weighted, source)
     specs_of = compared.specs
     _check_names(weighted, compared)
     rulings = judge_newest(weighted, specs_of, options.reading, source.storage)

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Specs
 from ckpt_ema.errors import Code, some
 from ckpt_ema.find.checkpoint import Checkpoint
@@ -17,49 +18,65 @@ from ckpt_ema.targets.checkpoint import with_all_files
 from ckpt_ema.trainers import conventions
 
 
-def with_copied_files(
-    compared: Compared, averages: Sequence[Weighted], reading: Reading, storage: Storage
-) -> Compared:
+def with_copied_files(compared: Compared, averages: Sequence[Weighted], source: Source) -> Compared:
     """Add the masters in every checkpoint, and the files to copy in those that are written to.
 
     Warns of weights that are copied with the average and that a trainer may prefer to it.
     """
-    newest = dict.fromkeys(average.checkpoints[-1] for average in averages)
-    made = {
-        one: with_masters(one, specs, compared.dropped, storage)
-        for one, specs in compared.specs.items()
-    }
-    lacking = [one for one, found in made.items() if not found.apart]
-    incomplete = lacking[0].name if 0 < len(lacking) < len(made) else None
-    copies = set.intersection(*({*one.copies} for one in made.values()))
-    left_out = {
-        one: {*found.copies} - copies | {*(found.apart if incomplete else ())}
-        for one, found in made.items()
-    }
-    of_masters = [_without(found.specs, left_out[one]) for one, found in made.items()]
-    specs_of = dict(zip(made, shared(of_masters), strict=True))
-    names = [checkpoint.name for checkpoint in made]
+    masters = _MastersOfAll(compared, source.storage)
+    specs_of = masters.specs()
+    names = [checkpoint.name for checkpoint in specs_of]
     warnings = [*compared.warnings, *compare_tensors(names, [*specs_of.values()])]
-    for checkpoint in newest:
-        own = specs_of[checkpoint]
-        specs_of[checkpoint] = specs = with_all_files(checkpoint, own, storage)
+    for newest in dict.fromkeys(average.checkpoints[-1] for average in averages):
+        own, read = specs_of[newest], compared.specs[newest]
+        specs_of[newest] = specs = with_all_files(newest, own, source.storage)
         copied = [file.name for file in specs.files[len(own.files) :]]
-        warnings += [*_other_models(checkpoint, own, copied), *_kept(made[checkpoint])]
-        apart = made[checkpoint].apart
-        warnings += [*_not_in_all(checkpoint, apart, incomplete)]
-        warnings += [*_of_other_ranks(checkpoint, {*made[checkpoint].copies} - copies)]
-        warnings += [*_whole([*own.tensors.keys() - compared.specs[checkpoint].tensors], reading)]
-    last, last_made = list(made.items())[-1]
-    averaged = [key for key in last_made.found if not (incomplete and key in last_made.apart)]
-    notes = [*compared.notes, *_only_as_saved(last), *_averaged(averaged)]
+        warnings += _other_models(newest, own, copied)
+        warnings += masters.warnings(newest)
+        warnings += _whole(own.tensors.keys() - read.tensors.keys(), source.reading)
+    last = list(specs_of)[-1]
+    notes = [*compared.notes, *_only_as_saved(last), *masters.notes(last)]
     return compared._replace(specs=specs_of, warnings=[*dict.fromkeys(warnings)], notes=notes)
 
 
-def _without(specs: Specs, left_out: Collection[str]) -> Specs:
-    if not left_out:
-        return specs
-    tensors = {key: tensor for key, tensor in specs.tensors.items() if key not in left_out}
-    return replace(specs, tensors=tensors)
+class _MastersOfAll:
+    """The masters of all checkpoints; those that not every one has keep the newest value."""
+
+    def __init__(self, compared: Compared, storage: Storage) -> None:
+        self._found = {
+            one: with_masters(one, specs, compared.dropped, storage)
+            for one, specs in compared.specs.items()
+        }
+        lacking = [one for one, found in self._found.items() if not found.apart]
+        self._lacking = lacking[0].name if 0 < len(lacking) < len(self._found) else None
+        self._copies = set.intersection(*({*found.copies} for found in self._found.values()))
+
+    def specs(self) -> dict[Checkpoint, Specs]:
+        """Return the specs of each checkpoint, with the masters that are averaged."""
+        added = [self._averaged(one) for one in self._found]
+        return dict(zip(self._found, shared(added), strict=True))
+
+    def _averaged(self, one: Checkpoint) -> Specs:
+        found = self._found[one]
+        left_out = {*found.copies} - self._copies | {*(found.apart if self._lacking else ())}
+        if not left_out:
+            return found.specs
+        tensors = {key: t for key, t in found.specs.tensors.items() if key not in left_out}
+        return replace(found.specs, tensors=tensors)
+
+    def warnings(self, newest: Checkpoint) -> Iterator[Notice]:
+        """Yield what of a checkpoint is not averaged, although its trainer may prefer it."""
+        found = self._found[newest]
+        yield from _kept(found)
+        if self._lacking:
+            yield from _not_in_all(newest, found.apart, self._lacking)
+        yield from _of_other_ranks(newest, {*found.copies} - self._copies)
+
+    def notes(self, newest: Checkpoint) -> Iterator[Notice]:
+        """Yield the masters that are averaged."""
+        found = self._found[newest]
+        apart = {*found.apart} if self._lacking else set[str]()
+        yield from _averaged([key for key in found.found if key not in apart])
 
 
 def _of_other_ranks(newest: Checkpoint, copies: Collection[str]) -> Iterator[Notice]:
@@ -70,18 +87,16 @@ def _of_other_ranks(newest: Checkpoint, copies: Collection[str]) -> Iterator[Not
         yield Notice(Code.OTHER_WEIGHTS, text)
 
 
-def _not_in_all(
-    newest: Checkpoint, apart: Sequence[str], incomplete: str | None
-) -> Iterator[Notice]:
+def _not_in_all(newest: Checkpoint, apart: Sequence[str], lacking: str) -> Iterator[Notice]:
     """Warn of masters that are not averaged, since another checkpoint has none."""
-    if apart and incomplete:
+    if apart:
         text = f"The optimizer's own copy of the weights ({some(apart, 2)}) keeps the values of"
-        text = f"{text} {newest.name}, since {incomplete} has none; a trainer that resumes takes it"
+        text = f"{text} {newest.name}, since {lacking} has none; a trainer that resumes takes it"
         text = f"{text} instead of the average."
         yield Notice(Code.OTHER_WEIGHTS, text)
 
 
-def _whole(apart: Sequence[str], reading: Reading) -> Iterator[Notice]:
+def _whole(apart: Collection[str], reading: Reading) -> Iterator[Notice]:
     """Warn of copies of weights that are averaged although their weights may not be."""
     if apart and (reading.keep or reading.drop):
         text = f"Further copies of the weights ({some(sorted(apart), 2)}) are averaged whole, also"
@@ -92,10 +107,26 @@ def _whole(apart: Sequence[str], reading: Reading) -> Iterator[Notice]:
 def _other_models(checkpoint: Checkpoint, specs: Specs, copied: Sequence[str]) -> Iterator[Notice]:
     """Warn of further models, such as an average by the trainer, that keep their values."""
     files = [name for name in copied if _holds_average(name)]
-    if others := [*specs.other_models, *files]:
+    if others := [*specs.other_models, *files, *_beside(copied)]:
         text = f"Other weights in {checkpoint.name} are copied as they are ({some(others)}); make"
         text = f"{text} sure that your loader does not prefer them to the average."
         yield Notice(Code.OTHER_WEIGHTS, text)
+
+
+def _beside(copied: Iterable[str]) -> list[str]:
+    """Return what lies beside the folder of the model and holds files of weights, by its name."""
+    found = dict[str, None]()
+    for name in (name for name in copied if name.startswith("../")):
+        first, *rest = parts = [part for part in name.split("/") if part != ".."]
+        if conventions.WEIGHTS_LIKE.search(parts[-1]) and not any(map(_is_state, parts)):
+            found[f"{first}/" if rest else first] = None
+    return list(found)
+
+
+def _is_state(name: str) -> bool:
+    stem = stem_of(name)
+    patterns = (conventions.STATE_NAME, conventions.STATE_KEY)
+    return any(pattern.search(stem) or pattern.search(name) for pattern in patterns)
 
 
 def _holds_average(name: str) -> bool:
