@@ -34,7 +34,7 @@ def make_sizes(engine: Engine, work: Work, averages: int, *, is_remote: bool) ->
     if engine.max_memory is None:
         return tile_elements, threads
     each = element_bytes(engine, work, averages)
-    room = engine.max_memory // each
+    room = engine.max_memory // (2 if is_remote else 1) // each  # half is for what is fetched
     if room < _FEWEST_ELEMENTS:
         least = f"the fold needs at least {_FEWEST_ELEMENTS * each // 1024}KiB"
         message = f"--max-memory is {engine.max_memory} bytes; {least}."
@@ -46,7 +46,7 @@ def make_sizes(engine: Engine, work: Work, averages: int, *, is_remote: bool) ->
 
 def ahead_bytes(engine: Engine) -> int:
     """Return the bytes that are requested from far away before a thread folds them."""
-    return min(_AHEAD_BYTES, (engine.max_memory or 2 * _AHEAD_BYTES) // 2)
+    return min(_AHEAD_BYTES, (engine.max_memory or 4 * _AHEAD_BYTES) // 4)
 
 
 def most_fetched(engine: Engine, work: Work) -> int:

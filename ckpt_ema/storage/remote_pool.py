@@ -14,10 +14,11 @@ from contextlib import ExitStack, contextmanager
 from typing import IO
 
 from ckpt_ema.errors import Code, FailedError
-from ckpt_ema.storage.blocks import REQUESTS
 from ckpt_ema.storage.client import Client, RemoteFile
 from ckpt_ema.storage.protocol import REQUEST_BYTES, Range
 
+_REQUESTS = 48  # at a time, if they are small
+_LARGE_REQUESTS = 16  # as many of the largest
 _MOST_OPEN = 256
 _POLL_SECONDS = 0.2
 
@@ -39,11 +40,13 @@ class RemotePool:
 
     def __init__(self, client: Client, files: Mapping[str, Located]) -> None:
         self._client, self._files = client, files
-        self._threads = ThreadPoolExecutor(REQUESTS, thread_name_prefix="ckpt-ema-fetch")
+        self._threads = ThreadPoolExecutor(_REQUESTS, thread_name_prefix="ckpt-ema-fetch")
         self._requested: dict[Range, deque[list[Future[bytes]]]] = {}
         self._lock = threading.Lock()
         self._held = _Held()
         self._cancelled = False
+        self._free_bytes = _LARGE_REQUESTS * REQUEST_BYTES
+        self._room = threading.Condition()
 
     def request(self, ranges: Iterable[Range]) -> None:
         """See `FilePool.request`."""
@@ -57,9 +60,21 @@ class RemotePool:
         starts = range(one.offset, one.offset + one.size_bytes, REQUEST_BYTES)
         counts = (min(REQUEST_BYTES, starts.stop - start) for start in starts)
         return [
-            self._threads.submit(self._client.read, root, file, start, count)
+            self._threads.submit(self._read, root, file, start, count)
             for start, count in zip(starts, counts, strict=True)
         ]
+
+    def _read(self, root: str, file: RemoteFile, start: int, count: int) -> bytes:
+        """Read a range, when there is room for it."""
+        with self._room:
+            self._room.wait_for(lambda: self._free_bytes >= count or self._cancelled)
+            self._free_bytes -= count
+        try:
+            return self._client.read(root, file, start, count)
+        finally:
+            with self._room:
+                self._free_bytes += count
+                self._room.notify_all()
 
     @contextmanager
     def held(self, ranges: Iterable[Range]) -> Iterator[None]:
@@ -131,6 +146,8 @@ class RemotePool:
     def cancel(self) -> None:
         """See `FilePool.cancel`."""
         self._cancelled = True
+        with self._room:
+            self._room.notify_all()
 
     def close(self) -> None:
         """See `FilePool.close`; requests that are under way end by themselves."""
