@@ -12,6 +12,7 @@ from referencing import Registry, Resource
 from tests.command import ckpt_ema
 from tests.conftest import MakeRun, noise, series
 from tests.corpus.case import good_run
+from tests.makers.fake_hub import fake_hub
 
 FOLDER = Path(__file__).parent.parent / "docs" / "schema"
 SCHEMAS = {
@@ -122,3 +123,19 @@ def test_a_schema_is_valid_and_describes_every_field(name: str) -> None:
         return ("description" in schema or "$ref" in schema) and all(map(described, parts))
 
     assert described(SCHEMAS[name])
+
+
+def test_what_is_read_over_a_network_follows_the_schemas(make_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "hub/org/run").mkdir(parents=True)
+    run = make_run(series(3, w=noise(3, 8)), steps=[100, 200, 300])
+    run.rename(tmp_path / "hub/org/run/main")
+    output = tmp_path / "out"
+    with fake_hub(tmp_path / "hub") as hub:
+        options = ("hf://org/run", "-o", output, "--save-as", "checkpoint", "--json")
+        environment = {"HF_ENDPOINT": hub.endpoint}
+        plan = json.loads(ckpt_ema("plan", *options, env=environment).stdout)
+        made = json.loads(ckpt_ema("average", *options, env=environment).stdout)
+    check("plan", plan)
+    assert plan["requests"] >= 3
+    check("manifest", json.loads((output / "ckpt_ema.json").read_text()))
+    assert made
