@@ -206,7 +206,7 @@ def test_a_file_that_changes_is_noticed(store: FakeS3) -> None:
     client = objects()
     file = model(client)
     (store.root / "bucket/run/model").write_bytes(CONTENT[::-1])
-    with pytest.raises(FailedError, match=r"changed while it was read.*nothing was pub") as caught:
+    with pytest.raises(FailedError, match=r"changed or vanished.*Nothing was pub") as caught:
         client.read(RUN, file, 0, 10)
     assert (error_of(caught).code, caught.value.path) == (Code.CHANGED, f"{RUN}/model")
     assert store.requests["412"] == 1

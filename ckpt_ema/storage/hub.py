@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from ckpt_ema.errors import Code, FailedError, RefusedError
 from ckpt_ema.storage.client import RemoteFile
+from ckpt_ema.storage.failures import changed
 from ckpt_ema.storage.hub_listing import AbsentError, Listing, Place, place_of, suggestion
 from ckpt_ema.storage.web import Answer, TemporaryError, Web, WebError
 
@@ -206,8 +207,6 @@ def _refusal(uri: str, error: WebError) -> RefusedError:
 
 def _failure(uri: str, error: WebError) -> FailedError:
     if isinstance(error, _ChangedError) or error.status in (404, 412, 416):
-        message = f"{uri} changed or vanished since the plan was made."
-        hint = "Nothing was published; run it again."
-        return FailedError(message, hint, code=Code.CHANGED, path=uri)
+        return changed(uri)
     message = f"cannot read {uri}: {error.reason}."
     return FailedError(message, _HINTS.get(error.status, ""), code=Code.READ_FAILED, path=uri)

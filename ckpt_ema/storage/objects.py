@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.storage.client import RemoteFile
-from ckpt_ema.storage.object_errors import Doing, changed, refused, translated, unreadable
+from ckpt_ema.storage.object_errors import Operation, changed, refused, translated, unreadable
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
@@ -62,7 +62,7 @@ class Objects:
         obstore does not tell from empty files.
         """
         store, key = self._open(path)
-        with translated(path, Doing.LISTING):
+        with translated(path, Operation.LISTING):
             found = self._below(path, store, key)
             if found or not key:
                 return found
@@ -83,7 +83,7 @@ class Objects:
         options: GetOptions = {"range": (start, start + count)}
         if not file.tag.startswith("W/") and file.tag:  # a weak tag matches nothing
             options["if_match"] = f'"{file.tag}"'
-        with translated(uri, Doing.READING):
+        with translated(uri, Operation.READING):
             answer = store.get(key, options=options)
             now = _remote_file(file.name, answer.meta)
             if (now.tag, now.size_bytes) != (file.tag, file.size_bytes):
@@ -136,7 +136,7 @@ class Objects:
         config: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
         if endpoint and scheme == "s3":
             config["virtual_hosted_style_request"] = False
-        with translated(uri, Doing.OPENING):
+        with translated(uri, Operation.OPENING):
             if scheme == "s3":
                 config |= _profile(uri)
             store = getattr(import_module("obstore.store"), _CLASSES[scheme])

@@ -1,8 +1,6 @@
-"""Files that are reached over a network: one listing of what is below a URI, and ranges of bytes.
+"""Files below URIs: listed once, and read by ranges through a client.
 
-A listing is made once. Small reads come from blocks that are fetched once; the bytes of tensors
-are fetched ahead of the fold, many ranges at a time, into files in memory, from which it reads by
-descriptor as from a disk.
+Small reads come from `Blocks`, the bytes of tensors from a `RemotePool`.
 """
 
 import os
@@ -13,13 +11,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 
-from ckpt_ema.errors import Code, FailedError, IncompleteError, RefusedError
+from ckpt_ema.errors import Code, IncompleteError, RefusedError
 from ckpt_ema.storage.blocks import BLOCK_BYTES, REQUESTS, Blocks
 from ckpt_ema.storage.client import Client, RemoteFile
+from ckpt_ema.storage.failures import unreadable
 from ckpt_ema.storage.protocol import FilePool, Identity, Kind, Location
 from ckpt_ema.storage.remote_pool import RemotePool
+from ckpt_ema.storage.small_files import read_small
 
-_MOST_SMALL_BYTES = 1 << 28
 _MOST_LISTED = 1000  # files below a folder
 
 
@@ -163,17 +162,7 @@ class Remote:
 
     def read(self, path: Location, most_bytes: int | None = None) -> bytes | None:
         """See `Storage.read`."""
-        if self.kind(path) is not Kind.FILE:
-            return None
-        root, file = self._file(path)
-        count = file.size_bytes if most_bytes is None else min(file.size_bytes, most_bytes)
-        if count > _MOST_SMALL_BYTES:
-            why = f"{path} has {count} bytes, too many for a text file."
-            raise RefusedError(why, code=Code.WRONG_FORMAT, path=path)
-        try:
-            return self.range_of(root, file, 0, count)
-        except FailedError as error:
-            raise RefusedError(error.message, code=error.code, path=path) from error
+        return read_small(self, path, most_bytes)
 
     def range_of(self, root: str, file: RemoteFile, start: int, count: int) -> bytes:
         """Return a range of a file that was listed below `root`."""
@@ -218,8 +207,7 @@ class RemoteOpenFile:
     def read(self, count: int, offset: int) -> bytes:
         """See `OpenFile.read`."""
         if offset + count > self.file.size_bytes:
-            message = f"{self.path} ended at byte {self.file.size_bytes} while being read."
-            raise FailedError(message, code=Code.CHANGED, path=self.path)
+            raise unreadable(self.path, 0, self.file.size_bytes)
         return self.storage.range_of(self.root, self.file, offset, count)
 
     def first_hole(self) -> int | None:

@@ -15,6 +15,7 @@ from typing import IO
 
 from ckpt_ema.errors import Code, FailedError
 from ckpt_ema.storage.client import Client, RemoteFile
+from ckpt_ema.storage.failures import changed, unreadable
 from ckpt_ema.storage.protocol import REQUEST_BYTES, Range
 
 _REQUESTS = 48  # at a time, if they are small
@@ -130,8 +131,7 @@ class RemotePool:
 
     def failure(self, path: str, code: int, offset: int) -> FailedError:
         """See `FilePool.failure`."""
-        why = os.strerror(code) if code else f"it ends at byte {offset}"
-        return FailedError(f"{path} cannot be read: {why}.", code=Code.READ_FAILED, path=path)
+        return unreadable(path, code, offset)
 
     def verify(self) -> None:
         """See `FilePool.verify`; all is listed once more."""
@@ -139,9 +139,7 @@ class RemotePool:
         now = {root: {one.name: one for one in self._client.files(root)} for root in roots}
         for path, (root, file) in self._files.items():
             if now[root].get(file.name) != file:
-                message = f"{path} changed or vanished while it was read."
-                hint = "Is the run still being saved or rotated? Nothing was published."
-                raise FailedError(message, hint, code=Code.CHANGED, path=path)
+                raise changed(path)
 
     def cancel(self) -> None:
         """See `FilePool.cancel`."""
