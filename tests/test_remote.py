@@ -193,8 +193,20 @@ def test_a_plan_lists_once_and_reads_headers_alone(bucket: Folders, tmp_path: Pa
     assert {start for _, start, _ in bucket.reads} == {0}
 
 
+@pytest.mark.parametrize(("tile_size", "requests"), [(None, 3), (1 << 16, 12)])
+def test_a_plan_counts_the_requests_of_the_average(
+    bucket: Folders, tmp_path: Path, tile_size: int | None, requests: int
+) -> None:
+    one_tensor_run(bucket)
+    options: dict[str, Any] = {"output": tmp_path / "out", "tile_size": tile_size}
+    assert ckpt_ema.plan("s3://bucket/run", **options).requests == requests
+    bucket.reads.clear()
+    ckpt_ema.average("s3://bucket/run", device="cpu", **options)
+    assert sum(start > 0 for _, start, _ in bucket.reads) == requests
+
+
 def test_what_is_alike_in_other_steps_is_read_with_it(bucket: Folders, tmp_path: Path) -> None:
-    """After a few requests that wait for each other, all are made at once."""
+    """After a few sequential requests, the rest are sent concurrently."""
     one_tensor_run(bucket, 40)
     bucket.most = 0
     ckpt_ema.plan("s3://bucket/run", output=tmp_path / "out")

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from ckpt_ema.storage.client import Client, RemoteFile
+from ckpt_ema.storage.protocol import SMALL_REQUESTS
 
 BLOCK_BYTES = 1 << 18  # a header, an index, the directory of an archive
-REQUESTS = 32  # at a time
 _MOST_BLOCKS = 1 << 8  # that are kept
 _PATIENCE = 3  # requests that wait for each other before those alike are made together
 _NUMBER = re.compile(r"\d+")
@@ -77,7 +77,7 @@ class Blocks:
             for at in {0, _last(one)}
             if one.size_bytes and _alike(root, one, at) == alike
         ]
-        with ThreadPoolExecutor(REQUESTS) as pool:
+        with ThreadPoolExecutor(SMALL_REQUESTS) as pool:
             wait([pool.submit(self._block, root, *one) for one in found[:_MOST_BLOCKS]])
 
 

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from ckpt_ema.errors import some
 from ckpt_ema.storage.client import RemoteFile
+from ckpt_ema.storage.protocol import SMALL_REQUESTS
 from ckpt_ema.storage.web import Web, WebError
 
 T = TypeVar("T")
@@ -22,7 +23,6 @@ T = TypeVar("T")
 MOST_NAMES = 200_000  # of files and folders, in all trees of one listing
 MOST_PAGES = 10_000  # of one tree; the Hub puts a thousand names on each
 _MOST_JSON_BYTES = 1 << 26
-_TREES_AT_A_TIME = 32
 _REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _REVISION = r"refs/(?:pr|convert)/[^/]+|[^/]+"
 _URI = re.compile(
@@ -108,7 +108,7 @@ class Listing:
 
         if not place.is_glob:
             return listed("") or self._lone_file(place, commits[""], counted)
-        with ThreadPoolExecutor(_TREES_AT_A_TIME) as pool:
+        with ThreadPoolExecutor(SMALL_REQUESTS) as pool:
             return [file for files in pool.map(listed, commits) for file in files]
 
     def _matching(self, place: Place) -> dict[str, str]:

@@ -25,7 +25,7 @@ _MOST_LISTED = 1000  # files below a folder
 class Local:
     """A `Storage` on a local or network file system."""
 
-    most_requests = 1
+    is_remote = False
 
     def kind(self, path: Location) -> Kind:
         """See `Storage.kind`."""

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 from ckpt_ema.errors import FailedError
 
 REQUEST_BYTES = 1 << 22  # the most that one request over a network asks for
+SMALL_REQUESTS = 32  # at a time, for headers and other small reads
 
 Location = str | os.PathLike[str]
 
@@ -103,8 +104,8 @@ class Storage(Protocol):
     """
 
     @property
-    def most_requests(self) -> int:
-        """How many reads are worth making at a time; 1 unless they wait for a network."""
+    def is_remote(self) -> bool:
+        """Whether reads are requests over a network, worth making many at a time."""
 
     def kind(self, path: Location) -> Kind:
         """Return what `path` leads to; a broken link leads to nothing."""

@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import islice
 
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
-from ckpt_ema.storage.blocks import BLOCK_BYTES, REQUESTS, Blocks
+from ckpt_ema.storage.blocks import BLOCK_BYTES, Blocks
 from ckpt_ema.storage.client import Client, RemoteFile
 from ckpt_ema.storage.failures import unreadable
 from ckpt_ema.storage.protocol import FilePool, Identity, Kind, Location
@@ -64,7 +64,7 @@ class _Tree:
 class Remote:
     """A `Storage` that is reached by a client."""
 
-    most_requests = REQUESTS
+    is_remote = True
 
     def __init__(self, scheme: str, make_client: Callable[[str], Client] = client_for) -> None:
         self._scheme, self._make_client = scheme, make_client
