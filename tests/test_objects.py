@@ -193,7 +193,7 @@ def test_reads_beyond_the_end_give_nothing(store: FakeS3) -> None:
     client = objects()
     file = model(client)
     with pytest.raises(
-        FailedError, match="100 bytes from 102390 were requested, 10 came"
+        FailedError, match="100 bytes from 102390 were requested, 10 received"
     ) as caught:
         client.read(RUN, file, len(CONTENT) - 10, 100)
     assert error_of(caught).code is Code.READ_FAILED

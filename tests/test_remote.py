@@ -376,7 +376,7 @@ def test_a_name_of_a_repository_is_answered_with_its_uri(tmp_path: Path) -> None
 
 def test_other_schemes_and_several_places_are_refused(bucket: Folders, tmp_path: Path) -> None:
     one_tensor_run(bucket)
-    with pytest.raises(OptionError, match="https:// is not read"):
+    with pytest.raises(OptionError, match="https:// is not supported"):
         ckpt_ema.plan("https://example.com/run")
     with pytest.raises(OptionError, match="in several places"):
         ckpt_ema.plan(["s3://bucket/run/checkpoint-1", tmp_path])

@@ -264,7 +264,7 @@ class FileSpec(NamedTuple):
     name: str  # relative to the checkpoint's folder
     size_bytes: int
     mtime_ns: int
-    tag: str  # of its content, where the place has such
+    tag: str  # of its content, where the storage has one
     digest: str  # SHA-256 of the header (or of the pickled structure), in hex
     member: int = 0  # index into Specs.prefixes
 
