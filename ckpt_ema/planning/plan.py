@@ -48,7 +48,7 @@ from ckpt_ema.planning.sizing import (
     prefetched_bytes,
 )
 from ckpt_ema.planning.work import Work, make_work
-from ckpt_ema.planning.write_back import with_copied_files
+from ckpt_ema.planning.write_back import with_masters_and_files
 from ckpt_ema.storage import Storage, storages_anew
 from ckpt_ema.storage.protocol import REQUEST_BYTES
 
@@ -207,7 +207,7 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     destination = find_destination(options.output.output, found, paths, source.storage)
     compared = compare(checkpoints, source)
     if options.output.save_as == CHECKPOINT:
-        compared = with_copied_files(compared, weighted, source)
+        compared = with_masters_and_files(compared, weighted, source)
     specs_of = compared.specs
     _check_names(weighted, compared)
     rulings = judge_newest(weighted, specs_of, options.reading, source.storage)

@@ -187,7 +187,7 @@ def _placed(model: Model) -> dict[int, list[OutputTensor]]:
         for piece in pieces_of(tensor):
             one = _region(key, tensor, piece, role)
             found.setdefault(piece.file, []).append(one._replace(is_copy=is_copy))
-        for dtype, piece, _ in tensor.copies:
+        for dtype, piece in tensor.copies:
             one = _region(key, tensor._replace(dtype=dtype), piece, role)
             found.setdefault(piece.file, []).append(one._replace(is_copy=True))
     return {n: sorted(ones, key=lambda one: (one.offset, one.is_copy)) for n, ones in found.items()}
