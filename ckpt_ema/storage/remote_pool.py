@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from typing import IO
 
-from ckpt_ema.errors import Code, FailedError
+from ckpt_ema.errors import CkptEmaError, Code, FailedError
 from ckpt_ema.storage.client import Client, RemoteFile
 from ckpt_ema.storage.failures import changed, unreadable
 from ckpt_ema.storage.protocol import REQUEST_BYTES, Range
@@ -46,6 +46,7 @@ class RemotePool:
         self._lock = threading.Lock()
         self._held = _Held()
         self._cancelled = False
+        self._failure: CkptEmaError | None = None  # of any part, whoever waits for it
         self._free_bytes = _LARGE_REQUESTS * REQUEST_BYTES
         self._room = threading.Condition()
 
@@ -72,6 +73,9 @@ class RemotePool:
             self._free_bytes -= count
         try:
             return self._client.read(root, file, start, count)
+        except CkptEmaError as error:
+            self._failure = error
+            raise
         finally:
             with self._room:
                 self._free_bytes += count
@@ -91,11 +95,11 @@ class RemotePool:
             yield
 
     def _result(self, part: Future[bytes]) -> bytes:
-        """Wait for a part, or until the work is cancelled."""
-        while not self._cancelled:
+        """Wait for a part, or until another part fails or the work is cancelled."""
+        while not self._cancelled and not self._failure:
             if part in wait([part], _POLL_SECONDS).done:
                 return part.result()
-        raise FailedError("The work was stopped.", code=Code.READ_FAILED)
+        raise self._failure or FailedError("The work was stopped.", code=Code.READ_FAILED)
 
     def _stream(self, path: str, stack: ExitStack) -> tuple[IO[bytes], list[tuple[int, int]]]:
         """Return the file in memory for a path, and what this thread has in it."""
