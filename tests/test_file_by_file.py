@@ -251,6 +251,15 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path, name: str, make: Any)
     assert first.split("/")[-1] in str(refused(run))
 
 
+def test_a_view_with_gaps_is_refused_with_a_way_out_that_exists(tmp_path: Path) -> None:
+    def strided(step: int) -> Files:
+        view = torch.full((4, 10), float(step))[:, ::2]
+        return {"mp_rank_00/model_optim_rng.pt": {"iteration": step, "model": {"w": view}}}
+
+    hint = str(refused(make_run(tmp_path / "run", "iter_{:07}", strided)).hint)
+    assert hint.startswith("Convert each step first")
+
+
 def test_files_of_two_saves_are_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "iter_{:07}", megatron)
     stale = "mp_rank_01/model_optim_rng.pt"
