@@ -15,7 +15,7 @@ from ckpt_ema.errors import CkptEmaError, Code, FailedError, OptionError, Refuse
 from ckpt_ema.place import MORE_PORTS, Place, place_from
 
 if TYPE_CHECKING:
-    from ckpt_ema.store import Store
+    from ckpt_ema.rendezvous import Store
 
 SECONDS_TO_MEET = 60.0
 SECONDS_SILENT = 20.0  # the longest that a rank may not respond
@@ -187,7 +187,7 @@ def joined(environment: Mapping[str, str], waiting: Waiting = None) -> Iterator[
 
 
 def _store(place: Place, waiting: Waiting) -> "Store":
-    from ckpt_ema.store import meet  # only a launch needs sockets
+    from ckpt_ema.rendezvous import meet  # only a launch needs sockets
 
     late = threading.Timer(
         _SECONDS_BEFORE_SAYING, lambda: waiting and waiting(place.waiting_for([0]))

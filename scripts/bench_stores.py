@@ -1,9 +1,9 @@
-"""Measure runs in an object store on loopback: the share of the link, memory, and plans.
+"""Measure runs in an object store on loopback: throughput, memory, and the time of a plan.
 
     python scripts/bench_stores.py
 
-The store answers after 40 ms, gives 250 MB/s in all and 50 MB/s to a connection. It is a process of
-its own. Exit code 1 says that a promise was missed.
+The store is a separate process with a latency of 40 ms and a throughput of 250 MB/s, 50 MB/s per
+connection. The exit code is 1 if a promise was missed.
 """
 
 import os
@@ -19,8 +19,8 @@ from measuring import Measured, measure
 from runs import MIB, Run, ready
 
 RATE, CONNECTION_RATE, LATENCY_SECONDS = 250e6, 50e6, 0.04
-PROMISED_SHARE = 0.95  # of the link, in the time beyond that of a plan
-PROMISED_MEMORY = 1.10  # of the peak with a hundred checkpoints to that with four
+PROMISED_SHARE = 0.95  # of the store's throughput, without the time of a plan
+PROMISED_MEMORY = 1.10  # peak with a hundred checkpoints / peak with four
 PROMISED_PLAN_SECONDS = 2.0
 STORE = f"""
 import sys, time
@@ -33,14 +33,12 @@ with fake_s3(Path(sys.argv[1])) as store:
     print(store.url, flush=True)
     time.sleep(3600)
 """
-
-
 LARGE, LONG = Run("bfloat16", 4, 256 * MIB), Run("bfloat16", 100, 64 * MIB)
 
 
 @contextmanager
 def served(root: Path) -> Iterator[None]:
-    """Serve the folders in `root` as buckets, by a store to which the environment leads."""
+    """Serve the folders in `root` as buckets of a store, and set the environment to use it."""
     with subprocess.Popen([sys.executable, "-c", STORE, root], stdout=subprocess.PIPE) as store:
         assert store.stdout is not None
         url = store.stdout.readline().decode().strip()
@@ -79,7 +77,7 @@ def main() -> int:
                     flush=True,
                 )
     grown = peaks[1] / peaks[0]
-    print(f"peak with {LONG.checkpoints} checkpoints to that with {LARGE.checkpoints}: {grown:.2f}")
+    print(f"peak with {LONG.checkpoints} / with {LARGE.checkpoints} checkpoints: {grown:.2f}")
     return int(missed or grown > PROMISED_MEMORY)
 
 

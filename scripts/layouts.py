@@ -1,6 +1,6 @@
-"""Runs in the layouts of trainers, for the benchmark; written by the makers of the tests.
+"""Runs in the layouts of trainers, for the benchmark, written by the makers of the tests.
 
-All weights are float32. Nothing else here makes runs: those of safetensors files are in `runs`.
+All weights are float32. Runs of safetensors files are made in `runs`.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""Read objects from servers that others wrote: moto's S3 and, where npm is installed, Azurite.
+"""Read objects from independent servers: moto's S3 and, where npm is installed, Azurite.
 
     python scripts/test_stores.py
 
-The first run makes `.venv-stores/` with both. Nothing but pip and npm uses the network, and nothing
-stays behind but that folder.
+The first run installs both into `.venv-stores/`, the only folder that remains. Only pip and npm use
+the network.
 """
 
 # What is installed there is not installed where types are checked.
@@ -55,7 +55,7 @@ ACCOUNT_KEY = (
 
 
 def check(place: str, put: Put) -> None:
-    """Compare what is listed and read below a bucket's URI with what is put there."""
+    """Check listings and reads below a bucket's URI against what was put there."""
     rng = random.Random(0)
     contents = {name: rng.randbytes(300_000) if name != "empty" else b"" for name in NAMES}
     for name, content in contents.items():
@@ -79,7 +79,7 @@ def check(place: str, put: Put) -> None:
 
 
 def code_of(call: Callable[[], object]) -> Code | None:
-    """Return what an error is about."""
+    """Return the code of the error that a call raises, if any."""
     try:
         call()
     except CkptEmaError as error:
@@ -111,7 +111,7 @@ def served(*command: str, port: int) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """Return a port at which nobody listens."""
+    """Return a free port."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

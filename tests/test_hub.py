@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from ckpt_ema.errors import CkptEmaError, Code, FailedError, RefusedError
 from ckpt_ema.storage.client import RemoteFile
-from ckpt_ema.storage.hub import Hub, suggestion
+from ckpt_ema.storage.hub import Hub
+from ckpt_ema.storage.hub_listing import suggestion
 from ckpt_ema.storage.web import MOST_ATTEMPTS, Web, WebError, redirected
 from tests.makers.fake_hub import FakeHub, Fault, fake_hub
 
@@ -453,7 +454,7 @@ def test_a_whole_file_is_checked_like_a_part(fake: FakeHub, fault: Fault) -> Non
     ("kind", "status", "error_code", "code", "said"),
     [
         ("revision", 401, "RepoNotFound", Code.INACCESSIBLE, "private or gated. Set HF_TOKEN"),
-        ("revision", 403, "GatedRepo", Code.INACCESSIBLE, "denies access. If it is gated, ask"),
+        ("revision", 403, "GatedRepo", Code.INACCESSIBLE, "denies access. If it is gated, request"),
         ("revision", 404, "RepoNotFound", Code.NOT_FOUND, "no such repository or revision."),
         ("revision", 404, "RevisionNotFound", Code.NOT_FOUND, "no such repository or revision."),
         ("tree", 404, "RevisionNotFound", Code.NOT_FOUND, "no such repository or revision."),

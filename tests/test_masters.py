@@ -1,4 +1,4 @@
-"""An average that is written back is in the masters of an optimizer too, or it is said that not."""
+"""Writing an average back also averages the optimizer's masters, or warns that it does not."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -87,8 +87,8 @@ def test_weights_are_rounded_from_the_average_of_masters_with_their_names(tmp_pa
     assert not warnings
     assert note == (
         "The optimizer's own copy of the weights (.metadata:optimizer.state.fp32_param.w.in,"
-        " .metadata:optimizer.state.fp32_param.w.out) is averaged too; its moments, the random"
-        " state and the schedule stay the newest."
+        " .metadata:optimizer.state.fp32_param.w.out) is averaged too; moments, random state and"
+        " schedule are the newest checkpoint's."
     )
 
 
@@ -290,7 +290,10 @@ def test_partitions_of_weights_that_are_dropped_keep_the_newest_value(
         assert raw(module["w.in"]) == raw(newest["w.in"])
 
 
-def test_buffers_of_each_rank_are_averaged_by_themselves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_buffers_of_each_rank_are_averaged_by_themselves(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     """With ZeRO-3, each rank saves its own statistics of batches."""
     run, name = tmp_path / "run", "zero_pp_rank_1_mp_rank_00_model_states.pt"
     for step in STEPS:
@@ -298,12 +301,14 @@ def test_buffers_of_each_rank_are_averaged_by_themselves(tmp_path: Path) -> None
         folder = run / f"global_step{step}"
         deepspeed_folders.save(folder, model, stage=3, step=step, buffers=["mean"])
         content = torch.load(folder / name, weights_only=True)
-        content["module"]["mean"] *= 7
+        content["module"]["mean"] = (content["module"]["mean"] * 7).to(dtype)
         torch.save(content, folder / name)
     output = average(run)
     for factor, path in enumerate(sorted(output.glob("zero_pp*model_states.pt"))):
         states = [torch.full((5,), float(step * (7 if factor else 1))) for step in STEPS]
-        is_fold(torch.load(path, weights_only=True)["module"]["mean"], run, states)
+        found = torch.load(path, weights_only=True)["module"]["mean"]
+        assert found.dtype == (dtype if factor else torch.float32)
+        is_fold(found, run, states)
 
 
 # --- What is warned of or refused -----------------------------------------------------------------
@@ -325,7 +330,7 @@ def test_masters_that_are_not_found_are_warned_of_with_what_ignores_them(tmp_pat
     assert not notes
     assert warning == (
         "The optimizer's own copy of the weights (fp32 masters, in distrib_optim.pt) is not"
-        " averaged, and a trainer that resumes takes it instead of the average; load the output"
+        " averaged, and a trainer that resumes uses it instead of the average; load the output"
         " with --no-load-optim or --finetune."
     )
     assert (average(run) / "distrib_optim.pt").read_bytes() == b"something"
@@ -362,7 +367,7 @@ def test_masters_that_not_every_step_has_keep_the_newest_value(
     assert not notes
     assert warnings == [
         "The optimizer's own copy of the weights (distrib_optim.pt:0.param) keeps the values of"
-        " step_300, since step_100 has none; a trainer that resumes takes it instead of the"
+        " step_300, since step_100 has none; a trainer that resumes uses it instead of the"
         " average."
     ] * (lacking == 100)
     own = [rounded(masters(step))["w.in"] for step in STEPS]
@@ -372,8 +377,8 @@ def test_masters_that_not_every_step_has_keep_the_newest_value(
 def test_masters_of_weights_that_are_kept_are_warned_of_if_not_known(tmp_path: Path) -> None:
     run = with_optimizer(tmp_path / "run", lambda path: save(path, {0: {"param": torch.ones(9)}}))
     assert notices(run, keep=["w.in"])[0] == [
-        "Further copies of the weights (distrib_optim.pt:0.param) are averaged whole, also where"
-        " --keep or --drop matches a weight."
+        "Further copies of the weights (distrib_optim.pt:0.param) are averaged in full, even"
+        " where --keep or --drop matches a weight."
     ]
 
 

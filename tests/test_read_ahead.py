@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ckpt_ema.errors import Code, FailedError
-from ckpt_ema.storage import local as module
-from ckpt_ema.storage.local import LocalPool
+from ckpt_ema.storage import local_pool as module
+from ckpt_ema.storage.local_pool import LocalPool
 from ckpt_ema.storage.protocol import Identity
 
 SIZE = 40_000_000

@@ -1,4 +1,4 @@
-"""A run that is reached over a network is averaged to the same bytes as its copy on a disk."""
+"""A remote run is averaged to the same bytes as its copy on a disk."""
 
 import json
 import os
@@ -32,13 +32,13 @@ STEPS = (100, 200, 300)
 
 
 class Folders:
-    """A `Client` whose bucket is a folder; counts requests, and fails where it is told to."""
+    """A `Client` whose bucket is a folder; it records requests, and `before_tensor` may fail."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.reads: list[tuple[str, int, int]] = []
         self.lists = 0
-        self.most = self._now = 0  # requests at a time
+        self.most = self._now = 0  # concurrent requests
         self.before_tensor: Callable[[], object] = int
         self._lock = threading.Lock()
 
@@ -84,7 +84,7 @@ def bucket(tmp_path: Path) -> Iterator[Folders]:
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
-    """A model with every layout."""
+    """A model with matrices, a transposed one, a scalar, float16 and integers."""
     generator = torch.Generator().manual_seed(step)
     base = torch.randn(12, 10, generator=generator)
     return {
@@ -193,8 +193,20 @@ def test_a_plan_lists_once_and_reads_headers_alone(bucket: Folders, tmp_path: Pa
     assert {start for _, start, _ in bucket.reads} == {0}
 
 
+@pytest.mark.parametrize(("tile_size", "requests"), [(None, 3), (1 << 16, 12)])
+def test_a_plan_counts_the_requests_of_the_average(
+    bucket: Folders, tmp_path: Path, tile_size: int | None, requests: int
+) -> None:
+    one_tensor_run(bucket)
+    options: dict[str, Any] = {"output": tmp_path / "out", "tile_size": tile_size}
+    assert ckpt_ema.plan("s3://bucket/run", **options).requests == requests
+    bucket.reads.clear()
+    ckpt_ema.average("s3://bucket/run", device="cpu", **options)
+    assert sum(start > 0 for _, start, _ in bucket.reads) == requests
+
+
 def test_what_is_alike_in_other_steps_is_read_with_it(bucket: Folders, tmp_path: Path) -> None:
-    """After a few requests that wait for each other, all are made at once."""
+    """After a few sequential requests, the rest are sent concurrently."""
     one_tensor_run(bucket, 40)
     bucket.most = 0
     ckpt_ema.plan("s3://bucket/run", output=tmp_path / "out")
@@ -205,7 +217,7 @@ def test_what_is_alike_in_other_steps_is_read_with_it(bucket: Folders, tmp_path:
 # --- Everything that works on a disk --------------------------------------------------------------
 
 
-def test_parts_resume_and_up_to_date(bucket: Folders, tmp_path: Path) -> None:
+def test_parts_and_up_to_date(bucket: Folders, tmp_path: Path) -> None:
     run = one_tensor_run(bucket)
     options: dict[str, Any] = {"device": "cpu", "tile_size": 1 << 16}
     local = ckpt_ema.average(run, output=tmp_path / "local", **options).output
@@ -313,7 +325,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def ran(*arguments: str, **options: Any) -> str:
-    """All that a command that succeeds says; no secret is among it."""
+    """The output of a command that succeeds and prints no secret."""
     done = command(*arguments, **options)
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
@@ -356,7 +368,7 @@ def test_objects_are_averaged_to_the_bytes_of_files(
     assert not (tmp_path / "other").exists()
 
 
-def test_a_name_of_a_repository_is_answered_with_its_uri(tmp_path: Path) -> None:
+def test_the_name_of_a_repository_leads_to_its_uri(tmp_path: Path) -> None:
     done = command("plan", "EleutherAI/pythia-14m", cwd=tmp_path)
     assert done.returncode == 3
     assert "pass hf://EleutherAI/pythia-14m." in done.stderr
@@ -364,7 +376,7 @@ def test_a_name_of_a_repository_is_answered_with_its_uri(tmp_path: Path) -> None
 
 def test_other_schemes_and_several_places_are_refused(bucket: Folders, tmp_path: Path) -> None:
     one_tensor_run(bucket)
-    with pytest.raises(OptionError, match="https:// is not read"):
+    with pytest.raises(OptionError, match="https:// is not supported"):
         ckpt_ema.plan("https://example.com/run")
     with pytest.raises(OptionError, match="in several places"):
         ckpt_ema.plan(["s3://bucket/run/checkpoint-1", tmp_path])
@@ -380,13 +392,13 @@ def test_a_later_plan_sees_what_was_saved_since(bucket: Folders, tmp_path: Path)
 
 
 def test_a_failure_does_not_wait_for_the_link(bucket: Folders, tmp_path: Path) -> None:
-    """One read fails at once, the others would take ten seconds."""
+    """A later read fails while those of the first tiles would take ten seconds."""
     one_tensor_run(bucket)
     numbers = iter(range(1000))
     released = threading.Event()
 
     def fail_once() -> None:
-        if next(numbers) == 0:
+        if next(numbers) == 8:
             raise FailedError("s3://bucket/run cannot be read: 503.", code=Code.READ_FAILED)
         released.wait(10)
 

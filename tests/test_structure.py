@@ -65,7 +65,7 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 LAYERS = (
     *("errors", "notices", "trainers", "storage", "schedules", "values", "options"),
     *("containers", "find", "targets", "planning", "fold", "output", "report"),
-    *("place", "store", "ranks", "execute", "run", "cli", "__main__"),
+    *("place", "rendezvous", "ranks", "execute", "run", "cli", "__main__"),
 )
 
 
@@ -89,7 +89,7 @@ def test_data_goes_one_way(module: str) -> None:
         ("planning.work", {"containers.specs", "targets.target"}),
         ("fold.shadow", {"errors", "schedules.dynamic"}),
         ("fold.torch_fold", {"fold.shadow", "fold.tile_fold"}),
-        ("store", {"place"}),
+        ("rendezvous", {"place"}),
     ],
 )
 def test_the_cores_know_only_what_they_compute_with(module: str, allowed: set[str]) -> None:

@@ -131,10 +131,10 @@ def structure(path: str, storage: Storage) -> bytes:
     return read_listing(path, storage, _MAX_METADATA_BYTES, _METADATA, "data files")[1]
 
 
-def read_all(
+def read_chosen(
     path: str, storage: Storage, choose: Callable[[Collection[str]], Container[str]]
 ) -> Specs:
-    """Return the tensors that are chosen by their names, whatever they are of; `path` as above.
+    """Return the tensors whose names are chosen, of the model or not; `path` as for `read_specs`.
 
     Raises what `read_specs` raises.
     """

@@ -195,15 +195,17 @@ def _with_partitions(
         if other := next((one for one in filled if one.shape != tensor.shape), None):
             why = f"is {list(other.shape)}, and {list(tensor.shape)} in the ranks' files"
             raise refused(path, why, TWO_SAVES, tensor=name)
-        # Weights of ZeRO-1 and 2, rounded to the dtype of the training; buffers on other ranks.
-        copies = [
-            Copy(one.dtype, piece, one is filled[0] or name in joined)
+        places = {(piece.file, piece.offset) for piece in pieces_of(tensor)}
+        others = tuple(
+            Copy(one.dtype, piece)
             for one in filled
             for piece in pieces_of(one)
-        ]
-        places = {(piece.file, piece.offset) for piece in pieces_of(tensor)}
-        kept = [copy for copy in copies if (copy.piece.file, copy.piece.offset) not in places]
-        found[name] = tensor._replace(copies=tuple(kept))
+            if (piece.file, piece.offset) not in places
+        )
+        if name in joined:  # a weight, rounded to the dtype of the training
+            found[name] = tensor._replace(copies=others)
+        else:
+            found[name] = tensor._replace(of_ranks=others)
     return _tied(main.structure.root, found, joined)
 
 

@@ -1,8 +1,8 @@
 """Files of ranks: torch.save wrote one on each rank, with its part of every tensor.
 
 Parts are DTensors (FSDP2, verl) or ShardedTensors (FSDP1). They become pieces of the tensors, which
-are never whole in memory. A plain tensor is the same on all ranks, and that of the first is taken;
-written back, each is averaged by itself.
+are never whole in memory. A plain tensor is taken from the first rank; written back, each rank's is
+averaged by itself.
 """
 
 import math
@@ -231,7 +231,7 @@ def _joined(paths: Sequence[str], name: str, ranks: Sequence[tuple[_Parts, Specs
     if not known:
         others = [pieces_of(specs.tensors[name]) for _, specs in ranks[1:]]
         placed = [one._replace(file=rank) for rank, [one] in enumerate(others, start=1)]
-        return whole._replace(copies=tuple(Copy(whole.dtype, one, False) for one in placed))
+        return whole._replace(of_ranks=tuple(Copy(whole.dtype, one) for one in placed))
     incomplete = partial(_incomplete, paths[0], name)
     pieces: dict[tuple[tuple[int, ...], tuple[int, ...]], Piece] = {}
     counts = [1 + max(places) for places in zip(*(part.at for part in known), strict=True)]

@@ -61,11 +61,11 @@ class Reader(AbstractContextManager["Reader"]):
             yield Range(self._paths[checkpoint][file], offset, count)
 
     def request(self, ranges: Iterable[Range]) -> None:
-        """Have bytes fetched that will be read soon, in this order."""
+        """Start fetching bytes that will be read soon, in this order."""
         self._pool.request(ranges)
 
     def held(self, ranges: Iterable[Range]) -> AbstractContextManager[None]:
-        """Have bytes at hand inside of the block, for reads by descriptor too."""
+        """Hold requested bytes inside the block, for reads by descriptor too."""
         return self._pool.held(ranges)
 
     @property
@@ -95,7 +95,7 @@ class Reader(AbstractContextManager["Reader"]):
         self._pool.verify()
 
     def cancel(self) -> None:
-        """Have reads that wait for a network fail soon."""
+        """Make reads that wait for a network fail soon."""
         self._pool.cancel()
 
     def close(self) -> None:

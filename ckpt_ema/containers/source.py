@@ -18,6 +18,7 @@ from ckpt_ema.errors import Code, some
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Reading
 from ckpt_ema.storage import Storage
+from ckpt_ema.storage.protocol import SMALL_REQUESTS
 
 
 class Container(Protocol):
@@ -52,10 +53,9 @@ class Source:
     _plain: set[int] = field(default_factory=set)  # identities of tensors without an average
 
     def read_ahead(self, models: Sequence[ModelFiles]) -> None:
-        """Read several, many at a time where that is worth it; `read` raises what is wrong."""
-        count = min(self.storage.most_requests, len(models))
-        if count > 1:
-            with ThreadPoolExecutor(count) as pool:
+        """Read several at a time from a remote storage; what is wrong with one, `read` raises."""
+        if self.storage.is_remote and len(models) > 1:
+            with ThreadPoolExecutor(SMALL_REQUESTS) as pool:
                 wait([pool.submit(self.read, model) for model in models])
 
     def read(self, model: ModelFiles) -> Specs:

@@ -85,7 +85,6 @@ class Copy(NamedTuple):
 
     dtype: str
     piece: Piece
-    is_same: bool = True  # False: its rank may have changed it, as a buffer or an expert
 
 
 class TensorSpec(NamedTuple):
@@ -96,7 +95,8 @@ class TensorSpec(NamedTuple):
     file: int  # index into Specs.files; of the first piece where there are pieces
     offset: int  # of its first element in that file, in bytes
     pieces: tuple[Piece, ...] = ()  # which cover the tensor, each element once
-    copies: tuple[Copy, ...] = ()  # which are not read, but written back with it
+    copies: tuple[Copy, ...] = ()  # not read, but written back with it
+    of_ranks: tuple[Copy, ...] = ()  # other ranks' own values of it: a buffer, an expert
 
     @property
     def size_bytes(self) -> int:
@@ -108,7 +108,7 @@ def as_real(tensor: TensorSpec) -> TensorSpec:
     """Return a tensor as real numbers; a complex one gains a last axis of size 2.
 
     >>> as_real(TensorSpec("C64", (3,), 0, 8))
-    TensorSpec(dtype='F32', shape=(3, 2), file=0, offset=8, pieces=(), copies=())
+    TensorSpec(dtype='F32', shape=(3, 2), file=0, offset=8, pieces=(), copies=(), of_ranks=())
     """
     if tensor.dtype not in COMPLEX:
         return tensor
@@ -164,7 +164,7 @@ class Region(NamedTuple):
         """Return the region of a tensor of any checkpoint as a tensor, which is row-major.
 
         >>> Region((1, 0), (1, 2), (0, 1)).of(TensorSpec("F32", (3, 2), 0, 80))
-        TensorSpec(dtype='F32', shape=(1, 2), file=0, offset=88, pieces=(), copies=())
+        TensorSpec(dtype='F32', shape=(1, 2), file=0, offset=88, pieces=(), copies=(), of_ranks=())
         """
         found = [box for piece in pieces_of(tensor) if (box := self._inside(piece, tensor.dtype))]
         shape = tuple(self.sizes[axis] for axis in self.axes)
@@ -217,12 +217,16 @@ def renumbered(tensor: TensorSpec, numbers: Sequence[int]) -> TensorSpec:
     >>> renumbered(TensorSpec("F32", (3,), 1, 80), [4, 7]).file
     7
     """
-    pieces = tuple(piece._replace(file=numbers[piece.file]) for piece in tensor.pieces)
-    copies = tuple(
-        copy._replace(piece=copy.piece._replace(file=numbers[copy.piece.file]))
-        for copy in tensor.copies
+
+    def moved(piece: Piece) -> Piece:
+        return piece._replace(file=numbers[piece.file])
+
+    return tensor._replace(
+        file=numbers[tensor.file],
+        pieces=tuple(map(moved, tensor.pieces)),
+        copies=tuple(Copy(dtype, moved(piece)) for dtype, piece in tensor.copies),
+        of_ranks=tuple(Copy(dtype, moved(piece)) for dtype, piece in tensor.of_ranks),
     )
-    return tensor._replace(file=numbers[tensor.file], pieces=pieces, copies=copies)
 
 
 class Member(NamedTuple):
@@ -264,7 +268,7 @@ class FileSpec(NamedTuple):
     name: str  # relative to the checkpoint's folder
     size_bytes: int
     mtime_ns: int
-    tag: str  # of its content, where the place has such
+    tag: str  # of its content, where the storage has one
     digest: str  # SHA-256 of the header (or of the pickled structure), in hex
     member: int = 0  # index into Specs.prefixes
 

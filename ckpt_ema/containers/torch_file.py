@@ -117,10 +117,10 @@ def read_part(path: str, storage: Storage, reading: Reading) -> Specs:
     return Specs(tensors, (spec,), ({},), holes=holes, recorded=recorded(structure.root))
 
 
-def read_all(
+def read_chosen(
     path: str, storage: Storage, choose: Callable[[Collection[str]], Container[str]]
 ) -> Specs:
-    """Return the tensors that are chosen by their dotted paths, whatever they are of.
+    """Return the tensors whose dotted paths are chosen, of the model or not.
 
     Raises what `Container.read_specs` raises.
     """

@@ -71,7 +71,7 @@ def _in_run(run: Path, candidates: Candidates, selection: Selection, source: Sou
 
 def _instead_of(path: Path) -> str:
     """Return what to do about a path that does not exist."""
-    from ckpt_ema.storage.hub import suggestion  # which a run on a disk does not need
+    from ckpt_ema.storage.hub_listing import suggestion  # local runs do not need it
 
     uri = suggestion(str(path))
     return f"If it is a repository on the Hub, pass {uri}." if uri else "Check the path."

@@ -17,7 +17,7 @@ from ckpt_ema.fold.tile_fold import StoppedError, TileFold
 from ckpt_ema.fold.tiles import Segments, Tile, cut, joined
 from ckpt_ema.fold.views import Sink, TileView
 from ckpt_ema.planning.plan import Plan
-from ckpt_ema.planning.sizing import ahead_bytes, most_fetched
+from ckpt_ema.planning.sizing import prefetched_bytes
 from ckpt_ema.storage.protocol import Range
 
 _POLL_SECONDS = 0.1  # the longest time before the main thread handles a signal
@@ -70,8 +70,7 @@ class _Job:
         self.device_sufficed = True
         self.bytes_read = 0
         self._tiles = joined(tiles, _most_joined(plan, device))
-        self._is_remote = plan.storage.most_requests > 1
-        self._requested, self._ahead_bytes = deque[Tile](), ahead_bytes(plan.engine)
+        self._requested = deque[Tile]()  # of a remote run, their bytes being fetched
         self.lock = threading.Lock()
 
     def fold_on(self, device: str) -> TileFold:
@@ -87,23 +86,24 @@ class _Job:
         with self.lock:
             if self.stop[0]:
                 return None
-            if not self._is_remote:
+            if not self.plan.storage.is_remote:
                 return next(self._tiles, None)
-            self._look_ahead()
+            self._prefetch()
             return self._requested.popleft() if self._requested else None
 
-    def _look_ahead(self) -> None:
+    def _prefetch(self) -> None:
         """Request the bytes of the next tiles, in the order in which they will be folded."""
         layout_of = self.plan.work.layout_of
         ahead = sum(tile.span.bytes_read(layout_of, tile.length) for tile in self._requested)
-        while ahead < self._ahead_bytes and (tile := next(self._tiles, None)):
+        while ahead < prefetched_bytes(self.plan.engine) and (tile := next(self._tiles, None)):
             self.reader.request(self._ranges(tile))
             self._requested.append(tile)
             ahead += tile.span.bytes_read(layout_of, tile.length)
 
     def held(self, tile: Tile) -> AbstractContextManager[None]:
-        """Have the bytes of a tile at hand inside of the block."""
-        return self.reader.held(self._ranges(tile)) if self._is_remote else nullcontext()
+        """Hold the fetched bytes of a tile of a remote run inside the block."""
+        is_remote = self.plan.storage.is_remote
+        return self.reader.held(self._ranges(tile)) if is_remote else nullcontext()
 
     def _ranges(self, tile: Tile) -> Iterator[Range]:
         """Yield the ranges that a tile reads, oldest checkpoint first."""
@@ -127,8 +127,8 @@ def _most_joined(plan: Plan, device: str) -> int:
     """Return how many elements of neighbouring tiles a thread may take at once."""
     if plan.engine.tile_size and device == CPU:
         return plan.tile_elements
-    if plan.storage.most_requests > 1:
-        return max(plan.tile_elements, most_fetched(plan.engine, plan.work))
+    if plan.storage.is_remote:
+        return plan.fetched_elements
     if device == CPU:
         return _WIDEST_TILE
     import torch

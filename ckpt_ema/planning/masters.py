@@ -1,6 +1,6 @@
-"""Finds where checkpoints have their weights once more: masters of optimizers, and rounded copies.
+"""Finds further copies of a checkpoint's weights: an optimizer's masters, and rounded weights.
 
-A trainer that resumes takes the masters, so an average that is written back has to be in them too.
+A trainer resumes from the masters, so an average that is written back must be in them too.
 """
 
 import os
@@ -37,42 +37,42 @@ class WithMasters(NamedTuple):
     """A checkpoint with its masters, which are averaged like weights."""
 
     specs: Specs
-    found: list[str]  # the masters: a file and a dotted path
-    kept: dict[Masters, list[str]]  # files with a sign of masters in which none were found
-    copies: list[str]  # what a rank has of its own, for which the model has no name
+    masters: list[str]  # FILE:PATH.OF.A.TENSOR
+    not_found: dict[Masters, list[str]]  # files with a sign of masters in which none were found
+    of_ranks: list[str]  # tensors of single ranks, for which the model has no name
 
     @property
-    def apart(self) -> list[str]:
-        """The masters that are tensors of their own, since no weight is known to be theirs."""
-        return [key for key in self.found if key in self.specs.tensors]
+    def unnamed(self) -> list[str]:
+        """The masters whose weights are not known; they are tensors of their own."""
+        return [key for key in self.masters if key in self.specs.tensors]
 
 
 def with_masters(
     checkpoint: Checkpoint, specs: Specs, dropped: Container[str], storage: Storage
 ) -> WithMasters:
-    """Add the tensors in which a checkpoint has its weights once more to its specs.
+    """Add further copies of a checkpoint's weights to its specs.
 
-    A weight that has a master of its name is read from that, and becomes one of its copies; masters
-    of weights that are `dropped` are not added. Those of an average that the trainer made are its
-    raw weights, and are not found.
+    A weight with a master of its name is read from the master, and becomes a copy of it. Masters of
+    `dropped` weights are not added, nor are any if the model is the trainer's own average: masters
+    are those of the raw weights.
     """
     search = _Search(specs, os.fspath(checkpoint.model.folder), dropped, storage)
     root, names = files_of(checkpoint, storage)
     inside = os.path.join(os.path.normpath(checkpoint.model.folder), "")
     names = [name for name in names if os.path.normpath(root / name).startswith(inside)]
     is_folder = storage.is_folder(checkpoint.path)
-    kept: dict[Masters, list[str]] = {}
-    weights = _partitions(checkpoint, specs)
-    for name in (name for name in names if os.path.normpath(root / name) not in weights):
-        path, label = os.path.join(root, name), _label(name) if is_folder else ""
+    not_found: dict[Masters, list[str]] = {}
+    partitions = _partitions(checkpoint, specs)
+    for name in (name for name in names if os.path.normpath(root / name) not in partitions):
+        path, label = os.path.join(root, name), _without_step(name) if is_folder else ""
         for masters in _signed(path, storage):
             if specs.is_average or not search.add(path, label, masters):
-                kept.setdefault(masters, []).append(name)
-    return WithMasters(search.specs(), search.found, kept, search.copies)
+                not_found.setdefault(masters, []).append(name)
+    return WithMasters(search.specs(), search.masters, not_found, search.of_ranks)
 
 
 def _partitions(checkpoint: Checkpoint, specs: Specs) -> set[str]:
-    """Return the paths of ZeRO's partitions of which the weights are read, or left out if asked."""
+    """Return the paths of ZeRO's partitions, whose masters are the weights of the model itself."""
     ranks = (f.name for f in specs.files if deepspeed.is_one_of(os.path.basename(f.name)))
     parts = (name for name in ranks if os.path.basename(name) != deepspeed.WHOLE)
     is_whole = deepspeed.claims(os.path.basename(checkpoint.model.members[0].name))
@@ -81,7 +81,7 @@ def _partitions(checkpoint: Checkpoint, specs: Specs) -> set[str]:
 
 
 def _signed(path: str, storage: Storage) -> Iterator[Masters]:
-    """Yield the masters of which a file has a sign."""
+    """Yield the kinds of masters whose sign is in a file's name or content."""
     known = b"\n".join([os.fsencode(path), _structure(path, storage)])
     for masters in conventions.MASTERS:
         if re.search(masters.sign.encode(), known, re.MULTILINE):
@@ -92,7 +92,7 @@ def _structure(path: str, storage: Storage) -> bytes:
     """Return the pickled structure of a file, unparsed; nothing where there is none."""
     try:
         structure: bytes = _container(path).structure(path, storage)
-    except CkptEmaError:  # of what is only copied, nothing has to be readable
+    except CkptEmaError:  # the file is copied, readable or not
         return b""
     return structure
 
@@ -101,18 +101,20 @@ def _container(path: str) -> ModuleType:
     return dcp if dcp.claims(os.path.basename(path)) else torch_file
 
 
-def _label(name: str) -> str:
+def _without_step(name: str) -> str:
     """Return the name of a file without the number of its step.
 
-    >>> _label("global_step500/mp_rank_00_model_states.pt")
+    >>> _without_step("global_step500/mp_rank_00_model_states.pt")
     'global_step/mp_rank_00_model_states.pt'
     """
     folders = name.split("/")
     return "/".join("global_step" if conventions.DEEPSPEED_STEP.search(f) else f for f in folders)
 
 
-def _match(masters: Masters, label: str, path: str) -> re.Match[str] | None:
-    return re.search(masters.place, f"{label}:{path}")
+def _weight_of(masters: Masters, label: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the masters among the tensors of a file, and the name of each weight if it has one."""
+    matches = ((name, re.search(masters.place, f"{label}:{name}")) for name in names)
+    return {name: match.groupdict().get("weight") or "" for name, match in matches if match}
 
 
 class _Search:
@@ -123,17 +125,17 @@ class _Search:
     ) -> None:
         self._specs, self._folder, self._storage = specs, folder, storage
         self._dropped = dropped
-        self._tensors, self._files = _with_copies_apart(specs), [*specs.files]
-        self.copies = [key for key in self._tensors if key not in specs.tensors]
+        self._tensors, self._files = _with_tensors_of_ranks(specs), [*specs.files]
+        self.of_ranks = [key for key in self._tensors if key not in specs.tensors]
         self._numbers = {os.path.normpath(f.name): n for n, f in enumerate(specs.files)}
         self._holes = {**specs.holes}
         self._taken = _Taken(self._tensors.values())
-        self.found: list[str] = []
+        self.masters: list[str] = []
 
     def specs(self) -> Specs:
         """Return the specs with all that was found."""
         own = self._specs
-        if not self.found and len(self._tensors) == len(own.tensors):
+        if not self.masters and len(self._tensors) == len(own.tensors):
             return own
         added = len(self._files) - len(own.files)
         metadata = (*own.metadata, *({} for _ in range(added)))
@@ -144,36 +146,33 @@ class _Search:
 
     def add(self, path: str, label: str, masters: Masters) -> bool:
         """Add the masters in one file; return whether it has some of the averaged model."""
-        named: dict[str, str] = {}  # the name of the weight of each master, as far as it tells
 
         def choose(names: Collection[str]) -> set[str]:
-            matches = ((name, _match(masters, label, name)) for name in names)
-            named.update(
-                {n: match.groupdict().get("weight") or "" for n, match in matches if match}
-            )
-            known = (one for one in named.values() if one in names and not self._is_dropped(one))
-            return {*named, *islice(known, 1)}
+            weight_of = _weight_of(masters, label, names)
+            weights = (n for n in weight_of.values() if n in names and not self._is_dropped(n))
+            return {*weight_of, *islice(weights, 1)}  # one weight shows which model it is
 
         try:
-            read: Specs = _container(path).read_all(path, self._storage, choose)
+            read: Specs = _container(path).read_chosen(path, self._storage, choose)
         except CkptEmaError:
             return False
         numbers = [self._number_of(file) for file in read.files]
         placed = {one: renumbered(tensor, numbers) for one, tensor in read.tensors.items()}
-        weights = self._weights(placed, [*named.values()])
-        if weights is None or not named:
+        weight_of = _weight_of(masters, label, placed)
+        key_of = self._keys(placed, [*weight_of.values()])
+        if key_of is None or not weight_of:
             return False
         self._holes |= read.holes
-        for one, name in named.items():
-            if not self._is_dropped(name):
-                self._add(f"{label}:{one}", placed[one], weights.get(name, ""))
+        for one, weight in weight_of.items():
+            if not self._is_dropped(weight):
+                self._add(f"{label}:{one}", placed[one], key_of.get(weight, ""))
         return True
 
     def _add(self, key: str, master: TensorSpec, name: str) -> None:
-        """Add one master, to the weight of a name if there is one."""
+        """Add one master, in place of the weight of a name if there is one."""
         if master.dtype not in AVERAGED or self._taken.holds(master):
             return
-        self.found.append(key)
+        self.masters.append(key)
         weight = self._tensors.get(name)
         if weight and weight.shape == master.shape and _is_rounded(weight, master):
             copies = (Copy(weight.dtype, piece) for piece in pieces_of(weight))
@@ -181,18 +180,17 @@ class _Search:
         else:
             self._tensors[key] = master
 
-    def _weights(
+    def _keys(
         self, placed: Mapping[str, TensorSpec], names: Sequence[str]
     ) -> Mapping[str, str] | None:
-        """Return the key of each weight by its name in a file, if that can be told.
+        """Return the key of each weight by its name in a file; none if the file has no weights.
 
-        None if the model in that file is not the one that is averaged: the place of one weight, not
-        its name, tells one model from another.
+        None if the file holds another model than the averaged one: its weights lie elsewhere.
         """
         name = next((name for name in names if name in placed), None)
         if name is None:
             return {}
-        own = {key: one._replace(copies=()) for key, one in self._specs.tensors.items()}
+        own = {k: t._replace(copies=(), of_ranks=()) for k, t in self._specs.tensors.items()}
         key = next((end for end in _ends(name) if own.get(end) == placed[name]), None)
         if key is None:
             return {} if placed[name] in own.values() else None
@@ -210,13 +208,13 @@ class _Search:
 
 
 def _is_rounded(weight: TensorSpec, master: TensorSpec) -> bool:
-    """Return whether a weight may be made of its master; one in float16 would spoil float32."""
+    """Return whether a weight can be rounded from its master, which must not have fewer bits."""
     is_wide = DTYPE_BITS[master.dtype] >= DTYPE_BITS[weight.dtype]
     return is_wide and weight.dtype in AVERAGED
 
 
 def _ends(name: str) -> Iterator[str]:
-    """Yield a dotted name, and what is left of it without its first parts.
+    """Yield a dotted name, then without its first part, its first two parts, and so on.
 
     >>> [*_ends("module.layer.weight")]
     ['module.layer.weight', 'layer.weight', 'weight']
@@ -225,25 +223,20 @@ def _ends(name: str) -> Iterator[str]:
     return (".".join(parts[start:]) for start in range(len(parts)))
 
 
-def _with_copies_apart(specs: Specs) -> dict[str, TensorSpec]:
-    """Return tensors with those copies as tensors of their own that a rank may have changed."""
+def _with_tensors_of_ranks(specs: Specs) -> dict[str, TensorSpec]:
+    """Return all tensors, and each other rank's own values as a tensor named after its file."""
     tensors = {}
     for key, tensor in specs.tensors.items():
-        apart = [piece for _, piece, is_same in tensor.copies if not is_same]
-        same = tuple(copy for copy in tensor.copies if copy.is_same)
-        tensors[key] = tensor._replace(copies=same) if apart else tensor
-        for piece in apart:
-            is_whole = is_packed(piece.sizes, piece.strides)
-            own = TensorSpec(
-                *(tensor.dtype, tensor.shape, piece.file, piece.offset),
-                () if is_whole else (piece,),
-            )
+        tensors[key] = tensor._replace(of_ranks=()) if tensor.of_ranks else tensor
+        for dtype, piece in tensor.of_ranks:
+            pieces = () if is_packed(piece.sizes, piece.strides) else (piece,)
+            own = TensorSpec(dtype, tensor.shape, piece.file, piece.offset, pieces)
             tensors[f"file {piece.file + 1}:{key}"] = own
     return tensors
 
 
 class _Taken:
-    """The bytes that tensors have."""
+    """The bytes that are already part of a tensor."""
 
     def __init__(self, tensors: Iterable[TensorSpec]) -> None:
         self._ranges: dict[int, list[tuple[int, int]]] = {}
@@ -254,7 +247,7 @@ class _Taken:
             ranges.sort()
 
     def holds(self, tensor: TensorSpec) -> bool:
-        """Return whether a tensor has some of these bytes, or none at all."""
+        """Return whether a tensor shares some of these bytes, or is empty."""
         own = [*_ranges(tensor)]
         return not own or any(self._meets(*one) for one in own)
 

@@ -42,13 +42,13 @@ from ckpt_ema.planning.roles import Ruling, TensorRole, by_pattern
 from ckpt_ema.planning.same_model import Compared, compare
 from ckpt_ema.planning.sizing import (
     KEPT_BYTES,
-    ahead_bytes,
     element_bytes,
+    fetched_elements,
     make_sizes,
-    most_fetched,
+    prefetched_bytes,
 )
 from ckpt_ema.planning.work import Work, make_work
-from ckpt_ema.planning.write_back import with_copied_files
+from ckpt_ema.planning.write_back import with_masters_and_files
 from ckpt_ema.storage import Storage, storages_anew
 from ckpt_ema.storage.protocol import REQUEST_BYTES
 
@@ -117,15 +117,21 @@ class Plan:
 
     @property
     def requests(self) -> int | None:
-        """How many requests read that from a place over a network; None for a file system."""
-        if self.storage.most_requests == 1:
+        """How many requests read that from a remote storage; None for a file system."""
+        if not self.storage.is_remote:
             return None
-        fetched = max(self.tile_elements, most_fetched(self.engine, self.work))
-        kept = self.tile_elements * KEPT_BYTES
+        fetched, kept = self.fetched_elements, self.tile_elements * KEPT_BYTES
         return sum(
             span.requests(self.work.layout_of, fetched if span.averaged else kept, REQUEST_BYTES)
             for span in self.work.spans
         )
+
+    @property
+    def fetched_elements(self) -> int:
+        """Elements of each checkpoint of a remote run that are fetched at a time."""
+        if self.engine.tile_size:
+            return self.tile_elements
+        return max(self.tile_elements, fetched_elements(self.engine, self.work))
 
     @property
     def bytes_written(self) -> int:
@@ -149,11 +155,11 @@ class Plan:
     def memory_bytes(self) -> int:
         """The most that the fold allocates, without torch's own, whatever the size of the model.
 
-        With what is fetched ahead from a place over a network.
+        Includes what is fetched ahead from a remote storage.
         """
         each = element_bytes(self.engine, self.work, len(self.averages))
         fold = self.threads * self.tile_elements * each
-        return fold if self.requests is None else fold + 2 * ahead_bytes(self.engine)
+        return fold + 2 * prefetched_bytes(self.engine) * self.storage.is_remote
 
 
 def plan(run: PathLike | Sequence[PathLike], **options: "Unpack[Keywords]") -> Plan:
@@ -201,7 +207,7 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     destination = find_destination(options.output.output, found, paths, source.storage)
     compared = compare(checkpoints, source)
     if options.output.save_as == CHECKPOINT:
-        compared = with_copied_files(compared, weighted, source)
+        compared = with_masters_and_files(compared, weighted, source)
     specs_of = compared.specs
     _check_names(weighted, compared)
     rulings = judge_newest(weighted, specs_of, options.reading, source.storage)
@@ -226,7 +232,7 @@ def _assembled(decided: Decided, destination: Path, storage: Storage, options: O
     found, averages, specs_of = decided.found, decided.averages, decided.compared.specs
     work = make_work([*specs_of.values()], [(one.newest, one.output.files) for one in averages])
     tile_elements, threads = make_sizes(
-        options.engine, work, len(averages), is_remote=storage.most_requests > 1
+        options.engine, work, len(averages), is_remote=storage.is_remote
     )
     warnings = tuple(plan_warnings(decided))
     refuse_warnings(warnings if options.engine.strict else ())

@@ -12,15 +12,15 @@ _LEAST_TILE, _MOST_TILE = 1 << 14, 1 << 18
 KEPT_BYTES = 8  # of a kept tensor for each element of a tile: whole elements of any dtype
 _FEWEST_ELEMENTS = 1 << 10  # a limit that leaves no room for so many is refused
 _THREADS_TO_FIT = 4
-_AHEAD_BYTES = 1 << 27
-_TILES_AHEAD = 4
+_PREFETCHED_BYTES = 1 << 27  # of a remote run, fetched before a thread folds them
+_TILES_PREFETCHED = 4
 
 
 def make_sizes(engine: Engine, work: Work, averages: int, *, is_remote: bool) -> tuple[int, int]:
     """Return how many elements a thread folds at a time, and how many threads there are.
 
-    Both are as asked for, or as suits a core, or what fetches the bytes; --max-memory may reduce
-    them.
+    Unless asked for, tiles suit the cache of a core or the requests to a remote storage. Both may
+    be reduced by --max-memory.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     threads = engine.threads or (len(affinity(0)) if affinity else os.cpu_count() or 1)
@@ -28,13 +28,13 @@ def make_sizes(engine: Engine, work: Work, averages: int, *, is_remote: bool) ->
         # The shadows, and what is folded into them, stay in a core's cache.
         tile_elements = max(_LEAST_TILE, min(_MOST_TILE, 2 * _MOST_TILE // averages))
         if is_remote:
-            tile_elements = min(tile_elements, most_fetched(engine, work))
+            tile_elements = min(tile_elements, fetched_elements(engine, work))
     else:
         tile_elements = max(1, engine.tile_size // work.widest_bytes)
     if engine.max_memory is None:
         return tile_elements, threads
     each = element_bytes(engine, work, averages)
-    room = engine.max_memory // (2 if is_remote else 1) // each  # half is for what is fetched
+    room = engine.max_memory // (2 if is_remote else 1) // each  # half is for prefetched bytes
     if room < _FEWEST_ELEMENTS:
         least = f"the fold needs at least {_FEWEST_ELEMENTS * each // 1024}KiB"
         message = f"--max-memory is {engine.max_memory} bytes; {least}."
@@ -44,16 +44,16 @@ def make_sizes(engine: Engine, work: Work, averages: int, *, is_remote: bool) ->
     return tile_elements, min(threads, room // tile_elements)
 
 
-def ahead_bytes(engine: Engine) -> int:
-    """Return the bytes that are requested from far away before a thread folds them."""
-    return min(_AHEAD_BYTES, (engine.max_memory or 4 * _AHEAD_BYTES) // 4)
+def prefetched_bytes(engine: Engine) -> int:
+    """Return how many bytes of a remote run are fetched ahead of the fold."""
+    return min(_PREFETCHED_BYTES, (engine.max_memory or 4 * _PREFETCHED_BYTES) // 4)
 
 
-def most_fetched(engine: Engine, work: Work) -> int:
-    """Return how many elements of neighbouring tiles a thread has fetched at a time."""
+def fetched_elements(engine: Engine, work: Work) -> int:
+    """Return how many elements of each checkpoint of a remote run are fetched at a time."""
     spans = (span for span in work.spans if span.averaged)
     each = max((span.bytes_read(work.layout_of, 1) for span in spans), default=1)
-    return max(_LEAST_TILE, ahead_bytes(engine) // _TILES_AHEAD // each)
+    return max(_LEAST_TILE, prefetched_bytes(engine) // _TILES_PREFETCHED // each)
 
 
 def element_bytes(engine: Engine, work: Work, averages: int) -> int:

@@ -1,4 +1,4 @@
-"""Adds what is averaged or copied beside the model where an average is written back."""
+"""Adds to the checkpoints what writing an average back needs: masters, and files to copy."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -18,10 +18,12 @@ from ckpt_ema.targets.checkpoint import with_all_files
 from ckpt_ema.trainers import conventions
 
 
-def with_copied_files(compared: Compared, averages: Sequence[Weighted], source: Source) -> Compared:
-    """Add the masters in every checkpoint, and the files to copy in those that are written to.
+def with_masters_and_files(
+    compared: Compared, averages: Sequence[Weighted], source: Source
+) -> Compared:
+    """Add the masters of every checkpoint, and to each newest one the files that are copied.
 
-    Warns of weights that are copied with the average and that a trainer may prefer to it.
+    Warns of further weights that a trainer may load instead of the average.
     """
     masters = _MastersOfAll(compared, source.storage)
     specs_of = masters.specs()
@@ -31,11 +33,11 @@ def with_copied_files(compared: Compared, averages: Sequence[Weighted], source: 
         own, read = specs_of[newest], compared.specs[newest]
         specs_of[newest] = specs = with_all_files(newest, own, source.storage)
         copied = [file.name for file in specs.files[len(own.files) :]]
-        warnings += _other_models(newest, own, copied)
+        warnings += _warn_of_other_models(newest, own, copied)
         warnings += masters.warnings(newest)
-        warnings += _whole(own.tensors.keys() - read.tensors.keys(), source.reading)
+        warnings += _warn_of_ignored_patterns(own.tensors.keys() - read.tensors, source.reading)
     last = list(specs_of)[-1]
-    notes = [*compared.notes, *_only_as_saved(last), *masters.notes(last)]
+    notes = [*compared.notes, *_note_own_format(last), *masters.notes(last)]
     return compared._replace(specs=specs_of, warnings=[*dict.fromkeys(warnings)], notes=notes)
 
 
@@ -43,69 +45,73 @@ class _MastersOfAll:
     """The masters of all checkpoints; those that not every one has keep the newest value."""
 
     def __init__(self, compared: Compared, storage: Storage) -> None:
-        self._found = {
+        self._of = {
             one: with_masters(one, specs, compared.dropped, storage)
             for one, specs in compared.specs.items()
         }
-        lacking = [one for one, found in self._found.items() if not found.apart]
-        self._lacking = lacking[0].name if 0 < len(lacking) < len(self._found) else None
-        self._copies = set.intersection(*({*found.copies} for found in self._found.values()))
+        lacking = [one for one, found in self._of.items() if not found.unnamed]
+        self._lacking = lacking[0].name if 0 < len(lacking) < len(self._of) else None
+        self._of_all_ranks = set.intersection(*({*found.of_ranks} for found in self._of.values()))
+
+    def _not_averaged(self, one: Checkpoint) -> tuple[list[str], list[str]]:
+        """Return a checkpoint's masters and tensors of ranks that not every checkpoint has."""
+        found = self._of[one]
+        masters = found.unnamed if self._lacking else []
+        return masters, sorted({*found.of_ranks} - self._of_all_ranks)
 
     def specs(self) -> dict[Checkpoint, Specs]:
-        """Return the specs of each checkpoint, with the masters that are averaged."""
-        added = [self._averaged(one) for one in self._found]
-        return dict(zip(self._found, shared(added), strict=True))
+        """Return the specs of each checkpoint, with what is averaged besides the model."""
+        added = [self._averaged(one) for one in self._of]
+        return dict(zip(self._of, shared(added), strict=True))
 
     def _averaged(self, one: Checkpoint) -> Specs:
-        found = self._found[one]
-        left_out = {*found.copies} - self._copies | {*(found.apart if self._lacking else ())}
+        specs, (masters, of_ranks) = self._of[one].specs, self._not_averaged(one)
+        left_out = {*masters, *of_ranks}
         if not left_out:
-            return found.specs
-        tensors = {key: t for key, t in found.specs.tensors.items() if key not in left_out}
-        return replace(found.specs, tensors=tensors)
+            return specs
+        return replace(specs, tensors={k: t for k, t in specs.tensors.items() if k not in left_out})
 
     def warnings(self, newest: Checkpoint) -> Iterator[Notice]:
-        """Yield what of a checkpoint is not averaged, although its trainer may prefer it."""
-        found = self._found[newest]
-        yield from _kept(found)
+        """Yield what is not averaged, although its trainer may prefer it to the average."""
+        masters, of_ranks = self._not_averaged(newest)
+        yield from _warn_of_masters_not_found(self._of[newest])
         if self._lacking:
-            yield from _not_in_all(newest, found.apart, self._lacking)
-        yield from _of_other_ranks(newest, {*found.copies} - self._copies)
+            yield from _warn_of_masters_not_in_all(newest, masters, self._lacking)
+        yield from _warn_of_tensors_of_ranks(newest, of_ranks)
 
     def notes(self, newest: Checkpoint) -> Iterator[Notice]:
         """Yield the masters that are averaged."""
-        found = self._found[newest]
-        apart = {*found.apart} if self._lacking else set[str]()
-        yield from _averaged([key for key in found.found if key not in apart])
+        masters, _ = self._not_averaged(newest)
+        yield from _note_masters([key for key in self._of[newest].masters if key not in masters])
 
 
-def _of_other_ranks(newest: Checkpoint, copies: Collection[str]) -> Iterator[Notice]:
-    """Warn of what ranks have for themselves, where other checkpoints are of other ranks."""
-    if copies:
-        text = f"Tensors that each rank has for itself ({some(sorted(copies), 2)}) keep the values"
-        text = f"{text} of {newest.name}, since not every checkpoint is of the same ranks."
+def _warn_of_tensors_of_ranks(newest: Checkpoint, of_ranks: Sequence[str]) -> Iterator[Notice]:
+    if of_ranks:
+        text = f"Tensors that differ between ranks ({some(of_ranks, 2)}) keep the values of"
+        text = f"{text} {newest.name}, since the checkpoints are of different numbers of ranks."
         yield Notice(Code.OTHER_WEIGHTS, text)
 
 
-def _not_in_all(newest: Checkpoint, apart: Sequence[str], lacking: str) -> Iterator[Notice]:
-    """Warn of masters that are not averaged, since another checkpoint has none."""
-    if apart:
-        text = f"The optimizer's own copy of the weights ({some(apart, 2)}) keeps the values of"
-        text = f"{text} {newest.name}, since {lacking} has none; a trainer that resumes takes it"
+def _warn_of_masters_not_in_all(
+    newest: Checkpoint, masters: Sequence[str], lacking: str
+) -> Iterator[Notice]:
+    if masters:
+        text = f"The optimizer's own copy of the weights ({some(masters, 2)}) keeps the values of"
+        text = f"{text} {newest.name}, since {lacking} has none; a trainer that resumes uses it"
         text = f"{text} instead of the average."
         yield Notice(Code.OTHER_WEIGHTS, text)
 
 
-def _whole(apart: Collection[str], reading: Reading) -> Iterator[Notice]:
-    """Warn of copies of weights that are averaged although their weights may not be."""
-    if apart and (reading.keep or reading.drop):
-        text = f"Further copies of the weights ({some(sorted(apart), 2)}) are averaged whole, also"
-        text = f"{text} where --keep or --drop matches a weight."
+def _warn_of_ignored_patterns(added: Collection[str], reading: Reading) -> Iterator[Notice]:
+    if added and (reading.keep or reading.drop):
+        text = f"Further copies of the weights ({some(sorted(added), 2)}) are averaged in full,"
+        text = f"{text} even where --keep or --drop matches a weight."
         yield Notice(Code.OTHER_WEIGHTS, text)
 
 
-def _other_models(checkpoint: Checkpoint, specs: Specs, copied: Sequence[str]) -> Iterator[Notice]:
-    """Warn of further models, such as an average by the trainer, that keep their values."""
+def _warn_of_other_models(
+    checkpoint: Checkpoint, specs: Specs, copied: Sequence[str]
+) -> Iterator[Notice]:
     files = [name for name in copied if _holds_average(name)]
     if others := [*specs.other_models, *files, *_beside(copied)]:
         text = f"Other weights in {checkpoint.name} are copied as they are ({some(others)}); make"
@@ -114,7 +120,7 @@ def _other_models(checkpoint: Checkpoint, specs: Specs, copied: Sequence[str]) -
 
 
 def _beside(copied: Iterable[str]) -> list[str]:
-    """Return what lies beside the folder of the model and holds files of weights, by its name."""
+    """Return the names of folders and files with weights that lie beside the model's folder."""
     found = dict[str, None]()
     for name in (name for name in copied if name.startswith("../")):
         first, *rest = parts = [part for part in name.split("/") if part != ".."]
@@ -135,26 +141,23 @@ def _holds_average(name: str) -> bool:
     return is_named and bool(conventions.WEIGHTS_LIKE.search(name))
 
 
-def _only_as_saved(newest: Checkpoint) -> Iterable[Notice]:
-    """Note why the average is written back, if no other format of it would be loaded."""
+def _note_own_format(newest: Checkpoint) -> Iterator[Notice]:
     if only := newest.model.only_as_saved:
         text = f"{newest.name} is {only.what}, so the average is written back in its own format"
         yield Notice(Code.DECIDED, f"{text} (--save-as checkpoint).")
 
 
-def _averaged(masters: Sequence[str]) -> Iterable[Notice]:
-    """Note the masters that are averaged, and what is not."""
+def _note_masters(masters: Sequence[str]) -> Iterator[Notice]:
     if masters:
         text = f"The optimizer's own copy of the weights ({some(masters, 2)}) is averaged too;"
-        text = f"{text} its moments, the random state and the schedule stay the newest."
+        text = f"{text} moments, random state and schedule are the newest checkpoint's."
         yield Notice(Code.DECIDED, text)
 
 
-def _kept(newest: WithMasters) -> Iterator[Notice]:
-    """Warn of weights that an optimizer keeps in higher precision and that are not averaged."""
-    preferred = {masters: one for masters, one in newest.kept.items() if masters.ignored_with}
-    for masters, names in preferred.items():
+def _warn_of_masters_not_found(newest: WithMasters) -> Iterator[Notice]:
+    preferred = {kind: names for kind, names in newest.not_found.items() if kind.ignored_with}
+    for kind, names in preferred.items():
         text = f"The optimizer's own copy of the weights (fp32 masters, in {some(names, 2)}) is not"
-        text = f"{text} averaged, and a trainer that resumes takes it instead of the average; load"
-        text = f"{text} the output with {masters.ignored_with}."
+        text = f"{text} averaged, and a trainer that resumes uses it instead of the average; load"
+        text = f"{text} the output with {kind.ignored_with}."
         yield Notice(Code.OTHER_WEIGHTS, text)

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 __all__ = ["STORAGES", "Location", "Storage", "storage_for", "storages_anew"]
 
-# By scheme; "" is a path on a local file system. Others are added with the first URI.
+# By scheme; "" is a path on a local file system. A scheme is added with its first URI.
 STORAGES: dict[str, Storage] = {"": Local()}
 
 
 def storages_anew(locations: Iterable[Location]) -> list[Storage]:
-    """Return the storages of what a job begins with; what is far away is listed anew."""
+    """Return the storages of a job's inputs; remote ones are listed anew."""
     paths = list(locations)
     for scheme in {scheme_of(path) for path in paths} - {""}:
         if scheme in STORAGES:
@@ -31,13 +31,13 @@ def storage_for(location: Location) -> Storage:
     if not scheme:
         return STORAGES[""]
     storage = _remote(scheme)
-    storage.give(location)
+    storage.add_root(location)
     return storage
 
 
 def _remote(scheme: str) -> "Remote":
     """Return the storage of all URIs with a scheme."""
-    from ckpt_ema.storage.remote import Remote  # which few runs need
+    from ckpt_ema.storage.remote import Remote  # few runs need it
 
     storage = STORAGES.setdefault(scheme, Remote(scheme))
     assert isinstance(storage, Remote)

@@ -1,4 +1,4 @@
-"""Small reads over a network: blocks that are fetched once, and for all steps of a run together."""
+"""Small remote reads: a cache of blocks, which fetches the like blocks of all steps together."""
 
 import re
 import threading
@@ -7,18 +7,18 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from ckpt_ema.storage.client import Client, RemoteFile
+from ckpt_ema.storage.protocol import SMALL_REQUESTS
 
 BLOCK_BYTES = 1 << 18  # a header, an index, the directory of an archive
-REQUESTS = 32  # at a time
-_MOST_BLOCKS = 1 << 8  # that are kept
-_PATIENCE = 3  # requests that wait for each other before those alike are made together
+_MOST_BLOCKS = 1 << 8  # in the cache
+_PATIENCE = 3  # sequential requests for like blocks, before the rest are fetched at once
 _NUMBER = re.compile(r"\d+")
 
-_Alike = tuple[str, str, bool]  # a URI, a name without its numbers, and whether it is the first
+_Alike = tuple[str, str, bool]  # a URI, a name with # for numbers, whether it is block 0
 
 
 class Blocks:
-    """The blocks of files below URIs; many threads ask for them."""
+    """A cache of blocks of files below URIs, for many threads."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -32,8 +32,8 @@ class Blocks:
     ) -> bytes:
         """Return a range of one of the `files` below a URI; raises what `Client.read` raises.
 
-        What is read of one step is soon read of the others: after a few requests that waited for
-        each other, the same block is fetched of every file whose name differs in numbers alone.
+        What is read of one step is soon read of the others. So after a few sequential requests,
+        the first or last block is fetched of every file whose name differs only in its numbers.
         """
         numbers = range(start // BLOCK_BYTES, -(-(start + count) // BLOCK_BYTES))
         held = []
@@ -77,7 +77,7 @@ class Blocks:
             for at in {0, _last(one)}
             if one.size_bytes and _alike(root, one, at) == alike
         ]
-        with ThreadPoolExecutor(REQUESTS) as pool:
+        with ThreadPoolExecutor(SMALL_REQUESTS) as pool:
             wait([pool.submit(self._block, root, *one) for one in found[:_MOST_BLOCKS]])
 
 

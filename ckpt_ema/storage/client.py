@@ -1,4 +1,4 @@
-"""What a place that is reached over a network has to offer: what is below a path, and its bytes."""
+"""The protocol of a client: it lists the files below a URI and reads ranges of them."""
 
 from typing import NamedTuple, Protocol
 
@@ -8,28 +8,27 @@ class RemoteFile(NamedTuple):
 
     name: str  # relative to the path that was listed; empty if that is the file
     size_bytes: int
-    mtime_ns: int  # 0 where the place does not say
-    tag: str  # tells the content from any other at this name: an ETag, a digest
+    mtime_ns: int  # 0 where the service does not report it
+    tag: str  # identifies the content: an ETag, a digest
 
 
 class Client(Protocol):
-    """Requests to one kind of place; many threads call it.
+    """Requests to the services of one or several schemes, from many threads.
 
-    Paths are URIs without a slash at the end. A request that may succeed later is repeated here,
-    and nowhere else. Messages have the URI and one line of the reason; never a header, a query or
-    a token.
+    Paths are URIs without a trailing slash. Clients retry requests; nothing else does. Messages
+    give the URI and the reason in one line, and never a header, a query string or a token.
     """
 
     def files(self, path: str) -> list[RemoteFile]:
         """Return the file at `path`, or all files below it; none if there is nothing.
 
-        Raises `RefusedError` where access is denied, the place does not exist, or something has to
-        be installed or set.
+        Raises `RefusedError` if access is denied, the bucket or repository does not exist, or
+        something has to be installed or configured.
         """
 
     def read(self, path: str, file: RemoteFile, start: int, count: int) -> bytes:
         """Return exactly `count` bytes of a file that `files(path)` returned, from `start`.
 
-        Raises `FailedError` with the code `CHANGED` if the file is another one by now, and with
-        `READ_FAILED` for what repeated requests did not give.
+        Raises `FailedError`: with the code `CHANGED` if the file was replaced or removed, with
+        `READ_FAILED` if all attempts failed.
         """

@@ -1,7 +1,7 @@
-"""Files of models on the Hugging Face Hub, by its plain HTTP interface: listed, and read in parts.
+"""A client for models on the Hugging Face Hub, by its HTTP API.
 
-Revisions are pinned to commits, so their files do not change. Nothing is kept on a disk, and
-nothing but GET requests is sent.
+Revisions are pinned to commits, so their files do not change. Nothing is written to disk, and only
+GET requests are sent.
 """
 
 import os
@@ -15,16 +15,15 @@ from urllib.parse import quote
 
 from ckpt_ema.errors import Code, FailedError, RefusedError
 from ckpt_ema.storage.client import RemoteFile
-from ckpt_ema.storage.hub_listing import AbsentError, Listing, Place, place_of, suggestion
+from ckpt_ema.storage.failures import changed
+from ckpt_ema.storage.hub_listing import AbsentError, HubURI, Listing, parse_uri
 from ckpt_ema.storage.web import Answer, TemporaryError, Web, WebError
 
-__all__ = ["Hub", "suggestion"]
-
-_EXPIRED = (401, 403, 410)  # what a signed address answers when its time is over
+_EXPIRED = (401, 403, 410)  # the status of a signed URL that has expired
 _HINTS = {
-    401: "Set HF_TOKEN to a token of an account that may read it.",
-    403: "If it is gated, ask for access on its page; then set HF_TOKEN.",
-    429: "The Hub allows more requests to those who set HF_TOKEN.",
+    401: "Set HF_TOKEN to a token with read access.",
+    403: "If it is gated, request access on its page and set HF_TOKEN.",
+    429: "The Hub allows more requests with HF_TOKEN set.",
 }
 
 
@@ -34,7 +33,7 @@ class _ChangedError(WebError):
 
 @dataclass(slots=True)
 class _Slot:
-    """A value that is made once; threads that need it meanwhile wait for it."""
+    """A value that one thread computes while the others wait for it."""
 
     value: Any = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -43,8 +42,8 @@ class _Slot:
 class Hub:
     """A `Client` for `hf://` URIs.
 
-    An endpoint or token that is not given is the one in the environment that the Hub's own library
-    uses: HF_ENDPOINT; HF_TOKEN, or the file in which a login left the token.
+    `endpoint` and `token` default to what huggingface_hub uses: HF_ENDPOINT; HF_TOKEN, or the file
+    in which `hf auth login` stored the token.
     """
 
     def __init__(
@@ -75,8 +74,8 @@ class Hub:
         A slash in the name of such a revision is replaced by two hyphens.
         """
         try:
-            place = place_of(path)
-            return self._listing.files(place, self._commits(place))
+            uri = parse_uri(path)
+            return self._listing.files(uri, self._commits(uri))
         except WebError as error:
             raise _refusal(path, error) from None
 
@@ -85,17 +84,17 @@ class Hub:
         if not count:
             return b""
         try:
-            url = self._url(place_of(path), file.name)
+            url = self._url(parse_uri(path), file.name)
             return self._web.retried(lambda: self._part(url, file, start, count))
         except WebError as error:
             raise _failure(f"{path}/{file.name}" if file.name else path, error) from None
 
-    def _commits(self, place: Place) -> dict[str, str]:
-        """Return the commits of a place, requested once: what is pushed later is not seen."""
-        slot = self._slot((place.repo, place.revision))
+    def _commits(self, uri: HubURI) -> dict[str, str]:
+        """Return the commits of a URI, requested once: later pushes are ignored."""
+        slot = self._slot((uri.repo, uri.revision))
         with slot.lock:
             if slot.value is None:
-                slot.value = self._listing.commits(place)
+                slot.value = self._listing.commits(uri)
             found: dict[str, str] = slot.value
             return found
 
@@ -103,18 +102,18 @@ class Hub:
         with self._lock:
             return self._slots[key]
 
-    def _url(self, place: Place, name: str) -> str:
+    def _url(self, uri: HubURI, name: str) -> str:
         """Return the address at the Hub of a file that was listed."""
-        commits, folder = self._commits(place), ""
-        if place.is_glob:
+        commits, folder = self._commits(uri), ""
+        if uri.is_glob:
             folder, _, name = name.partition("/")
         if folder not in commits:
             raise _ChangedError("its revision was removed")
-        path = "/".join(part for part in (place.path, name) if part)
-        return f"{self._endpoint}/{place.repo}/resolve/{commits[folder]}/{quote(path)}"
+        path = "/".join(part for part in (uri.path, name) if part)
+        return f"{self._endpoint}/{uri.repo}/resolve/{commits[folder]}/{quote(path)}"
 
     def _part(self, url: str, file: RemoteFile, start: int, count: int) -> bytes:
-        # Some servers ignore a range of a small file; all of it needs none.
+        # Some servers ignore the range of a small file, so a whole file is requested without one.
         part = None if count == file.size_bytes else (start, start + count)
         answer = self._opened(url, file, part)
         try:
@@ -152,7 +151,7 @@ class Hub:
 
 
 def _found_token() -> str:
-    """Return the token in the environment, or the one that `hf auth login` left; "" without."""
+    """Return the token in the environment or from `hf auth login`; empty if there is none."""
     if token := os.environ.get("HF_TOKEN", "").strip():
         return token
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -162,7 +161,7 @@ def _found_token() -> str:
         with open(os.path.expanduser(path), encoding="utf-8") as file:
             return file.read(4096).strip()
     except (OSError, UnicodeDecodeError):
-        return ""  # the Hub says if one is needed
+        return ""  # the Hub answers 401 if one is needed
 
 
 def _check_link(answer: Answer, file: RemoteFile) -> None:
@@ -206,8 +205,6 @@ def _refusal(uri: str, error: WebError) -> RefusedError:
 
 def _failure(uri: str, error: WebError) -> FailedError:
     if isinstance(error, _ChangedError) or error.status in (404, 412, 416):
-        message = f"{uri} changed or vanished since the plan was made."
-        hint = "Nothing was published; run it again."
-        return FailedError(message, hint, code=Code.CHANGED, path=uri)
+        return changed(uri)
     message = f"cannot read {uri}: {error.reason}."
     return FailedError(message, _HINTS.get(error.status, ""), code=Code.READ_FAILED, path=uri)

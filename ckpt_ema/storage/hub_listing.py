@@ -1,7 +1,7 @@
-"""What a model's repository on the Hugging Face Hub has: revisions, their commits, their files.
+"""Lists a model repository on the Hugging Face Hub: revisions, their commits, their files.
 
-A URI is `hf://org/repo`, with `@revision` or `@GLOB` over branches and tags, and with `/folder`; a
-slash in a revision is written `%2F`. What the Hub answers is checked like any other input.
+A URI is `hf://org/repo`, optionally with `@revision` or `@GLOB` (of branches and tags) and with
+`/folder`; a slash in a revision is written `%2F`. The Hub's answers are validated like any input.
 """
 
 import itertools
@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from ckpt_ema.errors import some
 from ckpt_ema.storage.client import RemoteFile
+from ckpt_ema.storage.protocol import SMALL_REQUESTS
 from ckpt_ema.storage.web import Web, WebError
 
 T = TypeVar("T")
@@ -22,7 +23,6 @@ T = TypeVar("T")
 MOST_NAMES = 200_000  # of files and folders, in all trees of one listing
 MOST_PAGES = 10_000  # of one tree; the Hub puts a thousand names on each
 _MOST_JSON_BYTES = 1 << 26
-_TREES_AT_A_TIME = 32
 _REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _REVISION = r"refs/(?:pr|convert)/[^/]+|[^/]+"
 _URI = re.compile(
@@ -35,10 +35,10 @@ _DIGEST = re.compile("[0-9A-Za-z:_-]{8,128}")  # of a file; mirrors have other o
 
 
 class AbsentError(WebError):
-    """A URI names nothing that the Hub could have."""
+    """A URI that is malformed, or a revision that does not exist."""
 
 
-class Place(NamedTuple):
+class HubURI(NamedTuple):
     """What a URI names."""
 
     repo: str  # with its organization
@@ -51,11 +51,11 @@ class Place(NamedTuple):
         return any(character in self.revision for character in "*?[")
 
 
-def place_of(uri: str) -> Place:
+def parse_uri(uri: str) -> HubURI:
     """Return what a URI names; raises `AbsentError` if it is none.
 
-    >>> place_of("hf://models/org/repo@step*/last")
-    Place(repo='org/repo', revision='step*', path='last')
+    >>> parse_uri("hf://models/org/repo@step*/last")
+    HubURI(repo='org/repo', revision='step*', path='last')
     """
     found = _URI.fullmatch(uri)
     if found is None:
@@ -63,11 +63,11 @@ def place_of(uri: str) -> Place:
     if found["repo"].startswith(("datasets/", "spaces/")):
         raise AbsentError("only models are read from the Hub")
     revision = re.sub("%2f", "/", found["revision"] or "main", flags=re.IGNORECASE)
-    return Place(found["repo"], _safe(revision), _safe(found["path"]) if found["path"] else "")
+    return HubURI(found["repo"], _safe(revision), _safe(found["path"]) if found["path"] else "")
 
 
 def suggestion(text: str) -> str | None:
-    """Return the URI that was meant by a text that could be a repository's name, if it could.
+    """Return the URI of a repository if a text could be its name; None for any other text.
 
     >>> suggestion("EleutherAI/pythia-14m"), suggestion("./runs/first")
     ('hf://EleutherAI/pythia-14m', None)
@@ -82,77 +82,77 @@ class Listing:
     def __init__(self, web: Web, endpoint: str) -> None:
         self._web, self._api = web, f"{endpoint}/api/models"
 
-    def commits(self, place: Place) -> dict[str, str]:
-        """Return the commit of each revision that a place names, by the folder that stands for it.
+    def commits(self, uri: HubURI) -> dict[str, str]:
+        """Return the commit of each revision that a URI names, by the folder that stands for it.
 
-        The folder is empty if the place is no glob. A slash in a revision becomes two hyphens.
+        The folder is empty if the URI is no glob. A slash in a revision becomes two hyphens.
         """
-        if place.is_glob:
-            return self._matching(place)
-        if _COMMIT.fullmatch(place.revision):
-            return {"": place.revision}
-        revision = quote(place.revision, safe="")
-        answer, _ = self._json(f"{self._api}/{place.repo}/revision/{revision}?expand=sha")
+        if uri.is_glob:
+            return self._matching(uri)
+        if _COMMIT.fullmatch(uri.revision):
+            return {"": uri.revision}
+        revision = quote(uri.revision, safe="")
+        answer, _ = self._json(f"{self._api}/{uri.repo}/revision/{revision}?expand=sha")
         return {"": _commit(answer, "sha")}
 
-    def files(self, place: Place, commits: dict[str, str]) -> list[RemoteFile]:
-        """Return the files below a place, or the one at it, at these commits of it.
+    def files(self, uri: HubURI, commits: dict[str, str]) -> list[RemoteFile]:
+        """Return the files below a URI, or the one at it, at these commits of it.
 
         Names begin with the folder of their commit, if that has a name.
         """
         counted = itertools.count()
 
         def listed(folder: str) -> list[RemoteFile]:
-            tree = self._tree(place, commits[folder], counted)
+            tree = self._tree(uri, commits[folder], counted)
             return [f._replace(name=f"{folder}/{f.name}") for f in tree] if folder else list(tree)
 
-        if not place.is_glob:
-            return listed("") or self._lone_file(place, commits[""], counted)
-        with ThreadPoolExecutor(_TREES_AT_A_TIME) as pool:
+        if not uri.is_glob:
+            return listed("") or self._lone_file(uri, commits[""], counted)
+        with ThreadPoolExecutor(SMALL_REQUESTS) as pool:
             return [file for files in pool.map(listed, commits) for file in files]
 
-    def _matching(self, place: Place) -> dict[str, str]:
-        refs, _ = self._json(f"{self._api}/{place.repo}/refs")
+    def _matching(self, uri: HubURI) -> dict[str, str]:
+        refs, _ = self._json(f"{self._api}/{uri.repo}/refs")
         rows = _entry(refs, "branches", list) + _entry(refs, "tags", list)
         named = sorted((_entry(row, "name", str), _commit(row, "targetCommit")) for row in rows)
         commits: dict[str, str] = {}
         for name, commit in named:
-            if fnmatchcase(name, place.revision):
+            if fnmatchcase(name, uri.revision):
                 folder = _safe(name).replace("/", "--")
                 if commits.setdefault(folder, commit) != commit:
                     raise WebError(f"two of its revisions would both be called {folder}")
         if not commits:
             names = some(name for name, _ in named)
-            raise AbsentError(f"no branch or tag matches {place.revision}; it has {names}")
+            raise AbsentError(f"no branch or tag matches {uri.revision}; it has {names}")
         return commits
 
-    def _tree(self, place: Place, commit: str, counted: Iterator[int]) -> Iterator[RemoteFile]:
+    def _tree(self, uri: HubURI, commit: str, counted: Iterator[int]) -> Iterator[RemoteFile]:
         """Yield the files below a folder, with names relative to it; none if it is absent."""
-        for file in self._rows(place, commit, counted):
-            if place.path and not file.name.startswith(f"{place.path}/"):
+        for file in self._rows(uri, commit, counted):
+            if uri.path and not file.name.startswith(f"{uri.path}/"):
                 raise WebError("the Hub lists files of another folder")
-            yield file._replace(name=file.name[len(place.path) :].lstrip("/"))
+            yield file._replace(name=file.name[len(uri.path) :].lstrip("/"))
 
-    def _lone_file(self, place: Place, commit: str, counted: Iterator[int]) -> list[RemoteFile]:
+    def _lone_file(self, uri: HubURI, commit: str, counted: Iterator[int]) -> list[RemoteFile]:
         """Return the file at a path that is no folder, under the empty name."""
-        if not place.path:
+        if not uri.path:
             return []
-        parent = place._replace(path=place.path.rpartition("/")[0])
+        parent = uri._replace(path=uri.path.rpartition("/")[0])
         beside = self._rows(parent, commit, counted, "false")
-        return [file._replace(name="") for file in beside if file.name == place.path]
+        return [file._replace(name="") for file in beside if file.name == uri.path]
 
     def _rows(
-        self, place: Place, commit: str, counted: Iterator[int], recursive: str = "true"
+        self, uri: HubURI, commit: str, counted: Iterator[int], recursive: str = "true"
     ) -> Iterator[RemoteFile]:
         """Yield the files of a folder, page by page, with their names in the repository."""
-        url = f"{self._api}/{place.repo}/tree/{commit}"
-        url += f"/{quote(place.path)}" if place.path else ""
+        url = f"{self._api}/{uri.repo}/tree/{commit}"
+        url += f"/{quote(uri.path)}" if uri.path else ""
         query: str | None = f"recursive={recursive}&expand=false"
         for _ in range(MOST_PAGES):
             try:
                 rows, query = self._json(f"{url}?{query}")
             except WebError as error:
-                if place.path and _is_absent_entry(error):
+                if uri.path and _is_absent_entry(error):
                     return
                 raise
             for row in _of_kind(rows, list):

@@ -1,7 +1,7 @@
-"""What obstore's errors mean, in one line each that shows no credentials.
+"""Turns obstore's errors into ours: one line each, without credentials.
 
-Their text holds addresses and answers of servers, in which signatures may be; so they are not
-chained either, and an answer is told by its status and code alone.
+Their text quotes addresses and answers of servers, which may contain signatures. So they are not
+chained, and of an answer only the status and the error code are shown.
 """
 
 import re
@@ -11,6 +11,7 @@ from enum import Enum
 from importlib import import_module
 
 from ckpt_ema.errors import CkptEmaError, Code, FailedError, RefusedError
+from ckpt_ema.storage import failures
 
 _HINTS = {
     "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE with boto3 installed, "
@@ -30,8 +31,8 @@ _BEFORE_REASON = re.compile(r"^(Generic \w+ error: )*(Error performing .* - )?")
 _USER = re.compile(r"//[^/\s@]*@")
 
 
-class Doing(Enum):
-    """What fails: the same answer means different things."""
+class Operation(Enum):
+    """What was being done: the same status means different things."""
 
     OPENING = "opening"
     LISTING = "listing"
@@ -39,12 +40,12 @@ class Doing(Enum):
 
 
 @contextmanager
-def translated(uri: str, doing: Doing) -> Iterator[None]:
+def translated(uri: str, operation: Operation) -> Iterator[None]:
     """Turn errors of obstore and boto3 into ours."""
     try:
         yield
     except _classes() as error:
-        raise _ours(uri, doing, error) from None
+        raise _ours(uri, operation, error) from None
 
 
 def refused(uri: str, reason: str, code: Code = Code.INACCESSIBLE, hint: str = "") -> RefusedError:
@@ -54,8 +55,8 @@ def refused(uri: str, reason: str, code: Code = Code.INACCESSIBLE, hint: str = "
     )
 
 
-def hint_of(uri: str) -> str:
-    """Return what to set to be let in."""
+def _hint_of(uri: str) -> str:
+    """Return which credentials to set."""
     return _HINTS[uri.partition(":")[0]]
 
 
@@ -66,10 +67,8 @@ def unreadable(uri: str, reason: str) -> FailedError:
 
 
 def changed(uri: str) -> FailedError:
-    """Return the error of a file that is another one by now."""
-    message = f"{_shown(uri)} changed while it was read."
-    hint = "It was replaced or removed meanwhile; nothing was published."
-    return FailedError(message, hint, code=Code.CHANGED, path=_shown(uri))
+    """Return the error of an object that is not the one that was listed."""
+    return failures.changed(_shown(uri))
 
 
 def _classes() -> tuple[type[Exception], ...]:
@@ -83,30 +82,30 @@ def _path_errors() -> tuple[type[Exception], ...]:
     return ValueError, import_module("obstore.exceptions").InvalidPathError
 
 
-def _ours(uri: str, doing: Doing, error: Exception) -> CkptEmaError:
+def _ours(uri: str, operation: Operation, error: Exception) -> CkptEmaError:
     text = str(error).partition("\n\nDebug source")[0]
     answer = _STATUS.search(text)
     if _OF_THE_MACHINE.search(text):
-        return refused(uri, "no valid credentials were found", hint=hint_of(uri))
+        return refused(uri, "no valid credentials were found", hint=_hint_of(uri))
     if answer:
-        return _of_an_answer(uri, doing, int(answer[1]), answer[2])
-    if doing is not Doing.OPENING and isinstance(error, _path_errors()):
+        return _of_an_answer(uri, operation, int(answer[1]), answer[2])
+    if operation is not Operation.OPENING and isinstance(error, _path_errors()):
         return refused(uri, _line(text.replace("\n", "\\n")), Code.UNSAFE)  # the key is in it
-    if doing is Doing.OPENING or "redirect" in text:
+    if operation is Operation.OPENING or "redirect" in text:
         # Of a variable that cannot be parsed the value is quoted.
-        return refused(uri, re.sub('"[^"]*"', "a value", _line(text)), hint=hint_of(uri))
+        return refused(uri, re.sub('"[^"]*"', "a value", _line(text)), hint=_hint_of(uri))
     return unreadable(uri, _line(text))
 
 
-def _of_an_answer(uri: str, doing: Doing, status: int, code: str | None) -> CkptEmaError:
-    if doing is Doing.READING and status in (404, 412, 416):
+def _of_an_answer(uri: str, operation: Operation, status: int, code: str | None) -> CkptEmaError:
+    if operation is Operation.READING and status in (404, 412, 416):
         return changed(uri)
     if status == 404:
         reason = f"the bucket {uri.split('/')[2]} does not exist"
-        return refused(uri, reason, Code.NOT_FOUND, hint_of(uri))
+        return refused(uri, reason, Code.NOT_FOUND, _hint_of(uri))
     said = f"the store answered {status}" + (f" ({code})" if code else "")
     if status in (401, 403):
-        return refused(uri, said, hint=hint_of(uri))
+        return refused(uri, said, hint=_hint_of(uri))
     return unreadable(uri, said)
 
 

@@ -1,6 +1,6 @@
-"""Objects in S3, Google Cloud Storage and Azure, by the library obstore.
+"""A client for S3, Google Cloud Storage and Azure, by the library obstore.
 
-It is imported for the first URI. Requests are repeated and bodies resumed by it alone.
+obstore is imported for the first URI. It alone retries requests and resumes bodies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.storage.client import RemoteFile
-from ckpt_ema.storage.object_errors import Doing, changed, refused, translated, unreadable
+from ckpt_ema.storage.object_errors import Operation, changed, refused, translated, unreadable
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
@@ -56,13 +56,13 @@ class Objects:
         self._lock = threading.Lock()
 
     def files(self, path: str) -> list[RemoteFile]:
-        """See `Client.files`; keys that are no safe names of files are refused.
+        """See `Client.files`; keys that are unsafe as file names are refused.
 
-        Objects of size 0 that mark folders are left out, except those of empty folders, which
-        obstore does not tell from empty files.
+        Empty objects that mark folders are left out, unless the folder is empty: obstore cannot
+        distinguish those from empty files.
         """
         store, key = self._open(path)
-        with translated(path, Doing.LISTING):
+        with translated(path, Operation.LISTING):
             found = self._below(path, store, key)
             if found or not key:
                 return found
@@ -70,7 +70,7 @@ class Objects:
                 file = _remote_file("", store.head(key))
             except FileNotFoundError:
                 return []
-        if not file.tag:  # as every store gives one, this may be a page of a proxy
+        if not file.tag:  # every store sends one, so this may be a proxy's page
             raise unreadable(path, "the answer has no ETag")
         return [file]
 
@@ -83,15 +83,15 @@ class Objects:
         options: GetOptions = {"range": (start, start + count)}
         if not file.tag.startswith("W/") and file.tag:  # a weak tag matches nothing
             options["if_match"] = f'"{file.tag}"'
-        with translated(uri, Doing.READING):
+        with translated(uri, Operation.READING):
             answer = store.get(key, options=options)
             now = _remote_file(file.name, answer.meta)
             if (now.tag, now.size_bytes) != (file.tag, file.size_bytes):
                 raise changed(uri)
-            # A server that sends more than its header says is not followed to the end.
+            # Of a server that sends more than its header says, only one byte more is read.
             content: bytes = next(iter(answer.stream(count + 1)), b"")
         if len(content) != count:
-            reason = f"{count} bytes from {start} were requested, {len(content)} came"
+            reason = f"{count} bytes from {start} were requested, {len(content)} received"
             raise unreadable(uri, reason)
         return content
 
@@ -115,11 +115,15 @@ class Objects:
         """Return the store of a URI, which is made once for each bucket, and the key in it."""
         match = _URI.fullmatch(uri)
         if not match:
-            message = "s3://, gs:// and az:// have to be followed by the name of a bucket."
+            message = "s3://, gs:// and az:// must be followed by the name of a bucket."
             raise RefusedError(message, code=Code.NOT_FOUND)  # the text may hold a password
         scheme, bucket, key = match["scheme"], match["bucket"], (match["key"] or "").rstrip("/")
         if _UNSAFE_NAME.search(key):  # obstore would read another key for one that begins with /
-            raise refused(uri, "its path has parts that are no names", Code.UNSAFE)
+            raise refused(
+                uri,
+                "its path is not a plain relative path",
+                Code.UNSAFE,
+            )
         with self._lock:
             if (scheme, bucket) not in self._stores:
                 self._stores[scheme, bucket] = self._make(uri, scheme, bucket)
@@ -136,7 +140,7 @@ class Objects:
         config: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
         if endpoint and scheme == "s3":
             config["virtual_hosted_style_request"] = False
-        with translated(uri, Doing.OPENING):
+        with translated(uri, Operation.OPENING):
             if scheme == "s3":
                 config |= _profile(uri)
             store = getattr(import_module("obstore.store"), _CLASSES[scheme])
@@ -175,7 +179,7 @@ def _endpoint(uri: str, scheme: str) -> str:
 
 
 def _profile(uri: str) -> dict[str, Any]:
-    """Return how to sign by AWS_PROFILE, which obstore itself does not read."""
+    """Return the credentials of AWS_PROFILE, which obstore itself does not read."""
     if not os.environ.get("AWS_PROFILE"):
         return {}
     if find_spec("boto3"):

@@ -1,4 +1,4 @@
-"""What every stage needs of the place where checkpoints are kept: names, identities, bytes."""
+"""The protocol of a storage: the names, identities and bytes of files, all that stages need."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 
 from ckpt_ema.errors import FailedError
 
-REQUEST_BYTES = 1 << 22  # the most that one request over a network asks for
+REQUEST_BYTES = 1 << 22  # the largest request to a remote storage
+SMALL_REQUESTS = 32  # at a time, for headers and other small reads
 
 Location = str | os.PathLike[str]
 
@@ -27,7 +28,7 @@ class Identity(NamedTuple):
 
     size_bytes: int
     mtime_ns: int
-    tag: str = ""  # of its content, where the place has such: an ETag, a digest
+    tag: str = ""  # of its content, where the storage has one: an ETag, a digest
 
 
 class OpenFile(Protocol):
@@ -80,16 +81,16 @@ class FilePool(Protocol):
         """Return the error of a read by descriptor; `code` is its errno, 0 where the file ends."""
 
     def request(self, ranges: Iterable[Range]) -> None:
-        """Have bytes fetched that will be read soon, in this order."""
+        """Start fetching bytes that will be read soon, in this order."""
 
     def held(self, ranges: Iterable[Range]) -> AbstractContextManager[None]:
-        """Have bytes at hand inside of the block, for reads by descriptor too; once for each."""
+        """Hold requested bytes inside the block, for reads by descriptor too; once per request."""
 
     def verify(self) -> None:
         """Raise `FailedError` if a file is no longer the expected one."""
 
     def cancel(self) -> None:
-        """Have reads that wait for a network fail soon: nobody needs them any more."""
+        """Make reads that wait for a network fail soon; their results are no longer needed."""
 
     def close(self) -> None:
         """Close every file; no reader may be active."""
@@ -103,8 +104,8 @@ class Storage(Protocol):
     """
 
     @property
-    def most_requests(self) -> int:
-        """How many reads are worth making at a time; 1 unless they wait for a network."""
+    def is_remote(self) -> bool:
+        """Whether reads are requests over a network, worth making many at a time."""
 
     def kind(self, path: Location) -> Kind:
         """Return what `path` leads to; a broken link leads to nothing."""

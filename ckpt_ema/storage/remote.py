@@ -1,8 +1,6 @@
-"""Files that are reached over a network: one listing of what is below a URI, and ranges of bytes.
+"""Files below URIs: listed once, and read by ranges through a client.
 
-A listing is made once. Small reads come from blocks that are fetched once; the bytes of tensors
-are fetched ahead of the fold, many ranges at a time, into files in memory, from which it reads by
-descriptor as from a disk.
+Small reads come from `Blocks`, the bytes of tensors from a `RemotePool`.
 """
 
 import os
@@ -13,18 +11,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 
-from ckpt_ema.errors import Code, FailedError, IncompleteError, RefusedError
-from ckpt_ema.storage.blocks import BLOCK_BYTES, REQUESTS, Blocks
+from ckpt_ema.errors import Code, IncompleteError, RefusedError
+from ckpt_ema.storage.blocks import BLOCK_BYTES, Blocks
 from ckpt_ema.storage.client import Client, RemoteFile
+from ckpt_ema.storage.failures import unreadable
 from ckpt_ema.storage.protocol import FilePool, Identity, Kind, Location
 from ckpt_ema.storage.remote_pool import RemotePool
+from ckpt_ema.storage.small_files import read_small
 
-_MOST_SMALL_BYTES = 1 << 28
 _MOST_LISTED = 1000  # files below a folder
 
 
 def client_for(scheme: str) -> Client:
-    """Return the client of a kind of places."""
+    """Return a client for the URIs of a scheme."""
     if scheme == "hf":
         from ckpt_ema.storage.hub import Hub
 
@@ -36,7 +35,7 @@ def client_for(scheme: str) -> Client:
 
 @dataclass
 class _Tree:
-    """What is below one URI, by name relative to it; the URI itself is the empty name."""
+    """What is below one root, by name relative to it; the root itself has the empty name."""
 
     files: dict[str, RemoteFile]
     folders: dict[str, set[str]] = field(default_factory=dict)
@@ -52,7 +51,7 @@ class _Tree:
                 name = folder
 
     def below(self, folder: str, prefix: str, depth: int | None) -> Iterator[str]:
-        """Yield the files below a folder, the names of which get a prefix."""
+        """Yield the names of the files below a folder, each after a prefix."""
         inside = sorted(self.folders.get(folder, ()))
         for name in inside:
             if posixpath.join(folder, name) in self.files:
@@ -63,44 +62,44 @@ class _Tree:
 
 
 class Remote:
-    """A `Storage` that is reached by a client."""
+    """A `Storage` for the URIs of one scheme."""
 
-    most_requests = REQUESTS
+    is_remote = True
 
     def __init__(self, scheme: str, make_client: Callable[[str], Client] = client_for) -> None:
         self._scheme, self._make_client = scheme, make_client
-        self._given: list[str] = []  # URIs that were asked for
+        self._roots: list[str] = []  # URIs below which files are listed
         self._trees: dict[str, _Tree] = {}
 
     def anew(self) -> "Remote":
-        """Return a storage of the same places that knows nothing of them yet."""
+        """Return a storage for the same scheme in which nothing is listed yet."""
         return Remote(self._scheme, self._make_client)
 
     @cached_property
     def client(self) -> Client:
-        """What makes the requests; made for the first of them."""
+        """The client, created for the first request."""
         return self._make_client(self._scheme)
 
     @cached_property
     def _blocks(self) -> Blocks:
         return Blocks(self.client)
 
-    def give(self, uri: Location) -> None:
-        """Note a URI that was asked for: it is listed when it is first looked at."""
+    def add_root(self, uri: Location) -> None:
+        """Add a URI given by the user; what is below it is listed on first use."""
         text = os.fspath(uri).rstrip("/")
-        if not any(_is_below(text, root) for root in self._given):
-            self._given.append(text)
+        if not any(_is_below(text, root) for root in self._roots):
+            self._roots.append(text)
 
     def _find(self, path: Location) -> tuple[str, _Tree, str]:
-        """Return the URI that was listed, what is below it, and the name of a path there.
+        """Return the root above a path, what is below that root, and the path relative to it.
 
-        Above the URIs that were given are folders of which nothing else is known; what lies beside
-        them was not asked for, and is absent.
+        A path above the roots is a folder that holds nothing but them. A path beside them is never
+        listed and counts as absent.
         """
         text = os.fspath(path).rstrip("/")
-        root = next((one for one in self._given if _is_below(text, one)), None)
+        root = next((one for one in self._roots if _is_below(text, one)), None)
         if root is None:
-            below = (one[len(text) + 1 :] for one in self._given if _is_below(one, text))
+            below = (one[len(text) + 1 :] for one in self._roots if _is_below(one, text))
             return text, _Tree({}, {"": {name.split("/")[0] for name in below}}), ""
         if root not in self._trees:
             self._trees[root] = _Tree({file.name: file for file in self.client.files(root)})
@@ -163,17 +162,7 @@ class Remote:
 
     def read(self, path: Location, most_bytes: int | None = None) -> bytes | None:
         """See `Storage.read`."""
-        if self.kind(path) is not Kind.FILE:
-            return None
-        root, file = self._file(path)
-        count = file.size_bytes if most_bytes is None else min(file.size_bytes, most_bytes)
-        if count > _MOST_SMALL_BYTES:
-            why = f"{path} has {count} bytes, too many for a text file."
-            raise RefusedError(why, code=Code.WRONG_FORMAT, path=path)
-        try:
-            return self.range_of(root, file, 0, count)
-        except FailedError as error:
-            raise RefusedError(error.message, code=error.code, path=path) from error
+        return read_small(self, path, most_bytes)
 
     def range_of(self, root: str, file: RemoteFile, start: int, count: int) -> bytes:
         """Return a range of a file that was listed below `root`."""
@@ -190,7 +179,7 @@ class Remote:
     def pool(
         self,
         expected: Mapping[str, Identity],
-        read_in_turn: int = 1,  # noqa: ARG002 - what is requested is bounded by the fold
+        read_in_turn: int = 1,  # noqa: ARG002 - the fold bounds what is requested
     ) -> FilePool:
         """See `Storage.pool`."""
         return RemotePool(self.client, {path: self._file(path) for path in expected})
@@ -207,7 +196,7 @@ def _identity(file: RemoteFile) -> Identity:
 
 @dataclass(frozen=True)
 class RemoteOpenFile:
-    """An `OpenFile` of which ranges are fetched."""
+    """An `OpenFile` whose reads are requests."""
 
     path: str
     identity: Identity
@@ -218,10 +207,9 @@ class RemoteOpenFile:
     def read(self, count: int, offset: int) -> bytes:
         """See `OpenFile.read`."""
         if offset + count > self.file.size_bytes:
-            message = f"{self.path} ended at byte {self.file.size_bytes} while being read."
-            raise FailedError(message, code=Code.CHANGED, path=self.path)
+            raise unreadable(self.path, 0, self.file.size_bytes)
         return self.storage.range_of(self.root, self.file, offset, count)
 
     def first_hole(self) -> int | None:
-        """See `OpenFile.first_hole`; a place without holes has none."""
+        """See `OpenFile.first_hole`; remote files have no holes."""
         return None

@@ -1,7 +1,7 @@
-"""The bytes of tensors from far away: fetched in the order of use, many ranges at a time.
+"""The tensor bytes of remote files: fetched in the order of use, many ranges at a time.
 
-A thread that folds a tile has its ranges in files in memory, each at its place, and reads them by
-descriptor as from a disk.
+A thread that folds a tile gets its ranges as files in memory, each range at its own offset, and
+reads them by descriptor as it reads files on a disk.
 """
 
 import os
@@ -13,12 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from typing import IO
 
-from ckpt_ema.errors import Code, FailedError
+from ckpt_ema.errors import CkptEmaError, Code, FailedError
 from ckpt_ema.storage.client import Client, RemoteFile
+from ckpt_ema.storage.failures import changed, unreadable
 from ckpt_ema.storage.protocol import REQUEST_BYTES, Range
 
-_REQUESTS = 48  # at a time, if they are small
-_LARGE_REQUESTS = 16  # as many of the largest
+_REQUESTS = 48  # at a time
+_LARGE_REQUESTS = 16  # of REQUEST_BYTES each, at a time
 _MOST_OPEN = 256
 _POLL_SECONDS = 0.2
 
@@ -26,14 +27,14 @@ Located = tuple[str, RemoteFile]  # the URI that was listed, and the file
 
 
 class _Held(threading.local):
-    """What a thread has in memory: of each path a file, and the ranges that are in it."""
+    """What a thread has in memory: for each path a file, and the ranges it holds."""
 
     def __init__(self) -> None:
         self.files: dict[str, tuple[IO[bytes], list[tuple[int, int]]]] = {}
 
 
 class RemotePool:
-    """A `FilePool` that fetches what is requested, and holds it until it was used."""
+    """A `FilePool` that fetches what is requested, and keeps it until it is used."""
 
     ahead_bytes = 0
     most_open = _MOST_OPEN
@@ -45,6 +46,7 @@ class RemotePool:
         self._lock = threading.Lock()
         self._held = _Held()
         self._cancelled = False
+        self._failure: CkptEmaError | None = None  # of any part, whoever waits for it
         self._free_bytes = _LARGE_REQUESTS * REQUEST_BYTES
         self._room = threading.Condition()
 
@@ -55,7 +57,7 @@ class RemotePool:
                 self._requested.setdefault(one, deque()).append(self._fetched(one))
 
     def _fetched(self, one: Range) -> list[Future[bytes]]:
-        """Begin to fetch a range; return its parts."""
+        """Start fetching a range; return its parts."""
         root, file = self._files[one.path]
         starts = range(one.offset, one.offset + one.size_bytes, REQUEST_BYTES)
         counts = (min(REQUEST_BYTES, starts.stop - start) for start in starts)
@@ -65,12 +67,15 @@ class RemotePool:
         ]
 
     def _read(self, root: str, file: RemoteFile, start: int, count: int) -> bytes:
-        """Read a range, when there is room for it."""
+        """Read a range, once there is room for it."""
         with self._room:
             self._room.wait_for(lambda: self._free_bytes >= count or self._cancelled)
             self._free_bytes -= count
         try:
             return self._client.read(root, file, start, count)
+        except CkptEmaError as error:
+            self._failure = error
+            raise
         finally:
             with self._room:
                 self._free_bytes += count
@@ -90,11 +95,11 @@ class RemotePool:
             yield
 
     def _result(self, part: Future[bytes]) -> bytes:
-        """Wait for a part, but not longer than anybody needs it."""
-        while not self._cancelled:
+        """Wait for a part, or until another part fails or the work is cancelled."""
+        while not self._cancelled and not self._failure:
             if part in wait([part], _POLL_SECONDS).done:
                 return part.result()
-        raise FailedError("The work was stopped.", code=Code.READ_FAILED)
+        raise self._failure or FailedError("The work was stopped.", code=Code.READ_FAILED)
 
     def _stream(self, path: str, stack: ExitStack) -> tuple[IO[bytes], list[tuple[int, int]]]:
         """Return the file in memory for a path, and what this thread has in it."""
@@ -103,7 +108,7 @@ class RemotePool:
         return self._held.files[path]
 
     def _taken(self, one: Range) -> list[Future[bytes]]:
-        """Return the parts of a range, requested before or now."""
+        """Return the parts of a range; one that was not requested is requested now."""
         with self._lock:
             waiting = self._requested.get(one)
             if not waiting:
@@ -114,7 +119,7 @@ class RemotePool:
             return parts
 
     def read_into(self, path: str, view: memoryview, offset: int) -> None:
-        """See `FilePool.read_into`; what is not held is fetched."""
+        """See `FilePool.read_into`; bytes that are not held are fetched."""
         if held := self._held.files.get(path):
             stream, known = held
             end = offset + len(view)
@@ -125,23 +130,20 @@ class RemotePool:
 
     @contextmanager
     def descriptors(self, paths: Iterable[str]) -> Iterator[list[int]]:
-        """See `FilePool.descriptors`; nothing but what is held can be read by them."""
+        """See `FilePool.descriptors`; they give the held ranges only."""
         yield [self._held.files[path][0].fileno() for path in paths]
 
     def failure(self, path: str, code: int, offset: int) -> FailedError:
         """See `FilePool.failure`."""
-        why = os.strerror(code) if code else f"it ends at byte {offset}"
-        return FailedError(f"{path} cannot be read: {why}.", code=Code.READ_FAILED, path=path)
+        return unreadable(path, code, offset)
 
     def verify(self) -> None:
-        """See `FilePool.verify`; all is listed once more."""
+        """See `FilePool.verify`; everything is listed once more."""
         roots = {root for root, _ in self._files.values()}
         now = {root: {one.name: one for one in self._client.files(root)} for root in roots}
         for path, (root, file) in self._files.items():
             if now[root].get(file.name) != file:
-                message = f"{path} changed or vanished while it was read."
-                hint = "Is the run still being saved or rotated? Nothing was published."
-                raise FailedError(message, hint, code=Code.CHANGED, path=path)
+                raise changed(path)
 
     def cancel(self) -> None:
         """See `FilePool.cancel`."""
@@ -150,12 +152,12 @@ class RemotePool:
             self._room.notify_all()
 
     def close(self) -> None:
-        """See `FilePool.close`; requests that are under way end by themselves."""
+        """See `FilePool.close`; requests under way are not waited for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _in_memory() -> IO[bytes]:
-    """Return an empty file in memory, or in the folder of temporary files where there is none."""
+    """Return an empty file in memory; a temporary file where the system has none."""
     if hasattr(os, "memfd_create"):  # Linux
         return os.fdopen(os.memfd_create("ckpt-ema"), "r+b", buffering=0)
     return tempfile.TemporaryFile(buffering=0)

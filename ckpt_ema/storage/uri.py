@@ -1,4 +1,4 @@
-"""Paths of checkpoints: on a file system, or URIs of a place that is reached over a network."""
+"""Paths of checkpoints: on a file system, or URIs of a remote storage."""
 
 import os
 import re
@@ -40,7 +40,7 @@ def path_of(location: Location) -> Path:
         text = os.fspath(location)
         if other := _OTHER.search(text):
             read = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-            message = f"{other[0]} is not read; URIs begin with {read}."
+            message = f"{other[0]} is not supported; use {read}."
             raise OptionError(message, code=Code.INVALID_OPTION)
         return Path(location)
     return URI(location)

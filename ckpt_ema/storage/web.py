@@ -1,6 +1,6 @@
-"""GET requests with the standard library: connections kept, redirects checked, failures repeated.
+"""GET requests by the standard library: connections are kept, redirects checked, failures retried.
 
-A token is sent to one host alone. It knows nothing of what it requests, and caches nothing.
+A token is sent to its own host only. Nothing here is about the Hub, and nothing is cached.
 """
 
 import base64
@@ -88,7 +88,7 @@ class Answer:
         if (self._response.length or 0) > _MOST_DISCARDED_BYTES:
             self._drop()
             return
-        with suppress(WebError):  # `read` closed the connection; nobody needs this body
+        with suppress(WebError):  # `read` closed the connection; the body is not needed
             self.read(_MOST_DISCARDED_BYTES)
 
     def _drop(self) -> None:
@@ -97,7 +97,7 @@ class Answer:
 
 
 class Web:
-    """Requests from many threads to the home server, which gets the token, and to others."""
+    """Requests from many threads: to the home server, with the token, and to others without."""
 
     def __init__(
         self, home: str, token: str, *, timeout_seconds: float, pause_seconds: float
@@ -111,7 +111,7 @@ class Web:
         weakref.finalize(self, _close, self._idle)
 
     def retried(self, attempt: Callable[[], T]) -> T:
-        """Return what `attempt` returns, calling it again after each `TemporaryError`."""
+        """Return what `attempt` returns; it is called again after a `TemporaryError`."""
         for number in range(1, MOST_ATTEMPTS):
             try:
                 return attempt()
@@ -231,7 +231,7 @@ def redirected(url: str, location: str) -> str:
 
 
 def _checked(answer: Answer) -> Answer:
-    """Return an answer that is not an error, and raise what the others mean."""
+    """Return an answer unless its status is an error, which is raised."""
     if answer.status < 300:
         return answer
     answer.discard()

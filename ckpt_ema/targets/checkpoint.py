@@ -60,7 +60,9 @@ class CheckpointTarget:
 
     def lay_out(self, model: Model) -> tuple[OutputFile, ...]:
         """See `Target.lay_out`; raises for tensors that cannot be replaced where they lie."""
-        tensors = _placed(model)
+        only = self.newest.model.only_as_saved
+        instead = only.instead if only else _INSTEAD
+        tensors = _placed(model, instead)
         folders = {os.path.dirname(model.specs.files[number].name) for number in tensors}
         archives = self._archives(model.specs, folders)
         root = _root_of(self.newest, self.storage)
@@ -68,7 +70,7 @@ class CheckpointTarget:
         files = []
         for number, file in enumerate(model.specs.files):
             name = os.path.relpath(self.newest.model.folder / file.name, root)
-            own = _without_tied(tensors.get(number, []), model)
+            own = _without_tied(tensors.get(number, []), model, instead)
             changed = [(one.offset, one.offset + one.size_bytes) for one in own]
             found = self._checksums(file, archives.get(number), changed) if own else []
             files.append(
@@ -176,7 +178,7 @@ def with_all_files(checkpoint: Checkpoint, specs: Specs, storage: Storage) -> Sp
     return replace(specs, files=(*specs.files, *files), metadata=metadata)
 
 
-def _placed(model: Model) -> dict[int, list[OutputTensor]]:
+def _placed(model: Model, instead: str) -> dict[int, list[OutputTensor]]:
     """Return the regions of every tensor with elements by file, in the order of their bytes."""
     found: dict[int, list[OutputTensor]] = {}
     for key, tensor in model.specs.tensors.items():
@@ -185,21 +187,21 @@ def _placed(model: Model) -> dict[int, list[OutputTensor]]:
         role = model.roles[key]
         is_copy = PADDED_MASTERS.search(key) is not None  # of weights, whose values are looked at
         for piece in pieces_of(tensor):
-            one = _region(key, tensor, piece, role)
+            one = _region(key, tensor, piece, role, instead)
             found.setdefault(piece.file, []).append(one._replace(is_copy=is_copy))
-        for dtype, piece, _ in tensor.copies:
-            one = _region(key, tensor._replace(dtype=dtype), piece, role)
+        for dtype, piece in tensor.copies:
+            one = _region(key, tensor._replace(dtype=dtype), piece, role, instead)
             found.setdefault(piece.file, []).append(one._replace(is_copy=True))
     return {n: sorted(ones, key=lambda one: (one.offset, one.is_copy)) for n, ones in found.items()}
 
 
-def _region(key: str, tensor: TensorSpec, piece: Piece, role: Role) -> OutputTensor:
+def _region(key: str, tensor: TensorSpec, piece: Piece, role: Role, instead: str) -> OutputTensor:
     """Return the place of one piece of a tensor."""
     region = region_of(piece)
     if region is None and role is Role.AVERAGED:
         message = f"Tensor {key} is a view whose elements have gaps between them or share bytes"
         message = f"{message}, which cannot be replaced in its place."
-        raise RefusedError(message, _INSTEAD, code=Code.INVALID_OUTPUT, tensor=key)
+        raise RefusedError(message, instead, code=Code.INVALID_OUTPUT, tensor=key)
     if region is None:  # its first byte to its last
         count = spanned(piece.sizes, piece.strides) * DTYPE_BITS[tensor.dtype] // 8
         return OutputTensor(key, key, "U8", (count,), piece.offset, role)
@@ -209,7 +211,9 @@ def _region(key: str, tensor: TensorSpec, piece: Piece, role: Role) -> OutputTen
     return OutputTensor(*place, None if is_same else region, piece.sizes != tensor.shape)
 
 
-def _without_tied(tensors: Sequence[OutputTensor], model: Model) -> list[OutputTensor]:
+def _without_tied(
+    tensors: Sequence[OutputTensor], model: Model, instead: str
+) -> list[OutputTensor]:
     """Return the averaged of some tensors that are in order, each storage once.
 
     Raises `RefusedError` for tensors that share bytes, unless they are one in every checkpoint.
@@ -223,7 +227,7 @@ def _without_tied(tensors: Sequence[OutputTensor], model: Model) -> list[OutputT
         elif (one.averaged or last.averaged) and not _are_tied(last, one, model):
             message = f"Tensors {last.key} and {one.key} share bytes in the newest checkpoint, and"
             message = f"{message} are not one tensor in every checkpoint."
-            raise RefusedError(message, _INSTEAD, code=Code.INVALID_OUTPUT, tensor=one.key)
+            raise RefusedError(message, instead, code=Code.INVALID_OUTPUT, tensor=one.key)
         stop = one.offset + packed_bytes(one.dtype, one.shape)
         if stop > end:
             last, end = one, stop

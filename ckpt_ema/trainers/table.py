@@ -32,10 +32,10 @@ class Record(NamedTuple):
 
 
 class Masters(NamedTuple):
-    """Where a checkpoint has its weights once more: masters of an optimizer, or rounded copies."""
+    """Where a checkpoint has further copies of its weights: masters, or rounded weights."""
 
-    sign: str  # searched in names of files, and in the structure of what they hold
-    # Searched in "FILE:PATH.OF.A.TENSOR"; a group "weight" is the name of the weight, rounded.
+    sign: str  # searched in the names of files and in their pickled structure
+    # Searched in "FILE:PATH.OF.A.TENSOR"; a group "weight" is the name of the master's weight.
     place: str
     ignored_with: str = ""  # how a trainer that prefers them loads the model's weights instead
 

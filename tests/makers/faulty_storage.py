@@ -6,7 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from ckpt_ema.storage import STORAGES
-from ckpt_ema.storage.local import Local, LocalPool
+from ckpt_ema.storage.local import Local
+from ckpt_ema.storage.local_pool import LocalPool
 from ckpt_ema.storage.protocol import FilePool, Identity, Range
 
 Hook = Callable[[], object]

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from ckpt_ema import store
+from ckpt_ema import rendezvous
 from ckpt_ema.place import Place
-from ckpt_ema.store import Store, meet
+from ckpt_ema.rendezvous import Store, meet
 from tests.command import wait_for
 from tests.conftest import free_port
 
@@ -52,7 +52,7 @@ def join() -> Iterator[Callable[..., Store]]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give other services, and connections to the host, little time to speak."""
-    monkeypatch.setattr(store, "SECONDS_TO_GREET", 0.2)
+    monkeypatch.setattr(rendezvous, "SECONDS_TO_GREET", 0.2)
 
 
 @contextlib.contextmanager
@@ -390,6 +390,6 @@ def test_a_host_that_is_lost_stays_lost(port: int, serve: Serve) -> None:
 def test_only_a_launch_imports_sockets_and_none_imports_torch() -> None:
     code = (
         "import sys, ckpt_ema.ranks; assert 'socket' not in sys.modules;"
-        " import ckpt_ema.store; assert 'torch' not in sys.modules"
+        " import ckpt_ema.rendezvous; assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
