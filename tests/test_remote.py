@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import FileSystemWriter, state_dict_saver
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 import ckpt_ema
 from ckpt_ema.errors import Code, FailedError, OptionError, RefusedError
@@ -156,6 +164,37 @@ def test_the_output_is_that_of_a_local_run(
         assert files_of(result.output) == files_of(local)
     for one in ckpt_ema.plan("s3://bucket/my run", output=tmp_path / "x", **options).checkpoints:
         assert str(one.path).startswith("s3://bucket/my run/")
+
+
+def test_a_chunk_beside_what_a_tile_reads_is_not_needed(bucket: Folders, tmp_path: Path) -> None:
+    """A tile has the end of a row and the begin of the next, and nothing of the middle columns."""
+    for step in STEPS:
+        whole = torch.arange(12.0).reshape(2, 6) * step
+        parts = {f"w{at}": whole[:, at : at + 2].clone() for at in (0, 2, 4)}
+        folder = bucket.folder / f"run/step-{step}"
+        writer = FileSystemWriter(folder, single_file_per_rank=False)  # a file for each
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one process is what is wanted
+            state_dict_saver.save({"model": parts}, storage_writer=writer, no_dist=True)
+        dcp_folders.edit(folder, _join_columns)
+    options: dict[str, Any] = {"device": "cpu", "tile_size": 16}
+    local = ckpt_ema.average(bucket.folder / "run", output=tmp_path / "local", **options).output
+    far = ckpt_ema.average("s3://bucket/run", output=tmp_path / "far", **options).output
+    assert files_of(far) == files_of(local)
+
+
+def _join_columns(metadata: Metadata) -> None:
+    """Make one tensor of three, two columns each."""
+    entry = metadata.state_dict_metadata["model.w0"]
+    assert isinstance(entry, TensorStorageMetadata)
+    entry.size, entry.chunks = torch.Size((2, 6)), []
+    for at in (0, 2, 4):
+        offsets = torch.Size((0, at))
+        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size((2, 2))))
+        info = metadata.storage_data.pop(MetadataIndex(f"model.w{at}", (0, 0)))
+        metadata.storage_data[MetadataIndex("model.w", offsets)] = info
+        del metadata.state_dict_metadata[f"model.w{at}"]
+    metadata.state_dict_metadata["model.w"] = entry
 
 
 # --- What is asked for, and in which order --------------------------------------------------------
