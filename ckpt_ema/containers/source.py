@@ -5,7 +5,7 @@ One more container is one more module, with the functions of `Container`, and on
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from ckpt_ema.errors import Code, some
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Reading
 from ckpt_ema.storage import Storage
+from ckpt_ema.storage.waiting import requesting
 
 
 class Container(Protocol):
@@ -55,7 +56,7 @@ class Source:
         """Read several, many at a time where that is worth it; `read` raises what is wrong."""
         count = min(self.storage.most_requests, len(models))
         if count > 1:
-            with ThreadPoolExecutor(count) as pool:
+            with requesting(count) as pool:
                 wait([pool.submit(self.read, model) for model in models])
 
     def read(self, model: ModelFiles) -> Specs:

@@ -8,13 +8,13 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from typing import NamedTuple, TypeVar
 from urllib.parse import quote
 
 from ckpt_ema.errors import some
 from ckpt_ema.storage.client import RemoteFile
+from ckpt_ema.storage.waiting import requesting
 from ckpt_ema.storage.web import Web, WebError
 
 T = TypeVar("T")
@@ -108,7 +108,7 @@ class Listing:
 
         if not place.is_glob:
             return listed("") or self._lone_file(place, commits[""], counted)
-        with ThreadPoolExecutor(_TREES_AT_A_TIME) as pool:
+        with requesting(_TREES_AT_A_TIME) as pool:
             return [file for files in pool.map(listed, commits) for file in files]
 
     def _matching(self, place: Place) -> dict[str, str]:
