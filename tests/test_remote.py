@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import threading
 import time
 import warnings
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import FileSystemWriter, state_dict_saver
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -195,6 +197,20 @@ def _join_columns(metadata: Metadata) -> None:
         metadata.storage_data[MetadataIndex("model.w", offsets)] = info
         del metadata.state_dict_metadata[f"model.w{at}"]
     metadata.state_dict_metadata["model.w"] = entry
+
+
+def test_threads_share_what_files_may_be_open(bucket: Folders, tmp_path: Path) -> None:
+    """Each tile has as many files in memory as there are checkpoints."""
+    run = one_tensor_run(bucket, 100)
+    options: dict[str, Any] = {"device": "cpu", "tile_size": 1 << 14}
+    local = ckpt_ema.average(run, output=tmp_path / "local", **options).output
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+    try:
+        far = ckpt_ema.average("s3://bucket/run", output=tmp_path / "far", threads=4, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert files_of(far.output) == files_of(local)
 
 
 # --- What is asked for, and in which order --------------------------------------------------------

@@ -44,7 +44,7 @@ def test_a_signal_ends_a_call_that_gives_python_no_turn() -> None:
 def test_results_and_errors_are_those_of_the_call() -> None:
     assert interruptible(lambda: 7) == 7
     with pytest.raises(KeyError, match="x"):
-        interruptible(lambda: {}["x"])
+        interruptible(lambda: dict[str, int]()["x"])
 
 
 def test_an_error_does_not_wait_for_requests() -> None:
