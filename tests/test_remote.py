@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 
 import ckpt_ema
 from ckpt_ema.errors import Code, FailedError, OptionError, RefusedError
+from ckpt_ema.report import figure
 from ckpt_ema.report.terminal import plan_text
 from ckpt_ema.storage import STORAGES
 from ckpt_ema.storage.client import RemoteFile
@@ -307,6 +308,16 @@ def test_the_default_output_is_in_the_current_folder(
     assert ckpt_ema.plan("s3://bucket/run").output == Path("run-ema")
     with pytest.raises(OptionError, match="s3://bucket/out is a URI"):
         ckpt_ema.plan("s3://bucket/run", output="s3://bucket/out")
+
+
+def test_weights_are_drawn_to_a_local_file(bucket: Folders, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    one_tensor_run(bucket)
+    plan = ckpt_ema.plan("s3://bucket/run", output=tmp_path / "out")
+    figure.plot(plan, tmp_path / "weights.svg")
+    assert (tmp_path / "weights.svg").stat().st_size
+    with pytest.raises(OptionError, match="a folder that does not exist"):
+        figure.plot(plan, "s3://bucket/run/weights.svg")
 
 
 # --- What goes wrong ------------------------------------------------------------------------------
