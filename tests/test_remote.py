@@ -2,8 +2,10 @@
 
 import json
 import os
+import resource
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 import ckpt_ema
 from ckpt_ema.errors import Code, FailedError, OptionError, RefusedError
+from ckpt_ema.report import figure
 from ckpt_ema.report.terminal import plan_text
 from ckpt_ema.storage import STORAGES
 from ckpt_ema.storage.client import RemoteFile
@@ -158,6 +169,51 @@ def test_the_output_is_that_of_a_local_run(
         assert str(one.path).startswith("s3://bucket/my run/")
 
 
+def test_a_chunk_beside_what_a_tile_reads_is_not_needed(bucket: Folders, tmp_path: Path) -> None:
+    """A tile has the end of a row and the begin of the next, and nothing of the middle columns."""
+    for step in STEPS:
+        whole = torch.arange(12.0).reshape(2, 6) * step
+        parts = {f"w{at}": whole[:, at : at + 2].clone() for at in (0, 2, 4)}
+        folder = bucket.folder / f"run/step-{step}"
+        writer = FileSystemWriter(folder, single_file_per_rank=False)  # a file for each
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one process is what is wanted
+            state_dict_saver.save({"model": parts}, storage_writer=writer, no_dist=True)
+        dcp_folders.edit(folder, _join_columns)
+    options: dict[str, Any] = {"device": "cpu", "tile_size": 16}
+    local = ckpt_ema.average(bucket.folder / "run", output=tmp_path / "local", **options).output
+    far = ckpt_ema.average("s3://bucket/run", output=tmp_path / "far", **options).output
+    assert files_of(far) == files_of(local)
+
+
+def _join_columns(metadata: Metadata) -> None:
+    """Make one tensor of three, two columns each."""
+    entry = metadata.state_dict_metadata["model.w0"]
+    assert isinstance(entry, TensorStorageMetadata)
+    entry.size, entry.chunks = torch.Size((2, 6)), []
+    for at in (0, 2, 4):
+        offsets = torch.Size((0, at))
+        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size((2, 2))))
+        info = metadata.storage_data.pop(MetadataIndex(f"model.w{at}", (0, 0)))
+        metadata.storage_data[MetadataIndex("model.w", offsets)] = info
+        del metadata.state_dict_metadata[f"model.w{at}"]
+    metadata.state_dict_metadata["model.w"] = entry
+
+
+def test_threads_share_what_files_may_be_open(bucket: Folders, tmp_path: Path) -> None:
+    """Each tile has as many files in memory as there are checkpoints."""
+    run = one_tensor_run(bucket, 100)
+    options: dict[str, Any] = {"device": "cpu", "tile_size": 1 << 14}
+    local = ckpt_ema.average(run, output=tmp_path / "local", **options).output
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+    try:
+        far = ckpt_ema.average("s3://bucket/run", output=tmp_path / "far", threads=4, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert files_of(far.output) == files_of(local)
+
+
 # --- What is asked for, and in which order --------------------------------------------------------
 
 
@@ -264,6 +320,16 @@ def test_the_default_output_is_in_the_current_folder(
     assert ckpt_ema.plan("s3://bucket/run").output == Path("run-ema")
     with pytest.raises(OptionError, match="s3://bucket/out is a URI"):
         ckpt_ema.plan("s3://bucket/run", output="s3://bucket/out")
+
+
+def test_weights_are_drawn_to_a_local_file(bucket: Folders, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    one_tensor_run(bucket)
+    plan = ckpt_ema.plan("s3://bucket/run", output=tmp_path / "out")
+    figure.plot(plan, tmp_path / "weights.svg")
+    assert (tmp_path / "weights.svg").stat().st_size
+    with pytest.raises(OptionError, match="a folder that does not exist"):
+        figure.plot(plan, "s3://bucket/run/weights.svg")
 
 
 # --- What goes wrong ------------------------------------------------------------------------------

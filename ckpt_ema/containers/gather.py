@@ -93,6 +93,11 @@ def covering(
             yield piece.file, first, end - first
 
 
+def has_some(piece: Piece, starts: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Return whether a piece has an element of a box."""
+    return any(True for _ in _overlaps(piece, starts, sizes))
+
+
 def _reads(piece: Piece, starts: Sequence[int], sizes: Sequence[int]) -> Iterable[Box]:
     """Return the parts of a box that a piece has, each to be read at once."""
     for begins, part in _overlaps(piece, starts, sizes):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain
 from types import ModuleType
 
+from ckpt_ema.containers.gather import boxes, has_some
 from ckpt_ema.containers.reader import Reader
 from ckpt_ema.containers.specs import DTYPE_BITS, Piece, TensorSpec
 from ckpt_ema.fold.native import DTYPES
@@ -192,12 +193,21 @@ def _files_of(source: TensorSpec) -> set[int]:
 def _without_far_pieces(source: TensorSpec, tile: Tile) -> TensorSpec:
     """Return a tensor without the pieces that have no element of a tile."""
     stop = tile.start + tile.length
-    near = [piece for piece in source.pieces if _is_near(piece, source.shape, tile.start, stop)]
+    wanted = [*boxes(source.shape, tile.start, stop)] if source.pieces else []
+    near = [
+        piece
+        for piece in source.pieces
+        if _is_near(piece, source.shape, tile.start, stop)
+        and any(has_some(piece, *box) for box in wanted)
+    ]
     return source._replace(pieces=tuple(near))
 
 
 def _is_near(piece: Piece, shape: Sequence[int], start: int, stop: int) -> bool:
-    """Return whether a piece may have some of the elements from `start` to `stop` of a tensor."""
+    """Return whether a piece may have some of the elements from `start` to `stop` of a tensor.
+
+    It is quick, and rejects most of many pieces.
+    """
     for axis, (begin, size) in enumerate(zip(piece.starts, piece.sizes, strict=True)):
         row = math.prod(shape[axis + 1 :])
         first, last = start // row, (stop - 1) // row

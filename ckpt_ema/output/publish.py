@@ -25,8 +25,7 @@ from ckpt_ema.output.workspace import (
     write_all,
 )
 from ckpt_ema.storage import Storage
-from ckpt_ema.storage.descriptors import read_into
-from ckpt_ema.storage.local_pool import descriptor_limit
+from ckpt_ema.storage.descriptors import descriptor_limit, read_into
 from ckpt_ema.targets.safetensors import target_for
 from ckpt_ema.targets.target import OutputFile
 from ckpt_ema.trainers.conventions import INDEX_SUFFIX

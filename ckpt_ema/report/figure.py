@@ -13,6 +13,7 @@ from ckpt_ema.options import PathLike
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.schedules.weights import learning_rate
+from ckpt_ema.storage import STORAGES
 from ckpt_ema.trainers.conventions import PICTURE_STEM
 
 if TYPE_CHECKING:
@@ -72,10 +73,11 @@ def _check_drawable(path: Path, plan: Plan) -> None:
     """Refuse a picture that could not be drawn, before anything else is done."""
     if path.suffix.lower() not in _KINDS:
         raise _invalid(path, f"must end in {' or '.join(_KINDS)}.")
-    if not plan.storage.is_folder(path.parent):
+    local = STORAGES[""]  # wherever the checkpoints are
+    if not local.is_folder(path.parent):
         raise _invalid(path, "is in a folder that does not exist.")
     folders = [plan.output, *(checkpoint.path for checkpoint in plan.checkpoints)]
-    real, *insides = plan.storage.real_paths([path, *folders])
+    real, *insides = local.real_paths([path, *folders])
     for folder, inside in zip(folders, insides, strict=True):
         if f"{real}/".startswith(f"{inside}/"):
             hint = "Draw it elsewhere; the model card gets a copy."

@@ -4,10 +4,11 @@ import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 
 from ckpt_ema.storage.client import Client, RemoteFile
 from ckpt_ema.storage.protocol import SMALL_REQUESTS
+from ckpt_ema.storage.waiting import requesting
 
 BLOCK_BYTES = 1 << 18  # a header, an index, the directory of an archive
 _MOST_BLOCKS = 1 << 8  # in the cache
@@ -77,7 +78,7 @@ class Blocks:
             for at in {0, _last(one)}
             if one.size_bytes and _alike(root, one, at) == alike
         ]
-        with ThreadPoolExecutor(SMALL_REQUESTS) as pool:
+        with requesting(SMALL_REQUESTS) as pool:
             wait([pool.submit(self._block, root, *one) for one in found[:_MOST_BLOCKS]])
 
 

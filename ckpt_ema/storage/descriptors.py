@@ -1,6 +1,7 @@
 """Descriptors of local files: opened without waiting for a writer, read at positions."""
 
 import os
+import resource
 
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
 from ckpt_ema.storage.failures import unreadable
@@ -40,3 +41,9 @@ def read_into(path: str, fd: int, view: memoryview, offset: int) -> None:
         if count == 0:
             raise unreadable(path, 0, offset + done)
         done += count
+
+
+def descriptor_limit() -> int:
+    """Return how many input files may be open: a third of what the system allows this process."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(8, min(1024, soft // 3 if soft != resource.RLIM_INFINITY else 1024))

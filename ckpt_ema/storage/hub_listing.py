@@ -8,7 +8,6 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from typing import NamedTuple, TypeVar
 from urllib.parse import quote
@@ -16,6 +15,7 @@ from urllib.parse import quote
 from ckpt_ema.errors import some
 from ckpt_ema.storage.client import RemoteFile
 from ckpt_ema.storage.protocol import SMALL_REQUESTS
+from ckpt_ema.storage.waiting import requesting
 from ckpt_ema.storage.web import Web, WebError
 
 T = TypeVar("T")
@@ -108,7 +108,7 @@ class Listing:
 
         if not uri.is_glob:
             return listed("") or self._lone_file(uri, commits[""], counted)
-        with ThreadPoolExecutor(SMALL_REQUESTS) as pool:
+        with requesting(SMALL_REQUESTS) as pool:
             return [file for files in pool.map(listed, commits) for file in files]
 
     def _matching(self, uri: HubURI) -> dict[str, str]:

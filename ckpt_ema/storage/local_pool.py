@@ -5,7 +5,6 @@ for that.
 """
 
 import os
-import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 
 from ckpt_ema.errors import FailedError, IncompleteError, RefusedError
-from ckpt_ema.storage.descriptors import identity_of, open_fd, read_into
+from ckpt_ema.storage.descriptors import descriptor_limit, identity_of, open_fd, read_into
 from ckpt_ema.storage.failures import changed, unreadable
 from ckpt_ema.storage.protocol import Identity, Range
 
@@ -64,12 +63,6 @@ class _Pooled:
             self.asked_until = end + ahead_bytes
             for offset in range(max(start, asked_until), end + ahead_bytes, _ASKED_BYTES):
                 os.posix_fadvise(self.fd, offset, _ASKED_BYTES, os.POSIX_FADV_WILLNEED)
-
-
-def descriptor_limit() -> int:
-    """Return how many input files may be open: a third of what the system allows this process."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(8, min(1024, soft // 3 if soft != resource.RLIM_INFINITY else 1024))
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.storage.client import RemoteFile
 from ckpt_ema.storage.object_errors import Operation, changed, refused, translated, unreadable
+from ckpt_ema.storage.waiting import interruptible
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
@@ -61,6 +62,9 @@ class Objects:
         Empty objects that mark folders are left out, unless the folder is empty: obstore cannot
         distinguish those from empty files.
         """
+        return interruptible(lambda: self._files(path))
+
+    def _files(self, path: str) -> list[RemoteFile]:
         store, key = self._open(path)
         with translated(path, Operation.LISTING):
             found = self._below(path, store, key)
@@ -78,6 +82,9 @@ class Objects:
         """See `Client.read`."""
         if not count:
             return b""  # a range of HTTP cannot be empty
+        return interruptible(lambda: self._part(path, file, start, count))
+
+    def _part(self, path: str, file: RemoteFile, start: int, count: int) -> bytes:
         uri = f"{path}/{file.name}" if file.name else path
         store, key = self._open(uri)
         options: GetOptions = {"range": (start, start + count)}

@@ -4,23 +4,26 @@ A thread that folds a tile gets its ranges as files in memory, each range at its
 reads them by descriptor as it reads files on a disk.
 """
 
+import errno
 import os
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from typing import IO
 
 from ckpt_ema.errors import CkptEmaError, Code, FailedError
 from ckpt_ema.storage.client import Client, RemoteFile
+from ckpt_ema.storage.descriptors import descriptor_limit
 from ckpt_ema.storage.failures import changed, unreadable
 from ckpt_ema.storage.protocol import REQUEST_BYTES, Range
 
 _REQUESTS = 48  # at a time
 _LARGE_REQUESTS = 16  # of REQUEST_BYTES each, at a time
 _MOST_OPEN = 256
+_FEWEST_FILES = 64
 _POLL_SECONDS = 0.2
 
 Located = tuple[str, RemoteFile]  # the URI that was listed, and the file
@@ -49,6 +52,8 @@ class RemotePool:
         self._failure: CkptEmaError | None = None  # of any part, whoever waits for it
         self._free_bytes = _LARGE_REQUESTS * REQUEST_BYTES
         self._room = threading.Condition()
+        self._most_in_memory = max(_FEWEST_FILES, 2 * descriptor_limit())  # the rest is for sockets
+        self._in_memory = 0  # files, of all threads
 
     def request(self, ranges: Iterable[Range]) -> None:
         """See `FilePool.request`."""
@@ -84,15 +89,38 @@ class RemotePool:
     @contextmanager
     def held(self, ranges: Iterable[Range]) -> Iterator[None]:
         """See `FilePool.held`."""
-        with ExitStack() as stack:
+        needed = list(ranges)
+        with self._files_for({one.path for one in needed}), ExitStack() as stack:
             stack.callback(self._held.files.clear)
-            for one in ranges:
+            for one in needed:
                 stream, known = self._stream(one.path, stack)
                 offset = one.offset
                 for part in self._taken(one):
                     offset += os.pwrite(stream.fileno(), self._result(part), offset)
                 known.append((one.offset, offset))
             yield
+
+    @contextmanager
+    def _files_for(self, paths: Collection[str]) -> Iterator[None]:
+        """Wait until files for these paths may be open; at any time, one thread may have them."""
+        with self._room:
+            self._room.wait_for(lambda: self._may_open(len(paths)) or self._cancelled)
+            self._in_memory += len(paths)
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            message = f"{len(paths)} files have to be open at a time, more than the system allows."
+            hint = f"Raise the limit: ulimit -n {len(paths) + 512}."
+            raise FailedError(message, hint, code=Code.READ_FAILED) from error
+        finally:
+            with self._room:
+                self._in_memory -= len(paths)
+                self._room.notify_all()
+
+    def _may_open(self, count: int) -> bool:
+        return not self._in_memory or self._in_memory + count <= self._most_in_memory
 
     def _result(self, part: Future[bytes]) -> bytes:
         """Wait for a part, or until another part fails or the work is cancelled."""
