@@ -476,3 +476,23 @@ def test_a_failure_does_not_wait_for_the_link(bucket: Folders, tmp_path: Path) -
         )
     assert time.monotonic() - began < 5
     released.set()
+
+
+def test_files_of_a_list_have_the_configuration_beside_them(
+    bucket: Folders, tmp_path: Path
+) -> None:
+    run = one_tensor_run(bucket)
+    for folder in run.iterdir():
+        (folder / "config.json").write_text("{}")
+    names = [f"checkpoint-{step}/model.safetensors" for step in (1, 2, 3)]
+    local = ckpt_ema.average([run / n for n in names], output=tmp_path / "local", device="cpu")
+    uris = [f"s3://bucket/run/{name}" for name in names]
+    remote = ckpt_ema.average(uris, output=tmp_path / "remote", device="cpu")
+    assert files_of(remote.output) == files_of(local.output)
+    assert "config.json" in files_of(remote.output)
+
+
+def test_headers_of_many_steps_are_read_once(bucket: Folders, tmp_path: Path) -> None:
+    one_tensor_run(bucket, 300)
+    ckpt_ema.plan("s3://bucket/run", output=tmp_path / "out")
+    assert len(bucket.reads) == len(set(bucket.reads)) == 300

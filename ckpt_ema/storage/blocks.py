@@ -11,7 +11,8 @@ from ckpt_ema.storage.protocol import SMALL_REQUESTS
 from ckpt_ema.storage.waiting import requesting
 
 BLOCK_BYTES = 1 << 18  # a header, an index, the directory of an archive
-_MOST_BLOCKS = 1 << 8  # in the cache
+_MOST_BYTES = 1 << 27  # in the cache
+_MOST_ALIKE = _MOST_BYTES // BLOCK_BYTES
 _PATIENCE = 3  # sequential requests for like blocks, before the rest are fetched at once
 _NUMBER = re.compile(r"\d+")
 
@@ -25,7 +26,7 @@ class Blocks:
         self._client = client
         self._blocks: OrderedDict[tuple[str, str, int], bytes] = OrderedDict()
         self._alone: Counter[_Alike] = Counter()
-        self._fetching = 0
+        self._fetching = self._held_bytes = 0
         self._lock = threading.Lock()
 
     def read(
@@ -60,9 +61,10 @@ class Blocks:
             with self._lock:
                 self._fetching -= 1
         with self._lock:
+            self._held_bytes += len(content) - len(self._blocks.get(key, b""))
             self._blocks[key] = content
-            while len(self._blocks) > _MOST_BLOCKS:
-                self._blocks.popitem(last=False)
+            while self._held_bytes > _MOST_BYTES:
+                self._held_bytes -= len(self._blocks.popitem(last=False)[1])
         return content
 
     def _fetch_alike(
@@ -79,7 +81,7 @@ class Blocks:
             if one.size_bytes and _alike(root, one, at) == alike
         ]
         with requesting(SMALL_REQUESTS) as pool:
-            wait([pool.submit(self._block, root, *one) for one in found[:_MOST_BLOCKS]])
+            wait([pool.submit(self._block, root, *one) for one in found[:_MOST_ALIKE]])
 
 
 def _last(file: RemoteFile) -> int:

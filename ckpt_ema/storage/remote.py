@@ -6,7 +6,7 @@ Small reads come from `Blocks`, the bytes of tensors from a `RemotePool`.
 import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -94,16 +94,27 @@ class Remote:
         """Return the root above a path, what is below that root, and the path relative to it.
 
         A path above the roots is a folder that holds nothing but them. A path beside them is never
-        listed and counts as absent.
+        listed and counts as absent, except in the folder of a root that is a file.
         """
         text = os.fspath(path).rstrip("/")
         root = next((one for one in self._roots if _is_below(text, one)), None)
+        if root is None and (folder := self._folder_of_file(text)):
+            with suppress(RefusedError):  # it was not asked for
+                self._trees[folder] = _Tree({one.name: one for one in self.client.files(folder)})
+                self._roots.append(folder)
+                root = folder
         if root is None:
             below = (one[len(text) + 1 :] for one in self._roots if _is_below(one, text))
             return text, _Tree({}, {"": {name.split("/")[0] for name in below}}), ""
         if root not in self._trees:
             self._trees[root] = _Tree({file.name: file for file in self.client.files(root)})
         return root, self._trees[root], text[len(root) + 1 :]
+
+    def _folder_of_file(self, path: str) -> str | None:
+        """Return the folder of a root that is a file, if a path is it or below it."""
+        files = (root for root, tree in self._trees.items() if "" in tree.files)
+        folders = {posixpath.dirname(root) for root in files}
+        return next((one for one in folders if _is_below(path, one)), None)
 
     def _file(self, path: Location) -> tuple[str, RemoteFile]:
         """Return a file and the URI that was listed for it; raises `IncompleteError` if absent."""

@@ -77,6 +77,8 @@ class RemotePool:
             self._room.wait_for(lambda: self._free_bytes >= count or self._cancelled)
             self._free_bytes -= count
         try:
+            if self._cancelled:
+                raise _stopped()
             return self._client.read(root, file, start, count)
         except CkptEmaError as error:
             self._failure = error
@@ -127,7 +129,7 @@ class RemotePool:
         while not self._cancelled and not self._failure:
             if part in wait([part], _POLL_SECONDS).done:
                 return part.result()
-        raise self._failure or FailedError("The work was stopped.", code=Code.READ_FAILED)
+        raise self._failure or _stopped()
 
     def _stream(self, path: str, stack: ExitStack) -> tuple[IO[bytes], list[tuple[int, int]]]:
         """Return the file in memory for a path, and what this thread has in it."""
@@ -182,6 +184,10 @@ class RemotePool:
     def close(self) -> None:
         """See `FilePool.close`; requests under way are not waited for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _stopped() -> FailedError:
+    return FailedError("The work was stopped.", code=Code.READ_FAILED)
 
 
 def _in_memory() -> IO[bytes]:
