@@ -4,11 +4,13 @@ import hashlib
 import random
 import re
 import socket
+import ssl
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckpt_ema.errors import CkptEmaError, Code, FailedError, RefusedError
-from ckpt_ema.storage.client import RemoteFile
+from ckpt_ema.storage.client import MOST_ATTEMPTS, RemoteFile
 from ckpt_ema.storage.hub import Hub
-from ckpt_ema.storage.hub_listing import suggestion
-from ckpt_ema.storage.web import MOST_ATTEMPTS, Web, WebError, redirected
+from ckpt_ema.storage.uri import suggestion
+from ckpt_ema.storage.web import Web, WebError, redirected
 from tests.makers.fake_hub import FakeHub, Fault, fake_hub
 
 LARGE = bytes(range(256)) * 64  # 16 KiB, served by the CDN
@@ -723,3 +725,32 @@ def test_154_revisions_are_listed_in_time(fake: FakeHub) -> None:
     start = time.monotonic()
     assert len(names(fake, f"{REPO}@stage-*")) == 308
     assert time.monotonic() - start < 2.5
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused() -> None:
+    """And accepted where the environment says who may be trusted, so that it is the reason."""
+    pem = Path(__file__).parent / "data/tls/self-signed.pem"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    with socket.create_server(("localhost", 0)) as listening:
+        served = threading.Thread(target=_answer_once, args=(listening, context))
+        served.start()
+        endpoint = f"https://localhost:{listening.getsockname()[1]}"
+        with pytest.raises(RefusedError, match="the certificate of localhost is not valid"):
+            Hub(endpoint=endpoint, token="", timeout_seconds=5).files(REPO)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("SSL_CERT_FILE", str(pem))
+            with pytest.raises(RefusedError, match="no such repository or revision"):
+                Hub(endpoint=endpoint, token="", timeout_seconds=5).files(REPO)
+        served.join(5)
+    assert not served.is_alive()
+
+
+def _answer_once(listening: socket.socket, context: ssl.SSLContext) -> None:
+    """Answer 404 to the first client that accepts the certificate."""
+    while True:
+        connection, _ = listening.accept()
+        with suppress(OSError), context.wrap_socket(connection, server_side=True) as encrypted:
+            encrypted.recv(1 << 16)
+            encrypted.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+            return

@@ -2,6 +2,11 @@
 
 from typing import NamedTuple, Protocol
 
+# How every client retries.
+MOST_ATTEMPTS = 6
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 5.0  # between them; each is twice the last
+STALL_SECONDS = 20.0  # without a byte, after which an attempt has failed
+
 
 class RemoteFile(NamedTuple):
     """One file as it was listed."""

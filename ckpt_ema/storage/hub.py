@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ckpt_ema.errors import Code, FailedError, RefusedError
-from ckpt_ema.storage.client import RemoteFile
+from ckpt_ema.storage.client import FIRST_PAUSE_SECONDS, STALL_SECONDS, RemoteFile
 from ckpt_ema.storage.failures import changed
 from ckpt_ema.storage.hub_listing import AbsentError, HubURI, Listing, parse_uri
 from ckpt_ema.storage.web import Answer, TemporaryError, Web, WebError
@@ -51,8 +51,8 @@ class Hub:
         *,
         endpoint: str | None = None,
         token: str | None = None,
-        timeout_seconds: float = 20.0,
-        pause_seconds: float = 0.2,
+        timeout_seconds: float = STALL_SECONDS,
+        pause_seconds: float = FIRST_PAUSE_SECONDS,
     ) -> None:
         asked = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
         self._endpoint = asked.rstrip("/")

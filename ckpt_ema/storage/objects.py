@@ -15,14 +15,19 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ckpt_ema.errors import Code, RefusedError
-from ckpt_ema.storage.client import RemoteFile
+from ckpt_ema.storage.client import (
+    FIRST_PAUSE_SECONDS,
+    LONGEST_PAUSE_SECONDS,
+    MOST_ATTEMPTS,
+    STALL_SECONDS,
+    RemoteFile,
+)
 from ckpt_ema.storage.object_errors import Operation, changed, refused, translated, unreadable
 from ckpt_ema.storage.waiting import interruptible
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
 
-_MOST_ATTEMPTS = 6
 _RETRIES_SECONDS = 180  # of all attempts; signatures of a request live for minutes
 _WHOLE_SECONDS = 600  # of a request that never stalls
 _PAGE = 1000
@@ -44,9 +49,9 @@ class Objects:
     def __init__(
         self,
         *,
-        stall_seconds: float = 20,
-        first_wait_seconds: float = 0.2,
-        longest_wait_seconds: float = 5,
+        stall_seconds: float = STALL_SECONDS,
+        first_wait_seconds: float = FIRST_PAUSE_SECONDS,
+        longest_wait_seconds: float = LONGEST_PAUSE_SECONDS,
         most_keys: int = 200_000,
     ) -> None:
         """Wait `stall_seconds` for the next bytes; list at most `most_keys` objects."""
@@ -162,7 +167,7 @@ class Objects:
                 "timeout": timedelta(seconds=_WHOLE_SECONDS),
             },
             "retry_config": {
-                "max_retries": _MOST_ATTEMPTS - 1,
+                "max_retries": MOST_ATTEMPTS - 1,
                 "retry_timeout": timedelta(seconds=_RETRIES_SECONDS),
                 "backoff": {
                     "init_backoff": self._waits[0],

@@ -81,7 +81,7 @@ class RemotePool:
                 raise _stopped()
             return self._client.read(root, file, start, count)
         except CkptEmaError as error:
-            self._failure = error
+            self._failure = self._failure or error  # the others may follow from the first
             raise
         finally:
             with self._room:

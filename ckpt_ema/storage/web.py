@@ -20,14 +20,14 @@ from typing import NamedTuple, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from ckpt_ema.storage.client import LONGEST_PAUSE_SECONDS, MOST_ATTEMPTS
+
 T = TypeVar("T")
 
-MOST_ATTEMPTS = 6
 _MOST_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAY_SUCCEED_LATER = (429, 500, 502, 503, 504)
-_LONGEST_PAUSE_SECONDS = 5.0
-_LONGEST_WAIT_SECONDS = 60.0  # of those that a server asks for
+_LONGEST_WAIT_SECONDS = 60.0  # a longer Retry-After is cut to this
 _MOST_DISCARDED_BYTES = 1 << 16  # a longer body costs more than a new connection
 
 
@@ -117,7 +117,7 @@ class Web:
                 return attempt()
             except TemporaryError as error:
                 pause = self._pause_seconds * 2 ** (number - 1) * random.uniform(1, 1.5)
-                time.sleep(max(min(pause, _LONGEST_PAUSE_SECONDS), error.wait_seconds))
+                time.sleep(max(min(pause, LONGEST_PAUSE_SECONDS), error.wait_seconds))
         try:
             return attempt()
         except TemporaryError as error:
