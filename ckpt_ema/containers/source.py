@@ -5,7 +5,6 @@ One more container is one more module, with the functions of `Container`, and on
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -19,7 +18,6 @@ from ckpt_ema.notices import Notice
 from ckpt_ema.options import Reading
 from ckpt_ema.storage import Storage
 from ckpt_ema.storage.protocol import SMALL_REQUESTS
-from ckpt_ema.storage.waiting import requesting
 
 
 class Container(Protocol):
@@ -56,6 +54,10 @@ class Source:
     def read_ahead(self, models: Sequence[ModelFiles]) -> None:
         """Read several at a time from a remote storage; what is wrong with one, `read` raises."""
         if self.storage.is_remote and len(models) > 1:
+            from concurrent.futures import wait  # runs on a disk need no threads here
+
+            from ckpt_ema.storage.waiting import requesting
+
             with requesting(SMALL_REQUESTS) as pool:
                 wait([pool.submit(self.read, model) for model in models])
 

@@ -25,6 +25,7 @@ from ckpt_ema.find.verdict import UNSELECTED, Outcome, Reason, Verdict
 from ckpt_ema.find.warnings import beside_container
 from ckpt_ema.options import Selection
 from ckpt_ema.storage.protocol import Kind
+from ckpt_ema.storage.uri import suggestion
 from ckpt_ema.trainers import conventions
 from ckpt_ema.trainers.table import Refusal
 
@@ -71,8 +72,6 @@ def _in_run(run: Path, candidates: Candidates, selection: Selection, source: Sou
 
 def _instead_of(path: Path) -> str:
     """Return what to do about a path that does not exist."""
-    from ckpt_ema.storage.hub_listing import suggestion  # local runs do not need it
-
     uri = suggestion(str(path))
     return f"If it is a repository on the Hub, pass {uri}." if uri else "Check the path."
 

@@ -15,6 +15,7 @@ from urllib.parse import quote
 from ckpt_ema.errors import some
 from ckpt_ema.storage.client import RemoteFile
 from ckpt_ema.storage.protocol import SMALL_REQUESTS
+from ckpt_ema.storage.uri import REPO, REVISION
 from ckpt_ema.storage.waiting import requesting
 from ckpt_ema.storage.web import Web, WebError
 
@@ -23,10 +24,8 @@ T = TypeVar("T")
 MOST_NAMES = 200_000  # of files and folders, in all trees of one listing
 MOST_PAGES = 10_000  # of one tree; the Hub puts a thousand names on each
 _MOST_JSON_BYTES = 1 << 26
-_REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-_REVISION = r"refs/(?:pr|convert)/[^/]+|[^/]+"
 _URI = re.compile(
-    rf"hf://(?:models/)?(?P<repo>{_REPO})(?:@(?P<revision>{_REVISION}))?(?:/(?P<path>.+))?",
+    rf"hf://(?:models/)?(?P<repo>{REPO})(?:@(?P<revision>{REVISION}))?(?:/(?P<path>.+))?",
     re.ASCII | re.DOTALL,
 )
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -64,16 +63,6 @@ def parse_uri(uri: str) -> HubURI:
         raise AbsentError("only models are read from the Hub")
     revision = re.sub("%2f", "/", found["revision"] or "main", flags=re.IGNORECASE)
     return HubURI(found["repo"], _safe(revision), _safe(found["path"]) if found["path"] else "")
-
-
-def suggestion(text: str) -> str | None:
-    """Return the URI of a repository if a text could be its name; None for any other text.
-
-    >>> suggestion("EleutherAI/pythia-14m"), suggestion("./runs/first")
-    ('hf://EleutherAI/pythia-14m', None)
-    """
-    pattern = rf"{_REPO}(?:@(?:{_REVISION}))?"
-    return f"hf://{text}" if re.fullmatch(pattern, text, re.ASCII) else None
 
 
 class Listing:

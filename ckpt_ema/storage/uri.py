@@ -9,6 +9,9 @@ from ckpt_ema.storage.protocol import Location
 
 SCHEMES = ("s3", "gs", "az", "hf")
 _URI = re.compile(rf"^(?P<scheme>{'|'.join(SCHEMES)}):(?=/|$)")
+# The name of a repository of the Hub, and of a revision of it.
+REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+REVISION = r"refs/(?:pr|convert)/[^/]+|[^/]+"
 _OTHER = re.compile(r"^[a-z][a-z0-9+.-]*://")
 
 
@@ -54,3 +57,13 @@ def absolute(path: Location) -> str:
 def common_folder(paths: list[Path]) -> Path:
     """Return the deepest folder that holds all of some paths."""
     return path_of(os.path.commonpath([absolute(path) for path in paths]))
+
+
+def suggestion(text: str) -> str | None:
+    """Return the URI of a repository if a text could be its name; None for any other text.
+
+    >>> suggestion("EleutherAI/pythia-14m"), suggestion("./runs/first")
+    ('hf://EleutherAI/pythia-14m', None)
+    """
+    pattern = rf"{REPO}(?:@(?:{REVISION}))?"
+    return f"hf://{text}" if re.fullmatch(pattern, text, re.ASCII) else None
