@@ -1379,43 +1379,7 @@ def train_verl(rank: int, folder: Path, resumed_from: Path | None = None) -> Non
 # DeepSpeed
 
 
-@scenario("deepspeed: without ZeRO", over=DEEPSPEED)
-def deepspeed_0(case: Case) -> None:
-    """The model's file is whole."""
-    check_deepspeed(case, 0)
-
-
-@scenario("deepspeed: ZeRO-1, bfloat16", over=DEEPSPEED)
-def deepspeed_1(case: Case) -> None:
-    """With float32 weights in the optimizer's files; frozen ones are in the model's alone."""
-    check_deepspeed(case, 1, is_rounded=True)
-
-
-@scenario("deepspeed: ZeRO-2", over=DEEPSPEED)
-def deepspeed_2(case: Case) -> None:
-    """The tag and the step are the trainer's own."""
-    check_deepspeed(case, 2)
-
-
-@scenario("deepspeed: ZeRO-2, bfloat16", over=DEEPSPEED)
-def deepspeed_2_rounded(case: Case) -> None:
-    """With frozen weights, which have no float32 ones."""
-    check_deepspeed(case, 2, is_rounded=True)
-
-
-@scenario("deepspeed: ZeRO-3", over=DEEPSPEED)
-def deepspeed_3(case: Case) -> None:
-    """Each rank has a part of each weight."""
-    check_deepspeed(case, 3)
-
-
-@scenario("deepspeed: ZeRO-3, bfloat16", over=DEEPSPEED)
-def deepspeed_3_rounded(case: Case) -> None:
-    """The parts are in groups of a few elements."""
-    check_deepspeed(case, 3, is_rounded=True)
-
-
-def check_deepspeed(case: Case, stage: int, *, is_rounded: bool = False) -> None:
+def check_deepspeed(case: Case, stage: int, is_rounded: bool) -> None:
     """Train on two ranks; DeepSpeed's own script reads what they saved, but for frozen weights."""
     run = case.folder / "run"
     run_ranks(case, train_deepspeed, run, stage, is_rounded)
@@ -1429,6 +1393,21 @@ def check_deepspeed(case: Case, stage: int, *, is_rounded: bool = False) -> None
     check_average({name: average[name] for name in states[-1]}, states)
     check_absent(output, ["*_states.pt", "zero_to_fp32.py", "latest"])
     check_deepspeed_resumed(case, run, states, stage, is_rounded)
+
+
+# The stages of ZeRO, and in bfloat16, where masters are float32. ZeRO-1 has the frozen weights in
+# the model's file alone; with ZeRO-3 in bfloat16, parts are in groups of a few elements.
+for _name, _stage, _is_rounded in (
+    ("without ZeRO", 0, False),
+    ("ZeRO-1, bfloat16", 1, True),
+    ("ZeRO-2", 2, False),
+    ("ZeRO-2, bfloat16", 2, True),
+    ("ZeRO-3", 3, False),
+    ("ZeRO-3, bfloat16", 3, True),
+):
+    scenario(f"deepspeed: {_name}", over=DEEPSPEED)(
+        functools.partial(check_deepspeed, stage=_stage, is_rounded=_is_rounded)
+    )
 
 
 def check_deepspeed_resumed(
