@@ -31,6 +31,17 @@ def test_a_log_gets_a_plain_line_now_and_then(
     assert capsys.readouterr().err == expected * lines
 
 
+def test_a_log_says_that_nothing_arrives(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 10.0, 40.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with progress.ByteProgress(False) as show:
+        for done in (1024, 1024):
+            show(done, 4096)
+    assert capsys.readouterr().err == "1.0 KiB of 4.0 KiB, 26 B/s, nothing read for 30 s\n"
+
+
 @pytest.fixture
 def terminal() -> Iterator[tuple[int, int]]:
     """Our end of a terminal of 80 columns, and that of a command."""

@@ -18,6 +18,7 @@ from ckpt_ema.errors import Code, OptionError
 from ckpt_ema.place import Place, first_host, place_from
 from tests.command import Command, wait_for
 from tests.conftest import MakeRun, free_port, noise, series
+from tests.makers.fake_hub import fake_hub
 from tests.makers.faulty_os import slowed
 
 Ended = list[tuple[int, str, str]]  # exit code, stdout and stderr of each rank
@@ -82,6 +83,20 @@ def test_ranks_write_a_checkpoint_back(make_run: MakeRun, tmp_path: Path) -> Non
     whole = ckpt_ema.average(run, output=tmp_path / "whole", **options).output
     words = ("-o", tmp_path / "out", "--save-as", "checkpoint", "--tile-size", "256", "-q")
     assert [status for status, *_ in launch(3, run, *words)] == [0] * 3
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_ranks_read_a_run_on_the_hub(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ckpt_ema.average(run, output=tmp_path / "whole", device="cpu").output
+    (tmp_path / "hub/org/run").mkdir(parents=True)
+    run.rename(tmp_path / "hub/org/run/main")
+    words = ("-o", tmp_path / "out", "--tile-size", "256", "-q")
+    with fake_hub(tmp_path / "hub") as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        done = launch(2, "hf://org/run", *words)
+    assert [status for status, *_ in done] == [0, 0]
     assert contents(tmp_path / "out") == contents(whole)
 
 

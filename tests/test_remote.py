@@ -6,7 +6,7 @@ import resource
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from ckpt_ema.report import figure
 from ckpt_ema.report.terminal import plan_text
 from ckpt_ema.storage import STORAGES
 from ckpt_ema.storage.client import RemoteFile
+from ckpt_ema.storage.protocol import Range
 from ckpt_ema.storage.remote import Remote
+from ckpt_ema.storage.remote_pool import RemotePool
 from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, series
 from tests.makers import dcp_folders, deepspeed_folders
@@ -496,3 +498,53 @@ def test_headers_of_many_steps_are_read_once(bucket: Folders, tmp_path: Path) ->
     one_tensor_run(bucket, 300)
     ckpt_ema.plan("s3://bucket/run", output=tmp_path / "out")
     assert len(bucket.reads) == len(set(bucket.reads)) == 300
+
+
+def test_a_resumed_run_fetches_only_what_is_left(bucket: Folders, tmp_path: Path) -> None:
+    run = one_tensor_run(bucket)
+    options: dict[str, Any] = {"device": "cpu", "threads": 1, "tile_size": 1 << 12}
+    local = ckpt_ema.average(run, output=tmp_path / "local", **options).output
+
+    def folded(done_bytes: int, _total_bytes: int) -> None:
+        if done_bytes:
+            raise KeyboardInterrupt
+
+    far: dict[str, Any] = {**options, "output": tmp_path / "far", "resume": True}
+    with pytest.raises(KeyboardInterrupt):
+        ckpt_ema.average("s3://bucket/run", progress=folded, **far)
+    first = sum(count for _, start, count in bucket.reads if start)
+    bucket.reads.clear()
+    result = ckpt_ema.average("s3://bucket/run", **far)
+    assert files_of(result.output) == files_of(local)
+    assert first
+    assert sum(count for _, start, count in bucket.reads if start) < 3 << 18
+
+
+def test_what_is_fetched_ahead_is_bounded(
+    bucket: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_tensor_run(bucket, 6)
+    ahead, most = 0, 0
+    request, held = RemotePool.request, RemotePool.held
+
+    def requesting(pool: RemotePool, ranges: Iterable[Range]) -> None:
+        nonlocal ahead, most
+        wanted = list(ranges)
+        ahead += sum(one.size_bytes for one in wanted)
+        most = max(most, ahead)
+        request(pool, wanted)
+
+    def holding(pool: RemotePool, ranges: Iterable[Range]) -> Any:
+        nonlocal ahead
+        needed = list(ranges)
+        ahead -= sum(one.size_bytes for one in needed)
+        return held(pool, needed)
+
+    monkeypatch.setattr(RemotePool, "request", requesting)
+    monkeypatch.setattr(RemotePool, "held", holding)
+    options: dict[str, Any] = {"output": tmp_path / "out", "max_memory": 1 << 22, "threads": 1}
+    result = ckpt_ema.average("s3://bucket/run", device="cpu", **options)
+    assert result.plan
+    assert result.plan.memory_bytes <= 1 << 22
+    assert 0 < most <= 1 << 21
+    assert ahead == 0
