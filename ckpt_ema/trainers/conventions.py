@@ -125,8 +125,7 @@ LOADS_COMPILED = _any_case(
 DONE = _gathered(trainer.done for trainer in TRAINERS)
 UNDONE = _gathered(trainer.undone for trainer in TRAINERS)
 MASTERS = tuple(masters for trainer in TRAINERS for masters in trainer.masters)
-# Masters in Megatron's flat buffers, with memory between them that it never wrote.
-PADDED_MASTERS = re.compile(r":optimizer\.distributed\..*\.param$")
+PADDED_MASTERS = re.compile(_any_of(one.with_gaps for one in MASTERS if one.with_gaps))
 TRACKERS = _gathered(trainer.trackers for trainer in TRAINERS)
 DIGESTS = _gathered(trainer.digests for trainer in TRAINERS)
 

@@ -38,6 +38,7 @@ class Masters(NamedTuple):
     # Searched in "FILE:PATH.OF.A.TENSOR"; a group "weight" is the name of the master's weight.
     place: str
     ignored_with: str = ""  # how a trainer that prefers them loads the model's weights instead
+    with_gaps: str = ""  # the part of "place" in buffers with memory that was never written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +108,8 @@ _CONVERT_MEGATRON = (
     " examples/converters/convert_megatron_to_hf.py; slime tools/convert_torch_dist_to_hf.py;"
     " gpt-neox tools/ckpts/convert_neox_to_hf.py"
 )
+# Where Megatron's distributed optimizer has the masters of a bucket, padded between them.
+_FLAT_BUFFERS = r":.*optimizer\.distributed\..*\.param$"
 _OUT_OF_SCOPE = "Export it to safetensors or a state dict of PyTorch first."
 
 _PARTS_OF_DEEPSPEED = r"(^|/)layer_\d+-model_states\.pt$|(^|_|/)mp_rank_\d+_model_states\.pt$"
@@ -242,8 +245,9 @@ TRAINERS = (
                 r"distrib_optim\.pt:.*\.param(\.\d+)?$|fp32_from_fp16(_params)?\."
                 r"|\.master_params?(\.\d+)*$"
                 r"|optimizer\.state\.(fp32_)?param\.(?P<weight>.+)"
-                r"|optimizer\.distributed\..*\.param$",
+                rf"|{_FLAT_BUFFERS}",
                 "--no-load-optim or --finetune",
+                with_gaps=_FLAT_BUFFERS,
             ),
         ),
         folders=("energon",),
