@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -54,7 +55,7 @@ def average(
     `overwrite` is False, or if a checkpoint holds NaN; `FailedError` if reading or writing fails.
     """
     with joined(os.environ, waiting) if launch else nullcontext() as ranks:
-        return _run(run, keywords, ranks=ranks)
+        return make(partial(plan, run), keywords, ranks=ranks)
 
 
 def average_part(
@@ -65,7 +66,7 @@ def average_part(
     All parts are given the same run and options, which are those of `ckpt_ema.average`. Making a
     part twice does no harm. Raises what `ckpt_ema.average` raises.
     """
-    return _run(run, keywords, part)
+    return make(partial(plan, run), keywords, part)
 
 
 def finish(output: PathLike, *, overwrite: bool = False, sync: bool = True) -> Result:
@@ -110,17 +111,17 @@ def up_to_date(plan: Plan) -> Result | None:
     return replace(_made_before(plan.output, outputs, recorded), plan=plan)
 
 
-def _run(
-    run: PathLike | Sequence[PathLike],
+def make(
+    decide: Callable[..., Plan],
     keywords: RunKeywords,
     part: str | None = None,
     ranks: Ranks | None = None,
 ) -> Result:
-    """Plan, and execute the plan, a part of it, or the share of a rank."""
+    """Execute the plan that `decide` returns for the options, a part of it, or a rank's share."""
     share = WHOLE if part is None else share_from(part)
     options: dict[str, Any] = {**keywords}
     how = cast("How", {name: options.pop(name) for name in How.__annotations__ if name in options})
-    decided = _with_fold_noted(plan(run, **options))
+    decided = _with_fold_noted(decide(**options))
     done = up_to_date(decided)
     if done and decided.engine.strict:
         refuse_warnings(done.warnings)

@@ -6,7 +6,7 @@ Inputs are checked here, from headers alone; what follows only executes the plan
 import gc
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +21,7 @@ from ckpt_ema.find.complete import check_complete
 from ckpt_ema.find.further import with_common_files
 from ckpt_ema.find.logs import check_one_run, reader_of_logs
 from ckpt_ema.find.run import discover
-from ckpt_ema.find.select import select
+from ckpt_ema.find.select import Subset, select
 from ckpt_ema.find.verdict import Judged
 from ckpt_ema.notices import Notice, refuse_warnings
 from ckpt_ema.options import (
@@ -31,6 +31,7 @@ from ckpt_ema.options import (
     Options,
     PathLike,
     Reading,
+    Weighting,
     make_options,
 )
 from ckpt_ema.planning.average import Average, Weighted, make_averages, weigh
@@ -162,6 +163,10 @@ class Plan:
         return fold + 2 * prefetched_bytes(self.engine) * self.storage.is_remote
 
 
+# Chooses the averages of a plan: from the selections, and how the options weight checkpoints.
+Choose = Callable[[Sequence[Subset], Weighting], list[Weighted]]
+
+
 def plan(run: PathLike | Sequence[PathLike], **options: "Unpack[Keywords]") -> Plan:
     """Decide averages of the checkpoints in `run`: a folder, or checkpoints oldest first.
 
@@ -173,8 +178,15 @@ def plan(run: PathLike | Sequence[PathLike], **options: "Unpack[Keywords]") -> P
     Raises `OptionError` for an impossible option and `RefusedError` for inputs that cannot be
     averaged, or an output path that overlaps them.
     """
+    return plan_chosen(run, weigh, **options)
+
+
+def plan_chosen(
+    run: PathLike | Sequence[PathLike], choose: Choose, **options: "Unpack[Keywords]"
+) -> Plan:
+    """Decide the averages that `choose` returns; otherwise the same as `plan`."""
     with uncollected():  # a plan is large and without cycles; collection would double the time
-        return _plan(_paths(run), make_options(options))
+        return _plan(_paths(run), make_options(options), choose)
 
 
 @contextmanager
@@ -189,7 +201,7 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _plan(paths: Sequence[Path], options: Options) -> Plan:
+def _plan(paths: Sequence[Path], options: Options, choose: Choose) -> Plan:
     """Find, select, weigh, compare, lay out: each stage takes its own options."""
     storage, *others = storages_anew(paths)
     if any(other is not storage for other in others):
@@ -200,7 +212,7 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     log_of = reader_of_logs(source)
     selected = select(found, options.selection, source, log_of)
     found, selected = with_common_files(found, selected, source)
-    weighted = weigh(selected.subsets, options.weighting)
+    weighted = choose(selected.subsets, options.weighting)
     checkpoints = _taken(weighted, found)
     options = options._replace(output=with_format(options.output, checkpoints))
     one_run = check_one_run(checkpoints, log_of)
