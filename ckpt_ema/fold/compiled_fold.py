@@ -42,9 +42,9 @@ class Kernel:
     ) -> None:
         """For a plan; a call ends soon after `stop[0]` is set."""
         self.module, self.plan, self.reader, self.sink, self.stop = module, plan, reader, sink, stop
-        self.checkpoints, self.averages = len(plan.checkpoints), len(plan.averages)
+        self.checkpoints, self.averages = len(plan.inputs), len(plan.foldings)
         self.job = _packed_job(plan)
-        files = [len(checkpoint.specs.files) for checkpoint in plan.checkpoints]
+        files = [len(checkpoint.specs.files) for checkpoint in plan.inputs]
         self._first_file = [0, *accumulate(files)]  # of each checkpoint, counted through all
         self.heat = bytearray(8 * _HEAT * max(1, sum(files)))
         self.block = _block_elements(plan, module)
@@ -254,7 +254,7 @@ def _packed(*numbers: int) -> bytes:
 def _packed_job(plan: Plan) -> bytes:
     """Pack how each checkpoint is used by each average."""
     of_checkpoint = uses(plan)
-    newest = [average.newest for average in plan.averages]
+    newest = [one.newest for one in plan.foldings]
     begins = [0, *accumulate(map(len, of_checkpoint))]
     header = _packed(len(of_checkpoint), len(newest), *newest, *begins)
     packed = [struct.pack("=qqd", *_packed_use(use)) for one in of_checkpoint for use in one]
@@ -275,7 +275,7 @@ def _packed_use(use: Use) -> tuple[int, int, float]:
 
 def _block_elements(plan: Plan, module: ModuleType) -> int:
     """Return the elements of a block: what a cache holds, and the memory that the plan allows."""
-    sizes = (len(plan.checkpoints), len(plan.averages))
+    sizes = (len(plan.inputs), len(plan.foldings))
     each: int = module.scratch_bytes(*sizes, 1) - module.scratch_bytes(*sizes, 0)
     allowed = plan.tile_elements * element_bytes(plan.engine, plan.work, sizes[1]) // each
     strips = min(allowed, _BLOCK_BYTES // plan.work.widest_bytes) // _STRIP

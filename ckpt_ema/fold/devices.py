@@ -80,7 +80,7 @@ def elements_at_a_time(plan: Plan, device: torch.device) -> int:
     most = min(longest, _MOST_ELEMENTS)
     budget = plan.engine.max_memory or _free_bytes(device) // _SHARE
     wide = accumulator(plan, device)
-    each = device_element_bytes(len(plan.averages), wide, plan.work.widest_bytes)
+    each = device_element_bytes(len(plan.foldings), wide, plan.work.widest_bytes)
     return max(1, min(most, budget // (each * plan.threads)))
 
 

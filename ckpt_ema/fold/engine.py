@@ -41,7 +41,7 @@ def run(
     the bytes read so far; what they raise ends the work, and every thread. A thread for which an
     accelerator has no memory left continues on the CPU; returns whether none had to.
     """
-    with Reader(plan.storage, [(c.folder, c.specs) for c in plan.checkpoints]) as reader:
+    with Reader(plan.storage, [(c.folder, c.specs) for c in plan.inputs]) as reader:
         job = _Job(plan, device, reader, sink, finish, monitors, tiles)
         _run_threads(job, tick)
         reader.verify()

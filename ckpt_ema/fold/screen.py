@@ -35,7 +35,7 @@ class Screen:
         self._segments: Sequence[Segment] = [*segments]
         self._flags = segments.kinds()
         self._vectors = {n for n, kind in enumerate(self._flags) if kind & IS_VECTOR}
-        self._newest_of = [one.newest for one in plan.averages]
+        self._newest_of = [one.newest for one in plan.foldings]
         self._squares: dict[int, list[float]] = {}  # of the newest checkpoints
         self._empty: set[int] = set()  # segments that were zero in the checkpoint before
         self._last_nonzero: list[int] = []

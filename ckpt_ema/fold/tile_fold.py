@@ -38,9 +38,9 @@ class TileFold(Protocol):
 
 
 def uses(plan: Plan) -> list[list[Use]]:
-    """Return how each checkpoint of a plan is used by each of its averages."""
-    found: list[list[Use]] = [[] for _ in plan.checkpoints]
-    for number, average in enumerate(plan.averages):
-        for checkpoint, decay in zip(average.members, (None, *average.decays), strict=True):
-            found[checkpoint].append(Use(number, decay))
+    """Return how each input of a plan is used by each of its foldings."""
+    found: list[list[Use]] = [[] for _ in plan.inputs]
+    for number, folding in enumerate(plan.foldings):
+        for read, decay in zip(folding.reads, (None, *folding.decays), strict=True):
+            found[read].append(Use(number, decay))
     return found

@@ -157,7 +157,7 @@ class Segments:
     """Which tensors the tiles of a plan hold."""
 
     def __init__(self, plan: Plan) -> None:
-        files = [file for one in plan.averages for file in one.output.files]
+        files = [file for one in plan.foldings for file in one.files]
         self._files = [_File(file.tensors) for file in files]
 
     def of(self, tile: Tile) -> TileSegments:

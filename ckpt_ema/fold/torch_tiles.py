@@ -119,7 +119,7 @@ class TorchTiles:
         for average, values in rows.items():
             unchanged = values.isinf()
             if not is_finite(values):
-                for checkpoint in self._plan.averages[average].members:
+                for checkpoint in self._plan.foldings[average].reads:
                     unchanged &= self._read(tile, checkpoint, self._again) == values
             problem = ~values.isfinite() & ~unchanged
             if bool(problem.any()):

@@ -12,7 +12,7 @@ from ckpt_ema.schedules.explicit import matched, read_weights
 from ckpt_ema.schedules.rules import EXPLICIT, Rule
 from ckpt_ema.schedules.statistics import Statistics, statistics
 from ckpt_ema.schedules.weights import decays_of, weights_of
-from ckpt_ema.targets.target import Output
+from ckpt_ema.targets.target import Output, OutputFile
 
 
 class Weighted(NamedTuple):
@@ -24,6 +24,19 @@ class Weighted(NamedTuple):
     decays: tuple[float, ...]  # of the second checkpoint and those after it
 
 
+class Folding(NamedTuple):
+    """What the fold makes of the inputs of a plan: an average, or its exact shadow."""
+
+    reads: tuple[int, ...]  # indexes into the inputs, oldest first
+    decays: tuple[float, ...]  # of the second of these and those after it
+    files: tuple[OutputFile, ...]
+
+    @property
+    def newest(self) -> int:
+        """The index of the last input, which screening compares the result with."""
+        return self.reads[-1]
+
+
 @dataclass(frozen=True, slots=True)
 class Average:
     """One average of a plan; everything is oldest first."""
@@ -31,6 +44,7 @@ class Average:
     name: str  # unique in its plan, such as half-life-2000-last-4
     rule: Rule
     members: tuple[int, ...]  # its checkpoints, as indexes into those of the plan
+    reads: tuple[int, ...]  # what is read for it, as indexes into the inputs of the plan
     steps: tuple[int, ...]  # of its checkpoints; 1, 2, ... where training steps are not known
     unit: str  # what `steps` count: "steps", "epochs" or "checkpoints"
     gaps: tuple[int | None, ...]  # from the checkpoint before, where that is known
@@ -48,6 +62,12 @@ class Average:
     def newest(self) -> int:
         """The index of its last checkpoint, which gives the output its form."""
         return self.members[-1]
+
+    @property
+    def folding(self) -> Folding:
+        """How it is made of the inputs of the plan."""
+        folds = len(self.reads) - 1
+        return Folding(self.reads, self.decays[len(self.decays) - folds :], self.output.files)
 
 
 def weigh(subsets: Sequence[Subset], options: Weighting) -> list[Weighted]:
@@ -104,6 +124,7 @@ def make_averages(
                 name=name,
                 rule=rule,
                 members=indexes,
+                reads=indexes,
                 steps=tuple(steps),
                 unit=unit,
                 gaps=tuple(gaps(members)),

@@ -34,7 +34,7 @@ from ckpt_ema.options import (
     Weighting,
     make_options,
 )
-from ckpt_ema.planning.average import Average, Weighted, make_averages, weigh
+from ckpt_ema.planning.average import Average, Folding, Weighted, make_averages, weigh
 from ckpt_ema.planning.contents import judge_newest
 from ckpt_ema.planning.fingerprint import deciding
 from ckpt_ema.planning.notices import Decided, plan_notes, plan_warnings
@@ -79,7 +79,8 @@ class Plan:
     """One or several averages, decided. Checkpoints are oldest first; sizes are in bytes."""
 
     run: str
-    checkpoints: tuple[PlannedCheckpoint, ...]  # all that some average reads
+    checkpoints: tuple[PlannedCheckpoint, ...]  # all that some average has a share of
+    inputs: tuple[PlannedCheckpoint, ...]  # what is read: the checkpoints
     averages: tuple[Average, ...]
     rulings: Mapping[str, Ruling]  # on each tensor, by key
     storage: Storage
@@ -141,8 +142,13 @@ class Plan:
 
     @property
     def neighbours(self) -> list[tuple[int, int]]:
-        """The pairs of checkpoints that follow each other in some average, by index."""
-        return sorted({pair for one in self.averages for pair in pairwise(one.members)})
+        """The pairs of inputs that follow each other in some average, by index."""
+        return sorted({pair for one in self.averages for pair in pairwise(one.reads)})
+
+    @property
+    def foldings(self) -> list[Folding]:
+        """What the fold makes, in the order in which files are numbered."""
+        return [one.folding for one in self.averages]
 
     @property
     def work_id(self) -> str:
@@ -158,7 +164,7 @@ class Plan:
 
         Includes what is fetched ahead from a remote storage.
         """
-        each = element_bytes(self.engine, self.work, len(self.averages))
+        each = element_bytes(self.engine, self.work, len(self.foldings))
         fold = self.threads * self.tile_elements * each
         return fold + 2 * prefetched_bytes(self.engine) * self.storage.is_remote
 
@@ -242,15 +248,18 @@ def _plan(paths: Sequence[Path], options: Options, choose: Choose) -> Plan:
 def _assembled(decided: Decided, destination: Path, storage: Storage, options: Options) -> Plan:
     """Lay the work out, and put all that was decided together; raises for warnings if strict."""
     found, averages, specs_of = decided.found, decided.averages, decided.compared.specs
-    work = make_work([*specs_of.values()], [(one.newest, one.output.files) for one in averages])
+    inputs = tuple(PlannedCheckpoint.of(*one) for one in specs_of.items())
+    foldings = [one.folding for one in averages]
+    work = make_work([one.specs for one in inputs], [(one.newest, one.files) for one in foldings])
     tile_elements, threads = make_sizes(
-        options.engine, work, len(averages), is_remote=storage.is_remote
+        options.engine, work, len(foldings), is_remote=storage.is_remote
     )
     warnings = tuple(plan_warnings(decided))
     refuse_warnings(warnings if options.engine.strict else ())
     return Plan(
         run=os.fspath(found.root),
-        checkpoints=tuple(PlannedCheckpoint.of(*one) for one in specs_of.items()),
+        checkpoints=inputs,
+        inputs=inputs,
         averages=tuple(averages),
         rulings={**decided.rulings, **decided.compared.dropped},
         storage=storage,

@@ -10,6 +10,7 @@ from ckpt_ema.fold.monitors.twins import Twins
 from ckpt_ema.fold.monitors.two_values import TwoValues
 from ckpt_ema.fold.monitors.zeros import Zeros
 from ckpt_ema.planning.plan import Plan
+from ckpt_ema.schedules.weights import weights_of
 
 KINDS: tuple[Callable[[Watched], Monitor], ...] = (
     *(Twins, Zeros, NonFinite),
@@ -21,11 +22,11 @@ def watched(plan: Plan) -> Watched:
     """Return what the monitors of a plan need to know."""
     # Where nothing is averaged, no value tells two checkpoints apart.
     pairs = plan.neighbours if any(span.averaged for span in plan.work.spans) else ()
-    names = tuple(checkpoint.name for checkpoint in plan.checkpoints)
+    names = tuple(checkpoint.name for checkpoint in plan.inputs)
     return Watched(
         names,
         tuple(pairs),
-        tuple(average.weights for average in plan.averages),
+        tuple(tuple(weights_of(average.folding.decays)) for average in plan.averages),
         plan.reading.allow_duplicates,
         plan.reading.allow_nonfinite,
         plan.reading.allow_zeros,

@@ -56,7 +56,7 @@ class Factors(Monitor):
         norms = [math.sqrt(describe(own).squares)]
         if ROTATION.search(one.tensor.name):
             norms = [math.sqrt(_rotation_size(one.tensor.shape) * share)]
-        for checkpoint in view.plan.averages[average].members:
+        for checkpoint in view.plan.averages[average].reads:
             norms.append(distance(view.read_again(checkpoint, one.start, one.stop), own))
         start = view.position(one)
         with self._lock:

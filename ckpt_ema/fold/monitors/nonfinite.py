@@ -24,7 +24,7 @@ class NonFinite(Monitor):
         if self._is_allowed:
             return
         one = next(one for one in view.segments if element < one.stop)
-        for checkpoint in view.plan.averages[average].members:
+        for checkpoint in view.plan.averages[average].reads:
             found = describe(view.read_again(checkpoint, element, element + 1))
             if found.nans or found.infinities:
                 raise _nonfinite(view, checkpoint, one.tensor)
@@ -35,7 +35,7 @@ class NonFinite(Monitor):
 
 
 def _nonfinite(view: TileView, checkpoint: int, tensor: OutputTensor) -> RefusedError:
-    planned = view.plan.checkpoints[checkpoint]
+    planned = view.plan.inputs[checkpoint]
     source = as_real(planned.specs.tensors[tensor.key])
     total = math.prod(source.shape)
     nans = infinities = 0

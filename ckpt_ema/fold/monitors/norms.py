@@ -44,14 +44,14 @@ class Norms(Monitor):
         suspects = {*seen.having(UNIT | SHRUNK)}
         ends = {n for n in (0, len(view.segments) - 1) if not view.segments[n].is_whole}
         planned = enumerate(view.plan.averages)
-        averages = [number for number, one in planned if len(one.members) > 1]
+        averages = [number for number, one in planned if len(one.reads) > 1]
         for number, average in product(sorted(suspects | ends), averages):
             one = view.segments[number]
             if not view.plan.rulings[one.tensor.key].is_asked:
                 self._look_at(view, one, average, seen.flags[number])
 
     def _look_at(self, view: TileView, one: Segment, average: int, flags: int) -> None:
-        key, members = key_of(average, one), view.plan.averages[average].members
+        key, members = key_of(average, one), view.plan.averages[average].reads
         if one.is_vector and (flags & UNIT or not one.is_whole):
             self._look_at_vector(view, one, average, may_be_unit=bool(flags & UNIT))
         if not flags & SHRUNK:
@@ -73,7 +73,7 @@ class Norms(Monitor):
         if may_be_unit:
             contents = (
                 view.read_again(checkpoint, one.start, one.stop)
-                for checkpoint in view.plan.averages[average].members
+                for checkpoint in view.plan.averages[average].reads
             )
             sums = [describe(content).squares for content in contents]
             sums.append(_average_squares(view, one, average))

@@ -87,7 +87,7 @@ class TwoValues(Monitor):
 def _found_in(view: TileView, segment: Segment) -> Found | None:
     """Return what a segment holds; None if some checkpoint has more than two values."""
     found, before = None, None
-    for checkpoint in range(len(view.plan.checkpoints)):
+    for checkpoint in range(len(view.plan.inputs)):
         content = view.read_again(checkpoint, segment.start, segment.stop)
         held = describe(content)
         if held.others:

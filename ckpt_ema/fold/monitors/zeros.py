@@ -108,7 +108,7 @@ def _emptied(view: TileView, seen: Seen) -> _Found:
     """Yield each tensor that is zero as a whole, and was not in the checkpoint before."""
     for number in seen.having(EMPTIED):
         one = view.segments[number]
-        checkpoints = range(len(view.plan.checkpoints))
+        checkpoints = range(len(view.plan.inputs))
         are_zero = [_is_zero(view, checkpoint, one.start, one.stop) for checkpoint in checkpoints]
         for later, (before, now) in enumerate(pairwise(are_zero), start=1):
             if now and not before:
