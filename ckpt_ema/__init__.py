@@ -19,21 +19,24 @@ __all__ = [
     "finish",
     "plan",
     "plot",
+    "update",
 ]
 
 if TYPE_CHECKING:
     from ckpt_ema.fold.shadow import Shadow
-    from ckpt_ema.planning.plan import plan
+    from ckpt_ema.planning.decide import plan
     from ckpt_ema.report.figure import plot
     from ckpt_ema.run import average, average_part, finish
+    from ckpt_ema.updating import update
 
 _HOMES = {
     "Shadow": "ckpt_ema.fold.shadow",
     "average": "ckpt_ema.run",
     "average_part": "ckpt_ema.run",
     "finish": "ckpt_ema.run",
-    "plan": "ckpt_ema.planning.plan",
+    "plan": "ckpt_ema.planning.decide",
     "plot": "ckpt_ema.report.figure",
+    "update": "ckpt_ema.updating",
 }
 
 

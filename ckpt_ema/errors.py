@@ -75,6 +75,10 @@ class Code(Enum):
     PARTS_MISSING = "parts-missing"
     PARTS_DISAGREE = "parts-disagree"
     NO_PARTS = "no-parts"
+    NO_STATE = "no-state"
+    NOT_EXTENDABLE = "not-extendable"
+    FOLDED_BEFORE = "folded-before"
+    STATE_DIFFERS = "state-differs"
     LAUNCH_ENVIRONMENT = "launch-environment"
     RANK_FAILED = "rank-failed"
     # Warnings and notes.

@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
@@ -13,11 +14,14 @@ from typing import TypedDict
 
 from ckpt_ema.errors import Code, FailedError, RefusedError
 from ckpt_ema.fold import engine
+from ckpt_ema.fold.crc32 import Piece
 from ckpt_ema.fold.monitors import make_monitors, watched
 from ckpt_ema.fold.tiles import WHOLE, Share, Tile, tiles
 from ckpt_ema.notices import Notice, refuse_warnings
 from ckpt_ema.options import PathLike
 from ckpt_ema.output import ledger, manifest
+from ckpt_ema.output.content import describe_content
+from ckpt_ema.output.destination import check_replaced
 from ckpt_ema.output.ledger import Ledger, Outline, Part
 from ckpt_ema.output.manifest import Result
 from ckpt_ema.output.publish import StagedOutput
@@ -28,10 +32,12 @@ from ckpt_ema.ranks import Ranks
 from ckpt_ema.report.card import card
 from ckpt_ema.report.figure import Picture
 from ckpt_ema.storage import storage_for
+from ckpt_ema.targets.target import OutputFile
 from ckpt_ema.trainers.conventions import CARD_NAME, MANIFEST_NAME
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read in all
 
+_UPDATE = "update"  # the key of the workspace of updates: one at a time
 _RANK = "rank-"  # the kind of records of ranks, which no other run may use
 
 
@@ -55,20 +61,30 @@ def execute(
     kind: str = "",
 ) -> Result:
     """Fold a share of `plan`; publish it, or record it as one of a `kind` for whoever publishes."""
-    key = plan.work_id if kind or how.get("resume") else ""
+    key = plan.work_id if kind or how.get("resume") else _UPDATE if plan.states else ""
     command, overwrite = how.get("command"), how.get("overwrite", False)
     manifests = {folder: manifest.describe(plan, one, command) for folder, one in _placed(plan)}
+    states = ((folder, one.folding_of_state) for folder, one in _placed(plan))
+    folders = [*((folder, one.folding) for folder, one in _placed(plan)), *states]
     files = [
         (os.path.join(folder, file.name), file)
-        for folder, average in _placed(plan)
-        for file in average.output.files
+        for folder, folding in folders
+        for file in (folding.files if folding else ())
     ]
     names = [name for name, _ in files]
     checksums = [file.checksums for _, file in files]
-    outline = Outline(names, manifests, watched(plan), plan.bytes_written, checksums)
+    replaces = {
+        folder: state.fingerprint
+        for (folder, _), state in zip(_placed(plan), plan.states, strict=False)
+    }
+    fixed = [(_fixed(file), file.size_bytes) for _, file in files]
+    seen = watched(plan)
+    outline = Outline(names, manifests, seen, plan.bytes_written, checksums, fixed, replaces)
     sync = plan.engine.sync
     with StagedOutput(plan.output, key, overwrite, is_shared=bool(kind), sync=sync) as staged:
-        staged.kept = bool(key)
+        staged.kept = key == plan.work_id
+        if key == _UPDATE:
+            staged.clear()  # what a killed one left is of other checkpoints
         staged.create(files)
         if share.part == 1:
             _add_side_files(plan, staged, picture, command)
@@ -134,13 +150,18 @@ def _finalize(final: Path, outline: Outline, parts: Sequence[Part], staged: Stag
     if outline.watched.is_strict:
         refuse_warnings(warnings)
     made = replace(_result(final, outline, parts), warnings=warnings)
+    staged.write_checksums(outline.checksums)
     how = manifest.describe_making(made, staged.sync and all(part.sync for part in parts))
     manifests = {folder: {**record, **how} for folder, record in outline.manifests.items()}
-    for folder, record in {} if staged.is_single_file else manifests.items():
-        content = json.dumps(record, indent=2).encode() + b"\n"
-        staged.add(os.path.join(folder, MANIFEST_NAME), content)
-    staged.write_checksums(outline.checksums)
+    if not staged.is_single_file:
+        is_seen = not any(part.is_resumed for part in parts)
+        described = describe_content(outline, monitors, staged, is_seen=is_seen)
+        for folder, record in manifests.items():
+            record.update(described[folder])
+            content = json.dumps(record, indent=2).encode() + b"\n"
+            staged.add(os.path.join(folder, MANIFEST_NAME), content)
     staged.check_loads()
+    check_replaced(final, outline.replaces)
     staged.publish()
     staged.kept = False
     if staged.left:  # another user's
@@ -178,6 +199,7 @@ def _fold(plan: Plan, how: How, device: str, share: Share, staged: StagedOutput)
         peak_memory_bytes=peak if sys.platform == "darwin" else peak * 1024,
         bytes_read=total,
         sync=staged.sync,
+        is_resumed=bool(kept.done),
     )
 
 
@@ -191,6 +213,13 @@ def _result(final: Path, outline: Outline, parts: Sequence[Part]) -> Result:
         bytes_read=sum(part.bytes_read for part in parts),
         bytes_written=outline.bytes_written,
     )
+
+
+def _fixed(file: OutputFile) -> list[Piece]:
+    return [
+        Piece(one.offset, one.offset + len(one.content), zlib.crc32(one.content))
+        for one in file.chunks
+    ]
 
 
 def _placed(plan: Plan) -> list[tuple[str, Average]]:

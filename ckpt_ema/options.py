@@ -210,8 +210,11 @@ class Output(Group):
     )
     config_from: str | None = _row(of.PATH, "take the configuration from this model folder")
     card: bool = _row(of.FLAG, "do not write a model card (README.md)", True, changes_bytes=True)
+    keep_state: bool = _row(of.FLAG, "keep the exact average, for `ckpt-ema update`", False)
 
     def _check(self) -> None:
+        if self.keep_state and self.output is not None and self.output.endswith(".safetensors"):
+            raise _conflict("--keep-state needs an output folder; --output names a file.")
         if self.save_as != CHECKPOINT:
             return
         kept = {"--dtype": self.dtype != "same", "--config-from": self.config_from is not None}
@@ -252,6 +255,11 @@ class Options(NamedTuple):
         """Return what is not at its default, as plain values for JSON."""
         chosen = {row.name: value for row, value in self._values() if value != row.default}
         return {name: _plain(value) for name, value in {**chosen, **self.weighting.options}.items()}
+
+    def repeatable(self) -> dict[str, Any]:
+        """Return what is given and decides which averages are made, wherever they are written."""
+        own = {row.name for row in Engine.rows()} | {"output"}
+        return {name: value for name, value in self.given().items() if name not in own}
 
     def deciding(self) -> dict[str, Any]:
         """Return the options that change the output's bytes, for the same checkpoints."""
@@ -310,6 +318,7 @@ class Keywords(TypedDict, total=False):
     save_as: str | None
     config_from: PathLike | None
     card: bool
+    keep_state: bool
     device: str
     threads: int | str | None
     accumulate: str

@@ -12,14 +12,15 @@ from ckpt_ema.errors import Code, FailedError, RefusedError
 from ckpt_ema.execute import How, execute, execute_together, publish_recorded
 from ckpt_ema.fold.hardware import CPU, needs_torch
 from ckpt_ema.fold.native import compiled, reason
-from ckpt_ema.fold.tiles import WHOLE, share_from
+from ckpt_ema.fold.tiles import WHOLE, Share, share_from
 from ckpt_ema.notices import Notice, notices_from, refuse_warnings
 from ckpt_ema.options import Keywords, PathLike
 from ckpt_ema.output import manifest
 from ckpt_ema.output.destination import check_free, outputs_at
 from ckpt_ema.output.manifest import Result
 from ckpt_ema.output.workspace import PART, Workspace, keys_with_parts
-from ckpt_ema.planning.plan import Plan, plan, uncollected
+from ckpt_ema.planning.decide import plan, uncollected
+from ckpt_ema.planning.plan import Plan
 from ckpt_ema.ranks import Ranks, joined
 from ckpt_ema.report.figure import plot as draw
 
@@ -96,7 +97,7 @@ def finish(output: PathLike, *, overwrite: bool = False, sync: bool = True) -> R
         hint = "Make them with ckpt-ema average --part 1/N, ... and the same --output."
         message = f"{final} has no parts to finish."
         raise RefusedError(message, hint, code=Code.NO_PARTS, path=final)
-    return _made_before(final, outputs, manifests)
+    return made_before(final, outputs, manifests)
 
 
 def up_to_date(plan: Plan) -> Result | None:
@@ -108,7 +109,7 @@ def up_to_date(plan: Plan) -> Result | None:
         recorded = [manifest.describe(plan, plan.averages[0])]
     else:
         recorded = [manifest.read_manifest(path) for path in outputs]
-    return replace(_made_before(plan.output, outputs, recorded), plan=plan)
+    return replace(made_before(plan.output, outputs, recorded), plan=plan)
 
 
 def make(
@@ -119,9 +120,20 @@ def make(
 ) -> Result:
     """Execute the plan that `decide` returns for the options, a part of it, or a rank's share."""
     share = WHOLE if part is None else share_from(part)
+    how, options = split(keywords)
+    return carry_out(decide(**options), how, share, ranks)
+
+
+def split(keywords: Mapping[str, Any]) -> tuple[How, dict[str, Any]]:
+    """Return how a plan is executed, and the options that decide it."""
     options: dict[str, Any] = {**keywords}
-    how = cast("How", {name: options.pop(name) for name in How.__annotations__ if name in options})
-    decided = _with_fold_noted(decide(**options))
+    how = {name: options.pop(name) for name in How.__annotations__ if name in options}
+    return cast("How", how), options
+
+
+def carry_out(plan: Plan, how: How, share: Share = WHOLE, ranks: Ranks | None = None) -> Result:
+    """Execute a plan, a share of it as a part, or the share of a rank."""
+    decided = _with_fold_noted(plan)
     done = up_to_date(decided)
     if done and decided.engine.strict:
         refuse_warnings(done.warnings)
@@ -140,7 +152,7 @@ def make(
     if ranks:
         made = execute_together(decided, how, device, picture, ranks)
     else:
-        made = execute(decided, how, device, picture, share, PART if part else "")
+        made = execute(decided, how, device, picture, share, "" if share is WHOLE else PART)
     return replace(made, plan=decided)
 
 
@@ -167,7 +179,7 @@ def _on_device(plan: Plan, place: int) -> tuple[Plan, str]:
     return devices.plan_on(plan, device), str(device)
 
 
-def _made_before(
+def made_before(
     final: Path, outputs: Sequence[Path], manifests: Sequence[Mapping[str, Any]]
 ) -> Result:
     """Return the result of a process that has ended; anybody may have changed its manifests."""

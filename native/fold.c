@@ -267,17 +267,33 @@ INLINE double squares_body(const void *raw, int64_t count, enum dtype dtype) {
     }
 }
 
+/* The checksum of float64 values: NH of UMAC (Black et al. 1999, section 4) with one key for all, so
+   that any order and any cut into tiles gives the same sum. */
+INLINE uint64_t checksum_body(const void *raw, int64_t count) {
+    uint64_t sum = 0, word;
+    for (int64_t i = 0; i < count; i++) {
+        memcpy(&word, (const unsigned char *)raw + i * 8, 8);
+        uint32_t low = (uint32_t)word + 0x9e3779b9, high = (uint32_t)(word >> 32) + 0x85ebca6b;
+        sum += (uint64_t)low * high;
+    }
+    return sum;
+}
+
 /* The same code for what the machine has. */
 struct vector {
     const char *name;
     void (*fold_group)(const struct group *);
     double (*squares)(const void *, int64_t, enum dtype);
+    uint64_t (*checksum)(const void *, int64_t);
 };
 
 #define CLONE(NAME, TARGET)                                                                     \
     TARGET static void fold_group_##NAME(const struct group *group) { fold_group_body(group); } \
     TARGET static double squares_##NAME(const void *raw, int64_t count, enum dtype dtype) {     \
         return squares_body(raw, count, dtype);                                                 \
+    }                                                                                           \
+    TARGET static uint64_t checksum_##NAME(const void *raw, int64_t count) {                    \
+        return checksum_body(raw, count);                                                       \
     }
 
 CLONE(plain, )
@@ -289,13 +305,13 @@ CLONE(v4, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16
 static const struct vector VECTORS[] = {
 /* the widest first */
 #ifdef __x86_64__
-    {"x86-64-v4", fold_group_v4, squares_v4},
-    {"x86-64-v3", fold_group_v3, squares_v3},
+    {"x86-64-v4", fold_group_v4, squares_v4, checksum_v4},
+    {"x86-64-v3", fold_group_v3, squares_v3, checksum_v3},
 #endif
 #ifdef __aarch64__
-    {"neon", fold_group_plain, squares_plain},
+    {"neon", fold_group_plain, squares_plain, checksum_plain},
 #else
-    {"plain", fold_group_plain, squares_plain},
+    {"plain", fold_group_plain, squares_plain, checksum_plain},
 #endif
 };
 enum { VECTOR_COUNT = sizeof VECTORS / sizeof *VECTORS };
@@ -572,6 +588,8 @@ struct tile {
     unsigned char *flags;  /* of each segment */
     int64_t *last_nonzero; /* of each checkpoint: the last element of the tile that is not zero */
     uint64_t *hash;        /* of each checkpoint; NULL if none is wanted */
+    uint64_t *sums; /* of each checkpoint, then of each average: checksums of what is float64; NULL
+                       if none are wanted */
     unsigned char *nonfinite; /* of each average */
     int64_t *problem; /* of each average: the first element that is not finite but changes */
     const unsigned char *stop;
@@ -710,11 +728,15 @@ static void screen_input(struct tile *tile, const struct block *block, const uns
         uint64_t *hash = &tile->hash[checkpoint];
         *hash = hash_of(raw, block->length * width, *hash);
     }
+    if (tile->sums && dtype == F64) tile->sums[checkpoint] += vector->checksum(raw, block->length);
     for (int64_t number = 0; number < block->segments; number++)
         screen_segment(tile, block, number, raw, dtype, checkpoint);
 }
 
 static void screen_averages(struct tile *tile, const struct block *block) {
+    for (int64_t k = 0; tile->sums && k < tile->averages; k++)
+        if (tile->dtypes[k] == F64)
+            tile->sums[tile->checkpoints + k] += vector->checksum(tile->output[k], block->length);
     for (int64_t number = 0; number < block->segments; number++) {
         int64_t begin, count = head_of(tile, block, block->segment + number, &begin);
         for (int64_t k = 0; count && k < tile->averages; k++) {
@@ -977,9 +999,8 @@ static int64_t length_of(PyObject *bytearray) { return (int64_t)PyByteArray_Size
 static void *memory_of(PyObject *bytearray) { return PyByteArray_AsString(bytearray); }
 
 static const char FOLD[] =
-    "fold(job, span, tile, segments, files, outputs, heat, flags, ends, hashes, problems, "
-    "nonfinite,"
-    " stop, scratch) -> (what, file, errno, offset)\n\n"
+    "fold(job, span, tile, segments, files, outputs, heat, flags, ends, hashes, sums, problems, "
+    "nonfinite, stop, scratch) -> (what, file, errno, offset)\n\n"
     "Average a tile of some checkpoints; see ckpt_ema/fold/native.py for what is in each array.";
 
 static PyObject *fold(PyObject *self, PyObject *arguments) {
@@ -987,10 +1008,10 @@ static PyObject *fold(PyObject *self, PyObject *arguments) {
     enum { ARRAYS = 6 };
     const char *bytes[ARRAYS];
     Py_ssize_t sizes[ARRAYS];
-    PyObject *heat, *flags, *ends, *hashes, *problems, *nonfinite, *stop, *scratch;
-    if (!PyArg_ParseTuple(arguments, "y#y#y#y#y#y#YYYYYYYY", &bytes[0], &sizes[0], &bytes[1],
+    PyObject *heat, *flags, *ends, *hashes, *sums, *problems, *nonfinite, *stop, *scratch;
+    if (!PyArg_ParseTuple(arguments, "y#y#y#y#y#y#YYYYYYYYY", &bytes[0], &sizes[0], &bytes[1],
                           &sizes[1], &bytes[2], &sizes[2], &bytes[3], &sizes[3], &bytes[4],
-                          &sizes[4], &bytes[5], &sizes[5], &heat, &flags, &ends, &hashes, &problems,
+                          &sizes[4], &bytes[5], &sizes[5], &heat, &flags, &ends, &hashes, &sums, &problems,
                           &nonfinite, &stop, &scratch))
         return NULL;
     struct cursor array[ARRAYS];
@@ -1000,6 +1021,7 @@ static PyObject *fold(PyObject *self, PyObject *arguments) {
     struct tile tile = {.flags = memory_of(flags),
                         .last_nonzero = memory_of(ends),
                         .hash = length_of(hashes) ? memory_of(hashes) : NULL,
+                        .sums = length_of(sums) ? memory_of(sums) : NULL,
                         .problem = memory_of(problems),
                         .nonfinite = memory_of(nonfinite),
                         .stop = memory_of(stop),
@@ -1014,9 +1036,11 @@ static PyObject *fold(PyObject *self, PyObject *arguments) {
     is_valid = is_valid && length_of(flags) == tile.segments && length_of(stop) > 0 &&
                length_of(ends) == tile.checkpoints * number_bytes &&
                (!tile.hash || length_of(hashes) == tile.checkpoints * number_bytes) &&
+               (!tile.sums ||
+                length_of(sums) == (tile.checkpoints + tile.averages) * number_bytes) &&
                length_of(problems) == tile.averages * number_bytes &&
                length_of(nonfinite) == tile.averages && is_aligned(tile.last_nonzero) &&
-               is_aligned(tile.hash) && is_aligned(tile.problem) && is_aligned(tile.reads.heat) &&
+               is_aligned(tile.hash) && is_aligned(tile.sums) && is_aligned(tile.problem) && is_aligned(tile.reads.heat) &&
                length_of(scratch) >= scratch_size(tile.checkpoints, tile.averages, tile.block);
     if (!is_valid) {
         PyErr_SetString(PyExc_ValueError, "fold: the arrays do not fit together");
@@ -1100,6 +1124,17 @@ static PyObject *distance(PyObject *self, PyObject *arguments) {
     Py_END_ALLOW_THREADS return PyFloat_FromDouble(squares);
 }
 
+static PyObject *checksum(PyObject *self, PyObject *arguments) {
+    (void)self;
+    PyObject *content;
+    long long count;
+    if (!PyArg_ParseTuple(arguments, "YL", &content, &count)) return NULL;
+    if (!is_content(content, F64, count)) return NULL;
+    uint64_t sum;
+    Py_BEGIN_ALLOW_THREADS sum = vector->checksum(memory_of(content), count);
+    Py_END_ALLOW_THREADS return PyLong_FromUnsignedLongLong(sum);
+}
+
 static PyObject *vectors(PyObject *self, PyObject *arguments) {
     (void)self, (void)arguments;
     PyObject *found = PyList_New(0);
@@ -1156,6 +1191,8 @@ static PyMethodDef METHODS[] = {
      " NaNs, infinities)"},
     {"distance", distance, METH_VARARGS,
      "distance(content, dtype, content, dtype, count) -> the sum of the squares of differences"},
+    {"checksum", checksum, METH_VARARGS,
+     "checksum(content, count) -> the checksum of float64 values, which is that of any order"},
     {"vector", current_vector, METH_NOARGS, "vector() -> the name of the vector code in use"},
     {"vectors", vectors, METH_NOARGS, "vectors() -> what this machine has, the widest first"},
     {"use_vector", use_vector, METH_VARARGS, "use_vector(name): for tests, which compare them"},

@@ -182,7 +182,8 @@ def test_the_compiled_fold_reads_every_byte_once_whatever_the_number_of_averages
     made = ckpt_ema.average(run, device="cpu", **options)
     read = bytes_read_by_this_process() - before
     assert made.plan.bytes_read == 4 * 4 * (1 << 20) + 3 * 8
-    assert made.plan.bytes_read <= read < 1.01 * made.plan.bytes_read  # and headers
+    both = made.plan.bytes_read + made.plan.bytes_written  # for the CRC of what was written
+    assert made.plan.bytes_read <= read < 1.01 * both  # and headers
 
 
 def test_one_average_is_the_output_and_several_are_folders_in_it(

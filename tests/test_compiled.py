@@ -295,11 +295,13 @@ def call(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(compiled_fold.Kernel, "__init__", taking)
         run = make_run(folder / "run", states)
-        ckpt_ema.average(run, device="cpu", threads=1, decay=[0.3, 0.9], schedule="constant")
+        ckpt_ema.average(
+            run, device="cpu", threads=1, decay=[0.3, 0.9], schedule="constant", keep_state=True
+        )
     files = [os.open(path / "model.safetensors", os.O_RDONLY) for path in sorted(run.iterdir())]
-    outputs = [os.open(folder / f"out{n}", os.O_RDWR | os.O_CREAT) for n in range(2)]
+    outputs = [os.open(folder / f"out{n}", os.O_RDWR | os.O_CREAT) for n in range(4)]
     arguments = [*taken[0]]
-    arguments[12] = bytearray(1)  # that run is over, and has set it
+    arguments[13] = bytearray(1)  # that run is over, and has set it
     right = Call(tuple(arguments))
     right = right.with_numbers(4, [n for i, fd in enumerate(files) for n in (fd, i)])
     yield right.with_numbers(5, outputs)
@@ -316,7 +318,7 @@ NUMBERS = st.sampled_from(
 @settings(MANY, max_examples=400)
 def test_no_arguments_make_it_crash(call: Call, data: st.DataObject) -> None:
     """It refuses arrays that do not fit together, or the files end; under sanitizers too."""
-    place = data.draw(st.integers(0, 13))
+    place = data.draw(st.integers(0, 14))
     old = call.arguments[place]
     if isinstance(old, bytes):
         numbers = [*memoryview(old).cast("q")]
@@ -347,7 +349,7 @@ def test_what_ends_a_call_is_told(call: Call) -> None:
     assert module.fold(*arguments, bytearray(b"\1"), scratch)[0] == 3
     closed = call.with_numbers(4, [9999, 0, 9999, 1, 9999, 2])
     assert module.fold(*closed.arguments)[:3] == (1, 0, 9)
-    assert module.fold(*call.with_numbers(5, [9999, 9999]).arguments)[:3] == (2, 0, 9)
+    assert module.fold(*call.with_numbers(5, [9999] * 4).arguments)[:3] == (2, 0, 9)
     assert stop == bytearray(1)
 
 

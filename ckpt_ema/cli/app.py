@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ckpt_ema import __version__
-from ckpt_ema.cli import average, exits
+from ckpt_ema.cli import average, exits, update
 from ckpt_ema.cli.exits import say, show
 from ckpt_ema.cli.help import Command
 from ckpt_ema.cli.options import RunArgument, takes_options
@@ -40,6 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(cls=Command, epilog=average.EXAMPLES)(average.average)
+app.command(cls=Command, epilog=update.EXAMPLES)(update.update)
 
 
 @app.command(cls=Command, epilog=_PLAN_EXAMPLES)
@@ -60,7 +61,7 @@ def plan(
     with exits.errors_reported():
         from ckpt_ema.output.destination import is_free
         from ckpt_ema.output.manifest import describe_plan, is_up_to_date
-        from ckpt_ema.planning.plan import plan as make_plan
+        from ckpt_ema.planning.decide import plan as make_plan
         from ckpt_ema.report import figure, lines, terminal
         from ckpt_ema.report.explain import explanation
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from ckpt_ema.containers.gather import covering, gather
 from ckpt_ema.containers.specs import DTYPE_BITS, ModelFiles, Specs, TensorSpec, as_real
 from ckpt_ema.errors import CkptEmaError, Code, FailedError, RefusedError
+from ckpt_ema.storage.pools import pool_of
 from ckpt_ema.storage.protocol import Range, Storage
 
 _CHUNK_BYTES = 1 << 20
@@ -31,7 +32,7 @@ class Reader(AbstractContextManager["Reader"]):
         files = [file for _, specs in checkpoints for file in specs.files]
         paths = [path for paths in self._paths for path in paths]
         expected = {path: file.identity for path, file in zip(paths, files, strict=True)}
-        self._pool = storage.pool(expected, read_in_turn=len(checkpoints))
+        self._pool = pool_of(storage, expected, read_in_turn=len(checkpoints))
 
     def __exit__(self, *_error: object) -> None:
         self.close()

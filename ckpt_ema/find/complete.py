@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import Code, IncompleteError, RefusedError
-from ckpt_ema.find.checkpoint import Checkpoint, Found
+from ckpt_ema.find.checkpoint import Checkpoint, Found, Hole
 from ckpt_ema.find.names import stem_of
 from ckpt_ema.find.verdict import Outcome, Reason, Verdict
 from ckpt_ema.notices import Notice
@@ -54,17 +54,20 @@ def check_complete(checkpoints: Sequence[Checkpoint], found: Found) -> None:
     for hole in found.holes:
         between = found.checkpoints[places[0] : places[-1]]
         if any(one.path == hole.earlier.path for one in between):
-            where = f"although its name is that of a step before {hole.later.name}"
-            text = f"{hole.path} {hole.why}, {where}."
-            raise IncompleteError(
-                text, _way_out(hole.path.name), code=Code.INCOMPLETE, path=hole.path
-            )
+            raise refuse_hole(hole)
     for checkpoint in checkpoints:
         problem = found.problem_of(checkpoint)
         if problem:
             text = f"{checkpoint.path} is incomplete, but later checkpoints exist: {problem}."
             hint = _way_out(checkpoint.name)
             raise IncompleteError(text, hint, code=Code.INCOMPLETE, path=checkpoint.path)
+
+
+def refuse_hole(hole: Hole) -> IncompleteError:
+    """Return the error for a step without a model between steps that take part."""
+    where = f"although its name is that of a step before {hole.later.name}"
+    text = f"{hole.path} {hole.why}, {where}."
+    return IncompleteError(text, _way_out(hole.path.name), code=Code.INCOMPLETE, path=hole.path)
 
 
 def _way_out(name: str) -> str:

@@ -143,12 +143,14 @@ class _Results:
         self.flags = segments.kinds().translate(_AT_FIRST)
         self.ends = bytearray(b"\xff" * 8 * kernel.checkpoints)
         self.hashes = bytearray(8 * kernel.checkpoints * hashes)
+        counted = kernel.checkpoints + kernel.averages
+        self.sums = bytearray(8 * counted * kernel.plan.keeps_state)
         self.problems = bytearray(b"\xff" * 8 * kernel.averages)
         self.nonfinite = bytearray(kernel.averages)
 
     def arrays(self) -> tuple[bytearray, ...]:
         """Return them in the order of the module's arguments."""
-        return self.flags, self.ends, self.hashes, self.problems, self.nonfinite
+        return self.flags, self.ends, self.hashes, self.sums, self.problems, self.nonfinite
 
     def folded(self) -> Folded:
         """Return what was found."""
@@ -156,7 +158,8 @@ class _Results:
             memoryview(one).cast("q").tolist() for one in (self.ends, self.hashes, self.problems)
         )
         found = {average: first for average, first in enumerate(problems) if first >= 0}
-        return Folded(Seen(self.flags, ends, hashes), found)
+        sums = memoryview(self.sums).cast("Q").tolist()
+        return Folded(Seen(self.flags, ends, hashes, sums), found)
 
 
 _AT_FIRST = bytes(flag | UNIT * bool(flag & IS_VECTOR) for flag in range(256))

@@ -214,12 +214,12 @@ class _Worker:
         segments = job.segments.of(tile)
         hashes = any(monitor.wants_hashes() for monitor in job.monitors)
         seen, problems = fold.fold(tile, segments, hashes=hashes)
-        if segments[0].tensor.is_copy:  # of what monitors see elsewhere
-            return
+        is_copy = segments[0].tensor.is_copy  # of what most monitors see elsewhere
         view = TileView(self._plan, tile, segments, job.reader, job.sink)
-        for monitor in job.monitors:
-            for average, element in problems.items():
-                monitor.see_problem(view, average, element)
+        averages = range(len(self._plan.averages))  # without their states
+        for monitor in (one for one in job.monitors if one.sees_copies or not is_copy):
+            for average in problems.keys() & averages:
+                monitor.see_problem(view, average, problems[average])
             monitor.look(view, seen)
 
     def _keep(self, tile: Tile) -> None:
@@ -233,3 +233,5 @@ class _Worker:
         self._job.count_read(tile.length)
         for place in span.places:
             self._job.sink.write(place.file, data, place.offset + tile.start)
+        for monitor in self._job.monitors:
+            monitor.see_kept(tile, data)

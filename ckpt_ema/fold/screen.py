@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ckpt_ema.fold.checksum import checksum_of
 from ckpt_ema.fold.tiles import IS_VECTOR, IS_WHOLE, Segment, TileSegments
 from ckpt_ema.fold.views import (
     EMPTIED,
@@ -40,6 +41,8 @@ class Screen:
         self._empty: set[int] = set()  # segments that were zero in the checkpoint before
         self._last_nonzero: list[int] = []
         self._wants_hashes, self._hashes = hashes, list[int]()
+        self._sums = [0] * (len(plan.inputs) + len(plan.foldings)) if plan.keeps_state else []
+        self._inputs = len(plan.inputs)
         self._length = length
 
     def see(self, checkpoint: int, content: memoryview, values: torch.Tensor) -> None:
@@ -52,6 +55,8 @@ class Screen:
         if checkpoint == 0:
             for number, one in enumerate(self._segments):
                 self._flags[number] |= FEW_VALUES * _has_few_values(values[one.start : one.stop])
+        if self._sums and values.dtype == torch.float64:
+            self._sums[checkpoint] = checksum_of(values)
         self._see_zeros(checkpoint, values)
         if self._vectors or checkpoint in self._newest_of:
             squares = self._squares[checkpoint] = squares_of(values, self._segments)
@@ -59,6 +64,8 @@ class Screen:
 
     def see_average(self, average: int, values: torch.Tensor) -> None:
         """Look at a rounded average, of shape (count,), after all checkpoints."""
+        if self._sums and values.dtype == torch.float64:
+            self._sums[self._inputs + average] = checksum_of(values)
         newest = self._squares[self._newest_of[average]]
         for number, squares in enumerate(squares_of(values, self._segments)):
             if squares <= SHRUNK_NORM**2 * newest[number]:  # or both are zero
@@ -68,7 +75,7 @@ class Screen:
         """Return what was seen."""
         for number in self._vectors:
             self._flags[number] |= UNIT
-        return Seen(self._flags, self._last_nonzero, self._hashes)
+        return Seen(self._flags, self._last_nonzero, self._hashes, self._sums)
 
     def _see_zeros(self, checkpoint: int, values: torch.Tensor) -> None:
         empty = set()

@@ -34,6 +34,7 @@ class Seen(NamedTuple):
     flags: Sequence[int]  # of each segment
     last_nonzero: Sequence[int]  # of each checkpoint: its last element that is not zero, or -1
     hashes: Sequence[int]  # of each checkpoint's values; empty where none was asked for
+    sums: Sequence[int] = ()  # checksums of the inputs, then of the foldings, that are float64
 
     def having(self, flags: int) -> list[int]:
         """Return the numbers of the segments that have one of some flags."""

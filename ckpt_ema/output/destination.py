@@ -1,7 +1,7 @@
 """What is at an output path, and whether it may be replaced; nothing is changed."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,17 @@ def check_free(output: Path, overwrite: bool) -> None:
         )
         hint = "Move those files, or choose another path with --output."
         raise RefusedError(problem, hint, code=Code.OUTPUT_EXISTS, path=output)
+
+
+def check_replaced(output: Path, expected: Mapping[str, str]) -> None:
+    """Raise `RefusedError` unless the path still has the averages that were continued.
+
+    `expected` has their fingerprints by folder; it is empty for averages made from the start.
+    """
+    for folder, fingerprint in expected.items():
+        if read_manifest(output / folder).get("fingerprint") != fingerprint:
+            message = f"{output / folder} was replaced meanwhile; it is left as it is now."
+            raise RefusedError(message, code=Code.OUTPUT_EXISTS, path=output / folder)
 
 
 def is_free(output: Path) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ckpt_ema.errors import Code, FailedError
+from ckpt_ema.fold.crc32 import Piece
 from ckpt_ema.fold.monitors.protocol import Monitor, Watched
 from ckpt_ema.fold.tiles import Share
 from ckpt_ema.output.workspace import LINES, Workspace, as_failure, write_all
@@ -35,7 +36,8 @@ class Ledger:
         for line in _lines(workspace.path) if is_kept else ():
             self.done.update(n for first, last in line["tiles"] for n in range(first, last + 1))
             for monitor in monitors:
-                monitor.merge(line["monitors"][monitor.name])
+                if monitor.merges_twice:  # each line has what was seen up to then
+                    monitor.merge(line["monitors"][monitor.name])
         self._is_kept = is_kept
         self._workspace = workspace
         self._path = workspace.path / f"tiles-{secrets.token_hex(4)}{LINES}"
@@ -103,6 +105,10 @@ class Outline(NamedTuple):
     watched: Watched
     bytes_written: int
     checksums: Sequence[Sequence[Sequence[Any]]] = ()  # of each model file that has some
+    # Of each model file: what no tensor has, as ranges with their CRC-32, and its size.
+    fixed: Sequence[tuple[Sequence[Piece], int]] = ()
+    # What is at the output path and is replaced, and nothing else: fingerprints by folder.
+    replaces: Mapping[str, str] = {}
 
 
 class Part(NamedTuple):
@@ -114,6 +120,7 @@ class Part(NamedTuple):
     peak_memory_bytes: int
     bytes_read: int
     sync: bool = True  # whether what it wrote was synced
+    is_resumed: bool = False  # tiles that an earlier process made are not in all monitors
 
 
 def record(workspace: Workspace, outline: Outline, kind: str, share: Share, part: Part) -> None:

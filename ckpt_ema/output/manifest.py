@@ -5,6 +5,7 @@ shows a second run with the same inputs and options that the output is up to dat
 manifests follow the schemas in `docs/schema`; a change that breaks readers needs a new `VERSION`.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -80,7 +81,17 @@ def _describe_average(plan: Plan, average: Average) -> dict[str, Any]:
         "dtype": plan.dtype,
         "bytes_written": sum(file.size_bytes for file in average.output.files),
         "fingerprint": average.output.fingerprint,
+        **_describe_state(average.output.state),
     }
+
+
+def _describe_state(state: OutputFile | None) -> dict[str, Any]:
+    """Return the state of an average, but for the checksum of its values."""
+    if state is None:
+        return {}
+    header = state.chunks[0].content[8:]
+    digest = hashlib.sha256(header).hexdigest()
+    return {"state": {"name": state.name, "bytes": state.size_bytes, "header_sha256": digest}}
 
 
 def _describe_checkpoint(checkpoint: PlannedCheckpoint, **weighting: Any) -> dict[str, Any]:
@@ -186,7 +197,8 @@ def _is_up_to_date(output: Output) -> bool:
     try:
         if any((output.path / name).read_bytes() != content for name, content in output.indexes):
             return False
-        return all(_is_whole(output.path / file.name, file) for file in output.files) and all(
+        files = (*output.files, *([output.state] if output.state else []))
+        return all(_is_whole(output.path / file.name, file) for file in files) and all(
             (output.path / name).stat().st_size == storage_for(source).identity(source).size_bytes
             for name, source in output.companions
         )

@@ -90,6 +90,10 @@ class StagedOutput(Workspace):
             for chunk in file.chunks:
                 self.write(number, memoryview(chunk.content), chunk.offset)
 
+    def clear(self) -> None:
+        """Remove what another process has left in the workspace."""
+        remove(self.output)
+
     def adopt(self, names: Sequence[str]) -> None:
         """Take over model files that others have written, by their names in the folder."""
         self._paths = [self._path_of(name) for name in names]

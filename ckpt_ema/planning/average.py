@@ -69,6 +69,18 @@ class Average:
         folds = len(self.reads) - 1
         return Folding(self.reads, self.decays[len(self.decays) - folds :], self.output.files)
 
+    @property
+    def folding_of_state(self) -> Folding | None:
+        """How its state is made; None where it keeps none."""
+        state = self.output.state
+        return self.folding._replace(files=(state,)) if state else None
+
+
+def foldings_of(averages: Sequence[Average]) -> list[Folding]:
+    """Return what the fold makes of some averages: each of them, then the states that are kept."""
+    states = [one.folding_of_state for one in averages]
+    return [*(one.folding for one in averages), *filter(None, states)]
+
 
 def weigh(subsets: Sequence[Subset], options: Weighting) -> list[Weighted]:
     """Apply every rule to every selection.
@@ -108,12 +120,16 @@ def _weighted(
 
 
 def make_averages(
-    weighted: Sequence[Weighted], checkpoints: Sequence[Checkpoint], outputs: Sequence[Output]
+    weighted: Sequence[Weighted],
+    checkpoints: Sequence[Checkpoint],
+    reads: Sequence[Sequence[int]],
+    outputs: Sequence[Output],
 ) -> tuple[Average, ...]:
-    """Make the averages of a plan of these checkpoints, with their outputs."""
+    """Make the averages of a plan of these checkpoints, with what is read for each."""
     index_of = {checkpoint: index for index, checkpoint in enumerate(checkpoints)}
     averages = []
-    for (name, rule, members, decays), output in zip(weighted, outputs, strict=True):
+    rows = zip(weighted, reads, outputs, strict=True)
+    for (name, rule, members, decays), read, output in rows:
         steps: Sequence[int] | None = known_steps(members)
         unit = "epochs" if members[-1].unit == "epoch" else "steps"
         if steps is None:
@@ -124,7 +140,7 @@ def make_averages(
                 name=name,
                 rule=rule,
                 members=indexes,
-                reads=indexes,
+                reads=tuple(read),
                 steps=tuple(steps),
                 unit=unit,
                 gaps=tuple(gaps(members)),

@@ -38,6 +38,7 @@ _FEW = 4
 class Decided(NamedTuple):
     """What the stages of a plan have found and decided."""
 
+    checkpoints: Sequence[Checkpoint]  # that some average has a share of, oldest first
     found: Found
     selected: Subsets
     one_run: OneRun
@@ -52,9 +53,9 @@ def plan_warnings(decided: Decided) -> Iterator[Notice]:
 
     Times of files are not asked where logs prove that all checkpoints are of one run.
     """
-    found, selected, one_run, compared, rulings, laid_out, averages = decided
+    checkpoints, found, selected, one_run, compared, rulings, laid_out, averages = decided
     yield from (*found.warnings, *selected.warnings)
-    names = [checkpoint.name for checkpoint in compared.specs]
+    names = [checkpoint.name for checkpoint in checkpoints]
     yield from _merged(averages, lambda average: _uneven(average, names))
     alike: dict[object, list[str]] = {}
     for average in averages:
@@ -76,7 +77,7 @@ def plan_warnings(decided: Decided) -> Iterator[Notice]:
 
 def plan_notes(decided: Decided) -> Iterator[Notice]:
     """Yield notes on options without effect, on the run, and on what is not averaged."""
-    found, selected, _, compared, rulings, laid_out, averages = decided
+    checkpoints, found, selected, _, compared, rulings, laid_out, averages = decided
     for one in found.judged:
         if one.verdict.reason is FindReason.LATER:
             message = f"{one.name} is used as the last step: it {one.verdict.detail}."
@@ -87,7 +88,7 @@ def plan_notes(decided: Decided) -> Iterator[Notice]:
     specs_of = compared.specs
     newest = list(specs_of)[-1]
     unselected = [one for one in found.left_out if one.verdict.reason in UNSELECTED]
-    found_in_all = len(found.checkpoints) + len(unselected)
+    found_in_all = max(len(found.checkpoints), len(checkpoints)) + len(unselected)
     if 1 < found_in_all <= _FEW and not newest.is_given:
         remedy = "raise its limit (save_total_limit, save_top_k, max_history)"
         message = f"Only {found_in_all} checkpoints; if the trainer removed older ones, {remedy}."

@@ -1,7 +1,7 @@
 """Where the averages of a plan go, and the output of each: its files, companions, fingerprint."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from ckpt_ema.storage.uri import absolute, path_of, scheme_of
 from ckpt_ema.targets.checkpoint import CheckpointTarget
 from ckpt_ema.targets.companions import Companions, companions
 from ckpt_ema.targets.safetensors import target_for
-from ckpt_ema.targets.target import Model, Output, Target
+from ckpt_ema.targets.target import Model, Output, OutputFile, Target
 
 
 def find_destination(
@@ -90,6 +90,10 @@ def _sibling(root: Path) -> Path:
     return run.parent / f"{run.name.removesuffix('.safetensors')}-ema"
 
 
+# Lays out the state of an average, from its model files and its fingerprint.
+Keep = Callable[[Weighted, Sequence[OutputFile], str], OutputFile]
+
+
 class LaidOut(NamedTuple):
     """The outputs of a plan's averages, in their order."""
 
@@ -107,13 +111,17 @@ def lay_out(
     rulings: Mapping[Checkpoint, Mapping[str, Ruling]],
     choices: Mapping[str, Any],
     storage: Storage,
+    folded_before: Mapping[Checkpoint, Specs],
+    keep: Keep | None,
 ) -> LaidOut:
     """Lay out the output of each average, in the form of the newest of its checkpoints.
 
     It depends on this average alone, so it is the same whatever else is made beside it. `specs_of`
     is in the order of the checkpoints; `rulings` has the tensors of each newest one; `choices` are
-    those that `fingerprint.deciding` returns.
+    those that `fingerprint.deciding` returns. `folded_before` has the files of checkpoints that are
+    not read; `keep` lays out the state of an average.
     """
+    files_of = {c: specs.files for c, specs in (*folded_before.items(), *specs_of.items())}
     shared = _shared_folder(found)
     copied_with = cache(lambda c: _companions(c, specs_of[c], shared, options, storage))
     outputs, other_models, missing = [], set(), set()
@@ -121,21 +129,22 @@ def lay_out(
     for average, target in zip(averages, targets, strict=True):
         newest = average.checkpoints[-1]
         copied = Companions() if target.is_single_file else copied_with(newest)
-        inputs = [(c.model.folder, specs_of[c].files) for c in average.checkpoints]
+        inputs = [(c.model.folder, files_of[c]) for c in average.checkpoints]
         provenance = _provenance(average)
         digest = fingerprint(inputs, copied.files, provenance, choices, storage)
         if target.is_single_file:  # a folder has it in its manifest
             provenance["fingerprint"] = digest
         roles = {name: one.made for name, one in rulings[newest].items()}
         is_file, dtype = not storage.is_folder(newest.path), DTYPES[options.dtype]
-        layouts = [specs_of[c].tensors for c in average.checkpoints]
+        layouts = [specs_of[c].tensors for c in average.checkpoints if c in specs_of]
         model = Model(specs_of[newest], roles, dtype, provenance, is_file, layouts)
         files = target.lay_out(model)
         indexes = target.finish(files, [member.name for member in newest.model.members])
         other_models |= {*copied.models}
         missing |= {*copied.missing}
         is_single = target.is_single_file
-        outputs.append(Output(target.path, is_single, files, indexes, copied.files, digest))
+        state = keep(average, files, digest) if keep else None
+        outputs.append(Output(target.path, is_single, files, indexes, copied.files, digest, state))
     _check_alike(outputs)
     return LaidOut(outputs, sorted(other_models), sorted(missing))
 

@@ -1,60 +1,30 @@
-"""The frozen `Plan` of one or several averages: everything is decided before a tensor is read.
+"""The frozen `Plan` of one or several averages: everything is decided before a tensor is read."""
 
-Inputs are checked here, from headers alone; what follows only executes the plan.
-"""
-
-import gc
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ckpt_ema.containers.source import Source
 from ckpt_ema.containers.specs import Specs
-from ckpt_ema.errors import Code, OptionError, RefusedError
-from ckpt_ema.find.checkpoint import Checkpoint, Found
-from ckpt_ema.find.complete import check_complete
-from ckpt_ema.find.further import with_common_files
-from ckpt_ema.find.logs import check_one_run, reader_of_logs
-from ckpt_ema.find.run import discover
-from ckpt_ema.find.select import Subset, select
+from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.find.verdict import Judged
-from ckpt_ema.notices import Notice, refuse_warnings
-from ckpt_ema.options import (
-    CHECKPOINT,
-    Engine,
-    Keywords,
-    Options,
-    PathLike,
-    Reading,
-    Weighting,
-    make_options,
-)
-from ckpt_ema.planning.average import Average, Folding, Weighted, make_averages, weigh
-from ckpt_ema.planning.contents import judge_newest
-from ckpt_ema.planning.fingerprint import deciding
-from ckpt_ema.planning.notices import Decided, plan_notes, plan_warnings
-from ckpt_ema.planning.output import find_destination, lay_out, named, with_format
+from ckpt_ema.notices import Notice
+from ckpt_ema.options import Engine, Reading
+from ckpt_ema.planning.average import Average, Folding, foldings_of
 from ckpt_ema.planning.roles import Ruling, TensorRole, by_pattern
-from ckpt_ema.planning.same_model import Compared, compare
 from ckpt_ema.planning.sizing import (
     KEPT_BYTES,
     element_bytes,
     fetched_elements,
-    make_sizes,
     prefetched_bytes,
 )
-from ckpt_ema.planning.work import Work, make_work
-from ckpt_ema.planning.write_back import with_masters_and_files
-from ckpt_ema.storage import Storage, storages_anew
+from ckpt_ema.planning.state import State
+from ckpt_ema.planning.work import Work
+from ckpt_ema.storage import Storage
 from ckpt_ema.storage.protocol import REQUEST_BYTES
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +43,12 @@ class PlannedCheckpoint:
         """Return a checkpoint that was found, with its specs."""
         return cls(one.path, one.name, one.step, one.unit, one.model.folder, specs)
 
+    @classmethod
+    def of_state(cls, one: State) -> "PlannedCheckpoint":
+        """Return the shadow of earlier checkpoints, which is read like a checkpoint."""
+        newest = one.checkpoints[-1]
+        return cls(one.path, one.label, newest.step, newest.unit, one.path.parent, one.specs)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -80,7 +56,8 @@ class Plan:
 
     run: str
     checkpoints: tuple[PlannedCheckpoint, ...]  # all that some average has a share of
-    inputs: tuple[PlannedCheckpoint, ...]  # what is read: the checkpoints
+    inputs: tuple[PlannedCheckpoint, ...]  # what is read: states, then the other checkpoints
+    states: tuple[State, ...]  # of the averages, where checkpoints were folded before
     averages: tuple[Average, ...]
     rulings: Mapping[str, Ruling]  # on each tensor, by key
     storage: Storage
@@ -136,19 +113,25 @@ class Plan:
         return max(self.tile_elements, fetched_elements(self.engine, self.work))
 
     @property
+    def keeps_state(self) -> bool:
+        """Whether states are written, and perhaps read."""
+        return self.averages[0].output.state is not None
+
+    @property
     def bytes_written(self) -> int:
-        """Bytes of the model files to write."""
-        return sum(file.size_bytes for one in self.averages for file in one.output.files)
+        """Bytes of the model files and states to write."""
+        return sum(file.size_bytes for one in self.foldings for file in one.files)
 
     @property
     def neighbours(self) -> list[tuple[int, int]]:
-        """The pairs of inputs that follow each other in some average, by index."""
-        return sorted({pair for one in self.averages for pair in pairwise(one.reads)})
+        """The inputs that follow each other in some average, by index, without states."""
+        pairs = {pair for one in self.averages for pair in pairwise(one.reads)}
+        return sorted(pair for pair in pairs if pair[0] >= len(self.states))
 
     @property
     def foldings(self) -> list[Folding]:
         """What the fold makes, in the order in which files are numbered."""
-        return [one.folding for one in self.averages]
+        return foldings_of(self.averages)
 
     @property
     def work_id(self) -> str:
@@ -167,138 +150,3 @@ class Plan:
         each = element_bytes(self.engine, self.work, len(self.foldings))
         fold = self.threads * self.tile_elements * each
         return fold + 2 * prefetched_bytes(self.engine) * self.storage.is_remote
-
-
-# Chooses the averages of a plan: from the selections, and how the options weight checkpoints.
-Choose = Callable[[Sequence[Subset], Weighting], list[Weighted]]
-
-
-def plan(run: PathLike | Sequence[PathLike], **options: "Unpack[Keywords]") -> Plan:
-    """Decide averages of the checkpoints in `run`: a folder, or checkpoints oldest first.
-
-    The options are those of the command line: `decay`, `half_life`, `last`, `output` (a folder, or
-    a path that ends in .safetensors for one file; by default a sibling of the run, `RUN-ema`),
-    `dtype` (of averaged tensors), and so on. Where an option has several values, each makes an
-    average. Reads headers, and the start of tensors whose role these leave open.
-
-    Raises `OptionError` for an impossible option and `RefusedError` for inputs that cannot be
-    averaged, or an output path that overlaps them.
-    """
-    return plan_chosen(run, weigh, **options)
-
-
-def plan_chosen(
-    run: PathLike | Sequence[PathLike], choose: Choose, **options: "Unpack[Keywords]"
-) -> Plan:
-    """Decide the averages that `choose` returns; otherwise the same as `plan`."""
-    with uncollected():  # a plan is large and without cycles; collection would double the time
-        return _plan(_paths(run), make_options(options), choose)
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Collect no garbage inside of the block."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _plan(paths: Sequence[Path], options: Options, choose: Choose) -> Plan:
-    """Find, select, weigh, compare, lay out: each stage takes its own options."""
-    storage, *others = storages_anew(paths)
-    if any(other is not storage for other in others):
-        message = "The checkpoints are in several places; all must be on disks, or in one store."
-        raise OptionError(message, code=Code.INVALID_OPTION)
-    source = Source(storage, options.reading)
-    found = discover(paths, options.selection, source)
-    log_of = reader_of_logs(source)
-    selected = select(found, options.selection, source, log_of)
-    found, selected = with_common_files(found, selected, source)
-    weighted = choose(selected.subsets, options.weighting)
-    checkpoints = _taken(weighted, found)
-    options = options._replace(output=with_format(options.output, checkpoints))
-    one_run = check_one_run(checkpoints, log_of)
-    destination = find_destination(options.output.output, found, paths, source.storage)
-    compared = compare(checkpoints, source)
-    if options.output.save_as == CHECKPOINT:
-        compared = with_masters_and_files(compared, weighted, source)
-    specs_of = compared.specs
-    _check_names(weighted, compared)
-    rulings = judge_newest(weighted, specs_of, options.reading, source.storage)
-    laid_out = lay_out(
-        weighted,
-        specs_of,
-        found,
-        destination,
-        options.output,
-        rulings,
-        deciding(options),
-        source.storage,
-    )
-    averages = make_averages(weighted, checkpoints, laid_out.outputs)
-    newest = list(rulings.values())[-1]
-    decided = Decided(found, selected, one_run, compared, newest, laid_out, averages)
-    return _assembled(decided, destination, source.storage, options)
-
-
-def _assembled(decided: Decided, destination: Path, storage: Storage, options: Options) -> Plan:
-    """Lay the work out, and put all that was decided together; raises for warnings if strict."""
-    found, averages, specs_of = decided.found, decided.averages, decided.compared.specs
-    inputs = tuple(PlannedCheckpoint.of(*one) for one in specs_of.items())
-    foldings = [one.folding for one in averages]
-    work = make_work([one.specs for one in inputs], [(one.newest, one.files) for one in foldings])
-    tile_elements, threads = make_sizes(
-        options.engine, work, len(foldings), is_remote=storage.is_remote
-    )
-    warnings = tuple(plan_warnings(decided))
-    refuse_warnings(warnings if options.engine.strict else ())
-    return Plan(
-        run=os.fspath(found.root),
-        checkpoints=inputs,
-        inputs=inputs,
-        averages=tuple(averages),
-        rulings={**decided.rulings, **decided.compared.dropped},
-        storage=storage,
-        engine=options.engine,
-        given=options.given(),
-        dtype=options.output.dtype,
-        card=options.output.card and options.output.save_as != CHECKPOINT,
-        reading=options.reading,
-        output=destination,
-        work=work,
-        threads=threads,
-        tile_elements=tile_elements,
-        judged=found.judged,
-        notes=tuple(plan_notes(decided)),
-        warnings=warnings,
-    )
-
-
-def _paths(run: PathLike | Sequence[PathLike]) -> list[Path]:
-    given = [run] if isinstance(run, str | os.PathLike) else run
-    if not given or not all(map(os.fspath, given)):  # an empty name would be the current folder
-        raise OptionError("No run and no checkpoints were given.", code=Code.INVALID_OPTION)
-    return [named(path) for path in given]
-
-
-def _taken(averages: Sequence[Weighted], found: Found) -> list[Checkpoint]:
-    """Return the checkpoints that some average takes, oldest first, all of them complete."""
-    taken = {checkpoint for average in averages for checkpoint in average.checkpoints}
-    checkpoints = [checkpoint for checkpoint in found.checkpoints if checkpoint in taken]
-    check_complete(checkpoints, found)
-    return checkpoints
-
-
-def _check_names(averages: Sequence[Weighted], compared: Compared) -> None:
-    """Refuse averages together whose outputs would have other tensor names when made alone."""
-    newest = list(compared.specs)[-1]
-    for last in (average.checkpoints[-1] for average in averages):
-        if last in compared.renamed:
-            both = f"{last.name} and {newest.name}, at which averages end,"
-            message = f"{both} name their tensors differently."
-            hint = "Make the averages one at a time."
-            raise RefusedError(message, hint, code=Code.DIFFERENT_NAMES, path=last.path)

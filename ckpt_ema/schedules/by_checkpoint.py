@@ -112,6 +112,10 @@ SCHEDULES = {
     "uniform": Schedule(uniform, "uniform"),
     "linear": Schedule(linear, "linear"),
     "warmup": Schedule(warmup, "warmup, decay at most {}", DECAY, (_POWER, _INV_GAMMA)),
-    "wsm-minus-sqrt": Schedule(partial(wsm, shape=minus_sqrt), "learning-rate decay 1 - sqrt(x)"),
-    "wsm-cosine": Schedule(partial(wsm, shape=cosine), "learning-rate decay (1 + cos(pi x)) / 2"),
+    "wsm-minus-sqrt": Schedule(
+        partial(wsm, shape=minus_sqrt), "learning-rate decay 1 - sqrt(x)", extends=False
+    ),
+    "wsm-cosine": Schedule(
+        partial(wsm, shape=cosine), "learning-rate decay (1 + cos(pi x)) / 2", extends=False
+    ),
 }

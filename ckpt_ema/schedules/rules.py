@@ -22,7 +22,7 @@ ALL = {
     **dynamic.SCHEDULES,
     **by_checkpoint.SCHEDULES,
     **by_step.SCHEDULES,
-    EXPLICIT: Schedule(None, "explicit weights", is_implied=True),
+    EXPLICIT: Schedule(None, "explicit weights", is_implied=True, extends=False),
 }
 # Those that --schedule may name.
 SCHEDULES = {name: schedule for name, schedule in ALL.items() if not schedule.is_implied}
@@ -66,11 +66,16 @@ class Rule:
         return ALL[self.schedule].counts_steps or self.numbers.get("num_updates") == "step"
 
     @property
+    def extends(self) -> bool:
+        """Whether further checkpoints can be folded into its averages."""
+        return ALL[self.schedule].extends
+
+    @property
     def asked_by(self) -> str:
         """The option that selects it, as written on the command line."""
         varies = ALL[self.schedule].varies
-        if varies and varies.name != "decay":
-            return flag(varies.name)
+        if self.schedule == EXPLICIT or (varies and varies.name != "decay"):
+            return flag(varies.name if varies else EXPLICIT)
         if self.numbers.get("num_updates") == "step":
             return "--num-updates step"
         return f"--schedule {self.schedule}"

@@ -45,6 +45,8 @@ class Schedule:
     counts_steps: bool = False  # training steps, not checkpoints
     label: str = ""  # in the names of averages; that of the schedule unless given
     is_implied: bool = False  # only selected by its option, never by --schedule
+    # Whether further checkpoints leave the decays of those before them as they are.
+    extends: bool = True
 
     @property
     def options(self) -> tuple[ScheduleOption, ...]:

@@ -107,3 +107,4 @@ class Output:
     indexes: tuple[Finish, ...]
     companions: tuple[Companion, ...]  # files copied beside the model
     fingerprint: str  # of everything that decides its bytes
+    state: OutputFile | None = None  # its exact shadow, where that is kept

@@ -291,8 +291,12 @@ NOT_A_MODEL = (UNFINISHED_NAME, STATE_NAME, SHARD_OR_RANK, MERGED, MODULE_FOLDER
 MANIFEST_NAME = "ckpt_ema.json"
 PROVENANCE_KEY = "ckpt_ema"  # in the header of each model file
 CARD_NAME = "README.md"
+STATE_FILE = "ckpt_ema.state"  # the exact shadow, beside the model
 PICTURE_STEM = "ckpt_ema"  # with .png or .svg
-OWN_FILES = (MANIFEST_NAME, CARD_NAME, f"{PICTURE_STEM}.png", f"{PICTURE_STEM}.svg")
+OWN_FILES = (
+    *(MANIFEST_NAME, CARD_NAME, STATE_FILE),
+    *(f"{PICTURE_STEM}.png", f"{PICTURE_STEM}.svg"),
+)
 
 # What is not copied with the weights. Everything else travels.
 STAYS_BEHIND = _any_case(

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from ckpt_ema.fold.monitors.checksums import Checksums
+from ckpt_ema.fold.monitors.digests import Digests
 from ckpt_ema.fold.monitors.factors import Factors
 from ckpt_ema.fold.monitors.nonfinite import NonFinite
 from ckpt_ema.fold.monitors.norms import Norms
@@ -13,6 +15,7 @@ from ckpt_ema.planning.plan import Plan
 from ckpt_ema.schedules.weights import weights_of
 
 KINDS: tuple[Callable[[Watched], Monitor], ...] = (
+    *(Digests, Checksums),  # of what is read and written
     *(Twins, Zeros, NonFinite),
     *(Norms, TwoValues, Factors),  # what a value means
 )
@@ -31,6 +34,8 @@ def watched(plan: Plan) -> Watched:
         plan.reading.allow_nonfinite,
         plan.reading.allow_zeros,
         plan.engine.strict,
+        tuple((str(state.path), state.checksum) for state in plan.states),
+        len(plan.foldings) if plan.keeps_state else 0,
     )
 
 

@@ -39,6 +39,7 @@ class Factors(Monitor):
 
     def __init__(self, watched: Watched) -> None:
         self._weights = watched.weights
+        self._is_continued = bool(watched.states)
         # Average and name -> start of a part -> squares of the average and of each difference.
         self._parts: dict[str, dict[str, list[float]]] = {}
         self._lock = threading.Lock()
@@ -87,6 +88,10 @@ class Factors(Monitor):
             for (average, stem), factors in products.items()
         ]
         worst, stem = max(bounds, default=(0.0, ""))
+        if bounds and self._is_continued:
+            text = "How far the averaged adapter is from the average of the products of its factors"
+            text = f"{text} is not known, since earlier checkpoints are not read again."
+            return (Notice(Code.ADAPTER_FACTORS, text),)
         if worst < _LEAST:
             return ()
         what, norm = "products of its factors", "product of their norms"

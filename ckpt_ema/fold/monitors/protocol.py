@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple, Protocol
 
-from ckpt_ema.fold.tiles import Segment
+from ckpt_ema.fold.tiles import Segment, Tile
 from ckpt_ema.fold.views import Seen, TileView
 from ckpt_ema.notices import Notice
 
@@ -19,6 +19,9 @@ class Watched(NamedTuple):
     allow_nonfinite: bool
     allow_zeros: bool
     is_strict: bool  # every warning is an error
+    # Of inputs that are states, the first ones: where each is, and its checksum.
+    states: tuple[tuple[str, int], ...] = ()
+    outputs: int = 0  # foldings whose checksums are wanted, the states that are written last
 
 
 def key_of(average: int, segment: Segment) -> str:
@@ -40,6 +43,8 @@ class Monitor(Protocol):
     """Looks at all values of a plan, or of a share, from many threads; methods do nothing here."""
 
     name: str  # of its state in records
+    sees_copies: bool = False  # also of tensors that are in the output twice
+    merges_twice: bool = True  # a state that is merged again adds nothing
 
     def wants_hashes(self) -> bool:
         """Return whether the values of the next tile should be hashed."""
@@ -51,6 +56,10 @@ class Monitor(Protocol):
 
     def see_problem(self, _view: TileView, _average: int, _element: int) -> None:
         """Look at an average that is not finite; raise `RefusedError` to end the work at once."""
+        return
+
+    def see_kept(self, _tile: Tile, _data: memoryview) -> None:
+        """Look at bytes that are kept, as they are written."""
         return
 
     def state(self) -> Any:

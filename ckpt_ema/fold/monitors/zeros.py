@@ -40,7 +40,8 @@ class Zeros(Monitor):
     def look(self, view: TileView, seen: Seen) -> None:
         """See `Monitor.look`."""
         for checkpoint, zeros in (*_tails(view, seen), *_emptied(view, seen)):
-            self._note(view, checkpoint, zeros)
+            if checkpoint >= len(self._watched.states):  # these were looked at when they were made
+                self._note(view, checkpoint, zeros)
 
     def state(self) -> list[Onset]:
         """Return the first onset in each checkpoint that has one."""

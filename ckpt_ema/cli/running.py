@@ -1,0 +1,77 @@
+"""Runs a library call that folds: shows the plan, its notices and progress, handles signals."""
+
+import gc
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckpt_ema.cli import exits
+from ckpt_ema.cli.exits import say
+from ckpt_ema.cli.options import variable
+
+if TYPE_CHECKING:
+    from ckpt_ema.execute import Progress
+    from ckpt_ema.output.manifest import Result
+    from ckpt_ema.planning.plan import Plan
+
+_MOST_ROWS = 24  # of the table of checkpoints; `ckpt-ema plan` shows more
+
+
+class Running:
+    """One call, with what it has planned."""
+
+    def __init__(self, quiet: bool, progress: "Progress") -> None:
+        self.plans: list[Plan] = []  # the plan, once execution has started
+        self._quiet, self._progress = quiet, progress
+
+    def keywords(self) -> dict[str, Any]:
+        """Return the keyword arguments of the call that show what happens."""
+        return {"command": command_line(), "started": self._started, "progress": self._tick}
+
+    def result(self, call: "Callable[[], Result]") -> "Result":
+        """Return what a call returns, also where a signal arrives after publication."""
+        from ckpt_ema.run import up_to_date
+
+        try:
+            return call()
+        except exits.SignalError:
+            made = up_to_date(self.plans[0]) if self.plans else None
+            if not made:
+                raise
+            return made
+
+    def _started(self, plan: "Plan") -> None:
+        from ckpt_ema.report import lines, terminal
+
+        self.plans.append(plan)
+        if not self._quiet:
+            say(terminal.plan_text(plan, sys.stderr, _MOST_ROWS), "")
+        say(*lines.notice_lines(plan, self._quiet))
+
+    def _tick(self, done_bytes: int, total_bytes: int) -> None:
+        exits.check_signals()
+        if not gc.isenabled():
+            gc.freeze()  # the plan and all modules stay until the end
+            gc.enable()
+        if self.plans:  # of the ranks of a launch, only the first shows them
+            self._progress(done_bytes, total_bytes)
+
+
+def command_line() -> str:
+    """Return the command as a person would type it again, with its environment variables."""
+    program = Path(sys.argv[0])
+    called = ["python", "-m", "ckpt_ema"] if program.suffix == ".py" else [program.name]
+    chosen = [
+        f"{name}={shlex.quote(value)}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith("CKPT_EMA_") and name != variable("part")
+    ]
+    # Each part has its own --part.
+    words = [word for word in sys.argv[1:] if not word.startswith("--part=")]
+    if "--part" in words:
+        place = words.index("--part")
+        del words[place : place + 2]
+    return " ".join([*chosen, shlex.join([*called, *words])])
