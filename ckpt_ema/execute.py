@@ -63,23 +63,8 @@ def execute(
     """Fold a share of `plan`; publish it, or record it as one of a `kind` for whoever publishes."""
     key = plan.work_id if kind or how.get("resume") else _UPDATE if plan.states else ""
     command, overwrite = how.get("command"), how.get("overwrite", False)
-    manifests = {folder: manifest.describe(plan, one, command) for folder, one in _placed(plan)}
-    states = ((folder, one.folding_of_state) for folder, one in _placed(plan))
-    folders = [*((folder, one.folding) for folder, one in _placed(plan)), *states]
-    files = [
-        (os.path.join(folder, file.name), file)
-        for folder, folding in folders
-        for file in (folding.files if folding else ())
-    ]
-    names = [name for name, _ in files]
-    checksums = [file.checksums for _, file in files]
-    replaces = {
-        folder: state.fingerprint
-        for (folder, _), state in zip(_placed(plan), plan.states, strict=False)
-    }
-    fixed = [(_fixed(file), file.size_bytes) for _, file in files]
-    seen = watched(plan)
-    outline = Outline(names, manifests, seen, plan.bytes_written, checksums, fixed, replaces)
+    files = _files(plan)
+    outline = _outline(plan, files, command)
     sync = plan.engine.sync
     with StagedOutput(plan.output, key, overwrite, is_shared=bool(kind), sync=sync) as staged:
         staged.kept = key == plan.work_id
@@ -94,6 +79,9 @@ def execute(
                 return _finalize(plan.output, outline, [part], staged)
         except RefusedError:
             staged.kept = bool(kind)  # the same work would be refused again; others' is kept
+            raise
+        except FailedError:
+            check_replaced(plan.output, outline.replaces)  # or its state may seem to have changed
             raise
         staged.make_durable()
         ledger.record(staged, outline, kind, share, part)
@@ -215,7 +203,32 @@ def _result(final: Path, outline: Outline, parts: Sequence[Part]) -> Result:
     )
 
 
+def _files(plan: Plan) -> list[tuple[str, OutputFile]]:
+    """Return what the fold writes in the order of its numbers: all model files, then the states."""
+    states = ((folder, one.folding_of_state) for folder, one in _placed(plan))
+    foldings = [*((folder, one.folding) for folder, one in _placed(plan)), *states]
+    return [
+        (os.path.join(folder, file.name), file)
+        for folder, folding in foldings
+        for file in (folding.files if folding else ())
+    ]
+
+
+def _outline(plan: Plan, files: Sequence[tuple[str, OutputFile]], command: str | None) -> Outline:
+    pairs = zip(_placed(plan), plan.states, strict=False)
+    return Outline(
+        [name for name, _ in files],
+        {folder: manifest.describe(plan, one, command) for folder, one in _placed(plan)},
+        watched(plan),
+        plan.bytes_written,
+        [file.checksums for _, file in files],
+        [(_fixed(file), file.size_bytes) for _, file in files],
+        {folder: state.fingerprint for (folder, _), state in pairs},
+    )
+
+
 def _fixed(file: OutputFile) -> list[Piece]:
+    """Return the chunks of a file with their CRC-32."""
     return [
         Piece(one.offset, one.offset + len(one.content), zlib.crc32(one.content))
         for one in file.chunks

@@ -390,7 +390,7 @@ def test_a_signal_with_resume_says_that_work_is_kept_and_keeps_it(make_run: Make
 def end_in_plan() -> None:
     """Have a signal arrive when headers are read, before anything is written."""
     pytest.MonkeyPatch().setattr(
-        "ckpt_ema.planning.plan.compare", lambda *_: os.kill(os.getpid(), signal.SIGINT)
+        "ckpt_ema.planning.decide.compare", lambda *_: os.kill(os.getpid(), signal.SIGINT)
     )
 
 

@@ -13,9 +13,9 @@ from ckpt_ema.cli.exits import say
 from ckpt_ema.cli.options import variable
 
 if TYPE_CHECKING:
-    from ckpt_ema.execute import Progress
     from ckpt_ema.output.manifest import Result
     from ckpt_ema.planning.plan import Plan
+    from ckpt_ema.report.progress import ByteProgress
 
 _MOST_ROWS = 24  # of the table of checkpoints; `ckpt-ema plan` shows more
 
@@ -23,7 +23,7 @@ _MOST_ROWS = 24  # of the table of checkpoints; `ckpt-ema plan` shows more
 class Running:
     """One call, with what it has planned."""
 
-    def __init__(self, quiet: bool, progress: "Progress") -> None:
+    def __init__(self, quiet: bool, progress: "ByteProgress") -> None:
         self.plans: list[Plan] = []  # the plan, once execution has started
         self._quiet, self._progress = quiet, progress
 
@@ -36,12 +36,19 @@ class Running:
         from ckpt_ema.run import up_to_date
 
         try:
-            return call()
+            with self._progress:
+                return call()
         except exits.SignalError:
             made = up_to_date(self.plans[0]) if self.plans else None
             if not made:
                 raise
             return made
+
+    def has_kept_work(self) -> bool:
+        """Return whether another run can continue what was done."""
+        from ckpt_ema.output.workspace import Workspace
+
+        return any(Workspace(one.output, one.work_id).path.exists() for one in self.plans)
 
     def _started(self, plan: "Plan") -> None:
         from ckpt_ema.report import lines, terminal

@@ -1,6 +1,7 @@
 """`ckpt-ema update`: folds what is new in a run into an output."""
 
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 
@@ -39,19 +40,14 @@ def update(
         from ckpt_ema.report.progress import ByteProgress
         from ckpt_ema.updating import update as update_output
 
-        with ByteProgress(quiet) as progress:
-            running = Running(quiet, progress)
-            result = running.result(
-                lambda: update_output(
-                    output,
-                    run or None,
-                    device=device,
-                    threads=threads,
-                    tile_size=tile_size,
-                    max_memory=max_memory,
-                    strict=strict,
-                    sync=sync,
-                    **running.keywords(),
-                )
-            )
+        running = Running(quiet, ByteProgress(quiet))
+        engine = {"device": device, "threads": threads, "tile_size": tile_size}
+        keywords: dict[str, Any] = {
+            **engine,
+            "max_memory": max_memory,
+            "strict": strict,
+            "sync": sync,
+        }
+        keywords |= running.keywords()
+        result = running.result(partial(update_output, output, run or None, **keywords))
         exits.print_result(result, quiet=quiet, as_json=json)

@@ -262,6 +262,9 @@ class ModelFiles:
         return self.folder / self.members[0].name
 
 
+COPIED = -1  # the member of files that are only copied, since no tensor is in them
+
+
 class FileSpec(NamedTuple):
     """One file of a checkpoint as it was when its header was read."""
 
@@ -270,7 +273,7 @@ class FileSpec(NamedTuple):
     mtime_ns: int
     tag: str  # of its content, where the storage has one
     digest: str  # SHA-256 of the header (or of the pickled structure), in hex
-    member: int = 0  # index into Specs.prefixes
+    member: int = 0  # index into Specs.prefixes, or COPIED
 
     @property
     def identity(self) -> Identity:

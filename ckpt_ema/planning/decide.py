@@ -125,8 +125,8 @@ def decide(chosen: Chosen, options: Options, choose: Choose, states: Sequence[St
     weighted = choose(selected.subsets, options.weighting)
     checkpoints = _taken(weighted, found)
     options = options._replace(output=with_format(options.output, checkpoints))
-    before = [*states[0].checkpoints] if states else []
-    one_run = check_one_run([*before[-1:], *checkpoints], chosen.log_of)
+    last = [one.checkpoints[-1] for one in states[:1]]
+    one_run = check_one_run([*last, *checkpoints], chosen.log_of)
     destination = find_destination(options.output.output, found, chosen.paths, source.storage)
     compared = compare(checkpoints, source)
     if options.output.save_as == CHECKPOINT:
@@ -134,11 +134,7 @@ def decide(chosen: Chosen, options: Options, choose: Choose, states: Sequence[St
     _check_names(weighted, compared)
     facts = FactsOfState(states[0]) if states else None
     judged = judge_newest(weighted, compared.specs, options.reading, source.storage, facts)
-    keep = None
-    if options.output.keep_state:
-        paths = [absolute(path) for path in chosen.paths]
-        asked = Asked(paths, options.repeatable(), precision(options.engine))
-        keep = Keeper(states, compared.specs, judged, asked).lay_out
+    of_all = [*_folded_before(states), *compared.specs.items()]
     laid_out = lay_out(
         weighted,
         compared.specs,
@@ -148,15 +144,30 @@ def decide(chosen: Chosen, options: Options, choose: Choose, states: Sequence[St
         judged.rulings,
         deciding(options),
         source.storage,
-        {c: Specs({}, files, ()) for one in states[:1] for c, files in one.folded},
-        keep,
+        {checkpoint: specs.files for checkpoint, specs in of_all},
     )
-    members = [*before, *compared.specs]
-    reads = _reads(weighted, list(compared.specs), states)
+    if options.output.keep_state:
+        keeper = Keeper(states, compared.specs, judged, _asked(chosen, options))
+        outputs = [*map(keeper.with_state, weighted, laid_out.outputs)]
+        laid_out = laid_out._replace(outputs=outputs)
+    members, reads = [c for c, _ in of_all], _reads(weighted, list(compared.specs), states)
     averages = make_averages(weighted, members, reads, laid_out.outputs)
-    newest = list(judged.rulings.values())[-1]
-    decided = Decided(members, found, selected, one_run, compared, newest, laid_out, averages)
+    rulings = list(judged.rulings.values())[-1]
+    decided = Decided(members, found, selected, one_run, compared, rulings, laid_out, averages)
     return _assembled(decided, destination, source.storage, options, states)
+
+
+def _asked(chosen: Chosen, options: Options) -> Asked:
+    """Return what an update needs to make the same plan."""
+    paths = [absolute(path) for path in chosen.paths]
+    return Asked(paths, options.repeatable(), precision(options.engine))
+
+
+def _folded_before(states: Sequence[State]) -> list[tuple[Checkpoint, Specs]]:
+    """Return the checkpoints in states, which have the same ones, with their files alone."""
+    return [
+        (checkpoint, Specs({}, files, ())) for one in states[:1] for checkpoint, files in one.folded
+    ]
 
 
 def _reads(
@@ -179,6 +190,7 @@ def _assembled(
 ) -> Plan:
     """Lay the work out, and put all that was decided together; raises for warnings if strict."""
     found, averages, specs_of = decided.found, decided.averages, decided.compared.specs
+    before = [PlannedCheckpoint.of(*one) for one in _folded_before(states)]
     checkpoints = [PlannedCheckpoint.of(*one) for one in specs_of.items()]
     inputs = (*map(PlannedCheckpoint.of_state, states), *checkpoints)
     foldings = foldings_of(averages)
@@ -188,9 +200,6 @@ def _assembled(
     )
     warnings = tuple(plan_warnings(decided))
     refuse_warnings(warnings if options.engine.strict else ())
-    before = [
-        PlannedCheckpoint.of(c, Specs({}, files, ())) for s in states[:1] for c, files in s.folded
-    ]
     return Plan(
         run=os.fspath(found.root),
         checkpoints=(*before, *checkpoints),

@@ -1,9 +1,10 @@
 """Keeping states: which averages can be continued, and that a continued one stays what it was."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from ckpt_ema.containers.specs import Role, Specs
+from ckpt_ema.containers.specs import COPIED, Role, Specs
 from ckpt_ema.errors import Code, OptionError, RefusedError, flag, some
 from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.options import Options
@@ -11,10 +12,11 @@ from ckpt_ema.planning.average import Weighted
 from ckpt_ema.planning.contents import Facts, Judged
 from ckpt_ema.planning.roles import Ruling
 from ckpt_ema.planning.state import Asked, Folded, State, lay_out_state
-from ckpt_ema.targets.target import OutputFile
+from ckpt_ema.targets.target import Output, OutputFile
 
 # Options that select by what comes later: a new checkpoint would change which others take part.
 _BY_NEWEST = ("last", "best", "every", "min_gap", "append")
+_NO_LATER = ("steps", "to_step")  # options that no later checkpoint matches
 
 
 def check_extendable(options: Options) -> None:
@@ -23,6 +25,9 @@ def check_extendable(options: Options) -> None:
         if getattr(options.selection, name):
             why = "which other checkpoints take part depends on the newest"
             raise _not_extendable(flag(name), why)
+    for name in _NO_LATER:
+        if getattr(options.selection, name) is not None:
+            raise _not_extendable(flag(name), "no later checkpoint would take part")
     for rule in options.weighting.rules:
         if not rule.extends:
             why = "a further checkpoint changes the weights of all others among each other"
@@ -55,22 +60,23 @@ class Keeper(NamedTuple):
     judged: Judged
     asked: Asked
 
-    def lay_out(
-        self, average: Weighted, files: Sequence[OutputFile], fingerprint: str
-    ) -> OutputFile:
-        """Lay out the state of an average; raises `RefusedError` if it is not of the same model."""
-        read = [
-            Folded(c, self.specs_of[c].files) for c in average.checkpoints if c in self.specs_of
-        ]
-        rulings = self.judged.rulings[average.checkpoints[-1]]
-        before: Iterable[Folded] = ()
+    def with_state(self, average: Weighted, output: Output) -> Output:
+        """Return an output with its state; raises `RefusedError` if it is not of the same model."""
+        newest = average.checkpoints[-1]
+        rulings = self.judged.rulings[newest]
+        folded = [self._folded(c) for c in average.checkpoints if c in self.specs_of]
         facts: Mapping[str, Facts] = self.judged.of_oldest
         for state in (one for one in self.states if one.name == average.name):
-            _check_same_tensors(state, self.specs_of[average.checkpoints[-1]], files, rulings)
-            before = state.folded
+            _check_same_tensors(state, self.specs_of[newest], output.files, rulings)
+            folded = [*state.folded, *folded]
             facts = {**state.facts, **facts}
-        folded = (*before, *read)
-        return lay_out_state(average, folded, files, rulings, facts, self.asked, fingerprint)
+        state_file = lay_out_state(average, folded, output, rulings, facts, self.asked)
+        return replace(output, state=state_file)
+
+    def _folded(self, checkpoint: Checkpoint) -> Folded:
+        """Return a checkpoint with the files that it has as any but the newest."""
+        files = self.specs_of[checkpoint].files
+        return Folded(checkpoint, tuple(one for one in files if one.member != COPIED))
 
 
 def _check_same_tensors(

@@ -1,13 +1,13 @@
 """Where the averages of a plan go, and the output of each: its files, companions, fingerprint."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ckpt_ema.containers.specs import Specs
+from ckpt_ema.containers.specs import FileSpec, Specs
 from ckpt_ema.errors import Code, OptionError, RefusedError
 from ckpt_ema.find.checkpoint import Checkpoint, Found
 from ckpt_ema.options import CHECKPOINT, DTYPES
@@ -22,7 +22,7 @@ from ckpt_ema.storage.uri import absolute, path_of, scheme_of
 from ckpt_ema.targets.checkpoint import CheckpointTarget
 from ckpt_ema.targets.companions import Companions, companions
 from ckpt_ema.targets.safetensors import target_for
-from ckpt_ema.targets.target import Model, Output, OutputFile, Target
+from ckpt_ema.targets.target import Model, Output, Target
 
 
 def find_destination(
@@ -90,10 +90,6 @@ def _sibling(root: Path) -> Path:
     return run.parent / f"{run.name.removesuffix('.safetensors')}-ema"
 
 
-# Lays out the state of an average, from its model files and its fingerprint.
-Keep = Callable[[Weighted, Sequence[OutputFile], str], OutputFile]
-
-
 class LaidOut(NamedTuple):
     """The outputs of a plan's averages, in their order."""
 
@@ -111,28 +107,26 @@ def lay_out(
     rulings: Mapping[Checkpoint, Mapping[str, Ruling]],
     choices: Mapping[str, Any],
     storage: Storage,
-    folded_before: Mapping[Checkpoint, Specs],
-    keep: Keep | None,
+    files_of: Mapping[Checkpoint, Sequence[FileSpec]],
 ) -> LaidOut:
     """Lay out the output of each average, in the form of the newest of its checkpoints.
 
     It depends on this average alone, so it is the same whatever else is made beside it. `specs_of`
-    is in the order of the checkpoints; `rulings` has the tensors of each newest one; `choices` are
-    those that `fingerprint.deciding` returns. `folded_before` has the files of checkpoints that are
-    not read; `keep` lays out the state of an average.
+    has the checkpoints that are read, in their order, `files_of` all; `rulings` has the tensors of
+    each newest one; `choices` are those that `fingerprint.deciding` returns.
     """
-    files_of = {c: specs.files for c, specs in (*folded_before.items(), *specs_of.items())}
     shared = _shared_folder(found)
     copied_with = cache(lambda c: _companions(c, specs_of[c], shared, options, storage))
-    outputs, other_models, missing = [], set(), set()
+    outputs, other_models, missing = [], set[str](), set[str]()
     targets = _targets(destination, averages, options, storage)
     for average, target in zip(averages, targets, strict=True):
         newest = average.checkpoints[-1]
-        copied = Companions() if target.is_single_file else copied_with(newest)
+        is_single = target.is_single_file
+        copied = Companions() if is_single else copied_with(newest)
         inputs = [(c.model.folder, files_of[c]) for c in average.checkpoints]
         provenance = _provenance(average)
         digest = fingerprint(inputs, copied.files, provenance, choices, storage)
-        if target.is_single_file:  # a folder has it in its manifest
+        if is_single:  # a folder has it in its manifest
             provenance["fingerprint"] = digest
         roles = {name: one.made for name, one in rulings[newest].items()}
         is_file, dtype = not storage.is_folder(newest.path), DTYPES[options.dtype]
@@ -140,11 +134,8 @@ def lay_out(
         model = Model(specs_of[newest], roles, dtype, provenance, is_file, layouts)
         files = target.lay_out(model)
         indexes = target.finish(files, [member.name for member in newest.model.members])
-        other_models |= {*copied.models}
-        missing |= {*copied.missing}
-        is_single = target.is_single_file
-        state = keep(average, files, digest) if keep else None
-        outputs.append(Output(target.path, is_single, files, indexes, copied.files, digest, state))
+        other_models, missing = other_models | {*copied.models}, missing | {*copied.missing}
+        outputs.append(Output(target.path, is_single, files, indexes, copied.files, digest))
     _check_alike(outputs)
     return LaidOut(outputs, sorted(other_models), sorted(missing))
 

@@ -30,7 +30,7 @@ from ckpt_ema.planning.fingerprint import FOLD_VERSION
 from ckpt_ema.planning.roles import Ruling
 from ckpt_ema.storage.local import Local
 from ckpt_ema.storage.uri import path_of
-from ckpt_ema.targets.target import Chunk, OutputFile, OutputTensor
+from ckpt_ema.targets.target import Chunk, Output, OutputFile, OutputTensor
 from ckpt_ema.trainers.conventions import STATE_FILE
 
 VERSION = 1
@@ -82,19 +82,18 @@ class State:
 def lay_out_state(
     average: Weighted,
     folded: Iterable[Folded],
-    files: Sequence[OutputFile],
+    output: Output,
     rulings: Mapping[str, Ruling],
     facts: Mapping[str, Facts],
     asked: Asked,
-    fingerprint: str,
 ) -> OutputFile:
     """Lay out the state of an average beside its model files."""
-    tensors = _float64(files)
+    tensors = _float64(output.files)
     regions = {one.name: [one.key, *one.region] for one in tensors if one.region}
     record = {
         "version": VERSION,
         "fold": FOLD_VERSION,
-        "fingerprint": fingerprint,
+        "fingerprint": output.fingerprint,
         "name": average.name,
         **asked._asdict(),
         "checkpoints": [_described(*one) for one in folded],

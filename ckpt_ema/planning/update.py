@@ -20,7 +20,7 @@ from ckpt_ema.options import PathLike, Weighting, make_options
 from ckpt_ema.planning.average import Weighted
 from ckpt_ema.planning.decide import Chosen, choose_checkpoints, decide, paths_of, uncollected
 from ckpt_ema.planning.plan import Plan
-from ckpt_ema.planning.state import Asked, Folded, State
+from ckpt_ema.planning.state import Folded, State
 from ckpt_ema.storage import Storage
 from ckpt_ema.storage.protocol import Kind
 
@@ -41,7 +41,8 @@ def plan_update(
     """
     asked = states[0].asked
     with uncollected():
-        options = make_options({**_options(asked), **engine, "output": output})
+        engine = {"accumulate": asked.accumulate, **engine}
+        options = make_options({**asked.options, **engine, "output": output})
         chosen = choose_checkpoints(paths_of(asked.paths if run is None else run), options)
         new = _new_checkpoints(states[0], chosen)
         if not new:
@@ -53,14 +54,6 @@ def plan_update(
             selected=chosen.selected._replace(subsets=(subset,), notes=()),
         )
         return decide(chosen, options, partial(_continued, states), states)
-
-
-def _options(asked: Asked) -> dict[str, Any]:
-    """Return the options of averages as `make_options` takes them."""
-    options = {**asked.options, "accumulate": asked.accumulate}
-    if steps := options.get("steps"):
-        options["steps"] = [tuple(one) for one in steps]
-    return options
 
 
 def _continued(

@@ -12,6 +12,7 @@ from pathlib import Path
 from ckpt_ema.containers import dcp
 from ckpt_ema.containers.checksums import Checksum, checksums, meet
 from ckpt_ema.containers.specs import (
+    COPIED,
     DTYPE_BITS,
     FileSpec,
     Piece,
@@ -170,7 +171,9 @@ def with_all_files(checkpoint: Checkpoint, specs: Specs, storage: Storage) -> Sp
     model = checkpoint.model
     known = {os.path.normpath(model.folder / file.name) for file in specs.files}
     files = [
-        FileSpec(os.path.relpath(root / name, model.folder), *storage.identity(root / name), "")
+        FileSpec(
+            os.path.relpath(root / name, model.folder), *storage.identity(root / name), "", COPIED
+        )
         for name in names
         if os.path.normpath(root / name) not in known
     ]

@@ -15,9 +15,9 @@ from ckpt_ema.planning.plan import Plan
 from ckpt_ema.schedules.weights import weights_of
 
 KINDS: tuple[Callable[[Watched], Monitor], ...] = (
-    *(Digests, Checksums),  # of what is read and written
     *(Twins, Zeros, NonFinite),
     *(Norms, TwoValues, Factors),  # what a value means
+    *(Digests, Checksums),  # what is written, and whether a state is what was
 )
 
 
