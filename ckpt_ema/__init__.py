@@ -20,6 +20,7 @@ __all__ = [
     "plan",
     "plot",
     "update",
+    "watch",
 ]
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ckpt_ema.report.figure import plot
     from ckpt_ema.run import average, average_part, finish
     from ckpt_ema.updating import update
+    from ckpt_ema.watching.watch import watch
 
 _HOMES = {
     "Shadow": "ckpt_ema.fold.shadow",
@@ -37,6 +39,7 @@ _HOMES = {
     "plan": "ckpt_ema.planning.decide",
     "plot": "ckpt_ema.report.figure",
     "update": "ckpt_ema.updating",
+    "watch": "ckpt_ema.watching.watch",
 }
 
 

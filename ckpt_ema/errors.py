@@ -79,6 +79,7 @@ class Code(Enum):
     NOT_EXTENDABLE = "not-extendable"
     FOLDED_BEFORE = "folded-before"
     STATE_DIFFERS = "state-differs"
+    MISSED = "missed"
     LAUNCH_ENVIRONMENT = "launch-environment"
     RANK_FAILED = "rank-failed"
     # Warnings and notes.

@@ -50,6 +50,7 @@ class How(TypedDict, total=False):
     command: str | None
     progress: Progress | None
     started: Callable[[Plan], None] | None
+    held: Path | None  # where the output is held instead of being published
 
 
 def execute(
@@ -76,7 +77,7 @@ def execute(
         try:
             part = _fold(plan, how, device, share, staged)
             if not kind:
-                return _finalize(plan.output, outline, [part], staged)
+                return _finalize(plan.output, outline, [part], staged, how.get("held"))
         except RefusedError:
             staged.kept = bool(kind)  # the same work would be refused again; others' is kept
             raise
@@ -129,8 +130,17 @@ def publish_recorded(final: Path, key: str, kind: str, overwrite: bool, sync: bo
         return _finalize(final, outline, parts, staged)
 
 
-def _finalize(final: Path, outline: Outline, parts: Sequence[Part], staged: StagedOutput) -> Result:
-    """Publish an output whose tiles are all done; raises what the verdicts of monitors raise."""
+def _finalize(
+    final: Path,
+    outline: Outline,
+    parts: Sequence[Part],
+    staged: StagedOutput,
+    held: Path | None = None,
+) -> Result:
+    """Publish an output whose tiles are all done; raises what the verdicts of monitors raise.
+
+    It is published at `held` instead, if that is given, for somebody to publish it later.
+    """
     monitors = make_monitors(outline.watched)
     for monitor, part in product(monitors, parts):
         monitor.merge(part.monitors[monitor.name])
@@ -149,8 +159,9 @@ def _finalize(final: Path, outline: Outline, parts: Sequence[Part], staged: Stag
             content = json.dumps(record, indent=2).encode() + b"\n"
             staged.add(os.path.join(folder, MANIFEST_NAME), content)
     staged.check_loads()
-    check_replaced(final, outline.replaces)
-    staged.publish()
+    if held is None:
+        check_replaced(final, outline.replaces)
+    staged.publish(held)
     staged.kept = False
     if staged.left:  # another user's
         message = f"The output that was replaced cannot be removed and is left as {staged.left}."

@@ -137,7 +137,7 @@ def carry_out(plan: Plan, how: How, share: Share = WHOLE, ranks: Ranks | None = 
     done = up_to_date(decided)
     if done and decided.engine.strict:
         refuse_warnings(done.warnings)
-    if done is None:
+    if done is None and how.get("held") is None:
         check_free(decided.output, how.get("overwrite", False))
     if ranks:
         ranks.agree("plan", f"{decided.work_id} {'to do' if done is None else 'is done'}")

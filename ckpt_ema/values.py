@@ -10,6 +10,8 @@ from ckpt_ema.errors import Code, OptionError, flag
 # Extensions of files that are not written; nobody gives them to a folder.
 _NOT_WRITTEN = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".gguf")
 _MOST_THREADS, _MOST_TILE_BYTES = 1024, 1 << 31
+_SECONDS_OF = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+_TIME = re.compile(rf"([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?)\s*({'|'.join(_SECONDS_OF)})?")
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(?:([kmgt])(i?b)?|b)?", re.IGNORECASE)
 
 
@@ -132,6 +134,18 @@ def _step_range(given: Any) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def _seconds(given: Any) -> float:
+    """Parse a time, from a number of seconds or a text.
+
+    >>> _seconds("90"), _seconds("1.5 min"), _seconds("2h")
+    (90.0, 90.0, 7200.0)
+    """
+    match = _TIME.fullmatch(str(given).strip())
+    if not match:
+        raise ValueError
+    return float(match[1]) * _SECONDS_OF[match[2] or "s"]
+
+
 TEXT = Values(_text, "be a text")
 PATH = Values(_path, "be a path", "PATH")
 OUTPUT = Values(_output, "be a folder or a .safetensors file", "PATH")
@@ -156,6 +170,7 @@ SIZE = Values(_size, "be a size, such as 64MiB", "SIZE")
 TILE = Values(
     lambda given: _size(given, _MOST_TILE_BYTES), "be a size of at most 2GiB, such as 4MiB", "SIZE"
 )
+TIME = Values(_seconds, "be a time, such as 30s, 10min or 2h", "TIME")
 ACCUMULATE = choice("float64", "float32")._replace(metavar="DTYPE")
 FORM, ORDER = choice("auto", "single", "sharded", "adapter"), choice("auto", "metadata", "name")
 WHICH = choice("raw", "ema")

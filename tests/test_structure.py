@@ -65,7 +65,7 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 LAYERS = (
     *("errors", "notices", "trainers", "storage", "schedules", "values", "options"),
     *("containers", "find", "targets", "planning", "fold", "output", "report"),
-    *("place", "rendezvous", "ranks", "execute", "run", "updating", "cli", "__main__"),
+    *("place", "rendezvous", "ranks", "execute", "run", "updating", "watching", "cli", "__main__"),
 )
 
 

@@ -42,7 +42,7 @@ def average(
 
     running = Running(quiet, ByteProgress(quiet))
     keywords = {**options, "plot": plot, "overwrite": overwrite, "resume": resume}
-    with exits.errors_reported(lambda: resume and running.has_kept_work()):
+    with exits.errors_reported(lambda: running.left(resume)):
         result = running.result(partial(_call, run, part, **keywords, **running.keywords()))
         if part and not result.is_up_to_date:
             path = printable(result.output)

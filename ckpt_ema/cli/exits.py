@@ -62,22 +62,18 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def say_signal(error: SignalError, *, kept: bool = False) -> int:
-    """Print that a signal ended the command; returns the exit code that shells expect.
-
-    `kept` is whether another run can continue from the partial work.
-    """
+def say_signal(error: SignalError, left: str = "nothing was written") -> int:
+    """Print that a signal ended the command and what is left; returns the usual exit code."""
     how = "interrupted" if error.number == signal.SIGINT else "terminated"
-    left = "partial work kept, rerun with --resume" if kept else "nothing was written"
     _report(error, f"{how}; {left}")
     return 128 + error.number
 
 
 @contextlib.contextmanager
-def errors_reported(kept: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def errors_reported(left: Callable[[], str] = lambda: "nothing was written") -> Iterator[None]:
     """Turn errors and signals into one line on stderr and an exit code.
 
-    `kept` tells whether another run can continue from the partial work.
+    `left` tells what a signal leaves.
     """
     try:
         yield
@@ -92,13 +88,13 @@ def errors_reported(kept: Callable[[], bool] = lambda: False) -> Iterator[None]:
         _report(error, f"error: {printable(error)}.")
         raise typer.Exit(1) from error
     except SignalError as error:
-        raise typer.Exit(say_signal(error, kept=kept())) from error
+        raise typer.Exit(say_signal(error, left())) from error
     except RuntimeError as error:
         # A signal that arrives while threading hands over a lock ends in this error; its context is
         # the cause.
         if not isinstance(error.__context__, SignalError):
             raise
-        raise typer.Exit(say_signal(error.__context__, kept=kept())) from error
+        raise typer.Exit(say_signal(error.__context__, left())) from error
 
 
 def _report(error: BaseException, text: str) -> None:

@@ -44,11 +44,13 @@ class Running:
                 raise
             return made
 
-    def has_kept_work(self) -> bool:
-        """Return whether another run can continue what was done."""
+    def left(self, resume: bool) -> str:
+        """Return what a signal leaves: nothing, or work that another run can continue."""
         from ckpt_ema.output.workspace import Workspace
 
-        return any(Workspace(one.output, one.work_id).path.exists() for one in self.plans)
+        workspaces = [Workspace(one.output, one.work_id) for one in self.plans if resume]
+        is_kept = any(workspace.path.exists() for workspace in workspaces)
+        return "partial work kept, rerun with --resume" if is_kept else "nothing was written"
 
     def _started(self, plan: "Plan") -> None:
         from ckpt_ema.report import lines, terminal

@@ -14,6 +14,7 @@ from typing import Any
 from ckpt_ema.containers.specs import is_safetensors
 from ckpt_ema.errors import Code, FailedError
 from ckpt_ema.fold.hardware import check_room_for_thread
+from ckpt_ema.output.destination import check_free
 from ckpt_ema.output.library import check_header
 from ckpt_ema.output.sync import Syncer
 from ckpt_ema.output.workspace import (
@@ -22,6 +23,7 @@ from ckpt_ema.output.workspace import (
     as_failure,
     hidden_sibling,
     remove,
+    sync_folder,
     write_all,
 )
 from ckpt_ema.storage import Storage
@@ -222,9 +224,10 @@ class StagedOutput(Workspace):
                     self.sync_folder(folder)
         self._syncer.wait()  # Linux reports a write error once, perhaps to the sync under way
 
-    def publish(self) -> None:
-        """Give the output its final name, replacing what may be replaced there."""
+    def publish(self, held: Path | None = None) -> None:
+        """Give the output its final name, or the path where it is held to be published later."""
         self.make_durable()
+        final = held or self.final
         ready = self.output.with_name(PUBLISHED)
         with as_failure(self.final):
             # This voids all records of the output; an exchange leaves the old one in its place.
@@ -232,38 +235,56 @@ class StagedOutput(Workspace):
             os.rename(self.output, ready)
             self.sync_folder(ready.parent)
             try:
-                replaced = self._give_name(ready)
+                overwrite = self._overwrite or held is not None
+                replaced = _give_name(ready, final, overwrite, self.is_single_file)
             except OSError:
                 os.rename(ready, self.output)
                 raise
         try:
-            self.sync_folder(self.final.parent)
+            self.sync_folder(final.parent)
         except OSError as error:
-            why = f"may not survive a power failure: {error.strerror}"
-            message = f"{self.final} is published, but {why}."
-            raise FailedError(message, code=Code.WRITE_FAILED, path=self.final) from error
+            raise _not_durable(final, error) from error
         remove(replaced)
         self.left = replaced if os.path.lexists(replaced) else None
 
-    def _give_name(self, ready: Path) -> Path:
-        """Replace nothing but an empty folder, or what `overwrite` applies to.
 
-        Returns where what was replaced is now, if it still is.
-        """
-        if not (self._overwrite and os.path.lexists(self.final)):
-            (_link_or_rename if self.is_single_file else os.rename)(ready, self.final)
-        elif self.is_single_file:
-            os.replace(ready, self.final)
-        elif not _exchange(ready, self.final):
-            old = hidden_sibling(self.final)
-            os.rename(self.final, old)
-            try:
-                os.rename(ready, self.final)
-            except BaseException:
-                os.rename(old, self.final)
-                raise
-            return old
-        return ready
+def publish_held(held: Path, final: Path) -> None:
+    """Publish an output that was held, in place of another; raises what `check_free` raises."""
+    check_free(final, overwrite=True)
+    with as_failure(final):
+        replaced = _give_name(held, final, overwrite=True, is_single_file=False)
+    try:
+        sync_folder(final.parent)
+    except OSError as error:
+        raise _not_durable(final, error) from error
+    remove(replaced)
+
+
+def _not_durable(final: Path, error: OSError) -> FailedError:
+    why = f"may not survive a power failure: {error.strerror}"
+    message = f"{final} is published, but {why}."
+    return FailedError(message, code=Code.WRITE_FAILED, path=final)
+
+
+def _give_name(ready: Path, final: Path, overwrite: bool, is_single_file: bool) -> Path:
+    """Replace nothing but an empty folder, or what `overwrite` applies to.
+
+    Returns where what was replaced is now, if it still is.
+    """
+    if not (overwrite and os.path.lexists(final)):
+        (_link_or_rename if is_single_file else os.rename)(ready, final)
+    elif is_single_file:
+        os.replace(ready, final)
+    elif not _exchange(ready, final):
+        old = hidden_sibling(final)
+        os.rename(final, old)
+        try:
+            os.rename(ready, final)
+        except BaseException:
+            os.rename(old, final)
+            raise
+        return old
+    return ready
 
 
 def _exchange(one: Path, other: Path) -> bool:

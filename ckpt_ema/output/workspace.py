@@ -140,14 +140,20 @@ class Workspace:
 
     def sync_folder(self, path: str | Path) -> None:
         """Make the names in a folder durable."""
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            self.sync_file(fd)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # some network file systems need none
-                raise
-        finally:
-            os.close(fd)
+        if self.sync:
+            sync_folder(path)
+
+
+def sync_folder(path: str | Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems need none
+            raise
+    finally:
+        os.close(fd)
 
 
 def keys_with_parts(final: Path) -> list[str]:

@@ -33,7 +33,7 @@ def find_destination(
     Raises `RefusedError` for a path that overlaps an input or can never be written. Whether an
     output is there already is for `output.destination` to check.
     """
-    output = path_of(asked) if asked is not None else _sibling(found.root)
+    output = path_of(asked) if asked is not None else sibling_of(found.root)
     if scheme_of(output):
         message = f"--output {output} is a URI; an output is written to a local folder."
         raise OptionError(message, code=Code.INVALID_OPTION)
@@ -80,7 +80,8 @@ def named(path: str | os.PathLike[str]) -> Path:
     return given if given.name not in ("", "..") else path_of(absolute(given))
 
 
-def _sibling(root: Path) -> Path:
+def sibling_of(root: Path) -> Path:
+    """Return where the averages of a run are written unless somewhere is named."""
     run = named(root)
     if not run.name:
         message = "--output is missing; the checkpoints share no folder."

@@ -16,8 +16,8 @@ from ckpt_ema.errors import CkptEmaError, Code, RefusedError
 from ckpt_ema.find.checkpoint import Checkpoint, needed_steps
 from ckpt_ema.find.complete import refuse_hole
 from ckpt_ema.find.select import Subset
-from ckpt_ema.options import PathLike, Weighting, make_options
-from ckpt_ema.planning.average import Weighted
+from ckpt_ema.options import Options, PathLike, Weighting, make_options
+from ckpt_ema.planning.average import Weighted, weigh
 from ckpt_ema.planning.decide import Chosen, choose_checkpoints, decide, paths_of, uncollected
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.planning.state import Folded, State
@@ -35,7 +35,7 @@ def plan_update(
 ) -> Plan | None:
     """Plan to fold what is new in a run into the averages at `output`; None if nothing is.
 
-    `states` are those of the averages there; `run` is the run they were made of, unless given.
+    `states` are those of the averages there; `run` is the run that they were made of, unless given.
     `engine` has options that change no byte. Raises what `plan` raises, and `RefusedError` for a
     run that does not continue what was folded.
     """
@@ -43,17 +43,41 @@ def plan_update(
     with uncollected():
         engine = {"accumulate": asked.accumulate, **engine}
         options = make_options({**asked.options, **engine, "output": output})
-        chosen = choose_checkpoints(paths_of(asked.paths if run is None else run), options)
-        new = _new_checkpoints(states[0], chosen)
-        if not new:
-            return None
+        chosen = find_new(paths_of(asked.paths if run is None else run), options, states)
+        new = new_checkpoints(chosen)
+        return plan_new(chosen, new, options, states) if new else None
+
+
+def find_new(paths: Sequence[Path], options: Options, states: Sequence[State]) -> Chosen:
+    """Find the checkpoints of a run that are in no state, all later than those that are."""
+    chosen = choose_checkpoints(paths, options)
+    if not states:
+        return chosen
+    subset = Subset("", tuple(_not_in(states[0], chosen)))
+    return chosen._replace(selected=chosen.selected._replace(subsets=(subset,), notes=()))
+
+
+def new_checkpoints(chosen: Chosen) -> tuple[Checkpoint, ...]:
+    """Return what `find_new` has found."""
+    return chosen.selected.subsets[0].checkpoints
+
+
+def plan_new(
+    chosen: Chosen, new: Sequence[Checkpoint], options: Options, states: Sequence[State]
+) -> Plan:
+    """Plan to fold new checkpoints into the averages of `states`, or to begin some without."""
+    if states:
         _check_next(states[0], new[0], chosen)
-        subset = Subset("", tuple(new))
-        chosen = chosen._replace(
+    subsets = (Subset("", tuple(new)),)
+    return decide(
+        chosen._replace(
             found=replace(chosen.found, checkpoints=tuple(new)),
-            selected=chosen.selected._replace(subsets=(subset,), notes=()),
-        )
-        return decide(chosen, options, partial(_continued, states), states)
+            selected=chosen.selected._replace(subsets=subsets),
+        ),
+        options,
+        partial(_continued, states) if states else weigh,
+        states,
+    )
 
 
 def _continued(
@@ -76,7 +100,7 @@ def _continued(
     return averages
 
 
-def _new_checkpoints(state: State, chosen: Chosen) -> list[Checkpoint]:
+def _not_in(state: State, chosen: Chosen) -> list[Checkpoint]:
     """Return the selected checkpoints that are not in a state, all later than those that are.
 
     Raises `RefusedError` for an earlier one, and for one that was written anew since it was folded.

@@ -1,0 +1,77 @@
+"""`ckpt-ema watch`: averages a run while it goes on."""
+
+import gc
+import json as json_format
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ckpt_ema.cli import exits
+from ckpt_ema.cli.exits import say, show
+from ckpt_ema.cli.options import takes_options
+from ckpt_ema.cli.running import command_line
+from ckpt_ema.errors import printable
+from ckpt_ema.values import COUNT, STEP
+
+if TYPE_CHECKING:
+    from ckpt_ema.watching.watch import Event
+
+EXAMPLES = """
+ckpt-ema watch runs/ -o averaged --half-life 2000
+ckpt-ema watch runs/ -o averaged --until-step 100000 --idle 2h
+ckpt-ema watch runs/ -o averaged --on-publish 'evaluate {} >> losses.txt'
+"""
+_HIDDEN = ("started", "waiting", "folded", "published")  # kinds of events, by -q
+
+
+@takes_options
+def watch(
+    run: Annotated[str, typer.Argument(metavar="RUN", readable=False)],
+    *,
+    options: dict[str, Any],
+    publish_every: str,
+    until_step: str | None,
+    idle: str | None,
+    interval: str,
+    skip_missed: bool,
+    on_publish: str | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Average a run while it goes on: fold each checkpoint once, before it is deleted.
+
+    RUN and the options are those of `ckpt-ema average`. Every option can be set by an environment
+    variable.
+    """
+    with exits.errors_reported(lambda: "what was folded is published"):
+        from ckpt_ema.watching.watch import watch as watch_run
+
+        gc.enable()  # it may take weeks
+        result = watch_run(
+            run,
+            publish_every=COUNT.parsed("publish_every", publish_every),
+            until_step=None if until_step is None else STEP.parsed("until_step", until_step),
+            idle=idle,
+            interval=interval,
+            skip_missed=skip_missed,
+            on_publish=on_publish,
+            event=partial(_tell, quiet=quiet, as_json=json),
+            command=command_line(),
+            progress=lambda *_: exits.check_signals(),
+            **options,
+        )
+        if not json:
+            for output in result.outputs:
+                show(printable(output))
+
+
+def _tell(event: "Event", *, quiet: bool, as_json: bool) -> None:
+    """Print a line for an event."""
+    kind = event.kind.value
+    if as_json:
+        row = {"time": time.time(), "event": kind, "text": event.text}
+        show(json_format.dumps({**row, "checkpoints": list(event.checkpoints)}))
+    elif not (quiet and kind in _HIDDEN):
+        say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(event.text)}")
