@@ -197,6 +197,20 @@ def test_the_middle_of_a_long_table_is_folded_but_there(count: int, tables: int)
     assert widths == widths[:2] * tables
 
 
+def test_a_table_too_wide_for_paper_is_several() -> None:
+    headings = ["checkpoint", *(f"({n})" for n in range(40))]
+    rows = [[f"name {row}", *(f"{row}.{n:03}%" for n in range(40))] for row in range(3)]
+    parsed = ParsedPage(Table(headings, rows, chosen=frozenset([1])).html())
+    assert len(parsed.tables) > 3
+    for number, line in enumerate([headings, *rows]):
+        parts = [table[number] for table in parsed.tables]
+        assert {part[0] for part in parts} == {line[0]}
+        assert [cell for part in parts for cell in part[1:]] == line[1:]
+    assert len([one for one in parsed.attributes("tr") if one.get("class")]) == len(parsed.tables)
+    for one in parsed.attributes("table"):
+        assert float((one["style"] or "").removeprefix("min-width:").removesuffix("ch")) <= 86
+
+
 # --- Inspections and selections -------------------------------------------------------------------
 
 

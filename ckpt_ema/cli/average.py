@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 ckpt-ema plan runs/                                 # show the weights first
-ckpt-ema average runs/
 ckpt-ema average runs/ --half-life 2000 -o averaged
 ckpt-ema average runs/ --decay 0.4,0.8 --last 4,8   # four averages, one pass
 OUT=$(ckpt-ema average runs/ -q) && evaluate "$OUT"
@@ -34,6 +33,7 @@ def average(
     *,
     options: dict[str, Any],
     plot: str | None,
+    report: str | None,
     overwrite: bool,
     part: str | None,
     resume: bool,
@@ -58,7 +58,8 @@ def average(
             why = "the ranks of a launch share the work by themselves"
             message = f"--part is for separate jobs; {why}."
             raise OptionError(message, code=Code.CONFLICTING_OPTIONS)
-        keywords = {**options, "plot": plot, "overwrite": overwrite, "resume": resume}
+        files = {"plot": plot, "report": report}
+        keywords = {**options, **files, "overwrite": overwrite, "resume": resume}
         with ByteProgress(quiet) as progress:
             result = _average(run, part, keywords, quiet, progress, plans)
         if part and not result.is_up_to_date:
@@ -80,7 +81,7 @@ def _average(
     """Make the averages or a part; the first rank shows progress and the plan, and notes it."""
     from ckpt_ema.report import lines, terminal
     from ckpt_ema.run import average as average_whole
-    from ckpt_ema.run import average_part, up_to_date
+    from ckpt_ema.run import average_part, up_to_date, write_report
 
     def started(plan: "Plan") -> None:
         plans.append(plan)
@@ -105,6 +106,8 @@ def _average(
         made = up_to_date(plans[0]) if plans else None
         if not made:
             raise
+        if keywords["report"]:
+            write_report(made, keywords["report"], keywords["command"])
         return made  # the signal arrived after publication
 
 

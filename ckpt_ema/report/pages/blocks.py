@@ -1,7 +1,7 @@
 """The blocks of a page beside charts: tables, facts, notices, commands."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ckpt_ema.notices import Notice
 from ckpt_ema.report.lines import counted
@@ -12,7 +12,8 @@ _OLDEST = 8  # of them, before the fold
 # Of columns, in digits.
 _MARGIN = 1.5
 _SHORT_TEXT = 6  # as wide as it is; longer ones are broken into lines
-_LEAST_TEXT = 12
+_LEAST_TEXT = 10
+_MOST_WIDTH = 86  # of a table on paper
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,53 +23,77 @@ class Table:
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     texts: int = 1  # how many columns are text; the others are numbers
-    chosen: frozenset[int] = field(default=frozenset())  # rows that stand out, by index
+    chosen: frozenset[int] = frozenset()  # rows that stand out, by index
 
     def html(self) -> Html:
-        """Return it as a table, or as three with a fold between them."""
-        numbered = [*enumerate(self.rows)]
-        if len(numbered) <= _MOST_ROWS:
-            return element("div", self._part(numbered), class_="scroll")
-        end = len(numbered) - (_MOST_ROWS - _OLDEST)
-        middle = numbered[_OLDEST:end]
-        more = element("summary", f"{len(middle)} more rows")
-        return element(
-            "div",
-            self._part(numbered[:_OLDEST]),
-            element("details", more, self._part(middle, class_="hidden")),
-            self._part(numbered[end:], class_="hidden"),
-            class_="scroll",
-        )
-
-    def _part(self, rows: Sequence[tuple[int, Sequence[str]]], class_: str | None = None) -> Html:
-        """Return some rows as a table, whose columns are as wide as those of the others."""
+        """Return it as one table, or as several below each other if it is too wide for paper."""
         widths = [_width(self, column) for column in range(len(self.headings))]
-        columns = [element("col", style=width and f"width:{width}ch") for width in widths]
-        head = element("thead", element("tr", *self._cells(self.headings, "th")))
-        body = [
-            element("tr", *self._cells(row, "td"), class_="chosen" if n in self.chosen else None)
-            for n, row in rows
-        ]
-        least = sum(_LEAST_TEXT if width is None else width for width in widths)
-        return element(
-            "table",
-            *(element("colgroup", *columns), head, element("tbody", *body)),
-            class_=class_,
-            style=f"min-width:{least}ch",
-        )
+        return joined(*(_folded_table(self, part) for part in _parts(self, widths)))
 
-    def _cells(self, cells: Sequence[str], name: str) -> list[Html]:
-        return [
-            element(name, cell, class_="number" if column >= self.texts else None)
-            for column, cell in enumerate(cells)
-        ]
+
+# Columns by index, with their widths in digits; None for texts, which share what room there is.
+_Columns = dict[int, float | None]
 
 
 def _width(table: Table, column: int) -> float | None:
-    """Return the width of a column in digits; None for texts, which share what room there is."""
     cells = [len(row[column]) for row in table.rows]
     longest = max([*map(len, table.headings[column].split()), *cells], default=0)
     return longest + _MARGIN if column >= table.texts or longest <= _SHORT_TEXT else None
+
+
+def _least_width(columns: _Columns) -> float:
+    return sum(width or _LEAST_TEXT for width in columns.values())
+
+
+def _parts(table: Table, widths: Sequence[float | None]) -> list[_Columns]:
+    """Return columns that fit on paper together; texts are in each part."""
+    texts: _Columns = dict(enumerate(widths[: table.texts]))
+    parts = [{**texts}]
+    for column, width in enumerate(widths[table.texts :], start=table.texts):
+        wider = {**parts[-1], column: width}
+        if len(parts[-1]) > len(texts) and _least_width(wider) > _MOST_WIDTH:
+            parts.append({**texts, column: width})
+        else:
+            parts[-1] = wider
+    return parts
+
+
+def _folded_table(table: Table, columns: _Columns) -> Html:
+    """Return some columns as a table, or as three with a fold between them."""
+    count = len(table.rows)
+    if count <= _MOST_ROWS:
+        return element("div", _rows(table, columns, range(count)), class_="scroll")
+    end = count - (_MOST_ROWS - _OLDEST)
+    more = element("summary", f"{end - _OLDEST} more rows")
+    return element(
+        "div",
+        _rows(table, columns, range(_OLDEST)),
+        element("details", more, _rows(table, columns, range(_OLDEST, end), class_="hidden")),
+        _rows(table, columns, range(end, count), class_="hidden"),
+        class_="scroll",
+    )
+
+
+def _rows(table: Table, columns: _Columns, rows: range, class_: str | None = None) -> Html:
+    """Return some rows as a table, whose columns are as wide as those of the other rows."""
+
+    def line(cells: Sequence[str], name: str, **attributes: object) -> Html:
+        shown = [
+            element(name, cells[one], class_="number" if one >= table.texts else None)
+            for one in columns
+        ]
+        return element("tr", *shown, **attributes)
+
+    styles = [width and f"width:{width}ch" for width in columns.values()]
+    chosen = dict.fromkeys(table.chosen, "chosen")
+    return element(
+        "table",
+        element("colgroup", *(element("col", style=style) for style in styles)),
+        element("thead", line(table.headings, "th")),
+        element("tbody", *(line(table.rows[n], "td", class_=chosen.get(n)) for n in rows)),
+        class_=class_,
+        style=f"min-width:{_least_width(columns)}ch",
+    )
 
 
 def section(title: str, *content: object) -> Html:

@@ -67,7 +67,7 @@ figure path{fill:none;vector-effect:non-scaling-stroke}
 .line{stroke:currentColor;stroke-width:2;stroke-linejoin:round}
 .dot{stroke:currentColor;stroke-width:7;stroke-linecap:round}
 .ring{stroke:var(--ink);stroke-width:13;stroke-linecap:round}
-.bar{fill:currentColor}
+.bar{fill:currentColor;shape-rendering:crispEdges}
 .tick{position:absolute;color:var(--soft);font-size:.75rem;line-height:1;white-space:nowrap;
  font-variant-numeric:tabular-nums}
 .tick.y{right:100%;margin-right:.5rem;transform:translateY(50%)}
@@ -97,6 +97,7 @@ section>h2:first-child{margin-top:0}
 @media (max-width:40rem){table{font-size:.8125rem}.frame{margin-left:2.75rem}}
 @media print{
  body{font-size:10pt}
+ table{font-size:.75rem}
  main,footer{max-width:none;padding-left:0;padding-right:0}
  h1,h2,h3,summary{break-after:avoid}
  figure,tr,pre,dl>div,.alert{break-inside:avoid}
