@@ -149,11 +149,19 @@ def test_what_is_missing_or_not_finite_leaves_a_gap() -> None:
     assert len([one for one in parsed.attributes("path") if one["class"] == "dot c0 d0"]) == 4
 
 
-@pytest.mark.parametrize("points", [[], [Point(5, None)], [Point(5, 0.0)], [Point(0, -3.0)]])
+@pytest.mark.parametrize(
+    "points",
+    [
+        *([], [Point(5, None)], [Point(5, 0.0)], [Point(0, -3.0)], [Point(math.nan, 1.0)]),
+        [Point(0.2, 0.1), Point(0.7, 0.3)],  # with no whole number to label
+    ],
+)
 def test_a_chart_of_next_to_nothing_is_drawn(points: list[Point]) -> None:
-    for is_from_zero in (True, False):
-        chart = Chart("t", "a", "x", [Series("s", points)], from_zero=is_from_zero)
-        assert "nan" not in chart.html()
+    for kind in (Kind.LINE, Kind.BARS):
+        chart = Chart("t", "a", "x", [Series("s", points, kind)], marked=points)
+        free = replace(chart, from_zero=False)
+        for one in (chart, free, replace(free, is_plane=True)):
+            assert "nan" not in one.html()
 
 
 def test_many_lines_look_different_and_have_a_legend() -> None:
@@ -245,7 +253,8 @@ def test_an_inspection_can_know_little() -> None:
     ]
     calm = tuple(replace(one, stands_out=False, distance_to_average=None) for one in bare)
     little = replace(inspection, checkpoints=calm, plane=(), warnings=(), notes=())
-    parsed = ParsedPage(inspection_page(replace(little, unit="checkpoints")))
+    parsed = ParsedPage(inspection_page(little))
+    assert "training step" not in parsed.text
     assert "none stands out" in parsed.text
     assert "principal direction" not in parsed.text
     assert not [one for one in parsed.attributes("div") if one.get("class") == "alert"]

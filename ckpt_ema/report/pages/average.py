@@ -28,6 +28,7 @@ from ckpt_ema.schedules.weights import learning_rate
 from ckpt_ema.storage import STORAGES
 from ckpt_ema.trainers.conventions import MANIFEST_NAME
 
+_MOST_RECORDED = 1 << 60
 _IMITATED = (
     "The share of each update that the average keeps: training with a learning rate that decays"
     " like this would have a similar effect (Tian et al. 2025, arXiv 2507.17634)."
@@ -39,7 +40,7 @@ def average_page(result: Result, command: str | None = None) -> str:
 
     `command` is the command that is running now, for an output that does not record its own.
     """
-    plan, title = result.plan, printable(result.output.name)
+    plan, title = result.plan, printable(os.path.basename(os.path.abspath(result.output)))
     return document(
         f"{title}: weighted average",
         element("h1", title),
@@ -74,12 +75,11 @@ def _facts(result: Result) -> list[tuple[str, str]]:
     path = plan.averages[0].output.path
     identity = STORAGES[""].identity(path if plan.is_single_file else path / MANIFEST_NAME)
     written = datetime.fromtimestamp(identity.mtime_ns // 10**9, timezone.utc)
-    seconds = _recorded(record, "seconds", float, int)
-    peak = _recorded(record, "peak_memory_bytes", int)
+    seconds, peak = _recorded(record, "seconds"), _recorded(record, "peak_memory_bytes")
     return [
         ("Output written", f"{written:%Y-%m-%d %H:%M} UTC"),
-        ("Made by", f"ckpt-ema {printable(_recorded(record, 'ckpt_ema', str) or UNKNOWN)}"),
-        ("Device", printable(_recorded(record, "device", str) or UNKNOWN)),
+        ("Made by", f"ckpt-ema {_recorded_text(record, 'ckpt_ema')}"),
+        ("Device", _recorded_text(record, "device")),
         ("Time", UNKNOWN if seconds is None else f"{seconds:.{1 if seconds >= 1 else 2}f} s"),
         ("Peak memory", UNKNOWN if peak is None else size(peak)),
         ("Read", size(plan.bytes_read)),
@@ -87,10 +87,17 @@ def _facts(result: Result) -> list[tuple[str, str]]:
     ]
 
 
-def _recorded(record: Mapping[str, Any], name: str, *kinds: type) -> Any:
-    """Return a field of a manifest, which anybody may have changed; None if it is missing."""
+# Anybody may have changed a manifest since.
+def _recorded(record: Mapping[str, Any], name: str) -> float | None:
+    """Return a number of a manifest; None if it is missing or cannot be."""
     value = record.get(name)
-    return value if isinstance(value, kinds) else None
+    return value if isinstance(value, int | float) and 0 <= value < _MOST_RECORDED else None
+
+
+def _recorded_text(record: Mapping[str, Any], name: str) -> str:
+    """Return a text of a manifest."""
+    value = record.get(name)
+    return printable(value) if isinstance(value, str) and value else UNKNOWN
 
 
 def _averages(plan: Plan) -> Html:
@@ -149,7 +156,7 @@ def _learning_rate(plan: Plan) -> Html:
         points = [Point(x, y) for x, y in zip(xs, ys, strict=True)]
         series.append(Series(f"{label} {average.name}", points, Kind.STEPS))
     title = "Equivalent learning rate, as a share of the learning rate of the run"
-    about = "It falls by the weight of each checkpoint, from 100 % to 0 %."
+    about = "It falls by the weight of each checkpoint, from 100% to 0%."
     chart = Chart(title, about, curves.x_label, series, axis.shares)
     rates = [dict(zip(one.members, learning_rate(one.weights), strict=True)) for one in averages]
     rows = [
@@ -197,9 +204,9 @@ def _loading(plan: Plan) -> list[str]:
     where = "it from this path" if is_one else "each from its path"
     texts = [f"Load {where} as you load the run's checkpoints:"]
     if plan.given.get("save_as") == CHECKPOINT:
-        what = "It is a copy" if is_one else "Each is a copy"
-        but = "but only the averaged tensors differ, so the trainer can resume from it"
-        texts.insert(0, f"{what} of its newest checkpoint, {but}.")
+        what = "This is a copy of the" if is_one else "Each is a copy of its"
+        differ = "in which only the averaged tensors differ"
+        texts.insert(0, f"{what} newest checkpoint {differ}; the trainer can resume from it.")
     return texts
 
 
@@ -215,8 +222,9 @@ def _decisions(plan: Plan) -> Html:
 
 def _repeat(result: Result, command: str | None) -> Html:
     """Show the command that made the output, or the options where Python made it."""
-    recorded = _recorded(result.manifests[0], "command", str) or command
-    if recorded:
-        return section("Repeat it", blocks.code(recorded))
+    recorded = result.manifests[0].get("command")
+    shown = recorded if isinstance(recorded, str) else command
+    if shown:
+        return section("Repeat it", blocks.code(shown))
     options = [f"{name}={value!r}" for name, value in result.plan.given.items()]
     return section("Options", blocks.code(*options)) if options else joined()

@@ -56,9 +56,13 @@ def counts(values: Sequence[float]) -> list[str]:
     for unit, size in _UNITS.items():
         scaled = [f"{value / size:g}{unit if value else ''}" for value in values]
         is_exact = all(float(f"{value / size:g}") * size == value for value in values)
-        if is_exact and max(map(len, scaled)) < min(5, max(map(len, best))):
+        if is_exact and _longest(scaled) < min(5, _longest(best)):
             best = scaled
     return best
+
+
+def _longest(texts: Sequence[str]) -> int:
+    return max(map(len, texts), default=0)
 
 
 def shares(values: Sequence[float]) -> list[str]:

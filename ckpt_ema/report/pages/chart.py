@@ -90,7 +90,6 @@ class _Frame(NamedTuple):
 
 def _figure(chart: Chart) -> Html:
     frame = _frame(chart)
-    x_ticks = axis.labelled(frame.left, frame.right, axis.counts)
     y_values = axis.ticks(frame.low, frame.high, 4)
     grid = [
         _path(
@@ -100,7 +99,6 @@ def _figure(chart: Chart) -> Html:
     ]
     drawn = [shape for n, one in enumerate(chart.series) for shape in _shapes(one, n, frame)]
     rings = [_path("ring", f"M{frame.at(point)}h0") for point in _finite(chart.marked)]
-    text = f"{chart.title}. {chart.about}"
     plot = element(
         "svg",
         *(element("title", chart.title), element("desc", chart.about)),
@@ -109,16 +107,9 @@ def _figure(chart: Chart) -> Html:
         viewBox=f"0 0 {_EDGE} {_EDGE}",
         preserveAspectRatio="none",
         role="img",
-        aria_label=text,
+        aria_label=f"{chart.title}. {chart.about}",
     )
-    labels = [
-        *(_tick("y", "bottom", 1 - frame.y(value) / _EDGE, text) for value, text in zip(
-            y_values, chart.y_labels(y_values), strict=True
-        )),
-        *(_tick("x", "left", frame.x(value) / _EDGE, text) for value, text in x_ticks),
-    ]  # fmt: skip
-    if chart.is_plane:
-        labels = []  # its axes have no unit
+    labels = [] if chart.is_plane else _labels(chart, frame, y_values)  # its axes have no unit
     return element(
         "figure",
         element("figcaption", chart.title),
@@ -126,6 +117,16 @@ def _figure(chart: Chart) -> Html:
         element("p", chart.x_label, class_="below"),
         _legend(chart) if len(chart.series) > 1 else "",
     )
+
+
+def _labels(chart: Chart, frame: _Frame, y_values: Sequence[float]) -> list[Html]:
+    """Return the labels of the ticks of both axes."""
+    beside = zip(y_values, chart.y_labels(y_values), strict=True)
+    below = axis.labelled(frame.left, frame.right, axis.counts)
+    return [
+        *(_tick("y", "bottom", 1 - frame.y(value) / _EDGE, text) for value, text in beside),
+        *(_tick("x", "left", frame.x(value) / _EDGE, text) for value, text in below),
+    ]
 
 
 def _tick(axis_name: str, side: str, share: float, text: str) -> Html:
@@ -162,7 +163,7 @@ def _bar_room(xs: Sequence[float]) -> float:
     """Return the half of a bar's width."""
     ordered = sorted(set(xs))
     gaps = [after - before for before, after in pairwise(ordered)]
-    span = ordered[-1] - ordered[0]
+    span = sum(gaps)
     share = _BAR_SHARE if len(xs) <= _MOST_DOTS else 1.0
     return max(share * min(gaps, default=1.0), _LEAST_BAR / _EDGE * span) / 2
 

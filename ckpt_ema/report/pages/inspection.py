@@ -197,22 +197,26 @@ def _shown(value: float | None, form: str) -> str:
 
 def _points(inspection: Inspection, value_of: Callable[[Inspected], float | None]) -> list[Point]:
     found = []
-    for place, one in enumerate(inspection.checkpoints, start=1):
-        value, step = value_of(one), _step(inspection, one, place)
-        label = "" if value is None else f"{one.name}: {value:.4g}"
-        found.append(Point(step, value, label))
+    for one, step in zip(inspection.checkpoints, _steps(inspection), strict=True):
+        value = value_of(one)
+        found.append(Point(step, value, "" if value is None else f"{one.name}: {value:.4g}"))
     return found
 
 
-def _step(inspection: Inspection, one: Inspected, place: int) -> int:
-    """Return where a checkpoint is on the axis: by its place, unless all steps are known."""
-    if inspection.unit == "checkpoints" or one.step is None:
-        return place
-    return one.step
+def _steps(inspection: Inspection) -> list[int]:
+    """Return where checkpoints are on the axis: by their place, unless all steps are known."""
+    steps = [one.step for one in inspection.checkpoints if one.step is not None]
+    places = range(1, len(inspection.checkpoints) + 1)
+    return steps if _has_steps(inspection) else [*places]
+
+
+def _has_steps(inspection: Inspection) -> bool:
+    is_known = all(one.step is not None for one in inspection.checkpoints)
+    return is_known and inspection.unit != "checkpoints"
 
 
 def _label(inspection: Inspection) -> str:
-    return x_label(inspection.unit)
+    return x_label(inspection.unit if _has_steps(inspection) else "checkpoints")
 
 
 def _marked(inspection: Inspection, drawn: Sequence[Series]) -> list[Point]:
