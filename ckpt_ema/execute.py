@@ -47,6 +47,7 @@ class How(TypedDict, total=False):
     overwrite: bool
     resume: bool
     plot: PathLike | None
+    report: PathLike | None
     command: str | None
     progress: Progress | None
     started: Callable[[Plan], None] | None

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ckpt_ema.errors import Code, FailedError, RefusedError
+from ckpt_ema.errors import Code, FailedError, OptionError, RefusedError
 from ckpt_ema.execute import How, execute, execute_together, publish_recorded
 from ckpt_ema.fold.hardware import CPU, needs_torch
 from ckpt_ema.fold.native import compiled, reason
@@ -45,15 +45,17 @@ def average(
     checkpoints. The output appears whole or not at all. If these very averages are there already,
     nothing is read. Also: `overwrite` replaces another output. `resume` keeps finished work if the
     run is interrupted, and uses what an interrupted run kept. `plot` is a .png or .svg file to draw
-    the weights into, also for the model cards, and `command` is recorded with them. `progress` is
-    called with the bytes read so far and in all, `started` with the plan if there is work to do.
+    the weights into, also for the model cards, and `command` is recorded with them. `report` is an
+    .html file for a page about the averages, written when they are there. `progress` is called with
+    the bytes read so far and in all, `started` with the plan if there is work to do.
 
     With `launch`, the processes that torchrun or srun started together share the work. Each of them
     calls this, and returns when the first has published or raises when one has failed; `waiting` is
     called with a sentence if others are late.
 
     Raises what `plan` raises; `RefusedError` also if something else is at the output path and
-    `overwrite` is False, or if a checkpoint holds NaN; `FailedError` if reading or writing fails.
+    `overwrite` is False, or if a checkpoint holds NaN; `FailedError` if reading or writing fails,
+    also if only the report cannot be written, which the message says.
     """
     with joined(os.environ, waiting) if launch else nullcontext() as ranks:
         return make(partial(plan, run), keywords, ranks=ranks)
@@ -64,9 +66,13 @@ def average_part(
 ) -> Result:
     """Make one part, such as "3/64", of averages that `finish` then publishes.
 
-    All parts are given the same run and options, which are those of `ckpt_ema.average`. Making a
-    part twice does no harm. Raises what `ckpt_ema.average` raises.
+    All parts are given the same run and options, which are those of `ckpt_ema.average` but for
+    `report`. Making a part twice does no harm. Raises what `ckpt_ema.average` raises.
     """
+    if keywords.get("report") is not None:
+        message = "--report cannot be used with --part, which makes no whole output."
+        hint = "Write the report after ckpt-ema finish, by ckpt-ema average without --part."
+        raise OptionError(message, hint, code=Code.CONFLICTING_OPTIONS)
     return make(partial(plan, run), keywords, part)
 
 
@@ -112,6 +118,15 @@ def up_to_date(plan: Plan) -> Result | None:
     return replace(made_before(plan.output, outputs, recorded), plan=plan)
 
 
+def write_report(result: Result, path: PathLike, command: str | None) -> None:
+    """Write the page about averages that are there. Raises `FailedError`."""
+    from ckpt_ema.report.pages import report  # few runs need it
+    from ckpt_ema.report.pages.average import average_page
+
+    page, done = average_page(result, command), f"{result.output} is complete"
+    report.write_report(path, page, done, sync=result.plan.engine.sync)
+
+
 def make(
     decide: Callable[..., Plan],
     keywords: RunKeywords,
@@ -132,8 +147,21 @@ def split(keywords: Mapping[str, Any]) -> tuple[How, dict[str, Any]]:
 
 
 def carry_out(plan: Plan, how: How, share: Share = WHOLE, ranks: Ranks | None = None) -> Result:
-    """Execute a plan, a share of it as a part, or the share of a rank."""
+    """Execute a plan, a share of it as a part, or the share of a rank, and report on it."""
     decided = _with_fold_noted(plan)
+    path = how.get("report") if ranks is None or ranks.rank == 0 else None
+    if path is None:
+        return _made(decided, how, share, ranks)
+    from ckpt_ema.report.pages.report import check_report
+
+    check_report(path, [decided.output, *decided.input_paths])
+    made = _made(decided, how, share, ranks)
+    write_report(made, path, how.get("command"))
+    return made
+
+
+def _made(decided: Plan, how: How, share: Share, ranks: Ranks | None) -> Result:
+    """Execute a plan unless its averages are there already."""
     done = up_to_date(decided)
     if done and decided.engine.strict:
         refuse_warnings(done.warnings)

@@ -52,6 +52,18 @@ def test_the_readme_shows_what_plan_prints(make_run: MakeRun) -> None:
     assert shown[2].splitlines()[part] == done.stdout.splitlines()[part]
 
 
+def test_the_page_about_output_shows_what_a_report_prints(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    make_run(series(20, w=noise(20, 50)), range(50, 1001, 50), name=".demo/run")
+    page = (ROOT / "docs" / "output.md").read_text()
+    shown = re.search(r"\$ ckpt-ema (.*--report (\S+).*)\n((?:[^`].*\n)*)```", page)
+    assert shown
+    done = ckpt_ema(*shown[1].split(), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, shown[3])
+    assert (tmp_path / shown[2]).read_text().startswith("<!DOCTYPE html>")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_in_python_are_true(
     page: Path, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

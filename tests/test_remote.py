@@ -37,6 +37,7 @@ from tests.makers import dcp_folders, deepspeed_folders
 from tests.makers.fake_hub import FakeHub, fake_hub
 from tests.makers.fake_s3 import Fault as S3Fault
 from tests.makers.fake_s3 import fake_s3
+from tests.makers.parsed_page import ParsedPage
 from tests.makers.torch_files import save
 
 pytestmark = pytest.mark.usefixtures("either_fold")
@@ -332,6 +333,15 @@ def test_weights_are_drawn_to_a_local_file(bucket: Folders, tmp_path: Path) -> N
     assert (tmp_path / "weights.svg").stat().st_size
     with pytest.raises(OptionError, match="a folder that does not exist"):
         figure.plot(plan, "s3://bucket/run/weights.svg")
+
+
+def test_a_page_about_a_remote_run_is_a_local_file(bucket: Folders, tmp_path: Path) -> None:
+    one_tensor_run(bucket)
+    path = tmp_path / "page.html"
+    ckpt_ema.average("s3://bucket/run", output=tmp_path / "out", report=path)
+    assert "s3://bucket/run" in ParsedPage(path.read_text()).text
+    with pytest.raises(OptionError, match="a folder that does not exist"):
+        ckpt_ema.average("s3://bucket/run", output=tmp_path / "out", report="s3://bucket/a.html")
 
 
 # --- What goes wrong ------------------------------------------------------------------------------

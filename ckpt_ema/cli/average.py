@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 EXAMPLES = """
 ckpt-ema plan runs/                                 # show the weights first
 ckpt-ema average runs/ --half-life 2000 -o averaged
-ckpt-ema average runs/ --decay 0.4,0.8 --last 4,8   # four averages, one pass
 OUT=$(ckpt-ema average runs/ -q) && evaluate "$OUT"
 """
 
@@ -28,6 +27,7 @@ def average(
     *,
     options: dict[str, Any],
     plot: str | None,
+    report: str | None,
     overwrite: bool,
     part: str | None,
     resume: bool,
@@ -41,9 +41,10 @@ def average(
     from ckpt_ema.report.progress import ByteProgress
 
     running = Running(quiet, ByteProgress(quiet))
-    keywords = {**options, "plot": plot, "overwrite": overwrite, "resume": resume}
+    files = {"plot": plot, "report": report}
+    keywords = {**options, **files, "overwrite": overwrite, "resume": resume}
     with exits.errors_reported(lambda: running.left(resume)):
-        result = running.result(partial(_call, run, part, **keywords, **running.keywords()))
+        result = running.result(partial(_call, run, part), keywords)
         if part and not result.is_up_to_date:
             path = printable(result.output)
             done = f"part {part} of {path} is done; when all parts are, run: ckpt-ema finish {path}"

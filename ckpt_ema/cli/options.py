@@ -18,6 +18,7 @@ from ckpt_ema.values import COUNT, ENTRIES, FLAG, GLOBS, PART, PATH, STEP, TEXT,
 OWN = (
     Row("explain", FLAG, "show the role of every entry and tensor, and why", OUTPUT, False),
     Row("plot", PATH, "draw the weights as .png or .svg; needs matplotlib", OUTPUT),
+    Row("report", PATH, "write a page about it as .html", OUTPUT),
     Row("overwrite", FLAG, "replace an existing output", COMMON, False),
     Row("part", PART, "do part I of N; see `ckpt-ema finish --help`", ENGINE),
     Row("resume", FLAG, "keep partial work if interrupted, and continue it", ENGINE, False),

@@ -27,21 +27,21 @@ class Running:
         self.plans: list[Plan] = []  # the plan, once execution has started
         self._quiet, self._progress = quiet, progress
 
-    def keywords(self) -> dict[str, Any]:
-        """Return the keyword arguments of the call that show what happens."""
-        return {"command": command_line(), "started": self._started, "progress": self._tick}
-
-    def result(self, call: "Callable[[], Result]") -> "Result":
+    def result(self, call: "Callable[..., Result]", keywords: dict[str, Any]) -> "Result":
         """Return what a call returns, also where a signal arrives after publication."""
-        from ckpt_ema.run import up_to_date
+        from ckpt_ema.run import up_to_date, write_report
 
+        command = command_line()
+        shown = {"command": command, "started": self._started, "progress": self._tick}
         try:
             with self._progress:
-                return call()
+                return call(**keywords, **shown)
         except exits.SignalError:
             made = up_to_date(self.plans[0]) if self.plans else None
             if not made:
                 raise
+            if report := keywords.get("report"):
+                write_report(made, report, command)
             return made
 
     def left(self, resume: bool) -> str:

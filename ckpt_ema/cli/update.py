@@ -48,6 +48,5 @@ def update(
             "strict": strict,
             "sync": sync,
         }
-        keywords |= running.keywords()
-        result = running.result(partial(update_output, output, run or None, **keywords))
+        result = running.result(partial(update_output, output, run or None), keywords)
         exits.print_result(result, quiet=quiet, as_json=json)

@@ -80,6 +80,11 @@ class Plan:
         return tuple(entry for entry in self.judged if entry.is_left_out)
 
     @property
+    def input_paths(self) -> tuple[Path, ...]:
+        """The paths of the checkpoints."""
+        return tuple(checkpoint.path for checkpoint in self.checkpoints)
+
+    @property
     def tensor_roles(self) -> tuple[TensorRole, ...]:
         """What becomes of tensors, by pattern of their names."""
         return by_pattern(self.rulings)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckpt_ema.errors import Code, FailedError, OptionError
+from ckpt_ema.errors import Code, FailedError
 from ckpt_ema.options import PathLike
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
+from ckpt_ema.report.place import check_place
 from ckpt_ema.schedules.weights import learning_rate
-from ckpt_ema.storage import STORAGES
 from ckpt_ema.trainers.conventions import PICTURE_STEM
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _LEGEND_INCHES = 0.16  # a line of it
 _MOST_MARKS = 20  # on one line
 _DOTS_PER_INCH = 220
 # Okabe and Ito's colours suit the colour-blind; marks tell lines apart in print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKS = "os^Dv<>p"
 _DASHES = ("-", (0, (5, 1)), ":", (0, (3, 1, 1, 1)))  # of each further round of colours
 _STYLE: Any = {
@@ -71,27 +71,14 @@ def plot(plan: Plan, path: PathLike) -> Picture:
 
 def _check_drawable(path: Path, plan: Plan) -> None:
     """Refuse a picture that could not be drawn, before anything else is done."""
-    if path.suffix.lower() not in _KINDS:
-        raise _invalid(path, f"must end in {' or '.join(_KINDS)}.")
-    local = STORAGES[""]  # wherever the checkpoints are
-    if not local.is_folder(path.parent):
-        raise _invalid(path, "is in a folder that does not exist.")
-    folders = [plan.output, *(checkpoint.path for checkpoint in plan.checkpoints)]
-    real, *insides = local.real_paths([path, *folders])
-    for folder, inside in zip(folders, insides, strict=True):
-        if f"{real}/".startswith(f"{inside}/"):
-            hint = "Draw it elsewhere; the model card gets a copy."
-            raise _invalid(path, f"is inside {folder}.", hint)
+    hint = "Draw it elsewhere; the model card gets a copy."
+    check_place("--plot", path, _KINDS, [plan.output, *plan.input_paths], hint)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         message = "--plot needs matplotlib, which is not installed."
         hint = "Run: pip install 'ckpt-ema[plot]'"
         raise FailedError(message, hint, code=Code.MISSING_DEPENDENCY) from error
-
-
-def _invalid(path: Path, why: str, hint: str = "") -> OptionError:
-    return OptionError(f"--plot {path} {why}", hint, code=Code.INVALID_OPTION, path=path)
 
 
 def _draw(plan: Plan, kind: str) -> bytes:
@@ -107,19 +94,13 @@ def _draw(plan: Plan, kind: str) -> bytes:
         width, height = _INCHES
         figure = Figure(figsize=(width, height + legend_inches), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
-        units = {average.unit for average in averages}
-        unit = units.pop() if len(units) == 1 else "checkpoints"
-        lines = [
-            # Where averages have different units, they share an axis of checkpoints.
-            (one.steps if one.unit == unit else [n + 1 for n in one.members], one.weights)
-            for one in averages
-        ]
-        start = min(_start(steps) for steps, _ in lines)
-        for number, (steps, weights) in enumerate(lines):
+        curves = curves_of(averages)
+        for number, (steps, weights) in enumerate(curves.lines):
             look = _look(number, averages)
             above.plot(steps, weights, **look)
-            below.plot(*learning_rate_steps(steps, weights, start), **{**look, "marker": ""})
-        _label(above, below, unit)
+            rates = learning_rate_steps(steps, weights, curves.start)
+            below.plot(*rates, **{**look, "marker": ""})
+        _label(above, below, curves.x_label)
         if not several:
             above.set_title(averages[0].text)
         else:
@@ -137,10 +118,10 @@ def _draw(plan: Plan, kind: str) -> bytes:
 
 def _look(number: int, averages: Sequence[Average]) -> dict[str, Any]:
     """Return how to draw one average: thicker than those drawn over it, if colours suffice."""
-    later = len(averages) - 1 - number if len(averages) <= len(_COLOURS) else 0
-    group, colour = divmod(number, len(_COLOURS))
+    later = len(averages) - 1 - number if len(averages) <= len(COLOURS) else 0
+    group, colour = divmod(number, len(COLOURS))
     return {
-        "color": _COLOURS[colour],
+        "color": COLOURS[colour],
         "marker": _MARKS[colour],
         "linestyle": _DASHES[group % len(_DASHES)],
         "linewidth": min(1.1 + 0.3 * later, 2.6),
@@ -148,6 +129,35 @@ def _look(number: int, averages: Sequence[Average]) -> dict[str, Any]:
         "markevery": max(1, len(averages[number].members) // _MOST_MARKS),
         "label": averages[number].name,
     }
+
+
+class Curves(NamedTuple):
+    """What is drawn of some averages, over an axis that they share."""
+
+    lines: list[tuple[Sequence[int], Sequence[float]]]  # steps and weights of each
+    start: int  # where the axis of the learning rate begins
+    x_label: str
+
+
+def curves_of(averages: Sequence[Average]) -> Curves:
+    """Return the weights of averages by step; by checkpoint where their units differ."""
+    units = {average.unit for average in averages}
+    unit = units.pop() if len(units) == 1 else "checkpoints"
+    lines: list[tuple[Sequence[int], Sequence[float]]] = [
+        (one.steps if one.unit == unit else [n + 1 for n in one.members], one.weights)
+        for one in averages
+    ]
+    start = min(_start(steps) for steps, _ in lines)
+    return Curves(lines, start, x_label(unit))
+
+
+def x_label(unit: str) -> str:
+    """Return the label of an axis of steps, epochs or checkpoints.
+
+    >>> x_label("steps")
+    'training step'
+    """
+    return {"steps": "training step", "epochs": "epoch"}.get(unit, "checkpoint")
 
 
 def _start(steps: Sequence[int]) -> int:
@@ -171,7 +181,7 @@ def learning_rate_steps(
     return xs, ys
 
 
-def _label(above: "Axes", below: "Axes", unit: str) -> None:
+def _label(above: "Axes", below: "Axes", label: str) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     for axes in (above, below):
@@ -181,7 +191,7 @@ def _label(above: "Axes", below: "Axes", unit: str) -> None:
     above.yaxis.set_major_formatter(PercentFormatter(1.0))
     below.set_ylabel("equivalent learning rate")
     below.set_ylim(0, 1.05)
-    below.set_xlabel({"steps": "training step", "epochs": "epoch"}.get(unit, "checkpoint"))
+    below.set_xlabel(label)
     below.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     # "1.5" and in the corner "1e6": only where the steps would not fit side by side.
     is_long = bool(below.get_xlim()[1] >= 1e6)

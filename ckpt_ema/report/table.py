@@ -1,13 +1,23 @@
 """The weights of a plan's checkpoints as rows of text, for a terminal and for Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ckpt_ema.errors import printable
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
+from ckpt_ema.schedules.statistics import Statistics
 
 UNKNOWN = "-"
+
+# Each figure of the weights: its text for one average, its label for several, its value.
+FIGURES: tuple[tuple[str, str, Callable[[Statistics], str]], ...] = (
+    ("effective number of checkpoints", "effective number", lambda s: f"{s.effective_number:.1f}"),
+    ("mean age", "mean age ({unit})", lambda s: number(s.mean_age)),
+    ("weight on the last 10 % of training", "last 10 %", lambda s: f"{s.last_tenth:.1%}"),
+    ("equivalent half-life", "half-life ({unit})", lambda s: number(s.half_life)),
+    ("equivalent sigma_rel", "sigma_rel", lambda s: number(s.sigma_rel)),
+)
 
 
 class Row(NamedTuple):
@@ -22,6 +32,39 @@ class Row(NamedTuple):
     def shares(self) -> list[str]:
         """Return the weights as percentages."""
         return [UNKNOWN if weight is None else f"{weight:.2%}" for weight in self.weights]
+
+
+def figures_of_one(average: Average) -> list[tuple[str, str]]:
+    """Return the figures of one average: a text and a value with its unit."""
+    rows = []
+    for text, label, value_of in FIGURES:
+        value = value_of(average.statistics)
+        has_unit = "{unit}" in label and value != UNKNOWN
+        rows.append((text, f"{value} {average.unit}" if has_unit else value))
+    return rows
+
+
+def figures_of_several(averages: Sequence[Average]) -> list[tuple[str, list[str]]]:
+    """Return the figures of several averages: a label, and a value for each average."""
+    units = {average.unit for average in averages}
+    unit = units.pop() if len(units) == 1 else "own unit"
+    return [
+        (label.format(unit=unit), [value_of(average.statistics) for average in averages])
+        for _, label, value_of in FIGURES
+    ]
+
+
+def number(value: float | None) -> str:
+    """Return a number in at most seven columns.
+
+    >>> number(0.10911), number(998.05), number(1234567.8), number(1e-99), number(None)
+    ('0.109', '998', '1234568', '0', '-')
+    """
+    if value is None:
+        return UNKNOWN
+    if value < 1e-6:
+        return "0"
+    return f"{value:.3g}" if abs(value) < 100 or value >= 1e7 else f"{value:.0f}"
 
 
 def cell_headings(averages: Sequence[Average]) -> list[str]:

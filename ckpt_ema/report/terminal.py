@@ -9,7 +9,7 @@ import contextlib
 import os
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TextIO
 
 from ckpt_ema.containers.specs import Role
@@ -18,8 +18,14 @@ from ckpt_ema.options import CHECKPOINT
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.report.lines import counted, size
-from ckpt_ema.report.table import UNKNOWN, Row, cell_headings, rows_of, without_middle
-from ckpt_ema.schedules.statistics import Statistics
+from ckpt_ema.report.table import (
+    Row,
+    cell_headings,
+    figures_of_one,
+    figures_of_several,
+    rows_of,
+    without_middle,
+)
 
 _LEAST_COLUMNS = 40  # with less, nothing could be read
 _BETWEEN = 2  # before each column
@@ -99,7 +105,7 @@ def _tables(plan: Plan, look: _Look, most_rows: int) -> Iterator[str]:
     count, headings = len(plan.averages), cell_headings(plan.averages)
     names = [f"({number + 1})" for number in range(count)] if count > 1 else ["weight"]
     rows = without_middle(rows_of(plan, plan.averages), most_rows)
-    figures = _figure_rows(plan.averages) if count > 1 else []
+    figures = figures_of_several(plan.averages) if count > 1 else []
     columns = _columns(headings, names, rows, figures, look.width)
     scale = columns.bar / max(max(average.weights) for average in plan.averages)
     labels = [("checkpoint", *headings[: columns.cells])]
@@ -194,52 +200,15 @@ def _bar(columns: float, has_blocks: bool) -> str:
     return (_EIGHTHS[8] * whole + _EIGHTHS[eighths]).strip()
 
 
-# Each figure: its text for one average, its label for several, its value.
-_FIGURES: tuple[tuple[str, str, Callable[[Statistics], str]], ...] = (
-    ("effective number of checkpoints", "effective number", lambda s: f"{s.effective_number:.1f}"),
-    ("mean age", "mean age ({unit})", lambda s: _number(s.mean_age)),
-    ("weight on the last 10 % of training", "last 10 %", lambda s: f"{s.last_tenth:.1%}"),
-    ("equivalent half-life", "half-life ({unit})", lambda s: _number(s.half_life)),
-    ("equivalent sigma_rel", "sigma_rel", lambda s: _number(s.sigma_rel)),
-)
-
-
 def _figures(average: Average, width: int) -> Iterator[str]:
     """Yield the figures of one average, their labels broken where there is too little room."""
-    rows = []
-    for text, label, value_of in _FIGURES:
-        value = value_of(average.statistics)
-        has_unit = "{unit}" in label and value != UNKNOWN
-        rows.append((text, f"{value} {average.unit}" if has_unit else value))
+    rows = figures_of_one(average)
     room = width - 2 * _BETWEEN - max(len(value) for _, value in rows)
     broken = [textwrap.wrap(text, room) for text, _ in rows]
     longest = max(len(line) for lines in broken for line in lines)
     for (first, *more), (_, value) in zip(broken, rows, strict=True):
         yield f"{'':{_BETWEEN}}{first:{longest}}{'':{_BETWEEN}}{value}"
         yield from (f"{'':{_BETWEEN}}{line}" for line in more)
-
-
-def _figure_rows(averages: Sequence[Average]) -> list[tuple[str, list[str]]]:
-    """Return the figures of several averages: a label, and a value for each average."""
-    units = {average.unit for average in averages}
-    unit = units.pop() if len(units) == 1 else "own unit"
-    return [
-        (label.format(unit=unit), [value_of(average.statistics) for average in averages])
-        for _, label, value_of in _FIGURES
-    ]
-
-
-def _number(value: float | None) -> str:
-    """Return a number in at most seven columns.
-
-    >>> _number(0.10911), _number(998.05), _number(1234567.8), _number(1e-99), _number(None)
-    ('0.109', '998', '1234568', '0', '-')
-    """
-    if value is None:
-        return UNKNOWN
-    if value < 1e-6:
-        return "0"
-    return f"{value:.3g}" if abs(value) < 100 or value >= 1e7 else f"{value:.0f}"
 
 
 def _sizes(plan: Plan) -> Iterator[str]:
