@@ -20,6 +20,7 @@ __all__ = [
     "plan",
     "plot",
     "update",
+    "verify",
     "watch",
 ]
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ckpt_ema.report.figure import plot
     from ckpt_ema.run import average, average_part, finish
     from ckpt_ema.updating import update
+    from ckpt_ema.verifying.verify import verify
     from ckpt_ema.watching.watch import watch
 
 _HOMES = {
@@ -39,6 +41,7 @@ _HOMES = {
     "plan": "ckpt_ema.planning.decide",
     "plot": "ckpt_ema.report.figure",
     "update": "ckpt_ema.updating",
+    "verify": "ckpt_ema.verifying.verify",
     "watch": "ckpt_ema.watching.watch",
 }
 

@@ -176,7 +176,7 @@ def _made(decided: Plan, how: How, share: Share, ranks: Ranks | None) -> Result:
         return done if is_first else replace(done, manifests=())
     if is_first and started:
         started(decided)
-    decided, device = _on_device(decided, ranks.local_rank if ranks else 0)
+    decided, device = on_device(decided, ranks.local_rank if ranks else 0)
     if ranks:
         made = execute_together(decided, how, device, picture, ranks)
     else:
@@ -192,7 +192,7 @@ def _with_fold_noted(plan: Plan) -> Plan:
     return replace(plan, notes=(*plan.notes, Notice(Code.NOT_COMPILED, text)))
 
 
-def _on_device(plan: Plan, place: int) -> tuple[Plan, str]:
+def on_device(plan: Plan, place: int = 0) -> tuple[Plan, str]:
     """Return the plan as it is on the device to fold on, and the name of that device."""
     is_exact = plan.engine.accumulate == "float64"
     if is_exact and compiled() and not needs_torch(plan.engine.device):

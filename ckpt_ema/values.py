@@ -146,6 +146,19 @@ def _seconds(given: Any) -> float:
     return float(match[1]) * _SECONDS_OF[match[2] or "s"]
 
 
+def _share(given: Any) -> float:
+    """Parse a share above 0, as a number or in percent.
+
+    >>> _share("1%"), _share("0.5"), _share(1)
+    (0.01, 0.5, 1.0)
+    """
+    text = str(given).strip()
+    number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 < number <= 1:
+        raise ValueError
+    return number
+
+
 TEXT = Values(_text, "be a text")
 PATH = Values(_path, "be a path", "PATH")
 OUTPUT = Values(_output, "be a folder or a .safetensors file", "PATH")
@@ -171,6 +184,7 @@ TILE = Values(
     lambda given: _size(given, _MOST_TILE_BYTES), "be a size of at most 2GiB, such as 4MiB", "SIZE"
 )
 TIME = Values(_seconds, "be a time, such as 30s, 10min or 2h", "TIME")
+SHARE = Values(_share, "be a share, such as 1% or 0.5", "SHARE")
 ACCUMULATE = choice("float64", "float32")._replace(metavar="DTYPE")
 FORM, ORDER = choice("auto", "single", "sharded", "adapter"), choice("auto", "metadata", "name")
 WHICH = choice("raw", "ema")

@@ -56,7 +56,7 @@ class Files:
         """See `Sink.descriptors`."""
         yield [self._fds[file] for file in files]
 
-    def written(self, file: int, size_bytes: int) -> None:
+    def written(self, file: int, offset: int, size_bytes: int) -> None:
         """See `Sink.written`."""
 
     def read_into(self, file: int, view: memoryview, offset: int) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from ckpt_ema.errors import flag
 from ckpt_ema.options import COMMON, ENGINE, OUTPUT, PANELS, Row, table
-from ckpt_ema.values import COUNT, ENTRIES, FLAG, GLOBS, PART, PATH, STEP, TEXT, TIME
+from ckpt_ema.values import COUNT, ENTRIES, FLAG, GLOBS, PART, PATH, SHARE, STEP, TEXT, TIME
 
 # Those of commands alone; a command takes those that its signature names.
 OWN = (
@@ -28,6 +28,7 @@ OWN = (
     Row("interval", TIME, "time between two looks at the run; default: 10s", COMMON, "10s"),
     Row("skip_missed", FLAG, "skip a checkpoint deleted before it was folded", COMMON, False),
     Row("on_publish", TEXT, "command to run with the path ({}) after publishing", COMMON),
+    Row("sample", SHARE, "fold only a random share of the tiles again, such as 1%", COMMON),
     Row("json", FLAG, "print JSON on stdout", OUTPUT, False),
     Row("markdown", FLAG, "print a table in Markdown", OUTPUT, False),
     Row("quiet", FLAG, "hide notes and progress", OUTPUT, False, short="-q"),

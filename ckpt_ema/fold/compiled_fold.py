@@ -125,7 +125,9 @@ class CompiledFold:
                 if what == _WRITE:
                     raise OSError(code, os.strerror(code))
         for place in span.places:
-            kernel.sink.written(place.file, tile.length * DTYPE_BITS[place.dtype] // 8)
+            width = DTYPE_BITS[place.dtype] // 8
+            offset = place.offset + tile.start * width
+            kernel.sink.written(place.file, offset, tile.length * width)
 
     def _calls_of(self, tile: Tile) -> "list[_Call]":
         """Return the calls for a tile; they are the same for all tiles of contiguous tensors."""

@@ -74,8 +74,8 @@ class Sink(Protocol):
     def descriptors(self, files: Sequence[int]) -> AbstractContextManager[list[int]]:
         """Yield descriptors to write files with; an `OSError` inside is theirs."""
 
-    def written(self, file: int, size_bytes: int) -> None:
-        """Note that bytes were written by descriptor."""
+    def written(self, file: int, offset: int, size_bytes: int) -> None:
+        """Note that bytes were written by descriptor at `offset` of a file."""
 
     def read_into(self, file: int, view: memoryview, offset: int) -> None:
         """Fill `view` with bytes of a file that have been written."""

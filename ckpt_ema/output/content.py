@@ -3,13 +3,15 @@
 Model files and what is copied beside them have a CRC-32; a state has the checksum of its values.
 """
 
+import hashlib
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from ckpt_ema.containers.checksums import Checksum
 from ckpt_ema.fold.checksum import checksum
 from ckpt_ema.fold.crc32 import Piece, joined
 from ckpt_ema.fold.monitors.checksums import Checksums
@@ -18,6 +20,7 @@ from ckpt_ema.fold.monitors.protocol import Monitor
 from ckpt_ema.output.ledger import Outline
 from ckpt_ema.output.publish import StagedOutput
 from ckpt_ema.storage.local import Local
+from ckpt_ema.storage.protocol import OpenFile
 from ckpt_ema.trainers.conventions import OWN_FILES, STATE_FILE
 
 _CHUNK_BYTES = 1 << 20
@@ -54,6 +57,43 @@ def describe_content(
             total = sums[place] if sums else checksum_of_state(path)
             found[folder]["state"] = {**record["state"], "checksum": f"{total:016x}"}
     return found
+
+
+def damaged_files(output: Path, manifest: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """Return how many files of an output have checksums, and the names of those that differ."""
+    crcs, state = manifest.get("crc32", {}), manifest.get("state", {})
+    damaged = [
+        name
+        for name, crc in crcs.items()
+        if not Local().exists(output / name) or f"{crc32_of(output / name):08x}" != crc
+    ]
+    if state and not _is_state(output / state["name"], state):
+        damaged.append(state["name"])
+    return len(crcs) + bool(state), [os.path.join(output.name, name) for name in damaged]
+
+
+def _is_state(path: Path, recorded: Mapping[str, Any]) -> bool:
+    """Return whether a state has the header and the values that were recorded."""
+    if not Local().exists(path):
+        return False
+    with Local().open(path) as file:
+        size_bytes = file.identity.size_bytes
+        header = int.from_bytes(file.read(8, 0), "little") if size_bytes >= 8 else size_bytes
+        if size_bytes != recorded["bytes"] or 8 + header > size_bytes:
+            return False
+        digest = hashlib.sha256(file.read(header, 8)).hexdigest()
+    is_header = bool(digest == recorded["header_sha256"])
+    return is_header and f"{checksum_of_state(path):016x}" == recorded["checksum"]
+
+
+def wrong_checksum(file: OpenFile, checksum: Checksum) -> int | None:
+    """Return the first place of a checksum in a file that does not have it; None if all do."""
+    crc = 0
+    for offset in range(checksum.start, checksum.start + checksum.size_bytes, _CHUNK_BYTES):
+        count = min(_CHUNK_BYTES, checksum.start + checksum.size_bytes - offset)
+        crc = zlib.crc32(file.read(count, offset), crc)
+    right = crc.to_bytes(4, "little")
+    return next((place for place in checksum.places if file.read(4, place) != right), None)
 
 
 def _names(folder: Path) -> Iterator[str]:

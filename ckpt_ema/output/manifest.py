@@ -148,6 +148,7 @@ def _describe_run(plan: Plan) -> dict[str, Any]:
     return {
         "version": VERSION,
         "run": plan.run,
+        "paths": list(plan.paths),
         "options": dict(plan.given),
         "accumulate": plan.engine.accumulate,
         "device": plan.engine.device,

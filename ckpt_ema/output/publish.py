@@ -107,7 +107,7 @@ class StagedOutput(Workspace):
         """Write `data` at `offset` of model file number `file`; from any thread."""
         with self.descriptors([file]) as [fd]:
             write_all(fd, data, offset)
-        self.written(file, len(data))
+        self.written(file, offset, len(data))
 
     @contextlib.contextmanager
     def descriptors(self, files: Sequence[int]) -> Iterator[list[int]]:
@@ -121,7 +121,7 @@ class StagedOutput(Workspace):
                 stack.enter_context(self._opening)
             yield [stack.enter_context(self._opened(file)) for file in files]
 
-    def written(self, file: int, size_bytes: int) -> None:
+    def written(self, file: int, _offset: int, size_bytes: int) -> None:
         """Note that bytes were written to a model file; from any thread.
 
         Raises `FailedError` if earlier ones cannot be made durable.

@@ -113,10 +113,15 @@ def _weighted(
         )
         taken = [(c, weight) for c, weight in zip(checkpoints, weights, strict=True) if weight]
         return tuple(c for c, _ in taken), decays_of([weight for _, weight in taken])
+    return checkpoints, decays_by(rule, checkpoints)
+
+
+def decays_by(rule: Rule, checkpoints: Sequence[Checkpoint]) -> list[float]:
+    """Return the decays that a rule gives to checkpoints; raises if it counts unknown steps."""
     steps: Sequence[int] = range(1, len(checkpoints) + 1)
     if rule.counts_steps:
         steps = needed_steps(checkpoints, rule.asked_by)
-    return checkpoints, rule.decays(steps)
+    return rule.decays(steps)
 
 
 def make_averages(

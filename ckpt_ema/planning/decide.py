@@ -41,7 +41,7 @@ from ckpt_ema.planning.sizing import make_sizes
 from ckpt_ema.planning.state import Asked, State
 from ckpt_ema.planning.work import make_work
 from ckpt_ema.planning.write_back import with_masters_and_files
-from ckpt_ema.storage import Storage, storages_anew
+from ckpt_ema.storage import storages_anew
 from ckpt_ema.storage.uri import absolute
 
 if TYPE_CHECKING:
@@ -99,6 +99,14 @@ class Chosen(NamedTuple):
 
 def choose_checkpoints(paths: Sequence[Path], options: Options) -> Chosen:
     """Find the checkpoints of a run, or of a list, and select among them."""
+    every = find_checkpoints(paths, options)
+    found, source = every.found, every.source
+    selected = select(found, options.selection, source, every.log_of)
+    return every._replace(selected=selected)
+
+
+def find_checkpoints(paths: Sequence[Path], options: Options) -> Chosen:
+    """Find the checkpoints of a run, or of a list; all of them are selected."""
     storage, *others = storages_anew(paths)
     if any(other is not storage for other in others):
         message = "The checkpoints are in several places; all must be on disks, or in one store."
@@ -110,9 +118,8 @@ def choose_checkpoints(paths: Sequence[Path], options: Options) -> Chosen:
         # Names without a number will be written again, with other weights.
         selection = replace(selection, aliases=False)
     found = discover(paths, selection, source)
-    log_of = reader_of_logs(source)
-    selected = select(found, selection, source, log_of)
-    return Chosen(paths, source, found, selected, log_of)
+    selected = Subsets((Subset("", found.checkpoints),), (), ())
+    return Chosen(paths, source, found, selected, reader_of_logs(source))
 
 
 def decide(chosen: Chosen, options: Options, choose: Choose, states: Sequence[State] = ()) -> Plan:
@@ -154,7 +161,7 @@ def decide(chosen: Chosen, options: Options, choose: Choose, states: Sequence[St
     averages = make_averages(weighted, members, reads, laid_out.outputs)
     rulings = list(judged.rulings.values())[-1]
     decided = Decided(members, found, selected, one_run, compared, rulings, laid_out, averages)
-    return _assembled(decided, destination, source.storage, options, states)
+    return _assembled(decided, destination, chosen, options, states)
 
 
 def _asked(chosen: Chosen, options: Options) -> Asked:
@@ -184,15 +191,14 @@ def _reads(
 def _assembled(
     decided: Decided,
     destination: Path,
-    storage: Storage,
+    chosen: Chosen,
     options: Options,
     states: Sequence[State],
 ) -> Plan:
     """Lay the work out, and put all that was decided together; raises for warnings if strict."""
-    found, averages, specs_of = decided.found, decided.averages, decided.compared.specs
-    before = [PlannedCheckpoint.of(*one) for one in _folded_before(states)]
-    checkpoints = [PlannedCheckpoint.of(*one) for one in specs_of.items()]
-    inputs = (*map(PlannedCheckpoint.of_state, states), *checkpoints)
+    averages, specs_of, storage = decided.averages, decided.compared.specs, chosen.source.storage
+    of_all = [PlannedCheckpoint.of(*one) for one in (*_folded_before(states), *specs_of.items())]
+    inputs = (*map(PlannedCheckpoint.of_state, states), *of_all[-len(specs_of) :])
     foldings = foldings_of(averages)
     work = make_work([one.specs for one in inputs], [(one.newest, one.files) for one in foldings])
     tile_elements, threads = make_sizes(
@@ -201,8 +207,9 @@ def _assembled(
     warnings = tuple(plan_warnings(decided))
     refuse_warnings(warnings if options.engine.strict else ())
     return Plan(
-        run=os.fspath(found.root),
-        checkpoints=(*before, *checkpoints),
+        run=os.fspath(decided.found.root),
+        paths=tuple(absolute(path) for path in chosen.paths),
+        checkpoints=tuple(of_all),
         inputs=inputs,
         states=tuple(states),
         averages=tuple(averages),
@@ -217,7 +224,7 @@ def _assembled(
         work=work,
         threads=threads,
         tile_elements=tile_elements,
-        judged=found.judged,
+        judged=decided.found.judged,
         notes=tuple(plan_notes(decided)),
         warnings=warnings,
     )

@@ -55,6 +55,7 @@ class Plan:
     """One or several averages, decided. Checkpoints are oldest first; sizes are in bytes."""
 
     run: str
+    paths: tuple[str, ...]  # what was given: the run, or checkpoints; absolute
     checkpoints: tuple[PlannedCheckpoint, ...]  # all that some average has a share of
     inputs: tuple[PlannedCheckpoint, ...]  # what is read: states, then the other checkpoints
     states: tuple[State, ...]  # of the averages, where checkpoints were folded before

@@ -13,11 +13,11 @@ from typing import Any
 from ckpt_ema.containers.reader import hold_the_same, same_values
 from ckpt_ema.containers.source import Source
 from ckpt_ema.errors import CkptEmaError, Code, RefusedError
-from ckpt_ema.find.checkpoint import Checkpoint, needed_steps
+from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.find.complete import refuse_hole
 from ckpt_ema.find.select import Subset
 from ckpt_ema.options import Options, PathLike, Weighting, make_options
-from ckpt_ema.planning.average import Weighted, weigh
+from ckpt_ema.planning.average import Weighted, decays_by, weigh
 from ckpt_ema.planning.decide import Chosen, choose_checkpoints, decide, paths_of, uncollected
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.planning.state import Folded, State
@@ -87,10 +87,7 @@ def _continued(
     averages = []
     for state, rule in zip(states, weighting.rules, strict=True):
         checkpoints = (*state.checkpoints, *subsets[0].checkpoints)
-        steps: Sequence[int] = range(1, len(checkpoints) + 1)
-        if rule.counts_steps:
-            steps = needed_steps(checkpoints, rule.asked_by)
-        decays = rule.decays(steps)
+        decays = decays_by(rule, checkpoints)
         before, since = decays[: len(state.decays)], decays[len(state.decays) :]
         pairs = zip(before, state.decays, strict=True)
         if state.name != rule.name or not all(math.isclose(*p, rel_tol=_TOLERANCE) for p in pairs):

@@ -134,7 +134,7 @@ class RemotePool:
     def _stream(self, path: str, stack: ExitStack) -> tuple[IO[bytes], list[tuple[int, int]]]:
         """Return the file in memory for a path, and what this thread has in it."""
         if path not in self._held.files:
-            self._held.files[path] = stack.enter_context(_in_memory()), []
+            self._held.files[path] = stack.enter_context(in_memory()), []
         return self._held.files[path]
 
     def _taken(self, one: Range) -> list[Future[bytes]]:
@@ -190,7 +190,7 @@ def _stopped() -> FailedError:
     return FailedError("The work was stopped.", code=Code.READ_FAILED)
 
 
-def _in_memory() -> IO[bytes]:
+def in_memory() -> IO[bytes]:
     """Return an empty file in memory; a temporary file where the system has none."""
     if hasattr(os, "memfd_create"):  # Linux
         return os.fdopen(os.memfd_create("ckpt-ema"), "r+b", buffering=0)

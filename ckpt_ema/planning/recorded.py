@@ -1,0 +1,105 @@
+"""Plans of averages as manifests record them: the same checkpoints, weights and options."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ckpt_ema.errors import Code, RefusedError
+from ckpt_ema.find.checkpoint import Checkpoint
+from ckpt_ema.find.select import Subset, Subsets
+from ckpt_ema.options import PathLike, Weighting, make_options
+from ckpt_ema.planning.average import Weighted, decays_by
+from ckpt_ema.planning.decide import decide, find_checkpoints, paths_of, uncollected
+from ckpt_ema.planning.plan import Plan
+from ckpt_ema.schedules.rules import ALL, EXPLICIT, Rule
+from ckpt_ema.schedules.weights import weights_of
+
+# Options that choose among the checkpoints of a run, which the record has done.
+_CHOOSING = (
+    *("last", "best", "metric", "metric_mode"),
+    *("from_step", "to_step", "steps", "every", "min_gap"),
+)
+_ENGINE = ("device", "threads", "tile_size", "max_memory", "strict", "sync")
+_TOLERANCE = 1e-9  # how far apart two machines may compute a decay
+
+
+class Recorded(NamedTuple):
+    """The plan of recorded averages, or what is missing for it."""
+
+    plan: Plan | None
+    gone: tuple[str, ...] = ()  # names of checkpoints that are not there
+
+
+def plan_recorded(
+    output: Path,
+    manifests: Sequence[Mapping[str, Any]],
+    run: PathLike | Sequence[PathLike] | None = None,
+    **engine: Any,
+) -> Recorded:
+    """Plan the averages of some manifests again; `run` is where the run is now, if it was moved.
+
+    Raises what `plan` raises for checkpoints that are there, and `RefusedError` for a manifest
+    whose weights are not those of its schedule.
+    """
+    first = manifests[0]
+    left_out = (*_CHOOSING, *_ENGINE)
+    given = {name: value for name, value in first["options"].items() if name not in left_out}
+    options = make_options({**given, "output": output, **engine})
+    recorded = {
+        (one["name"], one["step"]): None for record in manifests for one in record["checkpoints"]
+    }
+    with uncollected():
+        try:
+            chosen = find_checkpoints(paths_of(first["paths"] if run is None else run), options)
+        except RefusedError as error:
+            if error.code not in (Code.NOT_FOUND, Code.NO_CHECKPOINTS):
+                raise
+            return Recorded(None, tuple(name for name, _ in recorded))
+        taken = [one for one in chosen.found.checkpoints if (one.name, one.step) in recorded]
+        there = {(one.name, one.step) for one in taken}
+        if gone := tuple(name for name, step in recorded if (name, step) not in there):
+            return Recorded(None, gone)
+        chosen = chosen._replace(selected=Subsets((Subset("", tuple(taken)),), (), ()))
+        return Recorded(decide(chosen, options, partial(_weighted, manifests)))
+
+
+def _weighted(
+    manifests: Sequence[Mapping[str, Any]], subsets: Sequence[Subset], _weighting: Weighting
+) -> list[Weighted]:
+    """Return the averages of manifests; see `Choose`."""
+    there = {(one.name, one.step): one for one in subsets[0].checkpoints}
+    averages = []
+    for record in manifests:
+        rows = record["checkpoints"]
+        checkpoints = tuple(there[row["name"], row["step"]] for row in rows)
+        decays = tuple(row["decay"] for row in rows[1:])
+        rule = _rule(record)
+        _check_weights(record, rule, checkpoints, decays)
+        averages.append(Weighted(record["name"], rule, checkpoints, decays))
+    return averages
+
+
+def _rule(record: Mapping[str, Any]) -> Rule:
+    schedule = record["schedule"]
+    names = (option.name for option in ALL[schedule].options)
+    return Rule(schedule, {name: record[name] for name in names})
+
+
+def _check_weights(
+    record: Mapping[str, Any],
+    rule: Rule,
+    checkpoints: Sequence[Checkpoint],
+    decays: Sequence[float],
+) -> None:
+    """Refuse weights that are not those of the schedule, or not of these decays."""
+    expected = decays
+    if rule.schedule != EXPLICIT:
+        expected = decays_by(rule, checkpoints)
+    weights = [row["weight"] for row in record["checkpoints"]]
+    for found, right in ((decays, expected), (weights, weights_of(decays))):
+        pairs = zip(found, right, strict=True)
+        if not all(math.isclose(*pair, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE) for pair in pairs):
+            message = f"{record['output']}: its weights are not those of {rule.text()}."
+            raise RefusedError(message, code=Code.WRONG_WEIGHTS, path=record["output"])

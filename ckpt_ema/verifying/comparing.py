@@ -1,0 +1,103 @@
+"""A `Sink` that compares what would be written with the files that are there."""
+
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from ckpt_ema.containers.checksums import Checksum
+from ckpt_ema.storage.descriptors import read_into
+from ckpt_ema.storage.remote_pool import in_memory
+
+_CHUNK_BYTES = 1 << 20
+_CHECKSUM_BYTES = 4
+_PUNCH_HOLE_AND_KEEP_SIZE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
+
+class Difference(NamedTuple):
+    """The first byte that is not what it should be."""
+
+    file: int
+    offset: int
+
+
+class Comparing(contextlib.AbstractContextManager["Comparing"]):
+    """Takes averages from many threads; what is written by descriptor goes to memory and is freed.
+
+    Files go by their numbers.
+    """
+
+    def __init__(self, files: Sequence[tuple[Path, Sequence[Checksum]]]) -> None:
+        """`files` have their checksums, which are written last and not compared here."""
+        self._paths = [path for path, _ in files]
+        self._places = [[p for one in checksums for p in one.places] for _, checksums in files]
+        self._stack = contextlib.ExitStack()
+        self._there: dict[int, int] = {}
+        self._made: dict[int, IO[bytes]] = {}
+        self._lock = threading.Lock()
+        self.difference: Difference | None = None
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
+
+    def write(self, file: int, data: memoryview, offset: int) -> None:
+        """See `Sink.write`; compares the bytes."""
+        found = memoryview(bytearray(len(data)))
+        read_into(str(self._paths[file]), self._descriptor(file), found, offset)
+        if found != data:
+            data = memoryview(bytearray(data))
+            for place in self._places[file]:
+                inside = slice(max(0, place - offset), max(0, place + _CHECKSUM_BYTES - offset))
+                data[inside] = found[inside]
+        if found != data:
+            pairs = enumerate(zip(found, data, strict=True))
+            first = next(place for place, (one, other) in pairs if one != other)
+            self._note(Difference(file, offset + first))
+
+    @contextlib.contextmanager
+    def descriptors(self, files: Sequence[int]) -> Iterator[list[int]]:
+        """See `Sink.descriptors`."""
+        yield [self._memory(file).fileno() for file in files]
+
+    def written(self, file: int, offset: int, size_bytes: int) -> None:
+        """See `Sink.written`; compares the bytes and frees their memory."""
+        made = self._memory(file).fileno()
+        buffer = memoryview(bytearray(min(size_bytes, _CHUNK_BYTES)))
+        for start in range(0, size_bytes, _CHUNK_BYTES):
+            part = buffer[: size_bytes - start]
+            read_into("memory", made, part, offset + start)
+            self.write(file, part, offset + start)
+        _free(made, offset, size_bytes)
+
+    def read_into(self, file: int, view: memoryview, offset: int) -> None:
+        """See `Sink.read_into`; reads the files that are there."""
+        read_into(str(self._paths[file]), self._descriptor(file), view, offset)
+
+    def _note(self, difference: Difference) -> None:
+        with self._lock:
+            self.difference = min(difference, self.difference or difference)
+
+    def _descriptor(self, file: int) -> int:
+        with self._lock:
+            if file not in self._there:
+                fd = os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC)
+                self._stack.callback(os.close, fd)
+                self._there[file] = fd
+            return self._there[file]
+
+    def _memory(self, file: int) -> IO[bytes]:
+        with self._lock:
+            if file not in self._made:
+                self._made[file] = self._stack.enter_context(in_memory())
+            return self._made[file]
+
+
+def _free(fd: int, offset: int, size_bytes: int) -> None:
+    """Free the memory of a range of a file in memory, where the system can."""
+    fallocate = getattr(ctypes.CDLL(None), "fallocate64", None)
+    if fallocate:
+        numbers = (ctypes.c_int64(offset), ctypes.c_int64(size_bytes))
+        fallocate(fd, _PUNCH_HOLE_AND_KEEP_SIZE, *numbers)

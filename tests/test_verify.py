@@ -1,0 +1,267 @@
+"""Verifying: what is the average that it claims to be passes, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict_saver import save
+
+import ckpt_ema
+from ckpt_ema.errors import Code, RefusedError
+from tests.command import ckpt_ema as command
+from tests.conftest import MakeRun, noise, series, write_safetensors
+from tests.makers.folds import by_torch
+
+STATES = series(
+    5,
+    a=noise(5, 5, 70),
+    b=noise(5, 400, dtype=torch.bfloat16),
+    c=noise(5, 3, 3, dtype=torch.float16),
+    n=[torch.arange(9) + step for step in range(5)],
+)
+
+
+@pytest.fixture
+def run(make_run: MakeRun) -> Path:
+    """Five checkpoints."""
+    return make_run(STATES, steps=[100, 200, 300, 400, 500])
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "the default": {},
+    "a schedule by steps": {"half_life": 120, "last": 3},
+    "steps": {"steps": "100,300-500", "schedule": "uniform"},
+    "every second": {"every": 2, "dtype": "float32"},
+    "weights": {"weights": {"checkpoint-100": 0.25, "400": 0.75}},
+    "several averages": {"decay": [0.2, 0.3], "last": [2, 4]},
+    "a state": {"keep_state": True},
+    "written back": {"save_as": "checkpoint"},
+    "globs": {"include": ["checkpoint-[1-4]*"], "keep": ["c"]},
+}
+
+
+@pytest.mark.usefixtures("either_fold")
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_an_output_is_the_average_that_it_claims_to_be(run: Path, options: dict[str, Any]) -> None:
+    made = ckpt_ema.average(run, tile_size=256, device="cpu", **options)
+    later = run / "checkpoint-600"  # the run has gone on since
+    later.mkdir()
+    write_safetensors(later / "model.safetensors", STATES[2])
+    found = ckpt_ema.verify(made.output, device="cpu")
+    assert found.is_as_claimed
+    assert found.is_recomputed
+    assert found.tiles == found.tiles_in_all > 0
+    assert (found.damaged, found.gone, found.changed, found.differs) == ((), (), (), None)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("form", ["torch", "shards", "dcp"])
+@pytest.mark.parametrize("save_as", [None, "checkpoint"])
+def test_so_are_those_of_other_containers(
+    make_run: MakeRun, tmp_path: Path, form: str, save_as: str | None
+) -> None:
+    run = tmp_path / "run"
+    if form == "dcp":
+        for step, state in enumerate(STATES, start=1):
+            save(dict(state), checkpoint_id=run / f"checkpoint-{step}", no_dist=True)
+    else:
+        make_run(STATES, torch_files=form == "torch", shards=2 * (form == "shards"))
+    made = ckpt_ema.average(run, save_as=save_as)
+    assert ckpt_ema.verify(made.output).is_as_claimed
+    assert ckpt_ema.verify(made.output).is_recomputed
+
+
+def test_an_updated_output_is_the_average_of_all(run: Path, tmp_path: Path) -> None:
+    later = tmp_path / "later"
+    (run / "checkpoint-500").rename(later)
+    made = ckpt_ema.average(run, keep_state=True)
+    later.rename(run / "checkpoint-500")
+    ckpt_ema.update(made.output)
+    found = ckpt_ema.verify(made.output)
+    assert found.is_recomputed
+    assert found.is_as_claimed
+    assert found.checkpoints == 5
+
+
+@pytest.mark.usefixtures("either_fold")
+@pytest.mark.parametrize("is_known", [True, False], ids=["rot", "another value"])
+@pytest.mark.parametrize("name", ["a", "b", "n"])
+def test_the_first_tensor_that_differs_is_named(run: Path, name: str, is_known: bool) -> None:
+    """With a checksum that fits, only folding again shows it."""
+    made = ckpt_ema.average(run, device="cpu")
+    path = made.output / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    start = 8 + int.from_bytes(content[:8], "little") + header[name]["data_offsets"][0]
+    content[start + 5] ^= 1
+    if name < "b":
+        content[-1] ^= 1
+    path.write_bytes(content)
+    if not is_known:
+        claim_again(made.output)
+    found = ckpt_ema.verify(made.output, device="cpu")
+    assert not found.is_as_claimed
+    assert found.damaged == (("run-ema/model.safetensors",) if is_known else ())
+    assert found.differs == ("model.safetensors", name, start + 5)
+
+
+def claim_again(output: Path) -> None:
+    """Have the manifest claim the files that are there."""
+    manifest = json.loads((output / "ckpt_ema.json").read_text())
+    for name in manifest["crc32"]:
+        manifest["crc32"][name] = f"{zlib.crc32((output / name).read_bytes()):08x}"
+    (output / "ckpt_ema.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+        lambda path: path.write_bytes(path.read_bytes().replace(b"dynamic", b"dynamit")),
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b""),
+    ],
+)
+def test_a_file_that_is_cut_or_gone_is_damaged(run: Path, damage: Callable[[Path], object]) -> None:
+    made = ckpt_ema.average(run)
+    damage(made.output / "model.safetensors")
+    found = ckpt_ema.verify(made.output)
+    assert found.damaged == ("run-ema/model.safetensors",)
+    assert found.differs is not None
+    assert (found.differs.file, found.differs.tensor) == ("model.safetensors", "")
+
+
+@pytest.mark.parametrize("name", ["ckpt_ema.state", "config.json"])
+def test_rot_anywhere_is_seen_without_the_checkpoints(run: Path, name: str) -> None:
+    made = ckpt_ema.average(run, keep_state=True)
+    shutil.rmtree(run)
+    path = made.output / name
+    size = path.stat().st_size
+    for place in {0, 8, size // 3, size - 1}:
+        content = bytearray(path.read_bytes())
+        content[place] ^= 0x10
+        path.write_bytes(content)
+        found = ckpt_ema.verify(made.output)
+        assert found.damaged == (f"run-ema/{name}",), place
+        content[place] ^= 0x10
+        path.write_bytes(content)
+    assert ckpt_ema.verify(made.output).is_as_claimed
+
+
+def test_checkpoints_that_are_gone_are_named_and_the_files_still_checked(run: Path) -> None:
+    made = ckpt_ema.average(run)
+    shutil.rmtree(run / "checkpoint-200")
+    found = ckpt_ema.verify(made.output)
+    assert found.gone == ("checkpoint-200",)
+    assert found.is_as_claimed
+    assert not found.is_recomputed
+    shutil.rmtree(run)
+    assert len(ckpt_ema.verify(made.output).gone) == 5
+
+
+def test_checkpoints_that_are_others_now_are_named(run: Path) -> None:
+    made = ckpt_ema.average(run)
+    write_safetensors(run / "checkpoint-200" / "model.safetensors", {"w": torch.ones(3)})
+    with pytest.raises(RefusedError, match="checkpoint-200"):  # it is another model
+        ckpt_ema.verify(made.output)
+    other = {key: value.double() if key == "a" else value for key, value in STATES[1].items()}
+    write_safetensors(run / "checkpoint-200" / "model.safetensors", other)
+    found = ckpt_ema.verify(made.output)
+    assert found.changed == ("checkpoint-200",)
+    assert found.is_as_claimed
+    assert not found.is_recomputed
+
+
+def test_a_copy_of_the_run_proves_as_much_as_the_run(run: Path, tmp_path: Path) -> None:
+    made = ckpt_ema.average(run)
+    shutil.copytree(run, tmp_path / "copy" / "run", copy_function=shutil.copyfile)
+    shutil.rmtree(run)
+    assert not ckpt_ema.verify(made.output).is_recomputed
+    found = ckpt_ema.verify(made.output, tmp_path / "copy" / "run")
+    assert found.is_recomputed
+    assert found.is_as_claimed
+
+
+def test_weights_that_the_schedule_does_not_give_are_refused(run: Path) -> None:
+    made = ckpt_ema.average(run)
+    path = made.output / "ckpt_ema.json"
+    manifest = json.loads(path.read_text())
+    manifest["checkpoints"][2]["decay"] = 0.5
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(RefusedError, match="weights are not those of dynamic"):
+        ckpt_ema.verify(made.output)
+
+
+def test_a_sample_folds_as_many_tiles(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = ckpt_ema.average(run)
+    whole = ckpt_ema.verify(made.output, tile_size=64)
+    found = ckpt_ema.verify(made.output, tile_size=64, sample=0.25)
+    assert found.tiles == round(whole.tiles_in_all * 0.25)
+    assert found.is_as_claimed
+    content = bytearray((made.output / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (made.output / "model.safetensors").write_bytes(content)
+    claim_again(made.output)
+    seen = set()
+    for seed in range(40):
+        random.seed(seed)
+        seen.add(ckpt_ema.verify(made.output, tile_size=64, sample=0.25).is_as_claimed)
+    assert seen == {True, False}  # a sample may miss it, and does not always
+
+
+def test_by_whichever_fold_it_is_the_same(run: Path) -> None:
+    made = ckpt_ema.average(run)
+    with by_torch():
+        assert ckpt_ema.verify(made.output, device="cpu", threads=1).is_as_claimed
+
+
+def test_nothing_is_written(run: Path) -> None:
+    made = ckpt_ema.average(run, keep_state=True)
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in made.output.iterdir()}
+    for path in (made.output, *made.output.iterdir()):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    ckpt_ema.verify(made.output)
+    made.output.chmod(0o755)
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in made.output.iterdir()} == before
+    assert sorted(p.name for p in run.parent.iterdir()) == ["run", "run-ema"]
+
+
+@pytest.mark.parametrize("what", ["a run", "one file", "nothing"])
+def test_what_has_no_record_is_refused(run: Path, what: str) -> None:
+    output = run.parent / "one.safetensors"
+    ckpt_ema.average(run, output=output)
+    path = {"a run": run, "one file": output, "nothing": run.parent / "nothing"}[what]
+    with pytest.raises(RefusedError) as caught:
+        ckpt_ema.verify(path)
+    assert caught.value.code is Code.NO_MANIFEST
+
+
+def test_the_command_says_what_it_has_found(run: Path) -> None:
+    output = run.parent / "run-ema"
+    ckpt_ema.average(run)
+    done = command("verify", output)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == (
+        f"{output}: 2 files as written, equal to the average of its 5 checkpoints\n"
+    )
+    shutil.rmtree(run / "checkpoint-200")
+    gone = command("verify", output)
+    assert gone.returncode == 0
+    assert "warning: " in gone.stderr
+    assert "checkpoint-200" in gone.stderr
+    assert command("verify", output, "--strict").returncode == 3
+    (output / "model.safetensors").write_bytes(b"")
+    bad = command("verify", output, "--json")
+    assert bad.returncode == 1
+    assert json.loads(bad.stdout)["damaged"] == ["run-ema/model.safetensors"]
+    assert "not the files that were written" in bad.stderr
+    assert command("verify", output, "--sample", "0").returncode == 2
