@@ -16,13 +16,17 @@ __all__ = [
     "Shadow",
     "average",
     "average_part",
+    "compare",
     "finish",
+    "inspect",
     "plan",
     "plot",
 ]
 
 if TYPE_CHECKING:
     from ckpt_ema.fold.shadow import Shadow
+    from ckpt_ema.measure.comparison import compare
+    from ckpt_ema.measure.inspection import inspect
     from ckpt_ema.planning.plan import plan
     from ckpt_ema.report.figure import plot
     from ckpt_ema.run import average, average_part, finish
@@ -31,7 +35,9 @@ _HOMES = {
     "Shadow": "ckpt_ema.fold.shadow",
     "average": "ckpt_ema.run",
     "average_part": "ckpt_ema.run",
+    "compare": "ckpt_ema.measure.comparison",
     "finish": "ckpt_ema.run",
+    "inspect": "ckpt_ema.measure.inspection",
     "plan": "ckpt_ema.planning.plan",
     "plot": "ckpt_ema.report.figure",
 }

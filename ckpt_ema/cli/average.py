@@ -1,6 +1,5 @@
 """`ckpt-ema average`: the whole job."""
 
-import gc
 import os
 import shlex
 import sys
@@ -88,15 +87,12 @@ def _average(
             say(terminal.plan_text(plan, sys.stderr, _MOST_ROWS), "")
         say(*lines.notice_lines(plan, quiet))
 
-    def tick(done_bytes: int, total_bytes: int) -> None:
-        exits.check_signals()
-        if not gc.isenabled():
-            gc.freeze()  # the plan and all modules stay until the end
-            gc.enable()
+    def shown(done_bytes: int, total_bytes: int) -> None:
         if plans:
             progress(done_bytes, total_bytes)
 
-    keywords = {**keywords, "command": command_line(), "started": started, "progress": tick}
+    keywords = {**keywords, "command": command_line(), "started": started}
+    keywords["progress"] = exits.ticking(shown)
     try:
         if part:
             return average_part(run, part, **keywords)

@@ -177,6 +177,12 @@ def plan(run: PathLike | Sequence[PathLike], **options: "Unpack[Keywords]") -> P
         return _plan(_paths(run), make_options(options))
 
 
+def plan_to_read(run: PathLike | Sequence[PathLike], **options: "Unpack[Keywords]") -> Plan:
+    """Decide as `plan` does, for who writes nothing: what is at the output path does not matter."""
+    with uncollected():
+        return _plan(_paths(run), make_options(options), Path("unwritten"))
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Collect no garbage inside of the block."""
@@ -189,7 +195,7 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _plan(paths: Sequence[Path], options: Options) -> Plan:
+def _plan(paths: Sequence[Path], options: Options, destination: Path | None = None) -> Plan:
     """Find, select, weigh, compare, lay out: each stage takes its own options."""
     storage, *others = storages_anew(paths)
     if any(other is not storage for other in others):
@@ -204,7 +210,8 @@ def _plan(paths: Sequence[Path], options: Options) -> Plan:
     checkpoints = _taken(weighted, found)
     options = options._replace(output=with_format(options.output, checkpoints))
     one_run = check_one_run(checkpoints, log_of)
-    destination = find_destination(options.output.output, found, paths, source.storage)
+    if destination is None:
+        destination = find_destination(options.output.output, found, paths, source.storage)
     compared = compare(checkpoints, source)
     if options.output.save_as == CHECKPOINT:
         compared = with_masters_and_files(compared, weighted, source)

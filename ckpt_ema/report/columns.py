@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TextIO
 
+UNKNOWN = "-"
 BETWEEN = 2  # spaces before each column
 _LEAST_COLUMNS = 40  # with less, nothing could be read
 _BOLD, _CYAN = 1, 36
@@ -79,3 +80,12 @@ def fitted(name: str, columns: int) -> str:
     end = (columns - 2) // 2
     is_long = len(name) > columns
     return f"{name[: columns - 3 - end]}...{name[-end:]}" if is_long else name
+
+
+def number(value: float | None) -> str:
+    """Return a number in four digits.
+
+    >>> number(11.6), number(0.00012345), number(1234567.0), number(None)
+    ('11.60', '0.0001234', '1.235e+06', '-')
+    """
+    return UNKNOWN if value is None else f"{value:#.4g}"

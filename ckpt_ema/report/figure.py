@@ -1,9 +1,10 @@
 """The picture of a plan: the weight of each checkpoint, and the equivalent learning rate.
 
+That of an inspection is drawn by `figure_of_inspection`.
+
 It needs matplotlib (`pip install "ckpt-ema[plot]"`), which is imported only to draw.
 """
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,7 @@ from ckpt_ema.errors import Code, FailedError, OptionError
 from ckpt_ema.options import PathLike
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
+from ckpt_ema.report.figure_style import COLOURS, DASHES, KINDS, MARKS, STYLE, saved
 from ckpt_ema.schedules.weights import learning_rate
 from ckpt_ema.storage import STORAGES
 from ckpt_ema.trainers.conventions import PICTURE_STEM
@@ -19,28 +21,11 @@ from ckpt_ema.trainers.conventions import PICTURE_STEM
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_KINDS = (".png", ".svg")
+    from ckpt_ema.measure.inspection import Inspection
 
 _INCHES = (3.4, 3.6)  # the width of a column of a paper
 _LEGEND_INCHES = 0.16  # a line of it
-_MOST_MARKS = 20  # on one line
-_DOTS_PER_INCH = 220
-# Okabe and Ito's colours suit the colour-blind; marks tell lines apart in print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-_MARKS = "os^Dv<>p"
-_DASHES = ("-", (0, (5, 1)), ":", (0, (3, 1, 1, 1)))  # of each further round of colours
-_STYLE: Any = {
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "legend.fontsize": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "figure.facecolor": "white",  # also where the viewer is dark
-    "svg.hashsalt": "ckpt-ema",  # the same picture for the same plan
-    "svg.fonttype": "none",
-}
+_MOSTMARKS = 20  # on one line
 
 
 class Picture(NamedTuple):
@@ -50,17 +35,25 @@ class Picture(NamedTuple):
     content: bytes
 
 
-def plot(plan: Plan, path: PathLike) -> Picture:
-    """Draw a plan as a .png or .svg file, replacing any that exists; no tensor is read.
+def plot(drawn: "Plan | Inspection", path: PathLike) -> Picture:
+    """Draw a plan or an inspection as a .png or .svg file, replacing any that exists.
 
-    The upper half shows the weight of each checkpoint for all averages, the lower half the
-    learning-rate decay that each average imitates. Raises `OptionError` for another kind of file
-    or a path inside the output or an input, `FailedError` without matplotlib or if the file cannot
-    be written.
+    Of a plan, the upper half shows the weight of each checkpoint for all averages, the lower half
+    the learning-rate decay that each average imitates. Of an inspection, distances and norms by
+    step, and the run in the plane of its first two principal directions. No tensor is read. Raises
+    `OptionError` for another kind of file or a path inside the output or an input, `FailedError`
+    without matplotlib or if the file cannot be written.
     """
     target = Path(path)
-    _check_drawable(target, plan)
-    picture = Picture(PICTURE_STEM + target.suffix.lower(), _draw(plan, target.suffix.lower()))
+    check_drawable(target, drawn)
+    kind = target.suffix.lower()
+    if isinstance(drawn, Plan):
+        content = _draw(drawn, kind)
+    else:
+        from ckpt_ema.report.figure_of_inspection import draw_inspection  # few runs need it
+
+        content = draw_inspection(drawn, kind)
+    picture = Picture(PICTURE_STEM + kind, content)
     try:
         target.write_bytes(picture.content)
     except OSError as error:
@@ -69,18 +62,24 @@ def plot(plan: Plan, path: PathLike) -> Picture:
     return picture
 
 
-def _check_drawable(path: Path, plan: Plan) -> None:
+def check_drawable(path: PathLike, drawn: "Plan | Inspection") -> None:
     """Refuse a picture that could not be drawn, before anything else is done."""
-    if path.suffix.lower() not in _KINDS:
-        raise _invalid(path, f"must end in {' or '.join(_KINDS)}.")
+    path = Path(path)
+    if path.suffix.lower() not in KINDS:
+        raise _invalid(path, f"must end in {' or '.join(KINDS)}.")
     local = STORAGES[""]  # wherever the checkpoints are
     if not local.is_folder(path.parent):
         raise _invalid(path, "is in a folder that does not exist.")
-    folders = [plan.output, *(checkpoint.path for checkpoint in plan.checkpoints)]
+    outputs = [drawn.output] if isinstance(drawn, Plan) else []
+    folders = [*outputs, *(checkpoint.path for checkpoint in drawn.checkpoints)]
     real, *insides = local.real_paths([path, *folders])
     for folder, inside in zip(folders, insides, strict=True):
         if f"{real}/".startswith(f"{inside}/"):
-            hint = "Draw it elsewhere; the model card gets a copy."
+            hint = (
+                "Draw it elsewhere; the model card gets a copy."
+                if outputs
+                else "Draw it elsewhere."
+            )
             raise _invalid(path, f"is inside {folder}.", hint)
     try:
         import matplotlib  # noqa: F401
@@ -99,11 +98,11 @@ def _draw(plan: Plan, kind: str) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    averages, content = plan.averages, io.BytesIO()
+    averages = plan.averages
     several = len(averages) > 1
     columns = 2 if len(averages) > 3 else 1
     legend_inches = _LEGEND_INCHES * -(-len(averages) // columns) if several else 0.0
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         width, height = _INCHES
         figure = Figure(figsize=(width, height + legend_inches), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
@@ -130,22 +129,20 @@ def _draw(plan: Plan, kind: str) -> bytes:
                 handlelength=2.6,  # room for a mark and dashes on both sides of it
                 frameon=False,
             )
-        metadata = {"Date" if kind == ".svg" else "Software": None}
-        figure.savefig(content, format=kind[1:], dpi=_DOTS_PER_INCH, metadata=metadata)
-    return content.getvalue()
+        return saved(figure, kind)
 
 
 def _look(number: int, averages: Sequence[Average]) -> dict[str, Any]:
     """Return how to draw one average: thicker than those drawn over it, if colours suffice."""
-    later = len(averages) - 1 - number if len(averages) <= len(_COLOURS) else 0
-    group, colour = divmod(number, len(_COLOURS))
+    later = len(averages) - 1 - number if len(averages) <= len(COLOURS) else 0
+    group, colour = divmod(number, len(COLOURS))
     return {
-        "color": _COLOURS[colour],
-        "marker": _MARKS[colour],
-        "linestyle": _DASHES[group % len(_DASHES)],
+        "color": COLOURS[colour],
+        "marker": MARKS[colour],
+        "linestyle": DASHES[group % len(DASHES)],
         "linewidth": min(1.1 + 0.3 * later, 2.6),
         "markersize": min(3.0 + 0.3 * later, 4.5),
-        "markevery": max(1, len(averages[number].members) // _MOST_MARKS),
+        "markevery": max(1, len(averages[number].members) // _MOSTMARKS),
         "label": averages[number].name,
     }
 
