@@ -114,7 +114,7 @@ def _judged(
     logarithms = [math.log(max(one, usual)) for one in (*others, usual) if one]
     middle = _median(logarithms)
     spread = _median([abs(one - middle) for one in logarithms])
-    z_score = 0.6745 * (math.log(ratio) - middle) / max(spread, _LEAST_SPREAD)
+    z_score = 0.6745 * (math.log(max(ratio, usual)) - middle) / max(spread, _LEAST_SPREAD)
     is_far = ratio > max(limit, _MOST_TIMES_MEDIAN * math.exp(middle))
     return Judged(ratio, z_score, Reason.OFF_PATH if is_far and z_score > _MOST_Z else None)
 

@@ -17,6 +17,7 @@ from ckpt_ema.storage.protocol import Range
 _PART_BYTES = 1 << 21  # of a tensor of one checkpoint
 _ITEM_BYTES = 1 << 22  # of small tensors that are taken together, both sides
 _AHEAD_BYTES = 1 << 26  # fetched ahead from a remote storage
+_ALIGNED = 64  # bytes: where the elements of the other side begin
 _NOTHING = Row(0, 0, 0, 0, 0, 0, 0)
 
 
@@ -88,33 +89,40 @@ class _Job:
 
     def worker(self) -> Callable[[Sequence[Part]], None]:
         """Return what compares the parts of an item, with memory of its own."""
-        content = bytearray(2 * _PART_BYTES * 4)  # the other side may have wider numbers
+        content = bytearray()
 
         def compare(parts: Sequence[Part]) -> None:
+            nonlocal content
             for part in parts:
                 if self.items.stop[0]:
                     raise StoppedError
-                self.found.append((part.number, self._compared(part, content)))
+                pair = self.pairs[part.number]
+                places = [_bytes_of(part, pair, tensor) for tensor in pair.sides]
+                begin = -(-places[0][1] // _ALIGNED) * _ALIGNED  # of the other side
+                if len(content) < begin + places[1][1]:
+                    content = bytearray(begin + places[1][1])
+                found = self._compared(part, places, content, begin)
+                self.found.append((part.number, found))
 
         return compare
 
-    def _compared(self, part: Part, content: bytearray) -> Difference:
+    def _compared(
+        self, part: Part, places: Sequence[tuple[int, int]], content: bytearray, begin: int
+    ) -> Difference:
+        """Read a part of both sides, from these places and of these sizes, and compare them."""
         pair, view = self.pairs[part.number], memoryview(content)
-        places, begin = [], 0
-        for side, tensor in zip(self.sides, pair.sides, strict=True):
-            start, size = _bytes_of(part, pair, tensor)
-            side.reader.read_into(0, tensor, start, view[begin : begin + size])
+        rows = zip(self.sides, pair.sides, places, (0, begin), strict=True)
+        for side, tensor, (start, size), at in rows:
+            side.reader.read_into(0, tensor, start, view[at : at + size])
             self.items.count_read(size)
-            places.append((tensor.dtype, begin))
-            begin += -(-size // 64) * 64
         different = None
         if pair.own.dtype == pair.other.dtype:
-            size = _bytes_of(part, pair, pair.sides[0])[1]
-            different = differing(content, places[1][1], size // pair.width, pair.width)
+            different = differing(content, begin, places[0][1] // pair.width, pair.width)
         if not pair.has_numbers:
             return Difference(_NOTHING, _NOTHING, different)
         sums = summing((1.0, 0.0))
-        sums.add(Block(content, places, part.length))
+        dtypes = [(tensor.dtype, at) for tensor, at in zip(pair.sides, (0, begin), strict=True)]
+        sums.add(Block(content, dtypes, part.length))
         own, other = merged([sums], 2).rows
         return Difference(own, other, different)
 
