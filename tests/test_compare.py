@@ -18,6 +18,7 @@ from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, raw, series, write_safetensors
 from tests.makers.any_container import CONTAINERS
 from tests.makers.fake_hub import fake_hub
+from tests.makers.fake_s3 import fake_s3
 from tests.makers.imports import imported_by
 from tests.makers.tensors import StateDict
 
@@ -348,6 +349,21 @@ def test_the_hub_and_a_disk_are_compared(make_run: MakeRun, tmp_path: Path) -> N
     right = ckpt_ema.compare(run / "checkpoint-100", run / "checkpoint-200")
     assert two.distance == right.distance
     assert caught.value.code in (Code.NOT_FOUND, Code.INACCESSIBLE)
+
+
+def test_a_store_and_a_disk_are_compared(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore")
+    run = make_run(series(3, w=noise(3, 40)), [100, 200, 300], name="bucket/run")
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    with fake_s3(tmp_path) as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
+        found = ckpt_ema.compare("s3://bucket/run@200", run / "checkpoint-200")
+        with pytest.raises(RefusedError) as caught:
+            ckpt_ema.compare("s3://bucket/run@700", run / "checkpoint-200")
+    assert found.is_equal
+    assert caught.value.code is Code.NO_SUCH_STEP
 
 
 # --- The command ----------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -274,12 +277,12 @@ def test_several_averages_are_refused(run: Path) -> None:
     assert "these options ask for 2" in caught.value.message
 
 
-@pytest.mark.parametrize("name", ["output", "dtype", "device", "save_as", "sync"])
+@pytest.mark.parametrize("name", ["output", "dtype", "device", "save_as", "sync", "allow_zeros"])
 def test_options_of_writing_are_unknown(run: Path, name: str) -> None:
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
         ckpt_ema.inspect(run, **{name: "cpu"})  # type: ignore[arg-type]
     done = command("inspect", run, "--" + name.replace("_", "-"), "cpu")
-    assert done.returncode == 2
+    assert (done.returncode, "No such option" in done.stderr) == (2, True)
 
 
 def test_too_little_memory_is_refused_with_what_is_needed(make_run: MakeRun) -> None:
@@ -366,6 +369,39 @@ def test_exit_codes(make_run: MakeRun, words: list[str], code: int) -> None:
 def test_it_imports_neither_torch_nor_numpy(run: Path) -> None:
     homes = {name.partition(".")[0] for name in imported_by("inspect", run)}
     assert not homes & {"torch", "numpy", "pydantic", "rich", "tqdm"}
+
+
+def interrupted() -> None:
+    """Have the first thread that measures anything interrupt the process."""
+    from ckpt_ema.measure import pair_sums, run_sums
+
+    def interrupt(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+    for module in (pair_sums, run_sums):
+        pytest.MonkeyPatch().setattr(module, "summing", interrupt)
+
+
+@pytest.mark.parametrize("name", ["inspect", "compare"])
+def test_a_signal_ends_it_with_one_line(run: Path, name: str) -> None:
+    words = [run] if name == "inspect" else [f"{run}@100", f"{run}@200"]
+    done = command(name, *words, before=interrupted)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted; nothing was written\n"
+
+
+@pytest.mark.parametrize("name", ["inspect", "compare"])
+def test_memory_does_not_grow_with_the_model(make_run: MakeRun, name: str) -> None:
+    grown = []
+    for size in (1 << 18, 1 << 24):
+        states = series(3, w=[torch.full((size,), float(n)) for n in range(3)])
+        run = make_run(states, STEPS[:3], name=f"of-{size}")
+        words = [run] if name == "inspect" else [f"{run}@100", f"{run}@200"]
+        done = command(name, *words, "--threads", "2")
+        assert done.returncode == 0, done.stderr
+        grown.append(done.grown_bytes)
+    assert grown[1] - grown[0] < 24 << 20  # of files of 64 MiB
 
 
 # --- Other storages and layouts -------------------------------------------------------------------
