@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 import ckpt_ema
 from ckpt_ema.errors import Code, FailedError, OptionError, RefusedError
-from ckpt_ema.measure.comparison import Comparison, TensorDifference
+from ckpt_ema.measure.compared import Comparison, TensorDifference
+from ckpt_ema.measure.comparison import CompareKeywords
+from ckpt_ema.options import OF_ONE
 from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, raw, series, write_safetensors
 from tests.makers.any_container import CONTAINERS
@@ -235,6 +237,10 @@ def test_options_say_which_model_and_which_tensors(write: Write) -> None:
         ckpt_ema.compare("a", "b", decay=0.9)  # type: ignore[call-arg]
     with pytest.raises(OptionError):
         ckpt_ema.compare("a", "b", threads=0)
+
+
+def test_the_command_has_the_options_of_the_library() -> None:
+    assert CompareKeywords.__annotations__.keys() == OF_ONE
 
 
 # --- What A and B may be --------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from ckpt_ema.errors import printable, some
-from ckpt_ema.measure.comparison import Comparison, Distance, OtherForm
+from ckpt_ema.measure.compared import Comparison, Distance, OtherForm
 from ckpt_ema.report.columns import BETWEEN, UNKNOWN, aligned, number, shown_on
 from ckpt_ema.report.lines import counted, size
 
