@@ -3,7 +3,8 @@
    Python decides everything: which checkpoint is folded into which average with which weight, where
    each tensor lies, where each average goes. It calls `fold` once a tile; the interpreter lock is
    released meanwhile. Here are, in this order: numbers (widening, folding, rounding, measuring),
-   files, tensors in pieces, the screening of values for monitors, blocks, and the module's functions.
+   files, tensors in pieces, the screening of values for monitors, blocks, and the functions of the
+   module.
 
    Contraction must be off (-ffp-contract=off): a multiply-add is fused where `fma` is written and
    nowhere else, so that every machine, vector width and compiler gives the same bits. */
@@ -280,9 +281,9 @@ enum sum {
     SUMS
 };
 enum { LANES = 8 };    /* sums that are added up side by side */
-enum { PACKED = 4 };   /* numbers in a vector of any machine */
-typedef double pack __attribute__((vector_size(32), aligned(8), may_alias));
 enum { TOGETHER = 4 }; /* rows of the Gram matrix that are multiplied with one at a time */
+enum { PACKED = 4 };   /* numbers of a pack: compilers keep four of 32 bytes in registers */
+typedef double pack __attribute__((vector_size(32), aligned(8), may_alias));
 
 struct measuring {
     int64_t checkpoints, count;   /* elements of each checkpoint */
@@ -291,10 +292,11 @@ struct measuring {
     const double *weight;         /* of each, in the average */
     int64_t members;              /* checkpoints in the Gram matrix */
     const int64_t *member;
-    int64_t strip, every;   /* the number of the first strip; one of `every` is sampled */
-    double *value;          /* memory of a strip: checkpoints x STRIP */
-    double *average, *step; /* STRIP each */
-    double *sum; /* checkpoints x SUMS, the lower triangle of the Gram matrix, elements sampled */
+    int64_t strip, every;         /* number of the first strip; one of `every` is sampled */
+    double *value;                /* memory of a strip: checkpoints x STRIP */
+    double *average, *step;       /* STRIP each */
+    /* checkpoints x SUMS, the lower triangle of the Gram matrix, elements sampled */
+    double *sum;
 };
 
 INLINE double sum_of(const double *lane) {
