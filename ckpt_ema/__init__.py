@@ -16,7 +16,9 @@ __all__ = [
     "Shadow",
     "average",
     "average_part",
+    "compare",
     "finish",
+    "inspect",
     "plan",
     "plot",
     "update",
@@ -26,6 +28,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from ckpt_ema.fold.shadow import Shadow
+    from ckpt_ema.measure.comparison import compare
+    from ckpt_ema.measure.inspection import inspect
     from ckpt_ema.planning.decide import plan
     from ckpt_ema.report.figure import plot
     from ckpt_ema.run import average, average_part, finish
@@ -37,7 +41,9 @@ _HOMES = {
     "Shadow": "ckpt_ema.fold.shadow",
     "average": "ckpt_ema.run",
     "average_part": "ckpt_ema.run",
+    "compare": "ckpt_ema.measure.comparison",
     "finish": "ckpt_ema.run",
+    "inspect": "ckpt_ema.measure.inspection",
     "plan": "ckpt_ema.planning.decide",
     "plot": "ckpt_ema.report.figure",
     "update": "ckpt_ema.updating",

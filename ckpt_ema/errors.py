@@ -98,6 +98,7 @@ class Code(Enum):
     NOT_AVERAGED = "not-averaged"
     NOT_A_WEIGHT = "not-a-weight"
     CANCELLED = "cancelled"
+    STANDS_OUT = "stands-out"
     OTHER_WEIGHTS = "other-weights"
     NO_CONFIG = "no-config"
     NOT_REMOVED = "not-removed"

@@ -330,6 +330,14 @@ class Keywords(TypedDict, total=False):
 
 _GROUPS: tuple[type[Group], ...] = (Weighting, Selection, Reading, Output, Engine)
 
+# The options that matter only where averages are made and written.
+WRITING = {
+    *(row.name for row in Output.rows()),
+    *("allow_nonfinite", "allow_duplicates", "allow_zeros", "device", "accumulate", "sync"),
+}
+# Those that say how one checkpoint is read, whatever its run.
+OF_ONE = {"form", "which", "component", "key", "strip_prefix", "drop", "threads"}
+
 
 def make_options(given: Mapping[str, Any]) -> Options:
     """Sort options by their group; raises `OptionError` for an impossible value.

@@ -2,8 +2,9 @@
 
    Python decides everything: which checkpoint is folded into which average with which weight, where
    each tensor lies, where each average goes. It calls `fold` once a tile; the interpreter lock is
-   released meanwhile. Here are, in this order: numbers (widening, folding, rounding), files,
-   tensors in pieces, the screening of values for monitors, blocks, and the module's functions.
+   released meanwhile. Here are, in this order: numbers (widening, folding, rounding, measuring),
+   files, tensors in pieces, the screening of values for monitors, blocks, and the functions of the
+   module.
 
    Contraction must be off (-ffp-contract=off): a multiply-add is fused where `fma` is written and
    nowhere else, so that every machine, vector width and compiler gives the same bits. */
@@ -279,12 +280,173 @@ INLINE uint64_t checksum_body(const void *raw, int64_t count) {
     return sum;
 }
 
+/* Measuring: sums over the elements of several checkpoints, for distances between them. */
+
+enum sum {
+    SQUARES,   /* of the values */
+    CHANGE,    /* squares of the differences to the checkpoint before */
+    TURN,      /* products of these differences and of the differences one checkpoint earlier */
+    AWAY,      /* squares of the differences to the average */
+    ZEROS,     /* how many */
+    NONFINITE, /* how many; they are left out of all other sums */
+    LARGEST,   /* the largest difference to the checkpoint before */
+    SUMS
+};
+enum { LANES = 8 };    /* sums that are added up side by side */
+enum { TOGETHER = 4 }; /* rows of the Gram matrix that are multiplied with one at a time */
+enum { PACKED = 4 };   /* numbers of a pack: compilers keep four of 32 bytes in registers */
+typedef double pack __attribute__((vector_size(32), aligned(8), may_alias));
+
+struct measuring {
+    int64_t checkpoints, count;   /* elements of each checkpoint */
+    const unsigned char *content; /* of all of them */
+    const int64_t *place;         /* of each: dtype, where its elements begin */
+    const double *weight;         /* of each, in the average */
+    int64_t members;              /* checkpoints in the Gram matrix */
+    const int64_t *member;
+    int64_t strip, every;         /* number of the first strip; one of `every` is sampled */
+    double *value;                /* memory of a strip: checkpoints x STRIP */
+    double *average, *step;       /* STRIP each */
+    /* checkpoints x SUMS, the lower triangle of the Gram matrix, elements sampled */
+    double *sum;
+};
+
+INLINE double sum_of(const double *lane) {
+    return ((lane[0] + lane[1]) + (lane[2] + lane[3])) +
+           ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+}
+
+/* A difference that is NaN counts as 0 where there may be gaps. */
+INLINE double known(double value, int has_gaps) {
+    return has_gaps && value != value ? 0.0 : value;
+}
+
+/* The sums of one checkpoint over a strip; `step` has the differences one checkpoint earlier. */
+INLINE void measure_one(const double *restrict value, const double *restrict before,
+                        const double *restrict average, double *restrict step,
+                        double *restrict sum, int has_gaps) {
+    double squares[LANES] = {0}, change[LANES] = {0}, turn[LANES] = {0}, away[LANES] = {0};
+    double zeros[LANES] = {0}, largest[LANES] = {0};
+    for (int i = 0; i < STRIP; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            double own = value[i + lane], now = known(own - before[i + lane], has_gaps);
+            double apart = known(own - average[i + lane], has_gaps);
+            double finite = known(own, has_gaps), size = fabs(now);
+            squares[lane] += finite * finite;
+            change[lane] += now * now;
+            turn[lane] += now * step[i + lane];
+            away[lane] += apart * apart;
+            zeros[lane] += own == 0.0 ? 1.0 : 0.0;
+            largest[lane] = size > largest[lane] ? size : largest[lane];
+            step[i + lane] = now;
+        }
+    sum[SQUARES] += sum_of(squares);
+    sum[CHANGE] += sum_of(change);
+    sum[TURN] += sum_of(turn);
+    sum[AWAY] += sum_of(away);
+    sum[ZEROS] += sum_of(zeros);
+    for (int lane = 0; lane < LANES; lane++)
+        if (largest[lane] > sum[LARGEST]) sum[LARGEST] = largest[lane];
+}
+
+/* Products of a row with TOGETHER others, whose sums do not wait for each other. */
+INLINE void multiply_rows(const double *row, const double *const *other, double *found) {
+    pack sums[TOGETHER] = {{0}};
+    for (int k = 0; k < STRIP; k += PACKED) {
+        pack own = *(const pack *)(const void *)(row + k);
+        for (int n = 0; n < TOGETHER; n++)
+            sums[n] += own * *(const pack *)(const void *)(other[n] + k);
+    }
+    for (int n = 0; n < TOGETHER; n++)
+        found[n] = (sums[n][0] + sums[n][1]) + (sums[n][2] + sums[n][3]);
+}
+
+/* Add a strip to the Gram matrix, of the differences to the average. */
+INLINE void measure_products(const struct measuring *m, int has_gaps) {
+    double *product = m->sum + m->checkpoints * SUMS, found[TOGETHER];
+    for (int64_t i = 0; i < m->members; i++) {
+        double *row = m->value + m->member[i] * STRIP;
+        for (int k = 0; k < STRIP; k++) row[k] = known(row[k] - m->average[k], has_gaps);
+        for (int64_t j = 0; j <= i; j += TOGETHER) {
+            const double *other[TOGETHER];
+            for (int64_t n = 0; n < TOGETHER; n++)
+                other[n] = m->value + m->member[j + n < i ? j + n : i] * STRIP;
+            multiply_rows(row, other, found);
+            for (int64_t n = 0; n < TOGETHER && j + n <= i; n++) *product++ += found[n];
+        }
+    }
+}
+
+/* Whether a strip is sampled: by a hash, since rows of tensors may be a multiple of strips long. */
+INLINE int is_sampled(int64_t strip, int64_t every) {
+    return ((uint64_t)strip * 2654435761u >> 16 & 0xffff) % (uint64_t)every == 0;
+}
+
+INLINE void measure_strip(const struct measuring *m, int64_t used, int64_t strip, int has_gaps) {
+    memset(m->step, 0, STRIP * sizeof *m->step);
+    for (int64_t k = 0; k < m->checkpoints; k++) {
+        const double *value = m->value + k * STRIP, *before = k ? value - STRIP : value;
+        measure_one(value, before, m->average, m->step, m->sum + k * SUMS, has_gaps);
+        m->sum[k * SUMS + ZEROS] -= (double)(STRIP - used); /* what pads the last strip */
+    }
+    if (!is_sampled(strip, m->every)) return;
+    measure_products(m, has_gaps);
+    m->sum[m->checkpoints * SUMS + m->members * (m->members + 1) / 2] += (double)used;
+}
+
+/* Count what is not finite, and make it NaN: a gap, over which the others are averaged. */
+static void find_gaps(const struct measuring *m) {
+    for (int i = 0; i < STRIP; i++) {
+        double total = 0.0, weights = 0.0;
+        for (int64_t k = 0; k < m->checkpoints; k++) {
+            double *value = m->value + k * STRIP + i;
+            if (isfinite(*value)) {
+                total += m->weight[k] * *value;
+                weights += m->weight[k];
+            } else {
+                *value = NAN;
+                m->sum[k * SUMS + NONFINITE] += 1.0;
+            }
+        }
+        m->average[i] = weights != 0.0 ? total / weights : NAN;
+    }
+}
+
+INLINE void measure_body(const struct measuring *m) {
+    int64_t padded[STRIP];
+    for (int64_t start = 0, strip = m->strip; start < m->count; start += STRIP, strip++) {
+        int64_t used = m->count - start < STRIP ? m->count - start : STRIP;
+        uint32_t has_gaps = 0;
+        memset(m->average, 0, STRIP * sizeof *m->average);
+        for (int64_t k = 0; k < m->checkpoints; k++) {
+            enum dtype dtype = (enum dtype)m->place[2 * k];
+            const void *raw = m->content + m->place[2 * k + 1] + start * WIDTH[dtype];
+            double *restrict value = m->value + k * STRIP, *restrict average = m->average;
+            if (used < STRIP) {
+                memset(padded, 0, sizeof padded);
+                raw = memcpy(padded, raw, (size_t)(used * WIDTH[dtype]));
+            }
+            widen(value, raw, dtype);
+            for (int i = 0; i < STRIP; i++) average[i] += m->weight[k] * value[i];
+        }
+        /* Of a value that is not finite, the average is not either, whatever the weight. */
+        for (int i = 0; i < STRIP; i++) has_gaps |= !(fabs(m->average[i]) <= DBL_MAX);
+        if (has_gaps) {
+            find_gaps(m);
+            measure_strip(m, used, strip, 1);
+        } else {
+            measure_strip(m, used, strip, 0);
+        }
+    }
+}
+
 /* The same code for what the machine has. */
 struct vector {
     const char *name;
     void (*fold_group)(const struct group *);
     double (*squares)(const void *, int64_t, enum dtype);
     uint64_t (*checksum)(const void *, int64_t);
+    void (*measure)(const struct measuring *);
 };
 
 #define CLONE(NAME, TARGET)                                                                     \
@@ -294,7 +456,8 @@ struct vector {
     }                                                                                           \
     TARGET static uint64_t checksum_##NAME(const void *raw, int64_t count) {                    \
         return checksum_body(raw, count);                                                       \
-    }
+    }                                                                                           \
+    TARGET static void measure_##NAME(const struct measuring *m) { measure_body(m); }
 
 CLONE(plain, )
 #ifdef __x86_64__
@@ -305,13 +468,13 @@ CLONE(v4, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16
 static const struct vector VECTORS[] = {
 /* the widest first */
 #ifdef __x86_64__
-    {"x86-64-v4", fold_group_v4, squares_v4, checksum_v4},
-    {"x86-64-v3", fold_group_v3, squares_v3, checksum_v3},
+    {"x86-64-v4", fold_group_v4, squares_v4, checksum_v4, measure_v4},
+    {"x86-64-v3", fold_group_v3, squares_v3, checksum_v3, measure_v3},
 #endif
 #ifdef __aarch64__
-    {"neon", fold_group_plain, squares_plain, checksum_plain},
+    {"neon", fold_group_plain, squares_plain, checksum_plain, measure_plain},
 #else
-    {"plain", fold_group_plain, squares_plain, checksum_plain},
+    {"plain", fold_group_plain, squares_plain, checksum_plain, measure_plain},
 #endif
 };
 enum { VECTOR_COUNT = sizeof VECTORS / sizeof *VECTORS };
@@ -1135,6 +1298,122 @@ static PyObject *checksum(PyObject *self, PyObject *arguments) {
     Py_END_ALLOW_THREADS return PyLong_FromUnsignedLongLong(sum);
 }
 
+/* The memory that `measure` needs, and that of its totals, in doubles. */
+static int64_t measure_memory(int64_t checkpoints) { return (checkpoints + 2) * STRIP + LANES; }
+
+static int64_t measure_totals(int64_t checkpoints, int64_t members) {
+    return checkpoints * SUMS + members * (members + 1) / 2 + 1;
+}
+
+/* Add what a call has found to totals of two doubles each, which lose nothing that matters: the
+   order in which threads get their work changes no digit. Knuth's two-sum. */
+static void add_totals(double *total, const double *sum, int64_t count, int64_t of_checkpoints) {
+    for (int64_t i = 0; i < count; i++, total += 2) {
+        if (i < of_checkpoints && i % SUMS == LARGEST) {
+            if (sum[i] > *total) *total = sum[i];
+            continue;
+        }
+        double high = total[0] + sum[i], part = high - total[0];
+        total[1] += (total[0] - (high - part)) + (sum[i] - part);
+        total[0] = high;
+    }
+}
+
+/* Return whether `numbers` and `content` describe elements that lie in the content. */
+static int parse_measuring(struct measuring *m, struct cursor numbers, PyObject *content) {
+    const int64_t *sizes = take(&numbers, 5, 0, MOST);
+    if (!sizes) return -1;
+    m->checkpoints = sizes[0], m->members = sizes[1], m->count = sizes[2];
+    m->strip = sizes[3], m->every = sizes[4];
+    if (m->checkpoints < 1 || m->checkpoints > 1 << 24 || m->members > m->checkpoints) return -1;
+    if (m->every < 1) return -1;
+    if (!(m->place = take(&numbers, 2 * m->checkpoints, 0, MOST))) return -1;
+    if (!(m->member = take(&numbers, m->members, 0, m->checkpoints))) return -1;
+    if (numbers.at != numbers.end) return -1;
+    for (int64_t i = 1; i < m->members; i++)
+        if (m->member[i] <= m->member[i - 1]) return -1;
+    for (int64_t k = 0; k < m->checkpoints; k++) {
+        int64_t dtype = m->place[2 * k], begin = m->place[2 * k + 1];
+        if (dtype >= DTYPES || begin + m->count * WIDTH[dtype] > length_of(content)) return -1;
+        if (begin % WIDTH[dtype]) return -1;
+    }
+    m->content = memory_of(content);
+    return is_aligned(m->content) ? 0 : -1;
+}
+
+static const char MEASURE[] =
+    "measure(content, numbers, weights, totals, scratch): add sums over the elements of several\n"
+    "checkpoints to totals; see ckpt_ema/measure/sums.py for what is in each array.";
+
+static PyObject *measure(PyObject *self, PyObject *arguments) {
+    (void)self;
+    PyObject *content, *totals, *scratch;
+    const char *numbers, *weights;
+    Py_ssize_t numbers_size, weights_size;
+    if (!PyArg_ParseTuple(arguments, "Yy#y#YY", &content, &numbers, &numbers_size, &weights,
+                          &weights_size, &totals, &scratch))
+        return NULL;
+    struct measuring m = {.weight = (const double *)(const void *)weights};
+    int is_valid = !parse_measuring(&m, cursor_of(numbers, numbers_size), content);
+    int64_t count = is_valid ? measure_totals(m.checkpoints, m.members) : 0, wide = sizeof(double);
+    is_valid = is_valid && is_aligned(weights) && weights_size == m.checkpoints * wide &&
+               is_aligned(memory_of(totals)) && length_of(totals) == 2 * count * wide &&
+               length_of(scratch) >= (measure_memory(m.checkpoints) + count) * wide;
+    if (!is_valid) {
+        PyErr_SetString(PyExc_ValueError, "measure: the arrays do not fit together");
+        return NULL;
+    }
+    unsigned char *at = memory_of(scratch);
+    m.value = (double *)(void *)(at + -(uintptr_t)at % 64);
+    m.average = m.value + m.checkpoints * STRIP;
+    m.step = m.average + STRIP;
+    m.sum = m.step + STRIP;
+    Py_BEGIN_ALLOW_THREADS memset(m.sum, 0, (size_t)(count * wide));
+    vector->measure(&m);
+    add_totals(memory_of(totals), m.sum, count, m.checkpoints * SUMS);
+    Py_END_ALLOW_THREADS Py_RETURN_NONE;
+}
+
+static PyObject *measure_bytes(PyObject *self, PyObject *arguments) {
+    (void)self;
+    long long checkpoints, members;
+    if (!PyArg_ParseTuple(arguments, "LL", &checkpoints, &members)) return NULL;
+    long long count = measure_totals(checkpoints, members), wide = sizeof(double);
+    return Py_BuildValue("LL", 2 * count * wide, (measure_memory(checkpoints) + count) * wide);
+}
+
+INLINE int64_t differing_as(const unsigned char *one, const unsigned char *other, int64_t count,
+                            int64_t width) {
+    int64_t different = 0;
+    if (!memcmp(one, other, (size_t)(count * width))) return 0;
+    for (int64_t i = 0; i < count * width; i += width)
+        different += memcmp(one + i, other + i, (size_t)width) != 0;
+    return different;
+}
+
+static PyObject *differing(PyObject *self, PyObject *arguments) {
+    (void)self;
+    PyObject *content;
+    long long begin, count, width, different = 0;
+    if (!PyArg_ParseTuple(arguments, "YLLL", &content, &begin, &count, &width)) return NULL;
+    int is_valid = begin >= 0 && count >= 0 && count < MOST && width >= 1 && width <= 16 &&
+                   begin < MOST && length_of(content) >= begin + count * width &&
+                   begin >= count * width;
+    if (!is_valid) {
+        PyErr_SetString(PyExc_ValueError, "differing: the content is too short");
+        return NULL;
+    }
+    const unsigned char *one = memory_of(content), *other = one + begin;
+    Py_BEGIN_ALLOW_THREADS switch (width) {
+    case 1: different = differing_as(one, other, count, 1); break;
+    case 2: different = differing_as(one, other, count, 2); break;
+    case 4: different = differing_as(one, other, count, 4); break;
+    case 8: different = differing_as(one, other, count, 8); break;
+    default: different = differing_as(one, other, count, width);
+    }
+    Py_END_ALLOW_THREADS return PyLong_FromLongLong(different);
+}
+
 static PyObject *vectors(PyObject *self, PyObject *arguments) {
     (void)self, (void)arguments;
     PyObject *found = PyList_New(0);
@@ -1193,6 +1472,12 @@ static PyMethodDef METHODS[] = {
      "distance(content, dtype, content, dtype, count) -> the sum of the squares of differences"},
     {"checksum", checksum, METH_VARARGS,
      "checksum(content, count) -> the checksum of float64 values, which is that of any order"},
+    {"measure", measure, METH_VARARGS, MEASURE},
+    {"measure_bytes", measure_bytes, METH_VARARGS,
+     "measure_bytes(checkpoints, members) -> the sizes of `totals` and of `scratch`"},
+    {"differing", differing, METH_VARARGS,
+     "differing(content, begin, count, width) -> how many of the first `count` elements differ from"
+     " those at `begin`"},
     {"vector", current_vector, METH_NOARGS, "vector() -> the name of the vector code in use"},
     {"vectors", vectors, METH_NOARGS, "vectors() -> what this machine has, the widest first"},
     {"use_vector", use_vector, METH_VARARGS, "use_vector(name): for tests, which compare them"},

@@ -90,6 +90,11 @@ def planned(*options: str, name: str = PLAN) -> Contender:
     return Contender(name, ("-m", "ckpt_ema", "plan", "{run}", "-o", "{output}", *options, "-q"))
 
 
+def measured(*words: str, name: str) -> Contender:
+    """What reads and writes nothing: `inspect` a run, or `compare` its checkpoints."""
+    return Contender(name, ("-m", "ckpt_ema", *words, "-q"))
+
+
 def other(name: str, key: str, durable: bool = False, is_judged: bool = False) -> Contender:
     """A function of contenders.py."""
     script = str(Path(__file__).with_name("contenders.py"))
@@ -220,6 +225,25 @@ def averages(run: Run) -> Part:
     )
 
 
+def measuring(run: Run) -> Part:
+    """Looking at checkpoints, beside averaging them."""
+    inspected = measured("inspect", "{run}", "--decay", str(DECAY), name="ckpt-ema inspect")
+    pair = ("{run}@100", "{run}@200")
+    compared = measured("compare", *pair, name="ckpt-ema compare, two of them")
+    return Part(
+        "measuring",
+        f"Inspecting and comparing, beside averages with fsync and rename: {run}",
+        run,
+        (IMPORT, ours(), inspected, compared),
+        (
+            Check(WALL, inspected.name, OURS, 1.5),
+            Check(PROCESSOR, inspected.name, OURS),
+            Check(WALL, compared.name, OURS),
+            *(Check(PEAK, one.name, None, PROMISED_MIB) for one in (inspected, compared)),
+        ),
+    )
+
+
 def tensors() -> Part:
     """What each tensor costs, beside its bytes."""
     few = "ckpt-ema, the same bytes in 100"
@@ -326,6 +350,7 @@ def all_parts(dtypes: Iterable[str], checkpoints: int, size_bytes: int, peers: b
         *(whole_commands(run, False, peers) for run in runs),
         *map(fold, runs),
         *map(cold, runs),
+        *map(measuring, runs),
         *(tiny(), growth(first), averages(first), tensors(), uniform(first), ranks(first)),
         *(of_ranks(Run("float32", 4, 2 * size_bytes, layout=one)) for one in layouts.OF_RANKS),
         *(write_back(Run("float32", 2, size_bytes, layout=one)) for one in layouts.WITH_MOMENTS),

@@ -18,7 +18,10 @@ from pathlib import Path
 
 import environment
 
-TESTS = ["tests/test_native.py", "tests/test_compiled.py", "tests/test_without_torch.py"]
+TESTS = [
+    *("tests/test_native.py", "tests/test_compiled.py"),
+    *("tests/test_sums.py", "tests/test_without_torch.py"),
+]
 _SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 _VARIABLES = {
     "CC": "gcc",

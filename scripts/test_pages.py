@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).parent.parent))  # the makers are beside the 
 from browser import Page, browser, pixels
 
 import ckpt_ema
-from ckpt_ema.report.figure import COLOURS
+from ckpt_ema.report.figure_style import COLOURS
 from ckpt_ema.report.pages.inspection import inspection_page
 from ckpt_ema.report.pages.selection import selection_page
 from tests.makers.pages import made_up_inspection, made_up_selection

@@ -16,6 +16,7 @@ from ckpt_ema.report import trainers
 from ckpt_ema.trainers.table import TRAINERS
 from tests.command import ckpt_ema
 from tests.conftest import MakeRun, noise, read_safetensors, series
+from tests.makers.winding_run import winding_run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -64,6 +65,20 @@ def test_the_page_about_output_shows_what_a_report_prints(
     assert (tmp_path / shown[2]).read_text().startswith("<!DOCTYPE html>")
 
 
+@pytest.mark.parametrize("words", ["inspect runs/", "compare runs@600 runs@700"])
+def test_the_page_on_inspecting_shows_what_is_printed(
+    words: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the last line of stdout, which has the time that it took."""
+    monkeypatch.chdir(winding_run(make_run).parent)
+    page = (ROOT / "docs" / "inspect.md").read_text()
+    shown = page.split(f"$ ckpt-ema {words}\n")[1].split("\n```")[0]
+    done = ckpt_ema(*words.split(), cwd=Path.cwd())
+    *printed, _ = done.stdout.splitlines()
+    assert shown.splitlines()[: len(printed)] == printed
+    assert " ".join(shown.splitlines()[len(printed) + 1 :]) == done.stderr.strip()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_in_python_are_true(
     page: Path, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -86,7 +101,7 @@ def test_every_path_that_a_page_names_is_there(page: Path) -> None:
 def test_every_option_that_a_page_names_exists() -> None:
     known = {"--array", "--inplace", "--nproc-per-node", "--wrap"}  # of other programs
     known |= {"--version", "--verbose"}  # of no command
-    for command in ("average", "plan", "finish", "formats"):
+    for command in ("average", "plan", "inspect", "compare", "finish", "formats"):
         known |= options_of_command(command)
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', script.read_text()))

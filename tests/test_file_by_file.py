@@ -276,3 +276,14 @@ def test_nothing_in_a_hostile_file_runs(tmp_path: Path) -> None:
         archive(run / "iter_0000300/mp_rank_01/model_optim_rng.pt", pickled)
         refused(run)
         assert not mark.exists()
+
+
+@pytest.mark.parametrize(("name", "make"), CASES)
+def test_such_a_run_is_inspected_and_compared(name: str, make: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", name, make)
+    found = ckpt_ema.inspect(run)
+    assert [one.step for one in found.checkpoints] == [*STEPS]
+    assert all(one.norm for one in found.checkpoints)
+    assert ckpt_ema.compare(f"{run}@100", f"{run}@100").is_equal
+    between = ckpt_ema.compare(f"{run}@100", f"{run}@200").distance.relative_distance
+    assert 1 < (between or 0) < 2  # independent noise

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_ema.report.figure import COLOURS
+from ckpt_ema.report.figure_style import COLOURS
 from ckpt_ema.report.pages import axis, blocks
 from ckpt_ema.report.pages.blocks import Table
 from ckpt_ema.report.pages.chart import Chart, Kind, Point, Series

@@ -10,13 +10,14 @@ from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
 from tests.command import ckpt_ema
-from tests.conftest import MakeRun, noise, series
+from tests.conftest import MakeRun, noise, series, write_safetensors
 from tests.corpus.case import good_run
 from tests.makers.fake_hub import fake_hub
 
 FOLDER = Path(__file__).parent.parent / "docs" / "schema"
 SCHEMAS = {
-    name: json.loads((FOLDER / f"{name}.schema.json").read_text()) for name in ("plan", "manifest")
+    name: json.loads((FOLDER / f"{name}.schema.json").read_text())
+    for name in ("plan", "manifest", "inspection", "comparison")
 }
 
 # Fields whose own fields are names that users choose.
@@ -94,6 +95,7 @@ def test_distributed_checkpoints_follow_the_schemas(distributed: Path) -> None:
     check("plan", json.loads(ckpt_ema("plan", distributed, "--json").stdout))
     done = ckpt_ema("average", distributed, "--json", "--device", "cpu")
     check("manifest", json.loads(done.stdout))
+    check("inspection", json.loads(ckpt_ema("inspect", distributed, "--json").stdout))
 
 
 def test_what_finish_publishes_follows_the_schema(plain: Path) -> None:
@@ -103,6 +105,25 @@ def test_what_finish_publishes_follows_the_schema(plain: Path) -> None:
         done = ckpt_ema("finish", f"{plain}-ema", "--json")
         assert done.returncode == 0, done.stderr
         check("manifest", json.loads(done.stdout))
+
+
+def test_inspections_and_comparisons_follow_their_schemas(plain: Path) -> None:
+    (plain.parent / "nan").mkdir()
+    broken = {"w": torch.full((8,), torch.nan), "n": torch.arange(4), "other": torch.ones(1)}
+    write_safetensors(plain.parent / "nan/model.safetensors", broken)
+    check("inspection", json.loads(ckpt_ema("inspect", plain, "--json").stdout))
+    words = (
+        "inspect",
+        plain / "checkpoint-100",
+        plain.parent / "nan",
+        "--drop",
+        "other",
+        "--drop",
+        "n",
+    )
+    check("inspection", json.loads(ckpt_ema(*words, "--json").stdout))
+    for one, other in ((f"{plain}@100", f"{plain}@200"), (plain.parent / "nan", f"{plain}@100")):
+        check("comparison", json.loads(ckpt_ema("compare", one, other, "--json").stdout))
 
 
 def test_warnings_and_notes_have_codes(plain: Path) -> None:

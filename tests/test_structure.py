@@ -64,7 +64,7 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 # The way that data goes: each imports from itself and from what stands before it.
 LAYERS = (
     *("errors", "notices", "trainers", "storage", "schedules", "values", "options"),
-    *("containers", "find", "targets", "planning", "fold", "output", "report"),
+    *("containers", "find", "targets", "planning", "fold", "measure", "output", "report"),
     *("place", "rendezvous", "ranks", "execute", "run"),
     *("updating", "watching", "verifying", "cli", "__main__"),
 )

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ckpt_ema import __version__
-from ckpt_ema.cli import average, exits, update, verify, watch
+from ckpt_ema.cli import average, compare, exits, inspect, update, verify, watch
 from ckpt_ema.cli.exits import say, show
 from ckpt_ema.cli.help import Command
 from ckpt_ema.cli.options import RunArgument, takes_options
@@ -79,6 +79,10 @@ def plan(
         say(*lines.notice_lines(decided, quiet))
         if not (quiet or is_free(decided.output) or is_up_to_date(decided)):
             say(f"note: {printable(decided.output)} exists and is not this average")
+
+
+app.command(cls=Command, epilog=inspect.EXAMPLES)(inspect.inspect)
+app.command(cls=Command, epilog=compare.EXAMPLES)(compare.compare)
 
 
 @app.command(cls=Command, epilog=_FINISH_EXAMPLES)

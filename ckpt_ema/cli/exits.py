@@ -1,6 +1,7 @@
 """How a command ends: its result, or an error or signal as one line, and its exit code."""
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -60,6 +61,19 @@ def ignore_signals() -> None:
     sys.unraisablehook = lambda _: None
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def ticking(progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """Return what a pass over checkpoints calls now and then: signals end it, progress is shown."""
+
+    def tick(done_bytes: int, total_bytes: int) -> None:
+        check_signals()
+        if not gc.isenabled():
+            gc.freeze()  # the plan and all modules stay until the end
+            gc.enable()
+        progress(done_bytes, total_bytes)
+
+    return tick
 
 
 def say_signal(error: SignalError, left: str = "nothing was written") -> int:

@@ -5,19 +5,19 @@ Every option can also be set by an environment variable: CKPT_EMA_ and its name.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
 
 from ckpt_ema.errors import flag
-from ckpt_ema.options import COMMON, ENGINE, OUTPUT, PANELS, Row, table
+from ckpt_ema.options import COMMON, ENGINE, OF_ONE, OUTPUT, PANELS, WRITING, Row, table
 from ckpt_ema.values import COUNT, ENTRIES, FLAG, GLOBS, PART, PATH, SHARE, STEP, TEXT, TIME
 
 # Those of commands alone; a command takes those that its signature names.
 OWN = (
     Row("explain", FLAG, "show the role of every entry and tensor, and why", OUTPUT, False),
-    Row("plot", PATH, "draw the weights as .png or .svg; needs matplotlib", OUTPUT),
+    Row("plot", PATH, "draw a picture as .png or .svg; needs matplotlib", OUTPUT),
     Row("report", PATH, "write a page about it as .html", OUTPUT),
     Row("overwrite", FLAG, "replace an existing output", COMMON, False),
     Row("part", PART, "do part I of N; see `ckpt-ema finish --help`", ENGINE),
@@ -29,6 +29,7 @@ OWN = (
     Row("skip_missed", FLAG, "skip a checkpoint deleted before it was folded", COMMON, False),
     Row("on_publish", TEXT, "command to run with the path ({}) after publishing", COMMON),
     Row("sample", SHARE, "fold only a random share of the tiles again, such as 1%", COMMON),
+    Row("exit_code", FLAG, "exit with 1 if A and B differ", OUTPUT, False),
     Row("json", FLAG, "print JSON on stdout", OUTPUT, False),
     Row("markdown", FLAG, "print a table in Markdown", OUTPUT, False),
     Row("quiet", FLAG, "hide notes and progress", OUTPUT, False, short="-q"),
@@ -39,11 +40,21 @@ RunArgument = Annotated[
 ]
 
 
+# Rows of the table that reach a command together, by the keyword that has them.
+_HELD: Mapping[str, Callable[[str], bool]] = {
+    "options": lambda _: True,
+    "inputs": lambda name: name not in WRITING,  # for who makes no average
+    "reading": OF_ONE.__contains__,
+    "": lambda _: False,
+}
+
+
 def rows_of(command: Callable[..., None]) -> list[Row]:
-    """Return the rows that a command's keywords name, by panel; `options` is the whole table."""
+    """Return the rows that a command's keywords name, by panel; see `_HELD`."""
     parameters = inspect.signature(inspect.unwrap(command)).parameters
     names = {name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY}
-    rows = [row for row in table() if row.name in names or "options" in names]
+    held = _HELD[_holder(names)]
+    rows = [row for row in table() if row.name in names or held(row.name)]
     rows += [row for row in OWN if row.name in names]
     return sorted(rows, key=lambda row: PANELS.index(row.panel))
 
@@ -51,17 +62,22 @@ def rows_of(command: Callable[..., None]) -> list[Row]:
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     """Declare the rows of a command to Typer; those of the table reach it as `options`."""
     parameters = inspect.signature(command).parameters
+    holder = _holder(parameters)
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
         shared = {name: given.pop(name) for name in [*given] if name not in parameters}
-        command(**given, **({"options": shared} if shared else {}))
+        command(**given, **({holder: shared} if shared else {}))
 
     argument = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     declared = [*argument, *map(_parameter, rows_of(command))]
     run.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in declared}
     return run
+
+
+def _holder(names: Iterable[str]) -> str:
+    return next((name for name in names if name in _HELD), "")
 
 
 def variable(name: str) -> str:

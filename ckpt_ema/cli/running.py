@@ -1,6 +1,5 @@
 """Runs a library call that folds: shows the plan, its notices and progress, handles signals."""
 
-import gc
 import os
 import shlex
 import sys
@@ -32,7 +31,11 @@ class Running:
         from ckpt_ema.run import up_to_date, write_report
 
         command = command_line()
-        shown = {"command": command, "started": self._started, "progress": self._tick}
+        shown = {
+            "command": command,
+            "started": self._started,
+            "progress": exits.ticking(self._show),
+        }
         try:
             with self._progress:
                 return call(**keywords, **shown)
@@ -60,11 +63,7 @@ class Running:
             say(terminal.plan_text(plan, sys.stderr, _MOST_ROWS), "")
         say(*lines.notice_lines(plan, self._quiet))
 
-    def _tick(self, done_bytes: int, total_bytes: int) -> None:
-        exits.check_signals()
-        if not gc.isenabled():
-            gc.freeze()  # the plan and all modules stay until the end
-            gc.enable()
+    def _show(self, done_bytes: int, total_bytes: int) -> None:
         if self.plans:  # of the ranks of a launch, only the first shows them
             self._progress(done_bytes, total_bytes)
 

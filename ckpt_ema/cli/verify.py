@@ -47,16 +47,11 @@ def verify(
         from ckpt_ema.verifying.verify import verify as verify_output
 
         with ByteProgress(quiet) as progress:
-
-            def tick(done_bytes: int, total_bytes: int) -> None:
-                exits.check_signals()
-                progress(done_bytes, total_bytes)
-
             found = verify_output(
                 output,
                 run or None,
                 sample=SHARE.parsed("sample", sample or 1.0),
-                progress=tick,
+                progress=exits.ticking(progress),
                 device=device,
                 threads=threads,
                 tile_size=tile_size,

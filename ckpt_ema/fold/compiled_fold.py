@@ -16,7 +16,8 @@ from ckpt_ema.containers.gather import boxes, has_some
 from ckpt_ema.containers.reader import Reader
 from ckpt_ema.containers.specs import DTYPE_BITS, Piece, TensorSpec
 from ckpt_ema.fold.native import DTYPES
-from ckpt_ema.fold.tile_fold import Folded, StoppedError, Use, uses
+from ckpt_ema.fold.passing import StoppedError
+from ckpt_ema.fold.tile_fold import Folded, Use, uses
 from ckpt_ema.fold.tiles import IS_VECTOR, Tile, TileSegments
 from ckpt_ema.fold.views import UNIT, Seen, Sink
 from ckpt_ema.planning.plan import Plan

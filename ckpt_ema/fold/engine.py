@@ -1,26 +1,21 @@
-"""The one loop: which tile, which thread, which device; the number of threads changes no byte."""
+"""The one loop of averaging: which tile, which device; the number of threads changes no byte."""
 
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
 
 from ckpt_ema.containers.reader import Reader
 from ckpt_ema.containers.specs import DTYPE_BITS
-from ckpt_ema.errors import Code, FailedError
 from ckpt_ema.fold.compiled_fold import CompiledFold, Kernel
-from ckpt_ema.fold.hardware import CPU, check_room_for_thread, is_out_of_memory
+from ckpt_ema.fold.hardware import CPU, is_out_of_memory
 from ckpt_ema.fold.monitors.protocol import Monitor
 from ckpt_ema.fold.native import compiled
-from ckpt_ema.fold.tile_fold import StoppedError, TileFold
+from ckpt_ema.fold.passing import Needs, Pass, run_threads
+from ckpt_ema.fold.tile_fold import TileFold
 from ckpt_ema.fold.tiles import Segments, Tile, cut, joined
 from ckpt_ema.fold.views import Sink, TileView
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.planning.sizing import prefetched_bytes
 from ckpt_ema.storage.protocol import Range
 
-_POLL_SECONDS = 0.1  # the longest time before the main thread handles a signal
 _WIDEST_TILE = 1 << 20  # elements: neighbours are joined up to that
 
 Finish = Callable[[range], None]  # numbers of tiles whose bytes have all been written
@@ -43,8 +38,7 @@ def run(
     """
     with Reader(plan.storage, [(c.folder, c.specs) for c in plan.inputs]) as reader:
         job = _Job(plan, device, reader, sink, finish, monitors, tiles)
-        _run_threads(job, tick)
-        reader.verify()
+        run_threads(job.tiles, lambda: _Worker(job).do, plan.threads, [reader], tick)
         return job.device_sufficed
 
 
@@ -64,14 +58,12 @@ class _Job:
         self.plan, self.device, self.reader, self.sink = plan, device, reader, sink
         self.finish, self.monitors = finish, monitors
         self.segments = Segments(plan)
-        self.stop = bytearray(1)  # the compiled fold looks at it too
+        needs = self._needs if plan.storage.is_remote else None
+        ahead_bytes = prefetched_bytes(plan.engine)
+        self.tiles = Pass(joined(tiles, _most_joined(plan, device)), needs, ahead_bytes)
         module = compiled() if plan.engine.accumulate == "float64" else None
-        self.kernel = module and Kernel(module, plan, reader, sink, self.stop)
+        self.kernel = module and Kernel(module, plan, reader, sink, self.tiles.stop)
         self.device_sufficed = True
-        self.bytes_read = 0
-        self._tiles = joined(tiles, _most_joined(plan, device))
-        self._requested = deque[Tile]()  # of a remote run, their bytes being fetched
-        self.lock = threading.Lock()
 
     def fold_on(self, device: str) -> TileFold:
         """Return a fold for one thread."""
@@ -79,31 +71,10 @@ class _Job:
             return CompiledFold(self.kernel)
         from ckpt_ema.fold.torch_tiles import TorchTiles  # which imports torch
 
-        return TorchTiles(self.plan, self.reader, self.sink, self.stop, device)
+        return TorchTiles(self.plan, self.reader, self.sink, self.tiles.stop, device)
 
-    def next_tile(self) -> Tile | None:
-        """Return the next tile; None if there are no more, or the work was stopped."""
-        with self.lock:
-            if self.stop[0]:
-                return None
-            if not self.plan.storage.is_remote:
-                return next(self._tiles, None)
-            self._prefetch()
-            return self._requested.popleft() if self._requested else None
-
-    def _prefetch(self) -> None:
-        """Request the bytes of the next tiles, in the order in which they will be folded."""
-        layout_of = self.plan.work.layout_of
-        ahead = sum(tile.span.bytes_read(layout_of, tile.length) for tile in self._requested)
-        while ahead < prefetched_bytes(self.plan.engine) and (tile := next(self._tiles, None)):
-            self.reader.request(self._ranges(tile))
-            self._requested.append(tile)
-            ahead += tile.span.bytes_read(layout_of, tile.length)
-
-    def held(self, tile: Tile) -> AbstractContextManager[None]:
-        """Hold the fetched bytes of a tile of a remote run inside the block."""
-        is_remote = self.plan.storage.is_remote
-        return self.reader.held(self._ranges(tile)) if is_remote else nullcontext()
+    def _needs(self, tile: Tile) -> Needs:
+        return [(self.reader, [*self._ranges(tile)])]
 
     def _ranges(self, tile: Tile) -> Iterator[Range]:
         """Yield the ranges that a tile reads, oldest checkpoint first."""
@@ -116,11 +87,6 @@ class _Job:
             width = DTYPE_BITS[source.dtype] // 8
             where = (tile.start * width, tile.length * width)
             yield from self.reader.ranges(checkpoint, source, *where)
-
-    def count_read(self, size_bytes: int) -> None:
-        """Note that bytes were read, for the progress."""
-        with self.lock:
-            self.bytes_read += size_bytes
 
 
 def _most_joined(plan: Plan, device: str) -> int:
@@ -138,32 +104,6 @@ def _most_joined(plan: Plan, device: str) -> int:
     return elements_at_a_time(plan, torch.device(device))
 
 
-def _run_threads(job: _Job, tick: Callable[[int], None]) -> None:
-    threads = job.plan.threads
-    with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-ema") as pool:
-        try:
-            with job.lock:  # so that no thread takes memory before all have started
-                pending = {_started(pool, job) for _ in range(threads)}
-            while pending:
-                done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                tick(job.bytes_read)
-        finally:
-            job.stop[0] = True
-            job.reader.cancel()
-
-
-def _started(pool: ThreadPoolExecutor, job: _Job) -> Future[None]:
-    try:
-        check_room_for_thread()
-        return pool.submit(_Worker(job).work)
-    except (OSError, RuntimeError) as error:
-        message = "The machine can start no more threads."
-        hint = "Try --threads 1 and --max-memory 64MiB."
-        raise FailedError(message, hint, code=Code.OUT_OF_MEMORY) from error
-
-
 class _Worker:
     """One thread's part, with memory of its own."""
 
@@ -172,24 +112,13 @@ class _Worker:
         self._fold: TileFold | None = None  # made for the first averaged tensor
         self._kept = bytearray()  # memory for kept tensors
 
-    def work(self) -> None:
-        """Take tiles until there are none."""
-        try:
-            while (tile := self._job.next_tile()) is not None:
-                with self._job.held(tile):
-                    if tile.span.averaged:
-                        self._average(tile)
-                    else:
-                        self._keep(tile)
-                self._job.finish(tile.numbers)
-        except StoppedError:
-            return
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            message = "The machine ran out of memory; nothing was written."
-            hint = "Try --max-memory 64MiB."
-            raise FailedError(message, hint, code=Code.OUT_OF_MEMORY) from error
+    def do(self, tile: Tile) -> None:
+        """Fold or copy a tile."""
+        if tile.span.averaged:
+            self._average(tile)
+        else:
+            self._keep(tile)
+        self._job.finish(tile.numbers)
 
     def _average(self, tile: Tile) -> None:
         """Fold a tile of every checkpoint and write each average; if need be, on the CPU."""
@@ -207,7 +136,7 @@ class _Worker:
                 self._device, self._fold, self._job.device_sufficed = CPU, None, False
                 continue
             done += part.length
-            self._job.count_read(tile.span.bytes_read(self._plan.work.layout_of, part.length))
+            self._job.tiles.count_read(tile.span.bytes_read(self._plan.work.layout_of, part.length))
 
     def _fold_and_show(self, tile: Tile, fold: TileFold) -> None:
         job = self._job
@@ -230,7 +159,7 @@ class _Worker:
             self._kept = bytearray(tile.length)
         data = memoryview(self._kept)[: tile.length]
         self._job.reader.read_into(span.kept_from, span.sources[0], tile.start, data)
-        self._job.count_read(tile.length)
+        self._job.tiles.count_read(tile.length)
         for place in span.places:
             self._job.sink.write(place.file, data, place.offset + tile.start)
         for monitor in self._job.monitors:

@@ -23,10 +23,6 @@ class Folded(NamedTuple):
     problems: Mapping[int, int]
 
 
-class StoppedError(Exception):
-    """Another thread has failed, or the process was asked to end."""
-
-
 class TileFold(Protocol):
     """Reads tiles, folds them and writes the averages; for one thread."""
 

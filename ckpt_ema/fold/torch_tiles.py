@@ -8,9 +8,10 @@ import torch
 from ckpt_ema.containers.reader import Reader
 from ckpt_ema.containers.specs import FOLDED
 from ckpt_ema.fold.devices import accumulator, elements_at_a_time
+from ckpt_ema.fold.passing import StoppedError
 from ckpt_ema.fold.screen import Screen
 from ckpt_ema.fold.shadow import is_finite
-from ckpt_ema.fold.tile_fold import Folded, StoppedError, uses
+from ckpt_ema.fold.tile_fold import Folded, uses
 from ckpt_ema.fold.tiles import Tile, TileSegments
 from ckpt_ema.fold.torch_fold import Staging, make_fold
 from ckpt_ema.fold.views import Sink

@@ -75,6 +75,14 @@ def plan_chosen(
         return decide(choose_checkpoints(paths_of(run), decided), decided, choose)
 
 
+def plan_to_read(run: PathLike | Sequence[PathLike], **options: "Unpack[Keywords]") -> Plan:
+    """Decide as `plan` does, for who writes nothing: what is at the output path does not matter."""
+    with uncollected():
+        decided = make_options(options)
+        chosen = choose_checkpoints(paths_of(run), decided)
+        return decide(chosen._replace(destination=Path("unwritten")), decided, weigh)
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Collect no garbage inside of the block."""
@@ -95,6 +103,7 @@ class Chosen(NamedTuple):
     found: Found
     selected: Subsets
     log_of: LogOf
+    destination: Path | None = None  # where nothing will be written; None: where options say
 
 
 def choose_checkpoints(paths: Sequence[Path], options: Options) -> Chosen:
@@ -134,11 +143,10 @@ def decide(chosen: Chosen, options: Options, choose: Choose, states: Sequence[St
     options = options._replace(output=with_format(options.output, checkpoints))
     last = [one.checkpoints[-1] for one in states[:1]]
     one_run = check_one_run([*last, *checkpoints], chosen.log_of)
-    destination = find_destination(options.output.output, found, chosen.paths, source.storage)
-    compared = compare(checkpoints, source)
-    if options.output.save_as == CHECKPOINT:
-        compared = with_masters_and_files(compared, weighted, source)
-    _check_names(weighted, compared)
+    destination = chosen.destination or find_destination(
+        options.output.output, found, chosen.paths, source.storage
+    )
+    compared = _compared(weighted, checkpoints, options, source)
     facts = FactsOfState(states[0]) if states else None
     judged = judge_newest(weighted, compared.specs, options.reading, source.storage, facts)
     of_all = [*_folded_before(states), *compared.specs.items()]
@@ -162,6 +170,20 @@ def decide(chosen: Chosen, options: Options, choose: Choose, states: Sequence[St
     rulings = list(judged.rulings.values())[-1]
     decided = Decided(members, found, selected, one_run, compared, rulings, laid_out, averages)
     return _assembled(decided, destination, chosen, options, states)
+
+
+def _compared(
+    weighted: Sequence[Weighted],
+    checkpoints: Sequence[Checkpoint],
+    options: Options,
+    source: Source,
+) -> Compared:
+    """Compare the checkpoints that are read, with all that is written back where that is asked."""
+    compared = compare(checkpoints, source)
+    if options.output.save_as == CHECKPOINT:
+        compared = with_masters_and_files(compared, weighted, source)
+    _check_names(weighted, compared)
+    return compared
 
 
 def _asked(chosen: Chosen, options: Options) -> Asked:

@@ -111,8 +111,8 @@ def _like(tensors: _Tensors, newest: _Tensors, is_equal: Equal, is_equal_there: 
     """Match tensors with the newest's; `is_equal_there` compares two tensors of the newest."""
     if tensors is newest or tensors.keys() == newest.keys():
         return Match(tensors)
-    named = _unwrapped(newest)
-    new_name = {name: named.get(plain, name) for plain, name in _unwrapped(tensors).items()}
+    named = unwrapped(newest)
+    new_name = {name: named.get(plain, name) for plain, name in unwrapped(tensors).items()}
     renamed = {new: tensors[name] for name, new in new_name.items()}
     dropped = _second_names(renamed, newest, is_equal)
     added = _second_names(newest, renamed, is_equal_there)
@@ -128,7 +128,7 @@ def _like(tensors: _Tensors, newest: _Tensors, is_equal: Equal, is_equal_there: 
     return Match(kept, some(sorted(own ^ other or own), 3), dropped, added, equal)
 
 
-def _unwrapped(tensors: Iterable[str]) -> dict[str, str]:
+def unwrapped(tensors: Iterable[str]) -> dict[str, str]:
     """Return each name by what is left of it without what wrappers add."""
     return {conventions.MAYBE_ADDED.sub("", name): name for name in tensors}
 

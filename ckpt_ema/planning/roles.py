@@ -321,8 +321,17 @@ def _tied(newest: _Tensors, layouts: Sequence[_Tensors]) -> dict[str, str]:
 
 def by_pattern(rulings: Mapping[str, Ruling]) -> tuple[TensorRole, ...]:
     """Return the roles of all tensors, those of one pattern and one rule as one."""
-    counts = Counter((_NUMBER.sub("*", name), one.rule) for name, one in rulings.items())
+    counts = Counter((pattern_of(name), one.rule) for name, one in rulings.items())
     return tuple(
         TensorRole(pattern, rule.role, rule.name, rule.reason, count)
         for (pattern, rule), count in counts.items()
     )
+
+
+def pattern_of(name: str) -> str:
+    """Return the name of a tensor with its numbers left open.
+
+    >>> pattern_of("model.layers.11.mlp.weight")
+    'model.layers.*.mlp.weight'
+    """
+    return _NUMBER.sub("*", name)

@@ -22,8 +22,7 @@ def make_sizes(engine: Engine, work: Work, averages: int, *, is_remote: bool) ->
     Unless asked for, tiles suit the cache of a core or the requests to a remote storage. Both may
     be reduced by --max-memory.
     """
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
-    threads = engine.threads or (len(affinity(0)) if affinity else os.cpu_count() or 1)
+    threads = engine.threads or default_threads()
     if engine.tile_size is None:
         # The shadows, and what is folded into them, stay in a core's cache.
         tile_elements = max(_LEAST_TILE, min(_MOST_TILE, 2 * _MOST_TILE // averages))
@@ -42,6 +41,12 @@ def make_sizes(engine: Engine, work: Work, averages: int, *, is_remote: bool) ->
     # Independent of the cores here, so that parts made on other machines have the same tiles.
     tile_elements = min(tile_elements, room, max(_LEAST_TILE, room // _THREADS_TO_FIT))
     return tile_elements, min(threads, room // tile_elements)
+
+
+def default_threads() -> int:
+    """Return how many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def prefetched_bytes(engine: Engine) -> int:

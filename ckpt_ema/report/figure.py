@@ -1,9 +1,10 @@
 """The picture of a plan: the weight of each checkpoint, and the equivalent learning rate.
 
+That of an inspection is drawn by `figure_of_inspection`.
+
 It needs matplotlib (`pip install "ckpt-ema[plot]"`), which is imported only to draw.
 """
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,7 @@ from ckpt_ema.errors import Code, FailedError
 from ckpt_ema.options import PathLike
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
+from ckpt_ema.report.figure_style import COLOURS, DASHES, KINDS, MARKS, STYLE, saved
 from ckpt_ema.report.place import check_place
 from ckpt_ema.schedules.weights import learning_rate
 from ckpt_ema.trainers.conventions import PICTURE_STEM
@@ -19,28 +21,11 @@ from ckpt_ema.trainers.conventions import PICTURE_STEM
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_KINDS = (".png", ".svg")
+    from ckpt_ema.measure.inspection import Inspection
 
 _INCHES = (3.4, 3.6)  # the width of a column of a paper
 _LEGEND_INCHES = 0.16  # a line of it
 _MOST_MARKS = 20  # on one line
-_DOTS_PER_INCH = 220
-# Okabe and Ito's colours suit the colour-blind; marks tell lines apart in print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-_MARKS = "os^Dv<>p"
-_DASHES = ("-", (0, (5, 1)), ":", (0, (3, 1, 1, 1)))  # of each further round of colours
-_STYLE: Any = {
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "legend.fontsize": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "figure.facecolor": "white",  # also where the viewer is dark
-    "svg.hashsalt": "ckpt-ema",  # the same picture for the same plan
-    "svg.fonttype": "none",
-}
 
 
 class Picture(NamedTuple):
@@ -50,17 +35,25 @@ class Picture(NamedTuple):
     content: bytes
 
 
-def plot(plan: Plan, path: PathLike) -> Picture:
-    """Draw a plan as a .png or .svg file, replacing any that exists; no tensor is read.
+def plot(drawn: "Plan | Inspection", path: PathLike) -> Picture:
+    """Draw a plan or an inspection as a .png or .svg file, replacing any that exists.
 
-    The upper half shows the weight of each checkpoint for all averages, the lower half the
-    learning-rate decay that each average imitates. Raises `OptionError` for another kind of file
-    or a path inside the output or an input, `FailedError` without matplotlib or if the file cannot
-    be written.
+    Of a plan, the upper half shows the weight of each checkpoint for all averages, the lower half
+    the learning-rate decay that each average imitates. Of an inspection, distances and norms by
+    step, and the run in the plane of its first two principal directions. No tensor is read. Raises
+    `OptionError` for another kind of file or a path inside the output or an input, `FailedError`
+    without matplotlib or if the file cannot be written.
     """
     target = Path(path)
-    _check_drawable(target, plan)
-    picture = Picture(PICTURE_STEM + target.suffix.lower(), _draw(plan, target.suffix.lower()))
+    check_drawable(target, drawn)
+    kind = target.suffix.lower()
+    if isinstance(drawn, Plan):
+        content = _draw(drawn, kind)
+    else:
+        from ckpt_ema.report.figure_of_inspection import draw_inspection  # few runs need it
+
+        content = draw_inspection(drawn, kind)
+    picture = Picture(PICTURE_STEM + kind, content)
     try:
         target.write_bytes(picture.content)
     except OSError as error:
@@ -69,10 +62,14 @@ def plot(plan: Plan, path: PathLike) -> Picture:
     return picture
 
 
-def _check_drawable(path: Path, plan: Plan) -> None:
+def check_drawable(path: PathLike, drawn: "Plan | Inspection") -> None:
     """Refuse a picture that could not be drawn, before anything else is done."""
-    hint = "Draw it elsewhere; the model card gets a copy."
-    check_place("--plot", path, _KINDS, [plan.output, *plan.input_paths], hint)
+    path = Path(path)
+    is_plan = isinstance(drawn, Plan)
+    hint = f"Draw it elsewhere{'; the model card gets a copy' * is_plan}."
+    outputs = [drawn.output] if isinstance(drawn, Plan) else []
+    inside = [*outputs, *(checkpoint.path for checkpoint in drawn.checkpoints)]
+    check_place("--plot", path, KINDS, inside, hint)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -86,11 +83,11 @@ def _draw(plan: Plan, kind: str) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    averages, content = plan.averages, io.BytesIO()
+    averages = plan.averages
     several = len(averages) > 1
     columns = 2 if len(averages) > 3 else 1
     legend_inches = _LEGEND_INCHES * -(-len(averages) // columns) if several else 0.0
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         width, height = _INCHES
         figure = Figure(figsize=(width, height + legend_inches), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
@@ -111,9 +108,7 @@ def _draw(plan: Plan, kind: str) -> bytes:
                 handlelength=2.6,  # room for a mark and dashes on both sides of it
                 frameon=False,
             )
-        metadata = {"Date" if kind == ".svg" else "Software": None}
-        figure.savefig(content, format=kind[1:], dpi=_DOTS_PER_INCH, metadata=metadata)
-    return content.getvalue()
+        return saved(figure, kind)
 
 
 def _look(number: int, averages: Sequence[Average]) -> dict[str, Any]:
@@ -122,8 +117,8 @@ def _look(number: int, averages: Sequence[Average]) -> dict[str, Any]:
     group, colour = divmod(number, len(COLOURS))
     return {
         "color": COLOURS[colour],
-        "marker": _MARKS[colour],
-        "linestyle": _DASHES[group % len(_DASHES)],
+        "marker": MARKS[colour],
+        "linestyle": DASHES[group % len(DASHES)],
         "linewidth": min(1.1 + 0.3 * later, 2.6),
         "markersize": min(3.0 + 0.3 * later, 4.5),
         "markevery": max(1, len(averages[number].members) // _MOST_MARKS),

@@ -14,8 +14,8 @@ _SECONDS_UNTIL_STALLED = 15
 class ByteProgress:
     """Show bytes read of bytes to read; call it with both. A context manager."""
 
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
+    def __init__(self, quiet: bool, doing: str = "averaging") -> None:
+        self._quiet, self._doing = quiet, doing
         self._bar: Any = None
         self._start = self._last_line = self._last_read = time.monotonic()
         self._done_bytes = 0
@@ -70,6 +70,6 @@ class ByteProgress:
             unit_divisor=1024,
             leave=False,
             file=sys.stderr,
-            desc="averaging",
+            desc=self._doing,
             **options,
         )

@@ -5,9 +5,6 @@ the terminal, 80 columns where there is none, and uses colours and blocks only w
 shown.
 """
 
-import contextlib
-import os
-import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TextIO
@@ -17,6 +14,7 @@ from ckpt_ema.errors import printable, some
 from ckpt_ema.options import CHECKPOINT
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
+from ckpt_ema.report.columns import BETWEEN, Look, aligned, fitted, look_at, shown_on
 from ckpt_ema.report.lines import counted, size
 from ckpt_ema.report.table import (
     Row,
@@ -27,29 +25,9 @@ from ckpt_ema.report.table import (
     without_middle,
 )
 
-_LEAST_COLUMNS = 40  # with less, nothing could be read
-_BETWEEN = 2  # before each column
 _LONGEST_NAME, _SHORTEST_NAME = 30, 16
 _BAR_COLUMNS = (4, 30)
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_BOLD, _CYAN = 1, 36
-
-
-class _Look(NamedTuple):
-    """What can be shown."""
-
-    width: int
-    has_blocks: bool
-    has_styles: bool
-    has_colours: bool
-
-    def bold(self, text: str) -> str:
-        """Return a heading."""
-        return f"\x1b[{_BOLD}m{text}\x1b[0m" if self.has_styles else text
-
-    def cyan(self, text: str) -> str:
-        """Return a bar."""
-        return f"\x1b[{_CYAN}m{text}\x1b[0m" if self.has_colours and text else text
 
 
 def plan_text(plan: Plan, stream: TextIO | None, most_rows: int) -> str:
@@ -57,23 +35,10 @@ def plan_text(plan: Plan, stream: TextIO | None, most_rows: int) -> str:
 
     Beyond `most_rows` checkpoints, those in the middle share one row.
     """
-    encoding = (stream and stream.encoding) or "ascii"
-    text = "\n".join(_lines(plan, _look(stream, encoding), most_rows))
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    return shown_on(stream, _lines(plan, look_at(stream), most_rows))
 
 
-def _look(stream: TextIO | None, encoding: str) -> _Look:
-    is_terminal = stream is not None and stream.isatty()
-    has_styles = is_terminal and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
-    has_colours = has_styles and not os.environ.get("NO_COLOR")
-    fallback = os.terminal_size((80, 24))
-    with contextlib.suppress(OSError, AttributeError):
-        fallback = os.get_terminal_size(stream.fileno())  # type: ignore[union-attr]
-    width = max(_LEAST_COLUMNS, shutil.get_terminal_size(fallback).columns)
-    return _Look(width, encoding.lower().startswith("utf"), has_styles, has_colours)
-
-
-def _lines(plan: Plan, look: _Look, most_rows: int) -> Iterator[str]:
+def _lines(plan: Plan, look: Look, most_rows: int) -> Iterator[str]:
     yield f"{printable(plan.run)} -> {printable(plan.output)}"
     texts = [f"{one.text}; {counted(len(one.members), 'checkpoint')}" for one in plan.averages]
     if len(texts) == 1:
@@ -100,7 +65,7 @@ class _Columns(NamedTuple):
     averages: int
 
 
-def _tables(plan: Plan, look: _Look, most_rows: int) -> Iterator[str]:
+def _tables(plan: Plan, look: Look, most_rows: int) -> Iterator[str]:
     """Yield tables of the weights, each of as many averages as fit; several with figures."""
     count, headings = len(plan.averages), cell_headings(plan.averages)
     names = [f"({number + 1})" for number in range(count)] if count > 1 else ["weight"]
@@ -109,19 +74,19 @@ def _tables(plan: Plan, look: _Look, most_rows: int) -> Iterator[str]:
     columns = _columns(headings, names, rows, figures, look.width)
     scale = columns.bar / max(max(average.weights) for average in plan.averages)
     labels = [("checkpoint", *headings[: columns.cells])]
-    labels += [(_fitted(row.name, columns.name), *row.cells[: columns.cells]) for row in rows]
+    labels += [(fitted(row.name, columns.name), *row.cells[: columns.cells]) for row in rows]
     labels += [(label, *[""] * columns.cells) for label, _ in figures]
-    before = _aligned(labels)
+    before = aligned(labels)
     none = (None,) * count
     values = [(row.shares, row.weights if row.has_bars else none) for row in rows]
     values += [(of_averages, none) for _, of_averages in figures]
 
     def cell(text: str, weight: float | None) -> str:
-        share = f"{'':{_BETWEEN}}{text:>{columns.share}}"
+        share = f"{'':{BETWEEN}}{text:>{columns.share}}"
         if not columns.bar:
             return share
         bar = _bar((weight or 0.0) * scale, look.has_blocks)
-        return f"{share}{'':{_BETWEEN}}{look.cyan(bar)}{'':{columns.bar - len(bar)}}"
+        return f"{share}{'':{BETWEEN}}{look.cyan(bar)}{'':{columns.bar - len(bar)}}"
 
     for first in range(0, count, columns.averages):
         shown = slice(first, first + columns.averages)
@@ -132,26 +97,6 @@ def _tables(plan: Plan, look: _Look, most_rows: int) -> Iterator[str]:
         heading = "".join(cell(name, None) for name in names[shown])
         yield from ("", look.bold((before[0] + heading).rstrip()), *lines[: len(rows)])
         yield from ("", *lines[len(rows) :]) if figures else ()
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a line for each row; only the first column is aligned to the left."""
-    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        room = [" " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]
-        cells = [row[0] + room[0], *map(str.__add__, room[1:], row[1:])]
-        lines.append("".join(" " * _BETWEEN + cell for cell in cells))
-    return lines
-
-
-def _width(text: str) -> int:
-    """Return the display width of a text; East Asian wide characters count twice."""
-    if text.isascii():
-        return len(text)
-    from unicodedata import east_asian_width
-
-    return len(text) + sum(east_asian_width(character) in "WF" for character in text)
 
 
 def _columns(
@@ -165,31 +110,20 @@ def _columns(
     shares = [*names, *(share for row in rows for share in row.shares)]
     share = max(map(len, [*shares, *(value for _, values in figures for value in values)]))
     columns = zip(headings, *(row.cells for row in rows), strict=True)
-    cells = [_BETWEEN + max(map(len, column)) for column in columns]
+    cells = [BETWEEN + max(map(len, column)) for column in columns]
     label = max(map(len, ["checkpoint", *(label for label, _ in figures)]))
     name = max(label, min(max(len(row.name) for row in rows), _LONGEST_NAME))
-    each = _BETWEEN + share
-    free = width - _BETWEEN - sum(cells) - each
+    each = BETWEEN + share
+    free = width - BETWEEN - sum(cells) - each
     if free < name:
         name = max(label, min(name, free, _SHORTEST_NAME))
         if free < name:
             cells = cells[:1]  # the step; its gap and decay are in --json
-    used = _BETWEEN + name + sum(cells)
+    used = BETWEEN + name + sum(cells)
     averages = max(1, min(len(names), (width - used) // each))
-    bar = min(_BAR_COLUMNS[1], (width - used) // averages - each - _BETWEEN)
+    bar = min(_BAR_COLUMNS[1], (width - used) // averages - each - BETWEEN)
     bar = bar if bar >= _BAR_COLUMNS[0] else 0
     return _Columns(name, len(cells), share, bar, averages)
-
-
-def _fitted(name: str, columns: int) -> str:
-    """Shorten a name in the middle, since its ends hold the numbers.
-
-    >>> _fitted("a-very-long-name-000100", 16)
-    'a-very...-000100'
-    """
-    end = (columns - 2) // 2
-    is_long = len(name) > columns
-    return f"{name[: columns - 3 - end]}...{name[-end:]}" if is_long else name
 
 
 def _bar(columns: float, has_blocks: bool) -> str:
@@ -203,12 +137,12 @@ def _bar(columns: float, has_blocks: bool) -> str:
 def _figures(average: Average, width: int) -> Iterator[str]:
     """Yield the figures of one average, their labels broken where there is too little room."""
     rows = figures_of_one(average)
-    room = width - 2 * _BETWEEN - max(len(value) for _, value in rows)
+    room = width - 2 * BETWEEN - max(len(value) for _, value in rows)
     broken = [textwrap.wrap(text, room) for text, _ in rows]
     longest = max(len(line) for lines in broken for line in lines)
     for (first, *more), (_, value) in zip(broken, rows, strict=True):
-        yield f"{'':{_BETWEEN}}{first:{longest}}{'':{_BETWEEN}}{value}"
-        yield from (f"{'':{_BETWEEN}}{line}" for line in more)
+        yield f"{'':{BETWEEN}}{first:{longest}}{'':{BETWEEN}}{value}"
+        yield from (f"{'':{BETWEEN}}{line}" for line in more)
 
 
 def _sizes(plan: Plan) -> Iterator[str]:

@@ -11,7 +11,7 @@ from enum import Enum
 from itertools import pairwise
 from typing import NamedTuple
 
-from ckpt_ema.report.figure import COLOURS
+from ckpt_ema.report.figure_style import COLOURS
 from ckpt_ema.report.pages import axis
 from ckpt_ema.report.pages.html import Html, element, joined
 from ckpt_ema.report.pages.style import DASHES

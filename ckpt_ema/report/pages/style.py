@@ -1,6 +1,6 @@
 """The style sheet of the pages: phones and paper, light and dark."""
 
-from ckpt_ema.report.figure import COLOURS
+from ckpt_ema.report.figure_style import COLOURS
 
 DASHES = ("none", "7 4", "2 3", "8 3 2 3")  # in pixels, of lines that share a chart
 
