@@ -12,7 +12,7 @@ from ckpt_ema.containers.checksums import Checksum
 from ckpt_ema.storage.descriptors import read_into
 from ckpt_ema.storage.remote_pool import in_memory
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 18
 _CHECKSUM_BYTES = 4
 _PUNCH_HOLE_AND_KEEP_SIZE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
@@ -37,7 +37,7 @@ class Comparing(contextlib.AbstractContextManager["Comparing"]):
         self._stack = contextlib.ExitStack()
         self._there: dict[int, int] = {}
         self._made: dict[int, IO[bytes]] = {}
-        self._lock = threading.Lock()
+        self._lock, self._of_thread = threading.Lock(), threading.local()
         self.difference: Difference | None = None
 
     def __exit__(self, *_error: object) -> None:
@@ -45,17 +45,31 @@ class Comparing(contextlib.AbstractContextManager["Comparing"]):
 
     def write(self, file: int, data: memoryview, offset: int) -> None:
         """See `Sink.write`; compares the bytes."""
-        found = memoryview(bytearray(len(data)))
-        read_into(str(self._paths[file]), self._descriptor(file), found, offset)
-        if found != data:
-            data = memoryview(bytearray(data))
-            for place in self._places[file]:
-                inside = slice(max(0, place - offset), max(0, place + _CHECKSUM_BYTES - offset))
-                data[inside] = found[inside]
-        if found != data:
-            pairs = enumerate(zip(found, data, strict=True))
+        for start in range(0, len(data), _CHUNK_BYTES):
+            part = data[start : start + _CHUNK_BYTES]
+            made, _ = self._buffers()
+            made[: len(part)] = part
+            self._compare(file, len(part), offset + start)
+
+    def _compare(self, file: int, count: int, offset: int) -> None:
+        """Compare what the first buffer of this thread holds with a range of a file."""
+        made, there = self._buffers()
+        self.read_into(file, memoryview(there)[:count], offset)
+        for place in self._places[file]:
+            inside = slice(max(0, place - offset), max(0, place + _CHECKSUM_BYTES - offset))
+            made[inside] = there[inside]
+        # Whole buffers are compared at once; views, element by element.
+        if made != there and made[:count] != there[:count]:
+            pairs = enumerate(zip(made, there, strict=True))
             first = next(place for place, (one, other) in pairs if one != other)
             self._note(Difference(file, offset + first))
+
+    def _buffers(self) -> tuple[bytearray, bytearray]:
+        """Return the two buffers of this thread."""
+        if not hasattr(self._of_thread, "buffers"):
+            self._of_thread.buffers = bytearray(_CHUNK_BYTES), bytearray(_CHUNK_BYTES)
+        found: tuple[bytearray, bytearray] = self._of_thread.buffers
+        return found
 
     @contextlib.contextmanager
     def descriptors(self, files: Sequence[int]) -> Iterator[list[int]]:
@@ -64,13 +78,13 @@ class Comparing(contextlib.AbstractContextManager["Comparing"]):
 
     def written(self, file: int, offset: int, size_bytes: int) -> None:
         """See `Sink.written`; compares the bytes and frees their memory."""
-        made = self._memory(file).fileno()
-        buffer = memoryview(bytearray(min(size_bytes, _CHUNK_BYTES)))
+        fd = self._memory(file).fileno()
         for start in range(0, size_bytes, _CHUNK_BYTES):
-            part = buffer[: size_bytes - start]
-            read_into("memory", made, part, offset + start)
-            self.write(file, part, offset + start)
-        _free(made, offset, size_bytes)
+            count = min(_CHUNK_BYTES, size_bytes - start)
+            made, _ = self._buffers()
+            read_into("memory", fd, memoryview(made)[:count], offset + start)
+            self._compare(file, count, offset + start)
+        _free(fd, offset, size_bytes)
 
     def read_into(self, file: int, view: memoryview, offset: int) -> None:
         """See `Sink.read_into`; reads the files that are there."""
