@@ -239,7 +239,7 @@ def test_an_inspection_has_every_checkpoint(count: int) -> None:
 def test_an_inspection_shows_figures_and_marks_what_stands_out() -> None:
     parsed = ParsedPage(inspection_page(made_up_inspection(3)))
     row = next(row for row in parsed.tables[-1] if row[0] == "checkpoint-1000")
-    assert row == ["checkpoint-1000", "1000", "nan", "29.00", "58.00", "0.10%", "3", "4.2"]
+    assert row == ["checkpoint-1000", "1000", "-", "29.00", "58.00", "0.10%", "3", "4.2"]
     assert len([one for one in parsed.attributes("tr") if one.get("class") == "chosen"]) == 1
     # Of both distances and the plane; its norm is not finite.
     assert len([one for one in parsed.attributes("path") if one["class"] == "ring"]) == 3
@@ -247,19 +247,16 @@ def test_an_inspection_shows_figures_and_marks_what_stands_out() -> None:
 
 def test_an_inspection_can_know_little() -> None:
     inspection = made_up_inspection(3)
-    bare = [
-        replace(one, step=None, norm=None, zeros_share=None, nonfinite=None, z_score=None)
-        for one in inspection.checkpoints
-    ]
-    calm = tuple(replace(one, stands_out=False, distance_to_average=None) for one in bare)
-    little = replace(inspection, checkpoints=calm, plane=(), warnings=(), notes=())
+    bare = [replace(one, step=None, norm=None, z_score=None) for one in inspection.checkpoints]
+    calm = tuple(replace(one, reason=None, distance_to_average=None) for one in bare)
+    little = replace(inspection, checkpoints=calm, members=(), plane=(), warnings=(), notes=())
     parsed = ParsedPage(inspection_page(little))
     assert "training step" not in parsed.text
     assert "none stands out" in parsed.text
     assert "principal direction" not in parsed.text
     assert not [one for one in parsed.attributes("div") if one.get("class") == "alert"]
     row = next(row for row in parsed.tables[-1] if row[0] == "checkpoint-1000")
-    assert row == ["checkpoint-1000", "-", "-", "29.00", "-", "-", "-", "-"]
+    assert row == ["checkpoint-1000", "-", "-", "29.00", "-", "0.10%", "3", "-"]
 
 
 def test_a_selection_has_every_candidate_and_marks_the_best() -> None:

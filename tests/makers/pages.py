@@ -3,64 +3,58 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ckpt_ema.errors import Code
+from ckpt_ema.measure.inspection import InspectedCheckpoint, Inspection
+from ckpt_ema.measure.outliers import Reason
 from ckpt_ema.notices import Notice
 
 HOSTILE = "<script>alert(1)</script>&\"'\u202e\x1b[31m"  # no name is safe
 
 
-@dataclass(frozen=True)
-class MadeUpCheckpoint:
-    """A checkpoint that was looked at."""
-
-    name: str
-    step: int | None
-    norm: float | None
-    distance_to_previous: float | None
-    distance_to_average: float | None
-    zeros_share: float | None
-    nonfinite: int | None
-    z_score: float | None
-    stands_out: bool
-
-
-@dataclass(frozen=True)
-class MadeUpInspection:
-    """A run that was looked at."""
-
-    checkpoints: tuple[MadeUpCheckpoint, ...]
-    plane: tuple[tuple[float, float], ...]
-    explained: tuple[float, float] = (0.81, 0.12)
-    run: str = f"runs/{HOSTILE}"
-    unit: str = "steps"
-    schedule: str = "half-life 500 steps"
-    warnings: tuple[Notice, ...] = (Notice(Code.ZEROS, f"w of {HOSTILE} has zeros."),)
-    notes: tuple[Notice, ...] = (Notice(Code.DECIDED, f"{HOSTILE} was decided."),)
-
-
-def made_up_inspection(count: int) -> MadeUpInspection:
+def made_up_inspection(count: int) -> Inspection:
     """A run that turns in a plane and slows down; the checkpoint after its half stands out."""
     odd = count // 2
     checkpoints, plane = [], []
     for n in range(count):
         far = 40 / (1 + n) + (9 if n == odd else 1)
+        name = f"checkpoint-{500 * (n + 1)}" if n else HOSTILE
         checkpoints.append(
-            MadeUpCheckpoint(
-                name=f"checkpoint-{500 * (n + 1)}" if n else HOSTILE,
+            InspectedCheckpoint(
+                name=name,
+                path=Path("runs") / name,
                 step=500 * (n + 1),
-                norm=math.nan if n == 1 else 120.0 + n / count,
+                weight=1 / count,
+                norm=None if n == 1 else 120.0 + n / count,
                 distance_to_previous=far if n else None,
                 distance_to_average=2 * far,
                 zeros_share=0.001,
                 nonfinite=3 if n == 1 else 0,
+                ratio=None,
                 z_score=4.2 if n == odd else -0.3,
-                stands_out=n == odd,
+                reason=Reason.OFF_PATH if n == odd else None,
             )
         )
         turn = 4 * n / count
         plane.append((5 * math.cos(turn) + (n == odd), 3 * math.sin(turn) * (1 - n / count)))
-    return MadeUpInspection(tuple(checkpoints), tuple(plane))
+    return Inspection(
+        run=f"runs/{HOSTILE}",
+        schedule="half-life 500 steps",
+        unit="steps",
+        elements=1000,
+        checkpoints=tuple(checkpoints),
+        members=tuple(range(count)),
+        gram=(),
+        sampled_share=1.0,
+        plane=tuple(plane),
+        average_at=(1.0, 0.5),
+        explained=(0.81, 0.12),
+        bytes_read=1000,
+        seconds=0.1,
+        warnings=(Notice(Code.ZEROS, f"w of {HOSTILE} has zeros."),),
+        notes=(Notice(Code.DECIDED, f"{HOSTILE} was decided."),),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,9 @@
-"""The page of an inspection: the checkpoints of a run beside each other, and beside their average.
-
-Whatever has the attributes of `Inspection` can be shown.
-"""
+"""The page of an inspection: the checkpoints of a run beside each other and their average."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from ckpt_ema.errors import printable, some
-from ckpt_ema.notices import Notice
+from ckpt_ema.measure.inspection import InspectedCheckpoint, Inspection
 from ckpt_ema.report.figure import x_label
 from ckpt_ema.report.lines import counted
 from ckpt_ema.report.pages import blocks
@@ -16,81 +12,7 @@ from ckpt_ema.report.pages.chart import Chart, Kind, Point, Series
 from ckpt_ema.report.pages.html import Html, document, element, joined
 from ckpt_ema.report.table import UNKNOWN
 
-
-class Inspected(Protocol):
-    """One checkpoint; what is not known is None."""
-
-    @property
-    def name(self) -> str:
-        """Its name, for people."""
-
-    @property
-    def step(self) -> int | None:
-        """Its step, in the unit of the inspection."""
-
-    @property
-    def norm(self) -> float | None:
-        """The Euclidean norm of all averaged tensors together."""
-
-    @property
-    def distance_to_previous(self) -> float | None:
-        """The distance to the checkpoint before."""
-
-    @property
-    def distance_to_average(self) -> float | None:
-        """The distance to the average."""
-
-    @property
-    def zeros_share(self) -> float | None:
-        """The share of elements that are zero, from 0 to 1."""
-
-    @property
-    def nonfinite(self) -> int | None:
-        """How many elements are NaN or infinite."""
-
-    @property
-    def z_score(self) -> float | None:
-        """How far its distances are from those of the others."""
-
-    @property
-    def stands_out(self) -> bool:
-        """Whether it is unlike the others."""
-
-
-class Inspection(Protocol):
-    """The checkpoints of a run, oldest first."""
-
-    @property
-    def run(self) -> str:
-        """The run, as given."""
-
-    @property
-    def unit(self) -> str:
-        """What steps count: "steps", "epochs" or "checkpoints"."""
-
-    @property
-    def schedule(self) -> str:
-        """The schedule of the average, for people."""
-
-    @property
-    def checkpoints(self) -> Sequence[Inspected]:
-        """The checkpoints."""
-
-    @property
-    def plane(self) -> Sequence[tuple[float, float]]:
-        """Where each checkpoint is in the plane of the two principal directions, or nothing."""
-
-    @property
-    def explained(self) -> tuple[float, float]:
-        """The share of the variance along each direction, from 0 to 1."""
-
-    @property
-    def warnings(self) -> Sequence[Notice]:
-        """What is doubtful."""
-
-    @property
-    def notes(self) -> Sequence[Notice]:
-        """What was decided."""
+ValueOf = Callable[[InspectedCheckpoint], float | None]
 
 
 def inspection_page(inspection: Inspection, command: str | None = None) -> str:
@@ -117,7 +39,7 @@ def inspection_page(inspection: Inspection, command: str | None = None) -> str:
 
 def _distances(inspection: Inspection) -> Html:
     names = ("to the checkpoint before", "to the average")
-    of_each: tuple[Callable[[Inspected], float | None], ...] = (
+    of_each: tuple[ValueOf, ...] = (
         lambda one: one.distance_to_previous,
         lambda one: one.distance_to_average,
     )
@@ -143,19 +65,21 @@ def _norms(inspection: Inspection) -> Html:
 def _plane(inspection: Inspection) -> Html:
     if not inspection.plane:
         return joined()
-    placed = zip(inspection.checkpoints, inspection.plane, strict=True)
+    members = [inspection.checkpoints[number] for number in inspection.members]
+    placed = [*zip(members, inspection.plane, strict=True)]
     points = [Point(x, y, one.name) for one, (x, y) in placed]
+    marked = [Point(x, y, one.name) for one, (x, y) in placed if one.stands_out]
     first, second = inspection.explained
     label = f"first principal direction ({first:.1%} of the variance)"
     about = (
         f"The run in the plane of its two principal directions, which explain {first:.1%} and"
         f" {second:.1%} of the variance."
     )
-    marked = _of_those_that_stand_out(inspection, points)
     path = [
         Series("run", points),
         Series("oldest", points[:1], Kind.DOTS),
         Series("newest", points[-1:], Kind.DOTS),
+        Series("average", [Point(*inspection.average_at, "average")], Kind.DOTS),
     ]
     chart = Chart(
         f"Second principal direction ({second:.1%} of the variance)",
@@ -187,7 +111,7 @@ def _table(inspection: Inspection) -> Html:
     return Table(headings, rows, chosen=unlike).html()
 
 
-def _figures(one: Inspected) -> tuple[float | None, ...]:
+def _figures(one: InspectedCheckpoint) -> tuple[float | None, ...]:
     return one.norm, one.distance_to_previous, one.distance_to_average
 
 
@@ -195,7 +119,7 @@ def _shown(value: float | None, form: str) -> str:
     return UNKNOWN if value is None else format(value, form).rstrip(".")
 
 
-def _points(inspection: Inspection, value_of: Callable[[Inspected], float | None]) -> list[Point]:
+def _points(inspection: Inspection, value_of: ValueOf) -> list[Point]:
     found = []
     for one, step in zip(inspection.checkpoints, _steps(inspection), strict=True):
         value = value_of(one)
@@ -221,9 +145,5 @@ def _label(inspection: Inspection) -> str:
 
 def _marked(inspection: Inspection, drawn: Sequence[Series]) -> list[Point]:
     """Return the points of those that stand out."""
-    return [point for one in drawn for point in _of_those_that_stand_out(inspection, one.points)]
-
-
-def _of_those_that_stand_out(inspection: Inspection, points: Sequence[Point]) -> list[Point]:
-    both = zip(inspection.checkpoints, points, strict=True)
-    return [point for one, point in both if one.stands_out]
+    both = (zip(inspection.checkpoints, one.points, strict=True) for one in drawn)
+    return [point for pairs in both for one, point in pairs if one.stands_out]
