@@ -9,10 +9,10 @@ from ckpt_ema.execute import How
 from ckpt_ema.options import PathLike
 from ckpt_ema.output.destination import outputs_at
 from ckpt_ema.output.manifest import Result, read_manifest
+from ckpt_ema.planning.output import named
 from ckpt_ema.planning.state import State, read_state
 from ckpt_ema.planning.update import plan_update
 from ckpt_ema.run import carry_out, made_before, split
-from ckpt_ema.storage.local import Local
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -45,7 +45,7 @@ def update(
     Raises `RefusedError` for an output without a state or with a damaged one, for a run that does
     not continue what was folded, and what `ckpt_ema.average` raises; the old output stays.
     """
-    [path] = map(Path, Local().real_paths([output]))
+    path = named(output)
     outputs, states = read_states(path)
     how, options = split(keywords)
     plan = plan_update(path, states, run, **options)

@@ -79,6 +79,23 @@ def test_the_page_on_inspecting_shows_what_is_printed(
     assert " ".join(shown.splitlines()[len(printed) + 1 :]) == done.stderr.strip()
 
 
+def test_the_page_on_verifying_shows_what_is_printed(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(winding_run(make_run).parent)
+    page = (ROOT / "docs" / "verify.md").read_text()
+    whole, damaged = re.findall(r"\$ ckpt-ema verify runs-ema\n((?:[^`].*\n)*)```", page)
+    ckpt_ema("average", "runs", cwd=Path.cwd())
+    assert ckpt_ema("verify", "runs-ema", cwd=Path.cwd()).stderr == whole
+    path = Path("runs-ema/model.safetensors")
+    content = bytearray(path.read_bytes())
+    place = int(re.search(r"at byte (\d+)", damaged)[1])  # type: ignore[index]
+    content[place] ^= 1
+    path.write_bytes(content)
+    done = ckpt_ema("verify", "runs-ema", cwd=Path.cwd())
+    assert (done.returncode, done.stderr) == (1, damaged)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_in_python_are_true(
     page: Path, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -101,7 +118,8 @@ def test_every_path_that_a_page_names_is_there(page: Path) -> None:
 def test_every_option_that_a_page_names_exists() -> None:
     known = {"--array", "--inplace", "--nproc-per-node", "--wrap"}  # of other programs
     known |= {"--version", "--verbose"}  # of no command
-    for command in ("average", "plan", "inspect", "compare", "finish", "formats"):
+    commands = ("average", "plan", "inspect", "compare", "finish", "formats")
+    for command in (*commands, "update", "watch", "verify"):
         known |= options_of_command(command)
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', script.read_text()))

@@ -69,7 +69,7 @@ def damaged_files(output: Path, manifest: Mapping[str, Any]) -> tuple[int, list[
     ]
     if state and not _is_state(output / state["name"], state):
         damaged.append(state["name"])
-    return len(crcs) + bool(state), [os.path.join(output.name, name) for name in damaged]
+    return len(crcs) + bool(state), damaged
 
 
 def _is_state(path: Path, recorded: Mapping[str, Any]) -> bool:

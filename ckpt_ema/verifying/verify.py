@@ -15,6 +15,7 @@ from ckpt_ema.options import PathLike
 from ckpt_ema.output.content import damaged_files, wrong_checksum
 from ckpt_ema.output.destination import outputs_at
 from ckpt_ema.output.manifest import read_manifest
+from ckpt_ema.planning.output import named
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.planning.recorded import plan_recorded
 from ckpt_ema.run import on_device
@@ -76,9 +77,9 @@ def verify(
     Raises `RefusedError` for what is not an output of ckpt-ema, and for one file, which has no
     record of how it was made; `FailedError` if reading fails.
     """
-    [path] = map(Path, Local().real_paths([output]))
+    path = named(output)
     outputs, manifests = _manifests(path)
-    checked = [damaged_files(*one) for one in zip(outputs, manifests, strict=True)]
+    count, damaged = _checked(path, outputs, manifests)
     plan, gone = plan_recorded(path, manifests, run, **engine_options)
     changed = _changed(plan, manifests) if plan else ()
     again = _Again(0, 0, None)
@@ -88,8 +89,8 @@ def verify(
     return Verification(
         output=path,
         checkpoints=len(names),
-        files=sum(number for number, _ in checked),
-        damaged=tuple(name for _, names in checked for name in names),
+        files=count,
+        damaged=damaged,
         gone=gone,
         changed=changed,
         tiles=again.tiles,
@@ -111,6 +112,16 @@ def _manifests(output: Path) -> tuple[list[Path], list[dict[str, Any]]]:
         hint = "Average again into a folder, with this version of ckpt-ema."
         raise RefusedError(message, hint, code=Code.NO_MANIFEST, path=output)
     return outputs, manifests
+
+
+def _checked(
+    path: Path, outputs: Sequence[Path], manifests: Sequence[Mapping[str, Any]]
+) -> tuple[int, tuple[str, ...]]:
+    """Compare files with their checksums; return how many, and those that differ."""
+    found = [damaged_files(*one) for one in zip(outputs, manifests, strict=True)]
+    named = zip(outputs, found, strict=True)
+    damaged = ((folder / name).relative_to(path) for folder, (_, names) in named for name in names)
+    return sum(count for count, _ in found), tuple(map(str, damaged))
 
 
 def _changed(plan: Plan, manifests: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
