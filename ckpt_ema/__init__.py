@@ -19,6 +19,7 @@ __all__ = [
     "finish",
     "plan",
     "plot",
+    "select",
 ]
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ckpt_ema.planning.plan import plan
     from ckpt_ema.report.figure import plot
     from ckpt_ema.run import average, average_part, finish
+    from ckpt_ema.selection.select import select
 
 _HOMES = {
     "Shadow": "ckpt_ema.fold.shadow",
@@ -34,6 +36,7 @@ _HOMES = {
     "finish": "ckpt_ema.run",
     "plan": "ckpt_ema.planning.plan",
     "plot": "ckpt_ema.report.figure",
+    "select": "ckpt_ema.selection.select",
 }
 
 

@@ -89,6 +89,13 @@ def _count(given: Any, most: float = float("inf")) -> int:
     return number
 
 
+def _seconds(given: Any) -> float:
+    number: float = _number(float)(given)
+    if not 0 < number < float("inf"):
+        raise ValueError
+    return number
+
+
 def _size(given: Any, most: float = float("inf")) -> int:
     """Parse a number of bytes, from a number or a text.
 
@@ -136,6 +143,7 @@ TEXT = Values(_text, "be a text")
 PATH = Values(_path, "be a path", "PATH")
 OUTPUT = Values(_output, "be a folder or a .safetensors file", "PATH")
 WEIGHTS = Values(lambda one: one if isinstance(one, Mapping) else _path(one), "be a path", "FILE")
+COMMAND = Values(_text, "be a command for the shell", "COMMAND")
 PART = Values(_text, "be a part, such as 3/64", "I/N")
 REGEX = Values(lambda given: re.compile(_text(given)).pattern, "be a regular expression", "REGEX")
 GLOBS = Values(_names, "be a list of globs", "GLOB")
@@ -143,6 +151,7 @@ ENTRIES = Values(_entries, "be a list of names of entries of the run", "NAME")
 FLAG = Values(bool, "be true or false")
 NUMBER = Values(_number(float), "be a number", "X")
 NUMBERS = Values(_several(_number(float)), "be numbers, separated by commas", "X,...")
+SECONDS = Values(_seconds, "be a number of seconds above 0", "SECONDS")
 COUNT = Values(_count, "be a whole number of at least 1", "N")
 COUNTS = Values(_several(_count), "be whole numbers of at least 1, separated by commas", "N,...")
 THREADS = Values(

@@ -74,7 +74,7 @@ def test_every_path_that_a_page_names_is_there(page: Path) -> None:
 def test_every_option_that_a_page_names_exists() -> None:
     known = {"--array", "--inplace", "--nproc-per-node", "--wrap"}  # of other programs
     known |= {"--version", "--verbose"}  # of no command
-    for command in ("average", "plan", "finish", "formats"):
+    for command in ("average", "plan", "select", "finish", "formats"):
         known |= options_of_command(command)
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', script.read_text()))

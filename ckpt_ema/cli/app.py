@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ckpt_ema import __version__
-from ckpt_ema.cli import average, exits
+from ckpt_ema.cli import average, exits, select
 from ckpt_ema.cli.exits import say, show
 from ckpt_ema.cli.help import Command
 from ckpt_ema.cli.options import RunArgument, takes_options
@@ -40,6 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(cls=Command, epilog=average.EXAMPLES)(average.average)
+app.command(cls=Command, epilog=select.EXAMPLES)(select.select)
 
 
 @app.command(cls=Command, epilog=_PLAN_EXAMPLES)

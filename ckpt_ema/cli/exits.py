@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -62,22 +62,24 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def say_signal(error: SignalError, *, kept: bool = False) -> int:
+def say_signal(error: SignalError, kept: str = "") -> int:
     """Print that a signal ended the command; returns the exit code that shells expect.
 
-    `kept` is whether another run can continue from the partial work.
+    `kept` says how another run continues from the partial work, if any was kept.
     """
     how = "interrupted" if error.number == signal.SIGINT else "terminated"
-    left = "partial work kept, rerun with --resume" if kept else "nothing was written"
+    left = f"partial work kept, {kept}" if kept else "nothing was written"
     _report(error, f"{how}; {left}")
     return 128 + error.number
 
 
 @contextlib.contextmanager
-def errors_reported(kept: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def errors_reported(
+    kept: Callable[[], bool] = lambda: False, how: str = "rerun with --resume"
+) -> Iterator[None]:
     """Turn errors and signals into one line on stderr and an exit code.
 
-    `kept` tells whether another run can continue from the partial work.
+    `kept` tells whether another run can continue from the partial work, which `how` explains.
     """
     try:
         yield
@@ -92,13 +94,14 @@ def errors_reported(kept: Callable[[], bool] = lambda: False) -> Iterator[None]:
         _report(error, f"error: {printable(error)}.")
         raise typer.Exit(1) from error
     except SignalError as error:
-        raise typer.Exit(say_signal(error, kept=kept())) from error
+        raise typer.Exit(say_signal(error, how if kept() else "")) from error
     except RuntimeError as error:
         # A signal that arrives while threading hands over a lock ends in this error; its context is
         # the cause.
         if not isinstance(error.__context__, SignalError):
             raise
-        raise typer.Exit(say_signal(error.__context__, kept=kept())) from error
+        left = how if kept() else ""
+        raise typer.Exit(say_signal(error.__context__, left)) from error
 
 
 def _report(error: BaseException, text: str) -> None:
@@ -124,14 +127,22 @@ def print_result(result: "Result", *, quiet: bool, as_json: bool) -> None:
     if plan and summary:
         with contextlib.suppress(OSError), Path(summary).open("a", encoding="utf-8") as page:
             page.write("\n".join(table.summary_lines(plan)) + "\n")
+    text = ""
+    if as_json:
+        one, *more = result.manifests
+        text = json.dumps([one, *more] if more else one, indent=2)
+    print_paths(result.outputs, text, result.output)
+
+
+def print_paths(paths: Sequence[Path], as_json: str, complete: Path) -> None:
+    """Print the paths of outputs, or JSON instead; an error says that `complete` is there."""
     try:
         if as_json:
-            one, *more = result.manifests
-            typer.echo(json.dumps([one, *more] if more else one, indent=2))
-        for output in () if as_json else result.outputs:
-            typer.echo(os.fsencode(output))  # a terminal may lack letters of a path, not its bytes
+            typer.echo(as_json)
+        for path in () if as_json else paths:
+            typer.echo(os.fsencode(path))  # a terminal may lack letters of a path, not its bytes
     except OSError as error:
-        raise unwritten(error, f"; {result.output} is complete") from error
+        raise unwritten(error, f"; {complete} is complete") from error
 
 
 def leave(code: int) -> NoReturn:
