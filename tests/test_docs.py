@@ -4,6 +4,7 @@ import ast
 import doctest
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,6 +51,26 @@ def test_the_readme_shows_what_plan_prints(make_run: MakeRun) -> None:
     assert done.returncode == 0, done.stderr
     part = slice(1, -3)  # without the paths above and the sizes below
     assert shown[2].splitlines()[part] == done.stdout.splitlines()[part]
+
+
+def test_the_page_on_selecting_shows_what_select_prints(make_run: MakeRun, tmp_path: Path) -> None:
+    """With the losses that the page shows, which are those of the demo."""
+    run = make_run(series(20, w=noise(20, 4)), range(50, 1001, 50))
+    page = (ROOT / "docs" / "select.md").read_text()
+    block = page.split("```console\n$ ckpt-ema ")[1].split("```")[0]
+    words, shown = shlex.split(block.split("...\n")[0].replace("\\\n", "")), block.split("...\n")[1]
+    losses = re.findall(r"^(\S+): loss (\S+)", shown, re.MULTILINE)
+    assert len(losses) == 5
+    cases = "".join(f"{name}) echo loss={loss};;" for name, loss in losses)
+    words[words.index("--eval") + 1] = f"case $CKPT_EMA_CANDIDATE in {cases} esac # {{}}"
+    words[words.index(".demo/run")] = str(run)
+    done = ckpt_ema(*words, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "selected\n"), done.stderr
+    printed = done.stderr.splitlines()[-len(shown.splitlines()) :]
+    seconds = re.compile(r" in \S+ s$")
+    assert [seconds.sub("", line) for line in printed] == [
+        seconds.sub("", line) for line in shown.splitlines()
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

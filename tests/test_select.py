@@ -424,6 +424,13 @@ def test_functions_that_fail_are_told_too(run: Path) -> None:
     ]
 
 
+def test_a_command_that_cannot_be_started_is_one_sentence(run: Path) -> None:
+    command = "true {} # " + "x" * 200_000  # more than an argument may have
+    with pytest.raises(FailedError, match="cannot be started: Argument list too long") as caught:
+        ckpt_ema.select(run, evaluate=command, metric="loss", **UNIFORM)
+    assert caught.value.code is Code.EVALUATION_FAILED
+
+
 def test_strict_refuses_before_publication_and_keeps_what_was_evaluated(
     run: Path, tmp_path: Path
 ) -> None:
@@ -708,11 +715,10 @@ def test_a_full_disk_leaves_a_whole_output_or_none(run: Path, kind: str) -> None
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("keep_all", [False, True])
-@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("is_all", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_whichever_call_fails(run: Path, kind: str, keep_all: bool, greedy: bool) -> None:
-    sweep(run, kind, errno.EIO, keep_all, greedy)
+def test_whichever_call_fails(run: Path, kind: str, is_all: bool) -> None:
+    sweep(run, kind, errno.EIO, keep_all=is_all, greedy=is_all)
 
 
 def slowly(run: Path) -> None:

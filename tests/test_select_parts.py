@@ -210,12 +210,11 @@ def test_huge_output_is_kept_in_part_and_costs_little(monkeypatch: pytest.Monkey
 def test_one_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
     """A child ignores SIGTERM, and one in the background too."""
     monkey = f"trap '' TERM; (trap '' TERM; sleep 60) & echo $! > {tmp_path}/pid; sleep 60"
-    begin = time.monotonic()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(commands, "_GRACE_SECONDS", 0.2)
         done = ended(monkey, timeout=0.3)[0]
     assert done.code is None
-    assert 0.3 <= done.seconds <= time.monotonic() - begin < 10
+    assert 0.3 <= done.seconds < 10
     wait_for(lambda: is_gone(int((tmp_path / "pid").read_text())))
 
 

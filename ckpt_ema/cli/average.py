@@ -89,10 +89,7 @@ def _average(
         say(*lines.notice_lines(plan, quiet))
 
     def tick(done_bytes: int, total_bytes: int) -> None:
-        exits.check_signals()
-        if not gc.isenabled():
-            gc.freeze()  # the plan and all modules stay until the end
-            gc.enable()
+        at_work()
         if plans:
             progress(done_bytes, total_bytes)
 
@@ -106,6 +103,14 @@ def _average(
         if not made:
             raise
         return made  # the signal arrived after publication
+
+
+def at_work() -> None:
+    """Raise for a signal whose own error was swallowed, and collect garbage from now on."""
+    exits.check_signals()
+    if not gc.isenabled():
+        gc.freeze()  # the plan and all modules stay until the end
+        gc.enable()
 
 
 def command_line() -> str:

@@ -2,10 +2,11 @@
 
 import json as json_format
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from ckpt_ema.cli import exits
-from ckpt_ema.cli.average import command_line
+from ckpt_ema.cli.average import at_work, command_line
 from ckpt_ema.cli.exits import say
 from ckpt_ema.cli.options import RunArgument, takes_options
 from ckpt_ema.errors import printable
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from ckpt_ema.output.candidates import Evaluated
     from ckpt_ema.output.selected import Selection
     from ckpt_ema.planning.plan import Plan
+    from ckpt_ema.report.progress import ByteProgress
 
 EXAMPLES = """
 ckpt-ema select runs/ --last 4,8 --eval 'python eval.py {}' --metric loss
@@ -52,29 +54,22 @@ def select(
         "keep_all": keep_all,
         "overwrite": overwrite,
     }
-    _select(run, keywords, _Shown(metric or "", quiet), json)
+    _select(run, keywords, _Shown(evaluate or "", metric or "", quiet), json)
 
 
 def _select(run: list[str], keywords: dict[str, Any], shown: "_Shown", as_json: bool) -> None:
-    with exits.errors_reported(shown.is_kept, "the same command continues"):
-        from ckpt_ema.report.progress import ByteProgress
+    with exits.errors_reported(shown.is_kept, "the same command continues"), closing(shown):
         from ckpt_ema.selection.select import select as select_best
 
-        with ByteProgress(shown.quiet) as progress:
-
-            def tick(done_bytes: int, total_bytes: int) -> None:
-                exits.check_signals()
-                progress(done_bytes, total_bytes)
-
-            selection = select_best(
-                run,
-                command=command_line(),
-                progress=tick,
-                started=shown.started,
-                evaluated=shown.evaluated,
-                publishing=exits.ignore_signals,
-                **keywords,
-            )
+        selection = select_best(
+            run,
+            command=command_line(),
+            progress=shown.progress,
+            started=shown.started,
+            evaluated=shown.evaluated,
+            publishing=exits.ignore_signals,
+            **keywords,
+        )
         shown.result(selection)
         text = json_format.dumps(selection.described(), indent=2) if as_json else ""
         exits.print_paths([selection.path], text, selection.path)
@@ -83,10 +78,17 @@ def _select(run: list[str], keywords: dict[str, Any], shown: "_Shown", as_json: 
 class _Shown:
     """What is printed on stderr."""
 
-    def __init__(self, metric: str, quiet: bool) -> None:
+    def __init__(self, command: str, metric: str, quiet: bool) -> None:
         self.quiet = quiet
-        self._metric = metric
+        self._command, self._metric = command, metric
         self._plans: list[Plan] = []  # the plan, once averages are made
+        self._bar: ByteProgress | None = None  # of the pass over the checkpoints
+
+    def close(self) -> None:
+        """Remove the bar."""
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.close()
 
     def is_kept(self) -> bool:
         """Return whether candidates are kept for another run."""
@@ -102,9 +104,21 @@ class _Shown:
         if not self.quiet:
             say(terminal.plan_text(plan, sys.stderr, _MOST_ROWS), "")
         say(*lines.notice_lines(plan, self.quiet))
+        if not self.quiet:
+            say(f"evaluating each by: {printable(self._command)}")
+
+    def progress(self, done_bytes: int, total_bytes: int) -> None:
+        """Show how far a pass over checkpoints has come."""
+        from ckpt_ema.report.progress import ByteProgress
+
+        at_work()
+        self._bar = self._bar or ByteProgress(self.quiet)
+        self._bar(done_bytes, total_bytes)
+        if done_bytes >= total_bytes:
+            self.close()
 
     def evaluated(self, name: str, found: "Evaluated") -> None:
-        """Show one evaluation; a failure with what the command has printed last, under -q too."""
+        """Show one evaluation; a failure with its last lines, under -q too."""
         if found.failure:
             first, *lines = found.failure.splitlines()
             say(f"{printable(name)}: failed after {found.seconds:.1f} s: {first}")
