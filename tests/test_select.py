@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ckpt_ema
-from ckpt_ema import OptionError, RefusedError
+from ckpt_ema import FailedError, OptionError, RefusedError
 from ckpt_ema.errors import Code
 from ckpt_ema.output.selected import LAST, SOUP
 from tests.command import Command, processes, wait_for
