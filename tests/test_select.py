@@ -491,11 +491,32 @@ if "last-checkpoint" in folder and not os.path.exists({str(mark)!r}):
     evaluation = Evaluation(tmp_path, 5, then)
     done = command(*words(run, evaluation))
     assert done.returncode == 1
-    assert "the best candidate, changed after it was made" in done.stderr
+    assert "uniform-last-3 changed after it was evaluated, and it is best." in done.stderr
     assert not Path(f"{run}-ema").exists()
     assert command(*words(run, evaluation)).returncode == 0
     assert len(evaluation.names) == 3
     assert mean_of(Path(f"{run}-ema")) == pytest.approx(14 / 3)
+
+
+def test_another_that_was_changed_is_not_kept_with_the_rest(run: Path, tmp_path: Path) -> None:
+    then = f"""
+if "last-checkpoint" in folder:
+    os.remove(folder + "/../{NAMES[0]}/" + name)"""
+    done = command(*words(run, Evaluation(tmp_path, 5, then), "--keep-all", "-q"))
+    assert done.returncode == 0
+    changed = "model.safetensors of uniform-last-2 changed after it was evaluated"
+    assert done.stderr == f"warning: {changed}, so it is not kept.\n"
+    assert {path.name for path in Path(f"{run}-ema").iterdir()} == {NAMES[1], LAST}
+    again = command(*words(run, Evaluation(tmp_path, 5, then), "--keep-all"))
+    assert "is up to date" in again.stderr
+    Path(f"{run}-ema/{LAST}/config.json").unlink()
+    assert command(*words(run, Evaluation(tmp_path, 5, then), "--keep-all")).returncode == 3
+
+
+def test_equal_averages_are_evaluated_once(run: Path, evaluation: Evaluation) -> None:
+    done = command(*words(run, evaluation, "-q", "--last", "4,9"))
+    assert done.returncode == 0
+    assert evaluation.names == ["uniform-last-4", LAST]
 
 
 # --- Jobs, kills and signals ---------------------------------------------------------------------

@@ -54,7 +54,13 @@ def test_the_last_metric_that_is_printed_counts(stdout: str, metric: str, expect
     [
         *("", "nothing", "loss", "loss=", "loss: high", "losses=3", "train_loss=3", "eval/loss=3"),
         *("loss: 5/10", "loss: 1,5", "loss=1.2.3", "loss=0x10", '{"loss": true}', '{"loss": "3"}'),
-        *('{"loss": [3]}', '{"loss": null}', '["loss", 3]', "{" * 100_000),
+        *(
+            '{"loss": [3]}',
+            '{"loss": null}',
+            '["loss", 3]',
+            "{" * 100_000,
+            '{"a":' * 950 + "1" + "}" * 950,
+        ),
     ],
 )
 def test_what_is_no_number_of_that_name_is_none(stdout: str) -> None:

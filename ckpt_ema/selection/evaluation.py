@@ -103,6 +103,16 @@ def _identity(evaluate: str | Function) -> str:
     return f"{_name(evaluate)} {hashlib.sha256(marshal.dumps(evaluate.__code__)).hexdigest()}"
 
 
+def _way_of(code: int) -> str:
+    """Describe an exit code; a shell adds 128 to the signal that killed what it ran.
+
+    >>> _way_of(-9), _way_of(137), _way_of(255)
+    ('was killed by signal 9', 'was killed by signal 9', 'ended with exit code 255')
+    """
+    number = code - 128 if 128 < code < 160 else -code
+    return f"was killed by signal {number}" if number > 0 else f"ended with exit code {code}"
+
+
 class Judge:
     """Evaluates averages, each of them once, and collects what to warn of."""
 
@@ -124,8 +134,11 @@ class Judge:
 
     def evaluate(self, trials: Sequence[Trial]) -> None:
         """Evaluate averages that were made, but for those that are known."""
-        new = [trial for trial in trials if self.known(trial.fingerprint) is None]
-        with closing(self._results(new)) as results:
+        new: dict[str, Trial] = {}
+        for one in trials:
+            if self.known(one.fingerprint) is None:
+                new.setdefault(one.fingerprint, one)
+        with closing(self._results([*new.values()])) as results:
             for trial, found in results:
                 self._note(trial, self._checked(trial, found))
 
@@ -156,10 +169,7 @@ class Judge:
         if ended.code is None:
             failure = f"it took longer than --timeout {self._evaluation.timeout_seconds:g} seconds"
         elif ended.code:
-            killed_by = ended.code - 128 if ended.code > 128 else -ended.code  # as shells say it
-            ended_with = f"ended with exit code {ended.code}"
-            way = f"was killed by signal {killed_by}" if killed_by > 0 else ended_with
-            failure = f"the command {way}"
+            failure = f"the command {_way_of(ended.code)}"
         else:
             metrics = read_metrics(ended.stdout, self._evaluation.metric)
             failure = problem_of(metrics, self._evaluation.metric)
@@ -177,7 +187,7 @@ class Judge:
                 failure = problem_of(metrics, self._evaluation.metric)
             else:
                 failure = f"the function returned {type(reported).__name__}, not a mapping"
-        except Exception as error:
+        except Exception as error:  # whatever it is, the other averages are evaluated
             failure = f"{type(error).__name__}: {printable(error)}"
         seconds = round(time.monotonic() - start, 3)
         return Evaluated({} if failure else metrics, failure, seconds)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ckpt_ema.errors import printable
+from ckpt_ema.errors import printable, some
 
 _NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf(?:inity)?)"
 # Neither 5 of 5/10, nor 1 of 1,87.
@@ -24,7 +24,7 @@ def read_metrics(stdout: str, metric: str) -> dict[str, float]:
     {'loss': 1.5}
     """
     for line in reversed(stdout.splitlines()):
-        found = numbers(_json_object(line))
+        found = _numbers_in(line)
         if metric in found:
             return found
     pair = rf"""(?<![\w./-]){re.escape(metric)}["']?\s*[=:]\s*({_NUMBER}){_END}"""
@@ -55,22 +55,20 @@ def numbers(reported: Mapping[Any, Any], prefix: str = "") -> dict[str, float]:
 def problem_of(metrics: Mapping[str, float], metric: str) -> str:
     """Return what is wrong with the metric among these; empty if it is a finite number."""
     if metric not in metrics:
-        others = ", ".join(list(metrics)[:5])
-        return f"no number called {metric} was reported" + (f", only {others}" if others else "")
+        others = f", only {some(metrics)}" if metrics else ""
+        return f"no number called {metric} was reported{others}"
     if not math.isfinite(metrics[metric]):
         return f"{metric} is {metrics[metric]}"
     return ""
 
 
-def _json_object(line: str) -> dict[str, Any]:
-    text = line.strip()
-    if not text.startswith("{"):
-        return {}
+def _numbers_in(line: str) -> dict[str, float]:
+    """Return the numbers of a line that is a JSON object; nothing of any other."""
     try:
-        found = json.loads(text)
+        found = json.loads(line) if line.lstrip().startswith("{") else {}
+        return numbers(found)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _float(number: float) -> float:

@@ -11,7 +11,7 @@ from ckpt_ema.execute import Progress
 from ckpt_ema.notices import Notice, notices_from, refuse_warnings
 from ckpt_ema.options import AveragingKeywords, PathLike
 from ckpt_ema.output.candidates import Candidates, Evaluated, leftover, without
-from ckpt_ema.output.destination import check_free
+from ckpt_ema.output.destination import check_free, outputs_at
 from ckpt_ema.output.manifest import is_made
 from ckpt_ema.output.selected import SOUP, Candidate, Selection, SoupStep, brief, ranked
 from ckpt_ema.output.workspace import remove
@@ -120,7 +120,7 @@ class _Job:
         plans = [self.planned, *([self.alone] if self.alone else [])]
         averages = [(one.name, one.output.fingerprint) for plan in plans for one in plan.averages]
         how = [self.evaluation.by, self.evaluation.metric, self.evaluation.is_minimized]
-        text = json.dumps([averages, *how, self.alone is not None, self.keep_all])
+        text = json.dumps([averages, *how, self.keep_all])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def done_before(self) -> Selection | None:
@@ -130,21 +130,22 @@ class _Job:
         if not found:
             return None
         averages = {one.name: one for one in self.planned.averages}
-        best = averages.get(found.best) or self._soup_again(found)
-        if best is None or not is_made(placed(best, found.path).output):
-            return None
-        if (path := leftover(final)) is not None:
-            remove(path)  # of a run that was killed right after publication
+        for path in outputs_at(final):
+            name = found.best if path == final else path.name
+            average = averages.get(name) or self._soup_again(found)
+            if average is None or not is_made(placed(average, path).output):
+                return None
+        if kept := leftover(final):
+            remove(kept)  # of a run that was killed right after publication
         return found
 
     def _soup_again(self, found: Selection) -> Average | None:
         """Return the greedy soup of an earlier run, planned again."""
-        if not self.alone:
+        weights = next((one.weights for one in found.candidates if one.name == SOUP), None)
+        if weights is None or self.alone is None:
             return None
-        weights = next(one.weights for one in found.candidates if one.name == found.best)
-        members = [
-            number for number, one in enumerate(self.alone.checkpoints) if one.name in weights
-        ]
+        every = enumerate(self.alone.checkpoints)
+        members = [number for number, one in every if one.name in weights]
         return self.plan_of(soup(SOUP, members)).averages[0]
 
     def run(self, watching: Watching, overwrite: bool) -> Selection:
@@ -185,7 +186,7 @@ class _Job:
         for one in wanted:
             if one.average.name == SOUP:
                 soups.make(one)
-        wanted = _unchanged(wanted, stage, best.name)
+        wanted = _unchanged(wanted, stage, best.name, judge)
         output = self.planned.output
         selection = Selection(
             metric=self.evaluation.metric,
@@ -232,7 +233,9 @@ class _Job:
         return warnings
 
 
-def _unchanged(entrants: Sequence[Entrant], stage: Candidates, best: str) -> list[Entrant]:
+def _unchanged(
+    entrants: Sequence[Entrant], stage: Candidates, best: str, judge: Judge
+) -> list[Entrant]:
     """Return the candidates that are still what was made, and remove what was added to them.
 
     Raises `FailedError` if the best is not among them: another evaluation has changed it.
@@ -243,9 +246,10 @@ def _unchanged(entrants: Sequence[Entrant], stage: Candidates, best: str) -> lis
         without(one.folder, added)
         if not altered:
             kept.append(one)
-        elif one.average.name == best:
-            message = (
-                f"{some(altered, 3)} of {best}, the best candidate, changed after it was made."
-            )
-            raise FailedError(message, code=Code.CHANGED, path=one.folder)
+            continue
+        message = f"{some(altered, 3)} of {one.average.name} changed after it was evaluated"
+        if one.average.name == best:
+            raise FailedError(f"{message}, and it is best.", code=Code.CHANGED, path=one.folder)
+        if judge.value(judge.known(one.fingerprint)) is not None:  # else it was warned of
+            judge.warnings.append(Notice(Code.EVALUATION_WROTE, f"{message}, so it is not kept."))
     return kept
