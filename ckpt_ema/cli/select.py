@@ -105,7 +105,7 @@ class _Shown:
             say(terminal.plan_text(plan, sys.stderr, _MOST_ROWS), "")
         say(*lines.notice_lines(plan, self.quiet))
         if not self.quiet:
-            say(f"evaluating each by: {printable(self._command)}")
+            say(f"evaluating each with: {printable(self._command)}")
 
     def progress(self, done_bytes: int, total_bytes: int) -> None:
         """Show how far a pass over checkpoints has come."""

@@ -90,14 +90,14 @@ class Selection:
         }
 
 
-def brief(name: str, failure: str) -> str:
+def brief(failure: str) -> str:
     """Return why a candidate has no metric, in one line: the reason, and the last line printed.
 
-    >>> brief("a", "exit code 1\\nTraceback:\\nKeyError: 'x'")
-    "a: exit code 1 (KeyError: 'x')"
+    >>> brief("exit code 1\\nTraceback:\\nKeyError: 'x'")
+    "exit code 1 (KeyError: 'x')"
     """
     first, *lines = failure.splitlines()
-    return f"{name}: {first}" + (f" ({lines[-1]})" if lines else "")
+    return f"{first} ({lines[-1]})" if lines else first
 
 
 def ranked(candidates: Sequence[Candidate], metric: str, *, is_minimized: bool) -> list[Candidate]:

@@ -66,8 +66,9 @@ def make_evaluation(
 ) -> Evaluation:
     """Check the options of an evaluation; raises `OptionError` if they make no sense."""
     if not evaluate or not metric:
-        message = "select needs --eval and --metric: --eval 'python evaluate.py {}' --metric loss."
-        raise OptionError(message, code=Code.CONFLICTING_OPTIONS)
+        message = "select needs --eval and --metric."
+        hint = "For example: --eval 'python evaluate.py {}' --metric loss."
+        raise OptionError(message, hint, code=Code.CONFLICTING_OPTIONS)
     if minimize and maximize:
         message = "--minimize and --maximize exclude each other."
         raise OptionError(message, code=Code.CONFLICTING_OPTIONS)
@@ -79,7 +80,7 @@ def make_evaluation(
             hint = f"Add it, as in --eval 'python evaluate.py {PLACE}'."
             raise OptionError(message, hint, code=Code.INVALID_OPTION)
     elif count != 1 or seconds is not None:
-        message = "jobs and timeout apply to commands; a function is called once at a time."
+        message = "jobs and timeout apply to commands; a function evaluates one model at a time."
         raise OptionError(message, code=Code.CONFLICTING_OPTIONS)
     mode = "min" if minimize else "max" if maximize else "auto"
     is_minimized = not higher_is_better(metric, mode, "--minimize or --maximize")
@@ -167,7 +168,7 @@ class Judge:
         """Return the metrics that a command has printed, or why there are none."""
         failure, metrics = "", {}
         if ended.code is None:
-            failure = f"it took longer than --timeout {self._evaluation.timeout_seconds:g} seconds"
+            failure = f"the command timed out after {self._evaluation.timeout_seconds:g} s"
         elif ended.code:
             failure = f"the command {_way_of(ended.code)}"
         else:
@@ -197,7 +198,7 @@ class Judge:
         altered, added = self._stage.changes(trial.fingerprint, trial.folder)
         if added:
             without(trial.folder, added)
-            message = f"Files that the evaluation of {trial.name} wrote next to the model are not"
+            message = f"The evaluation of {trial.name} wrote files next to the model, which are not"
             message = f"{message} kept: {some(added, 3)}."
             self.warnings.append(Notice(Code.EVALUATION_WROTE, message))
         if altered:
@@ -210,7 +211,9 @@ class Judge:
         found = found._replace(metrics=finite)
         self._found[trial.fingerprint] = found
         if found.failure:
-            message = f"No usable {self._evaluation.metric}: {brief(trial.name, found.failure)}."
+            message = (
+                f"{trial.name} has no usable {self._evaluation.metric}: {brief(found.failure)}."
+            )
             self.warnings.append(Notice(Code.EVALUATION_FAILED, message))
         else:
             self._stage.note_evaluated(trial.fingerprint, self._evaluation.by, found)

@@ -211,8 +211,8 @@ class _Job:
         metric, is_minimized = self.evaluation.metric, self.evaluation.is_minimized
         best = ranked(candidates, metric, is_minimized=is_minimized)[0]
         if metric not in best.metrics:
-            why = brief(candidates[0].name, candidates[0].failure)
-            message = f"No candidate has a usable {metric}; {why}."
+            first = candidates[0]
+            message = f"No candidate has a usable {metric}; {first.name}: {brief(first.failure)}."
             raise FailedError(message, code=Code.EVALUATION_FAILED)
         return best
 
@@ -247,9 +247,11 @@ def _unchanged(
         if not altered:
             kept.append(one)
             continue
-        message = f"{some(altered, 3)} of {one.average.name} changed after it was evaluated"
-        if one.average.name == best:
-            raise FailedError(f"{message}, and it is best.", code=Code.CHANGED, path=one.folder)
+        name, files = one.average.name, some(altered, 3)
+        if name == best:
+            message = f"{files} of {name}, the best candidate, changed after its evaluation."
+            raise FailedError(message, code=Code.CHANGED, path=one.folder)
         if judge.value(judge.known(one.fingerprint)) is not None:  # else it was warned of
-            judge.warnings.append(Notice(Code.EVALUATION_WROTE, f"{message}, so it is not kept."))
+            message = f"{files} of {name} changed after its evaluation, so it is not kept."
+            judge.warnings.append(Notice(Code.EVALUATION_WROTE, message))
     return kept
