@@ -211,9 +211,8 @@ class Judge:
         found = found._replace(metrics=finite)
         self._found[trial.fingerprint] = found
         if found.failure:
-            message = (
-                f"{trial.name} has no usable {self._evaluation.metric}: {brief(found.failure)}."
-            )
+            message = f"{trial.name} has no usable {self._evaluation.metric}"
+            message = f"{message}: {brief(found.failure)}."
             self.warnings.append(Notice(Code.EVALUATION_FAILED, message))
         else:
             self._stage.note_evaluated(trial.fingerprint, self._evaluation.by, found)
