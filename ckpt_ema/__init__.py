@@ -21,6 +21,7 @@ __all__ = [
     "inspect",
     "plan",
     "plot",
+    "select",
     "update",
     "verify",
     "watch",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ckpt_ema.planning.decide import plan
     from ckpt_ema.report.figure import plot
     from ckpt_ema.run import average, average_part, finish
+    from ckpt_ema.selection.select import select
     from ckpt_ema.updating import update
     from ckpt_ema.verifying.verify import verify
     from ckpt_ema.watching.watch import watch
@@ -46,6 +48,7 @@ _HOMES = {
     "inspect": "ckpt_ema.measure.inspection",
     "plan": "ckpt_ema.planning.decide",
     "plot": "ckpt_ema.report.figure",
+    "select": "ckpt_ema.selection.select",
     "update": "ckpt_ema.updating",
     "verify": "ckpt_ema.verifying.verify",
     "watch": "ckpt_ema.watching.watch",

@@ -85,6 +85,10 @@ class Code(Enum):
     MISSED = "missed"
     LAUNCH_ENVIRONMENT = "launch-environment"
     RANK_FAILED = "rank-failed"
+    # Evaluations of averages.
+    EVALUATION_FAILED = "evaluation-failed"
+    EVALUATION_WROTE = "evaluation-wrote"
+    SAME_METRIC = "same-metric"
     # Warnings and notes.
     LEFT_OUT = "left-out"
     FEW_CHECKPOINTS = "few-checkpoints"
@@ -194,5 +198,9 @@ def flag(name: str) -> str:
     >>> flag("skip_incomplete"), flag("from_step")
     ('--skip-incomplete', '--from')
     """
-    keywords = {"from_step": "--from", "to_step": "--to"}  # `from` is a keyword of Python
-    return keywords.get(name) or "--" + name.replace("_", "-")
+    taken = {
+        "from_step": "--from",
+        "to_step": "--to",
+        "evaluate": "--eval",
+    }  # names of Python's own
+    return taken.get(name) or "--" + name.replace("_", "-")

@@ -26,9 +26,10 @@ DTYPES = {"same": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SAFETENSORS, CHECKPOINT = "safetensors", "checkpoint"
 
 # Panels of the command line's help, in the order in which they are shown.
+EVALUATION = "Evaluation"
 COMMON, SCHEDULE, CHECKPOINTS = "Most used", "Schedule", "Which checkpoints"
 MODEL, OUTPUT, ENGINE = "Which model in a checkpoint", "Output", "Execution"
-PANELS = (COMMON, SCHEDULE, CHECKPOINTS, MODEL, OUTPUT, ENGINE)
+PANELS = (EVALUATION, COMMON, SCHEDULE, CHECKPOINTS, MODEL, OUTPUT, ENGINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +270,8 @@ class Options(NamedTuple):
         return [(row, getattr(group, row.name)) for group in self for row in group.rows()]
 
 
-class Keywords(TypedDict, total=False):
-    """The keyword arguments of `average`, `plan` and the rest, one for each row.
+class AveragingKeywords(TypedDict, total=False):
+    """The keyword arguments of `select`: those of `average` but for metrics of the trainer.
 
     Values may be texts, as on the command line; None is the default.
     """
@@ -287,9 +288,6 @@ class Keywords(TypedDict, total=False):
     weights: PathLike | Mapping[str, float] | None
     normalize: bool
     last: Counts | None
-    best: Counts | None
-    metric: str | None
-    metric_mode: str
     from_step: int | str | None
     to_step: int | str | None
     steps: str | Sequence[int | StepRange] | int | None
@@ -326,6 +324,14 @@ class Keywords(TypedDict, total=False):
     max_memory: int | str | None
     strict: bool
     sync: bool
+
+
+class Keywords(AveragingKeywords, total=False):
+    """The keyword arguments of `average`, `plan` and the rest, one for each row."""
+
+    best: Counts | None
+    metric: str | None
+    metric_mode: str
 
 
 _GROUPS: tuple[type[Group], ...] = (Weighting, Selection, Reading, Output, Engine)

@@ -141,7 +141,7 @@ def _seconds(given: Any) -> float:
     (90.0, 90.0, 7200.0)
     """
     match = _TIME.fullmatch(str(given).strip())
-    if not match:
+    if not match or not float(match[1]):
         raise ValueError
     return float(match[1]) * _SECONDS_OF[match[2] or "s"]
 
@@ -163,6 +163,7 @@ TEXT = Values(_text, "be a text")
 PATH = Values(_path, "be a path", "PATH")
 OUTPUT = Values(_output, "be a folder or a .safetensors file", "PATH")
 WEIGHTS = Values(lambda one: one if isinstance(one, Mapping) else _path(one), "be a path", "FILE")
+COMMAND = Values(_text, "be a command for the shell", "COMMAND")
 PART = Values(_text, "be a part, such as 3/64", "I/N")
 REGEX = Values(lambda given: re.compile(_text(given)).pattern, "be a regular expression", "REGEX")
 GLOBS = Values(_names, "be a list of globs", "GLOB")
@@ -183,7 +184,7 @@ SIZE = Values(_size, "be a size, such as 64MiB", "SIZE")
 TILE = Values(
     lambda given: _size(given, _MOST_TILE_BYTES), "be a size of at most 2GiB, such as 4MiB", "SIZE"
 )
-TIME = Values(_seconds, "be a time, such as 30s, 10min or 2h", "TIME")
+TIME = Values(_seconds, "be a time above 0, such as 30s, 10min or 2h", "TIME")
 SHARE = Values(_share, "be a share, such as 1% or 0.5", "SHARE")
 ACCUMULATE = choice("float64", "float32")._replace(metavar="DTYPE")
 FORM, ORDER = choice("auto", "single", "sharded", "adapter"), choice("auto", "metadata", "name")

@@ -1,7 +1,8 @@
 """Train a small language model, average its checkpoints, and compare the two on held-out text.
 
 Needs nothing but Python: the text is the source of Python's own standard library.
-Everything it makes is in `.demo/`; remove that folder to train again.
+Everything it makes is in `.demo/`; remove that folder to train again. With a folder as argument, it
+prints the held-out loss of the model there, for `ckpt-ema select`.
 """
 
 from __future__ import annotations
@@ -213,6 +214,9 @@ def main() -> int:
     # So small a model gains little from more, and waits for them wherever the cores are shared.
     torch.set_num_threads(1)
     settings = Settings()
+    if sys.argv[1:]:
+        print(json.dumps({"loss": round(held_out_loss(Path(sys.argv[1]), settings), 4)}))
+        return 0
     train_unless_done(settings)
     averaged_folder = average()
     last_step = settings.checkpoints * settings.save_every

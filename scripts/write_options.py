@@ -7,7 +7,8 @@ from itertools import groupby
 
 from ckpt_ema.cli.average import average
 from ckpt_ema.cli.options import rows_of
-from ckpt_ema.options import CHECKPOINTS, COMMON, ENGINE, MODEL, OUTPUT, SCHEDULE, Row
+from ckpt_ema.cli.select import select
+from ckpt_ema.options import CHECKPOINTS, COMMON, ENGINE, EVALUATION, MODEL, OUTPUT, SCHEDULE, Row
 from ckpt_ema.schedules.rules import OPTIONS, SYNONYMS
 from ckpt_ema.values import FLAG
 
@@ -39,6 +40,8 @@ _ABOUT = {
     " Everything else goes to stderr. Warnings and errors are shown with `--quiet` too.",
     ENGINE: "None of these changes the output but `--accumulate`, and `--device` where a device has"
     " no float64.",
+    EVALUATION: "Of `ckpt-ema select`, which takes the options above too, but for `--best`,"
+    " `--metric-mode`, `--plot`, `--part` and `--resume`; see [Selecting](select.md).",
 }
 
 
@@ -57,7 +60,8 @@ def _line(row: Row) -> str:
 def main() -> None:
     """Print the page."""
     parts = [_INTRODUCTION]
-    for panel, rows in groupby(rows_of(average), key=lambda row: row.panel):
+    own = [row for row in rows_of(select) if row.panel == EVALUATION]
+    for panel, rows in groupby([*rows_of(average), *own], key=lambda row: row.panel):
         head = ["| Option | Value | Default | Effect |", "|---|---|---|---|"]
         parts.append("\n".join([f"## {panel}\n", f"{_ABOUT[panel]}\n", *head, *map(_line, rows)]))
     print("\n\n".join(parts))

@@ -178,7 +178,7 @@ def test_a_plan_is_explained_entry_by_entry_and_pattern_by_pattern(run: Path) ->
         assert entry["rule"] in explained.stdout
 
 
-@pytest.mark.parametrize("command", ["average", "plan", "finish", "formats"])
+@pytest.mark.parametrize("command", ["average", "plan", "select", "finish", "formats"])
 def test_help_fits_80_lines_with_examples_before_options(command: str) -> None:
     lines = ckpt_ema(command, "--help").stdout.splitlines()
     assert len(lines) <= 80

@@ -4,6 +4,7 @@ import ast
 import doctest
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -96,6 +97,27 @@ def test_the_page_on_verifying_shows_what_is_printed(
     assert (done.returncode, done.stderr) == (1, damaged)
 
 
+def test_the_page_on_selecting_shows_what_select_prints(make_run: MakeRun, tmp_path: Path) -> None:
+    """With the losses that the page shows, which are those of the demo."""
+    run = make_run(series(20, w=noise(20, 4)), range(50, 1001, 50))
+    page = (ROOT / "docs" / "select.md").read_text()
+    block = page.split("```console\n$ ckpt-ema ")[1].split("```")[0]
+    words, shown = shlex.split(block.split("...\n")[0].replace("\\\n", "")), block.split("...\n")[1]
+    losses = re.findall(r"^(\S+): loss (\S+)", shown, re.MULTILINE)
+    assert len(losses) == 5
+    cases = "".join(f"{name}) echo loss={loss};;" for name, loss in losses)
+    words[words.index("--eval") + 1] = f"case $CKPT_EMA_CANDIDATE in {cases} esac # {{}}"
+    words[words.index(".demo/run")] = str(run)
+    done = ckpt_ema(*words, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "selected\n"), done.stderr
+    printed = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
+    printed = printed[-len(shown.splitlines()) :]
+    seconds = re.compile(r" in \S+ s$")
+    assert [seconds.sub("", line) for line in printed] == [
+        seconds.sub("", line) for line in shown.splitlines()
+    ]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_in_python_are_true(
     page: Path, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -119,7 +141,7 @@ def test_every_option_that_a_page_names_exists() -> None:
     known = {"--array", "--inplace", "--nproc-per-node", "--wrap"}  # of other programs
     known |= {"--version", "--verbose"}  # of no command
     commands = ("average", "plan", "inspect", "compare", "finish", "formats")
-    for command in (*commands, "update", "watch", "verify"):
+    for command in (*commands, "update", "watch", "verify", "select"):
         known |= options_of_command(command)
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', script.read_text()))

@@ -17,11 +17,11 @@ from tests.makers.fake_hub import fake_hub
 FOLDER = Path(__file__).parent.parent / "docs" / "schema"
 SCHEMAS = {
     name: json.loads((FOLDER / f"{name}.schema.json").read_text())
-    for name in ("plan", "manifest", "inspection", "comparison")
+    for name in ("plan", "manifest", "inspection", "comparison", "selection")
 }
 
 # Fields whose own fields are names that users choose.
-OPEN = {"options"}
+OPEN = {"options", "metrics", "weights"}
 
 
 def closed(schema: Any, name: str = "") -> Any:
@@ -124,6 +124,18 @@ def test_inspections_and_comparisons_follow_their_schemas(plain: Path) -> None:
     check("inspection", json.loads(ckpt_ema(*words, "--json").stdout))
     for one, other in ((f"{plain}@100", f"{plain}@200"), (plain.parent / "nan", f"{plain}@100")):
         check("comparison", json.loads(ckpt_ema("compare", one, other, "--json").stdout))
+
+
+def test_selections_and_their_manifests_follow_the_schemas(plain: Path) -> None:
+    options = ("--last", "2,3", "--greedy", "--metric", "size", "--minimize", "--json")
+    command = "case $CKPT_EMA_CANDIDATE in *2) exit 1;; *) echo size=1;; esac # {}"
+    done = ckpt_ema("select", plain, "--eval", command, *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    check("selection", found)
+    assert found["warnings"]
+    assert found["greedy"]
+    check("manifest", json.loads(Path(found["output"], "ckpt_ema.json").read_text()))
 
 
 def test_warnings_and_notes_have_codes(plain: Path) -> None:

@@ -65,7 +65,7 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 LAYERS = (
     *("errors", "notices", "trainers", "storage", "schedules", "values", "options"),
     *("containers", "find", "targets", "planning", "fold", "measure", "output", "report"),
-    *("place", "rendezvous", "ranks", "execute", "run"),
+    *("place", "rendezvous", "ranks", "execute", "run", "selection"),
     *("updating", "watching", "verifying", "cli", "__main__"),
 )
 
@@ -135,7 +135,7 @@ PURE = {
     *("os.path.join", "os.path.split", "os.path.basename", "os.path.dirname", "os.path.normpath"),
     *("os.path.relpath", "os.path.commonpath", "os.path.commonprefix", "os.path.abspath"),
     *("os.cpu_count", "os.sched_getaffinity", "os.terminal_size", "os.get_terminal_size"),
-    "os.strerror",
+    *("os.strerror", "os.killpg"),
 }
 OF_THE_DISK = {
     *("exists", "is_dir", "is_file", "is_symlink", "is_fifo", "stat", "lstat", "iterdir", "glob"),

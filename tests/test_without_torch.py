@@ -158,6 +158,25 @@ def test_averaging_imports_neither_torch_nor_numpy(run: Path, tmp_path: Path) ->
     assert "safetensors.torch" not in imported
 
 
+# An evaluation that finds constant-0.5 best.
+SELECTING = ("--metric", "loss", "--greedy", "--eval")
+BY_NAME = "test $CKPT_EMA_CANDIDATE = constant-0.5 && echo loss=1 || echo loss=2 # {}"
+
+
+def test_a_selection_is_made_from_every_container(run: Path, tmp_path: Path) -> None:
+    words = ("select", run, "-o", tmp_path / "out", *CONSTANT, "0.25,0.5", *SELECTING, BY_NAME)
+    assert average(*words) == f"{tmp_path}/out\n"
+    assert read(tmp_path / "out") == expected(HALF)
+
+
+def test_a_selection_imports_neither_torch_nor_numpy(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", by_hand.write_model)
+    imported = imported_by("select", run, *SELECTING, BY_NAME)
+    assert "ckpt_ema.selection.soups" in imported
+    homes = {name.partition(".")[0] for name in imported}
+    assert not homes & {"torch", "numpy", "pydantic", "rich", "asyncio"}
+
+
 def test_a_tensor_in_more_files_than_may_be_open(tmp_path: Path) -> None:
     count = 300  # elements in 100 rows, each in a file of its own
     run = make_run(tmp_path / "run", partial(by_hand.write_dcp, ranks=100), count)

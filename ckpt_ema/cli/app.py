@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ckpt_ema import __version__
-from ckpt_ema.cli import average, compare, exits, inspect, update, verify, watch
+from ckpt_ema.cli import average, compare, exits, inspect, select, update, verify, watch
 from ckpt_ema.cli.exits import say, show
 from ckpt_ema.cli.help import Command
 from ckpt_ema.cli.options import RunArgument, takes_options
@@ -43,6 +43,7 @@ app.command(cls=Command, epilog=average.EXAMPLES)(average.average)
 app.command(cls=Command, epilog=update.EXAMPLES)(update.update)
 app.command(cls=Command, epilog=watch.EXAMPLES)(watch.watch)
 app.command(cls=Command, epilog=verify.EXAMPLES)(verify.verify)
+app.command(cls=Command, epilog=select.EXAMPLES)(select.select)
 
 
 @app.command(cls=Command, epilog=_PLAN_EXAMPLES)

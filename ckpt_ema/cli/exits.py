@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -134,14 +134,22 @@ def print_result(result: "Result", *, quiet: bool, as_json: bool) -> None:
     if plan and summary:
         with contextlib.suppress(OSError), Path(summary).open("a", encoding="utf-8") as page:
             page.write("\n".join(table.summary_lines(plan)) + "\n")
+    text = ""
+    if as_json:
+        one, *more = result.manifests
+        text = json.dumps([one, *more] if more else one, indent=2)
+    print_paths(result.outputs, text, result.output)
+
+
+def print_paths(paths: Sequence[Path], as_json: str, complete: Path) -> None:
+    """Print the paths of outputs, or JSON instead; an error says that `complete` is there."""
     try:
         if as_json:
-            one, *more = result.manifests
-            typer.echo(json.dumps([one, *more] if more else one, indent=2))
-        for output in () if as_json else result.outputs:
-            typer.echo(os.fsencode(output))  # a terminal may lack letters of a path, not its bytes
+            typer.echo(as_json)
+        for path in () if as_json else paths:
+            typer.echo(os.fsencode(path))  # a terminal may lack letters of a path, not its bytes
     except OSError as error:
-        raise unwritten(error, f"; {result.output} is complete") from error
+        raise unwritten(error, f"; {complete} is complete") from error
 
 
 def leave(code: int) -> NoReturn:

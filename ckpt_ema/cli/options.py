@@ -11,8 +11,30 @@ from typing import Annotated, Any
 import typer
 
 from ckpt_ema.errors import flag
-from ckpt_ema.options import COMMON, ENGINE, OF_ONE, OUTPUT, PANELS, WRITING, Row, table
-from ckpt_ema.values import COUNT, ENTRIES, FLAG, GLOBS, PART, PATH, SHARE, STEP, TEXT, TIME
+from ckpt_ema.options import (
+    COMMON,
+    ENGINE,
+    EVALUATION,
+    OF_ONE,
+    OUTPUT,
+    PANELS,
+    WRITING,
+    Row,
+    table,
+)
+from ckpt_ema.values import (
+    COMMAND,
+    COUNT,
+    ENTRIES,
+    FLAG,
+    GLOBS,
+    PART,
+    PATH,
+    SHARE,
+    STEP,
+    TEXT,
+    TIME,
+)
 
 # Those of commands alone; a command takes those that its signature names.
 OWN = (
@@ -30,6 +52,14 @@ OWN = (
     Row("on_publish", TEXT, "command to run with the path ({}) after publishing", COMMON),
     Row("sample", SHARE, "fold only a random share of the tiles again, such as 1%", COMMON),
     Row("exit_code", FLAG, "exit with 1 if A and B differ", OUTPUT, False),
+    Row("evaluate", COMMAND, "evaluate each average; {} stands for its path", EVALUATION),
+    Row("metric", TEXT, "metric that the command prints, such as loss", EVALUATION),
+    Row("minimize", FLAG, "lower is better; default: by the metric's name", EVALUATION, False),
+    Row("maximize", FLAG, "higher is better; default: by the metric's name", EVALUATION, False),
+    Row("greedy", FLAG, "add a greedy soup of the checkpoints", EVALUATION, False),
+    Row("jobs", COUNT, "evaluations at a time; default: 1", EVALUATION),
+    Row("timeout", TIME, "end an evaluation that takes longer", EVALUATION),
+    Row("keep_all", FLAG, "keep every candidate, each in its folder", EVALUATION, False),
     Row("json", FLAG, "print JSON on stdout", OUTPUT, False),
     Row("markdown", FLAG, "print a table in Markdown", OUTPUT, False),
     Row("quiet", FLAG, "hide notes and progress", OUTPUT, False, short="-q"),
@@ -40,11 +70,13 @@ RunArgument = Annotated[
 ]
 
 
+_OF_TRAINERS = {"best", "metric", "metric_mode"}
 # Rows of the table that reach a command together, by the keyword that has them.
 _HELD: Mapping[str, Callable[[str], bool]] = {
     "options": lambda _: True,
     "inputs": lambda name: name not in WRITING,  # for who makes no average
     "reading": OF_ONE.__contains__,
+    "averaging": lambda name: name not in _OF_TRAINERS,  # for evaluations, with a metric of theirs
     "": lambda _: False,
 }
 
@@ -53,14 +85,14 @@ def rows_of(command: Callable[..., None]) -> list[Row]:
     """Return the rows that a command's keywords name, by panel; see `_HELD`."""
     parameters = inspect.signature(inspect.unwrap(command)).parameters
     names = {name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY}
-    held = _HELD[_holder(names)]
-    rows = [row for row in table() if row.name in names or held(row.name)]
-    rows += [row for row in OWN if row.name in names]
+    held, own = _HELD[_holder(names)], [row for row in OWN if row.name in names]
+    shared = [row for row in table() if row.name in names or held(row.name)]
+    rows = [row for row in shared if row.name not in {one.name for one in own}] + own
     return sorted(rows, key=lambda row: PANELS.index(row.panel))
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Declare the rows of a command to Typer; those of the table reach it as `options`."""
+    """Declare the rows of a command to Typer; those of the table reach it under one name."""
     parameters = inspect.signature(command).parameters
     holder = _holder(parameters)
 

@@ -175,8 +175,12 @@ def _metric_values(
     return [value for value in values if value is not None]
 
 
-def higher_is_better(metric: str, mode: str) -> bool:
+def higher_is_better(
+    metric: str, mode: str, options: str = "--metric-mode max or --metric-mode min"
+) -> bool:
     """Return whether higher is better, by `mode` ("min", "max") or, for "auto", by the name.
+
+    `options` names those that decide, for the error if neither does.
 
     >>> higher_is_better("eval_loss", "auto"), higher_is_better("val/top1", "auto")
     (False, True)
@@ -188,7 +192,7 @@ def higher_is_better(metric: str, mode: str) -> bool:
     higher = any(_HIGHER_IS_BETTER.match(word) for word in words)
     if lower == higher:
         text = f"cannot tell from its name whether a high or a low {metric} is better."
-        hint = "Add --metric-mode max or --metric-mode min."
+        hint = f"Add {options}."
         raise OptionError(text, hint, code=Code.CONFLICTING_OPTIONS)
     return higher
 

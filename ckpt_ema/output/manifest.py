@@ -184,13 +184,14 @@ def _describe_tensors(average: Average) -> list[dict[str, Any]]:
 
 def is_up_to_date(plan: Plan) -> bool:
     """Return whether the averages of a plan are at the output path already, every file whole."""
-    if not all(_is_up_to_date(average.output) for average in plan.averages):
+    if not all(is_made(average.output) for average in plan.averages):
         return False
     folders = {average.output.path for average in plan.averages} - {plan.output}
     return not folders or {path.name for path in folders} == set(os.listdir(plan.output))
 
 
-def _is_up_to_date(output: Output) -> bool:
+def is_made(output: Output) -> bool:
+    """Return whether an output is at its path already, every file whole."""
     if read_manifest(output.path).get("fingerprint") != output.fingerprint:
         return False
     if output.is_single_file:

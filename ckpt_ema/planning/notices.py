@@ -22,7 +22,7 @@ from ckpt_ema.planning.roles import Reason, Ruling, distinct
 from ckpt_ema.planning.same_model import Compared
 from ckpt_ema.schedules import dynamic
 from ckpt_ema.schedules.by_step import sigma_rel_of
-from ckpt_ema.schedules.rules import EXPLICIT, short
+from ckpt_ema.schedules.rules import ALONE, EXPLICIT, short
 from ckpt_ema.trainers import conventions
 
 # How much longer than usual a gap may be.
@@ -180,6 +180,8 @@ def _cap(average: Average) -> Iterator[Notice]:
 def _uneven(average: Average, names: Sequence[str]) -> Iterator[Notice]:
     """Warn of nearly all weight on one checkpoint, and of gaps that the weights disregard."""
     weights = average.weights
+    if average.rule.schedule == ALONE:
+        return
     if len(weights) == 1:
         yield Notice(Code.FEW_CHECKPOINTS, "Only one checkpoint, so the average equals it.")
     elif average.rule.schedule != EXPLICIT:

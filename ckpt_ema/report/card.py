@@ -14,6 +14,7 @@ from ckpt_ema.find.entries import json_object
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.report.table import markdown_lines
+from ckpt_ema.schedules.rules import ALONE
 from ckpt_ema.trainers.conventions import CARD_NAME
 
 TAGS = ("weight-averaging", "ckpt-ema")
@@ -27,10 +28,13 @@ _TAGS = re.compile(
 )
 
 
-def card(plan: Plan, average: Average, command: str | None, picture: str | None) -> str:
+def card(
+    plan: Plan, average: Average, command: str | None, picture: str | None, evaluation: str = ""
+) -> str:
     """Return the card of one average, in Markdown.
 
-    `command` is the command that made it, if any; `picture` names a file in the same folder.
+    `command` is the command that made it, if any; `picture` names a file in the same folder;
+    `evaluation` is what was measured, in Markdown.
     """
     statistics, unit = average.statistics, average.unit
     run = Path(plan.run).name or plan.run
@@ -43,8 +47,7 @@ def card(plan: Plan, average: Average, command: str | None, picture: str | None)
 
 # {title}
 
-Weighted average of {len(average.members)} checkpoints of `{printable(run)}`, made with ckpt-ema, \
-without further training.
+{_made_of(average)} of `{printable(run)}`, made with ckpt-ema, without further training.
 
 - weights: {average.text}
 - effective number of checkpoints: {statistics.effective_number:.1f}
@@ -52,8 +55,14 @@ without further training.
 
 {drawn}{table}
 
-{called}See `ckpt_ema.json` for the full record.
+{evaluation}{called}See `ckpt_ema.json` for the full record.
 """
+
+
+def _made_of(average: Average) -> str:
+    if average.rule.schedule == ALONE:
+        return "Copy of one checkpoint"
+    return f"Weighted average of {len(average.members)} checkpoints"
 
 
 def front_matter(original: str) -> str:

@@ -24,6 +24,10 @@ class ByteProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the bar, if there is one."""
         if self._bar is not None:
             self._bar.close()
 

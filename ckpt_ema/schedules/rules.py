@@ -14,6 +14,7 @@ from ckpt_ema.schedules.schedule import Schedule, Steps
 
 DEFAULT = "dynamic"  # the schedule where options select none
 EXPLICIT = "weights"  # the schedule whose weights a file gives
+ALONE = "alone"  # one checkpoint, to compare averages with
 
 # Other names that people know.
 SYNONYMS = {"ema": "dynamic", "swa": "uniform", "lawa": "uniform", "karras": "power"}
@@ -23,6 +24,7 @@ ALL = {
     **by_checkpoint.SCHEDULES,
     **by_step.SCHEDULES,
     EXPLICIT: Schedule(None, "explicit weights", is_implied=True, extends=False),
+    ALONE: Schedule(None, "no averaging", is_implied=True, extends=False),
 }
 # Those that --schedule may name.
 SCHEDULES = {name: schedule for name, schedule in ALL.items() if not schedule.is_implied}

@@ -1,0 +1,1 @@
+"""Selecting among averages by evaluating each of them."""
