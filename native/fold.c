@@ -304,9 +304,9 @@ struct measuring {
     const double *weight;         /* of each, in the average */
     int64_t members;              /* checkpoints in the Gram matrix */
     const int64_t *member;
-    int64_t strip, every;         /* number of the first strip; one of `every` is sampled */
-    double *value;                /* memory of a strip: checkpoints x STRIP */
-    double *average, *step;       /* STRIP each */
+    int64_t strip, every;   /* number of the first strip; one of `every` is sampled */
+    double *value;          /* memory of a strip: checkpoints x STRIP */
+    double *average, *step; /* STRIP each */
     /* checkpoints x SUMS, the lower triangle of the Gram matrix, elements sampled */
     double *sum;
 };
@@ -317,14 +317,12 @@ INLINE double sum_of(const double *lane) {
 }
 
 /* A difference that is NaN counts as 0 where there may be gaps. */
-INLINE double known(double value, int has_gaps) {
-    return has_gaps && value != value ? 0.0 : value;
-}
+INLINE double known(double value, int has_gaps) { return has_gaps && value != value ? 0.0 : value; }
 
 /* The sums of one checkpoint over a strip; `step` has the differences one checkpoint earlier. */
 INLINE void measure_one(const double *restrict value, const double *restrict before,
-                        const double *restrict average, double *restrict step,
-                        double *restrict sum, int has_gaps) {
+                        const double *restrict average, double *restrict step, double *restrict sum,
+                        int has_gaps) {
     double squares[LANES] = {0}, change[LANES] = {0}, turn[LANES] = {0}, away[LANES] = {0};
     double zeros[LANES] = {0}, largest[LANES] = {0};
     for (int i = 0; i < STRIP; i += LANES)
