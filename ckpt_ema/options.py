@@ -271,7 +271,7 @@ class Options(NamedTuple):
 
 
 class AveragingKeywords(TypedDict, total=False):
-    """The keyword arguments of `select`: those of `average` but for metrics of the trainer.
+    """The keyword arguments of `select`: those of `average` that it takes.
 
     Values may be texts, as on the command line; None is the default.
     """
@@ -316,7 +316,6 @@ class AveragingKeywords(TypedDict, total=False):
     save_as: str | None
     config_from: PathLike | None
     card: bool
-    keep_state: bool
     device: str
     threads: int | str | None
     accumulate: str
@@ -332,6 +331,7 @@ class Keywords(AveragingKeywords, total=False):
     best: Counts | None
     metric: str | None
     metric_mode: str
+    keep_state: bool
 
 
 _GROUPS: tuple[type[Group], ...] = (Weighting, Selection, Reading, Output, Engine)

@@ -38,9 +38,7 @@ def average(
 
     Every option can be set by an environment variable, CKPT_EMA_DECAY and so on.
     """
-    from ckpt_ema.report.progress import ByteProgress
-
-    running = Running(quiet, ByteProgress(quiet))
+    running = Running(quiet)
     files = {"plot": plot, "report": report}
     keywords = {**options, **files, "overwrite": overwrite, "resume": resume}
     with exits.errors_reported(lambda: running.left(resume)):

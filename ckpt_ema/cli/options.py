@@ -70,13 +70,13 @@ RunArgument = Annotated[
 ]
 
 
-_OF_TRAINERS = {"best", "metric", "metric_mode"}
+_NOT_SELECTED = {"best", "metric", "metric_mode", "keep_state"}
 # Rows of the table that reach a command together, by the keyword that has them.
 _HELD: Mapping[str, Callable[[str], bool]] = {
     "options": lambda _: True,
     "inputs": lambda name: name not in WRITING,  # for who makes no average
     "reading": OF_ONE.__contains__,
-    "averaging": lambda name: name not in _OF_TRAINERS,  # for evaluations, with a metric of theirs
+    "averaging": lambda name: name not in _NOT_SELECTED,  # for who evaluates averages
     "": lambda _: False,
 }
 

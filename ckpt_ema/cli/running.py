@@ -14,7 +14,6 @@ from ckpt_ema.cli.options import variable
 if TYPE_CHECKING:
     from ckpt_ema.output.manifest import Result
     from ckpt_ema.planning.plan import Plan
-    from ckpt_ema.report.progress import ByteProgress
 
 _MOST_ROWS = 24  # of the table of checkpoints; `ckpt-ema plan` shows more
 
@@ -22,23 +21,25 @@ _MOST_ROWS = 24  # of the table of checkpoints; `ckpt-ema plan` shows more
 class Running:
     """One call, with what it has planned."""
 
-    def __init__(self, quiet: bool, progress: "ByteProgress") -> None:
+    def __init__(self, quiet: bool) -> None:
         self.plans: list[Plan] = []  # the plan, once execution has started
-        self._quiet, self._progress = quiet, progress
+        self._quiet = quiet
 
     def result(self, call: "Callable[..., Result]", keywords: dict[str, Any]) -> "Result":
         """Return what a call returns, also where a signal arrives after publication."""
+        from ckpt_ema.report.progress import ByteProgress
         from ckpt_ema.run import up_to_date, write_report
 
         command = command_line()
-        shown = {
-            "command": command,
-            "started": self._started,
-            "progress": exits.ticking(self._show),
-        }
+        shown = {"command": command, "started": self._started}
         try:
-            with self._progress:
-                return call(**keywords, **shown)
+            with ByteProgress(self._quiet) as progress:
+
+                def show(done_bytes: int, total_bytes: int) -> None:
+                    if self.plans:  # of the ranks of a launch, only the first shows them
+                        progress(done_bytes, total_bytes)
+
+                return call(**keywords, **shown, progress=exits.ticking(show))
         except exits.SignalError:
             made = up_to_date(self.plans[0]) if self.plans else None
             if not made:
@@ -62,10 +63,6 @@ class Running:
         if not self._quiet:
             say(terminal.plan_text(plan, sys.stderr, _MOST_ROWS), "")
         say(*lines.notice_lines(plan, self._quiet))
-
-    def _show(self, done_bytes: int, total_bytes: int) -> None:
-        if self.plans:  # of the ranks of a launch, only the first shows them
-            self._progress(done_bytes, total_bytes)
 
 
 def command_line() -> str:

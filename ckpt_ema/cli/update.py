@@ -37,10 +37,9 @@ def update(
     given.
     """
     with exits.errors_reported():
-        from ckpt_ema.report.progress import ByteProgress
         from ckpt_ema.updating import update as update_output
 
-        running = Running(quiet, ByteProgress(quiet))
+        running = Running(quiet)
         engine = {"device": device, "threads": threads, "tile_size": tile_size}
         keywords: dict[str, Any] = {
             **engine,
