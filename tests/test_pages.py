@@ -9,6 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckpt_ema.errors import Code
+from ckpt_ema.notices import Notice
+from ckpt_ema.output.selected import Candidate, SoupStep
 from ckpt_ema.report.figure_style import COLOURS
 from ckpt_ema.report.pages import axis, blocks
 from ckpt_ema.report.pages.blocks import Table
@@ -18,10 +21,9 @@ from ckpt_ema.report.pages.inspection import inspection_page
 from ckpt_ema.report.pages.selection import selection_page
 from tests.makers.pages import (
     HOSTILE,
-    MadeUpCandidate,
-    MadeUpSelection,
     made_up_inspection,
     made_up_selection,
+    selection_of,
 )
 from tests.makers.parsed_page import ParsedPage, check_harmless
 
@@ -279,9 +281,20 @@ def test_a_selection_has_every_candidate_and_marks_the_best() -> None:
     assert "ckpt-ema select runs/" in parsed.text
 
 
+def test_a_selection_shows_the_steps_of_its_soup_and_warnings() -> None:
+    steps = (SoupStep(HOSTILE, 1.9, None, True), SoupStep("checkpoint-500", 2.0, 1.95, False))
+    warnings = (Notice(Code.ZEROS, f"{HOSTILE} has zeros."),)
+    selection = replace(made_up_selection(2), steps=steps, warnings=warnings)
+    parsed = check_harmless(selection_page(selection))
+    assert [SHOWN, "1.9", "-", "kept"] in parsed.tables[-1]
+    assert ["checkpoint-500", "2.0", "1.95", "not kept"] in parsed.tables[-1]
+    assert f"{SHOWN} has zeros." in parsed.text
+
+
 def test_a_selection_without_failures_has_no_box_and_can_be_of_one() -> None:
-    one = MadeUpCandidate("uniform", {"accuracy": 0.75}, {"checkpoint-1": 1.0})
-    parsed = ParsedPage(selection_page(MadeUpSelection("accuracy", False, "uniform", (one,))))
+    one = Candidate("uniform", "", {"checkpoint-1": 1.0}, {"accuracy": 0.75})
+    parsed = ParsedPage(selection_page(selection_of("accuracy", False, "uniform", [one])))
+    assert "Averaging does not help here." in parsed.text
     assert "The best of 1 candidate by accuracy (higher is better): 0.75." in parsed.text
     assert not [one for one in parsed.attributes("div") if one.get("class") == "alert"]
     assert "Repeat it" not in parsed.text

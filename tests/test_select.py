@@ -855,3 +855,26 @@ def test_checkpoints_of_the_same_name_are_told_apart(make_run: MakeRun) -> None:
     assert list(found.candidates[0].weights) == ["of-1", "of-2", "of-4", "of-8"]
     assert found.candidates[1].weights == {"of-2": 0.5, "of-4": 0.5}
     assert (found.best, mean_of(found.path)) == (SOUP, 3)
+
+
+def test_report_writes_a_page_of_the_candidates(run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    words = (
+        "select",
+        run,
+        "--eval",
+        "echo size=1 # {}",
+        "--metric",
+        "size",
+        "--minimize",
+        "--report",
+    )
+    inside = command(*words, run / "report.html")
+    assert inside.returncode == 2
+    assert not (tmp_path / "run-ema").exists()
+    done = command(*words, page)
+    assert done.returncode == 0, done.stderr
+    assert "last-checkpoint" in page.read_text()
+    page.unlink()
+    assert command(*words, page).returncode == 0  # up to date
+    assert page.exists()

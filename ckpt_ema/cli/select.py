@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 ckpt-ema select runs/ --last 4,8 --eval 'python eval.py {}' --metric loss
-ckpt-ema select runs/ --greedy --eval './eval.sh {}' --metric results.acc
 """
 _MOST_ROWS = 24  # of the table of checkpoints
 
@@ -37,6 +36,7 @@ def select(
     jobs: str | None,
     timeout: str | None,
     keep_all: bool,
+    report: str | None,
     overwrite: bool,
     json: bool,
     quiet: bool,
@@ -54,23 +54,24 @@ def select(
         "keep_all": keep_all,
         "overwrite": overwrite,
     }
-    _select(run, keywords, _Shown(evaluate or "", metric or "", quiet), json)
+    _select(run, keywords, _Shown(evaluate or "", metric or "", quiet, report), json)
 
 
 def _select(run: list[str], keywords: dict[str, Any], shown: "_Shown", as_json: bool) -> None:
     with exits.errors_reported(shown.left), closing(shown):
         from ckpt_ema.selection.select import select as select_best
 
+        command = command_line()
         selection = select_best(
             run,
-            command=command_line(),
+            command=command,
             progress=shown.progress,
             started=shown.started,
             evaluated=shown.evaluated,
             publishing=exits.ignore_signals,
             **keywords,
         )
-        shown.result(selection)
+        shown.result(selection, command)
         text = json_format.dumps(selection.described(), indent=2) if as_json else ""
         exits.print_paths([selection.path], text, selection.path)
 
@@ -78,8 +79,8 @@ def _select(run: list[str], keywords: dict[str, Any], shown: "_Shown", as_json: 
 class _Shown:
     """What is printed on stderr."""
 
-    def __init__(self, command: str, metric: str, quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, command: str, metric: str, quiet: bool, report: str | None) -> None:
+        self.quiet, self._report = quiet, report
         self._command, self._metric = command, metric
         self._plans: list[Plan] = []  # the plan, once averages are made
         self._bar: ByteProgress | None = None  # of the pass over the checkpoints
@@ -102,6 +103,10 @@ class _Shown:
         """Show the averages."""
         from ckpt_ema.report import lines, terminal
 
+        if self._report:
+            from ckpt_ema.report.pages.report import check_report
+
+            check_report(self._report, [plan.output, *plan.input_paths])
         self._plans.append(plan)
         if not self.quiet:
             say(terminal.plan_text(plan, sys.stderr, _MOST_ROWS), "")
@@ -130,8 +135,8 @@ class _Shown:
             value = number(found.metrics[self._metric])
             say(f"{printable(name)}: {self._metric} {value} in {found.seconds:.1f} s")
 
-    def result(self, selection: "Selection") -> None:
-        """Show warnings, the table and what is best."""
+    def result(self, selection: "Selection", command: str) -> None:
+        """Show warnings, the table and what is best, and write the page if one is wanted."""
         from ckpt_ema.report import lines
         from ckpt_ema.report.selection import result_line, table_lines
 
@@ -140,3 +145,10 @@ class _Shown:
         say(*lines.warning_lines(selection.warnings[len(known) :]))
         if not self.quiet:
             say("\n".join(["", *table_lines(selection), ""]), result_line(selection))
+        if self._report:
+            from ckpt_ema.report.pages.report import check_report, write_report
+            from ckpt_ema.report.pages.selection import selection_page
+
+            check_report(self._report, [selection.output])
+            page, done = selection_page(selection, command), f"{selection.path} is complete"
+            write_report(self._report, page, done)

@@ -1,14 +1,14 @@
 """Made-up inspections and selections, as other commands hand them to their pages."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt_ema.errors import Code
 from ckpt_ema.measure.inspection import InspectedCheckpoint, Inspection
 from ckpt_ema.measure.outliers import Reason
 from ckpt_ema.notices import Notice
+from ckpt_ema.output.selected import Candidate, Selection
 
 HOSTILE = "<script>alert(1)</script>&\"'\u202e\x1b[31m"  # no name is safe
 
@@ -57,35 +57,24 @@ def made_up_inspection(count: int) -> Inspection:
     )
 
 
-@dataclass(frozen=True)
-class MadeUpCandidate:
-    """An average that was evaluated, or whose evaluation failed."""
-
-    name: str
-    metrics: Mapping[str, float]
-    weights: Mapping[str, float]
-    failure: str = ""
-
-
-@dataclass(frozen=True)
-class MadeUpSelection:
-    """Averages that were evaluated."""
-
-    metric: str
-    is_minimized: bool
-    best: str
-    candidates: tuple[MadeUpCandidate, ...]
+def selection_of(
+    metric: str, is_minimized: bool, best: str, candidates: Sequence[Candidate]
+) -> Selection:
+    """Candidates, with what their page does not show made up."""
+    output = Path("selected")
+    command = "python eval.py {}"
+    return Selection(metric, is_minimized, command, best, output, output, tuple(candidates))
 
 
-def made_up_selection(count: int) -> MadeUpSelection:
+def made_up_selection(count: int) -> Selection:
     """Half-lives with a best one in the middle, one that failed, and a greedy soup."""
     names = [f"checkpoint-{500 * (n + 1)}" for n in range(8)]
     found = []
     for n in range(count):
         losses = {"eval_loss": 1.86 + 0.001 * (n - count // 2) ** 2, "accuracy": 0.5}
         weights = dict(zip(names, (1 / len(names) for _ in names), strict=True))
-        found.append(MadeUpCandidate(f"half-life-{100 * (n + 1)}", losses, weights))
-    failed = MadeUpCandidate(HOSTILE, {}, {names[-1]: 1.0}, f"the command failed: {HOSTILE}")
-    soup = MadeUpCandidate("soup", {"eval_loss": 1.859}, {names[0]: 0.5, names[-1]: 0.5})
+        found.append(Candidate(f"half-life-{100 * (n + 1)}", "", weights, losses))
+    failed = Candidate(HOSTILE, "", {names[-1]: 1.0}, {}, f"the command failed: {HOSTILE}")
+    soup = Candidate("soup", "", {names[0]: 0.5, names[-1]: 0.5}, {"eval_loss": 1.859})
     best = found[count // 2].name
-    return MadeUpSelection("eval_loss", True, best, (failed, *found, soup))
+    return selection_of("eval_loss", True, best, (failed, *found, soup))

@@ -1,58 +1,15 @@
-"""The page of a selection: candidates with their metrics, the best one, and its weights.
+"""The page of a selection: candidates with their metrics, the best one, and its weights."""
 
-Whatever has the attributes of `Selection` can be shown.
-"""
-
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 from ckpt_ema.errors import printable
+from ckpt_ema.output.selected import Candidate, Selection
 from ckpt_ema.report.lines import counted
 from ckpt_ema.report.pages import axis, blocks
 from ckpt_ema.report.pages.blocks import Table, section
 from ckpt_ema.report.pages.chart import Chart, Kind, Point, Series
 from ckpt_ema.report.pages.html import Html, document, element, joined
 from ckpt_ema.report.table import UNKNOWN
-
-
-class Candidate(Protocol):
-    """One model that was evaluated."""
-
-    @property
-    def name(self) -> str:
-        """Its name, unlike those of the others."""
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """Its metrics, by name; empty if its evaluation failed."""
-
-    @property
-    def weights(self) -> Mapping[str, float]:
-        """The weight of each checkpoint in it, by the checkpoint's name."""
-
-    @property
-    def failure(self) -> str:
-        """Why it has no metrics; empty if it has."""
-
-
-class Selection(Protocol):
-    """Candidates, in the order in which they were evaluated."""
-
-    @property
-    def metric(self) -> str:
-        """The metric that decides."""
-
-    @property
-    def is_minimized(self) -> bool:
-        """Whether lower is better."""
-
-    @property
-    def best(self) -> str:
-        """The name of the best candidate."""
-
-    @property
-    def candidates(self) -> Sequence[Candidate]:
-        """The candidates."""
 
 
 def selection_page(selection: Selection, command: str | None = None) -> str:
@@ -65,15 +22,18 @@ def selection_page(selection: Selection, command: str | None = None) -> str:
         f"The best of {count} by ",
         element("code", metric),
         f" ({better} is better): {value}.",
+        "" if selection.averaging_helps else " Averaging does not help here.",
     ]
     return document(
         f"{printable(best.name)}: selection by {metric}",
         element("h1", printable(best.name)),
         element("p", *found, class_="lead"),
+        blocks.warnings(selection.warnings),
         _failures(selection),
         _candidates(selection),
         _weights(best),
         _all_weights(selection),
+        _soup(selection),
         section("Repeat it", blocks.code(command)) if command else "",
     )
 
@@ -144,6 +104,22 @@ def _all_weights(selection: Selection) -> Html:
     return section(
         "Weights of every candidate", blocks.folded("By the number of the candidate", table)
     )
+
+
+def _soup(selection: Selection) -> Html:
+    """Show the steps of the greedy soup, if one was made."""
+    if not selection.steps:
+        return joined()
+    steps = selection.steps
+    alone, with_it = (
+        _aligned([getattr(one, name) for one in steps]) for name in ("metric", "soup_metric")
+    )
+    kept = ["kept" if one.is_kept else "not kept" for one in steps]
+    names = [printable(one.checkpoint) for one in steps]
+    rows = [*zip(names, alone, with_it, kept, strict=True)]
+    table = Table(["checkpoint", "alone", "soup with it", ""], rows)
+    text = "Checkpoints were tried from the best to the worst, each added to those kept before."
+    return section("Greedy soup", element("p", text), table.html())
 
 
 def _aligned(values: Sequence[float | None]) -> list[str]:
