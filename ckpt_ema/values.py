@@ -146,6 +146,12 @@ def _seconds(given: Any) -> float:
     return float(match[1]) * _SECONDS_OF[match[2] or "s"]
 
 
+def _lapse(given: Any) -> float:
+    if not _seconds(given):
+        raise ValueError
+    return _seconds(given)
+
+
 TEXT = Values(_text, "be a text")
 PATH = Values(_path, "be a path", "PATH")
 OUTPUT = Values(_output, "be a folder or a .safetensors file", "PATH")
@@ -170,6 +176,7 @@ SIZE = Values(_size, "be a size, such as 64MiB", "SIZE")
 TILE = Values(
     lambda given: _size(given, _MOST_TILE_BYTES), "be a size of at most 2GiB, such as 4MiB", "SIZE"
 )
+LAPSE = Values(_lapse, "be a time of more than 0 s, such as 10s", "TIME")
 TIME = Values(_seconds, "be a time, such as 30s, 10min or 2h", "TIME")
 ACCUMULATE = choice("float64", "float32")._replace(metavar="DTYPE")
 FORM, ORDER = choice("auto", "single", "sharded", "adapter"), choice("auto", "metadata", "name")

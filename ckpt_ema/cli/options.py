@@ -12,7 +12,7 @@ import typer
 
 from ckpt_ema.errors import flag
 from ckpt_ema.options import COMMON, ENGINE, OUTPUT, PANELS, Row, table
-from ckpt_ema.values import COUNT, ENTRIES, FLAG, GLOBS, PART, PATH, STEP, TEXT, TIME
+from ckpt_ema.values import COUNT, ENTRIES, FLAG, GLOBS, LAPSE, PART, PATH, STEP, TEXT, TIME
 
 # Those of commands alone; a command takes those that its signature names.
 OWN = (
@@ -25,7 +25,7 @@ OWN = (
     Row("publish_every", COUNT, "publish after every N checkpoints; default: 1", COMMON, "1"),
     Row("until_step", STEP, "end after a checkpoint at this step or later", COMMON),
     Row("idle", TIME, "end when no checkpoint came for this long, such as 2h", COMMON),
-    Row("interval", TIME, "time between two looks at the run; default: 10s", COMMON, "10s"),
+    Row("interval", LAPSE, "time between two looks at the run; default: 10s", COMMON, "10s"),
     Row("skip_missed", FLAG, "skip a checkpoint deleted before it was folded", COMMON, False),
     Row("on_publish", TEXT, "command to run with the path ({}) after publishing", COMMON),
     Row("json", FLAG, "print JSON on stdout", OUTPUT, False),
