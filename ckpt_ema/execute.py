@@ -83,7 +83,8 @@ def execute(
             staged.kept = bool(kind)  # the same work would be refused again; others' is kept
             raise
         except FailedError:
-            check_replaced(plan.output, outline.replaces)  # or its state may seem to have changed
+            if how.get("held") is None:  # or its state may seem to have changed
+                check_replaced(plan.output, outline.replaces)
             raise
         staged.make_durable()
         ledger.record(staged, outline, kind, share, part)

@@ -162,7 +162,7 @@ def carry_out(plan: Plan, how: How, share: Share = WHOLE, ranks: Ranks | None = 
 
 def _made(decided: Plan, how: How, share: Share, ranks: Ranks | None) -> Result:
     """Execute a plan unless its averages are there already."""
-    done = up_to_date(decided)
+    done = up_to_date(decided) if how.get("held") is None else None
     if done and decided.engine.strict:
         refuse_warnings(done.warnings)
     if done is None and how.get("held") is None:

@@ -1,14 +1,17 @@
 """Updating: folds the checkpoints that are new in a run into averages that kept their state."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.execute import How
 from ckpt_ema.options import PathLike
-from ckpt_ema.output.destination import outputs_at
+from ckpt_ema.output.destination import check_replaced, is_free, outputs_at
 from ckpt_ema.output.manifest import Result, read_manifest
+from ckpt_ema.output.publish import publish_held
+from ckpt_ema.output.workspace import HELD, Workspace
 from ckpt_ema.planning.output import named
 from ckpt_ema.planning.state import State, read_state
 from ckpt_ema.planning.update import plan_update
@@ -40,12 +43,15 @@ def update(
     of all checkpoints, byte for byte, although the old ones may be gone. `run` is the run that they
     were made of, if it was moved; of a list of checkpoints, the new ones. Options are those of
     `ckpt_ema.average` that change no byte, such as `device` and `progress`. If nothing is new,
-    nothing is read.
+    nothing is read. What a killed `watch` has folded and not published is published first.
 
     Raises `RefusedError` for an output without a state or with a damaged one, for a run that does
-    not continue what was folded, and what `ckpt_ema.average` raises; the old output stays.
+    not continue what was folded, while a `watch` is running, and what `ckpt_ema.average` raises;
+    the old output stays.
     """
     path = named(output)
+    if Workspace(path, HELD).is_there():
+        _publish_what_is_held(path)
     outputs, states = read_states(path)
     how, options = split(keywords)
     plan = plan_update(path, states, run, **options)
@@ -62,3 +68,41 @@ def read_states(output: Path) -> tuple[list[Path], list[State]]:
         hint = "Make one with ckpt-ema average RUN --keep-state."
         raise RefusedError(message, hint, code=Code.NO_STATE, path=output)
     return outputs, [read_state(one, read_manifest(one)) for one in outputs]
+
+
+class SoFar(NamedTuple):
+    """The states of what was folded into an output."""
+
+    published: Sequence[State]
+    held: Sequence[State]  # by a watch that has not published them yet; empty if none are later
+
+
+def folded_so_far(output: Path, held: Path) -> SoFar:
+    """Return what is at an output path, and what a watch holds; raises `RefusedError`."""
+    published, waiting = ([] if is_free(one) else read_states(one)[1] for one in (output, held))
+    counts = [len(states[0].folded) if states else 0 for states in (published, waiting)]
+    return SoFar(published, waiting if counts[1] > counts[0] else ())
+
+
+def publish_instead(held: Path, output: Path, published: Sequence[State]) -> None:
+    """Publish what is held in place of what it continues; raises what `publish_held` raises."""
+    publish_held(held, output, _fingerprints(published, output))
+
+
+def check_still_there(states: Sequence[State], output: Path) -> None:
+    """Raise `RefusedError` unless an output is still the one whose states these are."""
+    check_replaced(output, _fingerprints(states, output))
+
+
+def _fingerprints(states: Sequence[State], output: Path) -> dict[str, str]:
+    return {os.path.relpath(one.path.parent, output): one.fingerprint for one in states}
+
+
+def _publish_what_is_held(output: Path) -> None:
+    """Publish what a killed watch holds; raises `RefusedError` while a watch is running."""
+    with Workspace(output, HELD) as workspace:
+        workspace.kept = True
+        done = folded_so_far(output, workspace.output)
+        if done.held:
+            publish_instead(workspace.output, output, done.published)
+        workspace.kept = False

@@ -141,7 +141,7 @@ def _seconds(given: Any) -> float:
     (90.0, 90.0, 7200.0)
     """
     match = _TIME.fullmatch(str(given).strip())
-    if not match or not float(match[1]):
+    if not match:
         raise ValueError
     return float(match[1]) * _SECONDS_OF[match[2] or "s"]
 
@@ -157,6 +157,12 @@ def _share(given: Any) -> float:
     if not 0 < number <= 1:
         raise ValueError
     return number
+
+
+def _lapse(given: Any) -> float:
+    if not _seconds(given):
+        raise ValueError
+    return _seconds(given)
 
 
 TEXT = Values(_text, "be a text")
@@ -184,7 +190,8 @@ SIZE = Values(_size, "be a size, such as 64MiB", "SIZE")
 TILE = Values(
     lambda given: _size(given, _MOST_TILE_BYTES), "be a size of at most 2GiB, such as 4MiB", "SIZE"
 )
-TIME = Values(_seconds, "be a time above 0, such as 30s, 10min or 2h", "TIME")
+LAPSE = Values(_lapse, "be a time of more than 0 s, such as 10s", "TIME")
+TIME = Values(_seconds, "be a time, such as 30s, 10min or 2h", "TIME")
 SHARE = Values(_share, "be a share, such as 1% or 0.5", "SHARE")
 ACCUMULATE = choice("float64", "float32")._replace(metavar="DTYPE")
 FORM, ORDER = choice("auto", "single", "sharded", "adapter"), choice("auto", "metadata", "name")

@@ -175,6 +175,39 @@ def test_several_averages_are_updated_together(run: Run) -> None:
     assert contents(output) == found
 
 
+def test_the_names_of_several_averages_may_sort_in_any_order(run: Run) -> None:
+    """half-life-1000 stands before half-life-200 in their folder."""
+    output = run.path.parent / "out"
+    run.show(0, 1, 2)
+    options: dict[str, Any] = {"half_life": [200, 1000]}
+    ckpt_ema.average(run.path, output=output, keep_state=True, **options)
+    run.show(3, 4, 5, 6)
+    ckpt_ema.update(output)
+    found = contents(output)
+    run.show(*range(7))
+    ckpt_ema.average(run.path, output=output, keep_state=True, overwrite=True, **options)
+    assert contents(output) == found
+
+
+def test_several_averages_of_which_one_is_gone_are_refused(run: Run) -> None:
+    run.show(0, 1)
+    made = ckpt_ema.average(run.path, keep_state=True, half_life=[200, 1000])
+    shutil.rmtree(made.outputs[0])
+    run.show(1, 2)
+    error = refused(run, Code.STATE_DIFFERS)
+    assert "holds half-life-1000, not half-life-1000, half-life-200" in str(error)
+
+
+def test_averages_that_were_not_made_together_are_refused(run: Run) -> None:
+    run.show(0, 1)
+    output = run.path.parent / "run-ema"
+    output.mkdir()
+    for name, decay in (("a", 0.2), ("b", 0.3)):
+        ckpt_ema.average(run.path, output=output / name, keep_state=True, decay=decay)
+    run.show(1, 2)
+    refused(run, Code.STATE_DIFFERS)
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("form", ["torch files", "shards", "dcp", "torch files back", "dcp back"])
 def test_every_container_can_be_updated(make_run: MakeRun, tmp_path: Path, form: str) -> None:

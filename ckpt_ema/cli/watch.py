@@ -16,14 +16,14 @@ from ckpt_ema.errors import printable
 from ckpt_ema.values import COUNT, STEP
 
 if TYPE_CHECKING:
-    from ckpt_ema.watching.watch import Event
+    from ckpt_ema.watching.events import Event
 
 EXAMPLES = """
 ckpt-ema watch runs/ -o averaged --half-life 2000
 ckpt-ema watch runs/ -o averaged --until-step 100000 --idle 2h
 ckpt-ema watch runs/ -o averaged --on-publish 'evaluate {} >> losses.txt'
 """
-_HIDDEN = ("started", "waiting", "folded", "published")  # kinds of events, by -q
+_HIDDEN = ("started", "waiting", "folded", "published", "left-out")  # kinds of events, by -q
 
 
 @takes_options
@@ -45,7 +45,7 @@ def watch(
     RUN and the options are those of `ckpt-ema average`. Every option can be set by an environment
     variable.
     """
-    with exits.errors_reported(lambda: "what was folded is published"):
+    with exits.errors_reported(lambda: "what was folded is kept"):
         from ckpt_ema.watching.watch import watch as watch_run
 
         gc.enable()  # it may take weeks

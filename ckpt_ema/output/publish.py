@@ -6,15 +6,15 @@ import errno
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ckpt_ema.containers.specs import is_safetensors
-from ckpt_ema.errors import Code, FailedError
+from ckpt_ema.errors import Code, FailedError, RefusedError
 from ckpt_ema.fold.hardware import check_room_for_thread
-from ckpt_ema.output.destination import check_free
+from ckpt_ema.output.destination import check_free, check_replaced, is_free
 from ckpt_ema.output.library import check_header
 from ckpt_ema.output.sync import Syncer
 from ckpt_ema.output.workspace import (
@@ -35,6 +35,7 @@ from ckpt_ema.trainers.conventions import INDEX_SUFFIX
 _FEWEST_OPEN = 16  # model files that stay open
 _FILES_EACH = 32  # that a thread may open for the moment, roughly
 _COPIED_BYTES = 1 << 20  # at a time
+_REPLACED = "replaced"  # the name of the output that was replaced by one that was held
 _CHECKING_THREADS = 4  # each checks about 1.3 GB/s
 
 
@@ -248,16 +249,33 @@ class StagedOutput(Workspace):
         self.left = replaced if os.path.lexists(replaced) else None
 
 
-def publish_held(held: Path, final: Path) -> None:
-    """Publish an output that was held, in place of another; raises what `check_free` raises."""
+def publish_held(held: Path, final: Path, expected: Mapping[str, str]) -> None:
+    """Publish an output that was held, in place of the one that it continues.
+
+    `expected` has the fingerprints of the latter by folder. Raises what `check_free` and
+    `check_replaced` raise.
+    """
     check_free(final, overwrite=True)
+    if not is_free(final):
+        if not expected:
+            raise _appeared(final)
+        check_replaced(final, expected)
+    old = held.with_name(_REPLACED)
+    remove(old)  # left by a watch that was killed here
     with as_failure(final):
         replaced = _give_name(held, final, overwrite=True, is_single_file=False)
+    with contextlib.suppress(OSError):  # nothing was replaced
+        os.rename(replaced, old)  # so that what is held is never half removed
     try:
         sync_folder(final.parent)
     except OSError as error:
         raise _not_durable(final, error) from error
-    remove(replaced)
+    remove(old)
+
+
+def _appeared(final: Path) -> RefusedError:
+    message = f"{final} appeared meanwhile; it is left as it is now."
+    return RefusedError(message, code=Code.OUTPUT_EXISTS, path=final)
 
 
 def _not_durable(final: Path, error: OSError) -> FailedError:

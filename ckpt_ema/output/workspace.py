@@ -27,6 +27,7 @@ PUBLISHED = "published"  # the name of the output just before it gets its final 
 _RECORD = ".json"
 LINES = ".jsonl"
 PART = "part-"  # the kind of records of parts that `finish` publishes
+HELD = "watch"  # the key of the workspace in which a watch holds what it has not published yet
 
 
 class Workspace:
@@ -51,6 +52,10 @@ class Workspace:
     def output(self) -> Path:
         """The output, a folder or one file, before it gets its final name."""
         return self.path / _OUTPUT
+
+    def is_there(self) -> bool:
+        """Return whether the folder of a key is there, made by whomever."""
+        return self.path.exists()
 
     def __enter__(self) -> "Self":
         _remove_leftovers(self.final, spared=self.path)
@@ -204,9 +209,10 @@ def _remove_leftovers(final: Path, spared: Path) -> None:
 
 def _is_wanted(path: Path, final: Path) -> bool:
     """Return whether a hidden sibling of an output is more than a leftover."""
-    # Finished parts hold no lock; a run killed between two renames leaves the previous output.
+    # Finished parts hold no lock, nor does what a killed watch has held; a run killed between two
+    # renames leaves the previous output.
     if any(Local().exists(path / name) for name in (_OUTPUT, PUBLISHED)):
-        return _has_parts(path)
+        return _has_parts(path) or path == hidden_sibling(final, HELD)
     return not os.path.lexists(final) and bool(averages_in(path))
 
 

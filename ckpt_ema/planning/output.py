@@ -34,11 +34,17 @@ def find_destination(
     output is there already is for `output.destination` to check.
     """
     output = path_of(asked) if asked is not None else sibling_of(found.root)
+    links = [c.model.path for c in found.checkpoints if storage.is_link(c.model.path)]
+    inputs = [*paths, *(checkpoint.path for checkpoint in found.checkpoints), *links]
+    check_destination(output, inputs, storage)
+    return output
+
+
+def check_destination(output: Path, inputs: Sequence[Path], storage: Storage) -> None:
+    """Raise `RefusedError` for an output that overlaps an input or can never be written."""
     if scheme_of(output):
         message = f"--output {output} is a URI; an output is written to a local folder."
         raise OptionError(message, code=Code.INVALID_OPTION)
-    links = [c.model.path for c in found.checkpoints if storage.is_link(c.model.path)]
-    inputs = [*paths, *(checkpoint.path for checkpoint in found.checkpoints), *links]
     sources = storage.real_paths(inputs)
     storage = storage_for(output)
     [real] = storage.real_paths([output])
@@ -54,7 +60,6 @@ def find_destination(
     if storage.exists(output) and storage.kind(output) not in (Kind.FILE, Kind.FOLDER):
         message = f"{output} exists and is neither a file nor a folder."
         raise RefusedError(message, code=Code.INVALID_OUTPUT, path=output)
-    return output
 
 
 def with_format(options: OutputOptions, checkpoints: Sequence[Checkpoint]) -> OutputOptions:

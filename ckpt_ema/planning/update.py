@@ -12,7 +12,7 @@ from typing import Any
 
 from ckpt_ema.containers.reader import hold_the_same, same_values
 from ckpt_ema.containers.source import Source
-from ckpt_ema.errors import CkptEmaError, Code, RefusedError
+from ckpt_ema.errors import CkptEmaError, Code, RefusedError, some
 from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.find.complete import refuse_hole
 from ckpt_ema.find.select import Subset
@@ -67,6 +67,7 @@ def plan_new(
 ) -> Plan:
     """Plan to fold new checkpoints into the averages of `states`, or to begin some without."""
     if states:
+        states = _in_order(states, options.weighting)
         _check_next(states[0], new[0], chosen)
     subsets = (Subset("", tuple(new)),)
     return decide(
@@ -78,6 +79,19 @@ def plan_new(
         partial(_continued, states) if states else weigh,
         states,
     )
+
+
+def _in_order(states: Sequence[State], weighting: Weighting) -> list[State]:
+    """Return the states of averages that were made together, in the order of their rules."""
+    by_name = {state.name: state for state in states}
+    names = [rule.name for rule in weighting.rules]
+    if by_name.keys() != set(names):
+        folder = states[0].path.parent if len(states) == 1 else states[0].path.parent.parent
+        message = f"{folder} holds {some(sorted(by_name))}, not {some(sorted(names))}, which were"
+        message = f"{message} made together."
+        hint = "Average the run again with --keep-state and --overwrite."
+        raise RefusedError(message, hint, code=Code.STATE_DIFFERS, path=folder)
+    return [by_name[name] for name in names]
 
 
 def _continued(

@@ -73,7 +73,7 @@ def make_evaluation(
         message = "--minimize and --maximize exclude each other."
         raise OptionError(message, code=Code.CONFLICTING_OPTIONS)
     count: int = of.COUNT.parsed("jobs", 1 if jobs is None else jobs)
-    seconds = None if timeout is None else of.TIME.parsed("timeout", timeout)
+    seconds = None if timeout is None else of.LAPSE.parsed("timeout", timeout)
     if isinstance(evaluate, str):
         if PLACE not in evaluate:
             message = f"--eval {evaluate} has no {PLACE}, which stands for the path of a model."

@@ -19,6 +19,8 @@ class Hook(AbstractContextManager["Hook"]):
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is None or issubclass(error, Exception):  # after a signal it is left to itself
             while self._running:
+                if self._running.poll() is None:
+                    self._say("waiting for the command of --on-publish to end")
                 self._running.wait()
                 self.look()
 
@@ -42,7 +44,11 @@ class Hook(AbstractContextManager["Hook"]):
             path, self._next = shlex.quote(str(self._next)), None
             has_place = "{}" in self._command
             text = self._command.replace("{}", path) if has_place else f"{self._command} {path}"
-            # stdout is for the path alone.
-            self._running = subprocess.Popen(
-                ["sh", "-c", text], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-            )
+            try:
+                self._running = subprocess.Popen(
+                    ["sh", "-c", text],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,  # the watch's own is for paths or JSON
+                )
+            except OSError as error:
+                self._say(f"the command of --on-publish cannot be started: {error.strerror}")

@@ -4,64 +4,41 @@ The run is polled, which works on network file systems and object stores alike. 
 held beside the output until it is published, so that a killed process loses nothing.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckpt_ema.errors import CkptEmaError, Code, FailedError, IncompleteError, RefusedError, some
+from ckpt_ema.errors import (
+    CkptEmaError,
+    Code,
+    FailedError,
+    IncompleteError,
+    RefusedError,
+    some,
+)
 from ckpt_ema.execute import How
 from ckpt_ema.find.checkpoint import Checkpoint
-from ckpt_ema.find.verdict import Reason
-from ckpt_ema.notices import Notice
-from ckpt_ema.options import Options, PathLike, make_options
-from ckpt_ema.output.destination import is_free
-from ckpt_ema.output.manifest import Result, read_manifest
-from ckpt_ema.output.publish import publish_held
-from ckpt_ema.output.workspace import Workspace
-from ckpt_ema.planning.decide import Chosen, paths_of, uncollected
-from ckpt_ema.planning.output import sibling_of
-from ckpt_ema.planning.state import State
-from ckpt_ema.planning.update import find_new, new_checkpoints, plan_new
-from ckpt_ema.run import RunKeywords, carry_out, made_before, split
-from ckpt_ema.storage import storages_anew
-from ckpt_ema.storage.local import Local
-from ckpt_ema.updating import read_states
-from ckpt_ema.values import TIME
+from ckpt_ema.find.verdict import Judged, Reason
+from ckpt_ema.options import Keywords, PathLike, make_options
+from ckpt_ema.output.manifest import Result
+from ckpt_ema.planning.decide import Chosen, paths_of
+from ckpt_ema.planning.update import new_checkpoints
+from ckpt_ema.storage import Storage, storages_anew
+from ckpt_ema.storage.uri import path_of
+from ckpt_ema.values import LAPSE, TIME
+from ckpt_ema.watching.average import Average
+from ckpt_ema.watching.events import Event, Kind, Reporter
 from ckpt_ema.watching.hook import Hook
 from ckpt_ema.watching.sightings import Listing, Sightings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Of a run without checkpoints, or without a complete one.
-_NOT_YET = (Code.NO_CHECKPOINTS, Code.NOT_FOUND, Code.NOTHING_SELECTED)
-# Warnings that change with every checkpoint; one is enough.
-_OF_WEIGHTS = (Code.FEW_CHECKPOINTS, Code.UNEVEN_WEIGHTS, Code.UNEVEN_GAPS)
-_KEY = "watch"  # of the workspace: one watch for each output
-
-
-class Kind(Enum):
-    """What happened."""
-
-    STARTED = "started"
-    WAITING = "waiting"  # for a checkpoint that is incomplete, or may still change
-    FOLDED = "folded"
-    PUBLISHED = "published"
-    MISSED = "missed"  # a checkpoint was deleted before it was folded
-    WARNING = "warning"
-    RETRYING = "retrying"  # something failed that may work later
-
-
-class Event(NamedTuple):
-    """Something that happened: a line for people, and what programs ask for."""
-
-    kind: Kind
-    text: str
-    checkpoints: tuple[str, ...] = ()  # by name
+# Of a run without checkpoints, or without complete or matching ones.
+_NOT_YET = (Code.NO_CHECKPOINTS, Code.NOT_FOUND, Code.NOTHING_SELECTED, Code.NO_MATCH)
+_UNFINISHED = (Reason.NO_MODEL, Reason.UNSUPPORTED)  # of a folder that is not filled yet
 
 
 class Until(NamedTuple):
@@ -69,6 +46,13 @@ class Until(NamedTuple):
 
     step: int | None = None  # after a checkpoint at this step or later
     idle_seconds: float | None = None  # without a new checkpoint
+
+
+class WatchKeywords(Keywords, total=False):
+    """The options of a watch, beside its own."""
+
+    command: str | None
+    progress: Callable[[int, int], None] | None
 
 
 def watch(
@@ -81,7 +65,7 @@ def watch(
     skip_missed: bool = False,
     on_publish: str | None = None,
     event: Callable[[Event], None] = lambda _: None,
-    **keywords: "Unpack[RunKeywords]",
+    **keywords: "Unpack[WatchKeywords]",
 ) -> Result:
     """Average a run while it goes on: fold each checkpoint once it is complete, in order.
 
@@ -89,195 +73,172 @@ def watch(
     looks, `interval` seconds apart, have seen the same complete files. The output is published
     after `publish_every` checkpoints, and at the end: after a checkpoint at `until_step` or later,
     or when no checkpoint came for `idle` seconds; times may be texts, such as "2h". `on_publish` is
-    a command that gets the path, in place of `{}` or as its last word. `event` is called with what
-    happens.
+    a command that gets the path, in place of `{}` or as its last word; it runs in the background,
+    and is waited for at the end. `event` is called with what happens.
 
     An interrupted watch that is started again continues where it stopped. Raises `FailedError` for
     a checkpoint that was seen and deleted before it was folded, unless `skip_missed`; it stays out
     of the average. Raises what `ckpt_ema.update` raises; whatever was folded is published first.
     """
-    how, options = split(keywords)
-    made = make_options({**options, "keep_state": True})
+    how: How = {"command": keywords.pop("command", None)}
+    how["progress"] = keywords.pop("progress", None)
+    options = make_options({**keywords, "keep_state": True})
     until = Until(until_step, None if idle is None else TIME.parsed("idle", idle))
-    seconds = TIME.parsed("interval", interval)
-    hook = Hook(on_publish, lambda text: event(Event(Kind.WARNING, text)))
-    watching = _Watch(paths_of(run), made, hook, event, how)
-    with watching.workspace, hook:
-        watching.start()
-        try:
-            watching.go_on(publish_every, until, seconds, skip_missed)
-        except BaseException:
-            with suppress(CkptEmaError, OSError):  # the first error tells more
-                watching.publish()
-            raise
-        return watching.result()
+    seconds = LAPSE.parsed("interval", interval)
+    reporter = Reporter(event, is_strict=options.engine.strict)
+    average = Average(paths_of(run), options, reporter, how)
+    hook = Hook(on_publish, lambda text: reporter.tell(Kind.WARNING, text))
+    with average.workspace, hook:
+        average.start()
+        so_far = f"{len(average.checkpoints)} checkpoints so far"
+        reporter.tell(Kind.STARTED, f"watching {run}: {so_far}")
+        watching = _Watch(paths_of(run)[0], average, hook, reporter, skip_missed=skip_missed)
+        watching.go_on(publish_every, until, seconds)
+        return average.result()
 
 
 class _Watch:
-    """One watch: what was folded, and what is waited for."""
+    """One watch: the average so far, and what is waited for."""
 
     def __init__(
-        self,
-        paths: Sequence[Path],
-        options: Options,
-        hook: Hook,
-        event: Callable[[Event], None],
-        how: How,
+        self, run: Path, average: Average, hook: Hook, reporter: Reporter, *, skip_missed: bool
     ) -> None:
-        asked = options.output.output
-        [output] = Local().real_paths([asked or sibling_of(paths[0])])
-        self._paths, self._options, self._output = paths, options, Path(output)
-        self._hook, self._event, self._how = hook, event, how
-        self.workspace = Workspace(self._output, _KEY)
-        self._states: Sequence[State] = ()
-        self._unpublished = 0  # checkpoints that were folded since the last publication
-        self._listing, self._sightings = Listing(paths[0]), Sightings()
+        self._run, self._average, self._hook = run, average, hook
+        self._reporter, self._skip_missed = reporter, skip_missed
+        self._listing, self._sightings = Listing(run), Sightings()
         self._is_due = True  # a look, although no name has changed
-        self._said, self._warned = set[str](), {Code.FEW_CHECKPOINTS}  # one is enough to begin
+        self._problem: CkptEmaError | None = None  # for which the last look was in vain
         self._last_news = time.monotonic()
 
-    @property
-    def _held(self) -> Path:
-        return self.workspace.output
+    def go_on(self, publish_every: int, until: Until, interval_seconds: float) -> None:
+        """Look, fold, publish and wait until the end; publish whatever ends it."""
+        try:
+            self._go_on(publish_every, until, interval_seconds)
+            self._publish()
+        except BaseException as error:
+            with suppress(CkptEmaError, OSError):  # the first error tells more
+                self._publish(runs_hook=isinstance(error, Exception))
+            raise
 
-    def start(self) -> None:
-        """Continue what is at the output path, or what an interrupted watch held."""
-        published = [] if is_free(self._output) else read_states(self._output)[1]
-        held: list[State] = []
-        with suppress(RefusedError):
-            held = read_states(self._held)[1]
-        counts = [len(states[0].folded) if states else 0 for states in (published, held)]
-        self._states = held if counts[1] > counts[0] else published
-        self._unpublished = max(0, counts[1] - counts[0])
-        for state in self._states:
-            _check_asked(state, self._options, self._output)
-        done = f"{max(counts)} checkpoints folded so far" if max(counts) else "nothing folded yet"
-        self._event(Event(Kind.STARTED, f"watching {self._paths[0]}: {done}"))
-
-    def go_on(
-        self, publish_every: int, until: Until, interval_seconds: float, skip_missed: bool
-    ) -> None:
-        """Look, fold, publish and wait until the end."""
+    def _go_on(self, publish_every: int, until: Until, interval_seconds: float) -> None:
         while True:
             self._hook.look()
-            self._look_and_fold(skip_missed)
-            if self._unpublished >= publish_every:
+            self._look()
+            if self._average.unpublished >= publish_every:
                 self._try_to_publish()
             if self._has_reached(until):
                 return
             time.sleep(interval_seconds)
 
     def _has_reached(self, until: Until) -> bool:
-        last = self._states[0].checkpoints[-1].step if self._states else None
+        """Return whether the end has come; raises what kept checkpoints from being folded."""
+        last = self._average.checkpoints[-1].step if self._average.checkpoints else None
         if until.step is not None and last is not None and last >= until.step:
             return True
+        if self._sightings.has_news:
+            self._last_news = time.monotonic()
+            return False
         idle_seconds = time.monotonic() - self._last_news
-        return until.idle_seconds is not None and idle_seconds >= until.idle_seconds
+        if until.idle_seconds is None or idle_seconds < until.idle_seconds:
+            return False
+        if self._problem:
+            raise self._problem
+        return True
 
-    def _look_and_fold(self, skip_missed: bool) -> None:
-        [storage] = storages_anew(self._paths)
-        if not self._listing.has_changed(storage) and not self._is_due:
-            return
-        for checkpoint in self._sightings.vanished(storage):
-            self._miss(checkpoint, skip_missed)
+    def _look(self) -> None:
+        """Look at the run if anything may have changed; after an error it is looked at again."""
+        self._sightings.has_news = False
         try:
-            with uncollected():
-                chosen = find_new(self._paths, self._options, self._states)
-        except RefusedError as error:
-            if error.code not in _NOT_YET and not isinstance(error, IncompleteError):
-                raise
-            self._is_due = isinstance(error, IncompleteError)
-            self._say(Kind.WAITING, error.message)
-            return
-        self._listing.follow(chosen.found.checkpoints)
-        settled = self._sightings.settled(new_checkpoints(chosen), storage)
-        incomplete = [one for one in chosen.found.judged if one.verdict.reason is Reason.INCOMPLETE]
-        for one in incomplete:
-            self._say(Kind.WAITING, f"{one.name} is not complete yet ({one.verdict})", one.name)
-        if settled:
-            self._fold(chosen, settled, skip_missed)
-        self._is_due = self._sightings.waits() or bool(incomplete)
-
-    def _fold(self, chosen: Chosen, settled: Sequence[Checkpoint], skip_missed: bool) -> None:
-        """Fold checkpoints and hold the result; if one has vanished, the others are tried again."""
-        names = tuple(checkpoint.name for checkpoint in settled)
-        try:
-            with uncollected():
-                plan = plan_new(chosen, settled, self._options, self._states)
-            self._warn(plan.warnings)
-            made = carry_out(plan, {**self._how, "held": self._held})
+            [storage] = storages_anew([self._run])
+            if not self._listing.has_changed(storage) and not self._is_due:
+                return
+            self._is_due, self._problem = True, None
+            self._is_due = self._look_and_fold(storage)
         except CkptEmaError as error:
-            vanished = self._sightings.vanished(chosen.source.storage)
-            for checkpoint in vanished:
-                self._miss(checkpoint, skip_missed)
-            if not (vanished or isinstance(error, FailedError)):
+            is_pending = self._sightings.waits() or not self._average.checkpoints
+            self._problem = error if is_pending else None
+            if isinstance(error, IncompleteError) or error.code in _NOT_YET:
+                self._reporter.say(Kind.WAITING, error.message)
+            elif _may_pass(error):
+                self._reporter.say(Kind.RETRYING, f"{error} Trying again.")
+            else:
                 raise
-            if not vanished:
-                self._say(Kind.RETRYING, f"{some(names, 3)}: {error}; trying again")
-            return
-        self._warn(made.warnings)
-        self._sightings.forget(settled)
-        self._states = read_states(self._held)[1]
-        self._unpublished += len(settled)
-        self.workspace.kept = True
-        self._last_news = time.monotonic()
-        count = len(self._states[0].folded)
-        self._event(Event(Kind.FOLDED, f"{some(names, 3)} folded, {count} in all", names))
 
-    def _miss(self, checkpoint: Checkpoint, skip_missed: bool) -> None:
+    def _look_and_fold(self, storage: Storage) -> bool:
+        """Fold what has settled; return whether to look again, although no name has changed."""
+        if storage.exists(self._run):  # else its file system may not be mounted
+            for path, name in self._sightings.vanished(storage).items():
+                self._miss(path, name)
+        self._sightings.look(storage)
+        try:
+            chosen = self._average.find_new()
+        except RefusedError as error:
+            is_incomplete = isinstance(error, IncompleteError)
+            if is_incomplete and error.path:  # the only one, which find does not return
+                path = path_of(error.path)
+                self._sightings.expect(path, path.name, storage)
+            is_final = self._sightings.is_final(error, storage)
+            if is_final or is_incomplete or error.code in _NOT_YET:
+                raise
+            self._problem = error
+            return True
+        unfinished = [one for one in chosen.found.judged if one.verdict.reason in _UNFINISHED]
+        self._listing.follow(chosen.found.checkpoints, [one.path for one in unfinished])
+        settled = self._sightings.settled(new_checkpoints(chosen), storage)
+        self._say_what_waits(chosen.found.judged, storage)
+        if settled:
+            self._fold(chosen, settled)
+        return self._sightings.waits()
+
+    def _say_what_waits(self, judged: Sequence[Judged], storage: Storage) -> None:
+        """Say which entries are not complete yet, and which never count."""
+        known = {one.name for one in self._average.checkpoints}
+        for one in judged:
+            reason = one.verdict.reason
+            if reason is Reason.NO_ALIASES:
+                text = f"{one.name} is left out: a name without a number may be written again"
+                self._reporter.say_once(Kind.LEFT_OUT, text, one.name)
+            if one.name in known or not one.is_left_out:  # a known one is being deleted
+                continue
+            if reason is Reason.INCOMPLETE:
+                self._sightings.expect(one.path, one.name, storage)
+            if reason is Reason.INCOMPLETE or reason in _UNFINISHED:
+                text = f"{one.name} is not complete yet ({one.verdict})"
+                self._reporter.say(Kind.WAITING, text, one.name)
+
+    def _fold(self, chosen: Chosen, settled: Sequence[Checkpoint]) -> None:
+        warnings = self._average.fold(chosen, settled)
+        self._sightings.forget(one.path for one in settled)
+        self._last_news = time.monotonic()
+        names, count = [one.name for one in settled], len(self._average.checkpoints)
+        self._reporter.tell(Kind.FOLDED, f"{some(names, 3)} folded, {count} in all", names)
+        self._reporter.warn(warnings)
+
+    def _miss(self, path: Path, name: str) -> None:
         """Note that a checkpoint is gone; raises `FailedError` unless it may be skipped."""
-        self._sightings.forget([checkpoint])
-        what = f"{checkpoint.path} was deleted before it was folded"
-        if not skip_missed:
+        self._sightings.forget([path])
+        what = f"{path} was deleted before it was folded"
+        if not self._skip_missed:
             hint = "Keep more checkpoints, look more often with --interval, or pass --skip-missed."
-            raise FailedError(f"{what}.", hint, code=Code.MISSED, path=checkpoint.path)
-        self._event(Event(Kind.MISSED, f"{what}; skipped", (checkpoint.name,)))
+            raise FailedError(f"{what}.", hint, code=Code.MISSED, path=path)
+        self._reporter.tell(Kind.MISSED, f"{what}; skipped", [name])
 
     def _try_to_publish(self) -> None:
         """Publish what is held, unless somebody's files are in the way."""
         try:
-            self.publish()
+            self._publish()
         except RefusedError as error:
-            self._say(Kind.WARNING, f"not published: {error}")
+            self._reporter.say(Kind.WARNING, f"not published: {error}")
 
-    def publish(self) -> None:
+    def _publish(self, *, runs_hook: bool = True) -> None:
         """Publish what is held, if anything is."""
-        if not self._unpublished:
-            return
-        publish_held(self._held, self._output)
-        self._unpublished, self.workspace.kept = 0, False
-        self._states = read_states(self._output)[1]
-        self._event(Event(Kind.PUBLISHED, f"published {self._output}"))
-        self._hook.run(self._output)
-
-    def result(self) -> Result:
-        """Publish what is left and return the result."""
-        self.publish()
-        if not self._states:
-            message = f"{self._paths[0]} has no complete checkpoint; the watch ends without one."
-            raise RefusedError(message, code=Code.NO_CHECKPOINTS, path=self._paths[0])
-        outputs, _ = read_states(self._output)
-        return made_before(self._output, outputs, [read_manifest(one) for one in outputs])
-
-    def _warn(self, warnings: Sequence[Notice]) -> None:
-        for warning in warnings:
-            if warning.code not in _OF_WEIGHTS or warning.code not in self._warned:
-                self._say(Kind.WARNING, str(warning))
-            self._warned.add(warning.code)
-
-    def _say(self, kind: Kind, text: str, *checkpoints: str) -> None:
-        """Tell of an event, unless it was told before."""
-        if text not in self._said:
-            self._said.add(text)
-            self._event(Event(kind, text, checkpoints))
+        if self._average.publish():
+            self._reporter.tell(Kind.PUBLISHED, f"published {self._average.output}")
+            if runs_hook:
+                self._hook.run(self._average.output)
 
 
-def _check_asked(state: State, options: Options, output: Path) -> None:
-    """Refuse to continue averages that were made with other options."""
-    before, now = (
-        json.dumps(one, sort_keys=True) for one in (state.asked.options, options.repeatable())
-    )
-    if before != now:
-        message = f"{output} was made with other options: {before}, not {now}."
-        hint = "Give the same options, or choose another --output."
-        raise RefusedError(message, hint, code=Code.STATE_DIFFERS, path=output)
+def _may_pass(error: CkptEmaError) -> bool:
+    """Return whether what failed may work later, when a disk or a network is back."""
+    is_failure = isinstance(error, FailedError) or error.code is Code.INACCESSIBLE
+    return is_failure and error.code is not Code.MISSED
