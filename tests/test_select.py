@@ -869,8 +869,8 @@ def test_report_writes_a_page_of_the_candidates(run: Path, tmp_path: Path) -> No
         "--minimize",
         "--report",
     )
-    inside = command(*words, run / "report.html")
-    assert inside.returncode == 2
+    inside = command(*words, run / "checkpoint-1" / "report.html")
+    assert inside.returncode == 2, inside.stderr
     assert not (tmp_path / "run-ema").exists()
     done = command(*words, page)
     assert done.returncode == 0, done.stderr
