@@ -17,7 +17,7 @@ from tests.makers.fake_hub import fake_hub
 FOLDER = Path(__file__).parent.parent / "docs" / "schema"
 SCHEMAS = {
     name: json.loads((FOLDER / f"{name}.schema.json").read_text())
-    for name in ("plan", "manifest", "inspection", "comparison", "selection")
+    for name in ("plan", "manifest", "inspection", "comparison", "selection", "verification")
 }
 
 # Fields whose own fields are names that users choose.
@@ -172,3 +172,13 @@ def test_what_is_read_over_a_network_follows_the_schemas(make_run: MakeRun, tmp_
     assert plan["requests"] >= 3
     check("manifest", json.loads((output / "ckpt_ema.json").read_text()))
     assert made
+
+
+def test_verifications_follow_their_schema(plain: Path) -> None:
+    output = plain.parent / "out"
+    ckpt_ema("average", plain, "-o", output)
+    check("verification", json.loads(ckpt_ema("verify", output, "--json").stdout))
+    (output / "model.safetensors").write_bytes(b"")
+    found = json.loads(ckpt_ema("verify", output, "--json").stdout)
+    check("verification", found)
+    assert found["differs"]["file"] == "model.safetensors"

@@ -1,7 +1,6 @@
 """`ckpt-ema verify`: is this the average that its manifest claims?"""
 
 import json as json_format
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -63,10 +62,7 @@ def verify(
 def _report(found: "Verification", *, strict: bool, as_json: bool, quiet: bool) -> None:
     """Print what was found; ends the command with its exit code."""
     if as_json:
-        described = {**asdict(found), "output": str(found.output)}
-        described |= {"is_as_claimed": found.is_as_claimed, "is_recomputed": found.is_recomputed}
-        described["differs"] = found.differs._asdict() if found.differs else None
-        show(json_format.dumps(described, indent=2))
+        show(json_format.dumps(found.described(), indent=2))
     path = printable(found.output)
     if found.damaged:
         say(f"error: {path}: not the files that were written: {some(found.damaged)}")

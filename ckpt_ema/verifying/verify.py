@@ -3,7 +3,7 @@
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +56,17 @@ class Verification:
     def is_recomputed(self) -> bool:
         """Whether the values, or the sample that was asked for, were folded again."""
         return self.tiles > 0
+
+    def described(self) -> dict[str, Any]:
+        """Return it as plain values, ready for JSON; see docs/schema/verification.schema.json."""
+        return {
+            "version": 1,
+            **asdict(self),
+            "output": str(self.output),
+            "differs": self.differs and self.differs._asdict(),
+            "is_as_claimed": self.is_as_claimed,
+            "is_recomputed": self.is_recomputed,
+        }
 
 
 def verify(
