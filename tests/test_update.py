@@ -366,6 +366,15 @@ def test_a_damaged_state_is_refused_and_the_old_average_stays(
     assert str(state) in str(refused(run, code))
 
 
+def test_a_state_of_another_version_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.show(0, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr("ckpt_ema.planning.state.VERSION", 99)
+        ckpt_ema.average(run.path, keep_state=True)
+    run.show(1, 2)
+    assert "another version" in str(refused(run, Code.DAMAGED))
+
+
 def test_the_state_of_another_average_is_refused(run: Run) -> None:
     run.show(0, 1)
     made = ckpt_ema.average(run.path, keep_state=True)

@@ -151,19 +151,17 @@ def read_state(folder: Path, manifest: Mapping[str, Any]) -> State:
         raise RefusedError(message, hint, code=Code.NO_STATE, path=folder)
     try:
         specs = safetensors.read_specs(str(path), Local())
-        record = json.loads(specs.metadata[0][_RECORD])
-        version = (record["version"], record["fold"])
-        if version == (VERSION, FOLD_VERSION):
-            state = _state(path, specs, record, int(claimed["checksum"], 16))
     except CkptEmaError as error:
         raise _unusable(path, error.message.rstrip("."), error.code) from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise _unusable(path, f"{path} is not a state of ckpt-ema") from error
-    if version != (VERSION, FOLD_VERSION):
-        raise _unusable(path, f"{path} was written by another version of ckpt-ema")
     if claimed.get("header_sha256") != specs.files[0].digest:
-        raise _unusable(path, f"{path} does not belong to the average beside it")
-    return state
+        raise _unusable(path, f"{path} is damaged, or does not belong to the average beside it")
+    try:
+        record = json.loads(specs.metadata[0][_RECORD])
+        if (record["version"], record["fold"]) != (VERSION, FOLD_VERSION):
+            raise _unusable(path, f"{path} was written by another version of ckpt-ema")
+        return _state(path, specs, record, int(claimed["checksum"], 16))
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise _unusable(path, f"{path} is not a state of ckpt-ema") from error
 
 
 def _unusable(path: Path, why: str, code: Code = Code.DAMAGED) -> RefusedError:

@@ -15,7 +15,11 @@ _MODULE = "ckpt_ema._compiled"
 
 @contextmanager
 def by_torch() -> Iterator[None]:
-    """Have torch fold on the CPU inside of the block, as if nothing had been compiled."""
+    """Have torch fold on the CPU inside of the block, as if nothing had been compiled.
+
+    Where torch is not installed, the test is skipped.
+    """
+    pytest.importorskip("torch")
     patched = pytest.MonkeyPatch()
     patched.setitem(cast(dict[str, object], sys.modules), _MODULE, None)
     _search_again()
