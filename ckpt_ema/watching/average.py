@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ckpt_ema.containers.source import forget_headers
 from ckpt_ema.errors import CkptEmaError, Code, RefusedError
 from ckpt_ema.execute import How
 from ckpt_ema.find.checkpoint import Checkpoint
@@ -77,6 +78,7 @@ class Average:
         except CkptEmaError:
             check_still_there(self._states, self._held if self.unpublished else self.output)
             raise
+        forget_headers()  # that of a state grows with each checkpoint
         self._states = read_states(self._held)[1]
         self.unpublished += len(settled)
         self.workspace.kept = True
