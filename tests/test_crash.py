@@ -299,7 +299,11 @@ def test_a_signal_at_any_call_leaves_nothing(make_run: MakeRun, job: Job, kind: 
                 scene.job(scene.run, scene.output.parent / "out")
             except KeyboardInterrupt:
                 interrupted = True
-        assert scene.check(has_failed=interrupted) is False, k
+        left = scene.check(has_failed=interrupted)
+        if left and job is updating:  # an empty folder, which is not always its own to remove
+            scene.repeat()
+        else:
+            assert not left, k
         scene.restore()
         if not faults.injected:
             break
