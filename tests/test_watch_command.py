@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from ckpt_ema.updating import folded_so_far
 from tests.command import Command, processes, wait_for
 from tests.conftest import MakeRun, noise, series, write_safetensors
 from tests.makers.fake_trainer import Trainer
+from tests.makers.imports import imported_by
 
 STEPS = [100, 200, 300, 400]
 STATES = series(4, a=noise(4, 5, 70), b=noise(4, 40, dtype=torch.bfloat16))
@@ -78,6 +80,17 @@ def test_stdout_has_the_path_and_stderr_a_line_for_each_event(trainer: Trainer) 
         f"published {output}",
     )
     check_batch(trainer)
+
+
+def test_neither_torch_nor_numpy_is_imported(trainer: Trainer, compiled_module: ModuleType) -> None:
+    assert compiled_module
+    trainer.put("checkpoint-100", "checkpoint-200")
+    output = trainer.run.parent / "out"
+    options = ("--idle", 0, "--interval", 0.05, "--on-publish", "true")
+    imported = imported_by("watch", trainer.run, "-o", output, *OPTIONS, *options)
+    trainer.put("checkpoint-300")
+    imported |= imported_by("update", output)
+    assert not {"torch", "numpy", "pydantic", "rich"} & {one.partition(".")[0] for one in imported}
 
 
 def test_events_are_lines_of_json(trainer: Trainer) -> None:
