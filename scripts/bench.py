@@ -341,6 +341,22 @@ def write_back(run: Run) -> Part:
     )
 
 
+def updates(run: Run) -> Part:
+    """One more checkpoint in an average, beside a durable copy of what is read for it."""
+    updated, copied = other("ckpt-ema update", "update"), "cp and fsync of the same bytes"
+    return Part(
+        "update",
+        f"One checkpoint folded into an average, with fsync and rename: {run}",
+        run,
+        (other(copied, "copy-for-update", True), updated),
+        (
+            Check(WALL, updated.name, copied, 1.5),
+            Check(PROCESSOR, updated.name, copied),
+            Check(PEAK, updated.name, None, PROMISED_MIB),
+        ),
+    )
+
+
 def all_parts(dtypes: Iterable[str], checkpoints: int, size_bytes: int, peers: bool) -> list[Part]:
     """Everything that can be measured, in the order of the report."""
     runs = [Run(dtype, checkpoints, size_bytes) for dtype in dtypes]
@@ -354,7 +370,7 @@ def all_parts(dtypes: Iterable[str], checkpoints: int, size_bytes: int, peers: b
         *(tiny(), growth(first), averages(first), tensors(), uniform(first), ranks(first)),
         *(of_ranks(Run("float32", 4, 2 * size_bytes, layout=one)) for one in layouts.OF_RANKS),
         *(write_back(Run("float32", 2, size_bytes, layout=one)) for one in layouts.WITH_MOMENTS),
-        *(length(), huge()),
+        *(updates(Run("bfloat16", 2, size_bytes)), length(), huge()),
     ]
 
 

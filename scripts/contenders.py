@@ -8,6 +8,7 @@ for those of another.
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -100,6 +101,38 @@ def copy_newest(run: Path, output: Path) -> None:
 
 
 # Averages by other means
+
+
+def averaged_before(run: Path) -> Path:
+    """Return the average of the oldest checkpoint, with its state; made the first time."""
+    made = run.with_name(f"{run.name}-averaged")
+    if not made.exists():
+        import ckpt_ema
+
+        oldest = weights_files(run)[0].parent
+        ckpt_ema.average([oldest], output=made, keep_state=True, decay=DECAY)
+        os.sync()
+    return made
+
+
+def update(run: Path, output: Path) -> None:
+    """Update the average of the oldest checkpoint with the newest, by the command."""
+    before = averaged_before(run)
+    output.mkdir(exist_ok=True)
+    for path in before.iterdir():
+        os.link(path, output / path.name)
+    newest = str(weights_files(run)[-1].parent)
+    os.execv(
+        sys.executable,
+        [sys.executable, "-m", "ckpt_ema", "update", str(output), newest, "-q"],
+    )
+
+
+def copy_for_update(run: Path, output: Path) -> None:
+    """Copy what an update reads: as many bytes as it writes."""
+    before = averaged_before(run)
+    for path in (weights_files(run)[-1], before / "ckpt_ema.state"):
+        shutil.copyfile(path, output / path.name)
 
 
 def loop(run: Path, output: Path) -> None:
@@ -255,6 +288,8 @@ CONTENDERS: dict[str, Callable[[Path, Path], None]] = {
     "write": write,
     "read-and-write": read_and_write,
     "copy-newest": copy_newest,
+    "update": update,
+    "copy-for-update": copy_for_update,
     "loop": loop,
     "averaged-model": averaged_model,
     "mergekit": mergekit,

@@ -118,6 +118,28 @@ def test_the_page_on_selecting_shows_what_select_prints(make_run: MakeRun, tmp_p
     ]
 
 
+def test_the_page_about_runs_that_go_on_shows_what_is_printed(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    """Of checkpoints that come one or two at a time; all but the times, which are other ones."""
+    steps = [100, 200, 300, 400, 500]
+    make_run(series(5, w=[1 + one / 100 for one in noise(5, 4)]), steps, name="all")
+    page = (ROOT / "docs" / "update.md").read_text()
+    shown = re.findall(r"\$ ckpt-ema (.*)\n((?:(?!\$)[^`].*\n)*)", page)
+    assert [words.split()[0] for words, _ in shown] == ["average", "update", "watch"]
+    (tmp_path / "runs").mkdir()
+    for (words, output), new in zip(shown, (steps[:2], steps[2:3], steps[3:]), strict=True):
+        for step in new:
+            name = f"checkpoint-{step}"
+            (tmp_path / "all" / name).rename(tmp_path / "runs" / name)
+        interval = ["--interval", "0.05"] if words.startswith("watch") else []
+        done = ckpt_ema(*words.split(), *interval, cwd=tmp_path)
+        assert done.returncode == 0
+        printed = f"{done.stderr}{done.stdout}".replace(str(tmp_path), "/data")
+        time = re.compile(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
+        assert time.sub("", printed) == time.sub("", output)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_in_python_are_true(
     page: Path, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,13 @@ import torch
 import ckpt_ema
 from ckpt_ema.errors import Code, FailedError, OptionError, RefusedError
 from ckpt_ema.output.manifest import Result
+from ckpt_ema.storage import storage_for
 from ckpt_ema.updating import publish_instead
 from ckpt_ema.watching import average
 from ckpt_ema.watching import watch as module
 from ckpt_ema.watching.events import Event, Kind
+from ckpt_ema.watching.sightings import Listing
+from tests.command import run_together, wait_for
 from tests.conftest import MakeRun, noise, read_safetensors, series, write_safetensors
 from tests.makers import dcp_folders
 from tests.makers.fake_trainer import Clock, Trainer
@@ -817,3 +823,138 @@ def test_two_watches_of_one_output_are_refused(watch: Watch, trainer: Trainer) -
 
     made = watch(trainer.run, saves(), until_step=500)
     check_batch(made.output, trainer)
+
+
+# --- The command that is run after each publication -----------------------------------------------
+
+
+def has_lines(log: Path, count: int) -> bool:
+    """Whether a file has so many lines."""
+    return log.exists() and log.read_text().count("\n") == count
+
+
+@pytest.mark.parametrize("command", ["echo {} >> %s", "f() { echo $1 >> %s; }; f"])
+def test_a_command_gets_the_path_of_each_publication(
+    watch: Watch, trainer: Trainer, tmp_path: Path, command: str
+) -> None:
+    """In place of {}, or as the last word; whatever letters the path has."""
+    log = tmp_path / "log"
+
+    def saves() -> Iterator[None]:
+        for number, name in enumerate(trainer.names, start=1):
+            yield from trainer.saves(name)
+            wait_for(partial(has_lines, log, number))
+
+    output = tmp_path / "it's here"
+    watch(trainer.run, saves(), until_step=500, output=output, on_publish=command % log)
+    assert log.read_text() == f"{output}\n" * COUNT
+
+
+def test_a_command_that_hangs_holds_nothing_up(
+    watch: Watch, trainer: Trainer, tmp_path: Path
+) -> None:
+    """It is waited for at the end, and runs once more for all that was published meanwhile."""
+    done, log = tmp_path / "done", tmp_path / "log"
+    command = f"while [ ! -e {done} ]; do sleep 0.01; done; echo {{}} >> {log}"
+    told = []
+
+    def event(one: Event) -> None:
+        told.append(one.text)
+        if one.text.startswith("waiting for the command"):
+            assert watch.clock.looks > 3 * COUNT
+            done.touch()
+
+    watch(trainer.run, trainer.saves(), until_step=500, on_publish=command, event=event)
+    assert len([one for one in told if one.startswith("published")]) == COUNT
+    assert log.read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "how"), [("exit 3 #", "exit code 3"), ("kill $$ #", "signal 15")]
+)
+def test_a_command_that_fails_is_told_and_no_more(
+    watch: Watch, trainer: Trainer, command: str, how: str
+) -> None:
+    made = watch(trainer.run, trainer.saves(), until_step=500, on_publish=command)
+    assert f"the command of --on-publish failed with {how}: {command}" in watch.texts(Kind.WARNING)
+    check_batch(made.output, trainer)
+
+
+def test_a_command_that_cannot_be_started_is_told(
+    watch: Watch, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    watch(trainer.run, trainer.saves(), until_step=500, on_publish="true")
+    failure = "the command of --on-publish cannot be started: No such file or directory"
+    assert failure in watch.texts(Kind.WARNING)
+
+
+def test_a_command_that_writes_into_the_output_delays_the_next_publication(
+    watch: Watch, trainer: Trainer
+) -> None:
+    """Which is made when its file is gone; all is folded meanwhile."""
+    output = trainer.run.parent / "run-ema"
+
+    def saves() -> Iterator[None]:
+        yield from trainer.saves("checkpoint-100")
+        while not (output / "eval.json").exists():
+            yield
+        yield from trainer.saves(*trainer.names[1:4])
+        assert watch.folded == trainer.names[:4]
+        (output / "eval.json").unlink()
+        yield
+        assert len(watch.texts(Kind.PUBLISHED)) == 2
+        while not (output / "eval.json").exists():
+            yield
+        (output / "eval.json").unlink()
+        yield from trainer.saves("checkpoint-500")
+
+    watch(trainer.run, saves(), idle=600, on_publish="echo 1 > {}/eval.json")
+    assert len(watch.texts(Kind.PUBLISHED)) == 3
+
+
+# --- For weeks ------------------------------------------------------------------------------------
+
+
+def test_a_look_at_ten_thousand_checkpoints_costs_a_thousandth_of_a_core(tmp_path: Path) -> None:
+    """At the default interval of 10 s, if no name has changed; the quickest of some looks."""
+    for number in range(10_000):
+        (tmp_path / f"step_{number}.pt").touch()
+    listing, costs = Listing(tmp_path), []
+    storage = storage_for(tmp_path)
+    assert listing.has_changed(storage)
+    for _ in range(20):
+        start = time.process_time()
+        assert not listing.has_changed(storage)
+        costs.append(time.process_time() - start)
+    assert min(costs) < 0.010
+
+
+def folds_flat(folder: Path, count: int) -> None:
+    """Fold checkpoints, of which one is kept: neither memory nor files may grow."""
+    run, seen = folder / "run", []
+
+    def saves() -> Iterator[None]:
+        for step in range(1, count + 1):
+            checkpoint = run / f"checkpoint-{step}"
+            checkpoint.mkdir(parents=True)
+            write_safetensors(checkpoint / "model.safetensors", {"w": torch.full((999,), step / 7)})
+            yield from (None,) * 2
+            shutil.rmtree(run / f"checkpoint-{step - 1}", ignore_errors=True)
+            if step % (count // 3) == count // 3 - 1:
+                gc.collect()
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                seen.append((pages * 4096, len(os.listdir("/proc/self/fd"))))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "time", Clock(saves()))
+        ckpt_ema.watch(run, until_step=count, publish_every=10, sync=False, **HALF)
+    (_, files), (early_bytes, _), (late_bytes, late_files) = seen
+    assert late_files == files
+    assert late_bytes - early_bytes < (1 << 20) + 10_000 * count, seen
+
+
+@pytest.mark.parametrize("count", [120, pytest.param(600, marks=pytest.mark.sweep)])
+def test_memory_and_open_files_stay_as_they_are(tmp_path: Path, count: int) -> None:
+    """But for the list of what was folded, 10 kB for each checkpoint at most."""
+    run_together(folds_flat, [(tmp_path, count)])

@@ -60,6 +60,11 @@ def read_specs(path: str, storage: Storage, reading: Reading = AS_IT_IS) -> Spec
     return Specs(tensors, (spec,), (metadata,), holes=holes, recorded=_recorded(metadata))
 
 
+def forget_headers() -> None:
+    """Forget the headers that were read."""
+    _known.clear()
+
+
 _Content = tuple[Mapping[str, TensorSpec], Mapping[str, str]]  # tensors and metadata of a header
 # By digest of the header and size of the file: most checkpoints of a run have the same headers.
 _known: dict[tuple[str, int], _Content] = {}

@@ -88,6 +88,12 @@ class Source:
         return replace(specs, is_average=specs.is_average or model.is_average)
 
 
+def forget_headers() -> None:
+    """Forget the headers that were read, which a process of weeks would pile up."""
+    safetensors.forget_headers()
+    torch_file.forget_structures()
+
+
 def read_specs(model: ModelFiles, storage: Storage, reading: Reading = AS_IT_IS) -> Specs:
     """Return the tensors of all members of a checkpoint; files are named relative to its folder.
 

@@ -297,6 +297,11 @@ def _read_zip(path: str, region: Region) -> Structure:
     return Structure(path, region.size_bytes, root, ignored, digest, locate)
 
 
+def forget_structures() -> None:
+    """Forget what was unpickled."""
+    _unpickled.cache_clear()
+
+
 @lru_cache(_MOST_KNOWN)  # the files of one rank have the same structure in every checkpoint
 def _unpickled(pickled: bytes) -> tuple[Any, Collection[str]]:
     """Return what was pickled, which nobody may change, and the classes and functions in it."""

@@ -255,6 +255,7 @@ def publish_held(held: Path, final: Path, expected: Mapping[str, str]) -> None:
     `expected` has the fingerprints of the latter by folder. Raises what `check_free` and
     `check_replaced` raise.
     """
+    final = Path(os.path.realpath(final))  # follows a link
     check_free(final, overwrite=True)
     if not is_free(final):
         if not expected:

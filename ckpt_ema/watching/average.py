@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ckpt_ema.containers.source import forget_headers
 from ckpt_ema.errors import CkptEmaError, Code, RefusedError
 from ckpt_ema.execute import How
 from ckpt_ema.find.checkpoint import Checkpoint
@@ -15,12 +16,11 @@ from ckpt_ema.output.manifest import Result, read_manifest
 from ckpt_ema.output.workspace import HELD, Workspace
 from ckpt_ema.planning.decide import Chosen, uncollected
 from ckpt_ema.planning.fingerprint import precision
-from ckpt_ema.planning.output import check_destination, sibling_of
+from ckpt_ema.planning.output import check_destination, named, sibling_of
 from ckpt_ema.planning.state import State
 from ckpt_ema.planning.update import find_new, plan_new
 from ckpt_ema.run import carry_out, made_before
 from ckpt_ema.storage import storage_for
-from ckpt_ema.storage.local import Local
 from ckpt_ema.updating import check_still_there, folded_so_far, publish_instead, read_states
 from ckpt_ema.watching.events import Reporter
 
@@ -32,11 +32,11 @@ class Average:
         self, paths: Sequence[Path], options: Options, reporter: Reporter, how: How
     ) -> None:
         """Make it of a run, if the output can be; raises `RefusedError` otherwise."""
-        output = options.output.output or sibling_of(paths[0])
-        check_destination(Path(output), paths, storage_for(paths[0]))
-        [real] = Local().real_paths([output])
-        self.output, self._paths, self._how = Path(real), paths, how
-        self._options = options._replace(output=replace(options.output, output=real))
+        self.output = named(options.output.output or sibling_of(paths[0]))
+        check_destination(self.output, paths, storage_for(paths[0]))
+        self._paths, self._how = paths, how
+        output = replace(options.output, output=str(self.output))
+        self._options = options._replace(output=output)
         self._reporter = reporter
         self.workspace = Workspace(self.output, HELD)
         self._held = self.workspace.output
@@ -77,6 +77,7 @@ class Average:
         except CkptEmaError:
             check_still_there(self._states, self._held if self.unpublished else self.output)
             raise
+        forget_headers()  # that of a state grows with each checkpoint
         self._states = read_states(self._held)[1]
         self.unpublished += len(settled)
         self.workspace.kept = True

@@ -93,6 +93,10 @@ class Sightings:
         self._refused = (str(error), _files_at(Path(error.path), storage) if error.path else {})
         return self._refused == before
 
+    def are_growing(self) -> bool:
+        """Return whether none of the checkpoints that are waited for looks as it did before."""
+        return bool(self._files) and not self._settled
+
     def waits(self) -> bool:
         """Return whether a checkpoint is waited for."""
         return bool(self._files)

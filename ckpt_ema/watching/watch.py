@@ -150,10 +150,10 @@ class _Watch:
         self._sightings.has_news = False
         try:
             [storage] = storages_anew([self._run])
-            if not self._listing.has_changed(storage) and not self._is_due:
-                return
-            self._is_due, self._problem = True, None
-            self._is_due = self._look_and_fold(storage)
+            is_changed = self._listing.has_changed(storage)
+            if is_changed or self._is_due:
+                self._is_due, self._problem = True, None
+                self._is_due = self._look_and_fold(storage, is_changed)
         except CkptEmaError as error:
             is_pending = self._sightings.waits() or not self._average.checkpoints
             self._problem = error if is_pending else None
@@ -164,12 +164,14 @@ class _Watch:
             else:
                 raise
 
-    def _look_and_fold(self, storage: Storage) -> bool:
+    def _look_and_fold(self, storage: Storage, is_changed: bool) -> bool:
         """Fold what has settled; return whether to look again, although no name has changed."""
         if storage.exists(self._run):  # else its file system may not be mounted
             for path, name in self._sightings.vanished(storage).items():
                 self._miss(path, name)
         self._sightings.look(storage)
+        if self._sightings.are_growing() and not is_changed:
+            return True  # to find what else is new takes seconds in a long run
         try:
             chosen = self._average.find_new()
         except RefusedError as error:
