@@ -34,9 +34,10 @@ def average(
     json: bool,
     quiet: bool,
 ) -> None:
-    """Average the checkpoints in RUN, a folder or checkpoints oldest first.
+    """Average the checkpoints of a run into one model.
 
-    Every option can be set by an environment variable, CKPT_EMA_DECAY and so on.
+    RUN is a folder, or checkpoints oldest first. Environment variables, CKPT_EMA_DECAY and so on,
+    set options too.
     """
     running = Running(quiet)
     files = {"plot": plot, "report": report}

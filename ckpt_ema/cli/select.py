@@ -41,7 +41,7 @@ def select(
     json: bool,
     quiet: bool,
 ) -> None:
-    """Make averages, evaluate each and the last checkpoint, and publish the best."""
+    """Evaluate averages and the last checkpoint; keep the best."""
     keywords = {
         **averaging,
         "evaluate": evaluate,

@@ -30,7 +30,7 @@ def update(
     json: bool,
     quiet: bool,
 ) -> None:
-    """Fold the checkpoints that are new in a run into the averages in OUTPUT.
+    """Fold the new checkpoints of a run into an average.
 
     OUTPUT was made with --keep-state. It becomes the average of all checkpoints, byte for byte,
     even if the trainer has deleted those folded before. RUN is the run that it was made of, unless

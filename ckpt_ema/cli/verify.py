@@ -35,7 +35,7 @@ def verify(
     json: bool,
     quiet: bool,
 ) -> None:
-    """Check that OUTPUT is whole, and is the average that its manifest claims.
+    """Check that an output is the average that it claims to be.
 
     Its files are compared with their checksums, and the checkpoints are averaged again, without
     writing anything. RUN is where they are now, if they were moved. Exit code 1: it is not the

@@ -40,10 +40,10 @@ def watch(
     json: bool,
     quiet: bool,
 ) -> None:
-    """Average a run while it goes on: fold each checkpoint once, before it is deleted.
+    """Average a run while it goes on.
 
-    RUN and the options are those of `ckpt-ema average`. Every option can be set by an environment
-    variable.
+    Each checkpoint is folded once, before the trainer deletes it. RUN and the options are those of
+    `ckpt-ema average`.
     """
     with exits.errors_reported(lambda: "what was folded is kept"):
         from ckpt_ema.watching.watch import watch as watch_run
