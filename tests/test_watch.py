@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,11 @@ class Watch:
         self.events.clear()
         self.clock = Clock(doing)
         self._monkeypatch.setattr(module, "time", self.clock)
-        return ckpt_ema.watch(run, **{"event": self.events.append, **HALF, **options})
+        try:
+            return ckpt_ema.watch(run, **{"event": self.events.append, **HALF, **options})
+        finally:
+            if isinstance(doing, Generator):
+                doing.close()  # with its faults
 
     def texts(self, kind: Kind) -> list[str]:
         """What was said."""
@@ -151,6 +155,25 @@ def test_a_trainer_that_deletes_before_it_saves(watch: Watch, trainer: Trainer) 
     made = watch(trainer.run, eager.saves(), until_step=500)
     assert watch.folded == trainer.names
     check_batch(made.output, trainer)
+
+
+def test_the_last_checkpoint_is_not_missed_while_it_is_deleted_piece_by_piece(
+    watch: Watch, trainer: Trainer
+) -> None:
+    """It was folded, and nothing else is there."""
+
+    def saves() -> Iterator[None]:
+        yield from trainer.saves("checkpoint-100")
+        os.truncate(trainer.run / "checkpoint-100" / "model.safetensors", 900)
+        (trainer.run / "checkpoint-100" / "config.json").unlink()
+        yield from (None,) * 3
+        trainer.remove("checkpoint-100")
+        yield from (None,) * 3
+        yield from trainer.saves("checkpoint-200")
+
+    watch(trainer.run, saves(), until_step=200)
+    assert watch.folded == ["checkpoint-100", "checkpoint-200"]
+    assert watch.texts(Kind.MISSED) == []
 
 
 def test_a_folder_that_waits_long_for_its_model_is_seen_when_it_comes(
@@ -636,6 +659,22 @@ def test_a_folder_that_cannot_be_listed_for_a_while_is_looked_at_again(
 
     watch(trainer.run, saves(), until_step=200)
     assert "Input/output error" in watch.texts(Kind.RETRYING)[0]
+
+
+def test_a_run_that_is_out_of_reach_until_the_end_is_told_then(
+    watch: Watch, trainer: Trainer
+) -> None:
+    """Although all that was there is folded: there may be more."""
+    failing = faulty("listdir", 1, 5, ever_after=True)
+
+    def saves() -> Iterator[None]:
+        yield from trainer.saves("checkpoint-100")
+        trainer.put("checkpoint-200")
+        with failing:
+            yield from (None,) * 99
+
+    with pytest.raises(RefusedError, match="Input/output error"):
+        watch(trainer.run, saves(), idle=60)
 
 
 def test_times_of_files_decide_nothing(watch: Watch, trainer: Trainer) -> None:

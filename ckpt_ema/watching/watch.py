@@ -155,8 +155,8 @@ class _Watch:
                 self._is_due, self._problem = True, None
                 self._is_due = self._look_and_fold(storage, is_changed)
         except CkptEmaError as error:
-            is_pending = self._sightings.waits() or not self._average.checkpoints
-            self._problem = error if is_pending else None
+            waits = self._sightings.waits() or not self._average.checkpoints
+            self._problem = error if waits or _may_pass(error) else None
             if isinstance(error, IncompleteError) or error.code in _NOT_YET:
                 self._reporter.say(Kind.WAITING, error.message)
             elif _may_pass(error):
@@ -175,12 +175,9 @@ class _Watch:
         try:
             chosen = self._average.find_new()
         except RefusedError as error:
-            is_incomplete = isinstance(error, IncompleteError)
-            if is_incomplete and error.path:  # the only one, which find does not return
-                path = path_of(error.path)
-                self._sightings.expect(path, path.name, storage)
+            self._expect_the_only_one(error, storage)
             is_final = self._sightings.is_final(error, storage)
-            if is_final or is_incomplete or error.code in _NOT_YET:
+            if is_final or isinstance(error, IncompleteError) or error.code in _NOT_YET:
                 raise
             self._problem = error
             return True
@@ -191,6 +188,13 @@ class _Watch:
         if settled:
             self._fold(chosen, settled)
         return self._sightings.waits()
+
+    def _expect_the_only_one(self, error: RefusedError, storage: Storage) -> None:
+        """Wait for a checkpoint that is incomplete and alone, unless it is being deleted."""
+        known = {one.path for one in self._average.checkpoints}
+        if error.code is Code.INCOMPLETE and error.path and path_of(error.path) not in known:
+            path = path_of(error.path)
+            self._sightings.expect(path, path.name, storage)
 
     def _say_what_waits(self, judged: Sequence[Judged], storage: Storage) -> None:
         """Say which entries are not complete yet, and which never count."""
