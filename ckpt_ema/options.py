@@ -336,6 +336,11 @@ class Keywords(AveragingKeywords, total=False):
 
 _GROUPS: tuple[type[Group], ...] = (Weighting, Selection, Reading, Output, Engine)
 
+# Options of averages that cannot be continued: those that select by what comes later, so that a new
+# checkpoint would change which others take part, and those that no later checkpoint matches.
+BY_NEWEST = ("last", "best", "every", "min_gap", "append")
+NO_LATER = ("steps", "to_step")
+
 # The options that matter only where averages are made and written.
 WRITING = {
     *(row.name for row in Output.rows()),

@@ -118,7 +118,6 @@ def test_quiet_hides_all_but_warnings(trainer: Trainer) -> None:
         (["--idle", "long"], 2, "--idle is 'long'; it must be a time"),
         (["--publish-every", "0"], 2, "--publish-every is '0'; it must be a whole number"),
         (["--until-step", "x"], 2, "--until-step is 'x'; it must be a whole number"),
-        (["--last", "3"], 2, "--keep-state cannot be used with --last"),
         (["--idle", "0"], 3, "No checkpoints found"),
     ],
 )

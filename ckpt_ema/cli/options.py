@@ -12,9 +12,11 @@ import typer
 
 from ckpt_ema.errors import flag
 from ckpt_ema.options import (
+    BY_NEWEST,
     COMMON,
     ENGINE,
     EVALUATION,
+    NO_LATER,
     OF_ONE,
     OUTPUT,
     PANELS,
@@ -71,6 +73,10 @@ RunArgument = Annotated[
 ]
 
 
+_NOT_CONTINUED = {
+    *(*BY_NEWEST, *NO_LATER, "metric", "metric_mode"),
+    *("weights", "normalize", "aliases", "keep_state"),
+}
 _NOT_SELECTED = {"best", "metric", "metric_mode", "keep_state"}
 # Rows of the table that reach a command together, by the keyword that has them.
 _HELD: Mapping[str, Callable[[str], bool]] = {
@@ -78,6 +84,7 @@ _HELD: Mapping[str, Callable[[str], bool]] = {
     "inputs": lambda name: name not in WRITING,  # for who makes no average
     "reading": OF_ONE.__contains__,
     "averaging": lambda name: name not in _NOT_SELECTED,  # for who evaluates averages
+    "continued": lambda name: name not in _NOT_CONTINUED,  # for who adds checkpoints later
     "": lambda _: False,
 }
 

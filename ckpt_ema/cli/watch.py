@@ -30,7 +30,7 @@ _HIDDEN = ("started", "waiting", "folded", "published", "left-out")  # kinds of 
 def watch(
     run: Annotated[str, typer.Argument(metavar="RUN", readable=False)],
     *,
-    options: dict[str, Any],
+    continued: dict[str, Any],
     publish_every: str,
     until_step: str | None,
     idle: str | None,
@@ -60,7 +60,7 @@ def watch(
             event=partial(_tell, quiet=quiet, as_json=json),
             command=command_line(),
             progress=lambda *_: exits.check_signals(),
-            **options,
+            **continued,
         )
         if not json:
             for output in result.outputs:

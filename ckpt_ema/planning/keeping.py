@@ -7,25 +7,21 @@ from typing import NamedTuple
 from ckpt_ema.containers.specs import COPIED, Role, Specs
 from ckpt_ema.errors import Code, OptionError, RefusedError, flag, some
 from ckpt_ema.find.checkpoint import Checkpoint
-from ckpt_ema.options import Options
+from ckpt_ema.options import BY_NEWEST, NO_LATER, Options
 from ckpt_ema.planning.average import Weighted
 from ckpt_ema.planning.contents import Facts, Judged
 from ckpt_ema.planning.roles import Ruling
 from ckpt_ema.planning.state import Asked, Folded, State, lay_out_state
 from ckpt_ema.targets.target import Output, OutputFile
 
-# Options that select by what comes later: a new checkpoint would change which others take part.
-_BY_NEWEST = ("last", "best", "every", "min_gap", "append")
-_NO_LATER = ("steps", "to_step")  # options that no later checkpoint matches
-
 
 def check_extendable(options: Options) -> None:
     """Refuse to keep the state of averages that no checkpoint can be folded into later."""
-    for name in _BY_NEWEST:
+    for name in BY_NEWEST:
         if getattr(options.selection, name):
             why = "which other checkpoints take part depends on the newest"
             raise _not_extendable(flag(name), why)
-    for name in _NO_LATER:
+    for name in NO_LATER:
         if getattr(options.selection, name) is not None:
             raise _not_extendable(flag(name), "no later checkpoint would take part")
     for rule in options.weighting.rules:

@@ -50,7 +50,7 @@ class Average:
         return self._states[0].checkpoints if self._states else ()
 
     def start(self) -> None:
-        """Continue what is at the output path, or what an interrupted watch held."""
+        """Take stock of what is at the output path, and of what an interrupted watch has held."""
         self.workspace.kept = True  # until it is known that nothing is held
         self._published, held = folded_so_far(self.output, self._held)
         self._states = held or self._published
@@ -72,6 +72,7 @@ class Average:
         with uncollected():
             plan = plan_new(chosen, settled, lenient, self._states)
         self._reporter.warn(plan.warnings)
+        self.workspace.kept = True  # whatever comes before the result is noted
         try:
             made = carry_out(replace(plan, engine=engine), {**self._how, "held": self._held})
         except CkptEmaError:
@@ -80,7 +81,6 @@ class Average:
         forget_headers()  # that of a state grows with each checkpoint
         self._states = read_states(self._held)[1]
         self.unpublished += len(settled)
-        self.workspace.kept = True
         return made.warnings
 
     def publish(self) -> bool:

@@ -87,7 +87,7 @@ def watch(
     seconds = LAPSE.parsed("interval", interval)
     reporter = Reporter(event, is_strict=options.engine.strict)
     average = Average(paths_of(run), options, reporter, how)
-    hook = Hook(on_publish, lambda text: reporter.tell(Kind.WARNING, text))
+    hook = Hook(on_publish, reporter.tell)
     with average.workspace, hook:
         average.start()
         so_far = f"{len(average.checkpoints)} checkpoints so far"
@@ -117,6 +117,7 @@ class _Watch:
             self._publish()
         except BaseException as error:
             with suppress(CkptEmaError, OSError):  # the first error tells more
+                self._average.start()  # a signal may have come between folding and noting it
                 self._publish(runs_hook=isinstance(error, Exception))
             raise
 
