@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 from ckpt_ema import values as of
 from ckpt_ema.errors import Code, OptionError, flag
 from ckpt_ema.schedules.rules import DEFAULT, EXPLICIT, OPTIONS, SCHEDULES, Rule, make_rules
+from ckpt_ema.storage.uri import absolute
 from ckpt_ema.values import Values
 
 PathLike = str | os.PathLike[str]
@@ -260,7 +261,10 @@ class Options(NamedTuple):
     def repeatable(self) -> dict[str, Any]:
         """Return what is given and decides which averages are made, wherever they are written."""
         own = {row.name for row in Engine.rows()} | {"output"}
-        return {name: value for name, value in self.given().items() if name not in own}
+        given = {name: value for name, value in self.given().items() if name not in own}
+        if "config_from" in given:  # another process may be in another folder
+            given["config_from"] = absolute(given["config_from"])
+        return given
 
     def deciding(self) -> dict[str, Any]:
         """Return the options that change the output's bytes, for the same checkpoints."""

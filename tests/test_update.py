@@ -433,6 +433,22 @@ def test_options_of_the_average_select_from_what_is_new(run: Run) -> None:
     same_as_batch(run, output, **chosen)
 
 
+def test_an_update_may_be_made_from_another_folder(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths of the average were given from where it was made."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"from": "base"}')
+    (tmp_path / "elsewhere").mkdir()
+    run.show(0, 1, 2)
+    monkeypatch.chdir(tmp_path)
+    ckpt_ema.average("run", output="out", keep_state=True, config_from="base")
+    run.show(3, 4, 5, 6)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ckpt_ema.update("../out")
+    same_as_batch(run, tmp_path / "out", config_from=tmp_path / "base")
+
+
 def test_files_of_others_in_the_output_are_not_deleted(run: Run) -> None:
     run.show(0, 1)
     made = ckpt_ema.average(run.path, keep_state=True)

@@ -29,7 +29,7 @@ from ckpt_ema.planning.contents import Facts
 from ckpt_ema.planning.fingerprint import FOLD_VERSION
 from ckpt_ema.planning.roles import Ruling
 from ckpt_ema.storage.local import Local
-from ckpt_ema.storage.uri import path_of
+from ckpt_ema.storage.uri import absolute, path_of
 from ckpt_ema.targets.target import Chunk, Output, OutputFile, OutputTensor
 from ckpt_ema.trainers.conventions import STATE_FILE
 
@@ -128,11 +128,11 @@ def _real_shape(tensor: OutputTensor) -> tuple[int, ...]:
 
 def _described(checkpoint: Checkpoint, files: Sequence[FileSpec]) -> dict[str, Any]:
     return {
-        "path": str(checkpoint.path),
+        "path": absolute(checkpoint.path),  # an update may be made from another folder
         "name": checkpoint.name,
         "step": checkpoint.step,
         "unit": checkpoint.unit,
-        "folder": str(checkpoint.model.folder),
+        "folder": absolute(checkpoint.model.folder),
         "files": files,
     }
 
