@@ -936,15 +936,15 @@ def test_a_command_that_writes_into_the_output_delays_the_next_publication(
 
     def saves() -> Iterator[None]:
         yield from trainer.saves("checkpoint-100")
-        while not (output / "eval.json").exists():
-            yield
+        yield
+        wait_for((output / "eval.json").exists)  # the command takes real time
         yield from trainer.saves(*trainer.names[1:4])
         assert watch.folded == trainer.names[:4]
         (output / "eval.json").unlink()
         yield
         assert len(watch.texts(Kind.PUBLISHED)) == 2
-        while not (output / "eval.json").exists():
-            yield
+        yield
+        wait_for((output / "eval.json").exists)
         (output / "eval.json").unlink()
         yield from trainer.saves("checkpoint-500")
 
