@@ -230,16 +230,18 @@ def measuring(run: Run) -> Part:
     inspected = measured("inspect", "{run}", "--decay", str(DECAY), name="ckpt-ema inspect")
     pair = ("{run}@100", "{run}@200")
     compared = measured("compare", *pair, name="ckpt-ema compare, two of them")
+    verified = other("ckpt-ema verify", "verify")
     return Part(
         "measuring",
-        f"Inspecting and comparing, beside averages with fsync and rename: {run}",
+        f"Inspecting, comparing and verifying, beside averages with fsync and rename: {run}",
         run,
-        (IMPORT, ours(), inspected, compared),
+        (IMPORT, ours(), inspected, compared, verified),
         (
             Check(WALL, inspected.name, OURS, 1.5),
             Check(PROCESSOR, inspected.name, OURS),
             Check(WALL, compared.name, OURS),
-            *(Check(PEAK, one.name, None, PROMISED_MIB) for one in (inspected, compared)),
+            Check(WALL, verified.name, OURS, 1.25),
+            *(Check(PEAK, one.name, None, PROMISED_MIB) for one in (inspected, compared, verified)),
         ),
     )
 

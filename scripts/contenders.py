@@ -115,6 +115,16 @@ def averaged_before(run: Path) -> Path:
     return made
 
 
+def verify(run: Path, output: Path) -> None:
+    """Verify an average of the run, by the command; it is made the first time."""
+    made = run.with_name(f"{run.name}-verified")
+    if not made.exists():
+        import ckpt_ema
+
+        ckpt_ema.average(run, output=made, decay=DECAY)
+    os.execv(sys.executable, [sys.executable, "-m", "ckpt_ema", "verify", str(made), "-q"])
+
+
 def update(run: Path, output: Path) -> None:
     """Update the average of the oldest checkpoint with the newest, by the command."""
     before = averaged_before(run)
@@ -289,6 +299,7 @@ CONTENDERS: dict[str, Callable[[Path, Path], None]] = {
     "read-and-write": read_and_write,
     "copy-newest": copy_newest,
     "update": update,
+    "verify": verify,
     "copy-for-update": copy_for_update,
     "loop": loop,
     "averaged-model": averaged_model,

@@ -20,7 +20,7 @@ from ckpt_ema.errors import Code, FailedError, OptionError, RefusedError
 from ckpt_ema.output.manifest import Result
 from ckpt_ema.storage import storage_for
 from ckpt_ema.updating import publish_instead
-from ckpt_ema.watching import average
+from ckpt_ema.watching import held as publishing
 from ckpt_ema.watching import watch as module
 from ckpt_ema.watching.events import Event, Kind
 from ckpt_ema.watching.sightings import Listing
@@ -411,7 +411,7 @@ class Killed(BaseException):
 def die(watch: Watch, trainer: Trainer, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Path:
     """Fold the first two checkpoints, hold them, and leave everything as it is."""
     with monkeypatch.context() as patched:
-        patched.setattr(average, "publish_instead", lambda *_: (_ for _ in ()).throw(Killed))
+        patched.setattr(publishing, "publish_instead", lambda *_: (_ for _ in ()).throw(Killed))
 
         def saves() -> Iterator[None]:
             yield from trainer.saves("checkpoint-100", "checkpoint-200")
@@ -453,7 +453,7 @@ def test_an_update_publishes_what_a_killed_watch_has_held(
     trainer.put("checkpoint-100")
     watch(trainer.run, idle=60)
     with monkeypatch.context() as patched:
-        patched.setattr(average, "publish_instead", lambda *_: (_ for _ in ()).throw(Killed))
+        patched.setattr(publishing, "publish_instead", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             watch(trainer.run, trainer.saves("checkpoint-200"), idle=60, publish_every=9)
     output = trainer.run.parent / "run-ema"
@@ -500,12 +500,12 @@ def test_an_interrupted_publication_is_not_undone(
         with faulty(kind, 1, KeyboardInterrupt):
             publish_instead(*arguments)
 
-    monkeypatch.setattr(average, "publish_instead", interrupted)
+    monkeypatch.setattr(publishing, "publish_instead", interrupted)
     with pytest.raises(KeyboardInterrupt):
         watch(trainer.run, trainer.saves("checkpoint-200"), idle=60)
     manifest = json.loads((made.output / "ckpt_ema.json").read_text())
     assert [one["step"] for one in manifest["checkpoints"]] == [100, 200]
-    monkeypatch.setattr(average, "publish_instead", publish_instead)
+    monkeypatch.setattr(publishing, "publish_instead", publish_instead)
     watch(trainer.run, trainer.saves(*trainer.names[2:]), until_step=500)
     check_batch(made.output, trainer)
 

@@ -28,8 +28,8 @@ from ckpt_ema.planning.update import new_checkpoints
 from ckpt_ema.storage import Storage, storages_anew
 from ckpt_ema.storage.uri import path_of
 from ckpt_ema.values import LAPSE, TIME
-from ckpt_ema.watching.average import Average
 from ckpt_ema.watching.events import Event, Kind, Reporter
+from ckpt_ema.watching.held import HeldAverage
 from ckpt_ema.watching.hook import Hook
 from ckpt_ema.watching.sightings import Listing, Sightings
 
@@ -86,7 +86,7 @@ def watch(
     until = Until(until_step, None if idle is None else TIME.parsed("idle", idle))
     seconds = LAPSE.parsed("interval", interval)
     reporter = Reporter(event, is_strict=options.engine.strict)
-    average = Average(paths_of(run), options, reporter, how)
+    average = HeldAverage(paths_of(run), options, reporter, how)
     hook = Hook(on_publish, reporter.tell)
     with average.workspace, hook:
         average.start()
@@ -101,7 +101,7 @@ class _Watch:
     """One watch: the average so far, and what is waited for."""
 
     def __init__(
-        self, run: Path, average: Average, hook: Hook, reporter: Reporter, *, skip_missed: bool
+        self, run: Path, average: HeldAverage, hook: Hook, reporter: Reporter, *, skip_missed: bool
     ) -> None:
         self._run, self._average, self._hook = run, average, hook
         self._reporter, self._skip_missed = reporter, skip_missed

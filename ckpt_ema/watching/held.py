@@ -25,7 +25,7 @@ from ckpt_ema.updating import check_still_there, folded_so_far, publish_instead,
 from ckpt_ema.watching.events import Reporter
 
 
-class Average:
+class HeldAverage:
     """What a watch has made so far; what is not published is held in its workspace."""
 
     def __init__(
