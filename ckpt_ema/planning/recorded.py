@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ckpt_ema.errors import Code, RefusedError
+from ckpt_ema.errors import Code, OptionError, RefusedError
 from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.find.select import Subset, Subsets
-from ckpt_ema.options import PathLike, Weighting, make_options
+from ckpt_ema.options import Options, PathLike, Weighting, make_options
 from ckpt_ema.planning.average import Weighted, decays_by
 from ckpt_ema.planning.decide import decide, find_checkpoints, paths_of, uncollected
 from ckpt_ema.planning.plan import Plan
@@ -41,12 +41,10 @@ def plan_recorded(
     """Plan the averages of some manifests again; `run` is where the run is now, if it was moved.
 
     Raises what `plan` raises for checkpoints that are there, and `RefusedError` for a manifest
-    whose weights are not those of its schedule.
+    whose weights are not those of its schedule, or whose options no version knows.
     """
     first = manifests[0]
-    left_out = (*_CHOOSING, *_ENGINE)
-    given = {name: value for name, value in first["options"].items() if name not in left_out}
-    options = make_options({**given, "output": output, **engine})
+    options = _options(output, first, engine)
     recorded = {
         (one["name"], one["step"]): None for record in manifests for one in record["checkpoints"]
     }
@@ -65,6 +63,21 @@ def plan_recorded(
         return Recorded(decide(chosen, options, partial(_weighted, manifests)))
 
 
+def _options(output: Path, record: Mapping[str, Any], engine: Mapping[str, Any]) -> Options:
+    """Return the options of a manifest; raises `RefusedError` if they are impossible."""
+    given = {"output": output, **engine}
+    make_options(given)  # what is wrong with these is for the caller to know
+    left_out = (*_CHOOSING, *_ENGINE)
+    recorded = {name: value for name, value in record["options"].items() if name not in left_out}
+    try:
+        return make_options({**recorded, **given})
+    except (OptionError, TypeError, ValueError) as error:
+        message = f"{output}: the options in its manifest are unknown or impossible: {error}"
+        hint = "Verify it with the version of ckpt-ema that made it."
+        text = message.rstrip(".")
+        raise RefusedError(f"{text}.", hint, code=Code.DAMAGED, path=output) from error
+
+
 def _weighted(
     manifests: Sequence[Mapping[str, Any]], subsets: Sequence[Subset], _weighting: Weighting
 ) -> list[Weighted]:
@@ -74,9 +87,15 @@ def _weighted(
     for record in manifests:
         rows = record["checkpoints"]
         checkpoints = tuple(there[row["name"], row["step"]] for row in rows)
-        decays = tuple(row["decay"] for row in rows[1:])
-        rule = _rule(record)
-        _check_weights(record, rule, checkpoints, decays)
+        decays = tuple(row.get("decay") for row in rows[1:])
+        try:
+            rule = _rule(record)
+            is_right = _has_weights(record, rule, checkpoints, decays)
+        except (LookupError, TypeError, ValueError, ArithmeticError):  # of what is no number
+            is_right = False
+        if not is_right:
+            message = f"{record['output']}: its weights are not those of {record['schedule']}."
+            raise RefusedError(message, code=Code.WRONG_WEIGHTS, path=record["output"])
         averages.append(Weighted(record["name"], rule, checkpoints, decays))
     return averages
 
@@ -87,19 +106,20 @@ def _rule(record: Mapping[str, Any]) -> Rule:
     return Rule(schedule, {name: record[name] for name in names})
 
 
-def _check_weights(
+def _has_weights(
     record: Mapping[str, Any],
     rule: Rule,
     checkpoints: Sequence[Checkpoint],
     decays: Sequence[float],
-) -> None:
-    """Refuse weights that are not those of the schedule, or not of these decays."""
+) -> bool:
+    """Return whether the weights are those of the schedule, and of these decays."""
     expected = decays
     if rule.schedule != EXPLICIT:
         expected = decays_by(rule, checkpoints)
     weights = [row["weight"] for row in record["checkpoints"]]
-    for found, right in ((decays, expected), (weights, weights_of(decays))):
-        pairs = zip(found, right, strict=True)
-        if not all(math.isclose(*pair, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE) for pair in pairs):
-            message = f"{record['output']}: its weights are not those of {rule.text()}."
-            raise RefusedError(message, code=Code.WRONG_WEIGHTS, path=record["output"])
+    return _are_close(decays, expected) and _are_close(weights, weights_of(decays))
+
+
+def _are_close(found: Sequence[float], right: Sequence[float]) -> bool:
+    pairs = zip(found, right, strict=True)
+    return all(math.isclose(*pair, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE) for pair in pairs)
