@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import shutil
@@ -90,6 +91,18 @@ def test_an_updated_output_is_the_average_of_all(run: Path, tmp_path: Path) -> N
     assert found.is_recomputed
     assert found.is_as_claimed
     assert found.checkpoints == 5
+
+
+@pytest.mark.usefixtures("either_fold")
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+def test_infinite_masks_and_nan_are_what_was_averaged(make_run: MakeRun, value: float) -> None:
+    """A tile with infinities is folded twice; only what is written at last counts."""
+    mask = torch.full((4, 4), value).triu(1) + torch.ones(4, 4)
+    run = make_run(series(3, w=noise(3, 40), mask=[mask, mask, mask]))
+    made = ckpt_ema.average(run, device="cpu", allow_nonfinite=True)
+    found = ckpt_ema.verify(made.output, device="cpu")
+    assert found.is_recomputed
+    assert found.is_as_claimed
 
 
 @pytest.mark.usefixtures("either_fold")
