@@ -388,6 +388,30 @@ def test_files_beside_the_weights_may_come_and_go(
     assert not ckpt_ema.verify(made.output).is_as_claimed
 
 
+def test_a_run_that_is_named_must_have_checkpoints_of_the_average(
+    run: Path, tmp_path: Path
+) -> None:
+    """Else a typing error would pass for a check."""
+    made = ckpt_ema.average(run)
+    other = tmp_path / "other"
+    shutil.copytree(run / "checkpoint-500", other / "checkpoint-900")
+    for path, code in ((tmp_path / "nowhere", Code.NOT_FOUND), (other, Code.NO_CHECKPOINTS)):
+        with pytest.raises(RefusedError) as caught:
+            ckpt_ema.verify(made.output, path)
+        assert caught.value.code is code
+    shutil.copytree(run / "checkpoint-100", other / "checkpoint-100")
+    assert len(ckpt_ema.verify(made.output, other).gone) == 4
+
+
+def test_the_folder_of_the_configuration_is_not_needed_again(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    made = ckpt_ema.average(run, config_from=folder)
+    shutil.rmtree(folder)
+    assert ckpt_ema.verify(made.output).is_recomputed
+
+
 @pytest.mark.parametrize("what", ["a run", "one file", "nothing"])
 def test_what_has_no_record_is_refused(run: Path, what: str) -> None:
     output = run.parent / "one.safetensors"

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ckpt_ema.errors import Code, OptionError, RefusedError
+from ckpt_ema.errors import Code, OptionError, RefusedError, some
 from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.find.select import Subset, Subsets
 from ckpt_ema.options import Options, PathLike, Weighting, make_options
@@ -16,10 +16,10 @@ from ckpt_ema.planning.plan import Plan
 from ckpt_ema.schedules.rules import ALL, EXPLICIT, Rule
 from ckpt_ema.schedules.weights import weights_of
 
-# Options that choose among the checkpoints of a run, which the record has done.
-_CHOOSING = (
+# Options that choose among the checkpoints of a run, which the record has done, or what is copied.
+_DONE = (
     *("last", "best", "metric", "metric_mode"),
-    *("from_step", "to_step", "steps", "every", "min_gap"),
+    *("from_step", "to_step", "steps", "every", "min_gap", "config_from"),
 )
 _ENGINE = ("device", "threads", "tile_size", "max_memory", "strict", "sync")
 _TOLERANCE = 1e-9  # how far apart two machines may compute a decay
@@ -40,8 +40,9 @@ def plan_recorded(
 ) -> Recorded:
     """Plan the averages of some manifests again; `run` is where the run is now, if it was moved.
 
-    Raises what `plan` raises for checkpoints that are there, and `RefusedError` for a manifest
-    whose weights are not those of its schedule, or whose options no version knows.
+    Raises what `plan` raises for checkpoints that are there, and `RefusedError` for a `run` that
+    has none of them, and for a manifest whose weights are not those of its schedule, or whose
+    options are unknown.
     """
     first = manifests[0]
     options = _options(output, first, engine)
@@ -52,10 +53,15 @@ def plan_recorded(
         try:
             chosen = find_checkpoints(paths_of(first["paths"] if run is None else run), options)
         except RefusedError as error:
-            if error.code not in (Code.NOT_FOUND, Code.NO_CHECKPOINTS):
+            if run is not None or error.code not in (Code.NOT_FOUND, Code.NO_CHECKPOINTS):
                 raise
             return Recorded(None, tuple(name for name, _ in recorded))
         taken = [one for one in chosen.found.checkpoints if (one.name, one.step) in recorded]
+        if run is not None and not taken:
+            names = some((name for name, _ in recorded), 3)
+            message = f"None of the checkpoints that {output} was made of is there: {names}."
+            hint = "Name the run that has them."
+            raise RefusedError(message, hint, code=Code.NO_CHECKPOINTS, path=output)
         there = {(one.name, one.step) for one in taken}
         if gone := tuple(name for name, step in recorded if (name, step) not in there):
             return Recorded(None, gone)
@@ -67,7 +73,7 @@ def _options(output: Path, record: Mapping[str, Any], engine: Mapping[str, Any])
     """Return the options of a manifest; raises `RefusedError` if they are impossible."""
     given = {"output": output, **engine}
     make_options(given)  # what is wrong with these is for the caller to know
-    left_out = (*_CHOOSING, *_ENGINE)
+    left_out = (*_DONE, *_ENGINE)
     recorded = {name: value for name, value in record["options"].items() if name not in left_out}
     try:
         return make_options({**recorded, **given})
