@@ -249,6 +249,22 @@ def test_nothing_is_written(run: Path) -> None:
     assert sorted(p.name for p in run.parent.iterdir()) == ["run", "run-ema"]
 
 
+@pytest.mark.parametrize("options", [{}, {"keep_all": True}, {"greedy": True}])
+def test_what_select_publishes_is_verified_too(run: Path, options: dict[str, Any]) -> None:
+    """The last checkpoint alone, and a soup of one, have no schedule."""
+
+    def evaluate(folder: Path) -> dict[str, float]:
+        *_, newest = json.loads((folder / "ckpt_ema.json").read_text())["checkpoints"]
+        return {"acc": newest["weight"]}
+
+    options = {**options, "half_life": [100, 200], "output": run.parent / "best"}
+    found = ckpt_ema.select(run, evaluate=evaluate, metric="acc", **options)
+    assert found.best in ("last-checkpoint", "greedy-soup")
+    verified = ckpt_ema.verify(found.output)
+    assert verified.is_recomputed
+    assert verified.is_as_claimed
+
+
 def changed_values(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Yield where the values in a value of JSON are; of a list, only the first two."""
     items = value.items() if isinstance(value, dict) else enumerate(value[:2])
@@ -386,6 +402,33 @@ def test_files_beside_the_weights_may_come_and_go(
     (folder / "model.safetensors").write_bytes(content)
     claim_again(made.output)
     assert not ckpt_ema.verify(made.output).is_as_claimed
+
+
+@pytest.mark.parametrize("options", [{}, {"from_step": 200}], ids=str)
+def test_a_state_may_have_come_from_elsewhere(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Its header has the paths and times of the checkpoints as they were; values decide."""
+    monkeypatch.chdir(run.parent)
+    made = ckpt_ema.average(run.name, keep_state=True, **options)
+    assert ckpt_ema.verify(made.output).is_as_claimed
+    archive = tmp_path / "a" / "longer" / "path"
+    shutil.copytree(run, archive, copy_function=shutil.copyfile)
+    shutil.rmtree(run)
+    found = ckpt_ema.verify(made.output, archive)
+    assert found.is_recomputed
+    assert found.is_as_claimed
+    path = made.output / "ckpt_ema.state"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert ckpt_ema.verify(made.output, archive).differs == (path.name, "c", len(content) - 3)
+    header = bytes(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    for other in (header.replace(b"[0.", b"[1.", 1), b"{" + header[1:].replace(b"{", b"[", 1)):
+        path.write_bytes(content[:8] + other + content[8 + len(header) :])
+        differs = ckpt_ema.verify(made.output, archive).differs
+        assert differs is not None
+        assert (differs.file, differs.tensor) == (path.name, "")
 
 
 def test_a_run_that_is_named_must_have_checkpoints_of_the_average(

@@ -13,7 +13,7 @@ from ckpt_ema.options import Options, PathLike, Weighting, make_options
 from ckpt_ema.planning.average import Weighted, decays_by
 from ckpt_ema.planning.decide import decide, find_checkpoints, paths_of, uncollected
 from ckpt_ema.planning.plan import Plan
-from ckpt_ema.schedules.rules import ALL, EXPLICIT, Rule
+from ckpt_ema.schedules.rules import ALL, Rule
 from ckpt_ema.schedules.weights import weights_of
 
 # Options that choose among the checkpoints of a run, which the record has done, or what is copied.
@@ -120,7 +120,7 @@ def _has_weights(
 ) -> bool:
     """Return whether the weights are those of the schedule, and of these decays."""
     expected = decays
-    if rule.schedule != EXPLICIT:
+    if ALL[rule.schedule].formula is not None:
         expected = decays_by(rule, checkpoints)
     weights = [row["weight"] for row in record["checkpoints"]]
     return _are_close(decays, expected) and _are_close(weights, weights_of(decays))

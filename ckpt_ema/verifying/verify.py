@@ -13,14 +13,13 @@ from ckpt_ema.fold import engine
 from ckpt_ema.fold.tiles import tiles
 from ckpt_ema.options import PathLike
 from ckpt_ema.output.content import damaged_files, wrong_checksum
-from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.output import named
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.planning.recorded import plan_recorded
 from ckpt_ema.run import on_device
 from ckpt_ema.storage.local import Local
-from ckpt_ema.targets.target import OutputFile
-from ckpt_ema.verifying.comparing import Comparing, Difference
+from ckpt_ema.verifying.comparing import Comparing, Difference, There
+from ckpt_ema.verifying.files import File, files_of
 from ckpt_ema.verifying.records import Recorded, read_records
 
 
@@ -133,7 +132,7 @@ def _again(
         return _Again(gone)
     if changed := _changed(plan, records):
         return _Again(changed=changed)
-    return _fold_again(plan, _files(plan, output, records), sample, progress)
+    return _fold_again(plan, files_of(plan, output, records), sample, progress)
 
 
 def _changed(plan: Plan, records: Sequence[Recorded]) -> tuple[str, ...]:
@@ -157,44 +156,8 @@ def _recorded(file: Mapping[str, Any]) -> tuple[str, int, str]:
     return file["name"], file["bytes"], file["header_sha256"]
 
 
-class _File(NamedTuple):
-    """A file of one of the averages."""
-
-    name: str  # relative to the output
-    path: Path
-    file: OutputFile
-    is_own: bool  # else the checkpoint has it only by now, and nothing in it is averaged
-
-
-def _files(plan: Plan, output: Path, records: Sequence[Recorded]) -> list[_File]:
-    """Return the files of the averages, by their numbers, where the manifests have them."""
-    found, states = list[_File](), list[_File]()
-    for average, (folder, manifest) in zip(plan.averages, records, strict=True):
-        home, names = folder.relative_to(output), _recorded_names(plan, average, manifest)
-        for file in average.output.files:
-            name = names.get(file.name, file.name)
-            is_own = file.name in names or bool(file.tensors)
-            found.append(_File(str(home / name), folder / name, file, is_own))
-        if state := average.output.state:
-            states.append(_File(str(home / state.name), folder / state.name, state, True))
-    return [*found, *states]
-
-
-def _recorded_names(plan: Plan, average: Average, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Return the recorded names of an average's files by those that the plan has.
-
-    What is written back has more files if the checkpoint does by now, and is in a folder of the
-    checkpoint's name only if the run has a file that leads there.
-    """
-    top = f"{plan.checkpoints[average.members[-1]].path.name}/"
-    recorded = {row["name"].removeprefix(top): row["name"] for row in manifest["files"]}
-    planned = (file.name for file in average.output.files)
-    pairs = ((name, recorded.get(name.removeprefix(top))) for name in planned)
-    return {name: found for name, found in pairs if found is not None}
-
-
 def _fold_again(
-    plan: Plan, files: Sequence[_File], sample: float, progress: Callable[[int, int], None]
+    plan: Plan, files: Sequence[File], sample: float, progress: Callable[[int, int], None]
 ) -> _Again:
     """Fold tiles again, and compare them with the files that are there."""
     own = [one for one in files if one.is_own]
@@ -208,7 +171,7 @@ def _fold_again(
     count = min(total, max(1, round(sample * total)))
     chosen = [every[number] for number in sorted(random.sample(range(total), count))]
     read_bytes = sum(t.span.bytes_read(plan.work.layout_of, t.length) for t in chosen)
-    with Comparing([(one.path, one.file.checksums) for one in files]) as sink:
+    with Comparing([There(one.path, one.file.checksums, one.shift) for one in files]) as sink:
         engine.run(
             plan, chosen, device, sink, lambda _: None, (), lambda n: progress(n, read_bytes)
         )
@@ -217,7 +180,7 @@ def _fold_again(
     return _Again(tiles=count, tiles_in_all=total, differs=differs)
 
 
-def _fixed_difference(one: _File) -> Differs | None:
+def _fixed_difference(one: File) -> Differs | None:
     """Return where a file has another size than it should, or other bytes between its tensors."""
     storage = Local()
     if not storage.exists(one.path):
@@ -236,7 +199,7 @@ def _fixed_difference(one: _File) -> Differs | None:
     return None
 
 
-def _named(difference: Difference, files: Sequence[_File]) -> Differs:
+def _named(difference: Difference, files: Sequence[File]) -> Differs:
     """Return a difference with the names of its file and tensor."""
     one, offset = files[difference.file], difference.offset
     tensors = sorted(one.file.tensors, key=attrgetter("offset"))
