@@ -100,6 +100,21 @@ def test_a_manifest_that_somebody_has_changed_does_no_harm(make_run: MakeRun, va
     assert "\x1b" not in lines.result_line(finished)
 
 
+@pytest.mark.parametrize("value", [5, None, "abc", {"a": 1}, [5, {}, {"name": None}]])
+@pytest.mark.parametrize("key", ["files", "companions"])
+def test_a_changed_manifest_keeps_what_it_does_not_name(
+    make_run: MakeRun, key: str, value: Any
+) -> None:
+    run = make_run(series(3, w=noise(3, 4)))
+    output = ckpt_ema.average(run, device="cpu").output
+    path = output / "ckpt_ema.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    name = {"files": "model.safetensors", "companions": "config.json"}[key]
+    error = refusal(run, decay=0.1, overwrite=True)
+    assert (error.code, name in str(error)) == (Code.OUTPUT_EXISTS, True)
+    assert entries(output) == MADE
+
+
 def test_overwrite_replaces_a_model_and_nothing_else(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(series(2, w=noise(2, 4)))
     mixed = tmp_path / "mixed"

@@ -102,6 +102,23 @@ def test_an_updated_average_is_the_average_of_all_byte_for_byte(
     same_as_batch(run, output, **options)
 
 
+@pytest.mark.usefixtures("either_fold")
+def test_a_state_has_tied_tensors_under_each_name(run: Run) -> None:
+    """torch stores them once, and a state twice: its checksum is of both."""
+    tied = [{**state, "head": state["a"]} for state in STATES]
+    for name, state in zip(run.names, tied, strict=True):
+        (run.whole / name / "model.safetensors").unlink()
+        torch.save(state, run.whole / name / "pytorch_model.bin")
+    output = run.path.parent / "out"
+    run.show(0, 1, 2)
+    ckpt_ema.average(run.path, output=output, keep_state=True)
+    assert ckpt_ema.verify(output).is_as_claimed
+    run.show(3, 4, 5, 6)
+    ckpt_ema.update(output)
+    assert ckpt_ema.verify(output).is_as_claimed
+    same_as_batch(run, output)
+
+
 def test_by_hand_a_third_checkpoint_is_folded_with_the_third_decay(make_run: MakeRun) -> None:
     """1, 2, 4 at decay 1/2: 1.5, then 2.75; the state holds what float16 cannot."""
     values = [torch.tensor([value], dtype=torch.float16) for value in (1.0, 2.0, 4.0009765625)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
 import ckpt_ema
-from ckpt_ema.errors import Code, RefusedError
+from ckpt_ema.errors import Code, OptionError, RefusedError
 from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, series, write_safetensors
 from tests.makers.folds import by_torch
@@ -89,6 +91,18 @@ def test_an_updated_output_is_the_average_of_all(run: Path, tmp_path: Path) -> N
     assert found.is_recomputed
     assert found.is_as_claimed
     assert found.checkpoints == 5
+
+
+@pytest.mark.usefixtures("either_fold")
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+def test_infinite_masks_and_nan_are_what_was_averaged(make_run: MakeRun, value: float) -> None:
+    """A tile with infinities is folded twice; only what is written at last counts."""
+    mask = torch.full((4, 4), value).triu(1) + torch.ones(4, 4)
+    run = make_run(series(3, w=noise(3, 40), mask=[mask, mask, mask]))
+    made = ckpt_ema.average(run, device="cpu", allow_nonfinite=True)
+    found = ckpt_ema.verify(made.output, device="cpu")
+    assert found.is_recomputed
+    assert found.is_as_claimed
 
 
 @pytest.mark.usefixtures("either_fold")
@@ -233,6 +247,212 @@ def test_nothing_is_written(run: Path) -> None:
     made.output.chmod(0o755)
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in made.output.iterdir()} == before
     assert sorted(p.name for p in run.parent.iterdir()) == ["run", "run-ema"]
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_all": True}, {"greedy": True}])
+def test_what_select_publishes_is_verified_too(run: Path, options: dict[str, Any]) -> None:
+    """The last checkpoint alone, and a soup of one, have no schedule."""
+
+    def evaluate(folder: Path) -> dict[str, float]:
+        *_, newest = json.loads((folder / "ckpt_ema.json").read_text())["checkpoints"]
+        return {"acc": newest["weight"]}
+
+    options = {**options, "half_life": [100, 200], "output": run.parent / "best"}
+    found = ckpt_ema.select(run, evaluate=evaluate, metric="acc", **options)
+    assert found.best in ("last-checkpoint", "greedy-soup")
+    verified = ckpt_ema.verify(found.output)
+    assert verified.is_recomputed
+    assert verified.is_as_claimed
+
+
+def changed_values(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield where the values in a value of JSON are; of a list, only the first two."""
+    items = value.items() if isinstance(value, dict) else enumerate(value[:2])
+    for key, inner in items:
+        yield (*keys, key)
+        if isinstance(inner, dict | list):
+            yield from changed_values(inner, (*keys, key))
+
+
+def test_a_manifest_with_any_value_wrong_never_ends_in_a_traceback(run: Path) -> None:
+    """Whoever edits it by hand, or a disk, may leave anything; it is refused in one sentence."""
+    made = ckpt_ema.average(run, keep_state=True)
+    path = made.output / "ckpt_ema.json"
+    text = path.read_text()
+    refused = 0
+    for *keys, last in changed_values(json.loads(text)):
+        for value in (..., None, 1e400, "x", [], {}, [1], {"a": 1}):
+            manifest = json.loads(text)
+            inner = manifest
+            for key in keys:
+                inner = inner[key]
+            inner[last] = value
+            if value is ...:
+                del inner[last]
+            path.write_text(json.dumps(manifest))
+            try:
+                ckpt_ema.verify(made.output)
+            except RefusedError as error:
+                refused += 1
+                assert error.code in (Code.DAMAGED, Code.WRONG_WEIGHTS, Code.NO_MANIFEST)
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('{"name": ', "not a JSON object"),
+        ("[]", "not a JSON object"),
+        ('{"paths": ["x"]}', "'name' is missing"),
+    ],
+)
+def test_a_damaged_manifest_is_called_damaged(run: Path, text: str, what: str) -> None:
+    made = ckpt_ema.average(run)
+    (made.output / "ckpt_ema.json").write_text(text)
+    done = command("verify", made.output)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert re.fullmatch(rf"error: .*ckpt_ema.json is damaged: .*{what}.*\n", done.stderr)
+
+
+def change_manifest(output: Path, **values: Any) -> None:
+    """Put other values into a manifest."""
+    path = output / "ckpt_ema.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_options_that_this_version_lacks_are_refused(run: Path) -> None:
+    made = ckpt_ema.average(run)
+    change_manifest(made.output, options={"from_the_future": 1})
+    with pytest.raises(RefusedError, match="from_the_future") as caught:
+        ckpt_ema.verify(made.output)
+    assert caught.value.code is Code.DAMAGED
+    with pytest.raises(OptionError, match="--threads"):  # which is the caller's own
+        ckpt_ema.verify(made.output, threads=0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"crc32": {}}, {"paths": [""]}, {"checkpoints": []}],
+    ids=["a checksum", "a run", "checkpoints"],
+)
+def test_a_manifest_without_what_is_compared_is_no_proof(run: Path, values: dict[str, Any]) -> None:
+    made = ckpt_ema.average(run)
+    change_manifest(made.output, **values)
+    with pytest.raises(RefusedError, match="is damaged"):
+        ckpt_ema.verify(made.output)
+
+
+def test_a_model_file_that_the_manifest_lacks_is_no_proof(run: Path) -> None:
+    made = ckpt_ema.average(run)
+    change_manifest(made.output, files=[])
+    (made.output / "model.safetensors").rename(run / "away")
+    change_manifest(made.output, crc32={})
+    assert not ckpt_ema.verify(made.output).is_as_claimed
+
+
+def test_averages_of_several_runs_may_be_gathered_in_a_folder(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    for path in other.glob("*/*.safetensors"):
+        write_safetensors(path, {key: 2 * value for key, value in STATES[1].items()})
+    gathered = tmp_path / "gathered"
+    gathered.mkdir()
+    ckpt_ema.average(run, output=gathered / "one")
+    ckpt_ema.average(other, output=gathered / "other", allow_duplicates=True)
+    ckpt_ema.average(run, output=tmp_path / "two", decay=[0.2, 0.3])
+    for number, path in enumerate(sorted((tmp_path / "two").iterdir())):
+        path.rename(gathered / f"renamed-{number}")
+    found = ckpt_ema.verify(gathered)
+    assert found.is_as_claimed
+    assert found.is_recomputed
+    assert (found.files, found.checkpoints) == (8, 10)
+    shutil.rmtree(other / "checkpoint-200")
+    content = bytearray((gathered / "renamed-1" / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (gathered / "renamed-1" / "model.safetensors").write_bytes(content)
+    found = ckpt_ema.verify(gathered)
+    assert found.gone == ("checkpoint-200",)
+    assert not found.is_recomputed
+    assert found.differs is not None
+    assert found.differs.file == "renamed-1/model.safetensors"
+    assert found.damaged == ("renamed-1/model.safetensors",)
+
+
+@pytest.mark.parametrize("was_there", [True, False])
+def test_files_beside_the_weights_may_come_and_go(
+    run: Path, tmp_path: Path, was_there: bool
+) -> None:
+    """An evaluation puts results into the checkpoint; an archive lacks the run's own file."""
+    tracker = run / "latest"
+    if was_there:
+        tracker.write_text("checkpoint-500")
+    made = ckpt_ema.average(run, save_as="checkpoint", output=tmp_path / "out")
+    folder = made.output / "checkpoint-500" if was_there else made.output
+    assert (folder / "model.safetensors").is_file()
+    (run / "checkpoint-500" / "eval_results.json").write_text("{}")
+    if was_there:
+        tracker.unlink()
+    else:
+        tracker.write_text("checkpoint-500")
+    found = ckpt_ema.verify(made.output)
+    assert found.is_as_claimed
+    assert found.is_recomputed
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    claim_again(made.output)
+    assert not ckpt_ema.verify(made.output).is_as_claimed
+
+
+@pytest.mark.parametrize("options", [{}, {"from_step": 200}], ids=str)
+def test_a_state_may_have_come_from_elsewhere(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Its header has the paths and times of the checkpoints as they were; values decide."""
+    monkeypatch.chdir(run.parent)
+    made = ckpt_ema.average(run.name, keep_state=True, **options)
+    assert ckpt_ema.verify(made.output).is_as_claimed
+    archive = tmp_path / "a" / "longer" / "path"
+    shutil.copytree(run, archive, copy_function=shutil.copyfile)
+    shutil.rmtree(run)
+    found = ckpt_ema.verify(made.output, archive)
+    assert found.is_recomputed
+    assert found.is_as_claimed
+    path = made.output / "ckpt_ema.state"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert ckpt_ema.verify(made.output, archive).differs == (path.name, "c", len(content) - 3)
+    header = bytes(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    for other in (header.replace(b"[0.", b"[1.", 1), b"{" + header[1:].replace(b"{", b"[", 1)):
+        path.write_bytes(content[:8] + other + content[8 + len(header) :])
+        differs = ckpt_ema.verify(made.output, archive).differs
+        assert differs is not None
+        assert (differs.file, differs.tensor) == (path.name, "")
+
+
+def test_a_run_that_is_named_must_have_checkpoints_of_the_average(
+    run: Path, tmp_path: Path
+) -> None:
+    """Else a typing error would pass for a check."""
+    made = ckpt_ema.average(run)
+    other = tmp_path / "other"
+    shutil.copytree(run / "checkpoint-500", other / "checkpoint-900")
+    for path, code in ((tmp_path / "nowhere", Code.NOT_FOUND), (other, Code.NO_CHECKPOINTS)):
+        with pytest.raises(RefusedError) as caught:
+            ckpt_ema.verify(made.output, path)
+        assert caught.value.code is code
+    shutil.copytree(run / "checkpoint-100", other / "checkpoint-100")
+    assert len(ckpt_ema.verify(made.output, other).gone) == 4
+
+
+def test_the_folder_of_the_configuration_is_not_needed_again(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    made = ckpt_ema.average(run, config_from=folder)
+    shutil.rmtree(folder)
+    assert ckpt_ema.verify(made.output).is_recomputed
 
 
 @pytest.mark.parametrize("what", ["a run", "one file", "nothing"])

@@ -90,6 +90,10 @@ class CompiledFold:
         if any(results.nonfinite):
             results = _Results(self._kernel, segments, hashes)
             self._run(tile, segments, results, keeping_infinities=True)
+        for place in tile.span.places:  # once, by which time they are what they will be
+            width = DTYPE_BITS[place.dtype] // 8
+            offset = place.offset + tile.start * width
+            self._kernel.sink.written(place.file, offset, tile.length * width)
         return results.folded()
 
     def _run(
@@ -125,10 +129,6 @@ class CompiledFold:
                     raise kernel.reader.failure(call.files[number], code, offset)
                 if what == _WRITE:
                     raise OSError(code, os.strerror(code))
-        for place in span.places:
-            width = DTYPE_BITS[place.dtype] // 8
-            offset = place.offset + tile.start * width
-            kernel.sink.written(place.file, offset, tile.length * width)
 
     def _calls_of(self, tile: Tile) -> "list[_Call]":
         """Return the calls for a tile; they are the same for all tiles of contiguous tensors."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.containers.checksums import Checksum
+from ckpt_ema.containers.safetensors import MAX_HEADER_BYTES
 from ckpt_ema.fold.checksum import checksum
 from ckpt_ema.fold.crc32 import Piece, joined
 from ckpt_ema.fold.monitors.checksums import Checksums
@@ -74,16 +75,23 @@ def damaged_files(output: Path, manifest: Mapping[str, Any]) -> tuple[int, list[
 
 def _is_state(path: Path, recorded: Mapping[str, Any]) -> bool:
     """Return whether a state has the header and the values that were recorded."""
-    if not Local().exists(path):
+    header = header_of_state(path)
+    if not header or Local().identity(path).size_bytes != recorded["bytes"]:
         return False
+    is_header = hashlib.sha256(header[8:]).hexdigest() == recorded["header_sha256"]
+    return bool(is_header and f"{checksum_of_state(path):016x}" == recorded["checksum"])
+
+
+def header_of_state(path: Path) -> bytes:
+    """Return the header of a state, after its length; empty if there is no file with a header."""
+    if not Local().exists(path):
+        return b""
     with Local().open(path) as file:
         size_bytes = file.identity.size_bytes
-        header = int.from_bytes(file.read(8, 0), "little") if size_bytes >= 8 else size_bytes
-        if size_bytes != recorded["bytes"] or 8 + header > size_bytes:
-            return False
-        digest = hashlib.sha256(file.read(header, 8)).hexdigest()
-    is_header = bool(digest == recorded["header_sha256"])
-    return is_header and f"{checksum_of_state(path):016x}" == recorded["checksum"]
+        if size_bytes < 8:
+            return b""
+        count = 8 + int.from_bytes(file.read(8, 0), "little")
+        return file.read(count, 0) if count <= min(size_bytes, 8 + MAX_HEADER_BYTES) else b""
 
 
 def wrong_checksum(file: OpenFile, checksum: Checksum) -> int | None:

@@ -88,10 +88,16 @@ def _others(output: Path) -> Iterator[str]:
 
 
 def _own_files(manifest: dict[str, Any]) -> set[str]:
-    """Return the files of an output, by its manifest."""
-    names = {file["name"] for file in manifest.get("files", [])}
+    """Return the files of an output, by its manifest; none that a damaged one does not name."""
+    rows = [row for row in _listed(manifest.get("files")) if isinstance(row, Mapping)]
+    names = {row["name"] for row in rows if isinstance(row.get("name"), str)}
     indexes = {f"{SHARD_NUMBER.sub('', name)}{INDEX_SUFFIX}" for name in names}
-    return {*names, *indexes, *manifest.get("companions", []), *OWN_FILES, *TRACKERS}
+    companions = (one for one in _listed(manifest.get("companions")) if isinstance(one, str))
+    return {*names, *indexes, *companions, *OWN_FILES, *TRACKERS}
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _others_in_model(folder: Path) -> Iterator[str]:

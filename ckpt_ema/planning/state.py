@@ -35,6 +35,8 @@ from ckpt_ema.trainers.conventions import STATE_FILE
 
 VERSION = 1
 _RECORD = "ckpt_ema_state"  # in the header's metadata
+# What a record says of the values; the rest says where they came from.
+_OF_VALUES = ("version", "fold", "accumulate", "decays", "kept", "facts", "regions", "complex")
 
 
 class Asked(NamedTuple):
@@ -135,6 +137,23 @@ def _described(checkpoint: Checkpoint, files: Sequence[FileSpec]) -> dict[str, A
         "folder": absolute(checkpoint.model.folder),
         "files": files,
     }
+
+
+def says_same(header: bytes, other: bytes) -> bool:
+    """Return whether the headers of two states have the same tensors, of the same fold.
+
+    The checkpoints may be elsewhere now, be copies, or be named relative to another folder.
+    """
+    try:
+        return _said(header) == _said(other)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _said(header: bytes) -> tuple[dict[str, Any], list[Any]]:
+    tensors = json.loads(header)
+    record = json.loads(tensors.pop("__metadata__")[_RECORD])
+    return tensors, [record[name] for name in _OF_VALUES]
 
 
 def read_state(folder: Path, manifest: Mapping[str, Any]) -> State:

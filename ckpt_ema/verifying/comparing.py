@@ -21,7 +21,15 @@ class Difference(NamedTuple):
     """The first byte that is not what it should be."""
 
     file: int
-    offset: int
+    offset: int  # in the file that is there
+
+
+class There(NamedTuple):
+    """A file of an output, where it may begin with more bytes than planned."""
+
+    path: Path
+    checksums: Sequence[Checksum]  # which are written last and not compared
+    shift: int  # from planned offsets to those in the file
 
 
 class Comparing(contextlib.AbstractContextManager["Comparing"]):
@@ -30,10 +38,9 @@ class Comparing(contextlib.AbstractContextManager["Comparing"]):
     Files go by their numbers.
     """
 
-    def __init__(self, files: Sequence[tuple[Path, Sequence[Checksum]]]) -> None:
-        """`files` have their checksums, which are written last and not compared here."""
-        self._paths = [path for path, _ in files]
-        self._places = [[p for one in checksums for p in one.places] for _, checksums in files]
+    def __init__(self, files: Sequence[There]) -> None:
+        self._files = files
+        self._places = [[p for one in file.checksums for p in one.places] for file in files]
         self._stack = contextlib.ExitStack()
         self._there: dict[int, int] = {}
         self._made: dict[int, IO[bytes]] = {}
@@ -62,7 +69,7 @@ class Comparing(contextlib.AbstractContextManager["Comparing"]):
         if made != there and made[:count] != there[:count]:
             pairs = enumerate(zip(made, there, strict=True))
             first = next(place for place, (one, other) in pairs if one != other)
-            self._note(Difference(file, offset + first))
+            self._note(Difference(file, offset + first + self._files[file].shift))
 
     def _buffers(self) -> tuple[bytearray, bytearray]:
         """Return the two buffers of this thread."""
@@ -88,7 +95,8 @@ class Comparing(contextlib.AbstractContextManager["Comparing"]):
 
     def read_into(self, file: int, view: memoryview, offset: int) -> None:
         """See `Sink.read_into`; reads the files that are there."""
-        read_into(str(self._paths[file]), self._descriptor(file), view, offset)
+        path, _, shift = self._files[file]
+        read_into(str(path), self._descriptor(file), view, offset + shift)
 
     def _note(self, difference: Difference) -> None:
         with self._lock:
@@ -97,7 +105,7 @@ class Comparing(contextlib.AbstractContextManager["Comparing"]):
     def _descriptor(self, file: int) -> int:
         with self._lock:
             if file not in self._there:
-                fd = os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(self._files[file].path, os.O_RDONLY | os.O_CLOEXEC)
                 self._stack.callback(os.close, fd)
                 self._there[file] = fd
             return self._there[file]

@@ -1,6 +1,7 @@
 """Adds up the checksums of states: one that was read must be the one that was written."""
 
 import threading
+from collections import Counter
 from typing import Any
 
 from ckpt_ema.errors import Code, RefusedError
@@ -21,9 +22,13 @@ class Checksums(Monitor):
         self._sums = [0] * ((len(watched.checkpoints) + watched.outputs) * bool(watched.outputs))
         self._lock = threading.Lock()
 
-    def look(self, _view: TileView, seen: Seen) -> None:
-        """See `Monitor.look`."""
-        self.merge(seen.sums)
+    def look(self, view: TileView, seen: Seen) -> None:
+        """See `Monitor.look`; a state holds tied tensors under each of their names."""
+        written = Counter(place.average for place in view.tile.span.places)
+        sums = [*seen.sums]
+        for average in written if sums else ():
+            sums[len(view.plan.inputs) + average] *= written[average]
+        self.merge(sums)
 
     def state(self) -> list[int]:
         """Return the sums of the inputs, then of the foldings."""

@@ -1,0 +1,95 @@
+"""Reads the manifests of outputs for verifying; people may have changed them.
+
+Only the kinds of values are checked here: whether they are true is for verifying to find out.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ckpt_ema.errors import Code, RefusedError
+from ckpt_ema.output.destination import outputs_at
+from ckpt_ema.output.manifest import read_manifest
+from ckpt_ema.storage.local import Local
+from ckpt_ema.storage.protocol import Kind
+from ckpt_ema.trainers.conventions import MANIFEST_NAME
+
+_TEXT, _NUMBER = (str,), (int, float)
+# What each value is: one of several types, a list of such, or a mapping with at least these keys.
+_MANIFEST: Mapping[str, Any] = {
+    "name": _TEXT,
+    "output": _TEXT,
+    "schedule": _TEXT,
+    "paths": [_TEXT],
+    "options": {},
+    "files": [{"name": _TEXT}],
+    "checkpoints": [
+        {
+            "path": _TEXT,
+            "name": _TEXT,
+            "step": (int, type(None)),
+            "weight": _NUMBER,
+            "files": [{"name": _TEXT, "bytes": (int,), "header_sha256": _TEXT}],
+        }
+    ],
+    "crc32": {},
+}
+_STATE = {"name": _TEXT, "bytes": (int,), "header_sha256": _TEXT, "checksum": _TEXT}
+
+
+class Recorded(NamedTuple):
+    """An average and its manifest."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+
+def read_records(output: Path) -> list[Recorded]:
+    """Return the averages at a path.
+
+    Raises `RefusedError` for what is not an output of ckpt-ema, for one file, which has no record
+    of how it was made, and for a manifest that is damaged.
+    """
+    found = [Recorded(path, read_manifest(path)) for path in outputs_at(output)]
+    if not found:
+        message = f"{output} is not an output of ckpt-ema."
+        raise RefusedError(message, code=Code.NO_MANIFEST, path=output)
+    for one in found:
+        _check(one)
+    return found
+
+
+def _check(one: Recorded) -> None:
+    """Refuse an average whose manifest is not as ckpt-ema writes it."""
+    path, manifest = one
+    is_file = Local().kind(path) is Kind.FILE
+    if is_file and not manifest:
+        message = f"{path} is not an output of ckpt-ema."
+        raise RefusedError(message, code=Code.NO_MANIFEST, path=path)
+    if manifest and not {"paths", "crc32"} & manifest.keys():
+        what = "is one file, whose header has" if is_file else "has"
+        message = f"{path} {what} no record of the run and the options that it was made with."
+        hint = "Average again into a folder, with this version of ckpt-ema."
+        raise RefusedError(message, hint, code=Code.NO_MANIFEST, path=path)
+    shape = {**_MANIFEST, **({"state": _STATE} if manifest.get("state") else {})}
+    if wrong := next((key for key in shape if not _fits(manifest.get(key), shape[key])), ""):
+        what = f"{wrong!r} is missing or wrong" if manifest else "it is not a JSON object"
+    elif not {row["name"] for row in manifest["files"]} <= manifest["crc32"].keys():
+        what = "it lacks the checksum of a file"
+    elif not (manifest["paths"] and all(manifest["paths"]) and manifest["checkpoints"]):
+        what = "it names no run or no checkpoints"
+    else:
+        return
+    message = f"{path / MANIFEST_NAME} is damaged: {what}."
+    hint = "Restore it from a copy, or average again."
+    raise RefusedError(message, hint, code=Code.DAMAGED, path=path / MANIFEST_NAME)
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    """Return whether a value of JSON is what `_MANIFEST` says of it."""
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(one, shape[0]) for one in value)
+    if isinstance(shape, Mapping):
+        has_all = isinstance(value, Mapping) and shape.keys() <= value.keys()
+        return has_all and all(_fits(value[key], one) for key, one in shape.items())
+    return isinstance(value, shape)
