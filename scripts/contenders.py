@@ -115,7 +115,7 @@ def averaged_before(run: Path) -> Path:
     return made
 
 
-def verify(run: Path, output: Path) -> None:
+def verify(run: Path, _output: Path) -> None:
     """Verify an average of the run, by the command; it is made the first time."""
     made = run.with_name(f"{run.name}-verified")
     if not made.exists():
