@@ -18,6 +18,7 @@ import torch
 import ckpt_ema
 from ckpt_ema.errors import Code, FailedError, OptionError, RefusedError
 from ckpt_ema.output.manifest import Result
+from ckpt_ema.run import carry_out
 from ckpt_ema.storage import storage_for
 from ckpt_ema.updating import publish_instead
 from ckpt_ema.watching import held as publishing
@@ -485,6 +486,25 @@ def test_what_is_held_and_damaged_is_refused_and_left(
         watch(trainer.run, idle=60)
     assert caught.value.path == str(held / "ckpt_ema.state")
     assert held.is_dir()
+
+
+def test_a_signal_just_after_a_fold_loses_nothing(
+    watch: Watch, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is held, but the watch has not noted that yet."""
+
+    def interrupted(*arguments: Any) -> None:
+        carry_out(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(average, "carry_out", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            watch(trainer.run, trainer.saves("checkpoint-100"), publish_every=9)
+    assert len(watch.texts(Kind.PUBLISHED)) == 1
+    made = watch(trainer.run, trainer.saves(*trainer.names[1:]), until_step=500)
+    assert "1 checkpoint so far" in watch.texts(Kind.STARTED)[0]
+    check_batch(made.output, trainer)
 
 
 @pytest.mark.parametrize("when", ["exchanged", "synced", "removed"])
