@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,15 @@ def test_floats_of_other_dtypes_are_compared_as_numbers(write: Write) -> None:
 
 
 @pytest.mark.usefixtures("either_fold")
+def test_json_has_no_infinity(write: Write) -> None:
+    """The difference of two numbers may be larger than any number."""
+    ends = [numbers(1e308, dtype=torch.float64), numbers(-1e308, dtype=torch.float64)]
+    found = compared(write, {"w": ends[0]}, {"w": ends[1]})
+    described = json.loads(json.dumps(found.described(), allow_nan=False))
+    assert described["max_abs_difference"] == sys.float_info.max
+    assert not described["equal"]
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
 def test_what_is_no_float_is_compared_by_its_bytes(write: Write, dtype: torch.dtype) -> None:
     a, b = (torch.tensor(values).to(dtype) for values in ([0, 1, 1], [1, 1, 0]))
@@ -316,6 +326,16 @@ def test_what_is_no_checkpoint_is_refused(
     assert caught.value.code is code
     done = command("compare", run / "checkpoint-100", run.parent / given_path)
     assert (done.returncode, done.stdout) == (3, "")
+
+
+def test_an_empty_name_is_not_the_folder_at_hand(run: Path) -> None:
+    """A script may have left a variable empty."""
+    for words in (("compare", "", run / "checkpoint-100"), ("verify", "")):
+        done = command(*words, cwd=run / "checkpoint-100")
+        assert (done.returncode, done.stderr) == (
+            2,
+            "error: No run and no checkpoints were given.\n",
+        )
 
 
 def test_an_incomplete_step_is_refused(run: Path) -> None:

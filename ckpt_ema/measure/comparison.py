@@ -1,6 +1,7 @@
 """`ckpt_ema.compare`: how far two checkpoints are from each other, tensor by tensor."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from ckpt_ema.measure.pair_sums import Difference, Side, differences, joined
 from ckpt_ema.measure.pairs import Pair, Paired, paired
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import OF_ONE, PathLike, make_options
-from ckpt_ema.planning.output import named
+from ckpt_ema.planning.decide import paths_of
 from ckpt_ema.planning.renaming import without_prefix
 from ckpt_ema.planning.roles import pattern_of
 from ckpt_ema.planning.same_model import without_dropped
@@ -64,7 +65,7 @@ def compare(
         raise TypeError(f"compare() got an unexpected keyword argument {unused[0]!r}")
     start = time.monotonic()
     made = make_options(options)
-    paths = [named(a), named(b)]
+    paths = [path for one in (a, b) for path in paths_of(one)]
     storages_anew(paths)
     found = [find_one(path, made.reading) for path in paths]
     specs = [source.read(checkpoint.model) for checkpoint, source in found]
@@ -146,7 +147,8 @@ def _distance(found: Sequence[Difference]) -> Distance:
     if norms and is_finite and not (whole.own.nonfinite or whole.other.nonfinite):
         cosine = min(max((squares + other - change) / (2 * norms), -1.0), 1.0)
     relative = math.sqrt(change) / largest if largest else 0.0
-    return Distance(relative if is_finite else None, cosine, whole.other.largest)
+    most = min(whole.other.largest, sys.float_info.max)  # JSON has no infinity
+    return Distance(relative if is_finite else None, cosine, most)
 
 
 def _farthest_first(one: TensorDifference) -> tuple[float, ...]:

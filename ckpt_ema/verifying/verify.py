@@ -13,7 +13,7 @@ from ckpt_ema.fold import engine
 from ckpt_ema.fold.tiles import tiles
 from ckpt_ema.options import PathLike
 from ckpt_ema.output.content import damaged_files, wrong_checksum
-from ckpt_ema.planning.output import named
+from ckpt_ema.planning.decide import paths_of
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.planning.recorded import plan_recorded
 from ckpt_ema.run import on_device
@@ -86,7 +86,7 @@ def verify(
     Raises `RefusedError` for what is not an output of ckpt-ema, for a damaged manifest, and for one
     file, which has no record of how it was made; `FailedError` if reading fails.
     """
-    path = named(output)
+    [path] = paths_of(output)
     records = read_records(path)
     checked = [damaged_files(*one) for one in records]
     pairs = zip(records, checked, strict=True)
