@@ -498,7 +498,7 @@ def test_a_signal_just_after_a_fold_loses_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(average, "carry_out", interrupted)
+        patched.setattr(publishing, "carry_out", interrupted)
         with pytest.raises(KeyboardInterrupt):
             watch(trainer.run, trainer.saves("checkpoint-100"), publish_every=9)
     assert len(watch.texts(Kind.PUBLISHED)) == 1
