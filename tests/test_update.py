@@ -321,7 +321,7 @@ def refused(run: Run, code: Code, **options: Any) -> RefusedError:
 def test_an_older_checkpoint_than_the_last_is_refused_by_name(run: Run) -> None:
     run.show(0, 2)
     ckpt_ema.average(run.path, keep_state=True)
-    for there in ((0, 1, 2), (1,), (1, 3)):
+    for there in ((0, 1, 2), (1,), (1, 3), (0, 1), (0, 1, 3)):
         run.show(*there)
         assert "checkpoint-204" in str(refused(run, Code.FOLDED_BEFORE))
 

@@ -128,8 +128,8 @@ def _not_in(state: State, chosen: Chosen) -> list[Checkpoint]:
             raise _not_later(state, new[0])
         _check_unchanged(state, folded, checkpoint, chosen.source.storage)
     last = state.checkpoints[-1]
-    if len(new) < len(subset.checkpoints):  # the order of the folder shows that they are later
-        return new
+    if any((one.name, one.step) == (last.name, last.step) for one in subset.checkpoints):
+        return new  # the order of the folder shows that they are later
     for checkpoint in new[:1]:
         if last.step is None or checkpoint.step is None or checkpoint.unit != last.unit:
             message = f"{checkpoint.path} may be earlier than {last.name}, the last in"
