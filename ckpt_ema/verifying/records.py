@@ -50,26 +50,24 @@ def read_records(output: Path) -> list[Recorded]:
     of how it was made, and for a manifest that is damaged.
     """
     found = [Recorded(path, read_manifest(path)) for path in outputs_at(output)]
-    if not found:
+    is_file = Local().kind(output) is Kind.FILE
+    if not found or (is_file and not found[0].manifest):
         message = f"{output} is not an output of ckpt-ema."
         raise RefusedError(message, code=Code.NO_MANIFEST, path=output)
-    for one in found:
-        _check(one)
+    for path, manifest in found:
+        if manifest and not {"paths", "crc32"} & manifest.keys():
+            what = "is one file, whose header has" if is_file else "has"
+            message = f"{path} {what} no record of the run and the options that it was made with."
+            hint = "Average again into a folder, with this version of ckpt-ema."
+            raise RefusedError(message, hint, code=Code.NO_MANIFEST, path=path)
+        _check(path / MANIFEST_NAME, manifest)
     return found
 
 
-def _check(one: Recorded) -> None:
-    """Refuse an average whose manifest is not as ckpt-ema writes it."""
-    path, manifest = one
-    is_file = Local().kind(path) is Kind.FILE
-    if is_file and not manifest:
-        message = f"{path} is not an output of ckpt-ema."
-        raise RefusedError(message, code=Code.NO_MANIFEST, path=path)
-    if manifest and not {"paths", "crc32"} & manifest.keys():
-        what = "is one file, whose header has" if is_file else "has"
-        message = f"{path} {what} no record of the run and the options that it was made with."
-        hint = "Average again into a folder, with this version of ckpt-ema."
-        raise RefusedError(message, hint, code=Code.NO_MANIFEST, path=path)
+def _check(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a manifest that cannot be read, or is not as ckpt-ema writes it."""
+    if not manifest:
+        Local().read(path)  # says why if it cannot be accessed
     shape = {**_MANIFEST, **({"state": _STATE} if manifest.get("state") else {})}
     if wrong := next((key for key in shape if not fits(manifest.get(key), shape[key])), ""):
         what = f"{wrong!r} is missing or wrong" if manifest else "it is not a JSON object"
@@ -79,6 +77,6 @@ def _check(one: Recorded) -> None:
         what = "it names no run or no checkpoints"
     else:
         return
-    message = f"{path / MANIFEST_NAME} is damaged: {what}."
+    message = f"{path} is damaged: {what}."
     hint = "Restore it from a copy, or average again."
-    raise RefusedError(message, hint, code=Code.DAMAGED, path=path / MANIFEST_NAME)
+    raise RefusedError(message, hint, code=Code.DAMAGED, path=path)
