@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,48 @@ def test_a_run_in_a_store_is_selected_from(
         done = command("select", "s3://bucket/run", *words, *options)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}/out\n"), done.stderr
     assert mean_of(tmp_path / "out") == pytest.approx(14 / 3)
+
+
+@pytest.mark.parametrize("value", [None, 5, "x", [], {}, [5], {"a": 1}, ["x"]], ids=str)
+def test_a_record_that_somebody_has_changed_is_no_selection(run: Path, value: Any) -> None:
+    """Then the output is not what was selected, and is refused as any other."""
+    options: dict[str, Any] = {"evaluate": "echo loss=1 {}", "metric": "loss", **UNIFORM}
+    made = ckpt_ema.select(run, output="out", **options)
+    path = made.path / "ckpt_ema.json"
+    text = path.read_text()
+    names = [*made.described(), *(f"candidates 0 {name}" for name in asdict(made.candidates[0]))]
+    for name in names:
+        manifest = json.loads(text)
+        inner: Any = manifest["evaluation"]
+        *keys, last = name.split()
+        for key in keys:
+            inner = inner[int(key) if key.isdigit() else key]
+        inner[last] = value
+        path.write_text(json.dumps(manifest))
+        try:
+            again = ckpt_ema.select(run, output="out", **options)
+        except RefusedError as error:
+            assert error.code is Code.OUTPUT_EXISTS
+            continue
+        assert (again.is_up_to_date, again.best, again.value) == (True, made.best, made.value)
+        assert all(one.effective_number > 0 for one in again.ranked())
+
+
+JUNK = [5, [], None, "x", {"evaluated": 1}, {"files": 5}, {"files": {"a": 5}, "folder": "x"}]
+
+
+def test_notes_of_a_failed_run_may_have_lines_that_are_none(run: Path) -> None:
+    """What can be read of them still counts: nothing is averaged again."""
+    command = "test -e is-mended && echo loss=1 {}"
+    options: dict[str, Any] = {"evaluate": command, "metric": "loss", "output": "out", **UNIFORM}
+    with pytest.raises(FailedError):
+        ckpt_ema.select(run, **options)
+    with Path(".out.ckpt-ema-select/evaluations").open("a") as notes:
+        notes.writelines(f"\n{json.dumps(one)}" for one in JUNK)
+    Path("is-mended").touch()
+    passes: list[tuple[int, int]] = []
+    found = ckpt_ema.select(run, progress=lambda *bytes_: passes.append(bytes_), **options)
+    assert (found.value, passes) == (1.0, [])
 
 
 # --- The command ---------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from ckpt_ema.errors import Code, OptionError, RefusedError
 from tests.command import ckpt_ema as command
 from tests.conftest import MakeRun, noise, series, write_safetensors
 from tests.makers.folds import by_torch
+from tests.makers.users import AS_ROOT, be_nobody, let_others_in
 
 STATES = series(
     5,
@@ -312,6 +313,18 @@ def test_a_damaged_manifest_is_called_damaged(run: Path, text: str, what: str) -
     done = command("verify", made.output)
     assert (done.returncode, done.stdout) == (3, "")
     assert re.fullmatch(rf"error: .*ckpt_ema.json is damaged: .*{what}.*\n", done.stderr)
+
+
+@AS_ROOT
+def test_what_cannot_be_accessed_is_not_called_damaged(run: Path) -> None:
+    made = ckpt_ema.average(run)
+    let_others_in(made.output)
+    for path in (made.output / "ckpt_ema.json", made.output / "model.safetensors"):
+        path.chmod(0)
+        done = command("verify", made.output, before=be_nobody)
+        assert done.returncode == 3
+        assert done.stderr.startswith(f"error: cannot access {path}: ")
+        path.chmod(0o644)
 
 
 def change_manifest(output: Path, **values: Any) -> None:

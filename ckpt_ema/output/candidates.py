@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckpt_ema.output.publish import StagedOutput
+from ckpt_ema.output.shape import COUNT, NUMBER, TEXT, fits
 from ckpt_ema.output.workspace import as_failure, hidden_sibling, remove, write_all
 from ckpt_ema.trainers.conventions import CARD_NAME, MANIFEST_NAME
 
@@ -21,7 +22,11 @@ _KEY = "select"
 _CANDIDATES = "candidates"
 _NOTES = "evaluations"  # not LINES, which are void without an unpublished output
 
-Files = Mapping[str, tuple[int, int]]  # size in bytes and time in ns, by name in the folder
+# The lines of the notes.
+_MADE = {"made": TEXT, "folder": TEXT, "files": {...: [COUNT]}, "manifest": {}}
+_EVALUATED = {"evaluated": TEXT, "by": TEXT, "metrics": {...: NUMBER}, "seconds": NUMBER}
+
+Files = Mapping[str, tuple[int, ...]]  # size in bytes and time in ns, by name in the folder
 
 
 class Evaluated(NamedTuple):
@@ -67,10 +72,10 @@ class Candidates(StagedOutput):
 
     def _read_notes(self) -> None:
         for line in self._lines():
-            if "files" in line:
-                files = {name: (size, time) for name, (size, time) in line["files"].items()}
+            if fits(line, _MADE):
+                files = {name: tuple(one) for name, one in line["files"].items()}
                 self._made[line["folder"]] = _Made(line["made"], files, line["manifest"])
-            else:
+            elif fits(line, _EVALUATED):
                 found = Evaluated(line["metrics"], seconds=line["seconds"])
                 self._evaluated[line["evaluated"], line["by"]] = found
 
@@ -88,7 +93,7 @@ class Candidates(StagedOutput):
         """Where each candidate has a folder."""
         return self.path / _CANDIDATES
 
-    def _lines(self) -> list[dict[str, Any]]:
+    def _lines(self) -> list[Any]:
         """Return what was noted; a killed run may have cut its last line."""
         with as_failure(self._notes):
             text = self._notes.read_text(errors="replace") if self._notes.exists() else ""

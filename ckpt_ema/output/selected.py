@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.notices import Notice, notices_from
+from ckpt_ema.output.shape import NUMBER, TEXT, fits
 
 LAST = "last-checkpoint"  # the candidate without averaging
 SOUP = "greedy-soup"
@@ -114,20 +115,45 @@ def ranked(candidates: Sequence[Candidate], metric: str, *, is_minimized: bool) 
     return [*sorted(usable, key=lambda one: sign * one.metrics[metric]), *failed]
 
 
-def selection_from(described: Mapping[str, Any], output: Path, path: Path) -> Selection:
-    """Return the selection that JSON describes.
+_CANDIDATE = {
+    "name": TEXT,
+    "schedule": TEXT,
+    "weights": {...: NUMBER},
+    "metrics": {...: NUMBER},
+    "failure": TEXT,
+    "seconds": NUMBER,
+}
+_METRIC = (*NUMBER, type(None))
+_STEP = {"checkpoint": TEXT, "metric": _METRIC, "soup_metric": _METRIC, "is_kept": (bool,)}
+_SELECTION = {
+    "metric": TEXT,
+    "direction": TEXT,
+    "command": TEXT,
+    "best": TEXT,
+    "candidates": [_CANDIDATE],
+    "greedy": [_STEP],
+    "warnings": [{}],
+}
 
-    Raises `KeyError`, `TypeError`, `ValueError` or `AttributeError` if it describes none.
-    """
+
+def selection_from(described: object, output: Path, path: Path) -> Selection | None:
+    """Return the selection that JSON describes; None if it describes none."""
+    if not isinstance(described, Mapping) or not fits(described, _SELECTION):
+        return None
+    metric, best, rows = described["metric"], described["best"], described["candidates"]
+    if not any(row["name"] == best and metric in row["metrics"] for row in rows):
+        return None
+    if not all(any(row["weights"].values()) for row in rows):
+        return None
     return Selection(
-        metric=described["metric"],
+        metric=metric,
         is_minimized=described["direction"] == "min",
         command=described["command"],
-        best=described["best"],
+        best=best,
         output=output,
         path=path,
-        candidates=tuple(Candidate(**one) for one in described["candidates"]),
-        steps=tuple(SoupStep(**one) for one in described["greedy"]),
+        candidates=tuple(Candidate(*(row[name] for name in _CANDIDATE)) for row in rows),
+        steps=tuple(SoupStep(*(row[name] for name in _STEP)) for row in described["greedy"]),
         warnings=notices_from(described["warnings"]),
         is_up_to_date=True,
     )

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,10 @@ def published_before(final: Path, key: str) -> Selection | None:
         isinstance(one, Mapping) and one.get("key") == key for one in records
     ):
         return None
-    try:
-        best = records[0]["best"]
-        path = final if outputs == [final] else final / best
-        return selection_from(records[0], final, path) if path in outputs else None
-    except (KeyError, TypeError, ValueError, AttributeError):  # anybody may have changed it
-        return None
+    found = selection_from(records[0], final, final)
+    if found is not None and outputs != [final]:
+        found = replace(found, path=final / found.best)
+    return found if found is not None and found.path in outputs else None
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

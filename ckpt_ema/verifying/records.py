@@ -10,31 +10,30 @@ from typing import Any, NamedTuple
 from ckpt_ema.errors import Code, RefusedError
 from ckpt_ema.output.destination import outputs_at
 from ckpt_ema.output.manifest import read_manifest
+from ckpt_ema.output.shape import COUNT, NUMBER, TEXT, fits
 from ckpt_ema.storage.local import Local
 from ckpt_ema.storage.protocol import Kind
 from ckpt_ema.trainers.conventions import MANIFEST_NAME
 
-_TEXT, _NUMBER = (str,), (int, float)
-# What each value is: one of several types, a list of such, or a mapping with at least these keys.
 _MANIFEST: Mapping[str, Any] = {
-    "name": _TEXT,
-    "output": _TEXT,
-    "schedule": _TEXT,
-    "paths": [_TEXT],
+    "name": TEXT,
+    "output": TEXT,
+    "schedule": TEXT,
+    "paths": [TEXT],
     "options": {},
-    "files": [{"name": _TEXT}],
+    "files": [{"name": TEXT}],
     "checkpoints": [
         {
-            "path": _TEXT,
-            "name": _TEXT,
+            "path": TEXT,
+            "name": TEXT,
             "step": (int, type(None)),
-            "weight": _NUMBER,
-            "files": [{"name": _TEXT, "bytes": (int,), "header_sha256": _TEXT}],
+            "weight": NUMBER,
+            "files": [{"name": TEXT, "bytes": COUNT, "header_sha256": TEXT}],
         }
     ],
     "crc32": {},
 }
-_STATE = {"name": _TEXT, "bytes": (int,), "header_sha256": _TEXT, "checksum": _TEXT}
+_STATE = {"name": TEXT, "bytes": COUNT, "header_sha256": TEXT, "checksum": TEXT}
 
 
 class Recorded(NamedTuple):
@@ -51,28 +50,26 @@ def read_records(output: Path) -> list[Recorded]:
     of how it was made, and for a manifest that is damaged.
     """
     found = [Recorded(path, read_manifest(path)) for path in outputs_at(output)]
-    if not found:
+    is_file = Local().kind(output) is Kind.FILE
+    if not found or (is_file and not found[0].manifest):
         message = f"{output} is not an output of ckpt-ema."
         raise RefusedError(message, code=Code.NO_MANIFEST, path=output)
-    for one in found:
-        _check(one)
+    for path, manifest in found:
+        if manifest and not {"paths", "crc32"} & manifest.keys():
+            what = "is one file, whose header has" if is_file else "has"
+            message = f"{path} {what} no record of the run and the options that it was made with."
+            hint = "Average again into a folder, with this version of ckpt-ema."
+            raise RefusedError(message, hint, code=Code.NO_MANIFEST, path=path)
+        _check(path / MANIFEST_NAME, manifest)
     return found
 
 
-def _check(one: Recorded) -> None:
-    """Refuse an average whose manifest is not as ckpt-ema writes it."""
-    path, manifest = one
-    is_file = Local().kind(path) is Kind.FILE
-    if is_file and not manifest:
-        message = f"{path} is not an output of ckpt-ema."
-        raise RefusedError(message, code=Code.NO_MANIFEST, path=path)
-    if manifest and not {"paths", "crc32"} & manifest.keys():
-        what = "is one file, whose header has" if is_file else "has"
-        message = f"{path} {what} no record of the run and the options that it was made with."
-        hint = "Average again into a folder, with this version of ckpt-ema."
-        raise RefusedError(message, hint, code=Code.NO_MANIFEST, path=path)
+def _check(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a manifest that cannot be read, or is not as ckpt-ema writes it."""
+    if not manifest:
+        Local().read(path)  # says why if it cannot be accessed
     shape = {**_MANIFEST, **({"state": _STATE} if manifest.get("state") else {})}
-    if wrong := next((key for key in shape if not _fits(manifest.get(key), shape[key])), ""):
+    if wrong := next((key for key in shape if not fits(manifest.get(key), shape[key])), ""):
         what = f"{wrong!r} is missing or wrong" if manifest else "it is not a JSON object"
     elif not {row["name"] for row in manifest["files"]} <= manifest["crc32"].keys():
         what = "it lacks the checksum of a file"
@@ -80,16 +77,6 @@ def _check(one: Recorded) -> None:
         what = "it names no run or no checkpoints"
     else:
         return
-    message = f"{path / MANIFEST_NAME} is damaged: {what}."
+    message = f"{path} is damaged: {what}."
     hint = "Restore it from a copy, or average again."
-    raise RefusedError(message, hint, code=Code.DAMAGED, path=path / MANIFEST_NAME)
-
-
-def _fits(value: Any, shape: Any) -> bool:
-    """Return whether a value of JSON is what `_MANIFEST` says of it."""
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(_fits(one, shape[0]) for one in value)
-    if isinstance(shape, Mapping):
-        has_all = isinstance(value, Mapping) and shape.keys() <= value.keys()
-        return has_all and all(_fits(value[key], one) for key, one in shape.items())
-    return isinstance(value, shape)
+    raise RefusedError(message, hint, code=Code.DAMAGED, path=path)
