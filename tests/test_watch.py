@@ -18,6 +18,7 @@ import torch
 import ckpt_ema
 from ckpt_ema.errors import Code, FailedError, OptionError, RefusedError
 from ckpt_ema.output.manifest import Result
+from ckpt_ema.run import carry_out
 from ckpt_ema.storage import storage_for
 from ckpt_ema.updating import publish_instead
 from ckpt_ema.watching import average
@@ -487,6 +488,25 @@ def test_what_is_held_and_damaged_is_refused_and_left(
     assert held.is_dir()
 
 
+def test_a_signal_just_after_a_fold_loses_nothing(
+    watch: Watch, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is held, but the watch has not noted that yet."""
+
+    def interrupted(*arguments: Any) -> None:
+        carry_out(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(average, "carry_out", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            watch(trainer.run, trainer.saves("checkpoint-100"), publish_every=9)
+    assert len(watch.texts(Kind.PUBLISHED)) == 1
+    made = watch(trainer.run, trainer.saves(*trainer.names[1:]), until_step=500)
+    assert "1 checkpoint so far" in watch.texts(Kind.STARTED)[0]
+    check_batch(made.output, trainer)
+
+
 @pytest.mark.parametrize("when", ["exchanged", "synced", "removed"])
 def test_an_interrupted_publication_is_not_undone(
     watch: Watch, trainer: Trainer, monkeypatch: pytest.MonkeyPatch, when: str
@@ -936,15 +956,13 @@ def test_a_command_that_writes_into_the_output_delays_the_next_publication(
 
     def saves() -> Iterator[None]:
         yield from trainer.saves("checkpoint-100")
-        while not (output / "eval.json").exists():
-            yield
+        wait_for((output / "eval.json").exists)
         yield from trainer.saves(*trainer.names[1:4])
         assert watch.folded == trainer.names[:4]
         (output / "eval.json").unlink()
         yield
         assert len(watch.texts(Kind.PUBLISHED)) == 2
-        while not (output / "eval.json").exists():
-            yield
+        wait_for((output / "eval.json").exists)
         (output / "eval.json").unlink()
         yield from trainer.saves("checkpoint-500")
 

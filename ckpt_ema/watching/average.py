@@ -11,7 +11,7 @@ from ckpt_ema.execute import How
 from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.notices import Notice
 from ckpt_ema.options import Options
-from ckpt_ema.output.destination import outputs_at
+from ckpt_ema.output.destination import is_free, outputs_at
 from ckpt_ema.output.manifest import Result, read_manifest
 from ckpt_ema.output.workspace import HELD, Workspace
 from ckpt_ema.planning.decide import Chosen, uncollected
@@ -58,8 +58,7 @@ class Average:
         for state in self._states:
             _check_asked(state, self._options)
         self.workspace.kept = bool(held)
-        published = len(self._published[0].folded) if self._published else 0
-        self.unpublished = len(self.checkpoints) - published
+        self.unpublished = _count(self._states) - _count(self._published)
 
     def find_new(self) -> Chosen:
         """Find the checkpoints of the run that were not folded yet; raises what `find_new` does."""
@@ -73,6 +72,7 @@ class Average:
         with uncollected():
             plan = plan_new(chosen, settled, lenient, self._states)
         self._reporter.warn(plan.warnings)
+        self.workspace.kept = True
         try:
             made = carry_out(replace(plan, engine=engine), {**self._how, "held": self._held})
         except CkptEmaError:
@@ -81,18 +81,25 @@ class Average:
         forget_headers()  # that of a state grows with each checkpoint
         self._states = read_states(self._held)[1]
         self.unpublished += len(settled)
-        self.workspace.kept = True
         return made.warnings
 
     def publish(self) -> bool:
-        """Publish what is held, if anything is; after an interruption, once more does no harm."""
-        if not self.unpublished:
+        """Publish what is held, if anything is; after an interruption, once more does no harm.
+
+        The disk tells what is held, since a signal may come before it is noted here. After an
+        interrupted publication it is what was published before.
+        """
+        if not self.workspace.kept:
             return False
-        if not _are_at(self.output, self._states):
+        held = [] if is_free(self._held) else read_states(self._held)[1]
+        is_later = _count(held) > _count(self._published)
+        if is_later:
             publish_instead(self._held, self.output, self._published)
+        is_new = is_later or self.unpublished > 0
         self.unpublished, self.workspace.kept = 0, False
-        self._states = self._published = read_states(self.output)[1]
-        return True
+        if is_new:
+            self._states = self._published = read_states(self.output)[1]
+        return is_new
 
     def result(self) -> Result:
         """Return what was published."""
@@ -100,10 +107,9 @@ class Average:
         return made_before(self.output, outputs, [read_manifest(one) for one in outputs])
 
 
-def _are_at(output: Path, states: Sequence[State]) -> bool:
-    """Return whether the averages of some states are at an output path."""
-    there = {read_manifest(one).get("fingerprint") for one in outputs_at(output)}
-    return there == {state.fingerprint for state in states}
+def _count(states: Sequence[State]) -> int:
+    """Return how many checkpoints are in the states of averages, all in each."""
+    return len(states[0].folded) if states else 0
 
 
 def _check_asked(state: State, options: Options) -> None:

@@ -2,17 +2,18 @@
 
 import shlex
 import subprocess
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+
+from ckpt_ema.watching.events import Kind, Reporter
 
 
 class Hook(AbstractContextManager["Hook"]):
     """A command, with the path in place of `{}` or as its last word; waits for it at the end."""
 
-    def __init__(self, command: str | None, say: Callable[[str], None]) -> None:
-        """`say` is called with a sentence if the command fails; without one, nothing is run."""
-        self._command, self._say = command, say
+    def __init__(self, command: str | None, reporter: Reporter) -> None:
+        """Without a command, nothing is run."""
+        self._command, self._reporter = command, reporter
         self._running: subprocess.Popen[bytes] | None = None
         self._next: Path | None = None  # published while the command was running
 
@@ -20,7 +21,8 @@ class Hook(AbstractContextManager["Hook"]):
         if error is None or issubclass(error, Exception):  # after a signal it is left to itself
             while self._running:
                 if self._running.poll() is None:
-                    self._say("waiting for the command of --on-publish to end")
+                    text = "waiting for the command of --on-publish to end"
+                    self._reporter.tell(Kind.WAITING, text)
                 self._running.wait()
                 self.look()
 
@@ -39,7 +41,8 @@ class Hook(AbstractContextManager["Hook"]):
             self._running = None
             if code:
                 how = f"exit code {code}" if code > 0 else f"signal {-code}"
-                self._say(f"the command of --on-publish failed with {how}: {self._command}")
+                text = f"the command of --on-publish failed with {how}: {self._command}"
+                self._reporter.tell(Kind.WARNING, text)
         if self._next is not None and self._command:
             path, self._next = shlex.quote(str(self._next)), None
             has_place = "{}" in self._command
@@ -51,4 +54,5 @@ class Hook(AbstractContextManager["Hook"]):
                     stdout=subprocess.DEVNULL,  # the watch's own is for paths or JSON
                 )
             except OSError as error:
-                self._say(f"the command of --on-publish cannot be started: {error.strerror}")
+                text = f"the command of --on-publish cannot be started: {error.strerror}"
+                self._reporter.tell(Kind.WARNING, text)

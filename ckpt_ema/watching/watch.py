@@ -80,18 +80,18 @@ def watch(
     a checkpoint that was seen and deleted before it was folded, unless `skip_missed`; it stays out
     of the average. Raises what `ckpt_ema.update` raises; whatever was folded is published first.
     """
-    how: How = {"command": keywords.pop("command", None)}
-    how["progress"] = keywords.pop("progress", None)
+    progress = keywords.pop("progress", None)
+    how: How = {"command": keywords.pop("command", None), "progress": progress}
     options = make_options({**keywords, "keep_state": True})
     until = Until(until_step, None if idle is None else TIME.parsed("idle", idle))
     seconds = LAPSE.parsed("interval", interval)
     reporter = Reporter(event, is_strict=options.engine.strict)
     average = Average(paths_of(run), options, reporter, how)
-    hook = Hook(on_publish, lambda text: reporter.tell(Kind.WARNING, text))
-    with average.workspace, hook:
+    with average.workspace, Hook(on_publish, reporter) as hook:
         average.start()
-        so_far = f"{len(average.checkpoints)} checkpoints so far"
-        reporter.tell(Kind.STARTED, f"watching {run}: {so_far}")
+        count = len(average.checkpoints)
+        text = f"watching {run}: {count} checkpoint{'s' * (count != 1)} so far"
+        reporter.tell(Kind.STARTED, text)
         watching = _Watch(paths_of(run)[0], average, hook, reporter, skip_missed=skip_missed)
         watching.go_on(publish_every, until, seconds)
         return average.result()
