@@ -325,6 +325,11 @@ def test_what_cannot_be_accessed_is_not_called_damaged(run: Path) -> None:
         assert done.returncode == 3
         assert done.stderr.startswith(f"error: cannot access {path}: ")
         path.chmod(0o644)
+    made.output.chmod(0)
+    done = command("verify", made.output, before=be_nobody)
+    made.output.chmod(0o755)
+    assert done.returncode == 3
+    assert done.stderr == f"error: cannot access {made.output}: Permission denied.\n"
 
 
 def change_manifest(output: Path, **values: Any) -> None:

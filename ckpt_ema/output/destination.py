@@ -7,6 +7,7 @@ from typing import Any
 
 from ckpt_ema.errors import Code, RefusedError, some
 from ckpt_ema.output.manifest import read_manifest
+from ckpt_ema.storage.local import Local
 from ckpt_ema.trainers.conventions import (
     CONFIG_FILES,
     FOLDER_WEIGHTS,
@@ -61,7 +62,7 @@ def averages_in(folder: Path) -> list[Path]:
         return [folder]
     if not os.path.isdir(folder):
         return []
-    inside = [folder / name for name in sorted(os.listdir(folder))]
+    inside = [folder / name for name in sorted(Local().names(folder))]
     return inside if all(os.path.lexists(path / MANIFEST_NAME) for path in inside) else []
 
 
