@@ -158,6 +158,7 @@ def _carry_out(task: _Task) -> None:
     os.environ.update(task.environment)
     os.chdir(task.folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a shell's foreground
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
     sys.argv = [module.__file__, *task.words]
     before_bytes, real_exit = _peak_bytes(), os._exit
 
