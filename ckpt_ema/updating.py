@@ -13,7 +13,7 @@ from ckpt_ema.output.manifest import Result, read_manifest
 from ckpt_ema.output.publish import publish_held
 from ckpt_ema.output.workspace import HELD, Workspace
 from ckpt_ema.planning.output import named
-from ckpt_ema.planning.state import State, read_state
+from ckpt_ema.planning.state import State, count_folded, read_state
 from ckpt_ema.planning.update import plan_update
 from ckpt_ema.run import carry_out, made_before, split
 
@@ -80,8 +80,8 @@ class SoFar(NamedTuple):
 def folded_so_far(output: Path, held: Path) -> SoFar:
     """Return what is at an output path, and what a watch holds; raises `RefusedError`."""
     published, waiting = ([] if is_free(one) else read_states(one)[1] for one in (output, held))
-    counts = [len(states[0].folded) if states else 0 for states in (published, waiting)]
-    return SoFar(published, waiting if counts[1] > counts[0] else ())
+    is_later = count_folded(waiting) > count_folded(published)
+    return SoFar(published, waiting if is_later else ())
 
 
 def publish_instead(held: Path, output: Path, published: Sequence[State]) -> None:

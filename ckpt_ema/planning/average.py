@@ -1,5 +1,6 @@
 """The averages that options ask for: each rule on each selection, with its weights."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from ckpt_ema.schedules.rules import EXPLICIT, Rule
 from ckpt_ema.schedules.statistics import Statistics, statistics
 from ckpt_ema.schedules.weights import decays_of, weights_of
 from ckpt_ema.targets.target import Output, OutputFile
+
+_TOLERANCE = 1e-9  # how far apart two machines may compute a decay or a weight
 
 
 class Weighted(NamedTuple):
@@ -156,3 +159,12 @@ def make_averages(
             )
         )
     return tuple(averages)
+
+
+def are_close(found: Sequence[float], right: Sequence[float]) -> bool:
+    """Return whether decays or weights are those that another machine has computed.
+
+    Raises `ValueError` for another number of them.
+    """
+    pairs = zip(found, right, strict=True)
+    return all(math.isclose(*pair, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE) for pair in pairs)

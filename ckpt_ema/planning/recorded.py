@@ -1,6 +1,5 @@
 """Plans of averages as manifests record them: the same checkpoints, weights and options."""
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from ckpt_ema.errors import Code, OptionError, RefusedError, some
 from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.find.select import Subset, Subsets
 from ckpt_ema.options import Options, PathLike, Weighting, make_options
-from ckpt_ema.planning.average import Weighted, decays_by
+from ckpt_ema.planning.average import Weighted, are_close, decays_by
 from ckpt_ema.planning.decide import decide, find_checkpoints, paths_of, uncollected
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.schedules.rules import ALL, Rule
@@ -22,7 +21,6 @@ _DONE = (
     *("from_step", "to_step", "steps", "every", "min_gap", "config_from"),
 )
 _ENGINE = ("device", "threads", "tile_size", "max_memory", "strict", "sync")
-_TOLERANCE = 1e-9  # how far apart two machines may compute a decay
 
 
 class Recorded(NamedTuple):
@@ -123,9 +121,4 @@ def _has_weights(
     if ALL[rule.schedule].formula is not None:
         expected = decays_by(rule, checkpoints)
     weights = [row["weight"] for row in record["checkpoints"]]
-    return _are_close(decays, expected) and _are_close(weights, weights_of(decays))
-
-
-def _are_close(found: Sequence[float], right: Sequence[float]) -> bool:
-    pairs = zip(found, right, strict=True)
-    return all(math.isclose(*pair, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE) for pair in pairs)
+    return are_close(decays, expected) and are_close(weights, weights_of(decays))

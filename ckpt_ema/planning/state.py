@@ -81,6 +81,11 @@ class State:
         return f"the average of {count} checkpoint{'s' * (count > 1)}"
 
 
+def count_folded(states: Sequence[State]) -> int:
+    """Return the number of checkpoints in the averages of one output, which all have the same."""
+    return len(states[0].folded) if states else 0
+
+
 def lay_out_state(
     average: Weighted,
     folded: Iterable[Folded],

@@ -3,7 +3,6 @@
 The shadow of what was folded is read in place of the old checkpoints, which may be gone.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,14 +16,12 @@ from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.find.complete import refuse_hole
 from ckpt_ema.find.select import Subset
 from ckpt_ema.options import Options, PathLike, Weighting, make_options
-from ckpt_ema.planning.average import Weighted, decays_by, weigh
+from ckpt_ema.planning.average import Weighted, are_close, decays_by, weigh
 from ckpt_ema.planning.decide import Chosen, choose_checkpoints, decide, paths_of, uncollected
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.planning.state import Folded, State
 from ckpt_ema.storage import Storage
 from ckpt_ema.storage.protocol import Kind
-
-_TOLERANCE = 1e-9  # how far apart two machines may compute a decay
 
 
 def plan_update(
@@ -103,8 +100,7 @@ def _continued(
         checkpoints = (*state.checkpoints, *subsets[0].checkpoints)
         decays = decays_by(rule, checkpoints)
         before, since = decays[: len(state.decays)], decays[len(state.decays) :]
-        pairs = zip(before, state.decays, strict=True)
-        if state.name != rule.name or not all(math.isclose(*p, rel_tol=_TOLERANCE) for p in pairs):
+        if state.name != rule.name or not are_close(before, state.decays):
             message = f"{state.path} has other weights than {rule.text()} gives."
             raise RefusedError(message, code=Code.STATE_DIFFERS, path=state.path)
         averages.append(Weighted(rule.name, rule, checkpoints, (*state.decays, *since)))
@@ -130,13 +126,14 @@ def _not_in(state: State, chosen: Chosen) -> list[Checkpoint]:
     last = state.checkpoints[-1]
     if any((one.name, one.step) == (last.name, last.step) for one in subset.checkpoints):
         return new  # the order of the folder shows that they are later
-    for checkpoint in new[:1]:
-        if last.step is None or checkpoint.step is None or checkpoint.unit != last.unit:
-            message = f"{checkpoint.path} may be earlier than {last.name}, the last in"
+    if new:
+        first = new[0]
+        if last.step is None or first.step is None or first.unit != last.unit:
+            message = f"{first.path} may be earlier than {last.name}, the last in"
             message = f"{message} {state.path.parent}: not both have a step."
-            raise RefusedError(message, code=Code.UNKNOWN_ORDER, path=checkpoint.path)
-        if checkpoint.step <= last.step:
-            raise _not_later(state, checkpoint)
+            raise RefusedError(message, code=Code.UNKNOWN_ORDER, path=first.path)
+        if first.step <= last.step:
+            raise _not_later(state, first)
     return new
 
 

@@ -17,7 +17,7 @@ from ckpt_ema.output.workspace import HELD, Workspace
 from ckpt_ema.planning.decide import Chosen, uncollected
 from ckpt_ema.planning.fingerprint import precision
 from ckpt_ema.planning.output import check_destination, named, sibling_of
-from ckpt_ema.planning.state import State
+from ckpt_ema.planning.state import State, count_folded
 from ckpt_ema.planning.update import find_new, plan_new
 from ckpt_ema.run import carry_out, made_before
 from ckpt_ema.storage import storage_for
@@ -57,7 +57,7 @@ class HeldAverage:
         for state in self._states:
             _check_asked(state, self._options)
         self.workspace.kept = bool(held)
-        self.unpublished = _count(self._states) - _count(self._published)
+        self.unpublished = count_folded(self._states) - count_folded(self._published)
 
     def find_new(self) -> Chosen:
         """Find the checkpoints of the run that were not folded yet; raises what `find_new` does."""
@@ -91,7 +91,7 @@ class HeldAverage:
         if not self.workspace.kept:
             return False
         held = [] if is_free(self._held) else read_states(self._held)[1]
-        is_later = _count(held) > _count(self._published)
+        is_later = count_folded(held) > count_folded(self._published)
         if is_later:
             publish_instead(self._held, self.output, self._published)
         is_new = is_later or self.unpublished > 0
@@ -104,11 +104,6 @@ class HeldAverage:
         """Return what was published."""
         outputs = outputs_at(self.output)
         return made_before(self.output, outputs, [read_manifest(one) for one in outputs])
-
-
-def _count(states: Sequence[State]) -> int:
-    """Return how many checkpoints are in the states of averages, all in each."""
-    return len(states[0].folded) if states else 0
 
 
 def _check_asked(state: State, options: Options) -> None:
