@@ -61,7 +61,7 @@ def describe_content(
 
 
 def damaged_files(output: Path, manifest: Mapping[str, Any]) -> tuple[int, list[str]]:
-    """Return how many files of an output have checksums, and the names of those that differ."""
+    """Return the number of files with a checksum, and the names of those that do not match it."""
     crcs, state = manifest.get("crc32", {}), manifest.get("state", {})
     damaged = [
         name

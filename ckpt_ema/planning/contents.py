@@ -48,8 +48,8 @@ def judge_newest(
 ) -> Judged:
     """Judge each tensor of each checkpoint at which an average ends.
 
-    `specs_of` has every checkpoint that is read, oldest first; `of_oldest` tells the facts of an
-    older one that is not. Raises what `roles.judge` raises.
+    `specs_of` maps every checkpoint that is read, oldest first. `of_oldest` gives the facts of the
+    oldest checkpoint if it was folded before and is not read. Raises what `roles.judge` raises.
     """
     layouts = list({id(specs.tensors): specs.tensors for specs in specs_of.values()}.values())
     last = {average.checkpoints[-1] for average in averages}

@@ -25,12 +25,11 @@ def greedy_soup(
 ) -> tuple[Members, list[Tried]]:
     """Return the checkpoints of the soup, by their numbers in ascending order, and every step.
 
-    `values` has the metric of each checkpoint alone, None for one that is left out. Checkpoints are
-    tried from the best to the worst, of equals the later first. One stays in the soup if the
-    uniform average with it is at least as good as without, as in the paper: with a metric of few
-    values, such as accuracy on a small set, most averages that do no harm tie. `evaluate` takes the
-    numbers of at least two checkpoints and returns the metric of their uniform average, or None if
-    it has none.
+    `values` holds the metric of each checkpoint alone; None leaves a checkpoint out. Checkpoints
+    are tried from best to worst, and on a tie the later one first. A checkpoint stays in the soup
+    if the uniform average with it is at least as good as without it, as in the paper: a coarse
+    metric, such as accuracy on a small set, often ties. `evaluate` takes the numbers of at least
+    two checkpoints and returns the metric of their uniform average, or None if it has none.
 
     >>> points = [1.0, 4.0, 2.0, 6.0]
     >>> def loss(members):

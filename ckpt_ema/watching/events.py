@@ -59,7 +59,7 @@ class Reporter:
             self._event(Event(kind, text, checkpoints))
 
     def warn(self, warnings: Sequence[Notice]) -> None:
-        """Report warnings, each once; raises `RefusedError` for one that is if that was asked."""
+        """Report each warning once; raises `RefusedError` if warnings are to be errors."""
         lasting = [one for one in warnings if one.code not in _PASSING]
         refuse_warnings(lasting if self._is_strict else ())
         for warning in lasting:

@@ -27,7 +27,7 @@ class Hook(AbstractContextManager["Hook"]):
                 self.look()
 
     def run(self, path: Path) -> None:
-        """Run the command, after the one that is running; of those that wait, only the last."""
+        """Run the command on a path; while one is running, only the newest path waits."""
         if self._command:
             self._next = path
             self.look()

@@ -144,6 +144,6 @@ def _label(inspection: Inspection) -> str:
 
 
 def _marked(inspection: Inspection, drawn: Sequence[Series]) -> list[Point]:
-    """Return the points of those that stand out."""
+    """Return the points of the checkpoints that stand out."""
     both = (zip(inspection.checkpoints, one.points, strict=True) for one in drawn)
     return [point for pairs in both for one, point in pairs if one.stands_out]
