@@ -204,3 +204,12 @@ def flag(name: str) -> str:
         "evaluate": "--eval",
     }  # names of Python's own
     return taken.get(name) or "--" + name.replace("_", "-")
+
+
+def counted(number: int, thing: str) -> str:
+    """Return a number of things.
+
+    >>> counted(1, "tensor"), counted(2, "tensor")
+    ('1 tensor', '2 tensors')
+    """
+    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from ckpt_ema.errors import Code, RefusedError, printable
+from ckpt_ema.errors import Code, RefusedError, counted, printable
 
 
 class Notice(NamedTuple):
@@ -28,7 +28,7 @@ def refuse_warnings(warnings: Sequence[Notice]) -> None:
     """Raise `RefusedError` for the first warning, as --strict asks for; the others are counted."""
     if warnings:
         first, more = warnings[0], len(warnings) - 1
-        rest = f" (and {more} more warning{'s' * (more > 1)})" if more else ""
+        rest = f" (and {counted(more, 'more warning')})" if more else ""
         hint = "Without --strict this is a warning."
         raise RefusedError(f"{first.message}{rest}", hint, code=first.code)
 

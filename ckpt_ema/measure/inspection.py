@@ -13,7 +13,7 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ckpt_ema.errors import Code, OptionError
+from ckpt_ema.errors import Code, OptionError, counted
 from ckpt_ema.measure.outliers import FEWEST, Gap, Judged, Reason, judge
 from ckpt_ema.measure.plane import Plane, Point, plane_of
 from ckpt_ema.measure.run_sums import elements_of, sums_of
@@ -212,8 +212,7 @@ def _warnings(checkpoints: Sequence[InspectedCheckpoint]) -> list[Notice]:
             continue
         code, why = Code.STANDS_OUT, ""
         if one.reason is Reason.NONFINITE:
-            plural = "s" * (one.nonfinite != 1)
-            code, why = Code.NONFINITE, f"holds {one.nonfinite} non-finite value{plural}"
+            code, why = Code.NONFINITE, f"holds {counted(one.nonfinite, 'non-finite value')}"
         elif one.reason is Reason.DUPLICATE:
             code, why = Code.DUPLICATES, f"has the same values as {checkpoints[number - 1].name}"
         elif one.reason is Reason.OFF_PATH:

@@ -1,6 +1,5 @@
 """Which tensors of two checkpoints are the same one, and whether they can be compared."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,11 +14,6 @@ class Pair(NamedTuple):
     name: str  # in the second checkpoint
     own: TensorSpec  # in the first
     other: TensorSpec
-
-    @property
-    def elements(self) -> int:
-        """How many elements it has."""
-        return math.prod(self.own.shape)
 
     @property
     def has_numbers(self) -> bool:

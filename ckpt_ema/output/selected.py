@@ -61,15 +61,16 @@ class Selection:
     @property
     def averaging_helps(self) -> bool:
         """Whether the best candidate is an average of several checkpoints."""
-        return len(self._best.weights) > 1
+        return len(self.best_candidate.weights) > 1
 
     @property
     def value(self) -> float:
         """The best value of the metric."""
-        return self._best.metrics[self.metric]
+        return self.best_candidate.metrics[self.metric]
 
     @property
-    def _best(self) -> Candidate:
+    def best_candidate(self) -> Candidate:
+        """The candidate that was selected."""
         return next(one for one in self.candidates if one.name == self.best)
 
     def ranked(self) -> list[Candidate]:

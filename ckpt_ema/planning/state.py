@@ -22,7 +22,7 @@ from ckpt_ema.containers.specs import (
     TensorSpec,
     packed_strides,
 )
-from ckpt_ema.errors import CkptEmaError, Code, RefusedError
+from ckpt_ema.errors import CkptEmaError, Code, RefusedError, counted
 from ckpt_ema.find.checkpoint import Checkpoint
 from ckpt_ema.planning.average import Weighted
 from ckpt_ema.planning.contents import Facts
@@ -77,8 +77,7 @@ class State:
     @property
     def label(self) -> str:
         """What to call it, as one of the inputs."""
-        count = len(self.folded)
-        return f"the average of {count} checkpoint{'s' * (count > 1)}"
+        return f"the average of {counted(len(self.folded), 'checkpoint')}"
 
 
 def count_folded(states: Sequence[State]) -> int:

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
-from ckpt_ema.errors import printable, some
+from ckpt_ema.errors import counted, printable, some
 from ckpt_ema.measure.compared import Comparison, Distance, OtherForm
 from ckpt_ema.report.columns import BETWEEN, UNKNOWN, aligned, number, shown_on
-from ckpt_ema.report.lines import counted, size
+from ckpt_ema.report.lines import size
 
 _HEADINGS = ("relative", "cosine", "largest")
 _MOST_NAMES = 5  # of what only one has

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckpt_ema.report.columns import fitted
+from ckpt_ema.report.figure import x_label
 from ckpt_ema.report.figure_style import COLOURS, STYLE, saved
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 _INCHES = (3.4, 6.4)  # the width of a column of a paper
 _LONGEST_NAME = 20
 _WIDE = 100.0  # the ratio of distances from which their axis is logarithmic
-_LABELS = {"steps": "training step", "epochs": "epoch", "checkpoints": "checkpoint"}
 
 Values = Sequence[float | None]
 
@@ -47,7 +47,7 @@ def draw_inspection(found: "Inspection", kind: str) -> bytes:
         values = [one.norm for one in checkpoints]
         _draw_line(norms, steps, values, outstanding, COLOURS[2], "^", "")
         norms.set_ylabel("norm")
-        norms.set_xlabel(_LABELS[found.unit])
+        norms.set_xlabel(x_label(found.unit))
         _draw_path(path, found, outstanding)
         return saved(figure, kind)
 

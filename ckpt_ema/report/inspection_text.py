@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import TextIO
 
-from ckpt_ema.errors import printable
+from ckpt_ema.errors import counted, printable
 from ckpt_ema.measure.inspection import InspectedCheckpoint, Inspection
 from ckpt_ema.report.columns import UNKNOWN, aligned, fitted, look_at, number, shown_on
-from ckpt_ema.report.lines import counted, size
+from ckpt_ema.report.lines import size
 
 _SHORTEST_NAME, _LONGEST_NAME = 12, 30
 _OTHER_COLUMNS = 62  # beside the name

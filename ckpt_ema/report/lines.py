@@ -46,12 +46,3 @@ def size(size_bytes: float) -> str:
             break
         size_bytes /= 1024
     return f"{size_bytes:.{0 if unit == 'B' or size_bytes >= 100 else 1}f} {unit}"
-
-
-def counted(number: int, thing: str) -> str:
-    """Return a number of things.
-
-    >>> counted(1, "tensor"), counted(2, "tensor")
-    ('1 tensor', '2 tensors')
-    """
-    return f"{number} {thing}{'' if number == 1 else 's'}"

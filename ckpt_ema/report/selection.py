@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ckpt_ema.errors import printable
 from ckpt_ema.output.selected import Candidate, Selection
-from ckpt_ema.report.table import UNKNOWN
+from ckpt_ema.report.columns import UNKNOWN
 
 _HEADINGS = ("candidate", "schedule", "effective number")
 

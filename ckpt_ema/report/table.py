@@ -6,9 +6,8 @@ from typing import NamedTuple
 from ckpt_ema.errors import printable
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
+from ckpt_ema.report.columns import UNKNOWN
 from ckpt_ema.schedules.statistics import Statistics
-
-UNKNOWN = "-"
 
 # Each figure of the weights: its text for one average, its label for several, its value.
 FIGURES: tuple[tuple[str, str, Callable[[Statistics], str]], ...] = (

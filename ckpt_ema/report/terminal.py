@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TextIO
 
 from ckpt_ema.containers.specs import Role
-from ckpt_ema.errors import printable, some
+from ckpt_ema.errors import counted, printable, some
 from ckpt_ema.options import CHECKPOINT
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
 from ckpt_ema.report.columns import BETWEEN, Look, aligned, fitted, look_at, shown_on
-from ckpt_ema.report.lines import counted, size
+from ckpt_ema.report.lines import size
 from ckpt_ema.report.table import (
     Row,
     cell_headings,

@@ -5,19 +5,19 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
-from ckpt_ema.errors import printable
+from ckpt_ema.errors import counted, printable
 from ckpt_ema.options import CHECKPOINT
 from ckpt_ema.output.manifest import Result
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
+from ckpt_ema.report.columns import UNKNOWN
 from ckpt_ema.report.figure import curves_of, learning_rate_steps
-from ckpt_ema.report.lines import counted, size
+from ckpt_ema.report.lines import size
 from ckpt_ema.report.pages import axis, blocks
 from ckpt_ema.report.pages.blocks import Table, section
 from ckpt_ema.report.pages.chart import Chart, Kind, Point, Series
 from ckpt_ema.report.pages.html import Html, document, element, joined
 from ckpt_ema.report.table import (
-    UNKNOWN,
     cell_headings,
     figures_of_one,
     figures_of_several,

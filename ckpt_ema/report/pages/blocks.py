@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ckpt_ema.errors import counted
 from ckpt_ema.notices import Notice
-from ckpt_ema.report.lines import counted
 from ckpt_ema.report.pages.html import Html, element, joined
 
 _MOST_ROWS = 24  # that are shown at first

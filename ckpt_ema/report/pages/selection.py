@@ -2,21 +2,21 @@
 
 from collections.abc import Sequence
 
-from ckpt_ema.errors import printable
+from ckpt_ema.errors import counted, printable
 from ckpt_ema.output.selected import Candidate, Selection
-from ckpt_ema.report.lines import counted
+from ckpt_ema.report.columns import UNKNOWN
 from ckpt_ema.report.pages import axis, blocks
 from ckpt_ema.report.pages.blocks import Table, section
 from ckpt_ema.report.pages.chart import Chart, Kind, Point, Series
 from ckpt_ema.report.pages.html import Html, document, element, joined
-from ckpt_ema.report.table import UNKNOWN
+from ckpt_ema.report.selection import number
 
 
 def selection_page(selection: Selection, command: str | None = None) -> str:
     """Return the page of a selection, with the `command` that repeats it."""
-    metric, best = printable(selection.metric), _best(selection)
+    metric, best = printable(selection.metric), selection.best_candidate
     count = counted(len(selection.candidates), "candidate")
-    value = f"{best.metrics[selection.metric]:.6g}"
+    value = number(selection.value)
     better = "lower" if selection.is_minimized else "higher"
     found = [
         f"The best of {count} by ",
@@ -36,10 +36,6 @@ def selection_page(selection: Selection, command: str | None = None) -> str:
         _soup(selection),
         section("Repeat it", blocks.code(command)) if command else "",
     )
-
-
-def _best(selection: Selection) -> Candidate:
-    return next(one for one in selection.candidates if one.name == selection.best)
 
 
 def _failures(selection: Selection) -> Html:
