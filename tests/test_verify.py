@@ -233,6 +233,14 @@ def test_a_sample_folds_as_many_tiles(run: Path, monkeypatch: pytest.MonkeyPatch
     assert seen == {True, False}  # a sample may miss it, and does not always
 
 
+def test_a_sample_may_be_a_text_and_must_be_a_share(run: Path) -> None:
+    made = ckpt_ema.average(run)
+    assert ckpt_ema.verify(made.output, sample="100%").is_recomputed
+    for sample in (0, 2, "none"):
+        with pytest.raises(OptionError, match=f"--sample is '{sample}'; it must be a share"):
+            ckpt_ema.verify(made.output, sample=sample)
+
+
 def test_by_whichever_fold_it_is_the_same(run: Path) -> None:
     made = ckpt_ema.average(run)
     with by_torch():

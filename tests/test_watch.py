@@ -856,6 +856,8 @@ def test_an_output_that_cannot_be_is_refused_at_once(
         ({"interval": 0}, "--interval is '0'; it must be a time of more than 0 s"),
         ({"interval": "soon"}, "--interval is 'soon'; it must be a time"),
         ({"idle": "-1"}, "--idle is '-1'; it must be a time"),
+        ({"publish_every": 0}, "--publish-every is '0'; it must be a whole number of at least 1"),
+        ({"until_step": "soon"}, "--until-step is 'soon'; it must be a whole number"),
         ({"last": 3}, "--keep-state cannot be used with --last"),
         ({"schedule": "wsm-cosine", "decay": None}, "--keep-state cannot be used with"),
     ],

@@ -8,8 +8,7 @@ import typer
 from ckpt_ema.cli import exits
 from ckpt_ema.cli.exits import say, show
 from ckpt_ema.cli.options import takes_options
-from ckpt_ema.errors import Code, RefusedError, printable, some
-from ckpt_ema.values import SHARE
+from ckpt_ema.errors import Code, RefusedError, counted, printable, some
 
 if TYPE_CHECKING:
     from ckpt_ema.verifying.verify import Verification
@@ -49,7 +48,7 @@ def verify(
             found = verify_output(
                 output,
                 run or None,
-                sample=SHARE.parsed("sample", sample or 1.0),
+                sample=sample or 1.0,
                 progress=exits.ticking(progress),
                 device=device,
                 threads=threads,
@@ -86,10 +85,9 @@ def _report(found: "Verification", *, strict: bool, as_json: bool, quiet: bool) 
 
 
 def _summary(found: "Verification") -> str:
-    files = f"{found.files} file{'s' * (found.files != 1)} as written"
+    files = f"{counted(found.files, 'file')} as written"
     if not found.is_recomputed:
         return files
     is_sample = found.tiles < found.tiles_in_all
     share = f" ({found.tiles} of {found.tiles_in_all} tiles)" if is_sample else ""
-    count = found.checkpoints
-    return f"{files}, equal to the average of its {count} checkpoint{'s' * (count != 1)}{share}"
+    return f"{files}, equal to the average of its {counted(found.checkpoints, 'checkpoint')}{share}"

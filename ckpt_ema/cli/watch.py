@@ -13,7 +13,6 @@ from ckpt_ema.cli.exits import say, show
 from ckpt_ema.cli.options import takes_options
 from ckpt_ema.cli.running import command_line
 from ckpt_ema.errors import printable
-from ckpt_ema.values import COUNT, STEP
 
 if TYPE_CHECKING:
     from ckpt_ema.watching.events import Event
@@ -51,8 +50,8 @@ def watch(
         gc.enable()  # it may take weeks
         result = watch_run(
             run,
-            publish_every=COUNT.parsed("publish_every", publish_every),
-            until_step=None if until_step is None else STEP.parsed("until_step", until_step),
+            publish_every=publish_every,
+            until_step=until_step,
             idle=idle,
             interval=interval,
             skip_missed=skip_missed,

@@ -18,6 +18,7 @@ from ckpt_ema.planning.plan import Plan
 from ckpt_ema.planning.recorded import plan_recorded
 from ckpt_ema.run import on_device
 from ckpt_ema.storage.local import Local
+from ckpt_ema.values import SHARE
 from ckpt_ema.verifying.comparing import Comparing, Difference, There
 from ckpt_ema.verifying.files import File, files_of
 from ckpt_ema.verifying.records import Recorded, read_records
@@ -71,28 +72,29 @@ def verify(
     output: PathLike,
     run: PathLike | Sequence[PathLike] | None = None,
     *,
-    sample: float = 1.0,
+    sample: float | str = 1.0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     **engine_options: Any,
 ) -> Verification:
     """Check that the averages at `output` are whole, and are what their manifests claim.
 
-    Files are compared with their checksums, then all tiles, or a random `sample` of them (a share
-    above 0), are folded again from the checkpoints and compared. `run` is where these are now, if
-    they were moved. Where some are gone, or are not the files that were averaged, only the
-    checksums are compared. Nothing is written. `device`, `threads`, `tile_size`, `max_memory` are
-    those of `ckpt_ema.average`.
+    Files are compared with their checksums, then all tiles, or a random `sample` of them (a share,
+    such as 0.01 or "1%"), are folded again from the checkpoints and compared. `run` is where these
+    are now, if they were moved. Where some are gone, or are not the files that were averaged, only
+    the checksums are compared. Nothing is written. `device`, `threads`, `tile_size` and
+    `max_memory` are those of `ckpt_ema.average`.
 
     Raises `RefusedError` for what is not an output of ckpt-ema, for a damaged manifest, and for one
     file, which has no record of how it was made; `FailedError` if reading fails.
     """
+    share: float = SHARE.parsed("sample", sample)
     [path] = paths_of(output)
     records = read_records(path)
     checked = [damaged_files(*one) for one in records]
     pairs = zip(records, checked, strict=True)
     damaged = [str((one.path / name).relative_to(path)) for one, (_, bad) in pairs for name in bad]
     again = [
-        _again(path, together, run, sample, progress, engine_options)
+        _again(path, together, run, share, progress, engine_options)
         for together in _made_together(records)
     ]
     names = {row["path"] for one in records for row in one.manifest["checkpoints"]}

@@ -16,6 +16,7 @@ from ckpt_ema.errors import (
     FailedError,
     IncompleteError,
     RefusedError,
+    counted,
     some,
 )
 from ckpt_ema.execute import How
@@ -27,7 +28,7 @@ from ckpt_ema.planning.decide import Chosen, paths_of
 from ckpt_ema.planning.update import new_checkpoints
 from ckpt_ema.storage import Storage, storages_anew
 from ckpt_ema.storage.uri import path_of
-from ckpt_ema.values import LAPSE, TIME
+from ckpt_ema.values import COUNT, LAPSE, STEP, TIME
 from ckpt_ema.watching.events import Event, Kind, Reporter
 from ckpt_ema.watching.held import HeldAverage
 from ckpt_ema.watching.hook import Hook
@@ -58,8 +59,8 @@ class WatchKeywords(Keywords, total=False):
 def watch(
     run: PathLike,
     *,
-    publish_every: int = 1,
-    until_step: int | None = None,
+    publish_every: int | str = 1,
+    until_step: int | str | None = None,
     idle: float | str | None = None,
     interval: float | str = 10.0,
     skip_missed: bool = False,
@@ -83,17 +84,20 @@ def watch(
     progress = keywords.pop("progress", None)
     how: How = {"command": keywords.pop("command", None), "progress": progress}
     options = make_options({**keywords, "keep_state": True})
-    until = Until(until_step, None if idle is None else TIME.parsed("idle", idle))
+    until = Until(
+        None if until_step is None else STEP.parsed("until_step", until_step),
+        None if idle is None else TIME.parsed("idle", idle),
+    )
+    every: int = COUNT.parsed("publish_every", publish_every)
     seconds = LAPSE.parsed("interval", interval)
     reporter = Reporter(event, is_strict=options.engine.strict)
     average = HeldAverage(paths_of(run), options, reporter, how)
     with average.workspace, Hook(on_publish, reporter) as hook:
         average.start()
-        count = len(average.checkpoints)
-        text = f"watching {run}: {count} checkpoint{'s' * (count != 1)} so far"
-        reporter.tell(Kind.STARTED, text)
+        count = counted(len(average.checkpoints), "checkpoint")
+        reporter.tell(Kind.STARTED, f"watching {run}: {count} so far")
         watching = _Watch(paths_of(run)[0], average, hook, reporter, skip_missed=skip_missed)
-        watching.go_on(publish_every, until, seconds)
+        watching.go_on(every, until, seconds)
         return average.result()
 
 
