@@ -13,7 +13,7 @@ from ckpt_ema.errors import Code, FailedError
 from ckpt_ema.options import PathLike
 from ckpt_ema.planning.average import Average
 from ckpt_ema.planning.plan import Plan
-from ckpt_ema.report.figure_style import COLOURS, DASHES, KINDS, MARKS, STYLE, saved
+from ckpt_ema.report.figure_style import COLOURS, DASHES, KINDS, MARKS, STYLE, saved, x_label
 from ckpt_ema.report.place import check_place
 from ckpt_ema.schedules.weights import learning_rate
 from ckpt_ema.trainers.conventions import PICTURE_STEM
@@ -144,15 +144,6 @@ def curves_of(averages: Sequence[Average]) -> Curves:
     ]
     start = min(_start(steps) for steps, _ in lines)
     return Curves(lines, start, x_label(unit))
-
-
-def x_label(unit: str) -> str:
-    """Return the label of an axis of steps, epochs or checkpoints.
-
-    >>> x_label("steps")
-    'training step'
-    """
-    return {"steps": "training step", "epochs": "epoch"}.get(unit, "checkpoint")
 
 
 def _start(steps: Sequence[int]) -> int:

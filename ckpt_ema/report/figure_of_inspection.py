@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckpt_ema.report.columns import fitted
-from ckpt_ema.report.figure import x_label
-from ckpt_ema.report.figure_style import COLOURS, STYLE, saved
+from ckpt_ema.report.figure_style import COLOURS, STYLE, saved, x_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -33,3 +33,12 @@ def saved(figure: "Figure", kind: str) -> bytes:
     metadata = {"Date" if kind == ".svg" else "Software": None}
     figure.savefig(content, format=kind[1:], dpi=_DOTS_PER_INCH, metadata=metadata)
     return content.getvalue()
+
+
+def x_label(unit: str) -> str:
+    """Return the label of an axis of steps, epochs or checkpoints.
+
+    >>> x_label("steps")
+    'training step'
+    """
+    return {"steps": "training step", "epochs": "epoch"}.get(unit, "checkpoint")

@@ -97,10 +97,9 @@ def verify(
         _again(path, together, run, share, progress, engine_options)
         for together in _made_together(records)
     ]
-    names = {row["path"] for one in records for row in one.manifest["checkpoints"]}
     return Verification(
         output=path,
-        checkpoints=len(names),
+        checkpoints=len({row["path"] for one in records for row in one.manifest["checkpoints"]}),
         files=sum(count for count, _ in checked),
         damaged=tuple(damaged),
         gone=tuple(name for one in again for name in one.gone),

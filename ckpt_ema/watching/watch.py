@@ -84,21 +84,25 @@ def watch(
     progress = keywords.pop("progress", None)
     how: How = {"command": keywords.pop("command", None), "progress": progress}
     options = make_options({**keywords, "keep_state": True})
-    until = Until(
-        None if until_step is None else STEP.parsed("until_step", until_step),
-        None if idle is None else TIME.parsed("idle", idle),
-    )
+    until = _until(until_step, idle)
     every: int = COUNT.parsed("publish_every", publish_every)
     seconds = LAPSE.parsed("interval", interval)
     reporter = Reporter(event, is_strict=options.engine.strict)
     average = HeldAverage(paths_of(run), options, reporter, how)
     with average.workspace, Hook(on_publish, reporter) as hook:
         average.start()
-        count = counted(len(average.checkpoints), "checkpoint")
-        reporter.tell(Kind.STARTED, f"watching {run}: {count} so far")
+        so_far = f"{counted(len(average.checkpoints), 'checkpoint')} so far"
+        reporter.tell(Kind.STARTED, f"watching {run}: {so_far}")
         watching = _Watch(paths_of(run)[0], average, hook, reporter, skip_missed=skip_missed)
         watching.go_on(every, until, seconds)
         return average.result()
+
+
+def _until(step: int | str | None, idle: float | str | None) -> Until:
+    return Until(
+        None if step is None else STEP.parsed("until_step", step),
+        None if idle is None else TIME.parsed("idle", idle),
+    )
 
 
 class _Watch:

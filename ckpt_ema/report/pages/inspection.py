@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from ckpt_ema.errors import counted, printable, some
 from ckpt_ema.measure.inspection import InspectedCheckpoint, Inspection
 from ckpt_ema.report.columns import UNKNOWN
-from ckpt_ema.report.figure import x_label
+from ckpt_ema.report.figure_style import x_label
 from ckpt_ema.report.pages import blocks
 from ckpt_ema.report.pages.blocks import Table, section
 from ckpt_ema.report.pages.chart import Chart, Kind, Point, Series
